@@ -1,0 +1,18 @@
+"""Four virtual CPU devices for every test, float64 where a test asks for it, and no silent rank promotion."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for the length of one test: claims of exactness are made there."""
+    with jax.enable_x64(True):
+        yield
