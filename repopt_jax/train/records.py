@@ -1,0 +1,139 @@
+"""A run's folder, read back: its summary, its curves, and how its scales moved.
+
+Nothing here needs the network, the data or JAX: reports are quick, and work on copied folders.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished or unfinished run.
+
+    Attributes:
+      directory: the run's folder.
+      summary: what summary.json holds; empty while the run is unfinished.
+      records: the lines of metrics.jsonl, in order of step, each step once for each kind.
+    """
+
+    directory: Path
+    summary: Mapping[str, Any]
+    records: tuple[Mapping[str, Any], ...]
+
+    def of_kind(self, kind: str) -> list[Mapping[str, Any]]:
+        """The records of one kind: train, eval or scales."""
+        return [record for record in self.records if record["kind"] == kind]
+
+    def curve(self, kind: str, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and values of one field, each (records,) float."""
+        records = self.of_kind(kind)
+        epochs, values = ([float(r[name]) for r in records] for name in ("epoch", field))
+        return np.array(epochs), np.array(values)
+
+
+@dataclass(frozen=True)
+class History:
+    """Scale statistics over a search.
+
+    Attributes:
+      epochs: (records,) float, when each record was taken.
+      rates: (records,) float, mean learning rate since the record before, over the highest one of
+        the run; the first entry is 1 and has no meaning.
+      vectors: (layer path, branch) -> {statistic: (records,) float}, named as in metrics.jsonl.
+    """
+
+    epochs: np.ndarray
+    rates: np.ndarray
+    vectors: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+      FileNotFoundError: no metrics.jsonl in `run_dir`.
+      ValueError: a line or the summary is not JSON.
+    """
+    directory = Path(run_dir)
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"`run_dir` {directory} has no metrics.jsonl: it holds no run")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    parsed = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    # A resumed run repeats the steps since its last checkpoint: the later line counts.
+    latest = {(record["kind"], record["step"]): record for record in parsed}
+    records = tuple(sorted(latest.values(), key=lambda record: record["step"]))
+    return Run(directory, read_json(directory / "summary.json", default={}), records)
+
+
+def read_history(run_dir: str | Path) -> History:
+    """How the scales of a search moved.
+
+    Raises:
+      FileNotFoundError: no metrics.jsonl in `run_dir`.
+      ValueError: no scale records there, or records of different vectors.
+    """
+    run = read_run(run_dir)
+    if not run.of_kind("scales"):
+        raise ValueError(f"`run_dir` {run_dir} holds no scale records: only a search makes them")
+    return history_of(run.of_kind("scales"), run.of_kind("train"))
+
+
+def history_of(scales: Sequence[Mapping], train: Sequence[Mapping] = ()) -> History:
+    """A history of `scales` records in order of step; `train` records give the learning rate.
+
+    Without those the rate counts as constant.
+
+    Raises:
+      ValueError: the records do not hold the same vectors.
+    """
+    names = [{(layer, b) for layer in r["layers"] for b in r["layers"][layer]} for r in scales]
+    uneven = sorted(set.union(*names) - set.intersection(*names))
+    if uneven:
+        raise ValueError(f"not all scale records hold {', '.join(map(' '.join, uneven))}")
+    vectors = {
+        (layer, branch): {
+            field: np.array([float(r["layers"][layer][branch][field]) for r in scales])
+            for field in fields
+        }
+        for layer, branches in scales[0]["layers"].items()
+        for branch, fields in branches.items()
+    }
+    epochs = np.array([float(r["epoch"]) for r in scales])
+    return History(epochs, _rates([r["step"] for r in scales], train), vectors)
+
+
+def read_json(path: Path, *, default: Any = None) -> Any:
+    """The content of a JSON file, or `default` where there is no such file.
+
+    Raises:
+      ValueError: the file is not JSON.
+    """
+    if not path.is_file():
+        return default
+    return _parse(path.read_text(encoding="utf-8"), path, 1)
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {line}, is not JSON: {error}") from error
+
+
+def _rates(steps: Sequence[int], train: Sequence[Mapping]) -> np.ndarray:
+    known = np.array([(r["step"], r["lr"]) for r in train], float).reshape(-1, 2)
+    at, rates = known.T
+    if not rates.size or rates.max() <= 0:
+        return np.ones(len(steps))
+    # Many points in an interval: a schedule may bend between two records.
+    points = [np.linspace(a, b, 33) for a, b in itertools.pairwise(steps)]
+    means = [np.interp(point, at, rates).mean() / rates.max() for point in points]
+    return np.array([1.0, *means])

@@ -1,0 +1,179 @@
+"""The monitor on made-up searches whose true answer is known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from repopt_jax.train import monitor
+from repopt_jax.train.records import history_of, read_history, read_run
+
+EPOCHS = 20
+STEPS = 100  # in an epoch
+
+
+def records(paths, *, negative=0):
+    """Scale records of channels that follow `paths`: {(layer, branch): (epochs + 1, channels)}."""
+    made = []
+    for epoch in range(EPOCHS + 1):
+        layers = {}
+        for (layer, branch), values in paths.items():
+            now, before = values[epoch], values[max(epoch - 1, 0)]
+            layers.setdefault(layer, {})[branch] = {
+                "mean": float(now.mean()),
+                "std": float(now.std()),
+                "min": float(now.min()),
+                "max": float(now.max()),
+                "negative": negative,
+                "rms": float(np.sqrt((now**2).mean())),
+                "rms_change": float(np.sqrt(((now - before) ** 2).mean())),
+            }
+        made.append({"kind": "scales", "step": epoch * STEPS, "epoch": epoch, "layers": layers})
+    return made
+
+
+def train_records(rate):
+    return [
+        {"kind": "train", "step": step, "epoch": step / STEPS, "lr": rate(step / STEPS / EPOCHS)}
+        for step in range(0, EPOCHS * STEPS + 1, 10)
+    ]
+
+
+def cosine(x):
+    return 0.05 * (1 + np.cos(np.pi * x))
+
+
+def constant(x):
+    return 0.1
+
+
+def search(shape, rate=constant, *, layers=4, size=0.5, negative=0):
+    """A search in which every vector goes from 1 to 1 + size * shape(time)."""
+    time = np.linspace(0, 1, EPOCHS + 1)
+    way = 1 + size * shape(time)[:, None] * np.linspace(0.5, 1.5, 8)
+    paths = {(f"stages/{i}/0/conv", b): way for i in range(layers) for b in ("3x3", "1x1")}
+    return paths, history_of(records(paths, negative=negative), train_records(rate))
+
+
+def full_rate_time(x):
+    """How much of a cosine schedule's budget is spent at time x, both from 0 to 1."""
+    return x + np.sin(np.pi * x) / np.pi
+
+
+@pytest.mark.parametrize(
+    ("shape", "rate", "state", "settled"),
+    [
+        (lambda x: 1 - np.exp(-10 * x), constant, "settled", True),
+        (lambda x: 1 - np.exp(-10 * full_rate_time(x)), cosine, "settled", True),
+        (lambda x: x, constant, "moving", False),
+        (lambda x: x**2, cosine, "moving", False),
+        (full_rate_time, cosine, "stopped", False),
+        (lambda x: np.sin(2 * np.pi * 10 * x + 0.8), constant, "swinging", False),
+        (lambda x: cosine(x) * np.sin(2 * np.pi * 10 * x + 0.8), cosine, "swinging", True),
+        (lambda x: 1e-3 * x, constant, "unmoved", False),
+    ],
+)
+def test_the_verdict_names_what_the_scales_did(shape, rate, state, settled):
+    found = monitor.verdict(search(shape, rate, size=0.5 if rate is constant else 5.0)[1])
+    assert (found.state, found.settled) == (state, settled), found.sentence
+    assert found.sentence.count("\n") == 0
+    assert found.sentence.endswith(".")
+    assert {v.state for v in found.vectors} == {state}
+
+
+def test_a_scale_that_only_the_learning_rate_stopped_is_called_so():
+    _, with_rate = search(full_rate_time, cosine)
+    assert "because the learning rate decayed" in monitor.verdict(with_rate).sentence
+    # Negative control: the same movement under a constant rate has come to rest by itself.
+    _, without = search(full_rate_time, constant)
+    assert monitor.verdict(without).state == "settled"
+
+
+def test_the_criterion_has_no_unit():
+    for scale in (1e-3, 1e3):
+        paths, _ = search(lambda x: x)
+        scaled = history_of(records({k: scale * v for k, v in paths.items()}))
+        assert monitor.verdict(scaled).state == "moving"
+
+
+def test_one_moving_vector_of_many_does_not_decide_but_a_quarter_does():
+    for moving, settled in ((1, True), (10, False)):
+        paths, _ = search(lambda x: 1 - np.exp(-10 * x), layers=20)
+        for key in list(paths)[:moving]:
+            paths[key] = 1 + np.linspace(0, 1, EPOCHS + 1)[:, None] * np.ones(8)
+        found = monitor.verdict(history_of(records(paths), train_records(constant)))
+        assert found.settled is settled
+        assert sum(v.state == "moving" for v in found.vectors) == moving
+
+
+def test_a_layer_that_did_not_move_is_named_and_explained():
+    paths, _ = search(lambda x: 1 - np.exp(-10 * x))
+    paths["stages/4/0/conv", "3x3"] = np.ones((EPOCHS + 1, 8))
+    found = monitor.verdict(history_of(records(paths), train_records(constant)))
+    assert found.settled
+    (note,) = [note for note in found.notes if "did not move" in note]
+    assert "stages/4/0/conv 3x3" in note
+    assert "1x1 pixels" in note
+
+
+def test_scales_near_their_start_are_called_a_valid_result():
+    _, near = search(lambda x: -(1 - np.exp(-10 * x)), size=0.02)
+    assert any("valid result" in note for note in monitor.verdict(near).notes)
+    _, far = search(lambda x: 1 - np.exp(-10 * x), size=0.5)
+    assert not any("valid result" in note for note in monitor.verdict(far).notes)
+
+
+def test_oscillation_and_negative_channels_are_explained():
+    _, history = search(lambda x: np.sin(2 * np.pi * 10 * x + 0.8), negative=3)
+    notes = " ".join(monitor.verdict(history).notes)
+    assert "this is normal" in notes
+    assert "24 channels have a negative scale" in notes
+    assert "and 2 more" in notes
+
+
+def test_a_short_search_gets_no_verdict():
+    paths, _ = search(lambda x: x)
+    found = monitor.verdict(history_of(records(paths)[:4]))
+    assert (found.state, found.settled) == ("too short", False)
+    assert "3 epochs" in found.sentence
+
+
+def test_statistics_that_are_not_finite_are_refused_by_name():
+    paths, _ = search(lambda x: x)
+    paths["stages/2/0/conv", "1x1"] = np.full((EPOCHS + 1, 8), np.nan)
+    with pytest.raises(ValueError, match=r"not finite, of stages/2/0/conv 1x1$"):
+        monitor.verdict(history_of(records(paths)))
+
+
+def test_read_history_takes_the_later_line_of_a_resumed_step(tmp_path):
+    paths, history = search(lambda x: x)
+    lines = [*records(paths), *train_records(constant)]
+    stale = json.loads(json.dumps(lines[5]))
+    stale["layers"]["stages/0/0/conv"]["3x3"]["mean"] = 99.0
+    text = "\n".join(json.dumps(line) for line in [stale, *lines])
+    (tmp_path / "metrics.jsonl").write_text(text + "\n")
+    read = read_history(tmp_path)
+    np.testing.assert_array_equal(read.epochs, history.epochs)
+    np.testing.assert_array_equal(
+        read.vectors["stages/0/0/conv", "3x3"]["mean"],
+        history.vectors["stages/0/0/conv", "3x3"]["mean"],
+    )
+
+
+def test_folders_that_hold_no_search_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "lr": 0.1}\n')
+    with pytest.raises(ValueError, match="only a search makes them"):
+        read_history(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1, is not JSON"):
+        read_run(tmp_path)
+
+
+def test_records_of_different_vectors_are_refused():
+    paths, _ = search(lambda x: x)
+    made = records(paths)
+    del made[3]["layers"]["stages/1/0/conv"]["1x1"]
+    with pytest.raises(ValueError, match="stages/1/0/conv 1x1"):
+        history_of(made)
