@@ -1,0 +1,53 @@
+"""CIFAR-10 at a size that a laptop trains: 20,480 images, 8 epochs, 1,280 steps of 128.
+
+    repopt search --config=configs/cifar10_small.py:search --config.data.data_dir=cifar10 --out=runs/cifar10_small/search
+    repopt train --config=configs/cifar10_small.py:plain --config.data.data_dir=cifar10 --out=runs/cifar10_small/plain
+    repopt train --config=configs/cifar10_small.py:repopt --config.data.data_dir=cifar10 \
+        --config.scales=runs/cifar10_small/search/scales --out=runs/cifar10_small/repopt
+    repopt train --config=configs/cifar10_small.py:repvgg --config.data.data_dir=cifar10 --out=runs/cifar10_small/repvgg
+
+`data_dir` is an image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the argument
+(`cifar10_small.py:search,smoke`) runs two short epochs on a few images.
+"""
+
+from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
+
+# Argument -> kind of network, scales.
+RUNS = {
+    "search": ("search", ""),
+    "plain": ("target", ""),
+    "repopt": ("target", "runs/cifar10_small/search/scales"),
+    "repvgg": ("repvgg", ""),
+}
+
+
+def get_config(arg: str = "plain") -> Config:
+    run, _, option = (arg or "plain").partition(",")
+    if run not in RUNS or option not in ("", "smoke"):
+        raise ValueError(f"argument {arg!r} must be one of {', '.join(RUNS)}, with or without ',smoke'")
+    kind, scales = RUNS[run]
+    config = Config(
+        name=f"cifar10_small-{run}",
+        epochs=8,
+        batch_size=128,
+        eval_batch_size=500,
+        scales=scales,
+        log_every=20,
+        model=ModelConfig(variant="cifar-small", kind=kind),
+        data=DataConfig(
+            source="folder",
+            image_size=32,
+            crop_padding=4,
+            flip=True,
+            mean=(0.4913, 0.4821, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+            train_limit=20_480,
+            eval_limit=5_000,
+        ),
+        optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5),
+    )
+    if option == "smoke":
+        config.epochs, config.batch_size, config.log_every = 2, 16, 1
+        config.data.train_limit, config.data.eval_limit = 64, 40
+        config.eval_batch_size = 32
+    return config

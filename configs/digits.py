@@ -1,0 +1,45 @@
+"""The embedded handwritten digits, 8x8 pixels, five runs of the same length.
+
+    repopt search --config=configs/digits.py:search --out=runs/digits/search
+    repopt train --config=configs/digits.py:plain --out=runs/digits/plain
+    repopt train --config=configs/digits.py:repopt --config.scales=runs/digits/search/scales --out=runs/digits/repopt
+    repopt train --config=configs/digits.py:depth --out=runs/digits/depth
+    repopt train --config=configs/digits.py:repvgg --out=runs/digits/repvgg
+
+`,smoke` after the argument (`digits.py:search,smoke`) runs two short epochs on a few images.
+"""
+
+from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
+
+# Argument -> kind of network, scales.
+RUNS = {
+    "search": ("search", ""),
+    "plain": ("target", ""),
+    "repopt": ("target", "runs/digits/search/scales"),
+    "depth": ("target", "depth"),
+    "repvgg": ("repvgg", ""),
+}
+
+
+def get_config(arg: str = "plain") -> Config:
+    run, _, option = (arg or "plain").partition(",")
+    if run not in RUNS or option not in ("", "smoke"):
+        raise ValueError(f"argument {arg!r} must be one of {', '.join(RUNS)}, with or without ',smoke'")
+    kind, scales = RUNS[run]
+    config = Config(
+        name=f"digits-{run}",
+        epochs=20,
+        batch_size=64,
+        eval_batch_size=256,
+        scales=scales,
+        log_every=10,
+        model=ModelConfig(variant="digits", kind=kind),
+        data=DataConfig(source="digits", image_size=8, crop_padding=1, mean=(0.3,), std=(0.37,)),
+        # Half of a few hundred steps would be too long a warm-up; one epoch keeps the first steps small.
+        optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, warmup_epochs=1),
+    )
+    if option == "smoke":
+        config.epochs, config.batch_size, config.log_every = 2, 16, 1
+        config.data.train_limit, config.data.eval_limit = 32, 40
+        config.eval_batch_size = 32
+    return config

@@ -1,0 +1,25 @@
+"""The trainer: a config in, a run's folder out. `run(load_config("digits:search"), "runs/search")`."""
+
+from repopt_jax.train.build import Trained, build_model, load_trained, open_data
+from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, validate
+from repopt_jax.train.config_io import from_json, load_config, to_json
+from repopt_jax.train.loop import run
+from repopt_jax.train.rundir import RunFolder, Summary
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunFolder",
+    "Summary",
+    "Trained",
+    "build_model",
+    "from_json",
+    "load_config",
+    "load_trained",
+    "open_data",
+    "run",
+    "to_json",
+    "validate",
+]

@@ -1,0 +1,252 @@
+"""What a run is: plain typed dataclasses, returned by the files of `configs/` and checked once by `validate`.
+
+A config file defines `get_config(arg="") -> Config`. The dataclasses are not frozen, because
+`ml_collections.config_flags` writes `--config.optim.learning_rate=0.05` into them; nothing changes one after that.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+
+import jax
+
+from repopt_jax.models import VGG_VARIANTS
+
+KINDS = ("search", "target", "repvgg", "csla")
+FORMS = ("merged", "branches")
+SOURCES = ("digits", "folder", "tfds")
+DTYPES = ("float32", "bfloat16")
+NAMED_SCALES = ("ones", "depth")
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The network.
+
+    Attributes:
+      variant: a row of `models.VGG_VARIANTS`.
+      kind: "search" (scales are trained), "target" (plain kernels), "repvgg" (branches with their own batch norm) or
+        "csla" (constant scales, the twin of a target run).
+      form: how a search or csla layer computes: "merged" (one convolution) or "branches".
+      post_se: adds squeeze-and-excitation after every block.
+      dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32.
+    """
+
+    variant: str = "digits"
+    kind: str = "target"
+    form: str = "merged"
+    post_se: bool = False
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """The images.
+
+    Attributes:
+      source: "digits" (embedded), "folder" (`train/<class>/*`, `test|val/<class>/*`) or "tfds" (a prepared dataset).
+      name: the dataset's name, for "tfds".
+      data_dir: the folder, or the TFDS directory; "" for the digits.
+      image_size: side, in pixels, of the square that the network sees.
+      crop_padding: pixels of zeros around a training image before its random crop; 0 for no crop.
+      flip: mirrors half of the training images.
+      area: range of the share of a training image that is cut out and resized, at random; None for
+        the whole image.
+      mean, std: of each channel, for pixels in [0, 1].
+      train_limit, eval_limit: use that many images only; None for all.
+      workers: processes that decode; 0 decodes in threads of this one.
+      prefetch: batches prepared ahead.
+    """
+
+    source: str = "digits"
+    name: str = ""
+    data_dir: str = ""
+    image_size: int = 8
+    crop_padding: int = 0
+    flip: bool = False
+    area: tuple[float, ...] | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    train_limit: int | None = None
+    eval_limit: int | None = None
+    workers: int = 0
+    prefetch: int = 2
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """SGD with momentum; the learning rate warms up linearly, then follows a cosine to 0, step by step.
+
+    `clip_norm` is the largest global gradient norm (None: no clipping); it cannot be combined with scales.
+    """
+
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 4e-5
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+
+
+@dataclasses.dataclass
+class Config:
+    """One run.
+
+    Attributes:
+      name: what reports call it.
+      seed: of the initial weights and of the order and augmentation of the images.
+      epochs, batch_size, eval_batch_size: batch sizes are over all devices.
+      scales: "", "ones", "depth", or the path of a scales directory. For kind "target", "" is plain
+        SGD, and anything else re-initialises the network by the scales and multiplies its
+        gradients. For "search" they are where the scales start and for "csla" the constants; there
+        "" means "depth".
+      eval_every: epochs between evaluations; the last epoch is always evaluated.
+      checkpoint_every: steps between checkpoints; 0 means at the end of each epoch.
+      log_every: steps that one line of `metrics.jsonl` averages over.
+      fsdp: devices that share one copy of the state; 1 keeps a copy on every device.
+      tensorboard: also writes TensorBoard files (needs the `tensorboard` extra).
+    """
+
+    name: str = "run"
+    seed: int = 0
+    epochs: int = 1
+    batch_size: int = 64
+    eval_batch_size: int = 256
+    scales: str = ""
+    eval_every: int = 1
+    checkpoint_every: int = 0
+    log_every: int = 20
+    fsdp: int = 1
+    tensorboard: bool = False
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+
+def validate(config: Config, *, device_count: int | None = None) -> None:
+    """Checks everything that can be checked before data are read.
+
+    Args:
+      config: the run.
+      device_count: devices that a batch is divided over; all of this job's when not given.
+
+    Raises:
+      ValueError: listing every problem, not only the first.
+    """
+    devices = jax.device_count() if device_count is None else device_count
+    problems = [
+        *_choice_problems(config),
+        *_range_problems(config),
+        *_device_problems(config, devices),
+        *_scales_problems(config),
+        *_data_problems(config.data),
+    ]
+    if problems:
+        raise ValueError("this config cannot run: " + "; ".join(problems))
+
+
+def _choice_problems(config: Config) -> list[str]:
+    model = config.model
+    choices = (
+        ("model.variant", model.variant, tuple(VGG_VARIANTS)),
+        ("model.kind", model.kind, KINDS),
+        ("model.form", model.form, FORMS),
+        ("model.dtype", model.dtype, DTYPES),
+        ("data.source", config.data.source, SOURCES),
+    )
+    return [
+        f"`{name}`={value!r} must be one of {', '.join(known)}{_closest(value, known)}"
+        for name, value, known in choices
+        if value not in known
+    ]
+
+
+def _closest(value: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(value), known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _range_problems(config: Config) -> list[str]:
+    """Every number against its smallest (and largest) value; NaN and infinity fail each of them."""
+    optim, data = config.optim, config.data
+    ranges = (
+        ("seed", config.seed, 0, math.inf),
+        ("epochs", config.epochs, 1, math.inf),
+        ("batch_size", config.batch_size, 1, math.inf),
+        ("eval_batch_size", config.eval_batch_size, 1, math.inf),
+        ("eval_every", config.eval_every, 1, math.inf),
+        ("checkpoint_every", config.checkpoint_every, 0, math.inf),
+        ("log_every", config.log_every, 1, math.inf),
+        ("fsdp", config.fsdp, 1, math.inf),
+        ("data.image_size", data.image_size, 1, math.inf),
+        ("data.crop_padding", data.crop_padding, 0, math.inf),
+        ("data.train_limit", data.train_limit, 1, math.inf),
+        ("data.eval_limit", data.eval_limit, 1, math.inf),
+        ("data.workers", data.workers, 0, math.inf),
+        ("data.prefetch", data.prefetch, 0, math.inf),
+        ("optim.learning_rate", optim.learning_rate, 0, math.inf),
+        ("optim.momentum", optim.momentum, 0, 1),
+        ("optim.weight_decay", optim.weight_decay, 0, math.inf),
+        ("optim.warmup_epochs", optim.warmup_epochs, 0, config.epochs),
+        ("optim.label_smoothing", optim.label_smoothing, 0, 1),
+        ("optim.clip_norm", optim.clip_norm, 0, math.inf),
+    )
+    return [
+        f"`{name}`={value} must be a finite number, at least {low}"
+        + (f" and at most {high}" if high != math.inf else "")
+        for name, value, low, high in ranges
+        if value is not None and not (math.isfinite(value) and low <= value <= high)
+    ]
+
+
+def _device_problems(config: Config, devices: int) -> list[str]:
+    problems = [
+        f"`{name}`={size} is not divisible by the {devices} devices that share it; "
+        f"the nearest sizes that are: {_nearest_multiples(size, devices)}"
+        for name, size in (
+            ("batch_size", config.batch_size),
+            ("eval_batch_size", config.eval_batch_size),
+        )
+        if size > 0 and size % devices
+    ]
+    if config.fsdp > 0 and devices % config.fsdp:
+        problems.append(f"`fsdp`={config.fsdp} does not divide the {devices} devices")
+    return problems
+
+
+def _nearest_multiples(size: int, step: int) -> str:
+    below = size // step * step
+    return " and ".join(str(n) for n in (below, below + step) if n > 0)
+
+
+def _scales_problems(config: Config) -> list[str]:
+    scales, kind = config.scales, config.model.kind
+    if not scales:
+        return []
+    problems = []
+    if kind == "repvgg":
+        problems.append(f"`scales`={scales!r} with kind 'repvgg', which takes none: leave it empty")
+    if scales not in NAMED_SCALES and not os.path.isdir(scales):
+        problems.append(
+            f"`scales`={scales!r} is neither {' nor '.join(NAMED_SCALES)} nor a directory: "
+            "run the search first, or give the directory that it wrote"
+        )
+    if kind == "target" and config.optim.clip_norm is not None:
+        problems.append(
+            f"`optim.clip_norm`={config.optim.clip_norm} with `scales`: clipping by the ordinary "
+            "global norm breaks the equivalence that the scales rest on, set only one of them"
+        )
+    return problems
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if data.source == "folder" and not data.data_dir:
+        problems.append("`data.data_dir` is empty: give the image folder")
+    if data.source == "tfds" and not data.name:
+        problems.append("`data.name` is empty: give the name of the TFDS dataset")
+    if not all(value > 0 for value in data.std):
+        problems.append(f"`data.std`={data.std} must be positive")
+    return problems

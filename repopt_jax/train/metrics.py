@@ -1,0 +1,205 @@
+"""What a run tells: JSON lines, TensorBoard, a progress bar, and the statistics of searched scales."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+Vectors = Mapping[str, Mapping[str, Any]]
+
+
+def scale_statistics(scales: Vectors, previous: Vectors) -> dict[str, dict[str, dict[str, float]]]:
+    """How each scale vector stands, and how far it moved.
+
+    Args:
+      scales: layer path -> branch -> (out,) vector.
+      previous: the same at the record before; pass `scales` again for the first one.
+
+    Returns:
+      Layer path -> branch -> mean, std, min, max, rms (root mean square), negative (a count) and rms_change (root mean
+      square of the difference from `previous`).
+    """
+    return {
+        path: {name: _vector_statistics(v, previous[path][name]) for name, v in vectors.items()}
+        for path, vectors in scales.items()
+    }
+
+
+def _vector_statistics(vector: Any, previous: Any) -> dict[str, float]:
+    v = np.asarray(vector, np.float64)
+    moved = v - np.asarray(previous, np.float64)
+    return {
+        "mean": float(v.mean()),
+        "std": float(v.std()),
+        "min": float(v.min()),
+        "max": float(v.max()),
+        "rms": float(np.sqrt((v**2).mean())),
+        "negative": int((v < 0).sum()),
+        "rms_change": float(np.sqrt((moved**2).mean())),
+    }
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl`, one JSON object a line, and to TensorBoard if asked. A context manager."""
+
+    def __init__(self, directory: str | Path, *, resume_step: int | None, tensorboard: bool = False):
+        """Opens the file for a run that starts after `resume_step`, or anew for None.
+
+        Lines past that step were written by a run that was killed after its last checkpoint. They are dropped, so that
+        the file ends as that of an unbroken run.
+
+        Raises:
+          ImportError: TensorBoard is asked for and tensorboardX is not installed.
+        """
+        self.path = Path(directory) / "metrics.jsonl"
+        _drop_after(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = _open_board(Path(directory), resume_step) if tensorboard else None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes one record; it has a "kind" and a "step"."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def sync(self) -> None:
+        """Returns when all records are on disk: before a checkpoint, which promises the lines up to its step."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; none if it does not exist. A half-written last line is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_after(path: Path, step: int | None) -> None:
+    kept = [] if step is None else [r for r in read_records(path) if r["step"] <= step]
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    replacement.replace(path)
+
+
+def _open_board(directory: Path, resume_step: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
+        ) from error
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name not in ("step", "kind"):
+            yield prefix + name, value
+
+
+class Stopwatch:
+    """Seconds and steps of training since the last reading, without its pauses."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._since, self._steps = time.perf_counter(), 0
+
+    def tick(self) -> None:
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside does not count."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def seconds_per_step(self) -> float:
+        """Mean since the last reading, and starts anew."""
+        seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
+        self.restart()
+        return seconds
+
+
+class ProgressBar:
+    """A bar with images/s, remaining time, loss and accuracy; without a terminal, one logged line an epoch."""
+
+    def __init__(self, name: str, *, total: int, start: int, shown: bool):
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and console.is_terminal),
+        )
+        self._name, self._total = name, total
+        self._task = self._progress.add_task(name, total=total, completed=start, told="compiling")
+        self._last: Mapping[str, Any] = {}
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Shows a "train" record."""
+        self._last = record
+        told = (
+            f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.1%}  "
+            f"{record['images_per_s']:,.0f} images/s"
+        )
+        self._progress.update(self._task, completed=record["step"], told=told)
+
+    def end_epoch(self, epoch: int, evaluation: Mapping[str, Any] | None) -> None:
+        """Tells that an epoch is over: a line through `logging` if there is no bar, above the bar if evaluated."""
+        parts = [f"{self._name}: epoch {epoch}"]
+        if self._last:
+            parts.append(f"loss {self._last['loss']:.3f}, {self._last['images_per_s']:,.0f} images/s")
+        if evaluation is not None:
+            parts.append(f"test accuracy {evaluation['accuracy']:.2%}")
+        if self._progress.disable:
+            logger.info(", ".join(parts))
+        elif evaluation is not None:
+            self._progress.console.log(", ".join(parts))
+
+    def __enter__(self) -> "ProgressBar":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()

@@ -1,0 +1,155 @@
+"""The folder of a run: who may write into it, and the small files that say what it holds.
+
+    config.json, dataset.json   what is trained on what; written first, never changed
+    metrics.jsonl, tensorboard/ how it goes
+    checkpoints/                state
+    scales/                     what a search found
+    summary.json                written last: its presence means that the run is finished
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from repopt_jax.data import DatasetInfo
+from repopt_jax.train.config import Config
+from repopt_jax.train.config_io import differing_fields, from_json, to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run came to; `summary.json` holds the same fields.
+
+    Attributes:
+      name, kind, scales, seed, epochs: as in the config.
+      steps: training steps done.
+      test_accuracy, test_loss, test_count: of the last evaluation (accuracy in [0, 1]); None before the first.
+      train_parameters: trained numbers in the network.
+      step_ms_median: median over the log's lines of the mean time of a step, without compilation, evaluation and
+        checkpoints; images_per_s follows from it. None if no step was timed.
+      wall_s: seconds from the start of training to its end, all sessions together.
+      finished: False if the run was asked to stop before its end.
+      versions, device: what it ran on.
+      reused: True if the run was already finished and nothing was done.
+    """
+
+    name: str
+    kind: str
+    scales: str
+    seed: int
+    epochs: int
+    steps: int
+    test_accuracy: float | None
+    test_loss: float | None
+    test_count: int | None
+    train_parameters: int
+    step_ms_median: float | None
+    images_per_s: float | None
+    wall_s: float
+    finished: bool
+    versions: dict[str, str]
+    device: str
+    reused: bool = False
+
+
+class RunFolder:
+    """A folder that is to hold one run, or does."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser().absolute()
+        self.checkpoints = self.path / "checkpoints"
+        self.scales = self.path / "scales"
+        self.metrics = self.path / "metrics.jsonl"
+
+    def finished(self, config: Config) -> Summary | None:
+        """The summary, if this folder holds the finished run of `config`; None if that run can start or go on here.
+
+        Raises:
+          ValueError: another run, or files that are no run.
+          OSError: the folder cannot be looked at.
+        """
+        with _clear_os_error(self.path, "read"):
+            stored = self._stored_config()
+            summary = self.path / "summary.json"
+            done = json.loads(summary.read_text()) if summary.exists() else None
+        if stored is not None and (differing := differing_fields(stored, config)):
+            raise ValueError(
+                f"`out_dir` {self.path} holds another run; it differs in {', '.join(differing)} (there and here). "
+                "Choose another folder, or remove that one"
+            )
+        if stored is None or done is None:
+            return None
+        return Summary(**{**done, "reused": True})
+
+    def claim(self, config: Config, info: DatasetInfo) -> None:
+        """Makes the folder that of this run. Call after `finished`.
+
+        Raises:
+          ValueError: the run began on other data.
+          OSError: no permission, or not a folder.
+        """
+        with _clear_os_error(self.path, "write to"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "config.json").exists():
+                self._write("config.json", to_json(config))
+            if not (self.path / "dataset.json").exists():
+                self._write("dataset.json", json.dumps(dataclasses.asdict(info), indent=2))
+        if (found := self.read()[1]) != info:
+            raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
+
+    def read(self) -> tuple[Config, DatasetInfo]:
+        """The config and the data set of the run that is here.
+
+        Raises:
+          FileNotFoundError: no run is here.
+        """
+        names = ("config.json", "dataset.json")
+        if missing := [name for name in names if not (self.path / name).is_file()]:
+            raise FileNotFoundError(f"{self.path} holds no run: {', '.join(missing)} is missing")
+        config, info = ((self.path / name).read_text(encoding="utf-8") for name in names)
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(info).items()}
+        return from_json(config), DatasetInfo(**values)
+
+    def finish(self, summary: Summary) -> None:
+        """Writes the summary."""
+        values: dict[str, Any] = dataclasses.asdict(summary)
+        values.pop("reused")
+        with _clear_os_error(self.path, "write to"):
+            self._write("summary.json", json.dumps(values, indent=2))
+
+    def _stored_config(self) -> Config | None:
+        path = self.path / "config.json"
+        if path.exists():
+            try:
+                return from_json(path.read_text(encoding="utf-8"))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"`out_dir` {self.path} has a config.json that this version did not write ({error}); choose another folder"
+                ) from error
+        if self.path.exists() and (strangers := [p.name for p in self.path.iterdir() if p.suffix != _PART]):
+            raise ValueError(
+                f"`out_dir` {self.path} is not empty and holds no run (it has {', '.join(sorted(strangers)[:3])}); "
+                "choose an empty or a new folder"
+            )
+        return None
+
+    def _write(self, name: str, text: str) -> None:
+        # Renamed into place, so that a file is either whole or not there.
+        part = self.path / (name + _PART)
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(self.path / name)
+
+
+_PART = ".part"
+
+
+@contextlib.contextmanager
+def _clear_os_error(path: Path, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise type(error)(f"cannot {verb} `out_dir` {path}: {reason}; choose another folder") from error
