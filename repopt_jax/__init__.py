@@ -1,3 +1,21 @@
 """Gradient and structural re-parameterization for JAX."""
 
+from repopt_jax import data as data
+from repopt_jax import models as models
+from repopt_jax import nn as nn
 from repopt_jax._version import __version__ as __version__
+from repopt_jax.branches import Average as Average
+from repopt_jax.branches import Branch as Branch
+from repopt_jax.branches import BranchSet as BranchSet
+from repopt_jax.branches import Identity as Identity
+from repopt_jax.branches import Kernel as Kernel
+from repopt_jax.branches import default_branches as default_branches
+from repopt_jax.fuse import fuse as fuse
+from repopt_jax.optim import gradient_multipliers as gradient_multipliers
+from repopt_jax.optim import repopt_mask as repopt_mask
+from repopt_jax.optim import repopt_sgd as repopt_sgd
+from repopt_jax.scales import Scales as Scales
+from repopt_jax.scales import load_scales as load_scales
+from repopt_jax.scales import save_scales as save_scales
+from repopt_jax.surgery import extract_scales as extract_scales
+from repopt_jax.surgery import reinitialize as reinitialize

@@ -1,7 +1,7 @@
 """Pytrees by name: every leaf has one path, `stages/1/0/conv/kernel`, whatever built the tree.
 
-The same path is found in a plain dict, an `nnx.State`, an NNX module, a Linen variable dict and an Equinox module, so
-that scales, weight-decay rules, checkpoints and conversions can all go by name.
+The same path is found in a plain dict, an `nnx.State`, an NNX module, a Linen variable dict and an Equinox
+module, so that scales, weight-decay rules, checkpoints and conversions can all go by name.
 """
 
 import re
@@ -14,9 +14,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 T = TypeVar("T")
 
 
-def named_leaves(
-    tree: Any, *, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[dict[str, Any], Any]:
+def named_leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
     """Flattens `tree` into `{path: leaf}`, in tree order, and the treedef that rebuilds it.
 
     Raises:
@@ -27,14 +25,13 @@ def named_leaves(
     if len(named) != len(leaves):
         names = [path_name(path) for path, _ in leaves]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(
-            f"`tree` has several leaves named {', '.join(twice)}: paths must be unique"
-        )
+        raise ValueError(f"`tree` has several leaves named {', '.join(twice)}: paths must be unique")
     return named, treedef
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """`/`-joined name of a key path. The `.value` that an NNX variable adds below its name is not part of it."""
+    """`/`-joined name of a key path. The `.value` that an NNX variable adds below its name is not part of
+    it."""
     if path and isinstance(path[-1], GetAttrKey) and path[-1].name in ("value", "raw_value"):
         path = path[:-1]
     return "/".join(_key_name(key) for key in path)
@@ -42,9 +39,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` whose function is given the leaf's path first: `fn(path, leaf, *rest_leaves)`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest)
 
 
 def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str]) -> dict[str, T]:

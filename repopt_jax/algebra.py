@@ -1,0 +1,126 @@
+"""Kernel maps: every identity between a small tensor and a merged kernel, written once.
+
+A kernel has shape (*spatial, in/groups, out): HWIO in two dimensions, the same with one or three spatial
+axes, and (in, out) for a dense layer. A *window* is a kernel's spatial shape. Each map below is linear in its
+first argument, so `jax.linear_transpose` gives its adjoint.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+
+class Taps(NamedTuple):
+    """The taps of a window that a smaller kernel occupies along one axis: start, start + step, ... (`count`
+    of them)."""
+
+    start: int
+    step: int
+    count: int
+
+
+def centred_taps(size: Sequence[int], window: Sequence[int], dilation: Sequence[int]) -> tuple[Taps, ...]:
+    """Taps that put a kernel of spatial shape `size`, dilated by `dilation`, in the middle of `window`.
+
+    Raises:
+      ValueError: the dilated kernel is larger than the window, or cannot be centred in it (an odd number of
+        taps is left over, as for a 2-tap kernel in a window of 3).
+    """
+    if not len(size) == len(window) == len(dilation):
+        raise ValueError(
+            f"`size` {tuple(size)}, `window` {tuple(window)} and `dilation` {tuple(dilation)} must have one "
+            "entry for each spatial axis"
+        )
+    taps = []
+    for axis, (k, w, d) in enumerate(zip(size, window, dilation)):
+        left_over = w - ((k - 1) * d + 1)
+        if k < 1 or d < 1 or left_over < 0 or left_over % 2:
+            raise ValueError(
+                f"a kernel of {k} taps with dilation {d} cannot be centred in a window of {w} taps "
+                f"(spatial axis {axis}): window - ((taps - 1) * dilation + 1) must be even and not negative"
+            )
+        taps.append(Taps(left_over // 2, d, k))
+    return tuple(taps)
+
+
+def place(w: jax.Array, window: Sequence[int], taps: Sequence[Taps]) -> jax.Array:
+    """Puts w's spatial taps at `taps` of an otherwise zero kernel: (*size, in/g, out) -> (*window, in/g,
+    out)."""
+    padding = [
+        (t.start, n - t.start - ((t.count - 1) * t.step + 1), t.step - 1) for t, n in zip(taps, window)
+    ]
+    return lax.pad(w, jnp.zeros((), w.dtype), [*padding, (0, 0, 0), (0, 0, 0)])
+
+
+def covers(shape: Sequence[int], taps: Sequence[Taps]) -> jax.Array:
+    """Where `place` writes: a boolean kernel of `shape`, True at `taps`.
+
+    Made of iota comparisons, which XLA fuses into whatever reads them; `place` of ones would be a buffer of
+    its own.
+    """
+    mask = jnp.ones((1,) * len(shape), bool)
+    for axis, t in enumerate(taps):
+        if t == Taps(0, 1, shape[axis]):
+            continue
+        index = lax.broadcasted_iota(jnp.int32, tuple(shape), axis) - t.start
+        mask = mask & (index >= 0) & (index % t.step == 0) & (index <= (t.count - 1) * t.step)
+    return jnp.broadcast_to(mask, shape)
+
+
+def centre_tap(window: Sequence[int]) -> tuple[Taps, ...]:
+    """The single middle tap of a window with odd sides.
+
+    Raises:
+      ValueError: a side of the window is even, so that there is no middle tap.
+    """
+    return centred_taps((1,) * len(window), window, (1,) * len(window))
+
+
+def diagonal(shape: Sequence[int]) -> jax.Array:
+    """True where a kernel of `shape` carries an output channel's own input channel to it, at the centre tap.
+
+    Output channel o of a layer with as many inputs as outputs reads its own input as input o mod (in/groups)
+    of its group.
+    """
+    *window, inputs, _ = shape
+    i = lax.broadcasted_iota(jnp.int32, tuple(shape), len(shape) - 2)
+    o = lax.broadcasted_iota(jnp.int32, tuple(shape), len(shape) - 1)
+    return covers(shape, centre_tap(window)) & (i == o % inputs)
+
+
+def identity(v: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """The kernel that multiplies channel c by v[c]: (out,) -> `shape`."""
+    *_, out = shape
+    return jnp.where(diagonal(shape), v.reshape((1,) * (len(shape) - 1) + (out,)), 0)
+
+
+def average(w: jax.Array, window: Sequence[int]) -> jax.Array:
+    """The kernel of a 1x1 convolution followed by an average over `window`, padding counted in the mean.
+
+    w, (*ones, in/g, out) -> (*window, in/g, out): w / number of taps, at every tap.
+    """
+    taps = 1
+    for n in window:
+        taps *= n
+    return jnp.broadcast_to(w / taps, (*window, *w.shape[-2:]))
+
+
+def scale_output(w: jax.Array, s: ArrayLike) -> jax.Array:
+    """s * w with one factor for each output channel, the last axis: (..., out), (out,) -> (..., out)."""
+    s = jnp.asarray(s)
+    return w * s.reshape((1,) * (w.ndim - 1) + s.shape)
+
+
+def bn_affine(
+    gamma: ArrayLike, beta: ArrayLike, mean: ArrayLike, var: ArrayLike, *, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Batch norm with fixed statistics as y = s * x + b: returns (s, b), each (channels,).
+
+    s = gamma / sqrt(var + eps), b = beta - mean * s.
+    """
+    s = jnp.asarray(gamma) * lax.rsqrt(jnp.asarray(var) + eps)
+    return s, beta - mean * s

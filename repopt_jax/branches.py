@@ -1,0 +1,351 @@
+"""A linear layer as a sum of branches: K = sum_b s_b * E_b(w_b).
+
+K is the merged kernel, shape (*spatial, in/groups, out). Branch b owns a tensor w_b and an embedding E_b, a
+fixed linear map from w_b to the shape of K; s_b is a constant with one entry for each output channel. A
+branch is one class that states its shape and its embedding; merging, the SGD rule P(g), its elementwise
+multiplier and re-initialisation are derived here, for every set of branches:
+
+    K      = sum_b s_b * E_b(w_b)                   merge
+    dL/dw_b = E_b^T(s_b * g),  g = dL/dK            branch_gradients
+    P(g)   = sum_b s_b * E_b(E_b^T(s_b * g))        precondition
+    m      = sum_b |s_b|^power * E_b(1)             multiplier; P(g) = m * g at power 2, where E_b places
+    coordinates
+
+The identity branch has s = 1 and a trainable weight per channel, so it contributes 1 to m on its diagonal.
+Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), sections 3 and appendix A.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from repopt_jax import algebra
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One linear branch. Subclasses state where its tensor lives (`shape`) and how it enters the kernel
+    (`embed`)."""
+
+    has_scale: ClassVar[bool] = True  # False: the constant scale is 1 (the identity)
+    places: ClassVar[bool] = True  # E_b puts each entry of w_b at one entry of K, no two at the same
+
+    @property
+    def name(self) -> str:
+        """Short name, unique within a branch set; part of parameter paths, so without `/`."""
+        raise NotImplementedError
+
+    def shape(self, kernel: Shape) -> Shape:
+        """Shape of w_b for a layer whose merged kernel has shape `kernel`."""
+        raise NotImplementedError
+
+    def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
+        """E_b(w_b): linear in w, of shape `kernel`."""
+        raise NotImplementedError
+
+    def support(self, kernel: Shape) -> jax.Array:
+        """E_b(1) as a boolean array made of iota comparisons; only of branches whose embedding `places`
+        coordinates."""
+        raise NotImplementedError
+
+    def sample(self, key: jax.Array, kernel: Shape, dtype: Any) -> jax.Array:
+        """Draws w_b as the branch's own layer would be initialised: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+        The default of PyTorch's layers, which RepVGG, RepOptimizer, DBB and MobileOne all rely on.
+        """
+        shape = self.shape(kernel)
+        bound = 1 / math.sqrt(math.prod(shape[:-1]))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def check(self, kernel: Shape, groups: int) -> None:
+        """Raises ValueError with the reason if the branch is not defined for this layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel(Branch):
+    """A convolution with a kernel of spatial shape `size`, dilated, centred in the layer's window.
+
+    `Kernel((3, 3))` in a 3x3 layer is the layer's own kernel, `Kernel((1, 1))` its 1x1 branch, `Kernel((1,
+    3))` ACNet's horizontal one, `Kernel(())` the weight of a dense layer. `dilation` is relative to the
+    layer's own.
+    """
+
+    size: Shape
+    dilation: Shape = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "size", tuple(self.size))
+        object.__setattr__(self, "dilation", tuple(self.dilation) or (1,) * len(self.size))
+
+    @property
+    def name(self) -> str:
+        name = "x".join(map(str, self.size)) or "dense"
+        return name if set(self.dilation) <= {1} else f"{name}_d{'x'.join(map(str, self.dilation))}"
+
+    def taps(self, kernel: Shape) -> tuple[algebra.Taps, ...]:
+        return algebra.centred_taps(self.size, kernel[:-2], self.dilation)
+
+    def shape(self, kernel: Shape) -> Shape:
+        return (*self.size, *kernel[-2:])
+
+    def embed(self, w, kernel):
+        return algebra.place(w, kernel[:-2], self.taps(kernel))
+
+    def support(self, kernel):
+        return algebra.covers(kernel, self.taps(kernel))
+
+    def check(self, kernel, groups):
+        self.taps(kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(Branch):
+    """y = u * x with a trainable u for each channel. The searched value of u is where u starts; its scale is
+    1."""
+
+    has_scale: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "identity"
+
+    def shape(self, kernel):
+        return (kernel[-1],)
+
+    def embed(self, w, kernel):
+        return algebra.identity(w, kernel)
+
+    def support(self, kernel):
+        return algebra.diagonal(kernel)
+
+    def sample(self, key, kernel, dtype):
+        return jnp.ones(self.shape(kernel), dtype)
+
+    def check(self, kernel, groups):
+        algebra.centre_tap(kernel[:-2])
+        if kernel[-2] * groups != kernel[-1]:
+            inputs, outputs = kernel[-2] * groups, kernel[-1]
+            raise ValueError(
+                f"the identity needs as many input as output channels, not {inputs} and {outputs}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Average(Branch):
+    """A 1x1 convolution followed by average pooling over the layer's window, padding counted in the mean.
+
+    E E^T mixes the taps, so this branch has no elementwise multiplier: the SGD rule is P(g).
+    """
+
+    places: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "average"
+
+    def shape(self, kernel):
+        return (*(1,) * (len(kernel) - 2), *kernel[-2:])
+
+    def embed(self, w, kernel):
+        return algebra.average(w, kernel[:-2])
+
+
+_BRANCH_TYPES = {cls.__name__: cls for cls in (Kernel, Identity, Average)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchSet:
+    """The branches of one layer: hashable and static, the arrays are passed in.
+
+    Attributes:
+      kernel: shape of the merged kernel, (*spatial, in/groups, out), or the same axes ordered as `layout`
+        says.
+      branches: at least one, with distinct names.
+      groups: feature groups of the layer.
+      layout: "...io" (JAX, Flax) or "oi..." (Equinox, PyTorch): order of the axes of the arrays that come and
+        go.
+
+    Raises:
+      ValueError: at construction, a branch that is not defined for this layer (the reason is given), two
+        branches of one name, or no branch.
+    """
+
+    kernel: Shape
+    branches: tuple[Branch, ...]
+    groups: int = 1
+    layout: str = "...io"
+
+    def __post_init__(self):
+        object.__setattr__(self, "kernel", tuple(int(n) for n in self.kernel))
+        object.__setattr__(self, "branches", tuple(self.branches))
+        if self.layout not in ("...io", "oi..."):
+            raise ValueError(f"`layout` is {self.layout!r}: it must be '...io' or 'oi...'")
+        if len(self.kernel) < 2 or min(self.kernel) < 1:
+            raise ValueError(f"`kernel` is {self.kernel}: it must be a shape (*spatial, in/groups, out)")
+        names = [branch.name for branch in self.branches]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"`branches` are named {names}: at least one, and each name once")
+        if self.groups < 1 or self._shape[-1] % self.groups:
+            raise ValueError(
+                f"`groups` is {self.groups}: it must divide the {self._shape[-1]} output channels"
+            )
+        for branch in self.branches:
+            try:
+                branch.check(self._shape, self.groups)
+            except ValueError as error:
+                raise ValueError(
+                    f"branch {branch.name} does not fit a kernel of shape {self.kernel}: {error}"
+                ) from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(branch.name for branch in self.branches)
+
+    @property
+    def out(self) -> int:
+        """Number of output channels: the length of every scale vector."""
+        return self._shape[-1]
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether P(g) is an elementwise product m * g."""
+        return all(branch.places for branch in self.branches)
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of each branch tensor w_b, by branch name."""
+        return {branch.name: branch.shape(self._shape) for branch in self.branches}
+
+    def merge(self, weights: Mapping[str, jax.Array], scales: Mapping[str, jax.Array]) -> jax.Array:
+        """K = sum_b s_b * E_b(w_b)."""
+        parts = [
+            algebra.scale_output(branch.embed(weights[branch.name], self._shape), self._scale(branch, scales))
+            for branch in self.branches
+        ]
+        return self._from_canonical(sum(parts[1:], start=parts[0]))
+
+    def branch_gradients(self, g: jax.Array, scales: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """dL/dw_b = E_b^T(s_b * g) for every branch, from g = dL/dK, by transposing the embedding."""
+        g = self._to_canonical(g)
+        gradients = {}
+        for branch in self.branches:
+            w = jax.ShapeDtypeStruct(branch.shape(self._shape), g.dtype)
+            transpose = jax.linear_transpose(lambda w, b=branch: b.embed(w, self._shape), w)
+            (gradients[branch.name],) = transpose(
+                algebra.scale_output(g, self._scale(branch, scales, g.dtype))
+            )
+        return gradients
+
+    def precondition(self, g: jax.Array, scales: Mapping[str, jax.Array]) -> jax.Array:
+        """P(g) = sum_b s_b * E_b(E_b^T(s_b * g)): the change of K, per unit of learning rate, when SGD moves
+        the w_b.
+
+        g has the merged kernel's shape; the result has its shape and dtype. Where every embedding places
+        coordinates this is `multiplier(scales) * g`, computed as such; otherwise by transposition, exactly.
+        Scales are cast up to the wider of their own and g's dtype before they are squared.
+        """
+        wide = jnp.promote_types(g.dtype, jnp.result_type(*scales.values()) if scales else g.dtype)
+        if self.elementwise:
+            result = self.multiplier(scales, dtype=wide) * g
+        else:
+            scales = {name: s.astype(wide) for name, s in scales.items()}
+            result = self.merge(self.branch_gradients(g.astype(wide), scales), scales)
+        return result.astype(g.dtype)
+
+    def multiplier(
+        self, scales: Mapping[str, jax.Array], *, power: int = 2, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """m = sum_b |s_b|^power * E_b(1), of the merged kernel's shape.
+
+        power 2: SGD and momentum, m * g = P(g). power 1: the factor of a sign rule's update.
+
+        Raises:
+          ValueError: a branch has no elementwise multiplier (average pooling); `precondition` is exact for
+            it.
+        """
+        total = jnp.zeros((1,) * len(self._shape), dtype)
+        for branch in self.branches:
+            if not branch.places:
+                raise ValueError(
+                    f"branch {branch.name} mixes taps and has no elementwise multiplier: use P(g), "
+                    "`BranchSet.precondition`"
+                )
+            s = jnp.abs(self._scale(branch, scales, dtype)) ** power
+            total = total + jnp.where(
+                branch.support(self._shape), s.reshape((1,) * (len(self._shape) - 1) + (-1,)), 0
+            )
+        return self._from_canonical(total)
+
+    def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+        """Draws every w_b as that branch's own layer would be initialised (the identity: ones)."""
+        keys = jax.random.split(key, len(self.branches))
+        return {b.name: b.sample(k, self._shape, dtype) for b, k in zip(self.branches, keys)}
+
+    def to_json(self) -> str:
+        """A text that `from_json` turns back into an equal branch set; part of every scales file."""
+        branches = [{"type": type(b).__name__, **dataclasses.asdict(b)} for b in self.branches]
+        return json.dumps(
+            {"kernel": self.kernel, "groups": self.groups, "layout": self.layout, "branches": branches}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "BranchSet":
+        """Inverse of `to_json`.
+
+        Raises:
+          ValueError: a branch type that this version does not know.
+        """
+        fields = json.loads(text)
+        branches = []
+        for branch in fields.pop("branches"):
+            kind = branch.pop("type")
+            if kind not in _BRANCH_TYPES:
+                raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(_BRANCH_TYPES)}")
+            branches.append(_BRANCH_TYPES[kind](**{k: tuple(v) for k, v in branch.items()}))
+        return cls(tuple(fields["kernel"]), tuple(branches), fields["groups"], fields["layout"])
+
+    @property
+    def _shape(self) -> Shape:
+        """Kernel shape with the axes in the canonical order (*spatial, in/groups, out)."""
+        if self.layout == "...io":
+            return self.kernel
+        out, inputs, *window = self.kernel
+        return (*window, inputs, out)
+
+    def _to_canonical(self, kernel: jax.Array) -> jax.Array:
+        return kernel if self.layout == "...io" else jnp.moveaxis(kernel, (0, 1), (-1, -2))
+
+    def _from_canonical(self, kernel: jax.Array) -> jax.Array:
+        return kernel if self.layout == "...io" else jnp.moveaxis(kernel, (-1, -2), (0, 1))
+
+    def _scale(self, branch: Branch, scales: Mapping[str, jax.Array], dtype: Any = None) -> jax.Array:
+        if not branch.has_scale:
+            return jnp.ones((self.out,), dtype or jnp.result_type(*scales.values(), jnp.float32))
+        s = jnp.asarray(scales[branch.name])
+        return s if dtype is None else s.astype(dtype)
+
+
+def default_branches(
+    kernel: Sequence[int], *, groups: int = 1, stride: Sequence[int] | int = 1, layout: str = "...io"
+) -> BranchSet:
+    """The usual branches of a layer: its own kernel, a 1x1 (per-channel if depthwise), and the identity where
+    defined.
+
+    k x k -> kxk + 1x1 + identity; a 1x1 or dense layer -> full + identity. The 1x1 branch and the identity
+    need odd sides; the identity also stride 1 and as many input as output channels.
+    """
+    *window, inputs, out = kernel if layout == "...io" else (*kernel[2:], kernel[1], kernel[0])
+    strides = (stride,) * len(window) if isinstance(stride, int) else tuple(stride)
+    odd = all(n % 2 for n in window)
+    branches: list[Branch] = [Kernel(tuple(window))]
+    if odd and math.prod(window) > 1:
+        branches.append(Kernel((1,) * len(window)))
+    if odd and inputs * groups == out and all(s == 1 for s in strides):
+        branches.append(Identity())
+    return BranchSet(tuple(kernel), tuple(branches), groups, layout)

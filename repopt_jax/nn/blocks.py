@@ -1,0 +1,140 @@
+"""Blocks: plain (a convolution, batch norm, ReLU), RepVGG (three normalised branches), and what both deploy
+to.
+
+A block's kind is its class; which convolution a plain block holds (`nnx.Conv` or the search layer `CSLAConv`)
+is what tells a target network from a search network. Deploying makes another class, `FusedBlock`, not another
+mode. Sources: RepVGG (arXiv 2101.03697), RepOptimizer (arXiv 2205.15242); published code of both, MIT
+licence, read for facts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.branches import BranchSet, Identity, Kernel
+from repopt_jax.nn.csla import CSLAConv
+
+# Default initialisation of PyTorch's layers, uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)): all published recipes
+# rely on it.
+kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def bias_init(fan_in: int) -> Callable[..., jax.Array]:
+    """PyTorch's default for biases: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def conv(
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A 2-D convolution with odd sides and PyTorch's padding and initialisation."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=stride,
+        padding=((size // 2, size // 2),) * 2,
+        feature_group_count=groups,
+        use_bias=bias,
+        kernel_init=kernel_init,
+        bias_init=bias_init(inputs // groups * size * size),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def batch_norm(channels: int, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """Batch norm with PyTorch's constants (its momentum 0.1 is 0.9 here) and a variance without
+    cancellation."""
+    return nnx.BatchNorm(
+        channels, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs
+    )
+
+
+class SqueezeExcite(nnx.Module):
+    """Gates channels: x * sigmoid(up(relu(down(mean of x over the map)))). `down` has `hidden` channels."""
+
+    def __init__(self, channels: int, hidden: int, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.down = conv(channels, hidden, 1, bias=True, dtype=dtype, rngs=rngs)
+        self.up = conv(hidden, channels, 1, bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
+        return x * nnx.sigmoid(self.up(nnx.relu(self.down(gate))))
+
+
+class PlainBlock(nnx.Module):
+    """se(relu(bn(conv(x)))): with `nnx.Conv` the block that RepOptimizer trains, with `CSLAConv` the one it
+    searches.
+
+    Squeeze-and-excitation, if any, comes after the ReLU, as in RepOptimizer's networks.
+    """
+
+    def __init__(self, conv: nnx.Conv | CSLAConv, bn: nnx.BatchNorm, se: SqueezeExcite | None = None):
+        self.conv = conv
+        self.bn = bn
+        self.se = nnx.data(se)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.bn(self.conv(x)))
+        return y if self.se is None else self.se(y)
+
+
+class RepVGGBlock(nnx.Module):
+    """relu(bn(conv3x3(x)) + bn(conv1x1(x)) + bn(x)), the last where width and resolution stay; then
+    optionally se."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        se: SqueezeExcite | None = None,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        self.conv_3x3 = conv(inputs, outputs, 3, stride=stride, groups=groups, dtype=dtype, rngs=rngs)
+        self.bn_3x3 = batch_norm(outputs, dtype=dtype, rngs=rngs)
+        self.conv_1x1 = conv(inputs, outputs, 1, stride=stride, groups=groups, dtype=dtype, rngs=rngs)
+        self.bn_1x1 = batch_norm(outputs, dtype=dtype, rngs=rngs)
+        has_identity = inputs == outputs and stride == 1
+        self.bn_identity = nnx.data(batch_norm(outputs, dtype=dtype, rngs=rngs) if has_identity else None)
+        self.se = nnx.data(se)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.bn_3x3(self.conv_3x3(x)) + self.bn_1x1(self.conv_1x1(x))
+        if self.bn_identity is not None:
+            y = y + self.bn_identity(x)
+        y = nnx.relu(y)
+        return y if self.se is None else self.se(y)
+
+    def branch_set(self) -> BranchSet:
+        """The branches whose merge is the deployed kernel."""
+        branches = (Kernel((3, 3)), Kernel((1, 1)), *([Identity()] if self.bn_identity is not None else []))
+        return BranchSet(self.conv_3x3.kernel.shape, branches, self.conv_3x3.feature_group_count)
+
+
+class FusedBlock(nnx.Module):
+    """se(relu(conv(x))) with a bias in the convolution: what is deployed."""
+
+    def __init__(self, conv: nnx.Conv, se: SqueezeExcite | None = None):
+        self.conv = conv
+        self.se = nnx.data(se)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.conv(x))
+        return y if self.se is None else self.se(y)

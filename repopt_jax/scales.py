@@ -1,0 +1,242 @@
+"""The artefact that a search hands to training: for every layer its branches and one vector for each
+branch."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repopt_jax import paths
+from repopt_jax._version import __version__
+from repopt_jax.branches import BranchSet
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalesMetadata:
+    """Where scales come from. All fields are text or numbers, so that they are hashable and kept in the
+    file."""
+
+    architecture: str = ""
+    dataset: str = ""
+    config: str = ""
+    step: int = 0
+    library_version: str = __version__
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerScales:
+    """The branches of one layer and a vector (out,) for each, float32.
+
+    The vector of a scaled branch is its constant scale s_b. The vector of the identity is u, the value from
+    which its trainable weight starts; the identity's scale is 1.
+    """
+
+    branches: BranchSet = dataclasses.field(metadata={"static": True})
+    vectors: dict[str, jax.Array]
+
+
+@runtime_checkable
+class DeclaresBranches(Protocol):
+    """A model that says which of its kernels are re-parameterized, so that a missing layer can be noticed."""
+
+    def branch_sets(self) -> dict[str, BranchSet]:
+        """Path of each re-parameterized kernel -> its branches."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Scales of a network: path of a merged kernel (`stages/1/0/conv/kernel`) -> `LayerScales`. A pytree of
+    the vectors.
+
+    Attributes:
+      entries: by the kernel's path in the network that is trained with them.
+      metadata: where they come from.
+    """
+
+    entries: dict[str, LayerScales]
+    metadata: ScalesMetadata = dataclasses.field(default=ScalesMetadata(), metadata={"static": True})
+
+    @classmethod
+    def ones(cls, branch_sets: Mapping[str, BranchSet]) -> "Scales":
+        """No search: every scale 1. (RepOptimizer paper, table 4: recovers part of the gain.)"""
+        return cls.depth_rule(branch_sets, dict.fromkeys(branch_sets, 0))
+
+    @classmethod
+    def depth_rule(cls, branch_sets: Mapping[str, BranchSet], depths: Mapping[str, int]) -> "Scales":
+        """No search: sqrt(2 / l) for the l-th block after the one that opens a stage, 1 for that one (l = 0);
+        u = 1.
+
+        The values from which a hyper-search starts, as in the published code. Source: RepOptimizer paper,
+        appendix B.
+
+        Args:
+          branch_sets: path of each kernel -> its branches.
+          depths: the same paths -> l.
+
+        Raises:
+          ValueError: the two have different paths.
+        """
+        if difference := paths.describe_difference(
+            dict.fromkeys(branch_sets, ""), dict.fromkeys(depths, ""), noun="paths in `depths`"
+        ):
+            raise ValueError(f"`branch_sets` and `depths` must have the same paths: {difference}")
+        return cls({path: _constant(bs, _depth_scale(depths[path])) for path, bs in branch_sets.items()})
+
+    @property
+    def branch_sets(self) -> dict[str, BranchSet]:
+        return {path: entry.branches for path, entry in self.entries.items()}
+
+    @property
+    def vectors(self) -> dict[str, dict[str, jax.Array]]:
+        """The arrays alone, as plain dicts: what an optimizer's state holds."""
+        return {path: dict(entry.vectors) for path, entry in self.entries.items()}
+
+    def with_metadata(self, **fields: Any) -> "Scales":
+        return Scales(self.entries, dataclasses.replace(self.metadata, **fields))
+
+
+def save_scales(path: str | pathlib.Path, scales: Scales) -> None:
+    """Writes `scales` as an Orbax checkpoint at `path`, a directory, with its branch sets and metadata
+    inside.
+
+    Raises:
+      ValueError: a scale is NaN or infinite.
+      FileExistsError: something is at `path`.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    check_finite(scales)
+    path = pathlib.Path(path).absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists: scales are not overwritten, give another path or remove it")
+    description = {
+        "kind": _FILE_KIND,
+        "metadata": dataclasses.asdict(scales.metadata),
+        "branch_sets": {name: bs.to_json() for name, bs in scales.branch_sets.items()},
+    }
+    ocp.save(path, _nested(scales), custom_metadata={"repopt_scales": json.dumps(description)})
+
+
+def load_scales(path: str | pathlib.Path, model: Any = None) -> Scales:
+    """Reads what `save_scales` wrote.
+
+    Args:
+      path: the directory.
+      model: what the scales are for, checked by `check_fit` if given.
+
+    Raises:
+      FileNotFoundError: nothing is at `path`.
+      ValueError: no scales file; NaN or infinite values; or it does not fit `model`, with every missing,
+        extra and misshapen path.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = pathlib.Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"no scales at {path}")
+    if not path.is_dir() or not ocp.is_orbax_checkpoint(path):
+        raise ValueError(f"{path} is not a scales directory as `save_scales` writes it")
+    description = json.loads((ocp.metadata(path).custom_metadata or {}).get("repopt_scales", "{}"))
+    if description.get("kind") != _FILE_KIND:
+        raise ValueError(f"{path} is an Orbax checkpoint, but not one of scales")
+    branch_sets = {name: BranchSet.from_json(text) for name, text in description["branch_sets"].items()}
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device), _nested(Scales.ones(branch_sets))
+    )
+    loaded = ocp.load(path, target)
+    entries = {}
+    for name, branches in branch_sets.items():
+        vectors = loaded
+        for part in name.split("/"):
+            vectors = vectors[part]
+        entries[name] = LayerScales(branches, dict(vectors))
+    scales = Scales(entries, ScalesMetadata(**description["metadata"]))
+    check_finite(scales, where=f" in {path}")
+    if model is not None:
+        check_fit(scales, model, where=f" in {path}")
+    return scales
+
+
+def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
+    """Raises ValueError, with every missing, extra and misshapen path, if `scales` do not fit `model`.
+
+    Args:
+      scales: the scales.
+      model: {path: BranchSet}; or a model that declares its `branch_sets()`; or any pytree of parameters, of
+        which the scales may cover a part, so that nothing counts as missing.
+      where: added to the message.
+    """
+    found = {path: entry.branches.kernel for path, entry in scales.entries.items()}
+    if isinstance(model, DeclaresBranches):
+        model = model.branch_sets()
+    if isinstance(model, Mapping) and all(isinstance(v, BranchSet) for v in model.values()):
+        expected = {path: bs.kernel for path, bs in model.items()}
+        names = {path: ("+".join(bs.names), bs.groups) for path, bs in model.items()}
+        found_names = {
+            path: ("+".join(entry.branches.names), entry.branches.groups)
+            for path, entry in scales.entries.items()
+            if found[path] == expected.get(path)
+        }
+        names = {path: names[path] for path in found_names}
+    else:
+        leaves, _ = paths.named_leaves(model)
+        expected = {path: tuple(leaves[path].shape) for path in found if path in leaves}
+        names = found_names = {}
+    difference = "; ".join(
+        part
+        for part in (
+            paths.describe_difference(expected, found, noun="layers"),
+            paths.describe_difference(names, found_names, noun="branch sets"),
+        )
+        if part
+    )
+    if difference:
+        of = f" (searched on {scales.metadata.architecture})" if scales.metadata.architecture else ""
+        raise ValueError(f"the scales{where}{of} do not fit the model: {difference}")
+
+
+def check_finite(scales: Scales, *, where: str = "") -> None:
+    """Raises ValueError, with every path, if a scale is NaN or infinite. Values under a JAX trace are not
+    looked at."""
+    bad = [
+        f"{path}/{name}"
+        for path, entry in scales.entries.items()
+        for name, v in entry.vectors.items()
+        if not isinstance(v, (jax.core.Tracer, jax.ShapeDtypeStruct)) and not np.isfinite(v).all()
+    ]
+    if bad:
+        raise ValueError(f"the scales{where} hold NaN or infinite values: {', '.join(bad)}")
+
+
+_FILE_KIND = "repopt_jax scales, format 1"
+
+
+def _depth_scale(depth: int) -> float:
+    return math.sqrt(2 / depth) if depth else 1.0
+
+
+def _constant(branches: BranchSet, s: float) -> LayerScales:
+    value = {b.name: s if b.has_scale else 1.0 for b in branches.branches}
+    return LayerScales(branches, {k: jnp.full((branches.out,), v, jnp.float32) for k, v in value.items()})
+
+
+def _nested(scales: Scales) -> dict[str, Any]:
+    """The vectors as nested dicts, one level for each part of a path: Orbax stores keys as file-like
+    names."""
+    tree: dict[str, Any] = {}
+    for path, entry in scales.entries.items():
+        node = tree
+        for part in path.split("/"):
+            node = node.setdefault(part, {})
+        node.update(entry.vectors)
+    return tree
