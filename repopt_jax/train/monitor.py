@@ -23,9 +23,7 @@ LAST_PART = 0.2  # the stretch at the end that is judged, as a share of the sear
 LATE_SHARE = 0.10  # of the whole path; steady motion would give LAST_PART
 LATE_SIZE = 0.02  # of the vector's own size: an absolute change that no longer matters
 UNMOVED = 0.01  # of the vector's own size, over the whole search
-RETURNING = (
-    0.5  # net way over path, of mean and spread: steady drift has 1, n random steps 1/sqrt(n)
-)
+RETURNING = 0.5  # net way over path, of mean and spread: steady drift has 1, n random steps 1/sqrt(n)
 QUORUM = 0.9  # share of the vectors that must be at rest
 DECAYED = 0.1  # of the highest learning rate: below it the rate counts as decayed
 FEWEST_RECORDS = 5

@@ -1,7 +1,4 @@
-"""A run's folder, read back: its summary, its curves, and how its scales moved.
-
-Nothing here needs the network, the data or JAX: reports are quick, and work on copied folders.
-"""
+"""A run's folder, read back for people: its summary, its curves, and how its scales moved."""
 
 import itertools
 import json
@@ -12,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from repopt_jax.train.metrics import read_records
+
 
 @dataclass(frozen=True)
 class Run:
@@ -20,7 +19,7 @@ class Run:
     Attributes:
       directory: the run's folder.
       summary: what summary.json holds; empty while the run is unfinished.
-      records: the lines of metrics.jsonl, in order of step, each step once for each kind.
+      records: the lines of metrics.jsonl, in the order in which they were written.
     """
 
     directory: Path
@@ -65,11 +64,10 @@ def read_run(run_dir: str | Path) -> Run:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"`run_dir` {directory} has no metrics.jsonl: it holds no run")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    parsed = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-    # A resumed run repeats the steps since its last checkpoint: the later line counts.
-    latest = {(record["kind"], record["step"]): record for record in parsed}
-    records = tuple(sorted(latest.values(), key=lambda record: record["step"]))
+    try:
+        records = tuple(read_records(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a line that is not JSON: {error}") from error
     return Run(directory, read_json(directory / "summary.json", default={}), records)
 
 
@@ -100,8 +98,7 @@ def history_of(scales: Sequence[Mapping], train: Sequence[Mapping] = ()) -> Hist
         raise ValueError(f"not all scale records hold {', '.join(map(' '.join, uneven))}")
     vectors = {
         (layer, branch): {
-            field: np.array([float(r["layers"][layer][branch][field]) for r in scales])
-            for field in fields
+            field: np.array([float(r["layers"][layer][branch][field]) for r in scales]) for field in fields
         }
         for layer, branches in scales[0]["layers"].items()
         for branch, fields in branches.items()
@@ -118,14 +115,10 @@ def read_json(path: Path, *, default: Any = None) -> Any:
     """
     if not path.is_file():
         return default
-    return _parse(path.read_text(encoding="utf-8"), path, 1)
-
-
-def _parse(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {line}, is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _rates(steps: Sequence[int], train: Sequence[Mapping]) -> np.ndarray:

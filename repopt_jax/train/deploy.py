@@ -1,0 +1,209 @@
+"""From a run to a plain network on disk, and back: fuse, measure, save, load, evaluate.
+
+weights/      the fused network's arrays, an Orbax checkpoint
+deploy.json   how to rebuild it, and what deploying changed; written last, so its presence means that
+              all is whole
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from repopt_jax import data
+from repopt_jax._version import __version__
+from repopt_jax.fuse import fuse, output_difference
+from repopt_jax.train.build import Trained, build_model, load_trained, open_data
+from repopt_jax.train.config import Config
+from repopt_jax.train.config_io import from_json
+from repopt_jax.train.records import read_json
+from repopt_jax.train.state import make_eval_step, split_model, start_sums, sums_to_means
+
+COMPARED_IMAGES = 1024  # test images on which outputs are compared; more would say the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployed:
+    """What deploying a run came to; `deploy.json` holds the same fields.
+
+    Attributes:
+      run, step: the run's folder and the step of its checkpoint.
+      config, dataset: of the run, as plain dicts.
+      max_abs, max_rel: largest difference between the outputs (logits) of the trained and the fused network,
+        absolute and over the largest absolute output.
+      agreement: share of the compared images to which both give the same class.
+      compared: how many test images were compared.
+      train_parameters, deploy_parameters: trained numbers in the two networks.
+      test_accuracy, test_loss, test_count: of the fused network.
+      library_version: of repopt_jax.
+      reused: True if it was there already and nothing was done.
+    """
+
+    run: str
+    step: int
+    config: dict[str, Any]
+    dataset: dict[str, Any]
+    max_abs: float
+    max_rel: float
+    agreement: float
+    compared: int
+    train_parameters: int
+    deploy_parameters: int
+    test_accuracy: float
+    test_loss: float
+    test_count: int
+    library_version: str = __version__
+    reused: bool = False
+
+
+def deploy(run_dir: str | Path, out_dir: str | Path, *, data_dir: str | None = None) -> Deployed:
+    """Fuses the network of a run's newest checkpoint into plain convolutions and saves it in `out_dir`.
+
+    Args:
+      run_dir: the run, finished or not.
+      out_dir: new, empty, or holding this very deployment, which is then returned as it is.
+      data_dir: where the test images are now, if not where the run found them.
+
+    Raises:
+      FileNotFoundError: no run, or no checkpoint, in `run_dir`.
+      ValueError: `out_dir` holds something else, or the data do not fit the network.
+      OSError: `out_dir` cannot be written.
+    """
+    out_dir = Path(out_dir).expanduser().absolute()
+    trained = load_trained(run_dir)
+    origin = {
+        "run": str(Path(run_dir).expanduser().absolute()),
+        "step": trained.step,
+        "config": _plain(trained.config),
+        "dataset": _plain(trained.info),
+    }
+    if (stored := _stored(out_dir, origin)) is not None:
+        return stored
+    out_dir.mkdir(parents=True, exist_ok=True)
+    fused = fuse(trained.model)
+    images = np.concatenate([batch["image"] for batch in _test_batches(trained, data_dir)])
+    difference = output_difference(trained.model, fused, jnp.asarray(images[:COMPARED_IMAGES]))
+    test = evaluate(trained._replace(model=fused), data_dir=data_dir)
+    weights = split_model(fused)
+    ocp.save(str(out_dir / "weights"), {"params": weights.params, "rest": weights.rest}, overwrite=True)
+    deployed = Deployed(
+        **origin,
+        max_abs=difference.max_abs,
+        max_rel=difference.max_rel,
+        agreement=difference.agreement,
+        compared=difference.count,
+        train_parameters=_count(trained.model),
+        deploy_parameters=_count(fused),
+        **{f"test_{name}": value for name, value in test.items()},
+    )
+    part = out_dir / "deploy.json.part"
+    part.write_text(json.dumps(dataclasses.asdict(deployed), indent=2) + "\n", encoding="utf-8")
+    part.replace(out_dir / "deploy.json")
+    return deployed
+
+
+def load_deployed(directory: str | Path) -> Trained:
+    """The fused network that `deploy` saved.
+
+    Raises:
+      FileNotFoundError: no deployment in `directory`.
+    """
+    directory = Path(directory).expanduser().absolute()
+    record = read_json(directory / "deploy.json")
+    if record is None:
+        raise FileNotFoundError(f"{directory} has no deploy.json: it holds no deployed network")
+    config = from_json(json.dumps(record["config"]))
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["dataset"].items()}
+    info = data.DatasetInfo(**fields)
+    # Scales shape training, not the fused network; their folder may be gone.
+    model, _ = build_model(dataclasses.replace(config, scales=""), info)
+    model.eval()
+    network = split_model(fuse(model))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    arrays = {"params": network.params, "rest": network.rest}
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), arrays)
+    loaded = ocp.load(str(directory / "weights"), target)
+    return Trained(
+        nnx.merge(network.graphdef, loaded["params"], loaded["rest"]), config, info, record["step"]
+    )
+
+
+def load_any(directory: str | Path) -> Trained:
+    """The network of a deployment or, if `directory` is none, of a run."""
+    is_deployed = (Path(directory).expanduser() / "deploy.json").is_file()
+    return load_deployed(directory) if is_deployed else load_trained(directory)
+
+
+def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]:
+    """Loss, accuracy and count over the test images of the network's data set, each counted once.
+
+    Raises:
+      FileNotFoundError, ValueError: the data are missing, or their classes are not those of the training.
+    """
+    network = split_model(trained.model)
+    step = make_eval_step(network.graphdef)
+    sums = start_sums(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    for batch in _test_batches(trained, data_dir, padded=True):
+        sums = step(network.params, network.rest, sums, batch)
+    return sums_to_means(sums)
+
+
+def _test_batches(
+    trained: Trained, data_dir: str | None, *, padded: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Batches of the test split; without their padding unless `padded`."""
+    config: Config = trained.config
+    settings = config.data if data_dir is None else dataclasses.replace(config.data, data_dir=data_dir)
+    source, transform = open_data(settings)
+    if (found := source.info.class_names) != (wanted := trained.info.class_names):
+        raise ValueError(
+            f"the network was trained on {len(wanted)} classes ({', '.join(wanted[:6])} ...) and the data "
+            f"have {len(found)} ({', '.join(found[:6])} ...): give the data that it was trained on"
+        )
+    batches = data.eval_batches(
+        source,
+        transform,
+        batch_size=config.eval_batch_size,
+        limit=config.data.eval_limit,
+        process_index=0,
+        process_count=1,
+    )
+    for batch in batches:
+        yield batch if padded else {"image": batch["image"][batch["mask"] > 0]}
+
+
+def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
+    record = read_json(out_dir / "deploy.json")
+    if record is not None:
+        differing = [name for name in origin if record.get(name) != origin[name]]
+        if not differing:
+            return Deployed(**{**record, "reused": True})
+        raise ValueError(
+            f"`out_dir` {out_dir} holds another deployment (of {record.get('run')}, step "
+            f"{record.get('step')}; it differs in {', '.join(differing)}): choose another folder, or remove "
+            "that one"
+        )
+    known = ("weights", "deploy.json.part")  # remains of a deployment that was interrupted
+    strangers = [p.name for p in sorted(out_dir.glob("*")) if not p.name.startswith(known)]
+    if strangers:
+        raise ValueError(
+            f"`out_dir` {out_dir} is not empty and holds no deployment (it has {', '.join(strangers[:3])}); "
+            "choose an empty or a new folder"
+        )
+    return None
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A dataclass as what JSON gives back, so that stored and fresh values compare."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def _count(model: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,166 @@
+"""The pictures of a report, one function each: numbers in, a Matplotlib figure out.
+
+Figures are built without pyplot: no global state, no display, and several threads may draw. Colours
+are from the palette of Okabe and Ito, which stays readable with colour-blindness, and every line
+has a style of its own for print.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from repopt_jax.train.records import History
+
+INK = "#333333"
+RC: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one way of training is drawn everywhere."""
+
+    colour: str
+    style: Any
+
+
+LOOKS = {
+    "plain SGD": Look("#4d4d4d", "-"),
+    "RepOpt, searched scales": Look("#0072B2", "-"),
+    "RepOpt, depth rule": Look("#E69F00", "--"),
+    "RepOpt, all ones": Look("#CC79A7", (0, (5, 1, 1, 1))),
+    "RepVGG": Look("#D55E00", "-."),
+    "search network": Look("#009E73", ":"),
+    "CSLA": Look("#56B4E9", (0, (1, 1))),
+}
+OTHER = Look("#000000", (0, (3, 1, 1, 1, 1, 1)))
+
+
+def accuracy(curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]) -> Figure:
+    """Test accuracy over epochs. `curves`: label -> one (epochs, accuracy in [0, 1]) for each seed.
+
+    The right half shows the last part again, on an axis of its own: curves that end close together
+    cannot be told apart on the left. A thick line is the mean over the seeds.
+    """
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(9.2, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        last = max(epochs[-1] for seeds in curves.values() for epochs, _ in seeds)
+        late: list[float] = []
+        for label, seeds in curves.items():
+            look = LOOKS.get(label, OTHER)
+            epochs = min((epochs for epochs, _ in seeds), key=len)
+            values = np.stack([100 * value[: len(epochs)] for _, value in seeds])
+            late += list(values[:, epochs >= last / 2].ravel())
+            for axes in (left, right):
+                if len(seeds) > 1:
+                    axes.plot(epochs, values.T, color=look.colour, linewidth=0.6, alpha=0.35)
+                mean = values.mean(axis=0)
+                axes.plot(epochs, mean, color=look.colour, linestyle=look.style, linewidth=2, label=label)
+        left.set(title="Whole training", ylabel="test accuracy (%)", ylim=(0, 102))
+        room = 0.05 * (max(late) - min(late)) + 0.1
+        right.set(title="Second half, enlarged", xlim=(last / 2, last))
+        right.set_ylim(max(min(late) - room, 0), max(late) + room)
+        for axes in (left, right):
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=3)
+    return figure
+
+
+def scales(history: History) -> Figure:
+    """Mean and spread of each layer's scales over epochs: a column for each kind of branch."""
+    layers = list(dict.fromkeys(layer for layer, _ in history.vectors))
+    branches = list(dict.fromkeys(branch for _, branch in history.vectors))
+    # The palest end is hard to see on white.
+    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)))
+    norm = Normalize(1, max(len(layers), 2))
+    with matplotlib.rc_context(RC):
+        size = (2.9 * len(branches) + 1.6, 5.6)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(2, len(branches), squeeze=False, sharex=True, sharey="row")
+        for column, branch in enumerate(branches):
+            grid[0, column].set_title(f"{branch} branch")
+            grid[1, column].set_xlabel("epoch")
+            grid[1, column].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            for number, layer in enumerate(layers, 1):
+                series = history.vectors.get((layer, branch))
+                if series is None:  # a layer without an identity branch
+                    continue
+                for row, field in enumerate(("mean", "std")):
+                    grid[row, column].plot(history.epochs, series[field], color=colours(norm(number)))
+        grid[0, 0].set_ylabel("mean over channels")
+        grid[1, 0].set_ylabel("standard deviation\nover channels")
+        grid[1, 0].set_ylim(bottom=0)
+        bar = ScalarMappable(norm, colours)
+        figure.colorbar(
+            bar,
+            ax=grid,
+            label="layer, from input (1) to output",
+            ticks=MaxNLocator(integer=True, nbins=8),
+            pad=0.02,
+            aspect=35,
+        )
+    return figure
+
+
+def movement(history: History) -> Figure:
+    """How far scales move in an epoch, relative to their size, above the learning rate."""
+    branches = list(dict.fromkeys(branch for _, branch in history.vectors))
+    looks = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", "-.", ":")))
+    epochs = history.epochs[1:]
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for (colour, style), branch in zip(looks, branches):
+            chosen = [s for (_, name), s in history.vectors.items() if name == branch]
+            pace = np.stack([100 * s["rms_change"][1:] / s["rms"][1:] for s in chosen])
+            low, middle, high = np.quantile(pace / np.diff(history.epochs), (0.1, 0.5, 0.9), axis=0)
+            upper.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+            upper.plot(epochs, middle, color=colour, linestyle=style, linewidth=2, label=branch)
+        upper.set(title="Movement of the scales in one epoch", ylim=(0, None))
+        upper.set_ylabel("rms change over rms (%)")
+        upper.legend(title="branch: median of the layers,\nband from 10 to 90 %", alignment="left")
+        lower.step(epochs, history.rates[1:], where="mid", color=INK)
+        lower.set(xlabel="epoch", ylabel="learning rate\n(share of highest)", ylim=(0, 1.08))
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    return figure
+
+
+def step_time(times: Mapping[str, float]) -> Figure:
+    """Bars of the time that one training step takes. `times`: label -> milliseconds."""
+    labels = list(times)[::-1]
+    values = [times[label] for label in labels]
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(7.2, 0.42 * len(labels) + 1.3), layout="constrained")
+        axes = figure.subplots()
+        colours = [LOOKS.get(label, OTHER).colour for label in labels]
+        bars = axes.barh(labels, values, color=colours, height=0.62)
+        axes.bar_label(bars, [f"{value:.3g} ms" for value in values], padding=4)
+        axes.set(title="Time of one training step", xlabel="median (ms)", xlim=(0, 1.16 * max(values)))
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    return figure
