@@ -123,4 +123,4 @@ def bn_affine(
     s = gamma / sqrt(var + eps), b = beta - mean * s.
     """
     s = jnp.asarray(gamma) * lax.rsqrt(jnp.asarray(var) + eps)
-    return s, beta - mean * s
+    return s, jnp.asarray(beta) - jnp.asarray(mean) * s

@@ -145,7 +145,7 @@ def _conv_like(conv: nnx.Conv | CSLAConv, kernel: jax.Array, bias: jax.Array) ->
         rngs=nnx.Rngs(0),
     )
     new.kernel[...] = kernel
-    new.bias[...] = bias.astype(kernel.dtype)
+    new.bias = nnx.Param(bias.astype(kernel.dtype))
     return new
 
 

@@ -4,13 +4,14 @@ branch."""
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.core import Tracer
 
 from repopt_jax import paths
 from repopt_jax._version import __version__
@@ -104,7 +105,7 @@ class Scales:
         return Scales(self.entries, dataclasses.replace(self.metadata, **fields))
 
 
-def save_scales(path: str | pathlib.Path, scales: Scales) -> None:
+def save_scales(path: epath.PathLike, scales: Scales) -> None:
     """Writes `scales` as an Orbax checkpoint at `path`, a directory, with its branch sets and metadata
     inside.
 
@@ -115,18 +116,20 @@ def save_scales(path: str | pathlib.Path, scales: Scales) -> None:
     from orbax.checkpoint import v1 as ocp
 
     check_finite(scales)
-    path = pathlib.Path(path).absolute()
-    if path.exists():
-        raise FileExistsError(f"{path} exists: scales are not overwritten, give another path or remove it")
+    location = epath.Path(path).absolute()
+    if location.exists():
+        raise FileExistsError(
+            f"{location} exists: scales are not overwritten, give another path or remove it"
+        )
     description = {
         "kind": _FILE_KIND,
         "metadata": dataclasses.asdict(scales.metadata),
         "branch_sets": {name: bs.to_json() for name, bs in scales.branch_sets.items()},
     }
-    ocp.save(path, _nested(scales), custom_metadata={"repopt_scales": json.dumps(description)})
+    ocp.save(location, _nested(scales), custom_metadata={"repopt_scales": json.dumps(description)})
 
 
-def load_scales(path: str | pathlib.Path, model: Any = None) -> Scales:
+def load_scales(path: epath.PathLike, model: Any = None) -> Scales:
     """Reads what `save_scales` wrote.
 
     Args:
@@ -140,20 +143,22 @@ def load_scales(path: str | pathlib.Path, model: Any = None) -> Scales:
     """
     from orbax.checkpoint import v1 as ocp
 
-    path = pathlib.Path(path).absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"no scales at {path}")
-    if not path.is_dir() or not ocp.is_orbax_checkpoint(path):
-        raise ValueError(f"{path} is not a scales directory as `save_scales` writes it")
-    description = json.loads((ocp.metadata(path).custom_metadata or {}).get("repopt_scales", "{}"))
+    location = epath.Path(path).absolute()
+    if not location.exists():
+        raise FileNotFoundError(f"no scales at {location}")
+    if not location.is_dir() or not ocp.is_orbax_checkpoint(location):
+        raise ValueError(f"{location} is not a scales directory as `save_scales` writes it")
+    stored = ocp.metadata(location).custom_metadata
+    text = stored.get("repopt_scales") if isinstance(stored, dict) else None
+    description = json.loads(text) if isinstance(text, str) else {}
     if description.get("kind") != _FILE_KIND:
-        raise ValueError(f"{path} is an Orbax checkpoint, but not one of scales")
+        raise ValueError(f"{location} is an Orbax checkpoint, but not one of scales")
     branch_sets = {name: BranchSet.from_json(text) for name, text in description["branch_sets"].items()}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device), _nested(Scales.ones(branch_sets))
     )
-    loaded = ocp.load(path, target)
+    loaded = ocp.load(location, target)
     entries = {}
     for name, branches in branch_sets.items():
         vectors = loaded
@@ -161,9 +166,9 @@ def load_scales(path: str | pathlib.Path, model: Any = None) -> Scales:
             vectors = vectors[part]
         entries[name] = LayerScales(branches, dict(vectors))
     scales = Scales(entries, ScalesMetadata(**description["metadata"]))
-    check_finite(scales, where=f" in {path}")
+    check_finite(scales, where=f" in {location}")
     if model is not None:
-        check_fit(scales, model, where=f" in {path}")
+        check_fit(scales, model, where=f" in {location}")
     return scales
 
 
@@ -212,10 +217,15 @@ def check_finite(scales: Scales, *, where: str = "") -> None:
         f"{path}/{name}"
         for path, entry in scales.entries.items()
         for name, v in entry.vectors.items()
-        if not isinstance(v, (jax.core.Tracer, jax.ShapeDtypeStruct)) and not np.isfinite(v).all()
+        if is_concrete(v) and not np.isfinite(v).all()
     ]
     if bad:
         raise ValueError(f"the scales{where} hold NaN or infinite values: {', '.join(bad)}")
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether x has values to look at: not a tracer, not a shape."""
+    return not isinstance(x, (Tracer, jax.ShapeDtypeStruct))
 
 
 _FILE_KIND = "repopt_jax scales, format 1"

@@ -15,7 +15,7 @@ from flax import nnx
 from repopt_jax import paths
 from repopt_jax.nn.csla import CSLAConv, Form
 from repopt_jax.nn.modules import named_modules, replace_modules
-from repopt_jax.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit
+from repopt_jax.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit, is_concrete
 
 Weights = dict[str, dict[str, jax.Array]]
 
@@ -197,7 +197,7 @@ def _check_fresh(model: nnx.Module) -> None:
     trained = [
         path
         for path, value in statistics.items()
-        if not isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct))
+        if is_concrete(value)
         and not np.array_equal(value, np.full(value.shape, 1.0 if path.endswith("/var") else 0.0))
     ]
     if trained:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from repopt_jax import algebra
@@ -123,7 +124,7 @@ class CSLAConv(nnx.Module):
         }
 
     def _convolve(self, x, kernel):
-        x, kernel = nnx.nn.dtypes.promote_dtype((x, kernel), dtype=self.dtype)
+        x, kernel = promote_dtype((x, kernel), dtype=self.dtype)
         return convolve(
             x,
             kernel,
@@ -136,7 +137,7 @@ class CSLAConv(nnx.Module):
     def _run_branches(self, x, weights, scales):
         outputs = []
         for b in self.branches.branches:
-            xb, w = nnx.nn.dtypes.promote_dtype((x, weights[b.name]), dtype=self.dtype)
+            xb, w = promote_dtype((x, weights[b.name]), dtype=self.dtype)
             y = run_branch(b, xb, w, self)
             outputs.append(y * scales[b.name].astype(y.dtype) if b.has_scale else y)
         return sum(outputs[1:], start=outputs[0])
