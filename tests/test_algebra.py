@@ -1,0 +1,97 @@
+"""Kernel maps against loops written out index by index."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repopt_jax import algebra
+from repopt_jax.algebra import Taps
+
+
+def placed_by_loops(w, window, starts, steps):
+    kernel = np.zeros((*window, *w.shape[-2:]))
+    for index in itertools.product(*(range(n) for n in w.shape[:-2])):
+        target = tuple(s + i * d for s, i, d in zip(starts, index, steps))
+        kernel[target] = w[index]
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "dilation", "starts"),
+    [
+        ((3, 3), (3, 3), (1, 1), (0, 0)),
+        ((1, 1), (3, 3), (1, 1), (1, 1)),
+        ((1, 3), (3, 3), (1, 1), (1, 0)),
+        ((3, 1), (5, 3), (2, 1), (0, 1)),
+        ((3, 3), (5, 7), (2, 3), (0, 0)),
+        ((2, 2), (4, 4), (1, 1), (1, 1)),
+        ((3,), (7,), (2,), (1,)),
+        ((1, 3, 1), (3, 3, 5), (1, 1, 1), (1, 0, 2)),
+        ((), (), (), ()),
+    ],
+)
+def test_place_and_covers_agree_with_loops(size, window, dilation, starts):
+    w = np.random.default_rng(0).normal(size=(*size, 2, 3)).astype(np.float32)
+    taps = algebra.centred_taps(size, window, dilation)
+    assert [t.start for t in taps] == list(starts)
+    expected = placed_by_loops(w, window, starts, dilation)
+    np.testing.assert_array_equal(algebra.place(jnp.asarray(w), window, taps), expected)
+    ones = placed_by_loops(np.ones_like(w), window, starts, dilation)
+    np.testing.assert_array_equal(algebra.covers((*window, 2, 3), taps), ones.astype(bool))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 1), (0, 1)])
+def test_a_kernel_that_cannot_be_centred_is_refused(size):
+    with pytest.raises(ValueError, match="cannot be centred in a window of 3 taps"):
+        algebra.centred_taps(size, (3, 3), (1, 1))
+
+
+def test_one_entry_for_each_axis():
+    with pytest.raises(ValueError, match="one entry for each spatial axis"):
+        algebra.centred_taps((3,), (3, 3), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "window"), [(4, 1, (3, 3)), (6, 2, (3,)), (4, 4, (3, 5)), (5, 1, ())]
+)
+def test_identity_kernel_returns_its_input(channels, groups, window):
+    kernel = algebra.identity(jnp.ones(channels), (*window, channels // groups, channels))
+    centre = tuple(n // 2 for n in window)
+    for o, i in itertools.product(range(channels), range(channels // groups)):
+        group = o // (channels // groups)
+        same = group * (channels // groups) + i == o
+        assert kernel[(*centre, i, o)] == float(same)
+    assert float(jnp.abs(kernel).sum()) == channels  # nothing anywhere else
+
+
+def test_identity_needs_a_middle_tap():
+    with pytest.raises(ValueError, match="cannot be centred in a window of 4"):
+        algebra.identity(jnp.ones(2), (4, 3, 2, 2))
+
+
+def test_average_counts_padding():
+    w = jnp.arange(6.0).reshape(1, 1, 2, 3)
+    kernel = algebra.average(w, (3, 5))
+    assert kernel.shape == (3, 5, 2, 3)
+    np.testing.assert_allclose(kernel[2, 4], w[0, 0] / 15, rtol=1e-6)
+
+
+def test_bn_affine_is_batch_norm():
+    rng = np.random.default_rng(1)
+    gamma, beta, mean, x = rng.normal(size=(4, 5))
+    var = rng.uniform(0.1, 2, size=5)
+    s, b = algebra.bn_affine(gamma, beta, mean, var, eps=1e-3)
+    expected = gamma * (x - mean) / np.sqrt(var + 1e-3) + beta
+    np.testing.assert_allclose(s * x + b, expected, rtol=2e-6, atol=2e-6)  # float32 rounding
+
+
+def test_covers_leaves_no_constant_behind():
+    """The masks are made in the program from iota: compiled, they are no buffer of the kernel's size."""
+    shape = (3, 3, 256, 256)
+    taps = algebra.centre_tap(shape[:2])
+    text = jax.jit(lambda: algebra.covers(shape, taps)).lower().as_text()
+    assert len(text) < 10_000
+    assert Taps(1, 1, 1) == taps[0]
