@@ -1,0 +1,392 @@
+"""From a source to batches: the order of images, sharding, resuming, evaluation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repopt_jax.data import (
+    DatasetInfo,
+    Source,
+    Transform,
+    eval_batches,
+    eval_steps,
+    open_source,
+    reading,
+    steps_per_epoch,
+    train_batches,
+)
+from repopt_jax.data.transforms import fit
+
+SIZE = 6
+
+
+def make_source(num_train=20, num_eval=7, *, channels=1, shape=(SIZE, SIZE)):
+    """Source in memory: the first pixel of image i is i, the others noise; sorted by class, as in a folder."""
+    rng = np.random.default_rng(0)
+
+    def split(count):
+        examples = []
+        for i in range(count):
+            image = rng.integers(1, 255, (*shape, channels), np.uint8)
+            image[0, 0] = i
+            examples.append({"image": image, "label": 4 * i // count})
+        return examples
+
+    info = DatasetInfo(
+        name="made",
+        class_names=tuple("abcd"),
+        channels=channels,
+        image_shape=(*shape, channels),
+        num_train=num_train,
+        num_eval=num_eval,
+    )
+    return Source(info, split(num_train), split(num_eval))
+
+
+PLAIN = Transform(image_size=SIZE)
+AUGMENTED = Transform(image_size=SIZE, crop_padding=2, flip=True)
+
+
+def take(batches, count):
+    iterator = iter(batches)
+    found = list(itertools.islice(iterator, count))
+    iterator.close()
+    return found
+
+
+def numbers(batch):
+    """Which images a batch of a PLAIN transform holds."""
+    return np.rint(batch["image"][:, 0, 0, 0] * 255).astype(int).tolist()
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+# -- training batches ------------------------------------------------------------------------------
+
+
+def test_training_batches_have_their_shapes_and_labels():
+    source = make_source(channels=3)
+    (batch,) = take(train_batches(source, PLAIN, batch_size=8, seed=0), 1)
+    assert batch["image"].shape == (8, SIZE, SIZE, 3)
+    assert (batch["image"].dtype, batch["label"].dtype) == (np.float32, np.int32)
+    for row, number in enumerate(numbers(batch)):
+        expected = source.train[number]
+        np.testing.assert_allclose(batch["image"][row], expected["image"] / 255, rtol=1e-6)
+        assert batch["label"][row] == expected["label"]
+
+
+@pytest.mark.parametrize("batch_size", [5, 6, 20])
+def test_an_epoch_holds_every_image_at_most_once_and_drops_the_rest(batch_size):
+    source = make_source(20)
+    steps = steps_per_epoch(source, batch_size)
+    assert steps == 20 // batch_size
+    batches = take(train_batches(source, PLAIN, batch_size=batch_size, seed=0), 3 * steps)
+    rows = list(itertools.chain.from_iterable(map(numbers, batches)))
+    used = steps * batch_size
+    epochs = [rows[i * used : (i + 1) * used] for i in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == used
+    assert epochs[0] != epochs[1] != epochs[2]  # a new order each time
+
+
+def test_the_seed_decides():
+    source = make_source()
+    first, again, other = (
+        take(train_batches(source, AUGMENTED, batch_size=5, seed=seed), 10) for seed in (1, 1, 2)
+    )
+    assert_equal(first, again)
+    assert any((a["image"] != b["image"]).any() for a, b in zip(first, other, strict=True))
+    plain = [take(train_batches(source, PLAIN, batch_size=5, seed=seed), 4) for seed in (1, 2)]
+    assert [numbers(b) for b in plain[0]] != [numbers(b) for b in plain[1]]
+
+
+def test_augmentation_differs_between_epochs_and_rows():
+    source = make_source(4)
+    source.train[:] = [source.train[0]] * 4
+    transform = Transform(image_size=SIZE, crop_padding=4)
+    batches = take(train_batches(source, transform, batch_size=4, seed=0), 5)
+    images = np.concatenate([batch["image"].reshape(4, -1) for batch in batches])
+    assert len(np.unique(images, axis=0)) > 12
+
+
+@pytest.mark.parametrize("transform", [PLAIN, AUGMENTED, Transform(image_size=SIZE, area=(0.2, 1.0))])
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_each_batch_without_overlap(transform, count):
+    source = make_source(26)
+    whole = take(train_batches(source, transform, batch_size=6, seed=3), 9)
+    shares = [
+        take(
+            train_batches(source, transform, batch_size=6, seed=3, process_index=i, process_count=count),
+            9,
+        )
+        for i in range(count)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in ("image", "label")}
+        for parts in zip(*shares, strict=True)
+    ]
+    assert_equal(joined, whole)
+
+
+class Recording(list):
+    """A split that notes which images are read."""
+
+    def __init__(self, examples):
+        super().__init__(examples)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_a_process_reads_its_own_images_only():
+    made = make_source(24)
+    read = []
+    for i in range(2):
+        source = Source(made.info, Recording(made.train), made.eval)
+        batches = train_batches(
+            source, PLAIN, batch_size=8, seed=0, process_index=i, process_count=2, prefetch=0
+        )
+        take(batches, 3)
+        read.append(set(source.train.read))
+    assert [len(r) for r in read] == [12, 12]
+    assert not read[0] & read[1]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_prefetching_changes_nothing(prefetch):
+    source = make_source()
+    expected = take(train_batches(source, AUGMENTED, batch_size=6, seed=0), 8)
+    found = train_batches(source, AUGMENTED, batch_size=6, seed=0, prefetch=prefetch)
+    assert_equal(take(found, 8), expected)
+
+
+@pytest.mark.parametrize("given", [0, 1, 4, 6, 7])  # three batches an epoch
+def test_an_iterator_continues_where_its_state_was_taken(given):
+    source = make_source()
+    unbroken = take(train_batches(source, AUGMENTED, batch_size=6, seed=0), given + 7)
+    first = iter(train_batches(source, AUGMENTED, batch_size=6, seed=0))
+    for _ in range(given):
+        next(first)
+    state = first.get_state()
+    first.close()
+    # A fresh source, and an iterator that has moved already.
+    second = iter(train_batches(make_source(), AUGMENTED, batch_size=6, seed=0))
+    next(second)
+    second.set_state(state)
+    assert second.get_state() == state == {"next_index": given}
+    assert_equal(list(itertools.islice(second, 7)), unbroken[given:])
+    second.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(second)
+
+
+def folder_source(tmp_path, count=10):
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    return open_source("folder", data_dir=tmp_path)
+
+
+def test_worker_processes_give_the_same_batches_and_the_same_state(tmp_path):
+    source = folder_source(tmp_path)
+    unbroken = take(train_batches(source, AUGMENTED, batch_size=6, seed=0), 8)
+    first = iter(train_batches(source, AUGMENTED, batch_size=6, seed=0, workers=2))
+    assert_equal(list(itertools.islice(first, 4)), unbroken[:4])
+    state = first.get_state()
+    first.close()
+    second = iter(train_batches(source, AUGMENTED, batch_size=6, seed=0))
+    second.set_state(state)
+    assert_equal(list(itertools.islice(second, 4)), unbroken[4:])
+    second.close()
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (0, 2), (1, 1)])
+def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path, workers, prefetch):
+    source = folder_source(tmp_path)
+    (tmp_path / "train/b/7.png").write_bytes(b"not an image")
+    batches = train_batches(source, PLAIN, batch_size=20, seed=0, workers=workers, prefetch=prefetch)
+    iterator = iter(batches)
+    with pytest.raises(ValueError, match=r"^cannot read image .*train/b/7.png \(not an image"):
+        next(iterator)
+    iterator.close()
+
+
+def test_limit_is_a_fixed_mixture_of_the_classes():
+    source = make_source(200)
+    assert steps_per_epoch(source, 10, limit=45) == 4
+    used = []
+    for seed in (0, 1):
+        batches = take(train_batches(source, PLAIN, batch_size=45, seed=seed, limit=45), 2)
+        assert set(numbers(batches[0])) == set(numbers(batches[1]))
+        used.append(set(numbers(batches[0])))
+        counts = np.bincount(batches[0]["label"], minlength=4)
+        assert counts.min() >= 5  # 11 each on average
+    assert used[0] == used[1]
+    longer = take(train_batches(source, PLAIN, batch_size=90, seed=0, limit=90), 1)
+    assert used[0] < set(numbers(longer[0]))
+
+
+def test_images_of_other_sizes_are_fitted_and_grey_stays_grey():
+    source = make_source(8, shape=(12, 9))
+    (batch,) = take(train_batches(source, PLAIN, batch_size=8, seed=0), 1)
+    assert batch["image"].shape == (8, SIZE, SIZE, 1)
+    (evaluated,) = take(eval_batches(make_source(8, shape=(12, 9)), PLAIN, batch_size=7), 1)
+    expected = fit(make_source(8, shape=(12, 9)).eval[2]["image"], SIZE)
+    np.testing.assert_allclose(evaluated["image"][2], expected / 255, rtol=1e-6)
+
+
+def test_padding_is_black_before_normalisation():
+    source = make_source(4)
+    transform = Transform(image_size=SIZE, crop_padding=SIZE, mean=(0.5,), std=(0.25,))
+    (batch,) = take(train_batches(source, transform, batch_size=4, seed=0), 1)
+    assert batch["image"].min() == -2  # (0 - 0.5) / 0.25
+
+
+# -- keeping images --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [AUGMENTED, Transform(image_size=4, flip=True)])
+def test_keeping_images_changes_nothing_and_reads_each_once(transform):
+    made = make_source()
+    source = Source(made.info, Recording(made.train), Recording(made.eval))
+    kept = take(train_batches(source, transform, batch_size=5, seed=0, prefetch=0), 12)
+    assert sorted(source.train.read) == list(range(20))
+    read = take(train_batches(source, transform, batch_size=5, seed=0, prefetch=0, cache=False), 12)
+    assert len(source.train.read) == 20 + 60
+    assert_equal(kept, read)
+    for _ in range(2):  # and evaluation is its own iterable, made anew
+        list(eval_batches(source, transform, batch_size=4, prefetch=0))
+    assert sorted(source.eval.read) == list(range(7))
+
+
+def test_what_is_too_large_or_cut_at_random_is_not_kept(monkeypatch):
+    source = make_source()
+    take(train_batches(source, Transform(image_size=SIZE, area=(0.5, 1.0)), batch_size=5, seed=0), 2)
+    monkeypatch.setattr(reading, "CACHE_BYTES", 20 * SIZE**2 - 1)
+    take(train_batches(source, PLAIN, batch_size=5, seed=0), 2)
+    assert not source.kept
+    take(train_batches(source, PLAIN, batch_size=5, seed=0, cache=True), 2)
+    assert list(source.kept) == [("train", SIZE)]
+    monkeypatch.setattr(reading, "CACHE_BYTES", 20 * SIZE**2)
+    take(train_batches(source, Transform(image_size=SIZE - 1), batch_size=5, seed=0), 1)
+    assert len(source.kept) == 2
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_every_image_is_evaluated_once(batch_size, prefetch):
+    source = make_source()
+    batches = list(eval_batches(source, PLAIN, batch_size=batch_size, prefetch=prefetch))
+    assert len(batches) == eval_steps(source, batch_size) == -(-7 // batch_size)
+    for batch in batches:
+        assert batch["image"].shape == (batch_size, SIZE, SIZE, 1)
+        assert {name: batch[name].dtype for name in batch} == {
+            "image": np.float32,
+            "label": np.int32,
+            "mask": np.float32,
+        }
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    np.testing.assert_array_equal(masks, np.arange(len(masks)) < 7)
+    images = np.concatenate([batch["image"] for batch in batches])
+    labels = np.concatenate([batch["label"] for batch in batches])
+    np.testing.assert_allclose(images[:7], [e["image"] / 255 for e in source.eval], rtol=1e-6)
+    assert labels[:7].tolist() == [e["label"] for e in source.eval]
+    assert not images[7:].any()
+    assert not labels[7:].any()
+
+
+def test_evaluation_does_not_augment_and_starts_again():
+    source = make_source()
+    transform = Transform(image_size=SIZE, crop_padding=4, flip=True, area=(0.1, 0.2))
+    batches = eval_batches(source, transform, batch_size=4)
+    assert_equal(list(batches), list(eval_batches(source, PLAIN, batch_size=4)))
+    assert_equal(list(batches), list(batches))
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 8, 16])
+def test_processes_share_the_evaluation(batch_size):
+    source = make_source(num_eval=13)
+    shares = [
+        list(eval_batches(source, PLAIN, batch_size=batch_size, process_index=i, process_count=2))
+        for i in range(2)
+    ]
+    assert len(shares[0]) == len(shares[1]) == eval_steps(source, batch_size)
+    seen = []
+    for batch in itertools.chain(*shares):
+        seen += [n for n, real in zip(numbers(batch), batch["mask"], strict=True) if real]
+    assert sorted(seen) == list(range(13))
+
+
+def test_evaluation_takes_a_limit():
+    source = make_source(num_eval=40)
+    batches = list(eval_batches(source, PLAIN, batch_size=16, limit=20))
+    assert sum(batch["mask"].sum() for batch in batches) == 20
+    assert len(batches) == eval_steps(source, 16, limit=20) == 2
+    assert len(set(batches[0]["label"])) == 4
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 21}, r"`batch_size` is 21; it must be in \[1, 20\]"),
+        ({"batch_size": 0}, "`batch_size` is 0; it must be at least 1"),
+        ({"limit": 21}, "`limit` is 21, but the train split has 20 images"),
+        ({"limit": 3}, r"`batch_size` is 4; it must be in \[1, 3\]"),
+        ({"seed": -1}, "`seed` is -1"),
+        ({"process_count": 3}, "`batch_size` 4 is not divisible by 3 processes"),
+        ({"process_index": 1}, r"`process_index` is 1; it must be in \[0, 1\)"),
+        ({"workers": -1}, "`workers` is -1"),
+        ({"prefetch": -1}, "`prefetch` is -1"),
+        ({"cache": "yes"}, "`cache` is 'yes'; it must be 'auto', True or False"),
+        ({"cache": True, "workers": 2}, "`cache` is True, but .* with 2 worker processes"),
+        (
+            {"cache": True, "transform": Transform(image_size=6, area=(0.5, 1.0))},
+            "`cache` is True, but .*`area`",
+        ),
+        (
+            {"transform": Transform(image_size=6, mean=(0.1, 0.2, 0.3))},
+            "`mean` has 3 numbers, but the images have 1 channels",
+        ),
+    ],
+)
+def test_training_arguments_that_do_not_fit(arguments, message):
+    arguments = {"transform": PLAIN, "batch_size": 4, "seed": 0, **arguments}
+    with pytest.raises(ValueError, match=message):
+        train_batches(make_source(), **arguments)
+
+
+def test_evaluation_arguments_that_do_not_fit():
+    source = make_source()
+    with pytest.raises(ValueError, match="`limit` is 8, but the eval split has 7 images"):
+        eval_batches(source, PLAIN, batch_size=4, limit=8)
+    with pytest.raises(ValueError, match="`batch_size` 4 is not divisible by 3 processes"):
+        eval_batches(source, PLAIN, batch_size=4, process_count=3)
+    with pytest.raises(ValueError, match="`std` has 3 numbers"):
+        eval_batches(source, Transform(image_size=SIZE, std=(1.0, 1.0, 1.0)), batch_size=4)
+
+
+def test_a_sequence_of_the_wrong_kind_of_images_is_refused():
+    source = make_source()
+    source.train[:] = [{"image": np.zeros((SIZE, SIZE, 1)), "label": 0}] * 20
+    with pytest.raises(ValueError, match=r"image \d+ is float64 \(6, 6, 1\); it must be uint8"):
+        take(train_batches(source, PLAIN, batch_size=4, seed=0), 1)
