@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from repopt_jax.train.records import History
 
+DPI = 160  # of the files; sharp on screens of high density
 INK = "#333333"
 RC: dict[Any, Any] = {
     "font.size": 10,
@@ -92,32 +93,34 @@ def accuracy(curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]) -> F
 
 
 def scales(history: History) -> Figure:
-    """Mean and spread of each layer's scales over epochs: a column for each kind of branch."""
+    """Mean and spread of each layer's scales over epochs, over the mean that they began with.
+
+    A column for each kind of branch. Layers begin at different values (the depth rule), which would hide how
+    they move.
+    """
     layers = list(dict.fromkeys(layer for layer, _ in history.vectors))
     branches = list(dict.fromkeys(branch for _, branch in history.vectors))
     # The palest end is hard to see on white.
     colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)))
     norm = Normalize(1, max(len(layers), 2))
     with matplotlib.rc_context(RC):
-        size = (2.9 * len(branches) + 1.6, 5.6)
+        size = (2.7 * len(branches) + 1.6, 5.4)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(2, len(branches), squeeze=False, sharex=True, sharey="row")
         for column, branch in enumerate(branches):
             grid[0, column].set_title(f"{branch} branch")
             grid[1, column].set_xlabel("epoch")
             grid[1, column].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-            for number, layer in enumerate(layers, 1):
-                series = history.vectors.get((layer, branch))
-                if series is None:  # a layer without an identity branch
-                    continue
-                for row, field in enumerate(("mean", "std")):
-                    grid[row, column].plot(history.epochs, series[field], color=colours(norm(number)))
-        grid[0, 0].set_ylabel("mean over channels")
-        grid[1, 0].set_ylabel("standard deviation\nover channels")
+        for (layer, branch), series in history.vectors.items():
+            column, colour = branches.index(branch), colours(norm(1 + layers.index(layer)))
+            start = abs(series["mean"][0]) or 1.0
+            for row, field in enumerate(("mean", "std")):
+                grid[row, column].plot(history.epochs, series[field] / start, color=colour)
+        grid[0, 0].set_ylabel("mean over channels\n(start: 1)")
+        grid[1, 0].set_ylabel("standard deviation\nover channels (mean at start: 1)")
         grid[1, 0].set_ylim(bottom=0)
-        bar = ScalarMappable(norm, colours)
         figure.colorbar(
-            bar,
+            ScalarMappable(norm, colours),
             ax=grid,
             label="layer, from input (1) to output",
             ticks=MaxNLocator(integer=True, nbins=8),

@@ -121,9 +121,9 @@ def _overall(history: History, vectors: Sequence[VectorVerdict]) -> tuple[str, b
     moved = states.total()
     if not moved:
         return "unmoved", False
-    if states["settled"] >= QUORUM * moved:
-        return "settled", True
     if states["settled"] + states["swinging"] >= QUORUM * moved:
+        if states["settled"] > states["swinging"]:
+            return "settled", True
         return "swinging", bool(history.rates[-1] <= DECAYED)
     return ("stopped" if states["stopped"] > states["moving"] else "moving"), False
 
@@ -145,8 +145,8 @@ def _sentence(state: str, history: History, vectors: Sequence[VectorVerdict]) ->
 
 SENTENCES = {
     "settled": "The scales have settled: {rest} of {moved} scale vectors hardly moved in the last "
-    "fifth of the search, learning rate allowed for; nine tenths of the movement were done by "
-    "epoch {done_by:.3g} of {last:.3g}, and a longer search would change little.",
+    "fifth of the search, the falling learning rate allowed for; nine tenths of the movement were done by "
+    "epoch {done_by:.1f} of {last:.3g}, and a longer search would change little.",
     "swinging": "The scales swing about a level without drifting, the ordinary noise of SGD: let "
     "the learning rate decay to 0 at the end of the search, which averages it out.",
     "swinging, decayed": "The scales swing about a level without drifting, the ordinary noise of "
@@ -194,7 +194,7 @@ def _notes(history: History, vectors: Sequence[VectorVerdict]) -> Iterator[str]:
     if near.mean() >= 0.5:
         yield NEAR_START.format(count=near.sum(), total=len(near))
     names = {
-        state: [f"{v.layer} {v.branch}" for v in vectors if v.state == state]
+        state: [f"{_short(v.layer)} {v.branch}" for v in vectors if v.state == state]
         for state in ("swinging", "unmoved")
     }
     if names["swinging"]:
@@ -203,8 +203,13 @@ def _notes(history: History, vectors: Sequence[VectorVerdict]) -> Iterator[str]:
         yield STILL.format(count=len(names["unmoved"]), names=_list(names["unmoved"]))
     negative = {key: int(s["negative"][-1]) for key, s in history.vectors.items()}
     if sum(negative.values()):
-        named = [f"{' '.join(key)}: {count}" for key, count in negative.items() if count]
+        named = [f"{_short(layer)} {branch}: {n}" for (layer, branch), n in negative.items() if n]
         yield NEGATIVE.format(count=sum(negative.values()), names=_list(named))
+
+
+def _short(layer: str) -> str:
+    """stages/1/0 for stages/1/0/conv/kernel: what a reader needs."""
+    return layer.removesuffix("/kernel").removesuffix("/conv")
 
 
 def _list(names: Sequence[str], most: int = 6) -> str:

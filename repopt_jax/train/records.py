@@ -100,8 +100,8 @@ def history_of(scales: Sequence[Mapping], train: Sequence[Mapping] = ()) -> Hist
         (layer, branch): {
             field: np.array([float(r["layers"][layer][branch][field]) for r in scales]) for field in fields
         }
-        for layer, branches in scales[0]["layers"].items()
-        for branch, fields in branches.items()
+        for layer, branches in sorted(scales[0]["layers"].items(), key=_natural)
+        for branch, fields in sorted(branches.items(), key=_largest_first)
     }
     epochs = np.array([float(r["epoch"]) for r in scales])
     return History(epochs, _rates([r["step"] for r in scales], train), vectors)
@@ -119,6 +119,18 @@ def read_json(path: Path, *, default: Any = None) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _natural(item: tuple[str, Any]) -> list[Any]:
+    """stages/3/2 before stages/3/10."""
+    return [int(part) if part.isdigit() else part for part in item[0].split("/")]
+
+
+def _largest_first(item: tuple[str, Any]) -> tuple[bool, list[int]]:
+    """3x3, 1x1, then the identity and whatever else has no size in its name."""
+    sizes = item[0].split("x")
+    numbered = all(size.isdigit() for size in sizes)
+    return (not numbered, [-int(size) for size in sizes] if numbered else [])
 
 
 def _rates(steps: Sequence[int], train: Sequence[Mapping]) -> np.ndarray:

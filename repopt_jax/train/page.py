@@ -1,0 +1,243 @@
+"""The HTML of a report: one page without anything from outside, readable on light and dark screens.
+
+Whatever comes from a run (names, paths, versions) is escaped; only the words of this file are markup.
+"""
+
+import base64
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from repopt_jax.train import figures
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1d2329; --soft: #5b6570; --line: #dcdfe3; --back: #ffffff;
+  --panel: #f5f6f8; --accent: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #a3abb3; --line: #3a4047;
+  --back: #16191c; --panel: #1f2327; --accent: #6cb8e6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem;
+  background: var(--back); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+p, li { max-width: 46rem; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+td small { color: var(--soft); }
+.verdict { background: var(--panel); border-left: 4px solid var(--accent); padding: .8rem 1rem; }
+figure { margin: 1.2rem 0; }
+figure img { display: block; max-width: 100%; height: auto; padding: .6rem;
+  background: #ffffff; border-radius: 6px; }
+figcaption { margin-top: .4rem; max-width: 46rem; }
+pre { background: var(--panel); padding: .8rem 1rem; overflow-x: auto; border-radius: 6px;
+  font-size: .85rem; }
+code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+"""
+
+CAPTIONS = {
+    "accuracy": "Accuracy on the test images after each epoch. Thin lines are single seeds, thick ones their "
+    "mean.",
+    "scales": "Each line is one layer: the mean of its scales over the channels (top) and their spread "
+    "(bottom), both over the mean at the start. The spread grows from 0 because all channels start equal.",
+    "movement": "How far the scales of a layer move in an epoch, relative to their size, and below it the "
+    "learning rate. What moves only while the learning rate is high has not necessarily arrived.",
+    "step_time": "Time of one training step at the same batch size, without compilation, evaluation and "
+    "checkpoints.",
+}
+
+
+def render(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """The page. `content` is what report.json holds; `pictures` are PNG files by name."""
+    images = {name: _figure(name, picture) for name, picture in pictures.items()}
+    sections = (
+        _header(content),
+        _section("Result", _results(content), _honesty(content), images.get("accuracy", "")),
+        _search(content["search"], images) if content["search"] else "",
+        _equivalence(content["equivalence"]) if content["equivalence"] else "",
+        _section("Deploying", _deploying(content["rows"])),
+        _section("Speed", _speed(), images["step_time"]) if "step_time" in images else "",
+        _section("Runs", _runs(content["runs"]), _commands(content["commands"])),
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(content['title'])}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(filter(None, sections))
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _header(content: Mapping[str, Any]) -> str:
+    first = content["runs"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return (
+        f"<h1>{escape(content['title'])}</h1>\n"
+        f'<p class="soft">{escape(first["device"])}; {escape(versions)}</p>'
+    )
+
+
+def _results(content: Mapping[str, Any]) -> str:
+    heads = (
+        "way of training",
+        "test accuracy (%)",
+        "standard error (points)",
+        "time of a step (ms)",
+        "parameters in training",
+        "parameters deployed",
+        "deploy error, largest (relative)",
+    )
+    rows = [
+        (
+            escape(row["label"]),
+            _accuracy(row["accuracies"]),
+            f"{100 * row['standard_error']:.1f}",
+            "-" if row["step_ms"] is None else f"{row['step_ms']:.3g}",
+            f"{row['train_parameters']:,}",
+            f"{row['deployed']['deploy_parameters']:,}" if row["deployed"] else "-",
+            f"{row['deployed']['max_rel']:.1e}" if row["deployed"] else "-",
+        )
+        for row in content["rows"]
+    ]
+    return _table(heads, rows)
+
+
+def _accuracy(accuracies: Sequence[float]) -> str:
+    mean = f"{100 * statistics.fmean(accuracies):.2f}"
+    if len(accuracies) == 1:
+        return mean
+    return f"{mean}<br><small>{', '.join(f'{100 * a:.2f}' for a in accuracies)}</small>"
+
+
+def _honesty(content: Mapping[str, Any]) -> str:
+    rows, noise = content["rows"], content["noise"]
+    two, largest = 100 * noise["two_errors"], 100 * noise["largest_difference"]
+    seeds = max(len(row["accuracies"]) for row in rows)
+    says = (
+        "so these runs do not rank the ways of training"
+        if largest <= two
+        else "so the best and the worst of them differ by more than the choice of test images explains"
+    )
+    return (
+        f"<p>The test set has {rows[0]['test_count']:,} images. Two accuracies on that many differ by chance "
+        f"by up to about {two:.1f} points (two standard errors of a difference); the largest difference "
+        f"between ways of training here is {largest:.1f} points, {says}. "
+        + ("More seeds do not help against that, as all share the test images. " if seeds > 1 else "")
+        + "The search network is shown for completeness: it finds the scales and is not used after.</p>"
+    )
+
+
+def _search(search: Mapping[str, Any], images: Mapping[str, str]) -> str:
+    notes = "".join(f"<li>{escape(note)}</li>" for note in search["notes"])
+    return _section(
+        "Have the scales settled?",
+        f'<p class="verdict">{escape(search["sentence"])}</p>',
+        f"<ul>{notes}</ul>" if notes else "",
+        images.get("scales", ""),
+        images.get("movement", ""),
+    )
+
+
+def _equivalence(found: Mapping[str, Any]) -> str:
+    outcome = "the same function" if found["equivalent"] else "<strong>not</strong> the same function"
+    return _section(
+        "Is the plain network the multi-branch one?",
+        f"<p>The multi-branch network with constant scales (CSLA) under SGD, and the plain network under "
+        f"<code>repopt_mask</code>, were trained side by side in float64 for {found['steps']} steps of "
+        f"Nesterov momentum with weight decay, from the same start on the same images. They are {outcome}: "
+        "the largest relative difference of any kernel, statistic or loss is "
+        f"<strong>{found['max_difference']:.1e}</strong>, while the kernels moved by "
+        f"{found['movement']:.0%}. With weight decay put before the mask, which is wrong, it is "
+        f"{found['wrong_order_difference']:.1e}.</p>",
+    )
+
+
+def _deploying(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = (
+        "network",
+        "largest difference of an output",
+        "relative to the largest output",
+        "same class (%)",
+        "test accuracy deployed (%)",
+        "images",
+    )
+    lines = [
+        (
+            escape(row["label"]),
+            f"{d['max_abs']:.1e}",
+            f"{d['max_rel']:.1e}",
+            f"{100 * d['agreement']:.2f}",
+            f"{100 * d['test_accuracy']:.2f}",
+            f"{d['compared']:,}",
+        )
+        for row in rows
+        if (d := row["deployed"])
+    ]
+    if not lines:
+        return "<p>None of these runs was deployed.</p>"
+    return (
+        "<p>Deploying folds batch norm, and the branches where there are any, into one convolution with a "
+        "bias for each block. The first seed of each way was deployed and compared with the trained network "
+        "in float32.</p>" + _table(heads, lines)
+    )
+
+
+def _speed() -> str:
+    return (
+        "<p>A plain network under RepOpt costs what a plain network costs; the search merges its branches "
+        "before the convolution and costs little more; RepVGG runs every branch. Times of networks this "
+        "small are mostly overhead, and of another machine they say nothing.</p>"
+    )
+
+
+def _runs(runs: Iterable[Mapping[str, Any]]) -> str:
+    heads = ("folder", "seed", "epochs", "steps", "test accuracy (%)", "time (s)")
+    return _table(
+        heads,
+        [
+            (
+                f"<code>{escape(run['directory'])}</code>",
+                escape(str(run["seed"])),
+                escape(str(run["epochs"])),
+                escape(str(run["steps"])),
+                f"{100 * run['test_accuracy']:.2f}",
+                f"{run['wall_s']:.0f}",
+            )
+            for run in runs
+        ],
+    )
+
+
+def _commands(commands: Sequence[str]) -> str:
+    if not commands:
+        return ""
+    return f"<p>To do the same by hand:</p>\n<pre>{escape(chr(10).join(commands))}</pre>"
+
+
+def _figure(name: str, picture: bytes) -> str:
+    data = base64.b64encode(picture).decode()
+    caption = escape(CAPTIONS[name])
+    width = round(
+        int.from_bytes(picture[16:20], "big") / figures.DPI * 100
+    )  # the width is in the PNG's header
+    image = f'<img width="{width}" alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are markup already; heads are text."""
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(filter(None, parts)) + "\n</section>"

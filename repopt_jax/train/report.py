@@ -1,0 +1,184 @@
+"""One report of several runs: a self-contained HTML page, its pictures as files, and the same numbers as
+JSON.
+
+report.html     everything, pictures embedded
+report.json     the numbers
+report/*.png    the pictures
+"""
+
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from repopt_jax.train import figures, monitor, page
+from repopt_jax.train.records import History, Run, history_of
+
+NAMED_SCALES = {"": "plain SGD", "ones": "RepOpt, all ones", "depth": "RepOpt, depth rule"}
+KINDS = {"search": "search network", "repvgg": "RepVGG", "csla": "CSLA"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way of training, over its seeds.
+
+    Attributes:
+      label: what it is called in tables and legends.
+      accuracies: test accuracy in [0, 1] of each seed.
+      standard_error: of one of them, from the number of test images alone, in [0, 1].
+      test_count: test images.
+      step_ms: median over the seeds of the time of a training step, in ms; None if it was not timed.
+      train_parameters: trained numbers.
+      deployed: the fields of `deploy.Deployed` for the first seed that was deployed, else None.
+    """
+
+    label: str
+    accuracies: tuple[float, ...]
+    standard_error: float
+    test_count: int
+    step_ms: float | None
+    train_parameters: int
+    deployed: Mapping[str, Any] | None
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+
+def write_report(
+    runs: Sequence[Run],
+    out_dir: str | Path,
+    *,
+    title: str,
+    deployed: Mapping[Path, Mapping[str, Any]] | None = None,
+    equivalence: Mapping[str, Any] | None = None,
+    commands: Sequence[str] = (),
+) -> Path:
+    """Writes the report of finished runs and returns the path of its page.
+
+    Args:
+      runs: finished runs, in the order of the table; those that differ by their seed alone share a row.
+      out_dir: where report.html, report.json and report/ go; earlier ones are replaced.
+      title: heading of the page.
+      deployed: run folder -> what deploying it came to.
+      equivalence: what the check of CSLA against `repopt_mask` found.
+      commands: how to make the runs again, one shell command each.
+
+    Raises:
+      ValueError: no runs, or one that has no summary or no evaluation; all of them are named.
+      OSError: `out_dir` cannot be written.
+    """
+    _check(runs)
+    out_dir = Path(out_dir)
+    rows = table(runs, deployed or {})
+    history = next((history_of(r.of_kind("scales"), r.of_kind("train")) for r in _searches(runs)), None)
+    verdict = monitor.verdict(history) if history else None
+    pictures = dict(_draw(runs, rows, history))
+    content = {
+        "title": title,
+        "rows": [{**dataclasses.asdict(row), "accuracy": row.accuracy} for row in rows],
+        "noise": noise(rows),
+        "search": dataclasses.asdict(verdict) if verdict else None,
+        "equivalence": equivalence,
+        "runs": [{"directory": str(run.directory), **run.summary} for run in runs],
+        "commands": list(commands),
+    }
+    folder = out_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    (out_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path = out_dir / "report.html"
+    path.write_text(page.render(content, pictures), encoding="utf-8")
+    return path
+
+
+def label_of(summary: Mapping[str, Any]) -> str:
+    """What a run is called: by its kind, and for plain networks by where the scales come from."""
+    if summary["kind"] != "target":
+        return KINDS.get(summary["kind"], str(summary["kind"]))
+    return NAMED_SCALES.get(summary["scales"]) or "RepOpt, searched scales"
+
+
+def table(runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> list[Row]:
+    """One row for each way of training, in the order in which they first come."""
+    return [_row(label, group, deployed) for label, group in _groups(runs).items()]
+
+
+def noise(rows: Sequence[Row]) -> dict[str, float]:
+    """What chance alone does: two standard errors of a difference of accuracies, and the largest difference.
+
+    The networks see the same test images, which makes the true error of a difference smaller; seeds do not,
+    as they share the images too. Both in [0, 1]. The search network is left out: it is not an alternative to
+    the others.
+    """
+    compared = [row for row in rows if row.label != KINDS["search"]] or list(rows)
+    means = [row.accuracy for row in compared]
+    error = max(row.standard_error for row in compared)
+    return {"two_errors": 2 * math.sqrt(2) * error, "largest_difference": max(means) - min(means)}
+
+
+def standard_error(accuracy: float, count: int) -> float:
+    """Binomial standard error of an accuracy on `count` images, 2 hits and 2 misses added (Agresti, Coull).
+
+    Without those it would be 0 for a network that makes no mistake on a small test set.
+    """
+    share = (accuracy * count + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
+
+
+def _row(label: str, runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> Row:
+    summaries = [run.summary for run in runs]
+    times = [s["step_ms_median"] for s in summaries if s["step_ms_median"] is not None]
+    count = min(s["test_count"] for s in summaries)
+    accuracies = tuple(s["test_accuracy"] for s in summaries)
+    return Row(
+        label=label,
+        accuracies=accuracies,
+        standard_error=standard_error(statistics.fmean(accuracies), count),
+        test_count=count,
+        step_ms=statistics.median(times) if times else None,
+        train_parameters=summaries[0]["train_parameters"],
+        deployed=next((deployed[run.directory] for run in runs if run.directory in deployed), None),
+    )
+
+
+def _draw(runs: Sequence[Run], rows: Sequence[Row], history: History | None) -> Iterator[tuple[str, bytes]]:
+    curves = {
+        label: [run.curve("eval", "accuracy") for run in group] for label, group in _groups(runs).items()
+    }
+    yield "accuracy", _png(figures.accuracy(curves))
+    if history:
+        yield "scales", _png(figures.scales(history))
+        yield "movement", _png(figures.movement(history))
+    if times := {row.label: row.step_ms for row in rows if row.step_ms is not None}:
+        yield "step_time", _png(figures.step_time(times))
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figures.DPI)
+    return buffer.getvalue()
+
+
+def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(label_of(run.summary), []).append(run)
+    return groups
+
+
+def _searches(runs: Sequence[Run]) -> Iterator[Run]:
+    return (run for run in runs if run.summary["kind"] == "search" and run.of_kind("scales"))
+
+
+def _check(runs: Sequence[Run]) -> None:
+    if not runs:
+        raise ValueError("`runs` is empty: a report needs at least one finished run")
+    unfit = [str(run.directory) for run in runs if not run.summary or not run.of_kind("eval")]
+    if unfit:
+        raise ValueError(f"not finished, or never evaluated: {', '.join(unfit)}; let these runs end first")
