@@ -23,7 +23,7 @@ SIZE = 6
 
 
 def make_source(num_train=20, num_eval=7, *, channels=1, shape=(SIZE, SIZE)):
-    """Source in memory: the first pixel of image i is i, the others noise; sorted by class, as in a folder."""
+    """Source in memory: the first pixel of image i is i, the rest noise; sorted by class, as in a folder."""
     rng = np.random.default_rng(0)
 
     def split(count):
