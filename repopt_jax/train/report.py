@@ -97,11 +97,11 @@ def write_report(
     return path
 
 
-def label_of(summary: Mapping[str, Any]) -> str:
-    """What a run is called: by its kind, and for plain networks by where the scales come from."""
-    if summary["kind"] != "target":
-        return KINDS.get(summary["kind"], str(summary["kind"]))
-    return NAMED_SCALES.get(summary["scales"]) or "RepOpt, searched scales"
+def label_of(kind: str, scales: str) -> str:
+    """What a way of training is called: by its kind, and for plain networks by where the scales come from."""
+    if kind != "target":
+        return KINDS.get(kind, kind)
+    return NAMED_SCALES.get(scales, "RepOpt, searched scales")
 
 
 def table(runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> list[Row]:
@@ -168,7 +168,7 @@ def _png(figure: Any) -> bytes:
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(label_of(run.summary), []).append(run)
+        groups.setdefault(label_of(run.summary["kind"], run.summary["scales"]), []).append(run)
     return groups
 
 

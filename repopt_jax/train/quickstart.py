@@ -1,0 +1,247 @@
+"""The whole path once, on one command: search, extract scales, train, check, deploy, report.
+
+    OUT/search/            the hyper-search; the scales that it found are in OUT/search/scales
+    OUT/runs/<way>-<seed>/ plain SGD, RepOpt with searched scales, RepOpt with the depth rule, RepVGG
+    OUT/equivalence.json   training the CSLA network against training the plain one with `repopt_mask`
+    OUT/deploy/<way>/      the first seed of each way as plain convolutions
+    OUT/report.html, report.json, report/
+
+Everything that is there already and was made from the same inputs is kept.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import optax
+from flax import nnx
+
+from repopt_jax import data, verify
+from repopt_jax._version import __version__
+from repopt_jax.scales import load_scales
+from repopt_jax.train import monitor, records, report
+from repopt_jax.train.build import build_model, open_data
+from repopt_jax.train.config import Config
+from repopt_jax.train.config_io import to_json
+from repopt_jax.train.deploy import Deployed, deploy
+from repopt_jax.train.loop import run
+from repopt_jax.train.rundir import Summary
+
+Say = Callable[[str], None]
+
+# Way -> kind of network, scales; None stands for what the search finds.
+WAYS: dict[str, tuple[str, str | None]] = {
+    "plain": ("target", ""),
+    "repopt": ("target", None),
+    "depth": ("target", "depth"),
+    "repvgg": ("repvgg", ""),
+}
+CHECKED_STEPS = 50
+CHECKED_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """What `quickstart` came to: the table's rows, the check, the verdict on the scales, and the report's "
+    "path."""
+
+    rows: tuple[report.Row, ...]
+    equivalence: dict[str, Any]
+    verdict: monitor.Verdict
+    page: Path
+
+
+def quickstart(
+    base: Config,
+    out_dir: str | Path,
+    *,
+    seeds: int = 2,
+    say: Say = lambda line: None,
+    source: str = "digits",
+) -> Quickstart:
+    """Runs the whole path in `out_dir`.
+
+    Args:
+      base: what all runs share: network, data, epochs, optimizer. Kind, scales, name and seed are set here.
+      out_dir: new, empty, or that of an earlier quickstart with an equal `base`, which is continued or
+        reused.
+      seeds: how often each way of training is repeated, with seeds `base.seed`, `base.seed` + 1, ...
+      say: called with each line of progress.
+      source: config file and overrides, as on the command line; the report tells how to repeat the runs with
+        them.
+
+    Raises:
+      ValueError: `seeds` below 1, or as `loop.run`, `deploy.deploy`.
+      OSError, FloatingPointError: as `loop.run`.
+    """
+    if seeds < 1:
+        raise ValueError(f"`seeds` is {seeds}; it must be at least 1")
+    out_dir = Path(out_dir).expanduser().absolute()
+
+    say(f"Search: {base.epochs} epochs with trainable scales")
+    search_dir = out_dir / "search"
+    search = variant(base, "search", "search", "")
+    say(_told(run(search, search_dir)))
+    scales = search_dir / "scales"
+    verdict = monitor.verdict(records.read_history(search_dir))
+    say(f"  scales in {scales}")
+    say(f"  {verdict.sentence}")
+
+    say(f"Check in float64: CSLA network against plain network with repopt_mask, {CHECKED_STEPS} steps")
+    check = variant(base, "check", "target", "")
+    equivalence = check_equivalence(check, scales, out_dir / "equivalence.json")
+    say(_told_equivalence(equivalence))
+
+    runs = _train(base, out_dir / "runs", scales, seeds, say)
+    firsts = {"search": search_dir, **dict(zip(WAYS, runs))}
+    deployed = _deploy(firsts, out_dir / "deploy", say)
+
+    ordered = [records.read_run(folder) for folder in [*runs, search_dir]]
+    made = {search_dir: search, **runs}
+    page = report.write_report(
+        ordered,
+        out_dir,
+        title=f"RepOpt quickstart: {deployed[search_dir]['dataset']['name']}",
+        deployed=deployed,
+        equivalence=equivalence,
+        commands=[_command(config, folder, source) for folder, config in made.items()],
+    )
+    return Quickstart(tuple(report.table(ordered, deployed)), equivalence, verdict, page)
+
+
+def _train(base: Config, folder: Path, scales: Path, seeds: int, say: Say) -> dict[Path, Config]:
+    """Trains every way with every seed; run folder -> config, the first seed of all ways first."""
+    runs: dict[Path, Config] = {}
+    for seed, (way, (kind, named)) in itertools.product(range(base.seed, base.seed + seeds), WAYS.items()):
+        config = variant(base, way, kind, str(scales) if named is None else named, seed=seed)
+        say(f"Train: {report.label_of(kind, config.scales)}, seed {seed}")
+        runs[folder / f"{way}-{seed}"] = config
+        say(_told(run(config, folder / f"{way}-{seed}")))
+    return runs
+
+
+def _deploy(runs: dict[str, Path], folder: Path, say: Say) -> dict[Path, dict[str, Any]]:
+    """Deploys the runs, given by way; run folder -> what it came to."""
+    deployed = {}
+    for way, run_dir in runs.items():
+        say(f"Deploy: {way}")
+        found = deploy(run_dir, folder / way)
+        say(_told_deployed(found))
+        deployed[run_dir] = dataclasses.asdict(found)
+    return deployed
+
+
+def variant(base: Config, way: str, kind: str, scales: str, *, seed: int | None = None) -> Config:
+    """A copy of `base` for one run."""
+    config = copy.deepcopy(base)
+    config.name = f"{base.name}-{way}" if seed is None else f"{base.name}-{way}-{seed}"
+    config.model.kind, config.scales = kind, scales
+    config.seed = base.seed if seed is None else seed
+    return config
+
+
+def check_equivalence(config: Config, scales_dir: Path, path: Path) -> dict[str, Any]:
+    """The check of CSLA against `repopt_mask` with the searched scales on the first training images, kept at
+    `path`.
+
+    Beside it the same check with weight decay in the wrong place, which must fail: a check that cannot fail
+    says nothing.
+
+    Returns:
+      The fields of `verify.Equivalence` with its two properties, `wrong_order_difference`, `inputs` and
+      `reused`.
+    """
+    inputs = {"config": to_json(config), "scales": str(scales_dir), "version": __version__}
+    stored = records.read_json(path, default={})
+    if stored.get("inputs") == inputs:
+        return stored | {"reused": True}
+    right = _verify(config, scales_dir, verify.nesterov_with_decay)
+    wrong = _verify(config, scales_dir, _wrong_order)
+    found = {
+        **dataclasses.asdict(right),
+        "max_difference": right.max_difference,
+        "equivalent": right.equivalent,
+        "wrong_order_difference": wrong.max_difference,
+        "inputs": inputs,
+        "reused": False,
+    }
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def _verify(config: Config, scales_dir: Path, optimizer: verify.MakeOptimizer) -> verify.Equivalence:
+    source, transform = open_data(config.data)
+    model, _ = build_model(config, source.info)
+    model.train()
+    scales = load_scales(scales_dir, model)
+    batches = data.train_batches(
+        source, transform, batch_size=CHECKED_BATCH, seed=config.seed, limit=config.data.train_limit
+    )
+    steps = itertools.islice(batches, CHECKED_STEPS)
+    return verify.verify_equivalence(model, scales, steps, optimizer=optimizer, rngs=nnx.Rngs(config.seed))
+
+
+def _wrong_order(mask: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`verify.nesterov_with_decay` with the decay before the mask."""
+    return optax.chain(optax.add_decayed_weights(4e-5), mask, optax.sgd(0.05, 0.9, nesterov=True))
+
+
+def summary_lines(rows: Sequence[report.Row]) -> Iterator[str]:
+    """The table of results as lines of text."""
+    cells = [("way of training", "test accuracy", "ms a step", "parameters", "deployed", "deploy error")]
+    for row in rows:
+        each = f" ({', '.join(f'{100 * a:.2f}' for a in row.accuracies)})" if len(row.accuracies) > 1 else ""
+        deployed = row.deployed or {"deploy_parameters": 0, "max_rel": 0.0}
+        cells.append(
+            (
+                row.label,
+                f"{100 * row.accuracy:.2f} %{each}",
+                "-" if row.step_ms is None else f"{row.step_ms:.1f}",
+                f"{row.train_parameters:,}",
+                f"{deployed['deploy_parameters']:,}",
+                f"{deployed['max_rel']:.1e}",
+            )
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        first = line[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))
+        yield "  ".join([first, *rest])
+
+
+def _told(summary: Summary) -> str:
+    reused = "reused: " if summary.reused else ""
+    accuracy = f"test accuracy {summary.test_accuracy:.2%} of {summary.test_count} images"
+    return f"  {reused}{accuracy}, {summary.step_ms_median:.1f} ms a step, {summary.wall_s:.0f} s"
+
+
+def _told_deployed(deployed: Deployed) -> str:
+    reused = "reused: " if deployed.reused else ""
+    return (
+        f"  {reused}largest output difference {deployed.max_abs:.1e} ({deployed.max_rel:.1e} relative), "
+        f"{deployed.train_parameters:,} parameters in training, {deployed.deploy_parameters:,} deployed"
+    )
+
+
+def _told_equivalence(found: dict[str, Any]) -> str:
+    reused = "reused: " if found["reused"] else ""
+    return (
+        f"  {reused}largest relative difference {found['max_difference']:.1e} while kernels moved by "
+        f"{found['movement']:.0%}; with weight decay in the wrong place {found['wrong_order_difference']:.1e}"
+    )
+
+
+def _command(config: Config, folder: Path, source: str) -> str:
+    verb = "search" if config.model.kind == "search" else "train"
+    fields = {
+        "model.kind": config.model.kind,
+        "scales": config.scales,
+        "seed": config.seed,
+        "name": config.name,
+    }
+    overrides = " ".join(f"--config.{name}={value}" for name, value in fields.items() if value != "")
+    return f"repopt {verb} --config={source} {overrides} --out={folder}"
