@@ -1,11 +1,13 @@
 """CIFAR-10 at a size that a laptop trains: 20,480 images, 8 epochs, 1,280 steps of 128.
 
-    repopt search --config=configs/cifar10_small.py:search --config.data.data_dir=cifar10 --out=runs/cifar10_small/search
-    repopt train --config=configs/cifar10_small.py:plain --config.data.data_dir=cifar10 --out=runs/cifar10_small/plain
-    repopt train --config=configs/cifar10_small.py:repopt --config.data.data_dir=cifar10 \
-        --config.scales=runs/cifar10_small/search/scales --out=runs/cifar10_small/repopt
-    repopt train --config=configs/cifar10_small.py:repvgg --config.data.data_dir=cifar10 --out=runs/cifar10_small/repvgg
+    config=configs/cifar10_small.py
+    data=--config.data.data_dir=cifar10
+    repopt search --config=$config:search $data --out=runs/cifar10_small/search
+    repopt train --config=$config:plain $data --out=runs/cifar10_small/plain
+    repopt train --config=$config:repopt $data --out=runs/cifar10_small/repopt
+    repopt train --config=$config:repvgg $data --out=runs/cifar10_small/repvgg
 
+`repopt` takes the scales that the first command wrote; `--config.scales=` names others.
 `data_dir` is an image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the argument
 (`cifar10_small.py:search,smoke`) runs two short epochs on a few images.
 """
@@ -44,7 +46,8 @@ def get_config(arg: str = "plain") -> Config:
             train_limit=20_480,
             eval_limit=5_000,
         ),
-        optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5),
+        # Clipping steadies a search, as published; a network that trains with scales must not be clipped so.
+        optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, clip_norm=5.0 if kind == "search" else None),
     )
     if option == "smoke":
         config.epochs, config.batch_size, config.log_every = 2, 16, 1
