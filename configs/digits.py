@@ -2,10 +2,11 @@
 
     repopt search --config=configs/digits.py:search --out=runs/digits/search
     repopt train --config=configs/digits.py:plain --out=runs/digits/plain
-    repopt train --config=configs/digits.py:repopt --config.scales=runs/digits/search/scales --out=runs/digits/repopt
+    repopt train --config=configs/digits.py:repopt --out=runs/digits/repopt
     repopt train --config=configs/digits.py:depth --out=runs/digits/depth
     repopt train --config=configs/digits.py:repvgg --out=runs/digits/repvgg
 
+`repopt` takes the scales that the first command wrote; `--config.scales=` names others.
 `,smoke` after the argument (`digits.py:search,smoke`) runs two short epochs on a few images.
 """
 

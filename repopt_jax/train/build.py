@@ -2,29 +2,102 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from repopt_jax import data
 from repopt_jax.models import VGG_VARIANTS, RepOptVGG
 from repopt_jax.scales import Scales, load_scales
-from repopt_jax.surgery import reinitialize
+from repopt_jax.surgery import extract_scales, reinitialize
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.config import Config, DataConfig, ModelConfig
+from repopt_jax.train.optimizer import make_optimizer, make_schedule
 from repopt_jax.train.rundir import RunFolder
-from repopt_jax.train.state import merge_model, split_model
+from repopt_jax.train.sharding import state_sharding
+from repopt_jax.train.state import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    merge_model,
+    split_model,
+)
+
+
+class Feed(NamedTuple):
+    """The data of a run."""
+
+    info: data.DatasetInfo
+    train: Any
+    eval: Any
+    steps_per_epoch: int
+
+
+class Program(NamedTuple):
+    """What is compiled, and where the state that it moves lies."""
+
+    graphdef: Any
+    train_step: Any
+    eval_step: Any
+    sharding: TrainState
 
 
 class Trained(NamedTuple):
-    """A network read back from a run: in evaluation mode, with the config, the data set and the step it is from."""
+    """A network read back from a run, in evaluation mode; its config, data and number of steps."""
 
     model: RepOptVGG
     config: Config
     info: data.DatasetInfo
     step: int
+
+
+def open_feed(config: Config) -> Feed:
+    source, transform = open_data(config.data)
+    train_limit, eval_limit = config.data.train_limit, config.data.eval_limit
+    shared: dict[str, Any] = {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "workers": config.data.workers,
+        "prefetch": config.data.prefetch,
+    }
+    return Feed(
+        source.info,
+        data.train_batches(
+            source,
+            transform,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            limit=train_limit,
+            **shared,
+        ),
+        data.eval_batches(source, transform, batch_size=config.eval_batch_size, limit=eval_limit, **shared),
+        data.steps_per_epoch(source, config.batch_size, limit=train_limit),
+    )
+
+
+def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, TrainState]:
+    """Network and optimizer as jitted steps, and the state before the first one, on its devices."""
+    model, scales = build_model(config, feed.info)
+    schedule = make_schedule(config.optim, epochs=config.epochs, steps_per_epoch=feed.steps_per_epoch)
+    tx = make_optimizer(config.optim, schedule, scales=scales)
+    network = split_model(model)
+    marks = extract_scales(model).vectors if config.model.kind == "search" else None
+    state = init_state(network, tx, marks=marks)
+    sharding = state_sharding(mesh, state)
+    train_step = make_train_step(
+        network.graphdef,
+        tx,
+        schedule,
+        label_smoothing=config.optim.label_smoothing,
+        log_every=config.log_every,
+        sharding=sharding,
+    )
+    program = Program(network.graphdef, train_step, make_eval_step(network.graphdef), sharding)
+    return program, jax.device_put(state, sharding)
 
 
 def load_trained(run_dir: str | Path) -> Trained:
@@ -95,9 +168,7 @@ def _resolve_scales(name: str, model: RepOptVGG) -> Scales:
     return load_scales(name, model)
 
 
-def _new_model(
-    config: ModelConfig, info: data.DatasetInfo, *, scales: Scales | None, seed: int
-) -> RepOptVGG:
+def _new_model(config: ModelConfig, info: data.DatasetInfo, *, scales: Scales | None, seed: int) -> RepOptVGG:
     return RepOptVGG(
         VGG_VARIANTS[config.variant],
         kind=config.kind,  # pyright: ignore[reportArgumentType]

@@ -1,9 +1,10 @@
-"""Checkpoints of a run: state, position in the data and clock as one unit. The only training module that knows Orbax.
+"""Checkpoints of a run: state, position in the data and clock as one unit. The only training module that
+knows Orbax.
 
-A checkpoint is written beside its final place and renamed when it is complete, so that a process killed at any moment
-leaves the one before it whole. The last two are kept. What is restored goes to the shardings that the caller asks for,
-whatever the number of devices that wrote it; the number of *processes* must stay the same, as each has its part of the
-data.
+A checkpoint is written beside its final place and renamed when it is complete, so that a process killed at
+any moment leaves the one before it whole. The last two are kept. What is restored goes to the shardings that
+the caller asks for, whatever the number of devices that wrote it; the number of *processes* must stay the
+same, as each has its part of the data.
 """
 
 from pathlib import Path
@@ -23,10 +24,13 @@ class Checkpoints:
     def __init__(self, directory: str | Path):
         """Opens `directory`, made if it is missing; remains of an interrupted save are removed."""
         self.directory = Path(directory).absolute()
+        # The annotations of Orbax do not admit its own policies.
+        always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+        newest: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
+            str(self.directory),
+            save_decision_policy=always,
+            preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
 
@@ -67,7 +71,7 @@ class Checkpoints:
         return TrainState(**fields), float(loaded["clock"]["seconds"])
 
     def load_network(self, params: Any, rest: Any) -> tuple[Any, Any]:
-        """Reads `params` and `rest` alone from the newest checkpoint, to the shapes and shardings of those given."""
+        """The network alone of the newest checkpoint, to the shapes and shardings of `params` and `rest`."""
         target = jax.tree.map(_abstract, {"params": params, "rest": rest})
         loaded = self._orbax.load_checkpointables(self.latest, {"model": target})["model"]
         return loaded["params"], loaded["rest"]

@@ -1,7 +1,8 @@
 """What a run is: plain typed dataclasses, returned by the files of `configs/` and checked once by `validate`.
 
 A config file defines `get_config(arg="") -> Config`. The dataclasses are not frozen, because
-`ml_collections.config_flags` writes `--config.optim.learning_rate=0.05` into them; nothing changes one after that.
+`ml_collections.config_flags` writes `--config.optim.learning_rate=0.05` into them; nothing changes one after
+that.
 """
 
 import dataclasses
@@ -26,8 +27,8 @@ class ModelConfig:
 
     Attributes:
       variant: a row of `models.VGG_VARIANTS`.
-      kind: "search" (scales are trained), "target" (plain kernels), "repvgg" (branches with their own batch norm) or
-        "csla" (constant scales, the twin of a target run).
+      kind: "search" (scales are trained), "target" (plain kernels), "repvgg" (branches with their own batch
+        norm) or "csla" (constant scales, the twin of a target run).
       form: how a search or csla layer computes: "merged" (one convolution) or "branches".
       post_se: adds squeeze-and-excitation after every block.
       dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32.
@@ -45,7 +46,8 @@ class DataConfig:
     """The images.
 
     Attributes:
-      source: "digits" (embedded), "folder" (`train/<class>/*`, `test|val/<class>/*`) or "tfds" (a prepared dataset).
+      source: "digits" (embedded), "folder" (`train/<class>/*`, `test|val/<class>/*`) or "tfds" (a prepared
+        dataset).
       name: the dataset's name, for "tfds".
       data_dir: the folder, or the TFDS directory; "" for the digits.
       image_size: side, in pixels, of the square that the network sees.

@@ -10,7 +10,8 @@ from repopt_jax.train.config import Config
 
 
 def load_config(file_and_arg: str) -> Config:
-    """The config of `path/to/file.py:arg`; a bare name such as `digits:search` means the file shipped with the package.
+    """The config of `path/to/file.py:arg`; a bare name such as `digits:search` means the file shipped with
+    the package.
 
     Raises:
       FileNotFoundError: no such file.
@@ -19,7 +20,8 @@ def load_config(file_and_arg: str) -> Config:
     name, _, arg = file_and_arg.partition(":")
     path = config_file(name)
     spec = importlib.util.spec_from_file_location(f"repopt_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(arg)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,8 +28,8 @@ def scale_statistics(scales: Vectors, previous: Vectors) -> dict[str, dict[str, 
       previous: the same at the record before; pass `scales` again for the first one.
 
     Returns:
-      Layer path -> branch -> mean, std, min, max, rms (root mean square), negative (a count) and rms_change (root mean
-      square of the difference from `previous`).
+      Layer path -> branch -> mean, std, min, max, rms (root mean square), negative (a count) and rms_change
+      (root mean square of the difference from `previous`).
     """
     return {
         path: {name: _vector_statistics(v, previous[path][name]) for name, v in vectors.items()}
@@ -51,20 +52,24 @@ def _vector_statistics(vector: Any, previous: Any) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl`, one JSON object a line, and to TensorBoard if asked. A context manager."""
+    """Appends records to `metrics.jsonl`, one JSON object a line, and to TensorBoard. A context manager."""
 
     def __init__(self, directory: str | Path, *, resume_step: int | None, tensorboard: bool = False):
         """Opens the file for a run that starts after `resume_step`, or anew for None.
 
-        Lines past that step were written by a run that was killed after its last checkpoint. They are dropped, so that
-        the file ends as that of an unbroken run.
+        Lines past that step were written by a run that was killed after its last checkpoint. They are
+        dropped, so that the file ends as that of an unbroken run.
 
         Raises:
           ImportError: TensorBoard is asked for and tensorboardX is not installed.
         """
-        self.path = Path(directory) / "metrics.jsonl"
-        _drop_after(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        # One process writes; the others hold the same numbers and drop them.
+        writes = jax.process_index() == 0
+        path = Path(directory) / "metrics.jsonl"
+        if writes:
+            _drop_after(path, resume_step)
+        self._file = open(path if writes else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        tensorboard = tensorboard and writes
         self._board = _open_board(Path(directory), resume_step) if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -76,9 +81,10 @@ class MetricsWriter:
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def sync(self) -> None:
-        """Returns when all records are on disk: before a checkpoint, which promises the lines up to its step."""
+        """Waits until all records are on disk: a checkpoint promises the lines up to its step."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        with contextlib.suppress(OSError):  # os.devnull and some network file systems cannot
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -93,7 +99,7 @@ class MetricsWriter:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; none if it does not exist. A half-written last line is left out."""
+    """The lines of a metrics file, without a half-written last one; none if there is no file."""
     path = Path(path)
     if not path.exists():
         return []
@@ -154,7 +160,7 @@ class Stopwatch:
 
 
 class ProgressBar:
-    """A bar with images/s, remaining time, loss and accuracy; without a terminal, one logged line an epoch."""
+    """A bar with loss, accuracy, images/s and remaining time; without a terminal, a logged line an epoch."""
 
     def __init__(self, name: str, *, total: int, start: int, shown: bool):
         console = Console(stderr=True)
@@ -181,7 +187,7 @@ class ProgressBar:
         self._progress.update(self._task, completed=record["step"], told=told)
 
     def end_epoch(self, epoch: int, evaluation: Mapping[str, Any] | None) -> None:
-        """Tells that an epoch is over: a line through `logging` if there is no bar, above the bar if evaluated."""
+        """Tells that an epoch is over: through `logging` if there is no bar, above the bar if evaluated."""
         parts = [f"{self._name}: epoch {epoch}"]
         if self._last:
             parts.append(f"loss {self._last['loss']:.3f}, {self._last['images_per_s']:,.0f} images/s")

@@ -1,7 +1,7 @@
 """The optimizer of a run: clip -> multiplier -> weight decay -> SGD with momentum, in that order.
 
-The order is the method: the multiplier belongs to the gradient alone, so decay comes after it, and both before the
-momentum. Decay before the multiplier trains another network.
+The order is the method: the multiplier belongs to the gradient alone, so decay comes after it, and both
+before the momentum. Decay before the multiplier trains another network.
 """
 
 import math
@@ -15,8 +15,8 @@ from repopt_jax.optim import repopt_mask
 from repopt_jax.scales import Scales
 from repopt_jax.train.config import OptimConfig
 
-# Whether a parameter is decayed, as published: kernels are, and of the vectors only those that stand for an identity
-# kernel, because in a plain network that kernel is part of the decayed one. The first match counts.
+# Whether a parameter is decayed, as published: kernels are, and of the vectors only those that stand for an
+# identity kernel, because in a plain network that kernel is part of the decayed one. The first match counts.
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(.*/)?bn_identity/scale", True),
     (r"(.*/)?weights/[^/]+", True),
@@ -38,13 +38,13 @@ def make_optimizer(
       scales: multiplies the gradients by `repopt_mask`.
 
     Raises:
-      ValueError: clipping together with scales. The ordinary global norm is not the norm that the network with
-        branches would have clipped by, so the two would no longer be trained alike.
+      ValueError: clipping together with scales. The ordinary global norm is not the norm that the network
+        with branches would have clipped by, so the two would no longer be trained alike.
     """
     if scales is not None and optim.clip_norm is not None:
         raise ValueError(
-            f"`clip_norm`={optim.clip_norm} cannot be used with `scales`: clipping by the ordinary global norm breaks "
-            "the equivalence with the network that has branches; set `clip_norm` to None"
+            f"`clip_norm`={optim.clip_norm} cannot be used with `scales`: clipping by the ordinary global "
+            "norm breaks the equivalence with the network that has branches; set `clip_norm` to None"
         )
     parts = []
     if optim.clip_norm is not None:
@@ -61,8 +61,8 @@ def decay_mask(params: Any, rules: Sequence[tuple[str, bool]] = DECAY_RULES) -> 
     """A tree like `params` that says of each leaf whether it is decayed.
 
     Raises:
-      ValueError: parameters that no rule matches, all of them listed. There is no default: a new kind of parameter
-        needs a decision.
+      ValueError: parameters that no rule matches, all of them listed. There is no default: a new kind of
+        parameter needs a decision.
     """
     named, treedef = paths.named_leaves(params)
     decayed = paths.match_rules(rules, named)
@@ -70,7 +70,8 @@ def decay_mask(params: Any, rules: Sequence[tuple[str, bool]] = DECAY_RULES) -> 
 
 
 def make_schedule(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate of step t, counted from 0: linear up to the peak over the W warm-up steps, then cosine to 0.
+    """Learning rate of step t, counted from 0: linear up to the peak over the W warm-up steps, then cosine to
+    0.
 
     peak * (t + 1) / W for t < W, so that no step is spent at rate 0, and
     peak * (1 + cos(pi * (t - W) / (T - W))) / 2 from there to the last step, T.

@@ -1,22 +1,29 @@
 """The folder of a run: who may write into it, and the small files that say what it holds.
 
-    config.json, dataset.json   what is trained on what; written first, never changed
-    metrics.jsonl, tensorboard/ how it goes
-    checkpoints/                state
-    scales/                     what a search found
-    summary.json                written last: its presence means that the run is finished
+config.json, dataset.json   what is trained on what; written first, never changed
+metrics.jsonl, tensorboard/ how it goes
+checkpoints/                state
+scales/                     what a search found
+summary.json                written last: its presence means that the run is finished
 """
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
-from collections.abc import Iterator
+import platform
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from repopt_jax.data import DatasetInfo
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import differing_fields, from_json, to_json
+from repopt_jax.train.sharding import meet
+from repopt_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +33,11 @@ class Summary:
     Attributes:
       name, kind, scales, seed, epochs: as in the config.
       steps: training steps done.
-      test_accuracy, test_loss, test_count: of the last evaluation (accuracy in [0, 1]); None before the first.
+      test_accuracy, test_loss, test_count: of the last evaluation (accuracy in [0, 1]); None before the
+        first.
       train_parameters: trained numbers in the network.
-      step_ms_median: median over the log's lines of the mean time of a step, without compilation, evaluation and
-        checkpoints; images_per_s follows from it. None if no step was timed.
+      step_ms_median: median over the log's lines of the mean time of a step, without compilation, evaluation
+        and checkpoints; images_per_s follows from it. None if no step was timed.
       wall_s: seconds from the start of training to its end, all sessions together.
       finished: False if the run was asked to stop before its end.
       versions, device: what it ran on.
@@ -55,6 +63,34 @@ class Summary:
     reused: bool = False
 
 
+def summarize(
+    config: Config, records: Sequence[Mapping[str, Any]], state: TrainState, *, seconds: float, finished: bool
+) -> Summary:
+    """The summary of a run, from its config, its log and its last state."""
+    speeds = [record["images_per_s"] for record in records if record["kind"] == "train"]
+    speed = statistics.median(speeds) if speeds else None
+    tests = [record for record in records if record["kind"] == "eval"]
+    test = tests[-1] if tests else {"accuracy": None, "loss": None, "count": None}
+    return Summary(
+        name=config.name,
+        kind=config.model.kind,
+        scales=config.scales,
+        seed=config.seed,
+        epochs=config.epochs,
+        steps=int(jax.device_get(state.step)),
+        test_accuracy=test["accuracy"],
+        test_loss=test["loss"],
+        test_count=test["count"],
+        train_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        step_ms_median=None if speed is None else 1e3 * config.batch_size / speed,
+        images_per_s=speed,
+        wall_s=seconds,
+        finished=finished,
+        versions=_versions(),
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    )
+
+
 class RunFolder:
     """A folder that is to hold one run, or does."""
 
@@ -65,7 +101,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
 
     def finished(self, config: Config) -> Summary | None:
-        """The summary, if this folder holds the finished run of `config`; None if that run can start or go on here.
+        """The summary, if this folder holds the finished run of `config`; None if that run can start or go on
+        here.
 
         Raises:
           ValueError: another run, or files that are no run.
@@ -77,8 +114,8 @@ class RunFolder:
             done = json.loads(summary.read_text()) if summary.exists() else None
         if stored is not None and (differing := differing_fields(stored, config)):
             raise ValueError(
-                f"`out_dir` {self.path} holds another run; it differs in {', '.join(differing)} (there and here). "
-                "Choose another folder, or remove that one"
+                f"`out_dir` {self.path} holds another run; it differs in {', '.join(differing)} "
+                "(there and here). Choose another folder, or remove that one"
             )
         if stored is None or done is None:
             return None
@@ -91,12 +128,16 @@ class RunFolder:
           ValueError: the run began on other data.
           OSError: no permission, or not a folder.
         """
+        meet("folder looked at")  # no process may find what another one has just written
         with _clear_os_error(self.path, "write to"):
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / "config.json").exists():
-                self._write("config.json", to_json(config))
-            if not (self.path / "dataset.json").exists():
-                self._write("dataset.json", json.dumps(dataclasses.asdict(info), indent=2))
+            for name, text in (
+                ("config.json", to_json(config)),
+                ("dataset.json", json.dumps(dataclasses.asdict(info), indent=2)),
+            ):
+                if not (self.path / name).exists():
+                    self._write(name, text)
+        meet("folder claimed")
         if (found := self.read()[1]) != info:
             raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
 
@@ -110,7 +151,8 @@ class RunFolder:
         if missing := [name for name in names if not (self.path / name).is_file()]:
             raise FileNotFoundError(f"{self.path} holds no run: {', '.join(missing)} is missing")
         config, info = ((self.path / name).read_text(encoding="utf-8") for name in names)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(info).items()}
+        values: dict[str, Any] = json.loads(info)
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return from_json(config), DatasetInfo(**values)
 
     def finish(self, summary: Summary) -> None:
@@ -127,16 +169,19 @@ class RunFolder:
                 return from_json(path.read_text(encoding="utf-8"))
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"`out_dir` {self.path} has a config.json that this version did not write ({error}); choose another folder"
+                    f"`out_dir` {self.path} has a config.json that this version did not write ({error}); "
+                    "choose another folder"
                 ) from error
         if self.path.exists() and (strangers := [p.name for p in self.path.iterdir() if p.suffix != _PART]):
             raise ValueError(
-                f"`out_dir` {self.path} is not empty and holds no run (it has {', '.join(sorted(strangers)[:3])}); "
-                "choose an empty or a new folder"
+                f"`out_dir` {self.path} is not empty and holds no run "
+                f"(it has {', '.join(sorted(strangers)[:3])}); choose an empty or a new folder"
             )
         return None
 
     def _write(self, name: str, text: str) -> None:
+        if jax.process_index() != 0:
+            return
         # Renamed into place, so that a file is either whole or not there.
         part = self.path / (name + _PART)
         part.write_text(text + "\n", encoding="utf-8")
@@ -144,6 +189,12 @@ class RunFolder:
 
 
 _PART = ".part"
+
+
+def _versions() -> dict[str, str]:
+    names = ("repopt_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+    installed = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **installed}
 
 
 @contextlib.contextmanager

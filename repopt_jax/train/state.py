@@ -1,7 +1,8 @@
 """The state of a run, and the two pure functions that move and measure it: arrays in, arrays out.
 
-The network travels as a static graph definition and two plain dicts, `params` (what is trained) and `rest` (batch
-statistics, constant scales). Batch statistics are over the global batch, on however many devices it lies.
+The network travels as a static graph definition and two plain dicts, `params` (what is trained) and `rest`
+(batch statistics, constant scales). Batch statistics are over the global batch, on however many devices it
+lies.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ class TrainState(NamedTuple):
       params: trained arrays, by pure-dict path.
       rest: the network's other arrays.
       opt_state: the optimizer's state; with scales, their vectors are in it.
-      window: sums of loss and correct answers, and the number of images, since the last line of the log. Here, not on
-        the host, so that a resumed run writes the same line as an unbroken one.
+      window: sums of loss and correct answers, and the number of images, since the last line of the log.
+        Here, not on the host, so that a resumed run writes the same line as an unbroken one.
       bad_step: () int32, first step whose loss was not finite, or -1.
       marks: scale vectors at the last record of their statistics (search), else empty.
     """
@@ -62,7 +63,7 @@ def merge_model(graphdef: Any, params: Any, rest: Any) -> Any:
 def init_state(
     network: Network, tx: optax.GradientTransformation, *, marks: dict[str, Any] | None = None
 ) -> TrainState:
-    """The state before the first step. It owns its buffers, since the step that receives it gives them away."""
+    """The state before the first step. It owns its buffers: the step that receives it gives them away."""
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=network.params,
@@ -95,8 +96,8 @@ def make_train_step(
       sharding: of the returned state, a tree like it; left to the compiler when None.
 
     Returns:
-      `step(state, {"image": (N, H, W, C) float32, "label": (N,) int32}) -> (state, means)`, the means being loss and
-      accuracy since the log's last line, this step's learning rate "lr", and "bad_step".
+      `step(state, {"image": (N, H, W, C) float32, "label": (N,) int32}) -> (state, means)`, the means being
+      loss and accuracy since the log's last line, this step's learning rate "lr", and "bad_step".
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
@@ -110,17 +111,11 @@ def make_train_step(
         grads, (loss, correct, rest) = jax.grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         size = batch["label"].shape[0]
-        window = _add_sums(
-            _reset_sums(state.window, state.step % log_every == 0), loss * size, correct, size
-        )
-        bad_step = jnp.where(
-            (state.bad_step < 0) & ~jnp.isfinite(loss), state.step + 1, state.bad_step
-        )
+        window = _add_sums(_reset_sums(state.window, state.step % log_every == 0), loss * size, correct, size)
+        bad_step = jnp.where((state.bad_step < 0) & ~jnp.isfinite(loss), state.step + 1, state.bad_step)
         means = {**_means(window), "lr": jnp.asarray(schedule(state.step)), "bad_step": bad_step}
-        params = optax.apply_updates(state.params, updates)
-        state = TrainState(
-            state.step + 1, params, rest, opt_state, window, bad_step, state.marks
-        )
+        params: Any = optax.apply_updates(state.params, updates)
+        state = TrainState(state.step + 1, params, rest, opt_state, window, bad_step, state.marks)
         return state, means
 
     out_shardings = None if sharding is None else (sharding, None)
@@ -133,8 +128,9 @@ def make_eval_step(
     """The jitted evaluation step, with running batch statistics.
 
     Returns:
-      `step(params, rest, sums, batch) -> sums`, which adds a batch to the sums of `start_sums`. Images whose "mask" is
-      0 are padding and count for nothing. The loss is the plain cross-entropy, whatever smoothing training used.
+      `step(params, rest, sums, batch) -> sums`, which adds a batch to the sums of `start_sums`. Images whose
+      "mask" is 0 are padding and count for nothing. The loss is the plain cross-entropy, whatever smoothing
+      training used.
     """
 
     def eval_step(params, rest, sums, batch):
@@ -165,18 +161,14 @@ def sums_to_means(sums: dict[str, jax.Array]) -> dict[str, Any]:
     }
 
 
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
-) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
     """Softmax cross-entropy of each image, (N, classes) and (N,) -> (N,), computed in float32 or wider."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
-def count_correct(
-    logits: jax.Array, labels: jax.Array, *, real: jax.Array | bool = True
-) -> jax.Array:
+def count_correct(logits: jax.Array, labels: jax.Array, *, real: jax.Array | bool = True) -> jax.Array:
     """How many images, of those that are `real`, have their largest logit at the label; () int32."""
     return ((logits.argmax(-1) == labels) & real).sum(dtype=jnp.int32)
 

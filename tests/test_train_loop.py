@@ -1,0 +1,363 @@
+"""Whole runs on the embedded digits: every kind, broken and resumed, refused, and gone wrong."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import training
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from training import tiny_config
+
+from repopt_jax import data, train
+from repopt_jax.scales import load_scales
+from repopt_jax.train import loop
+from repopt_jax.train.metrics import read_records
+from repopt_jax.train.rundir import RunFolder
+
+STEPS = 18  # of a whole run of `tiny_config`
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with the prepared digits, so that no test touches the user's cache."""
+    folder = tmp_path_factory.mktemp("digits")
+    data.open_source("digits", data_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Many runs here are of one program: it is compiled once, in this process or in one to be killed."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits, tmp_path_factory):
+    """Kind -> folder of its whole run, trained when first asked for."""
+    folders = {}
+
+    def folder_of(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(kind) / "run"
+            train.run(tiny_config(kind, digits, **SCALED.get(kind, {})), folders[kind], progress=False)
+        return folders[kind]
+
+    return folder_of
+
+
+SCALED = {"target": {"scales": "depth"}}
+
+
+def arrays(run_dir):
+    """Every parameter and statistic of a run's last checkpoint."""
+    model = train.load_trained(run_dir).model
+    return jax.device_get(nnx.to_pure_dict(nnx.state(model)))
+
+
+def told(run_dir):
+    """The log without what depends on the clock."""
+    return [
+        {name: value for name, value in record.items() if name != "images_per_s"}
+        for record in read_records(Path(run_dir) / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(run_dir, other):
+    jax.tree.map(np.testing.assert_array_equal, arrays(run_dir), arrays(other))
+    assert told(run_dir) == told(other)
+    first, second = (json.loads((Path(d) / "summary.json").read_text()) for d in (run_dir, other))
+    for name in ("steps", "test_accuracy", "test_loss", "test_count", "train_parameters", "finished"):
+        assert first[name] == second[name]
+
+
+def checkpoints_in(run_dir):
+    return sorted(int(path.name) for path in (Path(run_dir) / "checkpoints").iterdir() if path.name.isdigit())
+
+
+# -- whole runs
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "scales"),
+    [("search", ""), ("target", ""), ("target", "ones"), ("csla", "depth"), ("repvgg", "")],
+)
+def test_two_steps_of_each_kind(digits, tmp_path, kind, scales):
+    config = tiny_config(
+        kind, digits, scales=scales, epochs=1, batch_size=24, log_every=1, checkpoint_every=0
+    )
+    summary = train.run(config, tmp_path / "run", progress=False)
+    assert summary.finished
+    assert (summary.kind, summary.scales, summary.steps, summary.test_count) == (kind, scales, 2, 37)
+    assert summary.step_ms_median == pytest.approx(1e3 * 24 / summary.images_per_s)
+    kinds = [(record["kind"], record["step"]) for record in told(tmp_path / "run")]
+    expected = [("train", 1), ("train", 2), ("eval", 2)]
+    if kind == "search":
+        expected = [("scales", 0), *expected[:2], ("scales", 2), ("eval", 2)]
+    assert kinds == expected
+    assert (tmp_path / "run" / "scales").exists() == (kind == "search")
+
+
+def test_learning_happens(digits, tmp_path):
+    config = tiny_config(
+        "target", digits, scales="depth", epochs=12, batch_size=32, data__train_limit=512, checkpoint_every=0
+    )
+    assert train.run(config, tmp_path / "run", progress=False).test_accuracy > 0.5
+
+
+def test_scales_of_a_search_train_a_target(digits, tmp_path, unbroken):
+    folder = unbroken("search") / "scales"
+    scales = load_scales(folder, train.load_trained(unbroken("search")).model.branch_sets())
+    metadata = scales.metadata
+    assert (metadata.architecture, metadata.step) == ("tiny", STEPS)
+    assert train.from_json(metadata.config).model.kind == "search"
+    config = tiny_config("target", digits, scales=str(folder), epochs=1)
+    assert train.run(config, tmp_path / "run", progress=False).finished
+
+
+def test_scale_records_follow_the_vectors(unbroken):
+    records = [r for r in told(unbroken("search")) if r["kind"] == "scales"]
+    assert [r["step"] for r in records] == [0, 6, 12, 18]
+    vectors = load_scales(unbroken("search") / "scales").vectors
+    for path, layer in records[-1]["layers"].items():
+        for branch, told_of in layer.items():
+            v = np.asarray(vectors[path][branch], np.float64)
+            assert told_of["mean"] == pytest.approx(v.mean())
+            assert told_of["rms"] == pytest.approx(np.sqrt((v**2).mean()))
+            assert (told_of["min"], told_of["max"]) == (v.min(), v.max())
+            assert told_of["rms_change"] > 0
+            assert records[0]["layers"][path][branch]["rms_change"] == 0
+
+
+def test_loaded_network_gives_the_summary(unbroken, digits):
+    model, config, info, step = train.load_trained(unbroken("target"))
+    assert step == STEPS
+    source, transform = train.open_data(config.data)
+    assert source.info == info
+    correct = 0
+    for batch in data.eval_batches(source, transform, batch_size=12, limit=config.data.eval_limit):
+        hits = np.asarray(model(batch["image"])).argmax(-1) == batch["label"]
+        correct += int((hits * batch["mask"]).sum())
+    summary = json.loads((unbroken("target") / "summary.json").read_text())
+    assert correct / 37 == pytest.approx(summary["test_accuracy"])
+
+
+# -- broken and resumed
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "stop_at"), [("search", 5), ("target", 17)])
+def test_stopped_run_continues_to_the_same_end(digits, tmp_path, unbroken, kind, stop_at):
+    config = tiny_config(kind, digits, **SCALED.get(kind, {}))
+    asked = iter(range(1, STEPS + 1))
+    stopped = train.run(config, tmp_path / "run", progress=False, stop=lambda: next(asked) == stop_at)
+    assert (stopped.finished, stopped.steps) == (False, stop_at)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train.run(config, tmp_path / "run", progress=False).finished
+    assert_same_run(tmp_path / "run", unbroken(kind))
+
+
+@pytest.mark.parametrize("when", ["step 7", "save 8"])
+def test_killed_run_continues_to_the_same_end(digits, tmp_path, unbroken, compiled_once, when):
+    """The checkpoint before is whole, and the run ends as if unbroken."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": compiled_once,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    program = [sys.executable, training.__file__, tmp_path / "run", "search", digits, *when.split()]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert 4 in checkpoints_in(tmp_path / "run")
+    # A line that was being written when the process died.
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"kind": "train", "step": 17, "lo')
+    assert train.run(tiny_config("search", digits), tmp_path / "run", progress=False).finished
+    assert_same_run(tmp_path / "run", unbroken("search"))
+    assert [p for p in (tmp_path / "run" / "checkpoints").iterdir() if "tmp" in p.name] == []
+
+
+def test_run_killed_before_its_summary_only_writes_it(digits, tmp_path, unbroken):
+    shutil.copytree(unbroken("search"), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "scales")
+    summary = train.run(tiny_config("search", digits), tmp_path / "run", progress=False)
+    assert (summary.finished, summary.reused) == (True, False)
+    assert_same_run(tmp_path / "run", unbroken("search"))
+    assert (tmp_path / "run" / "scales").is_dir()
+
+
+def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path, unbroken):
+    asked = iter(range(1, STEPS + 1))
+
+    def press_at_ten():
+        if next(asked) == 10:
+            raise KeyboardInterrupt
+        return False
+
+    config = tiny_config("target", digits, scales="depth")
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, tmp_path / "run", progress=False, stop=press_at_ten)
+    assert checkpoints_in(tmp_path / "run") == [4, 8]
+    assert [r["step"] for r in told(tmp_path / "run")] == [3, 6, 6, 9]
+    train.run(config, tmp_path / "run", progress=False)
+    assert_same_run(tmp_path / "run", unbroken("target"))
+
+
+def test_last_two_checkpoints_are_kept(unbroken):
+    assert checkpoints_in(unbroken("target")) == [16, 18]
+
+
+def test_other_number_of_devices_can_resume(digits, tmp_path, monkeypatch, unbroken):
+    config = tiny_config("target", digits, scales="depth")
+    asked = iter(range(1, STEPS + 1))
+    train.run(config, tmp_path / "run", progress=False, stop=lambda: next(asked) == 9)
+    one_device = loop.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(loop, "make_mesh", lambda fsdp: one_device)
+    assert train.run(config, tmp_path / "run", progress=False).finished
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, arrays(tmp_path / "run"), arrays(unbroken("target")))
+
+
+def test_finished_run_is_reused(digits, unbroken):
+    before = (unbroken("target") / "metrics.jsonl").read_bytes()
+    summary = train.run(tiny_config("target", digits, scales="depth"), unbroken("target"), progress=False)
+    assert (summary.reused, summary.steps) == (True, STEPS)
+    assert (unbroken("target") / "metrics.jsonl").read_bytes() == before
+
+
+# -- gone wrong
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_not_finite_loss_stops_and_keeps_the_checkpoint(digits, tmp_path, monkeypatch):
+    put, calls = loop.put_batch, iter(range(1, 100))
+
+    def poisoned(batch, mesh):
+        if "mask" not in batch and next(calls) == 7:
+            batch = {**batch, "image": batch["image"] * np.float32("nan")}
+        return put(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", poisoned)
+    with pytest.raises(
+        FloatingPointError, match=r"the loss of step 7 is not finite; the checkpoint of step 4 is kept"
+    ):
+        train.run(tiny_config("target", digits), tmp_path / "run", progress=False)
+    assert checkpoints_in(tmp_path / "run") == [4]
+    assert np.isfinite(np.concatenate([a.ravel() for a in jax.tree.leaves(arrays(tmp_path / "run"))])).all()
+
+
+def test_parameters_that_are_not_finite_are_not_saved(digits, tmp_path):
+    config = tiny_config(
+        "target", digits, optim__learning_rate=1e38, optim__warmup_epochs=0.0, checkpoint_every=1
+    )
+    with pytest.raises(FloatingPointError, match=r"is not finite; (no checkpoint|the checkpoint of step)"):
+        train.run(config, tmp_path / "run", progress=False)
+
+
+def test_folder_of_another_run_is_refused(digits, unbroken):
+    before = sorted(unbroken("target").rglob("*"))
+    config = tiny_config("target", digits, scales="ones", seed=3)
+    with pytest.raises(
+        ValueError, match=r"holds another run; it differs in seed \(0 and 3\), scales \('depth' and 'ones'\)"
+    ):
+        train.run(config, unbroken("target"), progress=False)
+    assert sorted(unbroken("target").rglob("*")) == before
+
+
+def test_folder_with_other_files_is_refused(digits, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match=r"is not empty and holds no run \(it has thesis.tex\)"):
+        train.run(tiny_config("target", digits), tmp_path, progress=False)
+    (tmp_path / "config.json").write_text('{"layers": 3}')
+    with pytest.raises(ValueError, match="that this version did not write"):
+        train.run(tiny_config("target", digits), tmp_path, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "thesis.tex"]
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """Permissions do not bind the superuser, as whom tests may run in a container."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_folder_without_permission_is_one_sentence(digits, tmp_path):
+    info = data.open_source("digits", data_dir=digits).info
+    folder = RunFolder(tmp_path / "run")
+    tmp_path.chmod(0o555)
+    with without_privileges(), pytest.raises(PermissionError, match=r"`out_dir` .*Permission denied"):
+        folder.claim(train.Config(), info)
+
+
+def test_out_dir_below_a_file_is_one_sentence(digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"`out_dir` .*Not a directory"):
+        train.run(tiny_config("target", digits), tmp_path / "file" / "run", progress=False)
+
+
+def test_other_data_than_the_run_began_on_are_refused(digits, tmp_path):
+    config = tiny_config("target", digits)
+    asked = iter(range(STEPS))
+    train.run(config, tmp_path / "run", progress=False, stop=lambda: next(asked) == 0)
+    path = tmp_path / "run" / "dataset.json"
+    path.write_text(path.read_text().replace('"num_eval": ', '"num_eval": 1'))
+    with pytest.raises(ValueError, match="holds a run that began on DatasetInfo"):
+        train.run(config, tmp_path / "run", progress=False)
+
+
+def test_batch_that_devices_do_not_divide_is_refused(digits, tmp_path):
+    with pytest.raises(ValueError, match=r"`batch_size`=10 is not divisible by the 4 devices .* 8 and 12"):
+        train.run(tiny_config("target", digits, batch_size=10), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_scales_that_do_not_fit_leave_no_folder(digits, tmp_path, unbroken):
+    config = tiny_config("target", digits, scales=str(unbroken("search") / "scales"))
+    config.model.variant = "digits"
+    with pytest.raises(ValueError, match="do not fit the model"):
+        train.run(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+# -- what is told
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_one_line_an_epoch(digits, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="repopt_jax"):
+        train.run(tiny_config("target", digits, eval_every=2), tmp_path / "run")
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("repopt_jax")]
+    assert [line.split(",")[0] for line in lines] == [f"tiny: epoch {n}" for n in (1, 2, 3)]
+    assert ["test accuracy" in line for line in lines] == [False, True, True]
+
+
+def test_tensorboard_files_are_written_when_asked(digits, tmp_path):
+    pytest.importorskip("tensorboardX")
+    train.run(tiny_config("target", digits, epochs=1, tensorboard=True), tmp_path / "run", progress=False)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
