@@ -14,7 +14,8 @@ from repopt_jax.branches import Average, BranchSet, Identity, Kernel, default_br
 
 EXACT = 1e-12  # relative, float64; measured: 5e-15 at most over 500 draws
 
-# Every draw compiles anew, so the ordinary suite takes few; `REPOPT_EXAMPLES=500 pytest tests/test_branches.py` takes more.
+# Every draw compiles anew, so the ordinary suite takes few; `REPOPT_EXAMPLES=500 pytest
+# tests/test_branches.py` takes more.
 hypothesis.settings.register_profile(
     "repopt", deadline=None, max_examples=int(os.environ.get("REPOPT_EXAMPLES", "8")), derandomize=True
 )

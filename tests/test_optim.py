@@ -1,4 +1,5 @@
-"""The claim itself: 50 steps of the plain layer with `repopt_mask` and of its branches, in float64, end in one kernel."""
+"""The claim itself: 50 steps of the plain layer with `repopt_mask` and of its branches, in float64, end in
+one kernel."""
 
 import functools
 
@@ -40,7 +41,8 @@ LAYERS = {
 
 
 def problem(branches, size, seed=0):
-    """Scales of mixed sign, branch weights, and a non-quadratic loss of the merged kernel on one batch for each step."""
+    """Scales of mixed sign, branch weights, and a non-quadratic loss of the merged kernel on one batch for
+    each step."""
     rng = np.random.default_rng(seed)
     inputs = branches.kernel[-2] * branches.groups if branches.layout == "...io" else branches.kernel[1]
     scales = Scales(
@@ -86,7 +88,8 @@ def train(tx, params, loss, data):
 
 @functools.cache
 def csla_result(name):
-    """The kernel that training the branches themselves gives, with plain Nesterov SGD and decay: the oracle."""
+    """The kernel that training the branches themselves gives, with plain Nesterov SGD and decay: the
+    oracle."""
     branches, size = LAYERS[name]
     scales, weights, data, loss = problem(branches, size)
     vectors = scales.entries["layer/kernel"].vectors
@@ -147,7 +150,7 @@ def squared_identity(scales):
     """u^2 instead of 1 on the diagonal: the reading of the paper that forgets that u is trained."""
 
     def update(updates, state, params=None):
-        ((path, entry),) = scales.entries.items()
+        (entry,) = scales.entries.values()
         diagonal = Identity().support(entry.branches.kernel)
         u = entry.vectors["identity"]
         m = entry.branches.multiplier(entry.vectors, dtype=jnp.float64) + jnp.where(diagonal, u**2 - 1, 0)
@@ -161,7 +164,7 @@ def off_centre(scales):
     """The published code's fixed centre index 1 in a 5x5 kernel."""
 
     def update(updates, state, params=None):
-        ((path, entry),) = scales.entries.items()
+        (entry,) = scales.entries.values()
         m = entry.branches.multiplier(entry.vectors, dtype=jnp.float64)
         return jax.tree.map(lambda g: g * jnp.roll(m, (-1, -1), (0, 1)), updates), state
 
@@ -289,7 +292,8 @@ def test_second_step_does_not_recompile_and_dtypes_stay():
     "spec", [("x", None, None, None), (None, None, "x", None), (None, None, None, "x"), ()]
 )
 def test_leaves_may_be_sharded_along_any_axis(spec):
-    """The same numbers, the sharding kept, and no communication: the multiplier is made where the shard is."""
+    """The same numbers, the sharding kept, and no communication: the multiplier is made where the shard
+    is."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     shape = (4, 3, 8, 8)
     branches = BranchSet(shape, (Kernel((4, 3)), Kernel((2, 1))))
