@@ -19,3 +19,4 @@ from repopt_jax.scales import load_scales as load_scales
 from repopt_jax.scales import save_scales as save_scales
 from repopt_jax.surgery import extract_scales as extract_scales
 from repopt_jax.surgery import reinitialize as reinitialize
+from repopt_jax.verify import verify_equivalence as verify_equivalence

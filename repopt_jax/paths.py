@@ -73,8 +73,8 @@ def describe_difference(
 
     The values are what is compared and shown: shapes, usually.
     """
-    missing = [f"{name} {expected[name]}" for name in expected if name not in found]
-    extra = [f"{name} {found[name]}" for name in found if name not in expected]
+    missing = [f"{name} {expected[name]}".rstrip() for name in expected if name not in found]
+    extra = [f"{name} {found[name]}".rstrip() for name in found if name not in expected]
     differ = [
         f"{name} (expected {expected[name]}, found {found[name]})"
         for name in expected
