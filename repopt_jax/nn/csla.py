@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
@@ -107,7 +108,7 @@ class CSLAConv(nnx.Module):
             y = self._convolve(x, self.branches.merge(weights, scales))
         else:
             y = self._run_branches(x, weights, scales)
-        return y if self.bias is None else y + jnp.asarray(self.bias[...], y.dtype)
+        return y if self.bias is None else y + along_channels(self.bias[...], y)
 
     def merged_kernel(self) -> jax.Array:
         """K, of the shape of a plain layer's kernel."""
@@ -139,7 +140,7 @@ class CSLAConv(nnx.Module):
         for b in self.branches.branches:
             xb, w = promote_dtype((x, weights[b.name]), dtype=self.dtype)
             y = run_branch(b, xb, w, self)
-            outputs.append(y * scales[b.name].astype(y.dtype) if b.has_scale else y)
+            outputs.append(y * along_channels(scales[b.name], y) if b.has_scale else y)
         return sum(outputs[1:], start=outputs[0])
 
 
@@ -195,7 +196,7 @@ def _(branch: Kernel, x, w, layer):
 def _(branch: Identity, x, w, layer):
     padding = _narrowed(layer, algebra.centre_tap(layer.branches.kernel[:-2]))
     spatial = [(lo, hi, 0) for lo, hi in padding]
-    return lax.pad(x * w, jnp.zeros((), x.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
+    return lax.pad(x * along_channels(w, x), jnp.zeros((), x.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
 
 
 @run_branch.register
@@ -212,7 +213,7 @@ def _(branch: Average, x, w, layer):
     window = layer.branches.kernel[:-2]
     total = lax.reduce_window(
         y,
-        jnp.zeros((), y.dtype),
+        np.zeros((), y.dtype),  # a constant also under jit, without which JAX has no gradient for this
         lax.add,
         (1, *window, 1),
         (1, *layer.strides, 1),
@@ -220,6 +221,12 @@ def _(branch: Average, x, w, layer):
         window_dilation=(1, *layer.dilation, 1),
     )
     return total / math.prod(window)
+
+
+def along_channels(v: jax.Array, y: jax.Array) -> jax.Array:
+    """v, (channels,), with the rank and dtype of y, so that it also multiplies where rank promotion is an
+    error."""
+    return jnp.asarray(v, y.dtype).reshape((1,) * (y.ndim - 1) + v.shape)
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
