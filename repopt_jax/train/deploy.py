@@ -21,9 +21,11 @@ from repopt_jax import data
 from repopt_jax._version import __version__
 from repopt_jax.fuse import fuse, output_difference
 from repopt_jax.train.build import Trained, build_model, load_trained, open_data
+from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import from_json
 from repopt_jax.train.records import read_json
+from repopt_jax.train.rundir import RunFolder
 from repopt_jax.train.state import make_eval_step, split_model, start_sums, sums_to_means
 
 COMPARED_IMAGES = 1024  # test images on which outputs are compared; more would say the same
@@ -77,15 +79,10 @@ def deploy(run_dir: str | Path, out_dir: str | Path, *, data_dir: str | None = N
       OSError: `out_dir` cannot be written.
     """
     out_dir = Path(out_dir).expanduser().absolute()
-    trained = load_trained(run_dir)
-    origin = {
-        "run": str(Path(run_dir).expanduser().absolute()),
-        "step": trained.step,
-        "config": _plain(trained.config),
-        "dataset": _plain(trained.info),
-    }
+    origin = _origin(run_dir)
     if (stored := _stored(out_dir, origin)) is not None:
         return stored
+    trained = load_trained(run_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     fused = fuse(trained.model)
     images = np.concatenate([batch["image"] for batch in _test_batches(trained, data_dir)])
@@ -177,6 +174,15 @@ def _test_batches(
     )
     for batch in batches:
         yield batch if padded else {"image": batch["image"][batch["mask"] > 0]}
+
+
+def _origin(run_dir: str | Path) -> dict[str, Any]:
+    """What a deployment is made from, read without loading the network."""
+    folder = RunFolder(run_dir)
+    config, info = folder.read()
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        step = checkpoints.latest
+    return {"run": str(folder.path), "step": step, "config": _plain(config), "dataset": _plain(info)}
 
 
 def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:

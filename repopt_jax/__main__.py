@@ -1,0 +1,7 @@
+"""`python -m repopt_jax` is `repopt`."""
+
+import sys
+
+from repopt_jax.cli import main
+
+sys.exit(main())

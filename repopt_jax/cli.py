@@ -1,0 +1,250 @@
+"""The command `repopt`. What it computes with is imported only then: help and typing errors are quick.
+
+A caller's mistake becomes one sentence on standard error and exit code 1 (2 if the command line itself is
+wrong); Ctrl-C gives 130. With REPOPT_TRACEBACK=1 the traceback is shown as well.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from repopt_jax import cli_help
+from repopt_jax.arguments import Arguments, Command, UsageError, closest, parse, read_config, whole_number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. `argv` is without the program's name; None: the process's."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except UsageError as error:
+        return _fail(error, code=2)
+    except KeyboardInterrupt as error:
+        return _fail(error, code=130, text=str(error) or "interrupted; run the same command again")
+    except (ValueError, TypeError, KeyError, OSError, FloatingPointError, ImportError) as error:
+        return _fail(error, code=1)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv:
+        sys.stderr.write(cli_help.OVERVIEW)
+        return 2
+    name, *rest = argv
+    if name in ("-h", "--help", "help"):
+        _say(cli_help.OVERVIEW.rstrip())
+        return 0
+    if name == "--version":
+        from repopt_jax._version import __version__
+
+        _say(__version__)
+        return 0
+    command = _commands().get(name)
+    if command is None:
+        raise UsageError(
+            f"unknown command {name!r}{closest(name, _commands())}; one of {', '.join(_commands())}"
+        )
+    if any(argument in ("-h", "--help") for argument in rest):
+        _say(command.help.rstrip())
+        return 0
+    return command.act(parse(rest, command))
+
+
+def _commands() -> dict[str, Command]:
+    run_flags: dict[str, str | None] = {"run": None, "data_dir": ""}
+    return {
+        "quickstart": Command(
+            _quickstart, cli_help.QUICKSTART, {"out": "runs/quickstart", "seeds": "2"}, "digits:plain", True
+        ),
+        "search": Command(_search, cli_help.SEARCH, {"out": None}, takes_config=True),
+        "train": Command(_train, cli_help.TRAIN, {"out": None}, takes_config=True),
+        "eval": Command(_eval, cli_help.EVAL, run_flags),
+        "deploy": Command(_deploy, cli_help.DEPLOY, {**run_flags, "out": None}),
+    }
+
+
+def _quickstart(arguments: Arguments) -> int:
+    seeds = whole_number("seeds", arguments.flags["seeds"])
+    base = read_config(arguments)
+    out = Path(arguments.flags["out"]).expanduser().absolute()
+    with _computing(), _kept(out):
+        # Many of the runs differ by their seed or their scales alone: what is compiled for one serves all.
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            import jax
+
+            jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        from repopt_jax.train.quickstart import quickstart, summary_lines
+
+        source = " ".join([str(arguments.config), *arguments.overrides])
+        done = quickstart(base, out, seeds=seeds, say=_say, source=source)
+    _say("", *summary_lines(done.rows), "", f"Report: {done.page}")
+    return 0
+
+
+def _search(arguments: Arguments) -> int:
+    config = read_config(arguments)
+    if config.model.kind != "search":
+        raise ValueError(
+            f"`model.kind` is {config.model.kind!r}: `repopt search` needs a config of kind 'search'; use "
+            "`repopt train` for the others, or add --config.model.kind=search"
+        )
+    finished, out = _run(config, arguments)
+    if not finished:
+        return 130
+    from repopt_jax.train import monitor, records
+
+    verdict = monitor.verdict(records.read_history(out))
+    _say(verdict.sentence, *verdict.notes, f"Scales: {out / 'scales'}")
+    _say(
+        f"Next: repopt train --config={arguments.config} --config.model.kind=target "
+        f"--config.name={config.name}-repopt --config.scales={out / 'scales'} --out={out}-repopt"
+    )
+    return 0
+
+
+def _train(arguments: Arguments) -> int:
+    finished, _ = _run(read_config(arguments), arguments)
+    return 0 if finished else 130
+
+
+def _eval(arguments: Arguments) -> int:
+    with _computing():
+        from repopt_jax.train import deploy
+
+        network = deploy.load_any(arguments.flags["run"])
+        found = deploy.evaluate(network, data_dir=arguments.flags["data_dir"] or None)
+    correct = round(found["accuracy"] * found["count"])
+    _say(
+        f"test accuracy {found['accuracy']:.2%} ({correct} of {found['count']} images), "
+        f"loss {found['loss']:.4f}; {network.config.name}, step {network.step}"
+    )
+    return 0
+
+
+def _deploy(arguments: Arguments) -> int:
+    with _computing():
+        from repopt_jax.train import deploy
+
+        out = Path(arguments.flags["out"])
+        data_dir = arguments.flags["data_dir"] or None
+        done = deploy.deploy(arguments.flags["run"], out, data_dir=data_dir)
+    _say(
+        *(["Already deployed; nothing was done."] if done.reused else []),
+        f"largest output difference {done.max_abs:.2e} ({done.max_rel:.2e} of the largest output), the same "
+        f"class for {done.agreement:.2%} of {done.compared} test images",
+        f"parameters {done.train_parameters:,} in training, {done.deploy_parameters:,} deployed",
+        f"test accuracy deployed {done.test_accuracy:.2%} of {done.test_count} images",
+        f"Network: {out.absolute()}",
+    )
+    return 0
+
+
+def _run(config: Any, arguments: Arguments) -> tuple[bool, Path]:
+    """Trains and tells what came of it; the first result is False if Ctrl-C ended it."""
+    out = Path(arguments.flags["out"]).expanduser().absolute()
+    with _computing(), _kept(out), _stop_on_interrupt() as stop:
+        from repopt_jax.train import run
+
+        done = run(config, out, stop=stop)
+    if not done.finished:
+        _complain(f"stopped at step {done.steps}; {_how_to_continue(out)}")
+        return False, out
+    speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
+    _say(
+        f"{'Already finished: ' if done.reused else ''}{done.name}: test accuracy {done.test_accuracy:.2%} "
+        f"of {done.test_count} images, {done.train_parameters:,} parameters{speed}, {done.wall_s:.0f} s",
+        f"Run: {out}",
+    )
+    return True, out
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"repopt: {' '.join(text.split())}\n")
+
+
+def _fail(error: BaseException, *, code: int, text: str | None = None) -> int:
+    if os.environ.get("REPOPT_TRACEBACK") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    _complain(text or _sentence(error))
+    return code
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"cannot use {error.filename}: {error.strerror}"
+    # The text of a KeyError is its argument's repr.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in ("matplotlib", "sklearn", "tensorboardX"):
+        return f"{error.name} is not installed: pip install 'repopt_jax[quickstart]'"
+    return text or type(error).__name__
+
+
+@contextlib.contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Gives a Ctrl-C the words that say what is left of the work in `out`."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; {_how_to_continue(out)}") from error
+
+
+def _how_to_continue(out: Path) -> str:
+    steps = [int(p.name) for p in out.glob("checkpoints/*") if p.name.isdigit()]
+    if not steps:
+        return "what is finished is kept: run the same command again to continue"
+    return (
+        f"the last checkpoint (step {max(steps)}, in {out / 'checkpoints'}) is whole: run the same command "
+        "again to continue from it"
+    )
+
+
+@contextlib.contextmanager
+def _computing() -> Iterator[None]:
+    """Shows the trainer's own log lines as they are, once, whatever libraries do to the root logger."""
+    handler = logging.StreamHandler()
+    ours = logging.getLogger("repopt_jax")
+    level, propagate = ours.level, ours.propagate
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        ours.propagate = propagate
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks the run to stop after its step, with a checkpoint; the second ends it at once."""
+    asked = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+        # Not `sys.stderr`: the signal may have come in the middle of a write to it.
+        os.write(2, b"repopt: stopping after this step; Ctrl-C again stops at once\n")
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: Ctrl-C does not come here
+        before = None
+    try:
+        yield lambda: bool(asked)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
