@@ -73,7 +73,7 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         "",
         f"{some['device']}; {versions}. {some['epochs']} epochs, {some['steps']} steps, "
-        f"{some['test_count']:,} test images (binomial standard error about {binomial_error(some):.1f} points a run).",
+        f"{some['test_count']:,} test images (binomial standard error {binomial_error(some):.1f} points).",
         "",
         "| | seeds | test accuracy, % | mean | standard deviation | parameters in training | ms a step |",
         "|---|---|---|---|---|---|---|",
