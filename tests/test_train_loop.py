@@ -130,8 +130,9 @@ def test_scales_of_a_search_train_a_target(digits, tmp_path, unbroken):
     metadata = scales.metadata
     assert (metadata.architecture, metadata.step) == ("tiny", STEPS)
     assert train.from_json(metadata.config).model.kind == "search"
-    config = tiny_config("target", digits, scales=str(folder), epochs=1)
-    assert train.run(config, tmp_path / "run", progress=False).finished
+    config = tiny_config("target", digits, scales=str(folder))
+    summary = train.run(config, tmp_path / "run", progress=False, stop=lambda: True)
+    assert (summary.scales, summary.steps, summary.finished) == (str(folder), 1, False)
 
 
 def test_scale_records_follow_the_vectors(unbroken):
@@ -339,8 +340,8 @@ def test_batch_that_devices_do_not_divide_is_refused(digits, tmp_path):
 
 def test_scales_that_do_not_fit_leave_no_folder(digits, tmp_path, unbroken):
     config = tiny_config("target", digits, scales=str(unbroken("search") / "scales"))
-    config.model.variant = "digits"
-    with pytest.raises(ValueError, match="do not fit the model"):
+    config.model.variant = "tiny-wider"
+    with pytest.raises(ValueError, match=r"searched on tiny.* stages/4/0/conv/kernel \(expected"):
         train.run(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -359,5 +360,7 @@ def test_without_a_terminal_one_line_an_epoch(digits, tmp_path, caplog):
 
 def test_tensorboard_files_are_written_when_asked(digits, tmp_path):
     pytest.importorskip("tensorboardX")
-    train.run(tiny_config("target", digits, epochs=1, tensorboard=True), tmp_path / "run", progress=False)
+    asked = iter(range(1, STEPS + 1))
+    config = tiny_config("target", digits, tensorboard=True)
+    train.run(config, tmp_path / "run", progress=False, stop=lambda: next(asked) == 3)
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

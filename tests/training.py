@@ -18,7 +18,8 @@ from repopt_jax import train
 from repopt_jax.models import VGG_VARIANTS, VGGVariant
 from repopt_jax.train.checkpoint import Checkpoints
 
-VGG_VARIANTS["tiny"] = VGGVariant("tiny", (2, 1, 1, 1), (4, 4, 4, 8, 8), (1, 1, 2, 1, 1))
+for name, last_width in (("tiny", 8), ("tiny-wider", 12)):
+    VGG_VARIANTS[name] = VGGVariant(name, (2, 1, 1, 1), (4, 4, 4, 8, last_width), (1, 1, 2, 1, 1))
 
 
 def tiny_config(kind: str, data_dir: str | Path, **changes) -> train.Config:
