@@ -4,8 +4,8 @@ branch."""
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jax.core import Tracer
 from repopt_jax import paths
 from repopt_jax._version import __version__
 from repopt_jax.branches import BranchSet
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +140,18 @@ def load_scales(path: epath.PathLike, model: Any = None) -> Scales:
 
     Raises:
       FileNotFoundError: nothing is at `path`.
-      ValueError: no scales file; NaN or infinite values; or it does not fit `model`, with every missing,
-        extra and misshapen path.
+      ValueError: no scales file, or a damaged one; NaN or infinite values; or it does not fit `model`, with
+        every missing, extra and misshapen path.
     """
     from orbax.checkpoint import v1 as ocp
 
     location = epath.Path(path).absolute()
     if not location.exists():
         raise FileNotFoundError(f"no scales at {location}")
-    if not location.is_dir() or not ocp.is_orbax_checkpoint(location):
-        raise ValueError(f"{location} is not a scales directory as `save_scales` writes it")
-    stored = ocp.metadata(location).custom_metadata
+    foreign = f"{location} is not a scales directory as `save_scales` writes it"
+    if not location.is_dir():
+        raise ValueError(foreign)
+    stored = _readable(lambda: ocp.metadata(location).custom_metadata, foreign)
     text = stored.get("repopt_scales") if isinstance(stored, dict) else None
     description = json.loads(text) if isinstance(text, str) else {}
     if description.get("kind") != _FILE_KIND:
@@ -158,7 +161,7 @@ def load_scales(path: epath.PathLike, model: Any = None) -> Scales:
     target = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device), _nested(Scales.ones(branch_sets))
     )
-    loaded = ocp.load(location, target)
+    loaded = _readable(lambda: ocp.load(location, target), f"{location} is damaged or incomplete")
     entries = {}
     for name, branches in branch_sets.items():
         vectors = loaded
@@ -229,6 +232,17 @@ def is_concrete(x: Any) -> bool:
 
 
 _FILE_KIND = "repopt_jax scales, format 1"
+
+
+def _readable(read: Callable[[], T], complaint: str) -> T:
+    """read(); what Orbax raises for other people's and damaged files, of many types and pages long, as one
+    sentence."""
+    try:
+        return read()
+    except PermissionError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{complaint}: Orbax cannot read it ({type(error).__name__})") from error
 
 
 def _depth_scale(depth: int) -> float:

@@ -194,7 +194,7 @@ def test_wrong_merges_are_noticed(x64):
         assert relative(convolve(x, kernel, groups=3, **options), layer(x)) > WRONG, mistake
 
 
-def test_searched_scales_are_parameters_and_frozen_ones_are_not():
+def test_searched_scales_are_parameters_and_frozen_ones_are_not(x64):
     branches = default_branches((3, 3, 4, 4))
     searched = nnx.state(make_layer(branches), nnx.Param)
     assert set(searched["scales"]) == {"3x3", "1x1"}

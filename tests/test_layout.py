@@ -29,9 +29,11 @@ LEVELS = {
     "verify": 5,
     "interop": 5,
     "train": 6,
-    "cli": 7,
-    "__init__": 8,
-    "__main__": 8,
+    "arguments": 7,
+    "cli_help": 7,
+    "cli": 8,
+    "__init__": 9,
+    "__main__": 9,
 }
 
 # The half of the library that serves Linen, Equinox and plain dicts alike must not need Flax.
