@@ -18,7 +18,7 @@ from repopt_jax.arguments import Arguments, Command, UsageError, closest, parse,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. `argv` is without the program's name; None: the process's."""
+    """Runs one command and returns its exit code. `argv` is without the program's name."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)

@@ -119,7 +119,7 @@ def _returns(series: Mapping[str, np.ndarray], clock: np.ndarray) -> bool:
 def _overall(history: History, vectors: Sequence[VectorVerdict]) -> tuple[str, bool]:
     states = Counter(v.state for v in vectors if v.state != "unmoved")
     moved = states.total()
-    if not moved:
+    if moved < len(vectors) / 2:
         return "unmoved", False
     if states["settled"] + states["swinging"] >= QUORUM * moved:
         if states["settled"] > states["swinging"]:
@@ -138,6 +138,7 @@ def _sentence(state: str, history: History, vectors: Sequence[VectorVerdict]) ->
     return SENTENCES[name].format(
         rest=sum(v.state == "settled" for v in moved),
         moved=len(moved),
+        total=len(vectors),
         last=history.epochs[-1],
         **medians,
     )
@@ -159,8 +160,8 @@ SENTENCES = {
     "moving": "The scales are still moving: only {rest} of {moved} scale vectors have settled, and "
     "the last fifth of the {last:.3g} epochs made {late_epochs:.0%} of the movement; search "
     "longer, twice as many epochs as a next step.",
-    "unmoved": "No scale moved by more than 1 % of its size: the search was too short, its "
-    "learning rate too small, or the scales are not trained.",
+    "unmoved": "Only {moved} of {total} scale vectors moved by more than 1 % of their size: the search was "
+    "too short, its learning rate too small, or the scales are not trained.",
     "too short": "Too short to say whether the scales have settled: {last:.3g} epochs are "
     "recorded, and at least four records after the first are needed.",
 }

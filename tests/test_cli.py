@@ -1,0 +1,426 @@
+"""The command line: every mistake gives one sentence and a non-zero exit code, and destroys nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from PIL import Image
+
+from repopt_jax import models
+from repopt_jax import scales as scales_module
+from repopt_jax.cli import main
+from repopt_jax.models.vgg import block_specs
+from repopt_jax.scales import save_scales
+
+# A network that compiles in a moment, on a folder of made-up images; `smoke` is what the tests shorten.
+CONFIG = """
+from repopt_jax.models import VGG_VARIANTS
+from repopt_jax.models.vgg import VGGVariant
+from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
+
+VGG_VARIANTS["tiny"] = VGGVariant("tiny", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1))
+
+def get_config(arg=""):
+    return Config(
+        name="tiny", epochs=5, batch_size=8, eval_batch_size=8, log_every=1,
+        model=ModelConfig(variant="tiny", kind=arg or "target"),
+        data=DataConfig(source="folder", data_dir={data!r}, image_size=8),
+        optim=OptimConfig(learning_rate=0.05),
+    )
+"""
+
+
+CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+def write_images(folder, *, classes=("cat", "dog"), train=8, test=5):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for number, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (8, 8)) + 100 * number
+                Image.fromarray(pixels.astype(np.uint8), "L").save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images in data/ and the config tiny.py."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = write_images(folder / "data")
+    (folder / "tiny.py").write_text(CONFIG.format(data=str(data)))
+    yield folder
+    models.VGG_VARIANTS.pop("tiny", None)
+
+
+@pytest.fixture(scope="module")
+def searched(place):
+    """A finished search."""
+    out = place / "search"
+    assert main(["search", f"--config={place}/tiny.py:search", f"--out={out}"]) == 0
+    return out
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(capsys, arguments, *parts, code=1):
+    """Runs a command that must fail with one line on standard error that has all of `parts`."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert_one_sentence(said.err, *parts)
+
+
+def assert_one_sentence(err, *parts):
+    assert err.startswith("repopt: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+@pytest.fixture
+def train(place, tmp_path):
+    """`train(...)`: arguments of a run into a new folder, with further ones."""
+
+    def arguments(*more, kind="target", out=None):
+        return ["train", f"--config={place}/tiny.py:{kind}", f"--out={out or tmp_path / 'out'}", *more]
+
+    return arguments
+
+
+# -- help and the command line itself
+
+
+def test_help_is_short_and_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for command in ("quickstart", "search", "train", "eval", "deploy"):
+        assert f"repopt {command}" in overview
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"repopt {command}")
+        assert len(text.splitlines()) < 20
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip().count(".") == 2
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    assert main([]) == 2
+    assert "repopt quickstart" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trian"], ["unknown command 'trian' (did you mean train?)"]),
+        (["train", "--confg=x"], ["unknown flag --confg (did you mean config?)"]),
+        (["train", "--out=x"], ["--config must be given"]),
+        (["train", "--config=digits"], ["--out must be given"]),
+        (["train", "--config=digits", "--out"], ["--out has no value"]),
+        (["train", "--config=digits", "--out=a", "--out=b"], ["--out is given twice"]),
+        (["train", "digits"], ["unexpected argument 'digits'"]),
+        (["eval", "--run=x", "--config.seed=1"], ["unknown flag --config.seed"]),
+        (["quickstart", "--seeds=two"], ["--seeds=two must be a whole number"]),
+    ],
+)
+def test_wrong_command_lines(capsys, arguments, parts):
+    refused(capsys, arguments, *parts, code=2)
+
+
+def test_unknown_config_field_and_bad_value(capsys, train, tmp_path):
+    refused(
+        capsys,
+        train("--config.optim.learning_rat=1"),
+        "unknown config field optim.learning_rat (did you mean optim.learning_rate?)",
+        code=2,
+    )
+    refused(
+        capsys, train("--config.nonsense=1"), "unknown config field nonsense; known are", "optim.*", code=2
+    )
+    refused(capsys, train("--config.optim.learning_rate=fast"), "--config.optim.learning_rate=fast", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_files_that_are_none(capsys, tmp_path):
+    refused(capsys, ["train", "--config=nowhere", "--out=x"], "no config file 'nowhere'; shipped ones are")
+    (tmp_path / "list.py").write_text("def get_config(arg=''):\n    return []\n")
+    refused(
+        capsys, ["train", f"--config={tmp_path}/list.py", "--out=x"], "list.py returned list, not `Config`"
+    )
+
+
+# -- runs that cannot be
+
+
+def test_unknown_kind_and_variant(capsys, train, tmp_path):
+    refused(
+        capsys, train("--config.model.kind=target2"), "`model.kind`='target2' must be one of search, target"
+    )
+    refused(capsys, train("--config.model.variant=B9"), "`model.variant`='B9' must be one of A0, A1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_batch_that_the_devices_cannot_share(capsys, train):
+    refused(capsys, train("--config.batch_size=6"), "`batch_size`=6 is not divisible by the 4 devices")
+
+
+def test_search_wants_a_search_config(capsys, place):
+    arguments = ["search", f"--config={place}/tiny.py", f"--out={place}/no"]
+    refused(capsys, arguments, "`model.kind` is 'target'", "--config.model.kind=search")
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda folder: None, ["is not a folder"]),
+        (lambda folder: folder.mkdir(), ["has no folder train"]),
+        (lambda folder: (folder / "train" / "cat").mkdir(parents=True), ["no folder test"]),
+        (lambda folder: write_images(folder, classes=("cat",)), ["only the class 'cat'"]),
+        (lambda folder: write_images(folder, train=0), ["train"]),
+    ],
+)
+def test_data_folders_that_cannot_be_used(capsys, train, tmp_path, make, parts):
+    make(tmp_path / "data")
+    refused(capsys, train(f"--config.data.data_dir={tmp_path}/data"), str(tmp_path / "data"), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_image_is_named(capsys, train, tmp_path):
+    bad = write_images(tmp_path / "data") / "train" / "dog" / "3.png"
+    bad.write_bytes(b"no image")
+    refused(capsys, train(f"--config.data.data_dir={tmp_path}/data"), str(bad), "not an image")
+    assert bad.read_bytes() == b"no image"
+
+
+def test_scales_of_another_architecture(capsys, train, tmp_path):
+    other = block_specs(models.VGG_VARIANTS["digits"], 1)
+    branch_sets = {f"{block.path}/conv/kernel": block.branch_set for block in other}
+    save_scales(tmp_path / "scales", scales_module.Scales.ones(branch_sets))
+    before = files(tmp_path / "scales")
+    refused(
+        capsys,
+        train(f"--config.scales={tmp_path}/scales"),
+        "do not fit",
+        "extra layers: stages/1/1/conv/kernel",
+        "misshapen layers: stages/0/0/conv/kernel",
+    )
+    assert files(tmp_path / "scales") == before
+
+
+def test_scales_that_lack_layers(capsys, place, searched, train, tmp_path):
+    small = scales_module.load_scales(searched / "scales")
+    entries = dict(small.entries)
+    entries.pop("stages/4/0/conv/kernel")
+    save_scales(tmp_path / "scales", scales_module.Scales(entries))
+    refused(
+        capsys,
+        train(f"--config.scales={tmp_path}/scales"),
+        "missing layers: stages/4/0/conv/kernel (3, 3, 4, 4)",
+    )
+
+
+def test_scales_that_are_not_finite(capsys, searched, train, tmp_path, monkeypatch):
+    good = scales_module.load_scales(searched / "scales")
+    first = good.entries["stages/2/0/conv/kernel"].vectors
+    first["1x1"] = first["1x1"].at[0].set(np.nan)
+    with monkeypatch.context() as patch:  # `save_scales` would not write them
+        patch.setattr(scales_module, "check_finite", lambda *_, **__: None)
+        save_scales(tmp_path / "scales", good)
+    refused(capsys, train(f"--config.scales={tmp_path}/scales"), "NaN", "stages/2/0/conv/kernel/1x1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_that_are_nowhere(capsys, train):
+    refused(capsys, train("--config.scales=nowhere"), "`scales`='nowhere'")
+
+
+# -- output folders
+
+
+def test_a_folder_with_another_run_is_left_alone(capsys, searched, train):
+    before = files(searched)
+    refused(capsys, train("--config.seed=7", out=searched), "holds another run", "seed (0 and 7)")
+    assert files(searched) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(capsys, train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    refused(capsys, train(), "thesis.txt")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_no_permission_to_write(capsys, train, tmp_path):
+    # A path below a regular file cannot be made by anybody, root included.
+    (tmp_path / "file").write_text("mine")
+    refused(capsys, train(out=tmp_path / "file" / "out"), "cannot", "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_class_count_that_does_not_fit(capsys, searched, tmp_path):
+    other = write_images(tmp_path / "data", classes=("cat", "dog", "eel"))
+    before = files(searched)
+    refused(
+        capsys,
+        ["eval", f"--run={searched}", f"--data_dir={other}"],
+        "trained on 2 classes",
+        "have 3",
+        "cat, dog, eel",
+    )
+    assert files(searched) == before
+
+
+def test_deploying_what_is_no_run(capsys, place, tmp_path):
+    refused(capsys, ["deploy", f"--run={tmp_path}", f"--out={tmp_path}/out"], "holds no run")
+    refused(capsys, ["eval", f"--run={tmp_path}"], "holds no run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_before_the_first_step(capsys, train, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("repopt_jax.train.run", interrupted)
+    refused(capsys, train(), "interrupted", "run the same command again", code=130)
+
+
+def test_the_traceback_can_be_asked_for(capsys, train, monkeypatch):
+    monkeypatch.setenv("REPOPT_TRACEBACK", "1")
+    assert main(train("--config.model.kind=x")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+# -- the way from search to deployment
+
+
+def test_search_tells_its_verdict_and_the_next_command(capsys, place, searched):
+    assert main(["search", f"--config={place}/tiny.py:search", f"--out={searched}"]) == 0
+    said = capsys.readouterr().out
+    assert "Already finished" in said
+    assert "scale vectors" in said
+    assert f"Scales: {searched / 'scales'}" in said
+    assert f"--config.scales={searched / 'scales'}" in said
+
+
+def test_train_eval_deploy_eval(capsys, searched, train, tmp_path):
+    run, deployed = tmp_path / "out", tmp_path / "deployed"
+    assert main(train(f"--config.scales={searched}/scales")) == 0
+    assert f"Run: {run}" in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+
+    assert main(["eval", f"--run={run}"]) == 0
+    of_run = capsys.readouterr().out
+    assert (
+        f"test accuracy {summary['test_accuracy']:.2%} ({round(10 * summary['test_accuracy'])} of 10 images)"
+        in of_run
+    )
+
+    assert main(["deploy", f"--run={run}", f"--out={deployed}"]) == 0
+    said = capsys.readouterr().out
+    assert "largest output difference" in said
+    record = json.loads((deployed / "deploy.json").read_text())
+    assert record["max_rel"] < 1e-5
+    assert record["deploy_parameters"] < record["train_parameters"] == summary["train_parameters"]
+
+    # The scales and the run may go: the deployment stands alone.
+    assert main(["eval", f"--run={deployed}"]) == 0
+    of_deployed = capsys.readouterr().out
+    assert of_deployed.split(", loss")[0] == of_run.split(", loss")[0]
+
+    before = files(deployed)
+    assert main(["deploy", f"--run={run}", f"--out={deployed}"]) == 0
+    assert "Already deployed" in capsys.readouterr().out
+    refused(
+        capsys, ["deploy", f"--run={searched}", f"--out={deployed}"], "holds another deployment", str(run)
+    )
+    refused(capsys, ["deploy", f"--run={searched}", f"--out={run}"], "is not empty and holds no deployment")
+    assert files(deployed) == before
+
+
+@pytest.fixture
+def compilation_cache(monkeypatch):
+    """`quickstart` keeps what it compiles in its folder: for the length of a test."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def test_quickstart_does_it_all_and_reuses_it(capsys, place, tmp_path, compilation_cache):
+    arguments = ["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}/out", "--seeds=1"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["label"] for row in found["rows"]][:2] == ["plain SGD", "RepOpt, searched scales"]
+    assert all(row["deployed"]["max_rel"] < 1e-5 for row in found["rows"])
+    assert found["equivalence"]["equivalent"]
+    assert found["equivalence"]["max_difference"] < 1e-12
+    assert found["equivalence"]["wrong_order_difference"] > 1e-6
+    assert f"Report: {tmp_path}/out/report.html" in said
+    for text in ("RepVGG", "deploy error", "largest relative difference"):
+        assert text in said
+    # The printed commands make the very runs that are there.
+    again = found["commands"][2].split()[1:]
+    assert main(again) == 0
+    assert "Already finished" in capsys.readouterr().out
+
+    before = {
+        p: c for p, c in files(tmp_path / "out").items() if "report" not in str(p.relative_to(tmp_path))
+    }
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("reused: ") == 1 + 1 + 4 + 5
+    after = files(tmp_path / "out")
+    assert all(after[path] == content for path, content in before.items())
+
+
+# -- real processes
+
+
+def test_python_m_repopt_jax():
+    done = subprocess.run(
+        [sys.executable, "-m", "repopt_jax", "train", "--confg=x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert_one_sentence(done.stderr, "did you mean config")
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
+    out = tmp_path / "out"
+    command = ["train", f"--config={place}/tiny.py", f"--out={out}", "--config.epochs=100000"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "repopt_jax", *command], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        # A line is written at the end of each epoch and then its checkpoint: at line 3, the second is there.
+        lines = [process.stderr.readline() for _ in range(3)]
+        assert all("epoch" in line for line in lines), lines
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("repopt: stopped at step ")
+    assert "is whole: run the same command again to continue" in last
+    assert not (out / "summary.json").exists()
+    assert (Path(out) / "checkpoints" / last.split("stopped at step ")[1].split(";")[0]).is_dir()
+    assert main(["eval", f"--run={out}"]) == 0
+    assert "of 10 images" in capsys.readouterr().out
