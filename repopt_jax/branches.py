@@ -36,6 +36,13 @@ class Branch:
 
     has_scale: ClassVar[bool] = True  # False: the constant scale is 1 (the identity)
     places: ClassVar[bool] = True  # E_b puts each entry of w_b at one entry of K, no two at the same
+    types: ClassVar[
+        dict[str, type["Branch"]]
+    ] = {}  # by class name, so that a file of scales can be read back
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Branch.types[cls.__name__] = cls
 
     @property
     def name(self) -> str:
@@ -155,9 +162,6 @@ class Average(Branch):
 
     def embed(self, w, kernel):
         return algebra.average(w, kernel[:-2])
-
-
-_BRANCH_TYPES = {cls.__name__: cls for cls in (Kernel, Identity, Average)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,15 +303,16 @@ class BranchSet:
         """Inverse of `to_json`.
 
         Raises:
-          ValueError: a branch type that this version does not know.
+          ValueError: a branch type that is not defined here (import the module that defines it first).
         """
         fields = json.loads(text)
         branches = []
         for branch in fields.pop("branches"):
             kind = branch.pop("type")
-            if kind not in _BRANCH_TYPES:
-                raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(_BRANCH_TYPES)}")
-            branches.append(_BRANCH_TYPES[kind](**{k: tuple(v) for k, v in branch.items()}))
+            if kind not in Branch.types:
+                raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(Branch.types)}")
+            fields_of = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.items()}
+            branches.append(Branch.types[kind](**fields_of))
         return cls(tuple(fields["kernel"]), tuple(branches), fields["groups"], fields["layout"])
 
     @property

@@ -17,7 +17,7 @@ from flax import nnx
 
 from repopt_jax import algebra
 from repopt_jax.nn.blocks import FusedBlock, PlainBlock, RepVGGBlock
-from repopt_jax.nn.csla import CSLAConv
+from repopt_jax.nn.csla import CSLAConv, plain_convolution
 from repopt_jax.nn.modules import named_modules, replace_modules
 
 
@@ -126,9 +126,10 @@ def _affine(bn: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
 def _conv_like(conv: nnx.Conv | CSLAConv, kernel: jax.Array, bias: jax.Array) -> nnx.Conv:
     """A plain convolution with the geometry of `conv` and this kernel and bias."""
     if isinstance(conv, CSLAConv):
-        groups, dilation = conv.branches.groups, conv.dilation
+        groups, dilation, precision = conv.branches.groups, conv.dilation, None
     else:
-        groups, dilation = conv.feature_group_count, conv.kernel_dilation
+        plain_convolution(conv)
+        groups, dilation, precision = conv.feature_group_count, conv.kernel_dilation, conv.precision
     zeros = nnx.initializers.zeros_init()
     new = nnx.Conv(
         kernel.shape[-2] * groups,
@@ -139,6 +140,7 @@ def _conv_like(conv: nnx.Conv | CSLAConv, kernel: jax.Array, bias: jax.Array) ->
         kernel_dilation=dilation,
         feature_group_count=groups,
         dtype=conv.dtype,
+        precision=precision,
         param_dtype=kernel.dtype,
         kernel_init=zeros,
         bias_init=zeros,

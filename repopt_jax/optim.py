@@ -112,7 +112,9 @@ def gradient_multipliers(params: Any, scales: Scales, power: int = 2) -> Any:
         if path not in scales.entries:
             return jnp.ones_like(p)
         entry = scales.entries[path]
-        return entry.branches.multiplier(entry.vectors, power=power, dtype=p.dtype)
+        # Squared in float32 or wider: the square of a small scale is no number of half precision.
+        wide = jnp.promote_types(p.dtype, jnp.float32)
+        return entry.branches.multiplier(entry.vectors, power=power, dtype=wide).astype(p.dtype)
 
     return paths.map_named(multiplier, params)
 

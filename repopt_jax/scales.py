@@ -184,6 +184,7 @@ def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
         which the scales may cover a part, so that nothing counts as missing.
       where: added to the message.
     """
+    _check_vectors(scales, where)
     found = {path: entry.branches.kernel for path, entry in scales.entries.items()}
     if isinstance(model, DeclaresBranches):
         model = model.branch_sets()
@@ -229,6 +230,16 @@ def check_finite(scales: Scales, *, where: str = "") -> None:
 def is_concrete(x: Any) -> bool:
     """Whether x has values to look at: not a tracer, not a shape."""
     return not isinstance(x, (Tracer, jax.ShapeDtypeStruct))
+
+
+def _check_vectors(scales: Scales, where: str) -> None:
+    """Each branch needs its vector: one of another length would be broadcast without a word."""
+    expected, found = {}, {}
+    for path, entry in scales.entries.items():
+        expected |= {f"{path}/{name}": (entry.branches.out,) for name in entry.branches.names}
+        found |= {f"{path}/{name}": tuple(jnp.shape(v)) for name, v in entry.vectors.items()}
+    if difference := paths.describe_difference(expected, found, noun="vectors"):
+        raise ValueError(f"the scales{where} do not fit their own branches: {difference}")
 
 
 _FILE_KIND = "repopt_jax scales, format 1"

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax import paths
-from repopt_jax.nn.csla import CSLAConv, Form
-from repopt_jax.nn.modules import named_modules, replace_modules
+from repopt_jax.nn.csla import CSLAConv, Form, per_axis, plain_convolution
+from repopt_jax.nn.modules import join, named_modules, replace_modules
 from repopt_jax.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit, is_concrete
 
 Weights = dict[str, dict[str, jax.Array]]
@@ -28,7 +28,7 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
       ValueError: the model has no CSLA layer.
     """
     entries = {
-        f"{path}/kernel": LayerScales(module.branches, module.scale_vectors())
+        join(path, "kernel"): LayerScales(module.branches, module.scale_vectors())
         for path, module in named_modules(search_model)
         if isinstance(module, CSLAConv)
     }
@@ -47,7 +47,8 @@ def reinitialize(model: Any, scales: Scales, *, rngs: nnx.Rngs, allow_trained: b
 
     Args:
       model: an NNX model, or any pytree of parameters (Linen, Equinox, plain dicts).
-      scales: the scales; they may cover a part of the model, but every one of their paths must be in it.
+      scales: the scales; every one of their paths must be in the model, and, where the model declares its
+        `branch_sets()`, every one of those in the scales.
       rngs: source of the draws (stream `params`). One key for each path: adding a layer changes no other's
         draw.
       allow_trained: do it even if the model's batch statistics show that it has been trained.
@@ -87,15 +88,23 @@ def merge_weights(scales: Scales, weights: Mapping[str, Mapping[str, jax.Array]]
 
 def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
     """A copy of an NNX model or a pytree in which the leaves named in `kernels` have these values, in their
-    own dtype."""
+    own dtype.
 
-    def substitute(path, leaf):
-        return kernels[path].astype(leaf.dtype) if path in kernels else leaf
-
-    if not isinstance(model, nnx.Module):
-        return paths.map_named(substitute, model)
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, paths.map_named(substitute, state), copy=True)
+    Raises:
+      ValueError: names that the model lacks. (A search or RepVGG model has branches where a plain one has
+        kernels.)
+    """
+    graph, tree = nnx.split(model) if isinstance(model, nnx.Module) else (None, model)
+    names, _ = paths.named_leaves(tree)
+    if missing := [path for path in kernels if path not in names]:
+        raise ValueError(
+            f"the model has no kernels at {', '.join(missing)}: only a plain network, of kind 'target', has "
+            "merged kernels"
+        )
+    tree = paths.map_named(
+        lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else leaf, tree
+    )
+    return tree if graph is None else nnx.merge(graph, tree, copy=True)
 
 
 def csla_twin(
@@ -120,12 +129,13 @@ def csla_twin(
     replaced = set()
 
     def replace(path, module):
-        entry = scales.entries.get(f"{path}/kernel")
+        kernel = join(path, "kernel")
+        entry = scales.entries.get(kernel)
         if entry is None or not isinstance(module, (nnx.Conv, nnx.Linear)):
             return None
-        replaced.add(f"{path}/kernel")
+        replaced.add(kernel)
         layer = _as_csla(module, entry, trainable_scales=trainable_scales, form=form)
-        for name, w in weights[f"{path}/kernel"].items():
+        for name, w in weights[kernel].items():
             layer.weights[name][...] = w
         return layer
 
@@ -140,6 +150,12 @@ def csla_twin(
 def _as_csla(layer: nnx.Conv | nnx.Linear, entry: LayerScales, **options: Any) -> CSLAConv:
     spatial = {}
     if isinstance(layer, nnx.Conv):
+        plain_convolution(layer)
+        if layer.feature_group_count != entry.branches.groups:
+            raise ValueError(
+                f"a layer has {layer.feature_group_count} groups and its branch set "
+                f"{entry.branches.groups}: give `default_branches` the layer's groups"
+            )
         spatial = {
             "strides": layer.strides if layer.strides is not None else 1,
             "padding": explicit_padding(layer),
@@ -165,11 +181,8 @@ def explicit_padding(layer: nnx.Conv) -> tuple[tuple[int, int], ...]:
         `CIRCULAR` ...).
     """
     axes = len(layer.kernel_size)
-    padding, strides, dilation = (
-        layer.padding,
-        _tuple(layer.strides, axes),
-        _tuple(layer.kernel_dilation, axes),
-    )
+    padding = layer.padding
+    strides, dilation = per_axis(layer.strides or 1, axes), per_axis(layer.kernel_dilation or 1, axes)
     if isinstance(padding, str):
         reach = [(k - 1) * d for k, d in zip(layer.kernel_size, dilation)]
         if padding == "VALID":
@@ -183,12 +196,6 @@ def explicit_padding(layer: nnx.Conv) -> tuple[tuple[int, int], ...]:
     if isinstance(padding, int):
         return ((padding, padding),) * axes
     return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
-
-
-def _tuple(value, axes: int) -> tuple[int, ...]:
-    if value is None:
-        return (1,) * axes
-    return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
 def _check_fresh(model: nnx.Module) -> None:

@@ -1,8 +1,9 @@
 """The equivalence, checked on a user's own model: train the CSLA network and the plain one, and compare them.
 
-RepOptimizer's claim is that a plain network whose kernels are re-initialised and whose gradients are transformed trains
-exactly as the CSLA network (constant-scale linear addition of branches) does under the ordinary optimizer. Here both are
-trained side by side in float64, from the same branch tensors, on the same batches.
+RepOptimizer's claim is that a plain network whose kernels are re-initialised and whose gradients are
+transformed trains exactly as the CSLA network (constant-scale linear addition of branches) does under the
+ordinary optimizer. Here both are trained side by side in float64, from the same branch tensors, on the same
+batches.
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from flax import nnx
 
 from repopt_jax import paths
 from repopt_jax.nn.csla import CSLAConv
-from repopt_jax.nn.modules import named_modules
+from repopt_jax.nn.modules import join, named_modules
 from repopt_jax.optim import repopt_mask
-from repopt_jax.scales import Scales
+from repopt_jax.scales import Scales, check_fit
 from repopt_jax.surgery import csla_twin, merge_weights, sample_weights, with_kernels
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -31,12 +32,12 @@ class Equivalence:
     """Result of `verify_equivalence`.
 
     Attributes:
-      differences: path of a parameter or batch statistic of the plain model -> largest absolute difference from its
-        counterpart in the CSLA model, divided by that one's largest absolute value.
+      differences: path of a parameter or batch statistic of the plain model -> largest absolute difference
+        from its counterpart in the CSLA model, divided by that one's largest absolute value.
       losses: loss of the plain model at each step.
       loss_difference: largest relative difference of the two models' losses at a step.
-      movement: the largest relative change of a kernel since the start: an equivalence of networks that do not
-        move would say nothing.
+      movement: the largest relative change of a kernel since the start: an equivalence of networks that do
+        not move would say nothing.
       steps: number of steps.
       tolerance: what `equivalent` compares with.
     """
@@ -50,7 +51,7 @@ class Equivalence:
 
     @property
     def max_difference(self) -> float:
-        return max((self.loss_difference, *self.differences.values()))
+        return float(np.max([self.loss_difference, *self.differences.values()]))  # NaN if any is
 
     @property
     def equivalent(self) -> bool:
@@ -59,7 +60,8 @@ class Equivalence:
 
 
 def nesterov_with_decay(mask: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The published recipe's optimizer: `mask`, weight decay 4e-5, SGD with Nesterov momentum 0.9, at a rate of 0.05."""
+    """The published recipe's optimizer: `mask`, weight decay 4e-5, SGD with Nesterov momentum 0.9, at a rate
+    of 0.05."""
     return optax.chain(mask, optax.add_decayed_weights(4e-5), optax.sgd(0.05, 0.9, nesterov=True))
 
 
@@ -79,15 +81,16 @@ def verify_equivalence(
     tolerance: float = 1e-10,
     rngs: nnx.Rngs,
 ) -> Equivalence:
-    """Trains the CSLA network and the plain network with `repopt_mask` side by side in float64 and compares them.
+    """Trains the CSLA network and the plain network with `repopt_mask` side by side in float64 and compares
+    them.
 
     Args:
-      model: a plain network, in training mode; untouched. Its own weights stay except in the layers of `scales`, whose
-        branches are drawn with `rngs`.
+      model: a plain network, in training mode; untouched. Its own weights stay except in the layers of
+        `scales`, whose branches are drawn with `rngs`.
       scales: the constants.
       batches: one pytree of arrays a step, at least one; floating-point arrays are used in float64.
-      optimizer: makes the optimizer from the transformation that takes the place of `repopt_mask`: `repopt_mask(scales)`
-        for the plain network, `optax.identity()` for its twin.
+      optimizer: makes the optimizer from the transformation that takes the place of `repopt_mask`:
+        `repopt_mask(scales)` for the plain network, `optax.identity()` for its twin.
       loss: (model, batch) -> scalar.
       tolerance: largest relative difference that counts as equal.
       rngs: source of the branch draws (stream `params`).
@@ -95,6 +98,7 @@ def verify_equivalence(
     Raises:
       ValueError: the scales do not fit the model, or `batches` is empty.
     """
+    check_fit(scales, model)
     with jax.enable_x64(True):
         model, scales = _as_float64(model), _as_float64(scales)
         weights = sample_weights(scales, rngs.params(), dtype=jnp.float64)
@@ -111,7 +115,7 @@ def verify_equivalence(
             differences={path: _relative(end[path], expected[path]) for path in end},
             losses=losses,
             loss_difference=_relative(np.array(losses), np.array(twin_losses)),
-            movement=max(_relative(end[path], start[path]) for path in scales.entries),
+            movement=float(np.max([_relative(end[path], start[path]) for path in scales.entries])),
             steps=len(data),
             tolerance=tolerance,
         )
@@ -148,9 +152,9 @@ def _values(model: nnx.Module) -> dict[str, np.ndarray]:
     values = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     for path, layer in named_modules(model):
         if isinstance(layer, CSLAConv):
-            inside = (f"{path}/weights/", f"{path}/scales/")
+            inside = (join(path, "weights/"), join(path, "scales/"))
             values = {p: v for p, v in values.items() if not p.startswith(inside)}
-            values[f"{path}/kernel"] = np.asarray(layer.merged_kernel())
+            values[join(path, "kernel")] = np.asarray(layer.merged_kernel())
     return values
 
 

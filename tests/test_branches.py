@@ -1,5 +1,6 @@
 """Branch sets: every formula against the Jacobian of the merged kernel, for branch sets drawn at random."""
 
+import dataclasses
 import itertools
 import os
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from repopt_jax.branches import Average, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.branches import Average, Branch, BranchSet, Identity, Kernel, default_branches
 
 EXACT = 1e-12  # relative, float64; measured: 5e-15 at most over 500 draws
 
@@ -161,7 +162,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(kernel, branches, groups, 
 
 
 def test_unknown_layout_and_branch_type():
-    with pytest.raises(ValueError, match="must be '...io' or 'oi...'"):
+    with pytest.raises(ValueError, match=r"must be '\.\.\.io' or 'oi"):
         BranchSet((3, 3, 2, 2), (Kernel((3, 3)),), layout="hwio")
     text = BranchSet((3, 3, 2, 2), (Kernel((3, 3)),)).to_json().replace('"Kernel"', '"Wavelet"')
     with pytest.raises(ValueError, match="unknown branch type 'Wavelet'"):
@@ -180,9 +181,41 @@ def test_draws_follow_the_branch_s_own_layer():
 
 
 def test_half_precision_gradients_meet_scales_squared_in_float32():
-    """s = 1e-4 has no square in float16: the scale must be cast up before it is squared."""
+    """1e-4 has no square in float16: the scale must be cast up before it is squared."""
     branches = BranchSet((1, 1, 1, 2), (Kernel((1, 1)),))
-    g = jnp.full(branches.kernel, 100.0, jnp.float16)
-    update = branches.precondition(g, {"1x1": jnp.full((2,), 1e-2, jnp.float32)})
+    g = jnp.full(branches.kernel, 1e4, jnp.float16)
+    update = branches.precondition(g, {"1x1": jnp.full((2,), 1e-4, jnp.float32)})
     assert update.dtype == jnp.float16
-    np.testing.assert_allclose(np.asarray(update, np.float32), 1e-2, rtol=1e-3)
+    np.testing.assert_allclose(np.asarray(update, np.float32), 1e-4, rtol=1e-3)
+
+
+def test_a_branch_of_one_s_own_is_one_class(x64):
+    """Its shape and its embedding; merging, P(g), the multiplier and the file format follow."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Corner(Branch):
+        """A 1x1 kernel on the first tap, as after a shift of the image."""
+
+        axis: int = 0
+
+        @property
+        def name(self):
+            return f"corner{self.axis}"
+
+        def shape(self, kernel):
+            return kernel[-2:]
+
+        def embed(self, w, kernel):
+            return jnp.zeros(kernel, w.dtype).at[0, 0].set(w)
+
+        def support(self, kernel):
+            return self.embed(jnp.ones(kernel[-2:]), kernel) > 0
+
+    branches = BranchSet((3, 3, 2, 2), (Kernel((3, 3)), Corner(7)))
+    assert BranchSet.from_json(branches.to_json()) == branches
+    scales = draw_scales(branches)
+    g = jnp.asarray(np.random.default_rng(0).normal(size=branches.kernel))
+    j = jacobian(branches, scales)
+    expected = (j @ (j.T @ np.ravel(g))).reshape(branches.kernel)
+    np.testing.assert_allclose(branches.precondition(g, scales), expected, rtol=EXACT)
+    del Branch.types["Corner"]

@@ -232,6 +232,24 @@ def test_multipliers_of_a_tree_equal_the_published_formula():
         np.testing.assert_array_equal(m["a"]["bias"], np.ones(4))
 
 
+def test_multipliers_of_half_precision_parameters_are_squared_in_float32():
+    scales = jax.tree.map(lambda v: v * 1e-3, scales_for(("a/kernel", (3, 3, 4, 4))))
+    params = {"a": {"kernel": jnp.zeros((3, 3, 4, 4), jnp.float16)}}
+    m = optim.gradient_multipliers(params, scales)["a"]["kernel"]
+    assert m.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(m[0, 0], np.float32), 2e-6, rtol=0.05)  # (1e-3 * sqrt(2))^2
+
+
+def test_a_vector_of_another_length_is_not_broadcast():
+    scales = scales_for(("a/kernel", (3, 3, 4, 4)))
+    (entry,) = scales.entries.values()
+    short = Scales({"a/kernel": LayerScales(entry.branches, {**entry.vectors, "1x1": jnp.ones(1)})})
+    with pytest.raises(
+        ValueError, match=r"misshapen vectors: a/kernel/1x1 \(expected \(4,\), found \(1,\)\)"
+    ):
+        optim.repopt_mask(short).init({"a": {"kernel": jnp.zeros((3, 3, 4, 4))}})
+
+
 def test_scales_that_do_not_fit_the_parameters_are_refused():
     scales = scales_for(("a/kernel", (3, 3, 4, 4)), ("b/kernel", (3, 3, 4, 4)))
     params = {"a": {"kernel": jnp.zeros((5, 5, 4, 4))}}

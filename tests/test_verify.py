@@ -54,6 +54,12 @@ def test_decay_before_the_multiplier_is_found_out(setting):
     assert result.max_difference > WRONG
 
 
+def test_nan_is_not_equivalence():
+    result = verify.Equivalence({"a": 1e-15, "b": float("nan")}, [1.0], 1e-15, 0.5, 1, EXACT)
+    assert not result.equivalent
+    assert np.isnan(result.max_difference)
+
+
 def test_scales_that_do_not_fit_and_no_batches(setting):
     model, scales, batches = setting
     other = RepOptVGG(VGGVariant("o", (1, 1, 1, 1), (4, 4, 6, 6, 8)), num_classes=3, rngs=nnx.Rngs(0))

@@ -196,7 +196,8 @@ def _(branch: Kernel, x, w, layer):
 def _(branch: Identity, x, w, layer):
     padding = _narrowed(layer, algebra.centre_tap(layer.branches.kernel[:-2]))
     spatial = [(lo, hi, 0) for lo, hi in padding]
-    return lax.pad(x * along_channels(w, x), jnp.zeros((), x.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
+    y = lax.pad(algebra.scale_output(x, w), jnp.zeros((), x.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
+    return y[(slice(None), *(slice(None, None, s) for s in layer.strides))]
 
 
 @run_branch.register
@@ -227,6 +228,16 @@ def along_channels(v: jax.Array, y: jax.Array) -> jax.Array:
     """v, (channels,), with the rank and dtype of y, so that it also multiplies where rank promotion is an
     error."""
     return jnp.asarray(v, y.dtype).reshape((1,) * (y.ndim - 1) + v.shape)
+
+
+def plain_convolution(layer: nnx.Conv) -> None:
+    """Raises TypeError for options of `nnx.Conv` that no other layer here has: a mask, or dilated inputs."""
+    dilation = layer.input_dilation or 1
+    dilated = any(d != 1 for d in ((dilation,) if isinstance(dilation, int) else dilation))
+    if layer.mask is not None or dilated:
+        raise TypeError(
+            "an nnx.Conv with `mask` or `input_dilation` can be neither re-parameterized nor fused"
+        )
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:

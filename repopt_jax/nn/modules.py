@@ -1,6 +1,7 @@
 """Walking and rebuilding NNX models by path."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from flax import nnx
 
@@ -8,19 +9,11 @@ from flax import nnx
 def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Every module of `model` with its path (`stages/1/0/conv`, the model itself being ``), parents first.
 
-    A module that is used in several places comes once, under the first path.
+    A module that is used in several places comes once, under one of its paths.
     """
-    seen = set()
-
-    def visit(path, module):
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield path, module
-        for name, child in _children(module):
-            yield from visit(_join(path, name), child)
-
-    yield from visit("", model)
+    found = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    for path in sorted(found, key=lambda path: [_natural(part) for part in path]):
+        yield "/".join(path), found[path]
 
 
 def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.Module | None]) -> nnx.Module:
@@ -29,33 +22,60 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
 
     `model` is untouched; `replace` sees the copy's modules, parents first, and is not asked about the inside
     of what it replaced. A module used in several places is replaced once, by one module, in all of them.
+
+    Raises:
+      TypeError: modules in a container that cannot be rebuilt here (other than modules, lists, dicts and
+        tuples).
     """
+    copy = nnx.clone(model)
+    everything = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(copy)}
     done: dict[int, nnx.Module] = {}
+    inside: set[int] = set()  # what went away with a module that was replaced
     kept: list[nnx.Module] = []  # ids stay unique as long as the replaced modules are alive
 
-    def visit(path: str, module: nnx.Module) -> nnx.Module:
+    def visit(path: str, value: Any) -> Any:
+        match value:
+            case nnx.Module():
+                return visit_module(path, value)
+            case list():
+                value[:] = [visit(join(path, str(i)), item) for i, item in enumerate(value)]
+            case dict():
+                value.update({key: visit(join(path, str(key)), item) for key, item in value.items()})
+            case tuple() if type(value) is tuple:
+                return tuple(visit(join(path, str(i)), item) for i, item in enumerate(value))
+        return value
+
+    def visit_module(path: str, module: nnx.Module) -> nnx.Module:
         if id(module) not in done:
             kept.append(module)
             new = replace(path, module)
             done[id(module)] = module if new is None else new
-            if new is None:
-                for name, child in list(_children(module)):
-                    setattr(module, name, visit(_join(path, name), child))
+            if new is not None:
+                inside.update(id(child) for _, child in nnx.iter_modules(module))
+            else:
+                for name, child in sorted(_attributes(module), key=lambda item: _natural(item[0])):
+                    if (changed := visit(join(path, name), child)) is not child:
+                        setattr(module, name, changed)
         return done[id(module)]
 
-    return visit("", nnx.clone(model))
+    result = visit("", copy)
+    if unreached := [path for key, path in everything.items() if key not in done.keys() | inside]:
+        raise TypeError(
+            f"modules {', '.join(unreached)} are in containers that cannot be rebuilt: hold them in nnx.List "
+            "or nnx.Dict"
+        )
+    return result
 
 
-def _children(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    for name, value in sorted(vars(module).items(), key=lambda item: _natural(item[0])):
-        if isinstance(value, nnx.Module):
-            yield name, value
+def join(path: str, name: str) -> str:
+    """The path of `name` inside `path`; the model's own path is empty."""
+    return f"{path}/{name}" if path else name
+
+
+def _attributes(module: nnx.Module) -> list[tuple[str, Any]]:
+    return [item for item in vars(module).items() if not item[0].startswith("_pytree__")]
 
 
 def _natural(name: str) -> tuple[int, str]:
     """List entries in numerical order."""
     return (int(name), "") if name.isdecimal() else (-1, name)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}/{name}" if path else name
