@@ -1,0 +1,247 @@
+"""Deploying: the folded network computes what the trained one does, in float64 and with moved statistics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from repopt_jax import fuse, paths
+from repopt_jax.fuse import OutputDifference, fold_batch_norm, fuse_block, output_difference
+from repopt_jax.models import KINDS, RepOptVGG, VGGVariant
+from repopt_jax.nn import FusedBlock, PlainBlock, RepVGGBlock
+from repopt_jax.nn.blocks import conv
+from repopt_jax.nn.modules import named_modules
+
+EXACT = 1e-12  # of the largest output, float64; measured: 2e-15 at most
+FORGOTTEN = 1e-3  # what forgetting any part of a fold exceeds; measured: 4e-3 (eps) at least
+EPS = 1e-5
+
+NET = VGGVariant("net", (3, 1, 1, 1), (4, 4, 6, 6, 8), (1, 1, 2, 1, 2), groups=2)
+
+
+def randomised(model, seed=0):
+    """The abstract `model` filled with float64 random numbers, in evaluation mode.
+
+    Statistics included: those of a fresh batch norm, mean 0 and variance 1, hide mistakes. Some variances are
+    as small as eps, so that it matters.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, v):
+        if path.endswith("/var"):
+            return jnp.asarray(10 ** rng.uniform(-4, 0.5, v.shape))
+        if v.ndim > 1:
+            return jnp.asarray(rng.normal(size=v.shape) / np.sqrt(np.prod(v.shape[:-1])))
+        return jnp.asarray(rng.normal(size=v.shape))
+
+    nnx.update(model, paths.map_named(draw, nnx.state(model, (nnx.Param, nnx.BatchStat, nnx.Variable))))
+    model.eval()
+    return model
+
+
+def network(kind="target", variant=NET, **options):
+    options = {"kind": kind, "num_classes": 5, **options}
+    return randomised(nnx.eval_shape(lambda: RepOptVGG(variant, **options, rngs=nnx.Rngs(0))))
+
+
+def random_input(*shape):
+    return np.random.default_rng(1).normal(size=shape)
+
+
+def relative(a, b):
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in KINDS),
+        ("repvgg", {"post_se": True}),
+        ("search", {"post_se": True, "form": "branches"}),
+    ],
+)
+def test_fused_networks_compute_the_same(kind, options, x64):
+    """Every kind: grouped, strided and not, with and without identity; with squeeze-and-excitation."""
+    model = network(kind, **options)
+    deployed = fuse(model)
+    difference = output_difference(model, deployed, random_input(3, 8, 8, 3))
+    assert difference.max_rel <= EXACT
+    assert difference.agreement == 1.0
+    blocks = [block for stage in deployed.stages for block in stage]
+    assert {type(block) for block in blocks} == {FusedBlock}
+    assert all((block.se is not None) == ("post_se" in options) for block in blocks)
+    plain = {"stages/1/1/conv/kernel", "stages/1/1/conv/bias", "head/kernel", "head/bias"}
+    names = set(paths.named_leaves(nnx.state(deployed))[0])
+    assert plain <= names
+    assert {name.split("/")[3] for name in names if name.startswith("stages")} <= {"conv", "se"}
+
+
+def random_block(build):
+    return randomised(nnx.eval_shape(build))
+
+
+def fold_by_hand(kernel, bn, *, eps=EPS, mean=True):
+    """(kernel, bias) of bn(conv(x)) as RepVGG's paper states it, in NumPy."""
+    gamma, beta, mu, var = (np.asarray(v[...]) for v in (bn.scale, bn.bias, bn.mean, bn.var))
+    s = gamma / np.sqrt(var + eps)
+    return np.asarray(kernel) * s, beta - (mu * s if mean else 0)
+
+
+def repvgg_by_hand(block, groups, *, identity=True, **options):
+    """Kernel and bias of a RepVGG block, branch by branch, entry by entry."""
+    channels = block.conv_3x3.kernel.shape[-1]
+    kernel, bias = fold_by_hand(block.conv_3x3.kernel[...], block.bn_3x3, **options)
+    small, small_bias = fold_by_hand(block.conv_1x1.kernel[...], block.bn_1x1, **options)
+    kernel = kernel.copy()
+    kernel[1, 1] += small[0, 0]
+    bias = bias + small_bias
+    if identity and block.bn_identity is not None:
+        diagonal = np.zeros((channels // groups, channels))
+        for c in range(channels):
+            diagonal[c % (channels // groups), c] = 1
+        diagonal, identity_bias = fold_by_hand(diagonal, block.bn_identity, **options)
+        kernel[1, 1] += diagonal
+        bias = bias + identity_bias
+    return kernel, bias
+
+
+@pytest.mark.parametrize(
+    ("outputs", "stride", "groups"), [(4, 1, 1), (4, 1, 2), (4, 1, 4), (6, 1, 2), (4, 2, 1)]
+)
+def test_a_repvgg_block_folds_as_by_hand(outputs, stride, groups, x64):
+    block = random_block(lambda: RepVGGBlock(4, outputs, stride=stride, groups=groups, rngs=nnx.Rngs(0)))
+    fused = fuse_block(block)
+    kernel, bias = repvgg_by_hand(block, groups)
+    assert relative(fused.conv.kernel[...], kernel) <= EXACT
+    assert relative(fused.conv.bias[...], bias) <= EXACT
+    x = random_input(2, 5, 6, 4)
+    assert relative(fused(x), block(x)) <= EXACT
+
+
+def test_forgetting_a_part_of_the_fold_is_noticed(x64):
+    """Negative control: each mistake that statistics of a fresh batch norm would hide, or nearly."""
+    block = random_block(lambda: RepVGGBlock(4, 4, groups=2, rngs=nnx.Rngs(0)))
+    x = random_input(2, 5, 6, 4)
+    expected = block(x)
+    fused = fuse_block(block)
+
+    def difference(**mistake):
+        fused.conv.kernel[...], fused.conv.bias[...] = map(jnp.asarray, repvgg_by_hand(block, 2, **mistake))
+        return relative(fused(x), expected)
+
+    assert difference() <= EXACT
+    assert difference(eps=0) > FORGOTTEN
+    assert difference(mean=False) > FORGOTTEN
+    assert difference(identity=False) > FORGOTTEN
+
+
+def test_a_convolution_with_a_bias_and_a_batch_norm_without_affine(x64):
+    def build():
+        rngs = nnx.Rngs(0)
+        return PlainBlock(
+            conv(3, 4, 5, stride=2, bias=True, rngs=rngs),
+            nnx.BatchNorm(4, epsilon=1e-2, use_scale=False, use_bias=False, rngs=rngs),
+        )
+
+    block = random_block(build)
+    fused = fuse_block(block)
+    x = random_input(2, 7, 8, 3)
+    assert relative(fused(x), block(x)) <= EXACT
+    s = 1 / np.sqrt(np.asarray(block.bn.var[...]) + 1e-2)
+    expected = (np.asarray(block.conv.bias[...]) - np.asarray(block.bn.mean[...])) * s
+    assert relative(fused.conv.bias[...], expected) <= EXACT
+
+
+@pytest.mark.parametrize("kind", ["target", "repvgg"])
+def test_the_original_is_untouched(kind, x64):
+    model = network(kind)
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
+    deployed = fuse(model)
+    for variable in jax.tree.leaves(nnx.state(deployed), is_leaf=lambda v: isinstance(v, nnx.Variable)):
+        variable[...] = jnp.zeros_like(variable[...])
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), before)
+    assert isinstance(model.stages[0][0], RepVGGBlock if kind == "repvgg" else PlainBlock)
+
+
+def test_a_model_in_training_mode_is_refused_with_its_layers():
+    model = nnx.eval_shape(lambda: RepOptVGG(NET, num_classes=5, rngs=nnx.Rngs(0)))
+    with pytest.raises(
+        ValueError, match=r"training mode \(batch norms stages/0/0/bn, .* and 4 more use"
+    ) as error:
+        fuse(model)
+    assert "call `model.eval()` first" in str(error.value)
+    model.eval()
+    model.stages[2][0].bn.use_running_average = False
+    with pytest.raises(ValueError, match=r"\(batch norms stages/2/0/bn use batch statistics\)"):
+        fuse(model)
+
+
+class Residual(nnx.Module):
+    """A block that the package does not know."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.conv = conv(4, 4, 3, rngs=rngs)
+        self.bn = nnx.BatchNorm(4, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + nnx.relu(self.bn(self.conv(x)))
+
+
+class FusedResidual(nnx.Module):
+    def __init__(self, conv):
+        self.conv = conv
+
+    def __call__(self, x):
+        return x + nnx.relu(self.conv(x))
+
+
+class Mixed(nnx.Module):
+    """Known and unknown blocks, and one block used twice."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.first = RepVGGBlock(4, 4, rngs=rngs)
+        self.blocks = nnx.List([Residual(rngs=rngs), self.first])
+
+    def __call__(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_block_of_one_s_own_is_refused_until_registered(x64):
+    model = randomised(nnx.eval_shape(lambda: Mixed(rngs=nnx.Rngs(0))))
+    with pytest.raises(TypeError, match=r"blocks/0/bn cannot be folded: .* register one for the class"):
+        fuse(model)
+    with pytest.raises(TypeError, match="no deployed form is registered for Residual"):
+        fuse_block(model.blocks[0])
+
+    @fuse_block.register
+    def _(block: Residual) -> FusedResidual:
+        return FusedResidual(fold_batch_norm(block.conv, block.bn))
+
+    deployed = fuse(model)
+    x = random_input(2, 5, 5, 4)
+    assert relative(deployed(x), model(x)) <= EXACT
+    assert isinstance(deployed.blocks[0], FusedResidual)
+    assert deployed.blocks[1] is deployed.first
+    assert not [m for _, m in named_modules(deployed) if isinstance(m, nnx.BatchNorm)]
+
+
+class Shift(nnx.Module):
+    def __init__(self, value):
+        self.value = nnx.Param(jnp.array([[0, value]]))
+
+    def __call__(self, x):
+        return x + self.value[...]
+
+
+def test_output_difference_looks_at_every_batch():
+    images = np.array([[0.0, 1.0], [4.0, 1.0], [3.0, 2.0], [1.0, -8.0], [5.0, 5.5]], np.float32)
+    expected = OutputDifference(max_abs=1.0, max_rel=1 / 8, agreement=1.0, count=5)
+    assert output_difference(Shift(0.0), Shift(1.0), images, batch_size=2) == expected
+    nearly = output_difference(Shift(0.0), Shift(1.5), images, batch_size=3)
+    assert dataclasses.astuple(nearly) == (1.5, 1.5 / 8, 0.8, 5)
