@@ -11,7 +11,7 @@ Source: RepOptimizer paper (ICLR 2023), section 3.1; the published code runs eve
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from repopt_jax.branches import Average, Branch, BranchSet, Identity, Kernel
 
 Pads = tuple[tuple[int, int], ...]
 Form = Literal["merged", "branches"]
+FORMS: tuple[str, ...] = get_args(Form)
 
 
 class FrozenScale(nnx.Variable):
@@ -74,8 +75,8 @@ class CSLAConv(nnx.Module):
     ):
         if branches.layout != "...io":
             raise ValueError(f"`branches` has layout {branches.layout!r}: a Flax layer needs '...io'")
-        if form not in ("merged", "branches"):
-            raise ValueError(f"`form` is {form!r}: it must be 'merged' or 'branches'")
+        if form not in FORMS:
+            raise ValueError(f"`form` is {form!r}: it must be one of {', '.join(FORMS)}")
         axes = len(branches.kernel) - 2
         self.branches = branches
         self.strides = per_axis(strides, axes)

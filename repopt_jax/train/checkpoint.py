@@ -21,9 +21,18 @@ KEPT = 2
 class Checkpoints:
     """The checkpoints of one run, newest last. A context manager."""
 
-    def __init__(self, directory: str | Path):
-        """Opens `directory`, made if it is missing; remains of an interrupted save are removed."""
+    def __init__(self, directory: str | Path, *, writing: bool = False):
+        """Opens `directory`, for the run that writes it or for reading.
+
+        The writer makes it if it is missing, and removes what an interrupted save left. A reader changes
+        nothing: a save that looks interrupted may be one that is under way.
+
+        Raises:
+          FileNotFoundError: reading, and the directory is missing.
+        """
         self.directory = Path(directory).absolute()
+        if not writing and not self.directory.is_dir():
+            raise FileNotFoundError(f"{self.directory.parent} has no checkpoint yet: let the run train")
         # The annotations of Orbax do not admit its own policies.
         always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         newest: Any = ocp.training.preservation_policies.LatestN(KEPT)
@@ -31,7 +40,7 @@ class Checkpoints:
             str(self.directory),
             save_decision_policy=always,
             preservation_policy=newest,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writing,
         )
 
     @property

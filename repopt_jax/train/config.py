@@ -12,11 +12,10 @@ import os
 
 import jax
 
-from repopt_jax.models import VGG_VARIANTS
+from repopt_jax.data import SOURCES
+from repopt_jax.models import KINDS, VGG_VARIANTS
+from repopt_jax.nn.csla import FORMS
 
-KINDS = ("search", "target", "repvgg", "csla")
-FORMS = ("merged", "branches")
-SOURCES = ("digits", "folder", "tfds")
 DTYPES = ("float32", "bfloat16")
 NAMED_SCALES = ("ones", "depth")
 
@@ -195,12 +194,15 @@ def _range_problems(config: Config) -> list[str]:
         ("optim.label_smoothing", optim.label_smoothing, 0, 1),
         ("optim.clip_norm", optim.clip_norm, 0, math.inf),
     )
-    return [
+    problems = [
         f"`{name}`={value} must be a finite number, at least {low}"
         + (f" and at most {high}" if high != math.inf else "")
         for name, value, low, high in ranges
         if value is not None and not (math.isfinite(value) and low <= value <= high)
     ]
+    if optim.clip_norm == 0:
+        problems.append("`optim.clip_norm`=0 would clip every gradient to nothing: leave it out (None)")
+    return problems
 
 
 def _device_problems(config: Config, devices: int) -> list[str]:

@@ -15,15 +15,21 @@ def load_config(file_and_arg: str) -> Config:
 
     Raises:
       FileNotFoundError: no such file.
+      ValueError: the file is no Python file with a `get_config`.
       TypeError: the file does not return a `Config`.
     """
     name, _, arg = file_and_arg.partition(":")
     path = config_file(name)
     spec = importlib.util.spec_from_file_location(f"repopt_config_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file: a config is a file NAME.py with a function `get_config`")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{path} is not valid Python: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function `get_config`, so it is no config")
     config = module.get_config(arg)
     if not isinstance(config, Config):
         raise TypeError(f"`get_config` of {path} returned {type(config).__name__}, not `Config`")
@@ -33,7 +39,9 @@ def load_config(file_and_arg: str) -> Config:
 def config_file(name: str) -> Path:
     """The file that `name` means: itself where it exists, else a shipped one (with or without `.py`)."""
     folders = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-    candidates = [Path(name), *(folder / f"{Path(name).stem}.py" for folder in folders)]
+    candidates = [Path(name)]
+    if Path(name).parent in (Path("."), Path("configs")):  # another folder is meant as it is written
+        candidates += [folder / f"{Path(name).stem}.py" for folder in folders]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -61,9 +69,15 @@ def from_json(text: str) -> Config:
 
 
 def differing_fields(first: Config, second: Config) -> list[str]:
-    """The fields in which two configs differ, each as `name (1 and 2)`."""
+    """The fields that make two configs different runs, each as `name (1 and 2)`."""
     a, b = _flat(dataclasses.asdict(first)), _flat(dataclasses.asdict(second))
-    return [f"{name} ({a[name]!r} and {b[name]!r})" for name in a if a[name] != b[name]]
+    return [
+        f"{name} ({a[name]!r} and {b[name]!r})" for name in a if a[name] != b[name] and name not in _MANNER
+    ]
+
+
+# How a run is carried out, not what it computes: an unfinished run may go on with other values.
+_MANNER = ("checkpoint_every", "tensorboard", "data.workers", "data.prefetch")
 
 
 def _from_dict(cls: Any, values: dict[str, Any], prefix: str, unknown: list[str]) -> Any:

@@ -28,6 +28,7 @@ from repopt_jax.train.records import read_json
 from repopt_jax.train.rundir import RunFolder
 from repopt_jax.train.state import make_eval_step, split_model, start_sums, sums_to_means
 
+_PART = "deploy.json.part"
 COMPARED_IMAGES = 1024  # test images on which outputs are compared; more would say the same
 
 
@@ -84,9 +85,10 @@ def deploy(run_dir: str | Path, out_dir: str | Path, *, data_dir: str | None = N
         return stored
     trained = load_trained(run_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    part = out_dir / _PART  # from here on the folder is known as ours, should this be interrupted
+    part.write_text(json.dumps(origin) + "\n", encoding="utf-8")
     fused = fuse(trained.model)
-    images = np.concatenate([batch["image"] for batch in _test_batches(trained, data_dir)])
-    difference = output_difference(trained.model, fused, jnp.asarray(images[:COMPARED_IMAGES]))
+    difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
     test = evaluate(trained._replace(model=fused), data_dir=data_dir)
     weights = split_model(fused)
     ocp.save(str(out_dir / "weights"), {"params": weights.params, "rest": weights.rest}, overwrite=True)
@@ -100,7 +102,6 @@ def deploy(run_dir: str | Path, out_dir: str | Path, *, data_dir: str | None = N
         deploy_parameters=_count(fused),
         **{f"test_{name}": value for name, value in test.items()},
     )
-    part = out_dir / "deploy.json.part"
     part.write_text(json.dumps(dataclasses.asdict(deployed), indent=2) + "\n", encoding="utf-8")
     part.replace(out_dir / "deploy.json")
     return deployed
@@ -152,6 +153,17 @@ def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]
     return sums_to_means(sums)
 
 
+def _some_images(trained: Trained, data_dir: str | None) -> jax.Array:
+    """The first `COMPARED_IMAGES` test images; no more are read."""
+    images, count = [], 0
+    for batch in _test_batches(trained, data_dir):
+        images.append(batch["image"])
+        count += len(batch["image"])
+        if count >= COMPARED_IMAGES:
+            break
+    return jnp.asarray(np.concatenate(images)[:COMPARED_IMAGES])
+
+
 def _test_batches(
     trained: Trained, data_dir: str | None, *, padded: bool = False
 ) -> Iterator[dict[str, Any]]:
@@ -196,7 +208,8 @@ def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
             f"{record.get('step')}; it differs in {', '.join(differing)}): choose another folder, or remove "
             "that one"
         )
-    known = ("weights", "deploy.json.part")  # remains of a deployment that was interrupted
+    # Beside its mark, weights are the remains of a deployment that was interrupted; else they are not ours.
+    known = ("weights", _PART) if (out_dir / _PART).exists() else ()
     strangers = [p.name for p in sorted(out_dir.glob("*")) if not p.name.startswith(known)]
     if strangers:
         raise ValueError(

@@ -67,7 +67,7 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
     folder.claim(config, feed.info)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(iter(feed.train)))
-        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints))
+        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, writing=True))
         # What a run starts from, the first that there is:
         #   1. the finished run in `out_dir`, which is returned as it is (above);
         #   2. the last checkpoint in `out_dir`: state, data position and clock. The scales come with the

@@ -19,9 +19,11 @@ from typing import Any
 
 import jax
 
+from repopt_jax._version import __version__
 from repopt_jax.data import DatasetInfo
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import differing_fields, from_json, to_json
+from repopt_jax.train.records import read_json
 from repopt_jax.train.sharding import meet
 from repopt_jax.train.state import TrainState
 
@@ -111,7 +113,7 @@ class RunFolder:
         with _clear_os_error(self.path, "read"):
             stored = self._stored_config()
             summary = self.path / "summary.json"
-            done = json.loads(summary.read_text()) if summary.exists() else None
+            done = read_json(summary) if summary.exists() else None
         if stored is not None and (differing := differing_fields(stored, config)):
             raise ValueError(
                 f"`out_dir` {self.path} holds another run; it differs in {', '.join(differing)} "
@@ -192,9 +194,14 @@ _PART = ".part"
 
 
 def _versions() -> dict[str, str]:
-    names = ("repopt_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
-    installed = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **installed}
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+    found = {"python": platform.python_version(), "repopt_jax": __version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"  # no reason to lose a run that is finished
+    return found
 
 
 @contextlib.contextmanager
