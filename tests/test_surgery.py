@@ -1,0 +1,351 @@
+"""Between a plain network and its search: what is read out, what is drawn, and the CSLA twin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from repopt_jax import (
+    BranchSet,
+    Identity,
+    Kernel,
+    Scales,
+    default_branches,
+    extract_scales,
+    paths,
+    reinitialize,
+)
+from repopt_jax.models import RepOptVGG, VGGVariant
+from repopt_jax.models.vgg import block_specs
+from repopt_jax.nn import CSLAConv
+from repopt_jax.nn.modules import named_modules
+from repopt_jax.scales import LayerScales, ScalesMetadata
+from repopt_jax.surgery import csla_twin, explicit_padding, merge_weights, sample_weights, with_kernels
+
+EXACT = 1e-12  # of the largest output, float64; measured: 6e-16 at most
+WRONG = 0.1  # what another draw or a wrong twin exceeds; measured: 0.63 at least
+
+NET = VGGVariant("net", (2, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1), groups=2)
+
+
+def network(**options):
+    options = {"num_classes": 3, "in_channels": 4, **options}
+    return RepOptVGG(NET, **options, rngs=nnx.Rngs(0))
+
+
+def filled(build, seed=0):
+    """The module that `build` makes, fresh statistics included, its parameters random numbers of numpy's.
+
+    Built abstractly first, as drawing and compiling for each shape would take most of these tests' time.
+    """
+    model = nnx.eval_shape(build)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, v):
+        if path.endswith(("bn/mean", "bn/var")):
+            return jnp.full(v.shape, float(path.endswith("var")), v.dtype)
+        return jnp.asarray(rng.normal(size=v.shape) / np.sqrt(max(1, np.prod(v.shape[:-1]))), v.dtype)
+
+    nnx.update(model, paths.map_named(draw, nnx.state(model)))
+    return model
+
+
+def random_scales(branch_sets, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    entries = {
+        path: LayerScales(bs, {name: jnp.asarray(rng.normal(size=bs.out), dtype) for name in bs.names})
+        for path, bs in branch_sets.items()
+    }
+    return Scales(entries)
+
+
+def plain_values(tree):
+    return {path: np.asarray(leaf) for path, leaf in paths.named_leaves(tree)[0].items()}
+
+
+def relative(a, b):
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
+
+
+@pytest.fixture(scope="module")
+def target():
+    return filled(network)
+
+
+class TestExtract:
+    @pytest.mark.parametrize("kind", ["search", "csla"])
+    def test_the_layers_values_under_the_plain_networks_paths(self, kind):
+        model = filled(lambda: network(kind=kind))
+        scales = extract_scales(model, metadata=ScalesMetadata("net", step=5))
+        assert scales.metadata == ScalesMetadata("net", step=5)
+        assert set(scales.entries) == {f"{s.path}/conv/kernel" for s in block_specs(NET)}
+        assert scales.branch_sets == model.branch_sets()
+        for path, vectors in scales.vectors.items():
+            stage, index = path.split("/")[1:3]
+            layer = model.stages[int(stage)][int(index)].conv
+            for name, vector in vectors.items():
+                variable = layer.weights[name] if name == "identity" else layer.scales[name]
+                np.testing.assert_array_equal(vector, variable[...])
+
+    @pytest.mark.parametrize("kind", ["search", "csla"])
+    def test_a_search_starts_where_given_scales_say(self, kind):
+        given = random_scales(nnx.eval_shape(network).branch_sets())
+        start = jax.jit(lambda: extract_scales(network(kind=kind, scales=given)))()
+        jax.tree.map(np.testing.assert_array_equal, start.vectors, given.vectors)
+
+    def test_a_model_without_a_search_layer(self, target):
+        with pytest.raises(ValueError, match="has no CSLA layer: give the model of the hyper-search"):
+            extract_scales(target)
+
+
+def one_training_step(model):
+    """Only the forward pass moves the statistics; the update makes it the real thing."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        merged = nnx.merge(graph, params, rest, copy=True)
+        y = merged(jax.random.normal(jax.random.key(3), (4, 8, 8, 4)))
+        return jnp.mean(y**2), nnx.split(merged, nnx.Param, ...)[2]
+
+    gradients, rest = jax.jit(jax.grad(loss, has_aux=True))(params)
+    params = optax.apply_updates(params, jax.tree.map(lambda g: -0.1 * g, gradients))
+    return nnx.merge(graph, params, rest, copy=True)
+
+
+class TestReinitialize:
+    def test_kernels_are_the_sum_of_their_parts_and_the_rest_stays(self, target):
+        before = plain_values(target)
+        scales = random_scales(target.branch_sets())
+        new = reinitialize(target, scales, rngs=nnx.Rngs(7))
+        weights = sample_weights(scales, nnx.Rngs(7).params())
+        after = plain_values(new)
+        assert after.keys() == before.keys()
+        for path, value in after.items():
+            if path in scales.entries:
+                w = {name: np.asarray(x) for name, x in weights[path].items()}
+                s = {name: np.asarray(x) for name, x in scales.entries[path].vectors.items()}
+                expected = s["3x3"] * w["3x3"]
+                expected[1, 1] += s["1x1"] * w["1x1"][0, 0]
+                if "identity" in w:
+                    inputs, outputs = expected.shape[2:]
+                    for o in range(outputs):
+                        expected[1, 1, o % inputs, o] += s["identity"][o]
+                np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)  # one rounding to float32
+                assert relative(value, before[path]) > WRONG
+            else:
+                np.testing.assert_array_equal(value, before[path])
+        for path, value in plain_values(target).items():
+            np.testing.assert_array_equal(value, before[path])
+
+    def test_a_trained_model_is_refused(self, target):
+        trained = one_training_step(target)
+        scales = target.depth_scales()
+        message = r"has been trained \(batch statistics stages/0/0/bn/mean, .* \.\.\. have moved\)"
+        with pytest.raises(ValueError, match=message) as error:
+            reinitialize(trained, scales, rngs=nnx.Rngs(0))
+        assert "allow_trained=True" in str(error.value)
+        trained_values = plain_values(trained)
+        new = plain_values(reinitialize(trained, scales, rngs=nnx.Rngs(0), allow_trained=True))
+        fresh = plain_values(reinitialize(target, scales, rngs=nnx.Rngs(0)))
+        for path, value in new.items():
+            np.testing.assert_array_equal(value, (fresh if path in scales.entries else trained_values)[path])
+
+    def test_every_path_that_does_not_fit_is_listed(self, target):
+        sets = dict(target.branch_sets())
+        del sets["stages/4/0/conv/kernel"]
+        sets["stages/5/0/conv/kernel"] = sets["stages/1/0/conv/kernel"]
+        sets["stages/0/0/conv/kernel"] = default_branches((3, 3, 1, 4))  # 4 input channels there
+        with pytest.raises(ValueError, match="do not fit the model") as error:
+            reinitialize(target, random_scales(sets), rngs=nnx.Rngs(0))
+        message = str(error.value)
+        assert "1 missing layers: stages/4/0/conv/kernel (3, 3, 4, 4)" in message
+        assert "1 extra layers: stages/5/0/conv/kernel (3, 3, 4, 4)" in message
+        assert "stages/0/0/conv/kernel (expected (3, 3, 4, 4), found (3, 3, 1, 4))" in message
+
+    def test_values_that_are_not_numbers(self, target):
+        scales = target.depth_scales()
+        scales.entries["stages/0/0/conv/kernel"].vectors["1x1"] = jnp.full(4, jnp.nan)
+        with pytest.raises(ValueError, match="NaN or infinite values: stages/0/0/conv/kernel/1x1"):
+            reinitialize(target, scales, rngs=nnx.Rngs(0))
+
+    def test_plain_dicts_in_their_own_dtype(self):
+        params = {
+            "a": {"kernel": jnp.ones((3, 2, 2), jnp.bfloat16), "bias": jnp.ones(2)},
+            "b": {"kernel": jnp.ones(2)},
+        }
+        scales = random_scales({"a/kernel": default_branches((3, 2, 2))})
+        new = reinitialize(params, scales, rngs=nnx.Rngs(0))
+        expected = merge_weights(scales, sample_weights(scales, nnx.Rngs(0).params()))["a/kernel"]
+        np.testing.assert_array_equal(new["a"]["kernel"], expected.astype(jnp.bfloat16))
+        assert new["a"]["kernel"].dtype == jnp.bfloat16
+        assert new["a"]["bias"] is params["a"]["bias"]
+        np.testing.assert_array_equal(params["a"]["kernel"], np.ones((3, 2, 2)))
+
+    def test_scales_may_cover_a_part_of_a_tree_and_must_be_in_it(self):
+        params = {"a": {"kernel": jnp.ones((2, 2))}}
+        scales = random_scales(dict.fromkeys(("a/kernel", "x/kernel", "y"), default_branches((2, 2))))
+        with pytest.raises(ValueError, match=r"2 extra layers: x/kernel \(2, 2\), y \(2, 2\)$"):
+            reinitialize(params, scales, rngs=nnx.Rngs(0))
+
+
+class TestDraws:
+    def test_they_do_not_depend_on_other_layers_and_differ_between_layers_and_seeds(self):
+        sets = {name: default_branches((3, 2, 2)) for name in ("a/kernel", "b/kernel", "c/kernel")}
+        key = jax.random.key(0)
+        all_three = sample_weights(random_scales(sets), key)
+        one = sample_weights(random_scales({"b/kernel": sets["b/kernel"]}), key)
+        np.testing.assert_array_equal(all_three["b/kernel"]["3"], one["b/kernel"]["3"])
+        np.testing.assert_array_equal(all_three["b/kernel"]["1"], one["b/kernel"]["1"])
+        other = sample_weights(random_scales(sets), jax.random.key(1))
+        for different in (all_three["a/kernel"], other["b/kernel"]):
+            assert not np.any(np.asarray(different["3"]) == np.asarray(one["b/kernel"]["3"]))
+
+    def test_the_identity_s_weight_is_the_searched_value(self):
+        scales = random_scales({"k": default_branches((3, 4, 4))})
+        np.testing.assert_array_equal(
+            sample_weights(scales, jax.random.key(0))["k"]["identity"], scales.vectors["k"]["identity"]
+        )
+
+    def test_merged_kernels_have_the_spread_that_the_formula_gives(self):
+        """A branch drawn from uniform(-1/sqrt(n), 1/sqrt(n)), n its inputs, has variance 1 / (3 n)."""
+        inputs, outputs = 64, 128
+        branches = BranchSet((3, 3, inputs, outputs), (Kernel((3, 3)), Kernel((1, 1))))
+        s, t = 0.7, -2.0
+        vectors = {"3x3": jnp.full(outputs, s), "1x1": jnp.full(outputs, t)}
+        scales = Scales({"k": LayerScales(branches, vectors)})
+        kernel = np.asarray(merge_weights(scales, sample_weights(scales, jax.random.key(0)))["k"])
+        outer = s / np.sqrt(3 * 9 * inputs)
+        centre = np.sqrt(outer**2 + t**2 / (3 * inputs))
+        # 8192 draws at the centre: a standard error of the deviation below 0.8 %
+        assert kernel[1, 1].std() == pytest.approx(centre, rel=0.03)
+        assert kernel[0].std() == pytest.approx(outer, rel=0.03)
+        assert np.abs(kernel[0]).max() <= s / np.sqrt(9 * inputs)
+        assert abs(kernel[1, 1].mean()) < 4 * centre / np.sqrt(inputs * outputs)
+
+
+class Layers(nnx.Module):
+    """Convolutions as users write them: one shared, biases, padding by name and number, one and no spatial
+    axis."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        f64 = {"param_dtype": jnp.float64, "rngs": rngs}
+        self.stem = nnx.Conv(3, 4, (3, 3), strides=2, padding=1, **f64)
+        self.shared = nnx.Conv(4, 4, (3, 3), padding="SAME", feature_group_count=2, use_bias=False, **f64)
+        self.again = self.shared
+        self.wide = nnx.Conv(4, 4, (5, 5), padding="VALID", kernel_dilation=1, **f64)
+        self.dilated = nnx.Conv(4, 4, (3, 3), padding=((2, 2), (2, 2)), kernel_dilation=(2, 2), **f64)
+        self.line = nnx.Conv(4, 6, (3,), padding=[(1, 1)], **f64)
+        self.dense = nnx.Linear(6, 6, **f64)
+        self.head = nnx.Linear(6, 2, **f64)
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem(x))
+        x = nnx.relu(self.again(nnx.relu(self.shared(x))))
+        x = nnx.relu(self.dilated(nnx.relu(self.wide(x))))
+        x = nnx.relu(self.line(x.mean(1)))
+        return self.head(nnx.relu(self.dense(x.mean(1))))
+
+
+LAYER_SETS = {
+    "stem/kernel": default_branches((3, 3, 3, 4), stride=2),
+    "shared/kernel": default_branches((3, 3, 2, 4), groups=2),
+    "wide/kernel": BranchSet(
+        (5, 5, 4, 4), (Kernel((5, 5)), Kernel((3, 3), (2, 2)), Kernel((1, 5)), Identity())
+    ),
+    "dilated/kernel": default_branches((3, 3, 4, 4)),
+    "line/kernel": default_branches((3, 4, 6)),
+    "dense/kernel": default_branches((6, 6)),
+}
+
+
+def layers_with_merged_kernels(seed=0):
+    model = filled(lambda: Layers(rngs=nnx.Rngs(0)), seed)
+    # The path under which a shared module comes first is the one that names it.
+    (shared,) = [p for p, m in named_modules(model) if m is model.shared]
+    sets = {p.replace("shared/", f"{shared}/"): bs for p, bs in LAYER_SETS.items()}
+    scales = random_scales(sets, seed, jnp.float64)
+    rng = np.random.default_rng(seed + 1)
+    weights = {
+        path: {name: jnp.asarray(rng.normal(size=shape) / 3) for name, shape in bs.shapes().items()}
+        for path, bs in sets.items()
+    }
+    return with_kernels(model, jax.jit(merge_weights)(scales, weights)), scales, weights
+
+
+class TestTwin:
+    @pytest.mark.parametrize("form", ["merged", "branches"])
+    def test_computes_what_the_plain_network_with_merged_kernels_does(self, form, x64):
+        model, scales, weights = layers_with_merged_kernels()
+        twin = csla_twin(model, scales, weights, form=form)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 14, 12, 3)))
+        run = nnx.jit(lambda m, x: m(x))
+        expected = run(model, x)
+        assert expected.dtype == jnp.float64
+        assert relative(run(twin, x), expected) <= EXACT
+        layers = [layer for _, layer in named_modules(twin) if isinstance(layer, CSLAConv)]
+        assert [layer.form for layer in layers] == [form] * len(LAYER_SETS)
+        assert isinstance(twin.head, nnx.Linear)
+        assert isinstance(model.stem, nnx.Conv)  # the given model keeps its layers
+
+    def test_other_draws_are_another_function(self, x64):
+        """Negative control of the above."""
+        model, scales, weights = layers_with_merged_kernels()
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 14, 12, 3)))
+        run = nnx.jit(lambda m, x: m(x))
+        expected = run(model, x)
+        flipped = jax.tree.map(jnp.negative, scales)
+        assert relative(run(csla_twin(model, flipped, weights), x), expected) > WRONG
+        rolled = {p: {n: jnp.roll(w, 1, -1) for n, w in d.items()} for p, d in weights.items()}
+        assert relative(run(csla_twin(model, scales, rolled), x), expected) > WRONG
+
+    def test_a_shared_layer_stays_shared_and_scales_are_frozen_unless_asked_for(self, x64):
+        model, scales, weights = layers_with_merged_kernels()
+        for trainable in (False, True):
+            twin = csla_twin(model, scales, weights, trainable_scales=trainable)
+            params = paths.named_leaves(nnx.state(twin, nnx.Param))[0]
+            assert ("stem/scales/3x3" in params) == trainable
+            assert "stem/weights/3x3" in params
+            assert "stem/bias" in params
+            assert isinstance(twin.shared, CSLAConv)
+            assert twin.again is twin.shared
+
+    def test_what_cannot_become_a_twin(self, x64):
+        model = filled(lambda: Layers(rngs=nnx.Rngs(0)))
+        model.other = nnx.Dict(kernel=nnx.Param(jnp.ones((2, 2))))
+        with pytest.raises(ValueError, match="1 extra layers: nowhere/kernel"):
+            csla_twin(model, random_scales({"nowhere/kernel": LAYER_SETS["stem/kernel"]}), {})
+        with pytest.raises(TypeError, match=r"only kernels of nnx.Conv and nnx.Linear .*, not other/kernel"):
+            csla_twin(model, random_scales({"other/kernel": default_branches((2, 2))}), {})
+
+
+class TestPadding:
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"padding": "VALID", "strides": 2}, ((0, 0), (0, 0))),
+            ({"padding": "SAME"}, ((1, 1), (2, 2))),
+            ({"padding": "SAME", "kernel_dilation": (3, 1)}, ((3, 3), (2, 2))),
+            ({"padding": "SAME", "strides": (1, 1)}, ((1, 1), (2, 2))),
+            ({"padding": 2}, ((2, 2), (2, 2))),
+            ({"padding": (1, 0)}, ((1, 1), (0, 0))),
+            ({"padding": [(0, 1), (2, 3)]}, ((0, 1), (2, 3))),
+        ],
+    )
+    def test_as_pairs(self, options, expected):
+        layer = nnx.eval_shape(lambda: nnx.Conv(1, 1, (3, 5), **options, rngs=nnx.Rngs(0)))
+        assert explicit_padding(layer) == expected
+
+    def test_same_on_an_even_kernel_is_flax_s(self):
+        layer = nnx.eval_shape(lambda: nnx.Conv(1, 1, (4,), padding="SAME", rngs=nnx.Rngs(0)))
+        assert explicit_padding(layer) == ((1, 2),)
+
+    @pytest.mark.parametrize("options", [{"padding": "SAME", "strides": 2}, {"padding": "CIRCULAR"}])
+    def test_what_depends_on_the_input_is_refused_with_what_to_write(self, options, x64):
+        model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Conv(3, 4, (3, 3), **options, rngs=nnx.Rngs(0))))
+        scales = random_scales({"layers/0/kernel": default_branches((3, 3, 3, 4), stride=2)})
+        message = f"padding '{options['padding']}' with strides .* give the layer explicit pairs, such as "
+        with pytest.raises(ValueError, match=message) as error:
+            csla_twin(model, scales, {})
+        assert str(error.value).endswith("((1, 1), (1, 1))")
