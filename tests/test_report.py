@@ -134,7 +134,7 @@ def test_the_page_shows_what_was_measured(written):
         "900",
         "2.0e-07",
         "3.2e-15",
-        "2.0e-03",
+        "it is 0.002",
         "the same function",
     ):
         assert text in html, text

@@ -36,7 +36,7 @@ figure { margin: 1.2rem 0; }
 figure img { display: block; max-width: 100%; height: auto; padding: .6rem;
   background: #ffffff; border-radius: 6px; }
 figcaption { margin-top: .4rem; max-width: 46rem; }
-pre { background: var(--panel); padding: .8rem 1rem; overflow-x: auto; border-radius: 6px;
+pre { background: var(--panel); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap;
   font-size: .85rem; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 """
@@ -154,7 +154,7 @@ def _equivalence(found: Mapping[str, Any]) -> str:
         "the largest relative difference of any kernel, statistic or loss is "
         f"<strong>{found['max_difference']:.1e}</strong>, while the kernels moved by "
         f"{found['movement']:.0%}. With weight decay put before the mask, which is wrong, it is "
-        f"{found['wrong_order_difference']:.1e}.</p>",
+        f"{found['wrong_order_difference']:.2g}.</p>",
     )
 
 
@@ -190,9 +190,9 @@ def _deploying(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _speed() -> str:
     return (
-        "<p>A plain network under RepOpt costs what a plain network costs; the search merges its branches "
-        "before the convolution and costs little more; RepVGG runs every branch. Times of networks this "
-        "small are mostly overhead, and of another machine they say nothing.</p>"
+        "<p>RepOpt adds nothing to the forward and backward pass of a plain network and a product to its "
+        "update; the search merges its branches before the convolution; RepVGG runs every branch. Steps of "
+        "networks this small are mostly overhead, and their times depend on what else the machine does.</p>"
     )
 
 
@@ -217,7 +217,7 @@ def _runs(runs: Iterable[Mapping[str, Any]]) -> str:
 def _commands(commands: Sequence[str]) -> str:
     if not commands:
         return ""
-    return f"<p>To do the same by hand:</p>\n<pre>{escape(chr(10).join(commands))}</pre>"
+    return f"<p>To make the same runs by hand:</p>\n<pre>{escape(chr(10).join(commands))}</pre>"
 
 
 def _figure(name: str, picture: bytes) -> str:
