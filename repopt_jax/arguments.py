@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,7 +52,7 @@ def parse(argv: Sequence[str], command: Command) -> Arguments:
         is_override = command.takes_config and name.startswith("config.")
         if not is_override and name not in known:
             raise UsageError(f"unknown flag --{name}{closest(name, known)}; known are {_named(known)}")
-        if not equals and (value := next(arguments, "")) == "":
+        if not equals and ((value := next(arguments, "")) == "" or value.startswith("--")):
             raise UsageError(f"flag --{name} has no value: write --{name}=value")
         if is_override:
             overrides.append(f"--{name}={value}")
@@ -88,13 +90,44 @@ def read_config(arguments: Arguments) -> Any:
         )
     # Flags of their own: the process's are absl's business, and a second call must not find the first one's.
     values = flags.FlagValues()
-    argv = ["repopt", *arguments.overrides]
+    nothing, something = _split_none(config, arguments.overrides)
+    argv = ["repopt", *something]
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except flags.Error as error:
         raise UsageError(str(error).replace("flag --", "--")) from error
-    return values["config"].value
+    config = values["config"].value
+    for name in nothing:
+        *parts, last = name.split(".")
+        setattr(functools.reduce(getattr, parts, config), last, None)
+    return config
+
+
+def _split_none(config: Any, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The fields that are overridden with None, and the other overrides as typed.
+
+    ml_collections reads "None" as a number or a text, also where the field may be None.
+    """
+    optional = set(_optional_fields(config))
+    nothing, something = [], []
+    for override in overrides:
+        name, _, value = override[len("--config.") :].partition("=")
+        if name in optional and value in ("None", "none"):
+            nothing.append(name)
+        else:
+            something.append(override)
+    return nothing, something
+
+
+def _optional_fields(config: Any, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _optional_fields(value, f"{prefix}{field.name}.")
+        elif type(None) in typing.get_args(hints[field.name]):
+            yield prefix + field.name
 
 
 def _fields(config: Any, prefix: str = "") -> Iterator[str]:

@@ -5,11 +5,12 @@ fixed linear map from w_b to the shape of K; s_b is a constant with one entry fo
 branch is one class that states its shape and its embedding; merging, the SGD rule P(g), its elementwise
 multiplier and re-initialisation are derived here, for every set of branches:
 
-    K      = sum_b s_b * E_b(w_b)                   merge
-    dL/dw_b = E_b^T(s_b * g),  g = dL/dK            branch_gradients
-    P(g)   = sum_b s_b * E_b(E_b^T(s_b * g))        precondition
-    m      = sum_b |s_b|^power * E_b(1)             multiplier; P(g) = m * g at power 2, where E_b places
-    coordinates
+    K       = sum_b s_b * E_b(w_b)               merge
+    dL/dw_b = E_b^T(s_b * g),  g = dL/dK         branch_gradients
+    P(g)    = sum_b s_b * E_b(E_b^T(s_b * g))    precondition
+    m       = sum_b |s_b|^power * E_b(1)         multiplier
+
+Where every E_b places coordinates, P(g) = m * g at power 2.
 
 The identity branch has s = 1 and a trainable weight per channel, so it contributes 1 to m on its diagonal.
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), sections 3 and appendix A.

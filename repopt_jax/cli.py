@@ -1,4 +1,4 @@
-"""The command `repopt`. What it computes with is imported only then: help and typing errors are quick.
+"""The command `repopt`.
 
 A caller's mistake becomes one sentence on standard error and exit code 1 (2 if the command line itself is
 wrong); Ctrl-C gives 130. With REPOPT_TRACEBACK=1 the traceback is shown as well.
@@ -7,6 +7,7 @@ wrong); Ctrl-C gives 130. With REPOPT_TRACEBACK=1 the traceback is shown as well
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +84,11 @@ def _quickstart(arguments: Arguments) -> int:
         source = " ".join([str(arguments.config), *arguments.overrides])
         done = quickstart(base, out, seeds=seeds, say=_say, source=source)
     _say("", *summary_lines(done.rows), "", f"Report: {done.page}")
+    if not done.equivalence["equivalent"]:
+        raise ValueError(
+            "the CSLA network and the plain network with repopt_mask did NOT train to the same function: "
+            f"largest relative difference {done.equivalence['max_difference']:.1e}; see the report"
+        )
     return 0
 
 
@@ -98,13 +104,30 @@ def _search(arguments: Arguments) -> int:
         return 130
     from repopt_jax.train import monitor, records
 
-    verdict = monitor.verdict(records.read_history(out))
+    history = records.read_history(out)
+    verdict = monitor.verdict(history)
     _say(verdict.sentence, *verdict.notes, f"Scales: {out / 'scales'}")
-    _say(
-        f"Next: repopt train --config={arguments.config} --config.model.kind=target "
-        f"--config.name={config.name}-repopt --config.scales={out / 'scales'} --out={out}-repopt"
-    )
+    try:
+        from repopt_jax.train import report
+
+        _say(f"How they moved: {', '.join(map(str, report.draw_search(history, out / 'report')))}")
+    except ModuleNotFoundError as error:  # the search is done all the same
+        _say(f"No pictures: {_sentence(error)}")
+    _say(f"Next: {_after_search(arguments, config.name, out)}")
     return 0
+
+
+def _after_search(arguments: Arguments, name: str, out: Path) -> str:
+    """The command that trains a plain network with the scales of the search in `out`, on the same data."""
+    overrides = [
+        *arguments.overrides,
+        "--config.model.kind=target",
+        "--config.optim.clip_norm=None",  # clipping is for the search; with scales it breaks the equivalence
+        f"--config.name={name}-repopt",
+        f"--config.scales={out / 'scales'}",
+        f"--out={out}-repopt",
+    ]
+    return shlex.join(["repopt", "train", f"--config={arguments.config}", *overrides])
 
 
 def _train(arguments: Arguments) -> int:
@@ -188,6 +211,9 @@ def _sentence(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in ("matplotlib", "sklearn", "tensorboardX"):
         return f"{error.name} is not installed: pip install 'repopt_jax[quickstart]'"
+    if isinstance(error, (KeyError, TypeError)):
+        # Seldom a caller's mistake: say how to see whose it is.
+        text = f"{type(error).__name__}: {text} (REPOPT_TRACEBACK=1 shows where)"
     return text or type(error).__name__
 
 

@@ -103,7 +103,7 @@ def _(block: RepVGGBlock) -> FusedBlock:
     if block.bn_identity is not None:
         weights["identity"], b_identity = _affine(block.bn_identity)
         bias = bias + b_identity
-    kernel = block.branch_set().merge(weights, {"3x3": s3, "1x1": s1})
+    kernel = block.branches.merge(weights, {"3x3": s3, "1x1": s1})
     return FusedBlock(_conv_like(block.conv_3x3, kernel, bias), block.se)
 
 

@@ -34,8 +34,7 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformation:
 
     Exact for optimizers that are linear in the gradient: SGD, momentum, Nesterov, with or without decay. It
     must come before weight decay, momentum and the learning rate, and no clipping by the ordinary global norm
-    may stand in the same
-    chain::
+    may stand in the same chain::
 
         optax.chain(repopt_mask(scales), optax.add_decayed_weights(4e-5), optax.sgd(lr, 0.9, nesterov=True))
 

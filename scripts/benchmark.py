@@ -1,8 +1,11 @@
 """What the rule costs: optimizer update and training step, beside what they are compared with.
 
-    python scripts/benchmark.py update     # RepOpt-VGG-B1's 51.8 M parameters: plain SGD, repopt_mask, a
-    stored multiplier python scripts/benchmark.py step       # a training step: plain, CSLA merged, CSLA
-    branch by branch, RepVGG python scripts/benchmark.py all --out scripts/results/benchmark_cpu
+    python scripts/benchmark.py update
+    python scripts/benchmark.py step
+    python scripts/benchmark.py all --out scripts/results/benchmark_cpu
+
+`update`: plain SGD, `repopt_mask` and a stored multiplier on the 51.8 million parameters of RepOpt-VGG-B1.
+`step`: a training step of a plain network, of CSLA merged in weight space and branch by branch, of RepVGG.
 
 Candidates run in turn, in every round in another order, and each is compared with the plain one of its own
 round: the median of these ratios is little moved by a busy machine. Peak memory is what the compiler reserves
@@ -13,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import pathlib
 import platform
 import random
 import re
@@ -40,6 +44,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", default="", help="path without suffix for the results")
     args = parser.parse_args()
+    if args.out:
+        pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"command": f"python scripts/benchmark.py {args.part} --rounds {args.rounds}"}
     results["machine"] = machine()
     if args.part in ("update", "all"):

@@ -1,10 +1,9 @@
 """A table of finished runs, grouped by name, with mean, spread and what the spread allows to be said.
 
-    python scripts/summarize_runs.py runs/cifar10_small --compare plain repopt --out
-    scripts/results/cifar10_small
+    python scripts/summarize_runs.py RUNS --compare plain repopt --out scripts/results/NAME
 
-Folders are called NAME-SEED. `--compare A B` adds the difference of two groups, seed by seed (the same seed
-gives both the same order of images and the same initial draws), with a 95 % interval from Student's t. Writes
+RUNS holds a folder for each run, called NAME-SEED. `--compare A B` adds the difference of two groups, seed
+by seed (runs of one seed see the images in the same order), with a 95 % interval from Student's t. Writes
 OUT.md, OUT.json, OUT.png.
 """
 
@@ -17,6 +16,7 @@ from typing import Any
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+MANY = 2.262  # for more degrees of freedom: a little too wide
 
 
 def main() -> None:
@@ -25,12 +25,14 @@ def main() -> None:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"))
     parser.add_argument("--out", type=pathlib.Path, required=True, help="path without suffix")
     parser.add_argument("--title", default="CIFAR-10 at a small size")
+    parser.add_argument("--command", default="", help="what made the runs, for the results file")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     groups = read_groups(args.runs)
     result: dict[str, Any] = {"groups": groups}
     if args.compare:
         result["comparison"] = compare(groups, *args.compare)
-    result["command"] = f"scripts/{args.runs.name}.sh DATA"
+    result["command"] = args.command
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(args.title, result))
     draw(args.title, groups, args.runs, args.out.with_suffix(".png"))
@@ -59,7 +61,9 @@ def compare(groups, a: str, b: str) -> dict[str, Any]:
     mean = statistics.mean(differences)
     out = {"a": a, "b": b, "differences": differences, "mean": mean}
     if len(differences) > 1:
-        half = T95[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+        half = (
+            T95.get(len(differences) - 1, MANY) * statistics.stdev(differences) / math.sqrt(len(differences))
+        )
         out |= {"low": mean - half, "high": mean + half}
     return out
 

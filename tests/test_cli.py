@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 
 from repopt_jax import models
 from repopt_jax import scales as scales_module
+from repopt_jax.arguments import Arguments, read_config
 from repopt_jax.cli import main
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.scales import save_scales
@@ -32,7 +34,7 @@ def get_config(arg=""):
         name="tiny", epochs=5, batch_size=8, eval_batch_size=8, log_every=1,
         model=ModelConfig(variant="tiny", kind=arg or "target"),
         data=DataConfig(source="folder", data_dir={data!r}, image_size=8),
-        optim=OptimConfig(learning_rate=0.05),
+        optim=OptimConfig(learning_rate=0.05, clip_norm=5.0 if arg == "search" else None),
     )
 """
 
@@ -312,7 +314,29 @@ def test_search_tells_its_verdict_and_the_next_command(capsys, place, searched):
     assert "Already finished" in said
     assert "scale vectors" in said
     assert f"Scales: {searched / 'scales'}" in said
+    assert (searched / "report" / "scales.png").read_bytes().startswith(b"\x89PNG")
     assert f"--config.scales={searched / 'scales'}" in said
+    # The command that it prints is right: it trains with these scales, clipping left behind.
+    (line,) = (line for line in said.splitlines() if line.startswith("Next: "))
+    assert main(shlex.split(line)[2:]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+
+
+def test_fields_that_may_be_none_are_set_to_none(place):
+    found = Arguments({}, f"{place}/tiny.py:search", ("--config.optim.clip_norm=None",))
+    assert read_config(found).optim.clip_norm is None
+
+
+def test_quickstart_leaves_foreign_folders_alone(capsys, place, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    assert main(["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}"]) == 1
+    assert "holds no quickstart (it has report.html)" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert (
+        main(["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}/q", "--config.scales=ones"]) == 1
+    )
+    assert "which quickstart sets itself" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
 
 
 def test_train_eval_deploy_eval(capsys, searched, train, tmp_path):

@@ -94,7 +94,7 @@ def checkpoints_in(run_dir):
 
 
 # -- whole runs
-# --------------------------------------------------------------------------------------------------------
+# ---
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_loaded_network_gives_the_summary(unbroken, digits):
 
 
 # -- broken and resumed
-# ------------------------------------------------------------------------------------------------
+# ---
 
 
 @pytest.mark.parametrize(("kind", "stop_at"), [("search", 5), ("target", 17)])
@@ -247,7 +247,7 @@ def test_finished_run_is_reused(digits, unbroken):
 
 
 # -- gone wrong
-# --------------------------------------------------------------------------------------------------------
+# ---
 
 
 def test_not_finite_loss_stops_and_keeps_the_checkpoint(digits, tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_scales_that_do_not_fit_leave_no_folder(digits, tmp_path, unbroken):
 
 
 # -- what is told
-# ------------------------------------------------------------------------------------------------------
+# ---
 
 
 def test_without_a_terminal_one_line_an_epoch(digits, tmp_path, caplog):

@@ -49,7 +49,8 @@ def prepare(data_dir: str | os.PathLike[str] | None = None) -> Path:
         # `OSError` picks the subclass, `PermissionError` for one, by the number.
         raise OSError(
             error.errno,
-            f"cannot write {root} to prepare the digits; name another `data_dir`: {error.strerror}",
+            f"cannot write {root} to prepare the digits: {error.strerror}; name another `data_dir` "
+            "(--config.data.data_dir=DIR), or set XDG_CACHE_HOME",
         ) from error
     try:
         _build(temporary)

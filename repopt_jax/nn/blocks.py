@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import BranchSet, Identity, Kernel
+from repopt_jax.branches import default_branches
 from repopt_jax.nn.csla import CSLAConv
 
 # Default initialisation of PyTorch's layers, uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)): all published recipes
@@ -111,7 +111,9 @@ class RepVGGBlock(nnx.Module):
         self.bn_3x3 = batch_norm(outputs, dtype=dtype, rngs=rngs)
         self.conv_1x1 = conv(inputs, outputs, 1, stride=stride, groups=groups, dtype=dtype, rngs=rngs)
         self.bn_1x1 = batch_norm(outputs, dtype=dtype, rngs=rngs)
-        has_identity = inputs == outputs and stride == 1
+        # What the deployed kernel is merged from; it also says whether there is an identity.
+        self.branches = default_branches((3, 3, inputs // groups, outputs), groups=groups, stride=stride)
+        has_identity = "identity" in self.branches.names
         self.bn_identity = nnx.data(batch_norm(outputs, dtype=dtype, rngs=rngs) if has_identity else None)
         self.se = nnx.data(se)
 
@@ -121,11 +123,6 @@ class RepVGGBlock(nnx.Module):
             y = y + self.bn_identity(x)
         y = nnx.relu(y)
         return y if self.se is None else self.se(y)
-
-    def branch_set(self) -> BranchSet:
-        """The branches whose merge is the deployed kernel."""
-        branches = (Kernel((3, 3)), Kernel((1, 1)), *([Identity()] if self.bn_identity is not None else []))
-        return BranchSet(self.conv_3x3.kernel.shape, branches, self.conv_3x3.feature_group_count)
 
 
 class FusedBlock(nnx.Module):

@@ -1,8 +1,7 @@
 """From a run to a plain network on disk, and back: fuse, measure, save, load, evaluate.
 
-weights/      the fused network's arrays, an Orbax checkpoint
-deploy.json   how to rebuild it, and what deploying changed; written last, so its presence means that
-              all is whole
+weights/       the fused network's arrays, an Orbax checkpoint
+deploy.json    how to rebuild it, and what deploying changed; written last: its presence means all is whole
 """
 
 import dataclasses

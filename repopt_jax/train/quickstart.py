@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from repopt_jax.scales import load_scales
 from repopt_jax.train import monitor, records, report
 from repopt_jax.train.build import build_model, open_data
 from repopt_jax.train.config import Config
-from repopt_jax.train.config_io import to_json
+from repopt_jax.train.config_io import differing_fields, from_json, to_json
 from repopt_jax.train.deploy import Deployed, deploy
 from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import Summary
@@ -46,8 +47,7 @@ CHECKED_BATCH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """What `quickstart` came to: the table's rows, the check, the verdict on the scales, and the report's "
-    "path."""
+    """What `quickstart` came to: table, check, verdict on the scales, and the path of the report."""
 
     rows: tuple[report.Row, ...]
     equivalence: dict[str, Any]
@@ -78,9 +78,9 @@ def quickstart(
       ValueError: `seeds` below 1, or as `loop.run`, `deploy.deploy`.
       OSError, FloatingPointError: as `loop.run`.
     """
-    if seeds < 1:
-        raise ValueError(f"`seeds` is {seeds}; it must be at least 1")
+    _check(base, seeds)
     out_dir = Path(out_dir).expanduser().absolute()
+    _claim(out_dir, base)
 
     say(f"Search: {base.epochs} epochs with trainable scales")
     search_dir = out_dir / "search"
@@ -97,7 +97,7 @@ def quickstart(
     say(_told_equivalence(equivalence))
 
     runs = _train(base, out_dir / "runs", scales, seeds, say)
-    firsts = {"search": search_dir, **dict(zip(WAYS, runs))}
+    firsts = {"search": search_dir} | {way: out_dir / "runs" / f"{way}-{base.seed}" for way in WAYS}
     deployed = _deploy(firsts, out_dir / "deploy", say)
 
     ordered = [records.read_run(folder) for folder in [*runs, search_dir]]
@@ -111,6 +111,48 @@ def quickstart(
         commands=[_command(config, folder, source) for folder, config in made.items()],
     )
     return Quickstart(tuple(report.table(ordered, deployed)), equivalence, verdict, page)
+
+
+def _check(base: Config, seeds: int) -> None:
+    """What would fail only after the search is refused before it."""
+    problems = []
+    if seeds < 1:
+        problems.append(f"`seeds` is {seeds}; it must be at least 1")
+    if base.model.kind != "target" or base.scales:
+        problems.append(
+            f"`base` has kind {base.model.kind!r} and scales {base.scales!r}, which quickstart sets itself: "
+            "give the config of a plain run (kind 'target', no scales)"
+        )
+    if base.optim.clip_norm is not None:
+        problems.append(f"`optim.clip_norm` is {base.optim.clip_norm}, which RepOpt excludes: leave it None")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _claim(out_dir: Path, base: Config) -> None:
+    """Marks the folder as ours; refuses one that is neither new, empty nor of a quickstart like this."""
+    mark = out_dir / "quickstart.json"
+    stored = records.read_json(mark)
+    if stored is None:
+        if strangers := [p.name for p in sorted(out_dir.glob("*")) if p.name != mark.name + ".part"]:
+            raise ValueError(
+                f"`out_dir` {out_dir} is not empty and holds no quickstart "
+                f"(it has {', '.join(strangers[:3])}); choose an empty or a new folder"
+            )
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _write(mark, to_json(base))
+    elif differing := differing_fields(from_json(json.dumps(stored)), base):
+        raise ValueError(
+            f"`out_dir` {out_dir} holds another quickstart; it differs in {', '.join(differing)} (there and "
+            "here). Choose another folder, or remove that one"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Renamed into place, so that a file is either whole or not there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _train(base: Config, folder: Path, scales: Path, seeds: int, say: Say) -> dict[Path, Config]:
@@ -138,7 +180,7 @@ def _deploy(runs: dict[str, Path], folder: Path, say: Say) -> dict[Path, dict[st
 def variant(base: Config, way: str, kind: str, scales: str, *, seed: int | None = None) -> Config:
     """A copy of `base` for one run."""
     config = copy.deepcopy(base)
-    config.name = f"{base.name}-{way}" if seed is None else f"{base.name}-{way}-{seed}"
+    config.name = f"quickstart-{way}" if seed is None else f"quickstart-{way}-{seed}"
     config.model.kind, config.scales = kind, scales
     config.seed = base.seed if seed is None else seed
     return config
@@ -169,7 +211,7 @@ def check_equivalence(config: Config, scales_dir: Path, path: Path) -> dict[str,
         "inputs": inputs,
         "reused": False,
     }
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    _write(path, json.dumps(found, indent=2))
     return found
 
 
@@ -230,9 +272,10 @@ def _told_deployed(deployed: Deployed) -> str:
 
 def _told_equivalence(found: dict[str, Any]) -> str:
     reused = "reused: " if found["reused"] else ""
+    verdict = "the same function" if found["equivalent"] else "NOT the same function"
     return (
-        f"  {reused}largest relative difference {found['max_difference']:.1e} while kernels moved by "
-        f"{found['movement']:.0%}; with weight decay in the wrong place {found['wrong_order_difference']:.1e}"
+        f"  {reused}{verdict}: largest relative difference {found['max_difference']:.1e} while kernels moved "
+        f"by {found['movement']:.0%}; with weight decay misplaced {found['wrong_order_difference']:.2g}"
     )
 
 
@@ -244,5 +287,5 @@ def _command(config: Config, folder: Path, source: str) -> str:
         "seed": config.seed,
         "name": config.name,
     }
-    overrides = " ".join(f"--config.{name}={value}" for name, value in fields.items() if value != "")
-    return f"repopt {verb} --config={source} {overrides} --out={folder}"
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return f"repopt {verb} --config={source} {shlex.join([*overrides, f'--out={folder}'])}"

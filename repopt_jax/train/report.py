@@ -1,5 +1,4 @@
-"""One report of several runs: a self-contained HTML page, its pictures as files, and the same numbers as
-JSON.
+"""One report of several runs: a self-contained HTML page, its pictures as files, and the numbers as JSON.
 
 report.html     everything, pictures embedded
 report.json     the numbers
@@ -61,7 +60,8 @@ def write_report(
     """Writes the report of finished runs and returns the path of its page.
 
     Args:
-      runs: finished runs, in the order of the table; those that differ by their seed alone share a row.
+      runs: finished runs, in the order of the table; those of one kind and source of scales
+        (none, ones, depth rule, searched) are taken for repetitions and share a row.
       out_dir: where report.html, report.json and report/ go; earlier ones are replaced.
       title: heading of the page.
       deployed: run folder -> what deploying it came to.
@@ -95,6 +95,15 @@ def write_report(
     path = out_dir / "report.html"
     path.write_text(page.render(content, pictures), encoding="utf-8")
     return path
+
+
+def draw_search(history: History, folder: Path) -> list[Path]:
+    """Writes how the scales of a search moved as two pictures in `folder`, and returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = dict(_draw_scales(history))
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    return [folder / f"{name}.png" for name in pictures]
 
 
 def label_of(kind: str, scales: str) -> str:
@@ -153,10 +162,14 @@ def _draw(runs: Sequence[Run], rows: Sequence[Row], history: History | None) -> 
     }
     yield "accuracy", _png(figures.accuracy(curves))
     if history:
-        yield "scales", _png(figures.scales(history))
-        yield "movement", _png(figures.movement(history))
+        yield from _draw_scales(history)
     if times := {row.label: row.step_ms for row in rows if row.step_ms is not None}:
         yield "step_time", _png(figures.step_time(times))
+
+
+def _draw_scales(history: History) -> Iterator[tuple[str, bytes]]:
+    yield "scales", _png(figures.scales(history))
+    yield "movement", _png(figures.movement(history))
 
 
 def _png(figure: Any) -> bytes:

@@ -1,10 +1,10 @@
 """The folder of a run: who may write into it, and the small files that say what it holds.
 
-config.json, dataset.json   what is trained on what; written first, never changed
-metrics.jsonl, tensorboard/ how it goes
-checkpoints/                state
-scales/                     what a search found
-summary.json                written last: its presence means that the run is finished
+config.json, dataset.json    what is trained on what; written first, never changed
+metrics.jsonl, tensorboard/  how it goes
+checkpoints/                 state
+scales/                      what a search found
+summary.json                 written last: its presence means that the run is finished
 """
 
 import contextlib
