@@ -169,7 +169,7 @@ def test_config_files_that_are_none(capsys, tmp_path):
 
 def test_unknown_kind_and_variant(capsys, train, tmp_path):
     refused(
-        capsys, train("--config.model.kind=target2"), "`model.kind`='target2' must be one of search, target"
+        capsys, train("--config.model.kind=target2"), "`model.kind`='target2' must be one of target, search"
     )
     refused(capsys, train("--config.model.variant=B9"), "`model.variant`='B9' must be one of A0, A1")
     assert not (tmp_path / "out").exists()
