@@ -27,12 +27,12 @@ from repopt_jax.models import VGG_VARIANTS
 from repopt_jax.models.vgg import VGGVariant
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
 
-VGG_VARIANTS["tiny"] = VGGVariant("tiny", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1))
+VGG_VARIANTS["cli-tiny"] = VGGVariant("cli-tiny", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1))
 
 def get_config(arg=""):
     return Config(
         name="tiny", epochs=5, batch_size=8, eval_batch_size=8, log_every=1,
-        model=ModelConfig(variant="tiny", kind=arg or "target"),
+        model=ModelConfig(variant="cli-tiny", kind=arg or "target"),
         data=DataConfig(source="folder", data_dir={data!r}, image_size=8),
         optim=OptimConfig(learning_rate=0.05, clip_norm=5.0 if arg == "search" else None),
     )
@@ -60,7 +60,7 @@ def place(tmp_path_factory):
     data = write_images(folder / "data")
     (folder / "tiny.py").write_text(CONFIG.format(data=str(data)))
     yield folder
-    models.VGG_VARIANTS.pop("tiny", None)
+    models.VGG_VARIANTS.pop("cli-tiny", None)
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_a_failure_to_prepare_leaves_nothing_to_be_mistaken_for_data(tmp_path, m
 
 def test_a_data_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot write .*file to prepare the digits; name another"):
+    with pytest.raises(OSError, match=r"cannot write .*file to prepare the digits: .*name another"):
         open_source("digits", data_dir=tmp_path / "file")
 
 

@@ -143,7 +143,8 @@ def without_identity(scales):
     ((path, entry),) = scales.entries.items()
     branches = tuple(b for b in entry.branches.branches if b.has_scale)
     reduced = BranchSet(entry.branches.kernel, branches, entry.branches.groups)
-    return chain(Scales({path: LayerScales(reduced, entry.vectors)}))
+    vectors = {name: entry.vectors[name] for name in reduced.names}
+    return chain(Scales({path: LayerScales(reduced, vectors)}))
 
 
 def squared_identity(scales):
