@@ -79,17 +79,16 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         f"{some['device']}; {versions}. {some['epochs']} epochs, {some['steps']} steps, "
         f"{some['test_count']:,} test images (binomial standard error {binomial_error(some):.1f} points).",
         "",
-        "| | seeds | test accuracy, % | mean | standard deviation | parameters in training | ms a step |",
-        "|---|---|---|---|---|---|---|",
+        "| | seeds | test accuracy, % | mean | standard deviation | parameters in training |",
+        "|---|---|---|---|---|---|",
     ]
     for name, group in result["groups"].items():
         values = accuracies(group)
         spread = f"{statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
-        step = statistics.median(summary["step_ms_median"] for summary in group.values())
         parameters = next(iter(group.values()))["train_parameters"]
         lines.append(
             f"| {name} | {', '.join(map(str, values))} | {', '.join(f'{v:.2f}' for v in values.values())} | "
-            f"{statistics.mean(values.values()):.2f} | {spread} | {parameters:,} | {step:.0f} |"
+            f"{statistics.mean(values.values()):.2f} | {spread} | {parameters:,} |"
         )
     if "comparison" in result:
         lines += ["", verdict(result["comparison"])]
