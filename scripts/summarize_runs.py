@@ -16,6 +16,7 @@ from typing import Any
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+LEFT_OUT = ("scales", "step_ms_median", "images_per_s", "wall_s")
 MANY = 2.262  # for more degrees of freedom: a little too wide
 
 
@@ -26,13 +27,14 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="path without suffix")
     parser.add_argument("--title", default="CIFAR-10 at a small size")
     parser.add_argument("--command", default="", help="what made the runs, for the results file")
+    parser.add_argument("--hardware", default="", help="what they ran on, likewise")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     groups = read_groups(args.runs)
     result: dict[str, Any] = {"groups": groups}
     if args.compare:
         result["comparison"] = compare(groups, *args.compare)
-    result["command"] = args.command
+    result["command"], result["hardware"] = args.command, args.hardware
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(args.title, result))
     draw(args.title, groups, args.runs, args.out.with_suffix(".png"))
@@ -44,7 +46,10 @@ def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
     for folder in sorted(runs.iterdir()):
         if (folder / "summary.json").exists():
             name, _, seed = folder.name.rpartition("-")
-            groups.setdefault(name, {})[int(seed)] = json.loads((folder / "summary.json").read_text())
+            summary = json.loads((folder / "summary.json").read_text())
+            # Where scales lay is no result, and times depend on what else the machine did: see benchmark.py.
+            kept = {key: value for key, value in summary.items() if key not in LEFT_OUT}
+            groups.setdefault(name, {})[int(seed)] = kept
     if not groups:
         raise SystemExit(f"no finished run in {runs}")
     return groups
@@ -76,8 +81,8 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`",
         "",
-        f"{some['device']}; {versions}. {some['epochs']} epochs, {some['steps']} steps, "
-        f"{some['test_count']:,} test images (binomial standard error {binomial_error(some):.1f} points).",
+        f"{result['hardware'] or some['device']}; {versions}. "
+        f"{some['epochs']} epochs, {some['steps']} steps, {some['test_count']:,} test images (binomial standard error {binomial_error(some):.1f} points).",
         "",
         "| | seeds | test accuracy, % | mean | standard deviation | parameters in training |",
         "|---|---|---|---|---|---|",
