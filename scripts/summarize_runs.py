@@ -82,7 +82,8 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         "",
         f"{result['hardware'] or some['device']}; {versions}. "
-        f"{some['epochs']} epochs, {some['steps']} steps, {some['test_count']:,} test images (binomial standard error {binomial_error(some):.1f} points).",
+        f"{some['epochs']} epochs, {some['steps']} steps, {some['test_count']:,} test images "
+        f"(binomial standard error {binomial_error(some):.1f} points).",
         "",
         "| | seeds | test accuracy, % | mean | standard deviation | parameters in training |",
         "|---|---|---|---|---|---|",
