@@ -16,6 +16,7 @@ The identity branch has s = 1 and a trainable weight per channel, so it contribu
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), sections 3 and appendix A.
 """
 
+import abc
 import dataclasses
 import json
 import math
@@ -31,7 +32,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Branch:
+class Branch(abc.ABC):
     """One linear branch. Subclasses state where its tensor lives (`shape`) and how it enters the kernel
     (`embed`)."""
 
@@ -46,22 +47,22 @@ class Branch:
         Branch.types[cls.__name__] = cls
 
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """Short name, unique within a branch set; part of parameter paths, so without `/`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def shape(self, kernel: Shape) -> Shape:
         """Shape of w_b for a layer whose merged kernel has shape `kernel`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
         """E_b(w_b): linear in w, of shape `kernel`."""
-        raise NotImplementedError
 
     def support(self, kernel: Shape) -> jax.Array:
         """E_b(1) as a boolean array made of iota comparisons; only of branches whose embedding `places`
         coordinates."""
-        raise NotImplementedError
+        raise TypeError(f"branch {self.name} places no coordinates, so it has no support")
 
     def sample(self, key: jax.Array, kernel: Shape, dtype: Any) -> jax.Array:
         """Draws w_b as the branch's own layer would be initialised: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)).
@@ -72,7 +73,7 @@ class Branch:
         bound = 1 / math.sqrt(math.prod(shape[:-1]))
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    def check(self, kernel: Shape, groups: int) -> None:
+    def check(self, kernel: Shape, groups: int) -> None:  # noqa: B027  (optional: most branches fit every layer)
         """Raises ValueError with the reason if the branch is not defined for this layer."""
 
 
