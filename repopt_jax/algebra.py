@@ -109,6 +109,19 @@ def average(w: jax.Array, window: Sequence[int]) -> jax.Array:
     return jnp.broadcast_to(w / taps, (*window, *w.shape[-2:]))
 
 
+def after_pointwise(w: jax.Array, c: jax.Array) -> jax.Array:
+    """The kernel of a 1x1 convolution C followed by a convolution w: sum_m C[i, m] * w[..., m, o].
+
+    w, (*size, mid, out), and c, (1 or groups, in/groups, mid) -> (*size, in/groups, out). Output channels are
+    group-major.
+    """
+    *size, mid, out = w.shape
+    by_group = w.reshape(*size, mid, c.shape[0], out // c.shape[0])
+    # TPUs and GPUs multiply in lower precision unless told: this is an identity, not a layer.
+    merged = jnp.einsum("gim,...mgo->...igo", c, by_group, precision=lax.Precision.HIGHEST)
+    return merged.reshape(*size, c.shape[1], out)
+
+
 def scale_output(w: jax.Array, s: ArrayLike) -> jax.Array:
     """s * w with one factor for each output channel, the last axis: (..., out), (out,) -> (..., out)."""
     s = jnp.asarray(s)

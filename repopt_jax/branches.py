@@ -9,6 +9,7 @@ multiplier and re-initialisation are derived here, for every set of branches:
     dL/dw_b = E_b^T(s_b * g),  g = dL/dK         branch_gradients
     P(g)    = sum_b s_b * E_b(E_b^T(s_b * g))    precondition
     m       = sum_b |s_b|^power * E_b(1)         multiplier
+    K -> w  = s_b * E_b^T(P^+(K)), least norm    split
 
 Where every E_b places coordinates, P(g) = m * g at power 2.
 
@@ -20,11 +21,12 @@ import abc
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from repopt_jax import algebra
 
@@ -167,6 +169,63 @@ class Average(Branch):
 
 
 @dataclasses.dataclass(frozen=True)
+class AfterPointwise(Branch):
+    """A fixed 1x1 convolution C, which is not trained, followed by a kernel of spatial shape `size`, centred.
+
+    K[..., i, o] = sum_m C[i, m] * w[..., m, o] at the taps of `size`: the 1x1 -> kxk sequence of DBB (arXiv
+    2103.13425, section 3.2) with its first part constant, without which no constant rule would exist. E E^T
+    mixes input channels, so the SGD rule is P(g). Batch norm or a bias between the two is not part of it.
+
+    Attributes:
+      size: spatial shape of w, which is (*size, mid, out).
+      matrix: C, (in/groups, mid) for all groups or (groups, in/groups, mid). Kept as nested tuples: it
+        belongs to the description of the layer, goes into scales files, and is a constant of in/groups * mid
+        numbers (a ninth of a 3x3 kernel at mid = out) in compiled programs.
+
+    Raises:
+      ValueError: at construction, a matrix of another rank, or one that holds NaN or infinity.
+    """
+
+    size: Shape
+    matrix: tuple
+
+    places: ClassVar[bool] = False
+
+    def __post_init__(self):
+        matrix = np.asarray(self.matrix, np.float64)
+        if matrix.ndim not in (2, 3) or not matrix.size or not np.isfinite(matrix).all():
+            raise ValueError(
+                f"`matrix` has shape {matrix.shape}: it must be finite numbers of shape (in/groups, mid) or "
+                "(groups, in/groups, mid)"
+            )
+        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "matrix", _nested_tuples(matrix.reshape(-1, *matrix.shape[-2:]).tolist()))
+
+    @property
+    def name(self) -> str:
+        return f"fixed_{'x'.join(map(str, self.size)) or 'dense'}"
+
+    def shape(self, kernel):
+        return (*self.size, len(self.matrix[0][0]), kernel[-1])
+
+    def embed(self, w, kernel):
+        taps = algebra.centred_taps(self.size, kernel[:-2], (1,) * len(self.size))
+        return algebra.place(algebra.after_pointwise(w, self.pointwise(w.dtype)), kernel[:-2], taps)
+
+    def pointwise(self, dtype: Any) -> jax.Array:
+        """C as an array (1 or groups, in/groups, mid)."""
+        return jnp.asarray(np.asarray(self.matrix), dtype)
+
+    def check(self, kernel, groups):
+        algebra.centred_taps(self.size, kernel[:-2], (1,) * len(self.size))
+        if len(self.matrix) not in (1, groups) or len(self.matrix[0]) != kernel[-2]:
+            raise ValueError(
+                f"its matrix, (groups, in/groups, mid) = {np.shape(self.matrix)}, must have {kernel[-2]} "
+                f"input channels in 1 or {groups} groups"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class BranchSet:
     """The branches of one layer: hashable and static, the arrays are passed in.
 
@@ -275,18 +334,63 @@ class BranchSet:
           ValueError: a branch has no elementwise multiplier (average pooling); `precondition` is exact for
             it.
         """
+        return self.sum_at_taps(lambda s: jnp.abs(s) ** power, scales, dtype=dtype)
+
+    def sum_at_taps(
+        self,
+        term: Callable[..., jax.Array],
+        scales: Mapping[str, jax.Array],
+        *arrays: jax.Array,
+        dtype: Any = jnp.float32,
+    ) -> jax.Array:
+        """sum_b E_b(1) * term(s_b, *arrays): at each entry of the kernel, one term for each branch that
+        reaches it.
+
+        The form that every elementwise rule has. It is made of iota comparisons and `where`, which XLA fuses
+        into what reads it.
+
+        Args:
+          term: gets s_b as (1, ..., 1, out) in `dtype`, and `arrays`; gives something that broadcasts to the
+            kernel.
+          scales: branch name -> s_b.
+          arrays: of the merged kernel's shape; `term` sees them with the axes (*spatial, in/groups, out).
+          dtype: of the sum.
+
+        Raises:
+          ValueError: a branch places no coordinates.
+        """
+        arrays = tuple(self._to_canonical(a) for a in arrays)
         total = jnp.zeros((1,) * len(self._shape), dtype)
         for branch in self.branches:
             if not branch.places:
                 raise ValueError(
-                    f"branch {branch.name} mixes taps and has no elementwise multiplier: use P(g), "
-                    "`BranchSet.precondition`"
+                    f"branch {branch.name} mixes taps or channels and has no elementwise multiplier: use "
+                    "P(g), `BranchSet.precondition`, or `reparameterize` for optimizers other than SGD"
                 )
-            s = jnp.abs(self._scale(branch, scales, dtype)) ** power
-            total = total + jnp.where(
-                branch.support(self._shape), s.reshape((1,) * (len(self._shape) - 1) + (-1,)), 0
-            )
+            s = self._scale(branch, scales, dtype).reshape((1,) * (len(self._shape) - 1) + (-1,))
+            total = total + jnp.where(branch.support(self._shape), term(s, *arrays), 0)
         return self._from_canonical(total)
+
+    def split(self, kernel: jax.Array, scales: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The branch tensors of least norm whose merge is `kernel`: w_b = E_b^T(s_b * x), P(x) = kernel.
+
+        A merged kernel does not determine its branches; this is the choice that minimises sum_b |w_b|^2.
+        Entries that no branch reaches (all their scales are 0) are left out of the merge. P is inverted entry
+        by entry where it is a multiplier, else by conjugate gradients to the precision of the dtype.
+        """
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        scales = {name: jnp.asarray(s).astype(wide) for name, s in scales.items()}
+        if self.elementwise:
+            m = self.multiplier(scales, dtype=wide)
+            x = jnp.where(m > 0, kernel / jnp.where(m > 0, m, 1), 0)
+        else:
+            x, _ = jax.scipy.sparse.linalg.cg(
+                lambda x: self.precondition(x, scales),
+                kernel.astype(wide),
+                tol=float(jnp.finfo(wide).eps),
+                maxiter=1000,
+            )
+        return {name: w.astype(kernel.dtype) for name, w in self.branch_gradients(x, scales).items()}
 
     def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
         """Draws every w_b as that branch's own layer would be initialised (the identity: ones)."""
@@ -336,6 +440,10 @@ class BranchSet:
             return jnp.ones((self.out,), dtype or jnp.result_type(*scales.values(), jnp.float32))
         s = jnp.asarray(scales[branch.name])
         return s if dtype is None else s.astype(dtype)
+
+
+def _nested_tuples(x: Any) -> Any:
+    return tuple(map(_nested_tuples, x)) if isinstance(x, list) else x
 
 
 def default_branches(

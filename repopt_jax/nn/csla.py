@@ -21,7 +21,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from repopt_jax import algebra
-from repopt_jax.branches import Average, Branch, BranchSet, Identity, Kernel
+from repopt_jax.branches import AfterPointwise, Average, Branch, BranchSet, Identity, Kernel
 
 Pads = tuple[tuple[int, int], ...]
 Form = Literal["merged", "branches"]
@@ -223,6 +223,25 @@ def _(branch: Average, x, w, layer):
         window_dilation=(1, *layer.dilation, 1),
     )
     return total / math.prod(window)
+
+
+@run_branch.register
+def _(branch: AfterPointwise, x, w, layer):
+    axes, groups = len(layer.padding), layer.branches.groups
+    c = branch.pointwise(w.dtype)
+    c = jnp.broadcast_to(c, (groups, *c.shape[1:]))
+    pointwise = jnp.moveaxis(c, 0, 1).reshape((1,) * axes + (c.shape[1], groups * c.shape[2]))
+    ones = (1,) * axes
+    y = convolve(x, pointwise, strides=ones, padding=((0, 0),) * axes, dilation=ones, groups=groups)
+    taps = algebra.centred_taps(branch.size, layer.branches.kernel[:-2], ones)
+    return convolve(
+        y,
+        w,
+        strides=layer.strides,
+        padding=_narrowed(layer, taps),
+        dilation=layer.dilation,
+        groups=groups,
+    )
 
 
 def along_channels(v: jax.Array, y: jax.Array) -> jax.Array:
