@@ -4,6 +4,11 @@ from repopt_jax import data as data
 from repopt_jax import models as models
 from repopt_jax import nn as nn
 from repopt_jax._version import __version__ as __version__
+from repopt_jax.adaptive import repopt_adamw as repopt_adamw
+from repopt_jax.adaptive import repopt_lion as repopt_lion
+from repopt_jax.adaptive import repopt_sign_mask as repopt_sign_mask
+from repopt_jax.adaptive import scale_by_repopt_adam as scale_by_repopt_adam
+from repopt_jax.branches import AfterPointwise as AfterPointwise
 from repopt_jax.branches import Average as Average
 from repopt_jax.branches import Branch as Branch
 from repopt_jax.branches import BranchSet as BranchSet
@@ -11,9 +16,11 @@ from repopt_jax.branches import Identity as Identity
 from repopt_jax.branches import Kernel as Kernel
 from repopt_jax.branches import default_branches as default_branches
 from repopt_jax.fuse import fuse as fuse
+from repopt_jax.optim import clip_by_repopt_global_norm as clip_by_repopt_global_norm
 from repopt_jax.optim import gradient_multipliers as gradient_multipliers
 from repopt_jax.optim import repopt_mask as repopt_mask
 from repopt_jax.optim import repopt_sgd as repopt_sgd
+from repopt_jax.reparameterize import reparameterize as reparameterize
 from repopt_jax.scales import Scales as Scales
 from repopt_jax.scales import load_scales as load_scales
 from repopt_jax.scales import save_scales as save_scales

@@ -3,7 +3,9 @@ branches would.
 
 A step of SGD on the branches w_b moves K = sum_b s_b * E_b(w_b) by dK = -lr * P(g), g = dL/dK (see
 `branches`). Momentum, Nesterov's look-ahead and decoupled-from-P weight decay are linear, so it is enough to
-put P where the gradient comes in. Trees in, trees out: nothing here knows Flax.
+put P where the gradient comes in. The gradient of the branches has the square norm sum_b |E_b^T(s_b * g)|^2 =
+<g, P(g)>, by which clipping must go. Adam and sign rules are in `adaptive`, everything else in
+`reparameterize`. Trees in, trees out: nothing here knows Flax.
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.2 and appendix A.
 """
 
@@ -13,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from repopt_jax import paths
-from repopt_jax.scales import Scales, check_finite, check_fit
+from repopt_jax import chains, paths
+from repopt_jax.scales import Scales, check_finite, check_fit, is_concrete
 
 
 class RepOptMaskState(NamedTuple):
-    """State of `repopt_mask`.
+    """State of `repopt_mask` and `clip_by_repopt_global_norm`.
 
     Attributes:
       scales: path of a kernel -> branch -> (out,) vector. In the state, so that it is checkpointed, sharded
@@ -29,12 +31,13 @@ class RepOptMaskState(NamedTuple):
     scales: dict[str, dict[str, jax.Array]]
 
 
-def repopt_mask(scales: Scales) -> optax.GradientTransformation:
+def repopt_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient g of every kernel that `scales` name by P(g); other leaves pass unchanged.
 
     Exact for optimizers that are linear in the gradient: SGD, momentum, Nesterov, with or without decay. It
-    must come before weight decay, momentum and the learning rate, and no clipping by the ordinary global norm
-    may stand in the same chain::
+    must come before weight decay, momentum and the learning rate. Clip with `clip_by_repopt_global_norm`,
+    before
+    it: where an ordinary clipping can be seen in the same `optax.chain`, a `ClippingWarning` says so::
 
         optax.chain(repopt_mask(scales), optax.add_decayed_weights(4e-5), optax.sgd(lr, 0.9, nesterov=True))
 
@@ -49,13 +52,9 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformation:
     """
     check_finite(scales)
 
-    def init_fn(params):
-        visible = _visible(scales, params)
-        check_fit(visible, params)
-        return RepOptMaskState(jax.tree.map(jnp.asarray, visible.vectors))
-
-    def update_fn(updates, state, params=None):
-        del params
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        chains.warn_of_clipping("repopt_mask")
         branch_sets = scales.branch_sets
 
         def transform(path, g):
@@ -63,7 +62,49 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformation:
 
         return paths.map_named(transform, updates), state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(_init_with(scales), update_fn)
+
+
+def clip_by_repopt_global_norm(
+    max_norm: jax.typing.ArrayLike, scales: Scales
+) -> optax.GradientTransformationExtraArgs:
+    """Clips by the global norm that the gradient of the multi-branch network has: the clipping that keeps the
+    equivalence.
+
+    g becomes g * min(1, max_norm / n), n = `repopt_global_norm(g, scales)`. It takes the plain gradient, so
+    it is
+    the first of the chain, before `repopt_mask` or `scale_by_repopt_adam`::
+
+        optax.chain(clip_by_repopt_global_norm(5.0, scales), repopt_mask(scales), ...)
+
+    In a layer with the identity, n counts the gradient of its weight u: the network with branches clips by
+    the norm of everything that it trains.
+
+    Raises:
+      ValueError: as `repopt_mask`.
+    """
+    check_finite(scales)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        norm = _global_norm(updates, scales, state.scales)
+        factor = jnp.where(norm < max_norm, 1, max_norm / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(_init_with(scales), update_fn)
+
+
+def repopt_global_norm(gradients: Any, scales: Scales) -> jax.Array:
+    """Norm of the gradient of the multi-branch network, from that of the plain one: a scalar, float32 or
+    wider.
+
+    n^2 = sum <g, P(g)> over the kernels that `scales` name + sum |g|^2 over the other leaves.
+
+    Raises:
+      ValueError: the scales do not fit.
+    """
+    check_fit(scales, gradients)
+    return _global_norm(gradients, scales, scales.vectors)
 
 
 def repopt_sgd(
@@ -74,7 +115,7 @@ def repopt_sgd(
     nesterov: bool = True,
     weight_decay: float = 0.0,
     mask: Any = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """SGD that trains a plain network as its multi-branch counterpart would: `repopt_mask`, decay, momentum.
 
     Args:
@@ -118,12 +159,57 @@ def gradient_multipliers(params: Any, scales: Scales, power: int = 2) -> Any:
     return paths.map_named(multiplier, params)
 
 
-def _visible(scales: Scales, params: Any) -> Scales:
-    """The entries that no `optax.MaskedNode` of `params` hides."""
+def _init_with(scales: Scales):
+    """An `init` that checks the fit and puts the vectors of what it sees into the state."""
+
+    def init_fn(params):
+        return RepOptMaskState(state_vectors(scales, params))
+
+    return init_fn
+
+
+def _global_norm(gradients: Any, scales: Scales, vectors: dict[str, dict[str, jax.Array]]) -> jax.Array:
+    branch_sets = scales.branch_sets
+    leaves, _ = paths.named_leaves(gradients)
+    squares = []
+    for path, g in leaves.items():
+        g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+        p = branch_sets[path].precondition(g, vectors[path]) if path in vectors else g
+        squares.append(jnp.sum(g * p))
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+
+
+def state_vectors(scales: Scales, params: Any) -> dict[str, dict[str, jax.Array]]:
+    """The vectors of `visible_scales` as an optimizer's state holds them.
+
+    Where the parameters lie on a mesh the vectors lie on it too, whole on every device: left to themselves
+    they would be laid out anew by the first compiled step, and the second step would be compiled again.
+    """
+    vectors = visible_scales(scales, params).vectors
+    leaves = jax.tree.leaves(params)
+    meshes = [
+        leaf.sharding.mesh
+        for leaf in leaves
+        if is_concrete(leaf) and isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)
+    ]
+    if not meshes:
+        return jax.tree.map(jnp.asarray, vectors)
+    return jax.device_put(vectors, jax.NamedSharding(meshes[0], jax.P()))
+
+
+def visible_scales(scales: Scales, params: Any) -> Scales:
+    """The entries that no `optax.MaskedNode` of `params` hides, checked to fit: what an optimizer's `init`
+    takes.
+
+    Raises:
+      ValueError: paths that the parameters lack or that have another shape.
+    """
     nodes, _ = paths.named_leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     hidden = [path for path, node in nodes.items() if isinstance(node, optax.MaskedNode)]
 
     def is_hidden(path):
         return any(path == h or path.startswith(f"{h}/") or h == "" for h in hidden)
 
-    return Scales({p: e for p, e in scales.entries.items() if not is_hidden(p)}, scales.metadata)
+    visible = Scales({p: e for p, e in scales.entries.items() if not is_hidden(p)}, scales.metadata)
+    check_fit(visible, params)
+    return visible

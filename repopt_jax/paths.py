@@ -42,6 +42,26 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest)
 
 
+def nested(values: Mapping[str, T]) -> dict[str, Any]:
+    """Plain nested dicts, one level for each part of a path, from values by path."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parts, last = path.split("/")
+        node = tree
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def at(tree: Any, path: str) -> Any:
+    """What nested dicts hold at `path`."""
+    node = tree
+    for part in path.split("/"):
+        node = node[part]
+    return node
+
+
 def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str]) -> dict[str, T]:
     """Gives each name the value of the first rule whose regular expression matches the whole of it.
 

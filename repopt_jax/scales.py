@@ -103,6 +103,11 @@ class Scales:
         """The arrays alone, as plain dicts: what an optimizer's state holds."""
         return {path: dict(entry.vectors) for path, entry in self.entries.items()}
 
+    def channel_means(self) -> "Scales":
+        """Every vector replaced by its (signed) mean over the channels: what is left of a search without
+        its detail. (RepOptimizer paper, table 4.)"""
+        return jax.tree.map(lambda v: jnp.full_like(v, jnp.mean(v)), self)
+
     def with_metadata(self, **fields: Any) -> "Scales":
         return Scales(self.entries, dataclasses.replace(self.metadata, **fields))
 
@@ -164,10 +169,7 @@ def load_scales(path: epath.PathLike, model: Any = None) -> Scales:
     loaded = _readable(lambda: ocp.load(location, target), f"{location} is damaged or incomplete")
     entries = {}
     for name, branches in branch_sets.items():
-        vectors = loaded
-        for part in name.split("/"):
-            vectors = vectors[part]
-        entries[name] = LayerScales(branches, dict(vectors))
+        entries[name] = LayerScales(branches, dict(paths.at(loaded, name)))
     scales = Scales(entries, ScalesMetadata(**description["metadata"]))
     check_finite(scales, where=f" in {location}")
     if model is not None:
@@ -266,12 +268,5 @@ def _constant(branches: BranchSet, s: float) -> LayerScales:
 
 
 def _nested(scales: Scales) -> dict[str, Any]:
-    """The vectors as nested dicts, one level for each part of a path: Orbax stores keys as file-like
-    names."""
-    tree: dict[str, Any] = {}
-    for path, entry in scales.entries.items():
-        node = tree
-        for part in path.split("/"):
-            node = node.setdefault(part, {})
-        node.update(entry.vectors)
-    return tree
+    """The vectors as nested dicts: Orbax stores keys as file-like names."""
+    return paths.nested(scales.vectors)

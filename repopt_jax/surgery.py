@@ -5,7 +5,7 @@ Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023
 
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from repopt_jax.nn.csla import CSLAConv, Form, per_axis, plain_convolution
 from repopt_jax.nn.modules import join, named_modules, replace_modules
 from repopt_jax.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit, is_concrete
 
+M = TypeVar("M")
 Weights = dict[str, dict[str, jax.Array]]
 
 
@@ -39,7 +40,31 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
     return Scales(entries, metadata or ScalesMetadata())
 
 
-def reinitialize(model: Any, scales: Scales, *, rngs: nnx.Rngs, allow_trained: bool = False) -> Any:
+@overload
+def reinitialize(
+    model: M,
+    scales: Scales,
+    *,
+    rngs: nnx.Rngs,
+    allow_trained: bool = False,
+    return_weights: Literal[False] = False,
+) -> M: ...
+
+
+@overload
+def reinitialize(
+    model: M, scales: Scales, *, rngs: nnx.Rngs, allow_trained: bool = False, return_weights: Literal[True]
+) -> tuple[M, Weights]: ...
+
+
+def reinitialize(
+    model: Any,
+    scales: Scales,
+    *,
+    rngs: nnx.Rngs,
+    allow_trained: bool = False,
+    return_weights: bool = False,
+) -> Any:
     """Rule of initialization: every kernel that `scales` name becomes K = sum_b s_b * E_b(w_b), w_b freshly
     drawn.
 
@@ -52,9 +77,11 @@ def reinitialize(model: Any, scales: Scales, *, rngs: nnx.Rngs, allow_trained: b
       rngs: source of the draws (stream `params`). One key for each path: adding a layer changes no other's
         draw.
       allow_trained: do it even if the model's batch statistics show that it has been trained.
+      return_weights: also returns the branch tensors w_b, path -> branch -> array, which `reparameterize`
+        keeps.
 
     Returns:
-      A new model (or tree); the given one is untouched.
+      A new model (or tree), the given one being untouched; or that and the branch tensors.
 
     Raises:
       ValueError: the scales do not fit (every missing, extra or misshapen path); NaN or infinite scales; or
@@ -65,7 +92,8 @@ def reinitialize(model: Any, scales: Scales, *, rngs: nnx.Rngs, allow_trained: b
     if isinstance(model, nnx.Module) and not allow_trained:
         _check_fresh(model)
     weights = sample_weights(scales, rngs.params())
-    return with_kernels(model, merge_weights(scales, weights))
+    fresh = with_kernels(model, merge_weights(scales, weights))
+    return (fresh, weights) if return_weights else fresh
 
 
 def sample_weights(scales: Scales, key: jax.Array, *, dtype: Any = jnp.float32) -> Weights:

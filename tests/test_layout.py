@@ -18,14 +18,18 @@ LEVELS = {
     "_version": 0,
     "algebra": 0,
     "paths": 0,
+    "chains": 0,
     "data": 0,
     "branches": 1,
     "scales": 2,
     "optim": 3,
     "nn": 3,
+    "reparameterize": 4,
+    "adaptive": 5,
     "models": 4,
     "surgery": 4,
     "fuse": 4,
+    "reasons": 4,
     "verify": 5,
     "interop": 5,
     "train": 6,
@@ -37,7 +41,7 @@ LEVELS = {
 }
 
 # The half of the library that serves Linen, Equinox and plain dicts alike must not need Flax.
-NO_FLAX = ("algebra", "paths", "branches", "scales", "optim")
+NO_FLAX = ("algebra", "paths", "chains", "branches", "scales", "optim", "reparameterize", "adaptive")
 
 HEAVY = ("torch", "sklearn", "matplotlib", "tensorflow", "tensorboardX", "equinox")
 

@@ -8,135 +8,76 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from twins import LAYERS, MIXING, problem, relative
 
 from repopt_jax import optim, paths
-from repopt_jax.branches import Average, BranchSet, Identity, Kernel, default_branches
-from repopt_jax.nn.csla import convolve
+from repopt_jax.branches import BranchSet, Identity, Kernel, default_branches
 from repopt_jax.scales import LayerScales, Scales
 
-STEPS = 50
-EXACT = 1e-12  # relative, after 50 steps; measured: 2e-15 to 9e-15
-WRONG = 1e-3  # what every wrong rule must exceed; measured: 4e-3 (decay before the multiplier) to 1.2
+EXACT = 1e-12  # relative, after 50 steps; measured: 3e-15 to 9e-15
+WRONG = 1e-2  # what every wrong rule must exceed; measured: 0.02 (decay before the multiplier) to 1.2
 DECAY = 1e-2  # large enough for a misplaced decay to show in 50 steps
+CLIP = 0.3  # below the branches' gradient norm at most steps
 
-LAYERS = {
-    "3x3+1x1+identity": (default_branches((3, 3, 4, 4)), (6, 6)),
-    "3x3+1x1": (default_branches((3, 3, 3, 4)), (6, 6)),
-    "depthwise": (default_branches((3, 3, 1, 4), groups=4), (6, 6)),
-    "grouped": (default_branches((3, 3, 2, 4), groups=2), (6, 6)),
-    "5x5": (default_branches((5, 5, 4, 4)), (7, 7)),
-    "1-D": (default_branches((5, 4, 4)), (9,)),
-    "3-D": (default_branches((3, 3, 3, 2, 2)), (4, 5, 4)),
-    "dense": (default_branches((4, 4)), ()),
-    "ACNet + dilated": (
-        BranchSet(
-            (5, 5, 4, 4),
-            (Kernel((5, 5)), Kernel((3, 3), (2, 2)), Kernel((1, 5)), Kernel((5, 1)), Identity()),
-        ),
-        (7, 7),
-    ),
-    "average pooling": (BranchSet((3, 3, 4, 4), (Kernel((3, 3)), Average(), Identity())), (6, 6)),
-    "PyTorch layout": (default_branches((4, 4, 3, 3), layout="oi..."), (6, 6)),
-}
+nesterov = functools.partial(optax.sgd, 0.2, 0.9, nesterov=True)
 
 
-def problem(branches, size, seed=0):
-    """Scales of mixed sign, branch weights, and a non-quadratic loss of the merged kernel on one batch for
-    each step."""
-    rng = np.random.default_rng(seed)
-    inputs = branches.kernel[-2] * branches.groups if branches.layout == "...io" else branches.kernel[1]
-    scales = Scales(
-        {
-            "layer/kernel": LayerScales(
-                branches, {n: jnp.asarray(rng.normal(size=branches.out)) for n in branches.names}
-            )
-        }
-    )
-    weights = branches.sample(jax.random.key(seed), dtype=jnp.float64)
-    x = jnp.asarray(rng.normal(size=(STEPS, 3, *size, inputs)))
-    y = jnp.asarray(rng.normal(size=(STEPS, 3, *size, branches.out)))
-    axes = len(size)
-
-    def loss(kernel, x, y):
-        if branches.layout == "oi...":
-            kernel = jnp.moveaxis(kernel, (0, 1), (-1, -2))
-        window = kernel.shape[:axes]
-        out = convolve(
-            x,
-            kernel,
-            strides=(1,) * axes,
-            padding=[(n // 2, n // 2) for n in window],
-            dilation=(1,) * axes,
-            groups=branches.groups,
-        )
-        return jnp.mean((jnp.tanh(out) - y) ** 2)
-
-    return scales, weights, (x, y), loss
-
-
-def train(tx, params, loss, data):
-    """`STEPS` steps as one compiled scan; returns the final parameters."""
-
-    def step(carry, batch):
-        params, state = carry
-        gradients = jax.grad(loss)(params, *batch)
-        updates, state = tx.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), data)[0][0])(params)
+def ordinary(*first):
+    return optax.chain(*first, optax.add_decayed_weights(DECAY), nesterov())
 
 
 @functools.cache
-def csla_result(name):
-    """The kernel that training the branches themselves gives, with plain Nesterov SGD and decay: the
-    oracle."""
-    branches, size = LAYERS[name]
-    scales, weights, data, loss = problem(branches, size)
-    vectors = scales.entries["layer/kernel"].vectors
-    tx = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(0.2, 0.9, nesterov=True))
-    end = train(tx, weights, lambda w, x, y: loss(branches.merge(w, vectors), x, y), data)
-    return branches.merge(weights, vectors), branches.merge(end, vectors)
-
-
-def plain_result(name, make_tx):
-    branches, size = LAYERS[name]
-    scales, _, data, loss = problem(branches, size)
-    start, _ = csla_result(name)
-    params = {"layer": {"kernel": start}}
-    return train(make_tx(scales), params, lambda p, x, y: loss(p["layer"]["kernel"], x, y), data)["layer"][
-        "kernel"
-    ]
-
-
-def relative(a, b):
-    return float(jnp.abs(a - b).max() / jnp.abs(b).max())
-
-
-def chain(scales):
-    return optax.chain(
-        optim.repopt_mask(scales), optax.add_decayed_weights(DECAY), optax.sgd(0.2, 0.9, nesterov=True)
-    )
+def twin(name):
+    """The problem and the kernel that training the branches themselves gives: the oracle."""
+    p = problem([name])
+    return p, p.train_twin(ordinary())
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_csla_and_repopt_mask_end_in_one_kernel(x64, name):
-    start, expected = csla_result(name)
+    p, expected = twin(name)
+    start = {name: p.start()[name]["kernel"]}
     assert relative(start, expected) > 0.05  # it has moved
-    assert relative(plain_result(name, chain), expected) <= EXACT
+    assert relative(p.train(ordinary(optim.repopt_mask(p.scales))), expected) <= EXACT
 
 
 def test_repopt_sgd_is_that_chain(x64):
-    def make(scales):
-        return optim.repopt_sgd(0.2, scales, weight_decay=DECAY)
+    p, _ = twin("3x3+1x1+identity")
+    made = p.train(optim.repopt_sgd(0.2, p.scales, weight_decay=DECAY))
+    chain = p.train(ordinary(optim.repopt_mask(p.scales)))
+    np.testing.assert_array_equal(made["3x3+1x1+identity"], chain["3x3+1x1+identity"])
 
-    name = "3x3+1x1+identity"
-    np.testing.assert_array_equal(plain_result(name, make), plain_result(name, chain))
+
+def test_clipping_in_the_norm_of_the_branches_keeps_the_equivalence(x64):
+    """All layers at once, those with average pooling included: one norm over everything that is trained."""
+    p = problem(LAYERS)
+    expected = p.train_twin(ordinary(optax.clip_by_global_norm(CLIP)))
+    clip = optim.clip_by_repopt_global_norm(CLIP, p.scales)
+    mask = optim.repopt_mask(p.scales)
+    assert relative(p.train(ordinary(clip, mask)), expected) <= EXACT
+    assert relative(p.train(ordinary(mask)), expected) > WRONG  # it does clip
+    with pytest.warns(UserWarning, match="clip_by_repopt_global_norm"):
+        wrong = p.train(ordinary(optax.clip_by_global_norm(CLIP), mask))
+    assert relative(wrong, expected) > WRONG
+    with pytest.warns(UserWarning, match="clip_by_repopt_global_norm"):
+        wrong = p.train(ordinary(mask, optax.clip_by_global_norm(CLIP)))
+    assert relative(wrong, expected) > WRONG
 
 
-def decay_first(scales):
-    return optax.chain(
-        optax.add_decayed_weights(DECAY), optim.repopt_mask(scales), optax.sgd(0.2, 0.9, nesterov=True)
-    )
+def test_the_norm_is_that_of_the_branches_gradient(x64):
+    p = problem(LAYERS)
+    batch = jax.tree.map(lambda a: a[0], p.batches)
+    plain = jax.grad(p.plain_loss)(p.start(), batch)
+
+    def of_branches(params):
+        kernels = {n: p.entry(n).branches.merge(params[n], p.entry(n).vectors) for n in p.weights}
+        return p.loss(kernels, params["other"], batch)
+
+    expected = optax.tree.norm(jax.grad(of_branches)(p.weights | {"other": p.bias}))
+    np.testing.assert_allclose(optim.repopt_global_norm(plain, p.scales), expected, rtol=EXACT)
+    assert abs(optax.tree.norm(plain) / expected - 1) > 0.02  # measured: 0.05
+    with pytest.raises(ValueError, match="do not fit"):
+        optim.repopt_global_norm({"other": p.bias}, p.scales)
 
 
 def without_identity(scales):
@@ -144,37 +85,37 @@ def without_identity(scales):
     branches = tuple(b for b in entry.branches.branches if b.has_scale)
     reduced = BranchSet(entry.branches.kernel, branches, entry.branches.groups)
     vectors = {name: entry.vectors[name] for name in reduced.names}
-    return chain(Scales({path: LayerScales(reduced, vectors)}))
+    return ordinary(optim.repopt_mask(Scales({path: LayerScales(reduced, vectors)})))
 
 
-def squared_identity(scales):
+def times(change):
+    """A wrong multiplier: `change` of the right one."""
+
+    def make(scales):
+        ((path, entry),) = scales.entries.items()
+        m = change(entry.branches.multiplier(entry.vectors, dtype=jnp.float64), entry)
+
+        def update(updates, state, params=None):
+            return paths.map_named(lambda p, g: g * m if p == path else g, updates), state
+
+        return ordinary(optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+
+    return make
+
+
+def decay_first(scales):
+    return optax.chain(optax.add_decayed_weights(DECAY), optim.repopt_mask(scales), nesterov())
+
+
+def squared_identity(m, entry):
     """u^2 instead of 1 on the diagonal: the reading of the paper that forgets that u is trained."""
-
-    def update(updates, state, params=None):
-        (entry,) = scales.entries.values()
-        diagonal = Identity().support(entry.branches.kernel)
-        u = entry.vectors["identity"]
-        m = entry.branches.multiplier(entry.vectors, dtype=jnp.float64) + jnp.where(diagonal, u**2 - 1, 0)
-        return jax.tree.map(lambda g: g * m, updates), state
-
-    wrong = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-    return optax.chain(wrong, optax.add_decayed_weights(DECAY), optax.sgd(0.2, 0.9, nesterov=True))
+    diagonal = Identity().support(entry.branches.kernel)
+    return m + jnp.where(diagonal, entry.vectors["identity"] ** 2 - 1, 0)
 
 
-def off_centre(scales):
+def off_centre(m, entry):
     """The published code's fixed centre index 1 in a 5x5 kernel."""
-
-    def update(updates, state, params=None):
-        (entry,) = scales.entries.values()
-        m = entry.branches.multiplier(entry.vectors, dtype=jnp.float64)
-        return jax.tree.map(lambda g: g * jnp.roll(m, (-1, -1), (0, 1)), updates), state
-
-    wrong = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-    return optax.chain(wrong, optax.add_decayed_weights(DECAY), optax.sgd(0.2, 0.9, nesterov=True))
-
-
-def clipped(scales):
-    return optax.chain(optax.clip_by_global_norm(0.05), chain(scales))
+    return jnp.roll(m, (-1, -1), (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -183,25 +124,17 @@ def clipped(scales):
         (decay_first, "3x3+1x1+identity"),
         (without_identity, "3x3+1x1+identity"),
         (without_identity, "depthwise"),
-        (squared_identity, "3x3+1x1+identity"),
-        (off_centre, "5x5"),
+        (times(squared_identity), "3x3+1x1+identity"),
+        (times(off_centre), "5x5"),
     ],
 )
 def test_wrong_rules_are_seen(x64, make, name):
-    _, expected = csla_result(name)
-    assert relative(plain_result(name, make), expected) > WRONG
+    p, expected = twin(name)
+    assert relative(p.train(make(p.scales)), expected) > WRONG
 
 
-def test_ordinary_clipping_breaks_the_equivalence(x64):
-    name = "3x3+1x1+identity"
-    branches, size = LAYERS[name]
-    scales, weights, data, loss = problem(branches, size)
-    vectors = scales.entries["layer/kernel"].vectors
-    tx = optax.chain(
-        optax.clip_by_global_norm(0.05), optax.add_decayed_weights(DECAY), optax.sgd(0.2, 0.9, nesterov=True)
-    )
-    end = train(tx, weights, lambda w, x, y: loss(branches.merge(w, vectors), x, y), data)
-    assert relative(plain_result(name, clipped), branches.merge(end, vectors)) > WRONG
+def test_mixing_layers_are_the_ones_without_a_multiplier():
+    assert tuple(name for name, (branches, _) in LAYERS.items() if not branches.elementwise) == MIXING
 
 
 def scales_for(*named):

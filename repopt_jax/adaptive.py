@@ -1,0 +1,261 @@
+"""Adam and sign rules that move the merged kernel as they would move its branches.
+
+Where every embedding places coordinates, branch b sees the gradient s_b * g at each entry that it reaches.
+Its moments are then s_b * m and s_b^2 * v, with m and v the moments of the plain gradient g, so that neither
+branch tensors nor their moments need to be kept:
+
+    Adam   dw_b = -lr * s_b * mhat / (sqrt(s_b^2 * vhat + eps_root) + eps)
+           dK   = -lr * sum_b E_b(1) * s_b^2 * mhat / (sqrt(s_b^2 * vhat + eps_root) + eps)
+    Lion   dw_b = -lr * sign(s_b * c)
+           dK   = -lr * sum_b E_b(1) * |s_b| * sign(c)
+
+Decay that is decoupled from the gradient shrinks every branch by one factor, and so K by the same. Layers
+whose branches mix taps (average pooling) keep branch moments: they are given to `reparameterize`.
+Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), appendix A, for the idea;
+the rule printed there and in the published code, power 1 on the gradient and again on the update, is another
+one: see `rule="published"`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from repopt_jax import chains, paths
+from repopt_jax.optim import state_vectors
+from repopt_jax.reparameterize import reparameterize
+from repopt_jax.scales import LayerScales, Scales, check_finite
+
+Rule = Literal["exact", "published"]
+RULES: tuple[str, ...] = get_args(Rule)
+
+
+class ScaleByRepOptAdamState(NamedTuple):
+    """State of `scale_by_repopt_adam`: step count, first and second moment of the plain gradient, and the
+    scale vectors."""
+
+    count: jax.typing.ArrayLike
+    mu: Any
+    nu: Any
+    scales: dict[str, dict[str, jax.Array]]
+
+
+class RepOptSignMaskState(NamedTuple):
+    """State of `repopt_sign_mask`: the scale vectors, as in `RepOptMaskState`."""
+
+    scales: dict[str, dict[str, jax.Array]]
+
+
+def repopt_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    scales: Scales,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any = None,
+    nesterov: bool = False,
+    rule: Rule = "exact",
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW that trains a plain network as `optax.adamw` would train its multi-branch counterpart.
+
+    `scale_by_repopt_adam`, decoupled weight decay, learning rate. Exact for scales of any sign, eps included.
+
+    Args:
+      learning_rate: a number or an Optax schedule.
+      scales: searched, or without a search (`Scales.ones`, `Scales.depth_rule`).
+      b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.adamw`.
+      weight_decay: of the merged kernels and the other parameters. For the equivalence every branch (the
+        identity's weight too) is decayed as the merged kernel is.
+      mask: which parameters are decayed, as in `optax.adamw`.
+      rule: see `scale_by_repopt_adam`.
+
+    Raises:
+      ValueError: as `scale_by_repopt_adam`.
+    """
+    return optax.chain(
+        scale_by_repopt_adam(scales, b1, b2, eps, eps_root, mu_dtype=mu_dtype, nesterov=nesterov, rule=rule),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def repopt_lion(
+    learning_rate: optax.ScalarOrSchedule,
+    scales: Scales,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lion that trains a plain network as `optax.lion` would train its multi-branch counterpart.
+
+    `optax.scale_by_lion`, `repopt_sign_mask`, decoupled weight decay, learning rate. Arguments as in
+    `optax.lion` and `repopt_adamw`.
+    """
+    lion = optax.scale_by_lion(b1, b2, mu_dtype)
+    return optax.chain(
+        _by_kind(scales, lambda placed: optax.chain(lion, repopt_sign_mask(placed)), lion),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def scale_by_repopt_adam(
+    scales: Scales,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    rule: Rule = "exact",
+) -> optax.GradientTransformationExtraArgs:
+    """Takes the place of `optax.scale_by_adam`: the kernels that `scales` name move as Adam on their branches
+    would move them; other leaves as in Optax.
+
+    It takes the plain gradient: no `repopt_mask` before it. Clip with `clip_by_repopt_global_norm`, before
+    it.
+
+    Args:
+      scales: the scales.
+      b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.scale_by_adam`.
+      rule: "exact" is the equation at the top of this module. "published" is what the RepOptimizers code
+        does, for comparing with it: with M = sum_b s_b * E_b(1), signed, the gradient is multiplied by M
+        before both moments and mhat by M again, so that the update is M * (M * mhat) / (sqrt(M^2 * vhat +
+        eps_root) + eps), about |M| * mhat / sqrt(vhat). That is not the branches' update where scales of
+        different signs meet at one entry.
+
+    Raises:
+      ValueError: an unknown rule; NaN or infinite scales; at `init`, scales that do not fit the parameters;
+        "published" with a branch set that has no elementwise multiplier.
+    """
+    if rule not in RULES:
+        raise ValueError(f"`rule` is {rule!r}: it must be one of {', '.join(RULES)}")
+    inner = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+    if rule == "published" and (
+        mixing := [p for p, e in scales.entries.items() if not e.branches.elementwise]
+    ):
+        raise ValueError(
+            f"`rule` 'published' has no form for branches that mix taps or channels, at {', '.join(mixing)}: "
+            "use 'exact'"
+        )
+
+    def direction(entry: LayerScales, vectors, m, v):
+        if rule == "published":
+            ones = {name: jnp.ones(shape, m.dtype) for name, shape in entry.branches.shapes().items()}
+            big_m = entry.branches.merge(ones, {name: s.astype(m.dtype) for name, s in vectors.items()})
+            return big_m * big_m * m / (jnp.sqrt(big_m * big_m * v + eps_root) + eps)
+        return entry.branches.sum_at_taps(
+            lambda s, m, v: s * s * m / (jnp.sqrt(s * s * v + eps_root) + eps), vectors, m, v, dtype=m.dtype
+        )
+
+    def elementwise(scales: Scales) -> optax.GradientTransformationExtraArgs:
+        def init_fn(params):
+            start: Any = inner.init(params)
+            return ScaleByRepOptAdamState(start.count, start.mu, start.nu, state_vectors(scales, params))
+
+        def update_fn(updates, state, params=None, **extra_args):
+            del params, extra_args
+            chains.warn_of_clipping("scale_by_repopt_adam")
+            mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+            nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+            count = optax.safe_increment(state.count)
+            if nesterov:
+                ahead = optax.tree.bias_correction(mu, b1, optax.safe_increment(count))
+                now = optax.tree.bias_correction(updates, b1, count)
+                mu_hat = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, ahead, now)
+            else:
+                mu_hat = optax.tree.bias_correction(mu, b1, count)
+            nu_hat = optax.tree.bias_correction(nu, b2, count)
+
+            def transform(path, m, v):
+                if path not in state.scales:
+                    return m / (jnp.sqrt(v + eps_root) + eps)
+                wide = jnp.promote_types(m.dtype, jnp.float32)
+                d = direction(scales.entries[path], state.scales[path], m.astype(wide), v.astype(wide))
+                return d.astype(m.dtype)
+
+            directions = paths.map_named(transform, mu_hat, nu_hat)
+            mu = optax.tree.cast(mu, mu_dtype)
+            return directions, ScaleByRepOptAdamState(count, mu, nu, state.scales)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return _by_kind(scales, elementwise, inner)
+
+
+def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the *update* of every kernel that `scales` name by sum_b |s_b| * E_b(1): what a rule that
+    takes the sign of the gradient, or of its moving average, needs.
+
+    It follows the sign rule and precedes decay and learning rate::
+
+        optax.chain(optax.scale_by_sign(), repopt_sign_mask(scales), optax.scale_by_learning_rate(1e-3))
+        optax.chain(optax.scale_by_lion(), repopt_sign_mask(scales), optax.add_decayed_weights(1e-3), ...)
+
+    Exact for signSGD, Signum and Lion, whatever the signs of the scales. (Where a scale is 0 the branch does
+    not move K, and contributes 0.)
+
+    Raises:
+      ValueError: NaN or infinite scales; a branch set without an elementwise multiplier, for which
+        `repopt_lion` and `reparameterize` are exact; at `init`, scales that do not fit the parameters.
+    """
+    check_finite(scales)
+    if mixing := [path for path, entry in scales.entries.items() if not entry.branches.elementwise]:
+        raise ValueError(
+            f"the branches of {', '.join(mixing)} mix taps or channels, so a sign rule has no multiplier "
+            "there: use `repopt_lion`, or `reparameterize` with the sign rule inside"
+        )
+
+    def init_fn(params):
+        return RepOptSignMaskState(state_vectors(scales, params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        branch_sets = scales.branch_sets
+
+        def transform(path, u):
+            if path not in state.scales:
+                return u
+            wide = jnp.promote_types(u.dtype, jnp.float32)
+            m = branch_sets[path].multiplier(state.scales[path], power=1, dtype=wide)
+            return (u * m).astype(u.dtype)
+
+        return paths.map_named(transform, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _by_kind(
+    scales: Scales,
+    elementwise: Callable[[Scales], optax.GradientTransformation],
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`elementwise(scales)` everywhere but in layers whose branches mix taps: these get `inner` on their
+    branches."""
+    check_finite(scales)
+    mixing = {path: entry for path, entry in scales.entries.items() if not entry.branches.elementwise}
+    placed = {path: entry for path, entry in scales.entries.items() if path not in mixing}
+    rule = elementwise(Scales(placed, scales.metadata))
+    if not mixing:
+        return optax.with_extra_args_support(rule)
+
+    def is_mixing(params):
+        return paths.map_named(lambda path, _: path in mixing, params)
+
+    def is_placed(params):
+        return paths.map_named(lambda path, _: path not in mixing, params)
+
+    return optax.chain(
+        optax.masked(rule, is_placed),
+        optax.masked(reparameterize(inner, Scales(mixing, scales.metadata)), is_mixing),
+    )

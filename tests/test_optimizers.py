@@ -1,0 +1,278 @@
+"""What every optimizer of the package must do in other people's loops: one battery, run on each of them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from repopt_jax import adaptive, optim
+from repopt_jax.branches import Average, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.reparameterize import reparameterize
+from repopt_jax.scales import LayerScales, Scales
+
+CLOSE = 1e-5  # relative, float32, the same arithmetic in another order; measured: 3e-7
+COARSE = 5e-2  # relative, bfloat16 against float32: 8 bits; measured: 8e-3
+
+OPTIMIZERS = {
+    "repopt_mask": optim.repopt_mask,
+    "clip_by_repopt_global_norm": lambda s: optim.clip_by_repopt_global_norm(0.5, s),
+    "repopt_sgd": lambda s: optim.repopt_sgd(0.1, s, weight_decay=1e-2),
+    "scale_by_repopt_adam": adaptive.scale_by_repopt_adam,
+    "repopt_adamw": lambda s: adaptive.repopt_adamw(0.1, s, eps=1e-3, weight_decay=1e-2),
+    "repopt_adamw, published": lambda s: adaptive.repopt_adamw(0.1, s, eps=1e-3, rule="published"),
+    "repopt_sign_mask": adaptive.repopt_sign_mask,
+    "repopt_lion": lambda s: adaptive.repopt_lion(0.1, s),
+    "reparameterize(sgd)": lambda s: reparameterize(optax.sgd(0.1, 0.9, nesterov=True), s),
+    "reparameterize(adam)": lambda s: reparameterize(optax.adamw(0.1, eps=1e-3), s),
+    "reparameterize(adafactor)": lambda s: reparameterize(optax.adafactor(0.1, min_dim_size_to_factor=2), s),
+}
+PLACED_ONLY = ("repopt_adamw, published", "repopt_sign_mask")  # refuse branches that mix taps
+every = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def setting(name, *, dtype=jnp.float32, width=4, outputs=4):
+    """An optimizer, parameters and a gradient: two layers with scales, one of them with average pooling if
+    the optimizer takes it, and a vector without."""
+    rng = np.random.default_rng(0)
+    mixing = (Kernel((3, 3)), *(() if name in PLACED_ONLY else (Average(),)))
+    sets = {
+        "a/kernel": default_branches((3, 3, width, outputs)),
+        "b/kernel": BranchSet((3, 3, width, outputs), (*mixing, *([Identity()] if width == outputs else []))),
+    }
+    scales = Scales(
+        {
+            path: LayerScales(b, {n: jnp.asarray(rng.normal(size=b.out), jnp.float32) for n in b.names})
+            for path, b in sets.items()
+        }
+    )
+
+    def draw(shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    def tree():
+        kernels = {layer: {"kernel": draw((3, 3, width, outputs))} for layer in "ab"}
+        return kernels | {"norm": {"scale": draw((outputs,))}}
+
+    return OPTIMIZERS[name](scales), tree(), tree(), scales
+
+
+def described(tree):
+    return jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), tree)
+
+
+def close(found, expected, tolerance=CLOSE):
+    def check(f, e):
+        e = np.asarray(e, np.float64)
+        assert np.abs(np.asarray(f, np.float64) - e).max() <= tolerance * max(np.abs(e).max(), 1e-6)
+
+    jax.tree.map(check, found, expected)
+
+
+def steps(tx, params, gradients, count=2, **extra):
+    """The parameters after a few steps, and the optimizer's last state."""
+    state = tx.init(params)
+    for _ in range(count):
+        updates, state = tx.update(gradients, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_under_jit_nothing_changes_its_type_and_the_second_step_compiles_nothing(name, dtype):
+    tx, params, gradients, _ = setting(name, dtype=dtype)
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    updates, new = step(gradients, state, params)
+    assert described(new) == described(state)
+    assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(
+        lambda p: (p.shape, p.dtype), params
+    )
+    updates, _ = step(updates, new, optax.apply_updates(params, updates))
+    assert step._cache_size() == 1
+    eager = tx.update(gradients, state, params)
+    close((updates, new)[1], eager[1], COARSE if dtype == jnp.bfloat16 else CLOSE)
+
+
+@every
+def test_bfloat16_follows_float32(name):
+    """Scales are squared and branches summed in float32, so only the rounding of what comes and goes is
+    left."""
+    tx, params, gradients, _ = setting(name, dtype=jnp.bfloat16)
+    as_float32 = jax.tree.map(lambda a: a.astype(jnp.float32), (params, gradients))
+    found, _ = tx.update(gradients, tx.init(params), params)
+    expected, _ = tx.update(as_float32[1], tx.init(as_float32[0]), as_float32[0])
+    close(found, expected, COARSE)
+
+
+@every
+def test_unknown_extra_arguments_are_let_pass(name):
+    tx, params, gradients, _ = setting(name)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    close(steps(tx, params, gradients, value=1.0, who="knows")[0], steps(tx, params, gradients)[0])
+
+
+@every
+def test_no_constant_of_a_parameters_size_in_the_program(name):
+    """The multipliers are computed from vectors. A dense one would be 64 x 64 x 9 numbers of text."""
+    tx, params, gradients, _ = setting(name, width=64, outputs=64)
+    text = jax.jit(tx.update).lower(gradients, tx.init(params), params).as_text()
+    literals = re.findall(r'dense<"0x([0-9A-Fa-f]+)">', text) + re.findall(r"dense<\[(.*?)\]>", text)
+    assert max((len(literal) for literal in literals), default=0) < 1000
+    assert "tensor<3x3x64x64xf32>" in text
+
+
+@every
+@pytest.mark.parametrize(
+    "spec", [(None, None, "x", None), (None, None, None, "x")], ids=["inputs", "outputs"]
+)
+def test_sharded_parameters(name, spec):
+    """The numbers of one device; updates and state lie after a step where they lay before it. (Spatial axes:
+    tests/test_optim.py.)"""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    tx, params, gradients, _ = setting(name)
+    expected, _ = steps(tx, params, gradients)
+    split, whole = jax.NamedSharding(mesh, jax.P(*spec)), jax.NamedSharding(mesh, jax.P())
+
+    def place(tree):
+        return jax.tree.map(lambda a: jax.device_put(a, split if a.ndim == 4 else whole), tree)
+
+    params, gradients = place(params), place(gradients)
+    state = jax.tree.map(
+        lambda a: a if len(a.sharding.device_set) == 2 else jax.device_put(a, whole), tx.init(params)
+    )
+    where = jax.tree.map(lambda a: a.sharding, (params, state))
+    # Left to itself the compiler splits Adafactor's own vectors.
+    step = jax.jit(tx.update, out_shardings=where if "adafactor" in name else None)
+    for _ in range(2):
+        updates, new = step(gradients, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        lies = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), new, state)
+        assert jax.tree.all(lies)
+        state = new
+    assert params["a"]["kernel"].sharding.is_equivalent_to(split, 4)
+    close(params, expected)
+
+
+@every
+def test_nnx_optimizer(name):
+    """`nnx.Optimizer` shows `init` variables and `update` bare arrays."""
+    tx, params, gradients, _ = setting(name)
+
+    class Net(nnx.Module):
+        def __init__(self):
+            for part, leaves in params.items():
+                setattr(self, part, nnx.Dict({n: nnx.Param(v) for n, v in leaves.items()}))
+
+    model = Net()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.state(model, nnx.Param)
+    grads = nnx.map_state(lambda path, v: v.replace(gradients[path[0]][path[1]]), grads)
+    step = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
+    for _ in range(2):
+        step(model, optimizer, grads)
+    close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), steps(tx, params, gradients)[0])
+
+
+@every
+def test_masked_and_partition(name):
+    """Hidden layers are left alone, and the others move as if they were all there is."""
+    tx, params, gradients, scales = setting(name)
+    alone = {"a": params["a"]}
+    shown = Scales({"a/kernel": scales.entries["a/kernel"]})
+    expected, _ = steps(OPTIMIZERS[name](shown), alone, {"a": gradients["a"]})
+    found, _ = steps(optax.masked(tx, {"a": True, "b": False, "norm": False}), params, gradients)
+    close(found["a"], expected["a"])
+    found, _ = steps(optax.partition({"ours": tx, "frozen": optax.set_to_zero()}, labels), params, gradients)
+    close(found["a"], expected["a"])
+    close(found["b"], params["b"])
+
+
+def labels(params):
+    return {
+        part: dict.fromkeys(leaves, "ours" if part == "a" else "frozen") for part, leaves in params.items()
+    }
+
+
+@every
+def test_multi_steps_takes_the_mean_gradient(name):
+    tx, params, gradients, _ = setting(name)
+    other = jax.tree.map(lambda g: g**2, gradients)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, gradients, other)
+    accumulate = optax.MultiSteps(tx, 2)
+    state = accumulate.init(params)
+    step = jax.jit(accumulate.update)
+    updates, state = step(gradients, state, params)
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    updates, state = step(other, state, params)
+    close(updates, tx.update(mean, tx.init(params), params)[0])
+
+
+@every
+def test_apply_if_finite_skips_a_bad_gradient(name):
+    tx, params, gradients, _ = setting(name)
+    guarded = optax.apply_if_finite(tx, 3)
+    state = guarded.init(params)
+    bad = gradients | {"a": {"kernel": gradients["a"]["kernel"].at[0, 0, 0, 0].set(jnp.nan)}}
+    updates, state = jax.jit(guarded.update)(bad, state, params)
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    updates, state = guarded.update(gradients, state, params)
+    close(updates, tx.update(gradients, tx.init(params), params)[0])
+
+
+@every
+def test_pmap(name):
+    """A loop of the old kind: state on every device, gradients averaged by hand."""
+    tx, params, gradients, _ = setting(name)
+    count = 2
+    parts = jax.tree.map(lambda g: jnp.stack([g * 0.5, g * 1.5]), gradients)
+    many = jax.tree.map(lambda a: jnp.stack([a] * count), (params, tx.init(params)))
+
+    def step(params, state, gradients):
+        updates, state = tx.update(jax.lax.pmean(gradients, "batch"), state, params)
+        return optax.apply_updates(params, updates), state
+
+    parallel = jax.pmap(step, axis_name="batch", devices=jax.devices()[:count])
+    for _ in range(2):
+        many = parallel(*many, parts)
+    expected, _ = steps(tx, params, gradients)
+    for device in range(count):
+        close(jax.tree.map(lambda a, d=device: a[d], many[0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("factory", "changed"),
+    [
+        (optim.repopt_sgd, {"weight_decay": 0.5}),
+        (adaptive.repopt_adamw, {"weight_decay": 0.5, "eps": 0.1, "b1": 0.5}),
+        (adaptive.repopt_lion, {"weight_decay": 0.5, "b1": 0.5}),
+    ],
+)
+def test_inject_hyperparams(factory, changed):
+    """Numbers in the state, changed between steps; a schedule among them."""
+    _, params, gradients, scales = setting("repopt_sgd")
+    tx = optax.inject_hyperparams(factory)(
+        learning_rate=optax.linear_schedule(0.1, 0.2, 10), scales=scales, **dict.fromkeys(changed, 0.1)
+    )
+    state = tx.init(params)
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(0.1)
+    for field, value in changed.items():
+        state.hyperparams[field] = jnp.asarray(value)
+    updates, state = jax.jit(tx.update)(gradients, state, params)
+    fixed = factory(0.1, scales, **changed)
+    close(updates, fixed.update(gradients, fixed.init(params), params)[0])
+
+
+@every
+def test_scales_that_do_not_fit_or_are_not_finite(name):
+    _, params, _, scales = setting(name)
+    tx = OPTIMIZERS[name](scales)
+    with pytest.raises(ValueError, match=r"extra layers: b/kernel"):
+        tx.init({"a": params["a"]})
+    bad = jax.tree.map(lambda v: v.at[0].set(jnp.inf), scales)
+    with pytest.raises(ValueError, match="NaN or infinite values: a/kernel/1x1"):
+        OPTIMIZERS[name](bad)

@@ -1,0 +1,229 @@
+"""Layers, made-up problems on them, and what training the branches themselves gives: the oracle of every
+optimizer.
+
+The twin's kernel is merged entry by entry (`slow_merge`), independently of the package's embeddings, and its
+branches are trained by Optax's own optimizer.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from repopt_jax.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.nn.csla import convolve
+from repopt_jax.scales import LayerScales, Scales
+
+STEPS = 50
+BATCH = 3
+
+_rng = np.random.default_rng(5)
+
+# Name -> branches, spatial shape of the input. Everything up to "average pooling" has an elementwise
+# multiplier.
+LAYERS = {
+    "3x3+1x1+identity": (default_branches((3, 3, 4, 4)), (6, 6)),
+    "3x3+1x1": (default_branches((3, 3, 3, 4)), (6, 6)),
+    "depthwise": (default_branches((3, 3, 1, 4), groups=4), (6, 6)),
+    "grouped": (default_branches((3, 3, 2, 4), groups=2), (6, 6)),
+    "5x5": (default_branches((5, 5, 4, 4)), (7, 7)),
+    "1-D": (default_branches((5, 4, 4)), (9,)),
+    "3-D": (default_branches((3, 3, 3, 2, 2)), (4, 5, 4)),
+    "dense": (default_branches((4, 4)), ()),
+    "ACNet + dilated": (
+        BranchSet(
+            (5, 5, 4, 4),
+            (Kernel((5, 5)), Kernel((3, 3), (2, 2)), Kernel((1, 5)), Kernel((5, 1)), Identity()),
+        ),
+        (7, 7),
+    ),
+    "PyTorch layout": (default_branches((4, 4, 3, 3), layout="oi..."), (6, 6)),
+    "average pooling": (BranchSet((3, 3, 4, 4), (Kernel((3, 3)), Average(), Identity())), (6, 6)),
+    "fixed 1x1, then 3x3": (
+        BranchSet(
+            (3, 3, 2, 4),
+            (Kernel((3, 3)), AfterPointwise((3, 3), _rng.normal(size=(2, 2, 3))), Kernel((1, 1))),
+            2,
+        ),
+        (6, 6),
+    ),
+}
+MIXING = ("average pooling", "fixed 1x1, then 3x3")
+
+
+def mixed_signs(rng, branches):
+    """Random scales, half of them negative."""
+    return {name: jnp.asarray(rng.normal(size=branches.out)) for name in branches.names}
+
+
+class Problem(NamedTuple):
+    """Independent layers trained side by side: `loss(kernels, batch)`, kernels by layer name."""
+
+    scales: Scales
+    weights: dict
+    batches: tuple
+    loss: object
+    bias: jax.Array
+
+    def start(self):
+        """Parameters of the plain network: merged kernels, and one leaf that no scales name."""
+        kernels = {
+            name: {"kernel": slow_merge(self.entry(name).branches, w, self.entry(name).vectors)}
+            for name, w in self.weights.items()
+        }
+        return kernels | {"other": self.bias}
+
+    def entry(self, name):
+        return self.scales.entries[f"{name}/kernel"]
+
+    def path_weights(self):
+        """The branch tensors by the kernels' paths, as `reparameterize` takes them."""
+        return {f"{name}/kernel": w for name, w in self.weights.items()}
+
+    def train(self, tx):
+        """`STEPS` steps of the plain network: its final kernels by layer."""
+        end = train(tx, self.start(), self.plain_loss, self.batches)
+        return {name: end[name]["kernel"] for name in self.weights}
+
+    def plain_loss(self, params, batch):
+        return self.loss({n: params[n]["kernel"] for n in self.weights}, params["other"], batch)
+
+    def train_twin(self, tx):
+        """The same of the branches, merged at the end."""
+
+        def merged(params):
+            return {
+                n: slow_merge(self.entry(n).branches, params[n], self.entry(n).vectors) for n in self.weights
+            }
+
+        def loss(params, batch):
+            return self.loss(merged(params), params["other"], batch)
+
+        return merged(train(tx, self.weights | {"other": self.bias}, loss, self.batches))
+
+
+def problem(names, *, seed=0, draw=mixed_signs, layers=LAYERS, dtype=jnp.float64) -> Problem:
+    """A non-quadratic loss of the merged kernels, on one batch for each step."""
+    rng = np.random.default_rng(seed)
+    entries, weights, batches = {}, {}, {}
+    for name in names:
+        branches, size = layers[name]
+        vectors = draw(rng, branches) if callable(draw) else draw[name]
+        entries[f"{name}/kernel"] = LayerScales(branches, {n: v.astype(dtype) for n, v in vectors.items()})
+        # The identity's weight too starts anywhere: signs of moving averages then differ between its
+        # branches.
+        weights[name] = {n: jnp.asarray(rng.normal(size=s), dtype) / 2 for n, s in branches.shapes().items()}
+        inputs, outputs = channels(branches)
+        batches[name] = (
+            jnp.asarray(rng.normal(size=(STEPS, BATCH, *size, inputs)), dtype),
+            jnp.asarray(rng.normal(size=(STEPS, BATCH, *size, outputs)), dtype),
+        )
+
+    def loss(kernels, other, batch):
+        total = jnp.sum(jnp.tanh(other - 1) ** 2)
+        for name, kernel in kernels.items():
+            branches, size = layers[name]
+            x, y = batch[name]
+            if branches.layout == "oi...":
+                kernel = jnp.moveaxis(kernel, (0, 1), (-1, -2))
+            out = convolve(
+                x,
+                kernel,
+                strides=(1,) * len(size),
+                padding=[(n // 2, n // 2) for n in kernel.shape[: len(size)]],
+                dilation=(1,) * len(size),
+                groups=branches.groups,
+            )
+            total = total + jnp.mean((jnp.tanh(out / 2) - y) ** 2)
+        return total
+
+    return Problem(Scales(entries), weights, batches, loss, jnp.asarray(rng.normal(size=3), dtype))
+
+
+def train(tx, params, loss, batches):
+    """`STEPS` steps as one compiled scan; returns the final parameters."""
+
+    def step(carry, batch):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.jit(lambda p, b: jax.lax.scan(step, (p, tx.init(p)), b)[0][0])(params, batches)
+
+
+def channels(branches):
+    inputs = branches.kernel[-2] if branches.layout == "...io" else branches.kernel[1]
+    return inputs * branches.groups, branches.out
+
+
+def slow_merge(branches, weights, scales):
+    """K = sum_b s_b * E_b(w_b), from a list of which entry of w_b goes to which entry of K, made entry by
+    entry."""
+    shape = canonical(branches)
+    kernel = jnp.zeros(np.prod(shape), jnp.result_type(*weights.values()))
+    for branch in branches.branches:
+        to, source, factor = entries(branches, branch)
+        s = scales[branch.name] if branch.has_scale else jnp.ones(branches.out, kernel.dtype)
+        w = weights[branch.name].ravel()
+        kernel = kernel.at[to].add(s[to % branches.out] * factor * w[source])
+    kernel = kernel.reshape(shape)
+    return kernel if branches.layout == "...io" else jnp.moveaxis(kernel, (-1, -2), (0, 1))
+
+
+def canonical(branches):
+    """Shape of the kernel with the axes (*spatial, in/groups, out)."""
+    return branches.kernel if branches.layout == "...io" else (*branches.kernel[2:], *branches.kernel[1::-1])
+
+
+@functools.cache
+def entries(branches, branch):
+    """(entry of K, entry of w_b, factor) for every pair that E_b connects, in plain loops."""
+    *window, inputs, out = shape = canonical(branches)
+    found = []
+
+    def add(tap, i, o, w_shape, w_index, factor=1.0):
+        found.append(
+            (np.ravel_multi_index((*tap, i, o), shape), np.ravel_multi_index(w_index, w_shape), factor)
+        )
+
+    def centred(tap, size, dilation):
+        return tuple(n // 2 + d * (t - k // 2) for n, k, d, t in zip(window, size, dilation, tap))
+
+    if isinstance(branch, Identity):
+        for o in range(out):
+            add(tuple(n // 2 for n in window), o % inputs, o, (out,), (o,))
+    elif isinstance(branch, Average):
+        ones = (1,) * len(window)
+        for *tap, i, o in np.ndindex(*shape):
+            add(tap, i, o, (*ones, inputs, out), (*(0 for _ in window), i, o), 1 / np.prod(window))
+    elif isinstance(branch, AfterPointwise):
+        c = np.asarray(branch.matrix)
+        mid = c.shape[-1]
+        for *tap, i, m, o in np.ndindex(*branch.size, inputs, mid, out):
+            group = o * len(c) // out
+            place = centred(tap, branch.size, (1,) * len(window))
+            add(place, i, o, (*branch.size, mid, out), (*tap, m, o), c[group, i, m])
+    else:
+        for *tap, i, o in np.ndindex(*branch.size, inputs, out):
+            place = centred(tap, branch.size, branch.dilation)
+            add(place, i, o, (*branch.size, inputs, out), (*tap, i, o))
+    to, source, factor = zip(*found)
+    return np.array(to), np.array(source), np.array(factor)
+
+
+def distance(found, expected):
+    """Largest difference relative to the largest entry, over the layers; and that it is the worst one's
+    name."""
+    each = {
+        name: float(jnp.abs(found[name] - expected[name]).max() / jnp.abs(expected[name]).max())
+        for name in expected
+    }
+    worst = max(each, key=each.get)
+    return each[worst], worst
+
+
+def relative(found, expected):
+    return distance(found, expected)[0]
