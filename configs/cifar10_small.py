@@ -46,7 +46,7 @@ def get_config(arg: str = "plain") -> Config:
             train_limit=20_480,
             eval_limit=5_000,
         ),
-        # Clipping steadies a search, as published; a network that trains with scales must not be clipped so.
+        # Clipping steadies a search, as published; the other runs need none.
         optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, clip_norm=5.0 if kind == "search" else None),
     )
     if option == "smoke":

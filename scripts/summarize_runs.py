@@ -2,12 +2,13 @@
 
     python scripts/summarize_runs.py RUNS --compare plain repopt --out scripts/results/NAME
 
-RUNS holds a folder for each run, called NAME-SEED. `--compare A B` adds the difference of two groups, seed
-by seed (runs of one seed see the images in the same order), with a 95 % interval from Student's t. Writes
-OUT.md, OUT.json, OUT.png.
+RUNS holds a folder for each run, called NAME-SEED. `--compare A B [C ...]` adds the differences of the groups
+B, C, ... to A, seed by seed (runs of one seed see the images in the same order), each with a 95 % interval
+from Student's t; groups that have no finished run yet are left out. Writes OUT.md, OUT.json, OUT.png.
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -21,9 +22,9 @@ MANY = 2.262  # for more degrees of freedom: a little too wide
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", type=pathlib.Path)
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"))
+    parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="A B [C ...]")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="path without suffix")
     parser.add_argument("--title", default="CIFAR-10 at a small size")
     parser.add_argument("--command", default="", help="what made the runs, for the results file")
@@ -32,8 +33,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     groups = read_groups(args.runs)
     result: dict[str, Any] = {"groups": groups}
-    if args.compare:
-        result["comparison"] = compare(groups, *args.compare)
+    result["comparisons"] = compare_all(groups, *args.compare) if args.compare else []
     result["command"], result["hardware"] = args.command, args.hardware
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(args.title, result))
@@ -57,6 +57,13 @@ def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 def accuracies(group: dict[int, dict[str, Any]]) -> dict[int, float]:
     return {seed: 100 * summary["test_accuracy"] for seed, summary in group.items()}
+
+
+def compare_all(groups, base: str, *others: str) -> list[dict[str, Any]]:
+    """`compare` of `base` with each of `others` that has finished runs of the same seeds."""
+    if base not in groups:
+        raise SystemExit(f"no finished run of {base}, to which the others are to be compared")
+    return [compare(groups, base, b) for b in others if groups[base].keys() & groups.get(b, {}).keys()]
 
 
 def compare(groups, a: str, b: str) -> dict[str, Any]:
@@ -96,9 +103,35 @@ def markdown(title: str, result: dict[str, Any]) -> str:
             f"| {name} | {', '.join(map(str, values))} | {', '.join(f'{v:.2f}' for v in values.values())} | "
             f"{statistics.mean(values.values()):.2f} | {spread} | {parameters:,} |"
         )
-    if "comparison" in result:
-        lines += ["", verdict(result["comparison"])]
+    comparisons = result["comparisons"]
+    if len(comparisons) == 1:
+        lines += ["", verdict(comparisons[0])]
+    elif comparisons:
+        lines += ["", *difference_table(comparisons)]
     return "\n".join(lines) + "\n"
+
+
+def difference_table(comparisons: list[dict[str, Any]]) -> list[str]:
+    """Many groups against one, a line each."""
+    lines = [
+        f"Points more than {comparisons[0]['a']}, seed by seed:",
+        "",
+        "| | differences | mean | 95 % interval | contains zero |",
+        "|---|---|---|---|---|",
+    ]
+    for c in comparisons:
+        interval, contains = "", ""
+        if "low" in c:
+            interval = f"{c['low']:+.2f} to {c['high']:+.2f}"
+            contains = "no" if c["low"] > 0 or c["high"] < 0 else "yes"
+        differences = ", ".join(f"{d:+.2f}" for d in c["differences"])
+        lines.append(f"| {c['b']} | {differences} | {c['mean']:+.2f} | {interval} | {contains} |")
+    return [
+        *lines,
+        "",
+        f"Each interval is Student's t over its own pairs, without a correction for there being "
+        f"{len(comparisons)} of them. Runs that share one search do not show the spread between searches.",
+    ]
 
 
 def verdict(c: dict[str, Any]) -> str:
@@ -126,25 +159,44 @@ def binomial_error(summary: dict[str, Any]) -> float:
 
 
 def draw(title: str, groups, runs: pathlib.Path, path: pathlib.Path) -> None:
-    """Test accuracy against epochs: every run as a thin line, the group's mean as a thick one."""
+    """Test accuracy of every run: against epochs, or as points where it was measured at the end only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    curves = {name: [read_curve(runs / f"{name}-{seed}") for seed in group] for name, group in groups.items()}
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
-    for colour, (name, group) in zip(colours, groups.items()):
-        curves = [read_curve(runs / f"{name}-{seed}") for seed in group]
-        for curve in curves:
-            axes.plot(curve.keys(), curve.values(), color=colour, alpha=0.35, linewidth=1)
-        common = sorted(set.intersection(*(set(curve) for curve in curves)))
-        mean = [statistics.mean(curve[epoch] for curve in curves) for epoch in common]
-        label = f"{name}: {mean[-1]:.1f} %" + (f", {len(curves)} seeds" if len(curves) > 1 else "")
-        axes.plot(common, mean, color=colour, linewidth=2.2, label=label)
-    axes.set(title=title, xlabel="epoch", ylabel="test accuracy, %")
+    axes = figure.add_subplot(title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    if all(len(curve) == 1 for group in curves.values() for curve in group):
+        draw_points(axes, {name: accuracies(group) for name, group in groups.items()})
+    else:
+        draw_curves(axes, curves)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def draw_curves(axes: Any, curves: dict[str, list[dict[float, float]]]) -> None:
+    """Every run as a thin line, the group's mean as a thick one."""
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+    for colour, (name, group) in zip(itertools.cycle(colours), curves.items()):
+        for curve in group:
+            axes.plot(curve.keys(), curve.values(), color=colour, alpha=0.35, linewidth=1)
+        common = sorted(set.intersection(*(set(curve) for curve in group)))
+        mean = [statistics.mean(curve[epoch] for curve in group) for epoch in common]
+        label = f"{name}: {mean[-1]:.1f} %" + (f", {len(group)} seeds" if len(group) > 1 else "")
+        axes.plot(common, mean, color=colour, linewidth=2.2, label=label)
+    axes.set(xlabel="epoch", ylabel="test accuracy, %")
+    axes.legend(loc="lower right")
+
+
+def draw_points(axes: Any, values: dict[str, dict[int, float]]) -> None:
+    """A row for each group, the first on top: every run as a point, the mean as a bar across the row."""
+    for row, group in enumerate(values.values()):
+        axes.plot(group.values(), [row] * len(group), "o", color="#0072B2", alpha=0.6)
+        mean = statistics.mean(group.values())
+        axes.plot([mean, mean], [row - 0.3, row + 0.3], color="#D55E00", linewidth=2.2)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy, %")
 
 
 def read_curve(run: pathlib.Path) -> dict[float, float]:

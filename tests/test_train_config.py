@@ -1,15 +1,22 @@
 """A config that cannot run says everything that is wrong with it; one that can survives JSON."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from repopt_jax import train
 from repopt_jax.train.config_io import config_file, differing_fields
+from repopt_jax.train.quickstart import quickstart
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-RUNS = {"digits": ("search", "plain", "depth", "repvgg"), "cifar10_small": ("search", "plain", "repvgg")}
+# Without those that need the scales of a search.
+RUNS = {
+    "digits": ("search", "plain", "depth", "repvgg"),
+    "cifar10_small": ("search", "plain", "repvgg"),
+    "ladder": ("search", "1-plain", "4-ones", "5-depth", "8-direct", "9-frozen"),
+}
 
 
 def test_all_problems_are_listed_at_once():
@@ -55,12 +62,79 @@ def test_scales_go_with_the_kinds_that_take_them():
         train.validate(train.Config(scales="depth", model=train.ModelConfig(kind="repvgg")))
 
 
-def test_clipping_with_scales_is_refused_where_it_breaks_the_equivalence():
+def test_clipping_goes_with_every_kind():
     optim = train.OptimConfig(clip_norm=5.0)
-    train.validate(train.Config(optim=optim, model=train.ModelConfig(kind="search")))
-    train.validate(train.Config(optim=optim))
-    with pytest.raises(ValueError, match="breaks the equivalence"):
-        train.validate(train.Config(optim=optim, scales="ones"))
+    for scales, kind in (("", "search"), ("", "target"), ("ones", "target"), ("depth", "csla")):
+        train.validate(train.Config(optim=optim, scales=scales, model=train.ModelConfig(kind=kind)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("target", {"rules": "init"}, "`rules`='init' with kind 'target' and `scales`=''"),
+        ("csla", {"rules": "init", "scales": "ones"}, "only a target network with scales"),
+        ("target", {"rules": "intt", "scales": "ones"}, "did you mean 'init'"),
+        ("target", {"scales_mean": True}, "`scales_mean` with `scales`=''"),
+        ("target", {"scales_mean": True, "scales": "depth"}, "which are the same in all channels"),
+        ("target", {"freeze_scales": 0.1}, "`freeze_scales`=0.1 with kind 'target', which trains no scales"),
+        ("search", {"freeze_scales": 1.5}, "`freeze_scales`=1.5 must be a finite number, at least 0"),
+    ],
+)  # fmt: skip
+def test_options_of_the_ladder_are_refused_where_they_mean_nothing(kind, fields, message):
+    with pytest.raises(ValueError) as error:
+        train.validate(train.Config(**fields, model=train.ModelConfig(kind=kind)))
+    assert message in str(error.value)
+
+
+def test_options_of_the_ladder(tmp_path):
+    searched = str(tmp_path)
+    for kind, fields in (
+        ("target", {"rules": "init", "scales": "ones"}),
+        ("target", {"rules": "multiplier", "scales": searched, "scales_mean": True}),
+        ("csla", {"scales": searched, "scales_mean": True}),
+        ("search", {"freeze_scales": 0.1}),
+    ):
+        train.validate(train.Config(**fields, model=train.ModelConfig(kind=kind)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "adam"}, "did you mean 'adamw'"),
+        (
+            {"b1": 0.9},
+            "`optim.b1`=0.9 with `optim.name`='sgd', which takes momentum, nesterov: leave it at None",
+        ),
+        ({"name": "adamw", "momentum": 0.8}, "which takes b1, b2, eps: leave it at 0.9"),
+        ({"name": "adamw", "nesterov": False}, "`optim.nesterov`=False"),
+        ({"name": "lion", "eps": 1e-8}, "`optim.eps`=1e-08 with `optim.name`='lion', which takes b1, b2:"),
+        ({"name": "lion", "b1": 1.0}, "`optim.b1`=1 keeps an average that no gradient enters"),
+        ({"name": "adamw", "b2": -0.1}, "`optim.b2`=-0.1"),
+        ({"name": "adamw", "eps": float("inf")}, "`optim.eps`=inf"),
+    ],
+)
+def test_constants_go_with_the_optimizer_that_takes_them(fields, message):
+    with pytest.raises(ValueError) as error:
+        train.validate(train.Config(optim=train.OptimConfig(**fields)))
+    assert message in str(error.value)
+
+
+def test_constants_of_each_optimizer_are_taken():
+    for optim in (
+        train.OptimConfig(momentum=0.8, nesterov=False),
+        train.OptimConfig(name="adamw", b1=0.8, b2=0.9, eps=1e-3),
+        train.OptimConfig(name="lion", b1=0.8, b2=0.9),
+    ):
+        train.validate(train.Config(optim=optim))
+
+
+def test_json_of_a_run_before_the_newer_fields_is_read():
+    old = json.loads(train.to_json(train.Config()))
+    for field in ("rules", "scales_mean", "freeze_scales"):
+        del old[field]
+    for field in ("name", "b1", "b2", "eps"):
+        del old["optim"][field]
+    assert train.from_json(json.dumps(old)) == train.Config()
 
 
 def test_json_gives_the_config_back():
@@ -90,7 +164,7 @@ def test_every_shipped_config_is_valid(path):
             train.validate(config, device_count=4)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem != "ladder"], ids=lambda path: path.stem)
 def test_runs_of_one_file_differ_only_in_network_and_scales(path):
     plain, repopt = (dataclasses.asdict(train.load_config(f"{path}:{arg}")) for arg in ("plain", "repopt"))
     differing = {name for name in plain if plain[name] != repopt[name]}
@@ -100,7 +174,7 @@ def test_runs_of_one_file_differ_only_in_network_and_scales(path):
 def test_config_files_are_found_by_name():
     assert config_file("digits") == config_file("digits.py")
     assert train.load_config("digits:search").model.kind == "search"
-    with pytest.raises(FileNotFoundError, match="shipped ones are cifar10_small, digits"):
+    with pytest.raises(FileNotFoundError, match="shipped ones are cifar10_small, digits, ladder"):
         train.load_config("didgits:search")
     with pytest.raises(ValueError, match="must be one of search, plain"):
         train.load_config("digits:serch")
@@ -110,3 +184,13 @@ def test_a_config_file_must_return_a_config(tmp_path):
     (tmp_path / "mine.py").write_text("def get_config(arg=''):\n    return {}\n")
     with pytest.raises(TypeError, match="returned dict"):
         train.load_config(str(tmp_path / "mine.py"))
+
+
+def test_quickstart_refuses_before_its_search_what_a_later_run_would(tmp_path):
+    for base, message in (
+        (train.Config(optim=train.OptimConfig(name="lion")), "`optim.name` is 'lion': quickstart shows"),
+        (train.Config(freeze_scales=0.5), "which trains no scales"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quickstart(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,19 +1,24 @@
-"""The optimizer chain against the same update written out by hand; decay rules; the schedule's numbers."""
+"""The optimizer against the same update written out by hand and against the network with branches; held
+scales; decay rules; the schedule's numbers."""
 
+import dataclasses
+import itertools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from training import VGG_VARIANTS
 
-from repopt_jax import paths
+from repopt_jax import default_branches, paths
 from repopt_jax.models import RepOptVGG
-from repopt_jax.scales import Scales
+from repopt_jax.scales import LayerScales, Scales
 from repopt_jax.train import OptimConfig
-from repopt_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from repopt_jax.train.optimizer import decay_mask, hold_scales, make_optimizer, make_schedule
 
 
 def abstract_model(kind="target", **options):
@@ -92,15 +97,175 @@ def test_chain_equals_the_update_written_out(x64, scaled):
     np.testing.assert_allclose(found["bn"]["bias"], expected[1], rtol=1e-6, atol=1e-7)
 
 
-def test_clipping_bounds_the_gradient_and_is_refused_with_scales():
+def test_clipping_bounds_the_gradient():
     params = {"kernel": jnp.zeros(4)}
     optim = OptimConfig(learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, clip_norm=0.5)
     tx = make_optimizer(optim, lambda step: 1.0)
     updates, _ = tx.update({"kernel": jnp.full(4, 10.0)}, tx.init(params), params)
     np.testing.assert_allclose(np.linalg.norm(updates["kernel"]), 0.5, rtol=1e-6)
-    scales = abstract_model().depth_scales()
-    with pytest.raises(ValueError, match=r"`clip_norm`=0.5 cannot be used with `scales`"):
-        make_optimizer(optim, lambda step: 1.0, scales=scales)
+
+
+BRANCHES = default_branches((3, 3, 4, 4))
+OPTIMIZERS = {
+    "sgd": OptimConfig(weight_decay=0.05),
+    "adamw": OptimConfig(name="adamw", learning_rate=0.05, b2=0.99, eps=1e-3, weight_decay=0.05),
+    "lion": OptimConfig(name="lion", learning_rate=0.02, b1=0.8, weight_decay=0.05),
+}
+TWIN_STEPS = 30
+# Largest difference of a merged kernel from that of its twin, relative to its largest entry. Measured: at
+# most 6.1e-15 (AdamW).
+EQUAL = 1e-12
+# What clipping by the ordinary norm must miss by. Measured: SGD 22 %, AdamW 5.9 %, Lion 4.4 %.
+WRONG = 0.02
+
+
+def mixed_scales(rng):
+    """Constants of both signs."""
+    vectors = {name: jnp.array(rng.normal(size=4)) for name in BRANCHES.names}
+    return Scales({"conv/kernel": LayerScales(BRANCHES, vectors)})
+
+
+def branch_tensors(rng):
+    return {name: jnp.array(rng.normal(size=shape)) for name, shape in BRANCHES.shapes().items()}
+
+
+def slow_merge(weights, vectors):
+    """3x3 + 1x1 at the centre + identity on its diagonal, entry by entry."""
+    rows = [[jnp.zeros((4, 4))] * 3 for _ in range(3)]
+    for h in range(3):
+        for w in range(3):
+            rows[h][w] = weights["3x3"][h, w] * vectors["3x3"][None, :]
+    rows[1][1] = rows[1][1] + weights["1x1"][0, 0] * vectors["1x1"][None, :] + jnp.diag(weights["identity"])
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def kernel_loss(kernel, bias, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(jnp.einsum("hwio,nhwi->no", kernel, x) + bias[None, :]) - y) ** 2)
+
+
+def train_twice(tx, tx_twin, scales, *, seed=0):
+    """Merged kernels at the end: of a plain network, and of the one with branches."""
+    rng = np.random.default_rng(seed)
+    vectors = scales.entries["conv/kernel"].vectors
+    weights, bias = branch_tensors(rng), jnp.array(rng.normal(size=4))
+    batches = [
+        # The first gradients are the largest: clipping holds for a part of the steps.
+        (jnp.array(rng.normal(size=(3, 3, 3, 4))), jnp.array(rng.normal(size=(3, 4)) * 8 / (1 + t)))
+        for t in range(TWIN_STEPS)
+    ]
+
+    def train(tx, params, kernel_of):
+        @jax.jit
+        def step(params, state, batch):
+            grads = jax.grad(lambda p: kernel_loss(kernel_of(p), p["bn"]["bias"], batch))(params)
+            updates, state = tx.update(grads, state, params)
+            return jax.tree.map(jnp.add, params, updates), state
+
+        state = tx.init(params)
+        for batch in batches:
+            params, state = step(params, state, batch)
+        return np.asarray(kernel_of(params))
+
+    plain = {"conv": {"kernel": slow_merge(weights, vectors)}, "bn": {"bias": bias}}
+    twin = {"conv": {"weights": weights}, "bn": {"bias": bias}}
+    return (
+        train(tx, plain, lambda p: p["conv"]["kernel"]),
+        train(tx_twin, twin, lambda p: slow_merge(p["conv"]["weights"], vectors)),
+    )
+
+
+def relative_difference(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 2.0])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_scales_the_plain_network_trains_as_the_one_with_branches(x64, name, clip_norm):
+    optim = dataclasses.replace(OPTIMIZERS[name], clip_norm=clip_norm)
+    schedule = make_schedule(optim, epochs=3, steps_per_epoch=10)
+    scales = mixed_scales(np.random.default_rng(1))
+    tx, tx_twin = make_optimizer(optim, schedule, scales=scales), make_optimizer(optim, schedule)
+    assert relative_difference(*train_twice(tx, tx_twin, scales)) < EQUAL
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_ordinary_norm_would_clip_otherwise(x64, name):
+    optim = dataclasses.replace(OPTIMIZERS[name], clip_norm=2.0)
+    schedule = make_schedule(optim, epochs=3, steps_per_epoch=10)
+    scales = mixed_scales(np.random.default_rng(1))
+    unclipped = make_optimizer(OPTIMIZERS[name], schedule, scales=scales)
+    wrong = optax.chain(optax.clip_by_global_norm(2.0), unclipped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that this is wrong
+        difference = relative_difference(*train_twice(wrong, make_optimizer(optim, schedule), scales))
+    assert difference > WRONG
+
+
+def test_constants_left_out_are_those_of_optax(x64):
+    params = {"kernel": jnp.arange(4.0)}
+    grads = {"kernel": jnp.array([1.0, -2.0, 3.0, -4.0])}
+    mask = {"kernel": True}
+    for name, expected in (
+        ("adamw", optax.adamw(0.1, weight_decay=4e-5, mask=mask)),
+        ("lion", optax.lion(0.1, weight_decay=4e-5, mask=mask)),
+        ("sgd", optax.chain(optax.add_decayed_weights(4e-5, mask), optax.sgd(0.1, 0.9, nesterov=True))),
+    ):
+        tx = make_optimizer(OptimConfig(name=name), lambda step: 0.1)
+        found, _ = tx.update(grads, tx.init(params), params)
+        right, _ = expected.update(grads, expected.init(params), params)
+        np.testing.assert_allclose(found["kernel"], right["kernel"], rtol=1e-12)
+
+
+HELD_AFTER = 7
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_held_scales_leave_a_csla_network(x64, clip_norm):
+    """Against SGD written out by hand, which from step `HELD_AFTER` on knows no gradient of a scale."""
+    rng = np.random.default_rng(3)
+    start = {
+        "conv": {
+            "weights": branch_tensors(rng),
+            "scales": {name: jnp.array(rng.normal(size=4)) for name in ("3x3", "1x1")},
+        },
+        "bn": {"bias": jnp.array(rng.normal(size=4))},
+    }
+    batches = [
+        (jnp.array(rng.normal(size=(3, 3, 3, 4))), jnp.array(rng.normal(size=(3, 4)) * 4)) for _ in range(20)
+    ]
+
+    def loss(p, batch):
+        return kernel_loss(slow_merge(p["conv"]["weights"], p["conv"]["scales"]), p["bn"]["bias"], batch)
+
+    gradient = jax.jit(jax.grad(loss))
+    optim = OptimConfig(weight_decay=0.05, clip_norm=clip_norm)
+    tx = hold_scales(make_optimizer(optim, lambda step: 0.1), after=HELD_AFTER)
+    step = jax.jit(tx.update)
+    params, state, history = start, tx.init(start), []
+    for batch in batches:
+        updates, state = step(gradient(params, batch), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        history.append(paths.named_leaves(params)[0])
+    assert step._cache_size() == 1  # the same program before and after
+
+    values, treedef = paths.named_leaves(start)
+    velocity = {path: np.zeros(value.shape) for path, value in values.items()}
+    for t, batch in enumerate(batches):
+        grads, _ = paths.named_leaves(gradient(treedef.unflatten(values.values()), batch))
+        moving = [p for p in values if t < HELD_AFTER or "/scales/" not in p]
+        norm = math.sqrt(sum(float(jnp.sum(grads[p] ** 2)) for p in moving))
+        factor = 1.0 if clip_norm is None else min(1.0, clip_norm / norm)
+        for p in moving:
+            g = factor * grads[p] + (0.05 * values[p] if "weights" in p else 0)
+            velocity[p] = 0.9 * velocity[p] + g
+            values[p] = values[p] - 0.1 * (g + 0.9 * velocity[p])
+
+    for path, value in values.items():
+        assert relative_difference(np.asarray(history[-1][path]), np.asarray(value)) < EQUAL, path
+        moved = [not np.array_equal(a[path], b[path]) for a, b in itertools.pairwise(history)]
+        # The first pair of `history` is of steps 1 and 2: the last step that moves a scale is HELD_AFTER.
+        assert moved == [t < HELD_AFTER - 1 or "/scales/" not in path for t in range(len(moved))], path
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5])

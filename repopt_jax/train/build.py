@@ -15,7 +15,7 @@ from repopt_jax.scales import Scales, load_scales
 from repopt_jax.surgery import extract_scales, reinitialize
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.config import Config, DataConfig, ModelConfig
-from repopt_jax.train.optimizer import make_optimizer, make_schedule
+from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
 from repopt_jax.train.rundir import RunFolder
 from repopt_jax.train.sharding import state_sharding
 from repopt_jax.train.state import (
@@ -84,6 +84,8 @@ def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, Trai
     model, scales = build_model(config, feed.info)
     schedule = make_schedule(config.optim, epochs=config.epochs, steps_per_epoch=feed.steps_per_epoch)
     tx = make_optimizer(config.optim, schedule, scales=scales)
+    if config.freeze_scales is not None:
+        tx = hold_scales(tx, after=round(config.freeze_scales * config.epochs * feed.steps_per_epoch))
     network = split_model(model)
     marks = extract_scales(model).vectors if config.model.kind == "search" else None
     state = init_state(network, tx, marks=marks)
@@ -130,12 +132,16 @@ def build_model(config: Config, info: data.DatasetInfo) -> tuple[RepOptVGG, Scal
     if not config.scales:
         return model, None
     scales = _resolve_scales(config.scales, model)
+    if config.scales_mean:
+        scales = scales.channel_means()
     if config.model.kind != "target":
         # A search starts from these scales; the constants of a csla network are these scales.
         return _new_model(config.model, info, scales=scales, seed=config.seed), None
-    # A key of its own: the branches' draws must not repeat the network's.
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return reinitialize(model, scales, rngs=nnx.Rngs(key)), scales
+    if config.rules != "multiplier":
+        # A key of its own: the branches' draws must not repeat the network's.
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        model = reinitialize(model, scales, rngs=nnx.Rngs(key))
+    return model, None if config.rules == "init" else scales
 
 
 def open_data(config: DataConfig) -> tuple[data.Source, data.Transform]:

@@ -18,6 +18,9 @@ from repopt_jax.nn.csla import FORMS
 
 DTYPES = ("float32", "bfloat16")
 NAMED_SCALES = ("ones", "depth")
+RULES = ("both", "init", "multiplier")
+# Optimizer -> the fields of `OptimConfig` that are its own.
+OPTIMIZERS = {"sgd": ("momentum", "nesterov"), "adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2")}
 
 
 @dataclasses.dataclass
@@ -77,14 +80,28 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-    """SGD with momentum; the learning rate warms up linearly, then follows a cosine to 0, step by step.
+    """The optimizer; the learning rate warms up linearly, then follows a cosine to 0, step by step.
 
-    `clip_norm` is the largest global gradient norm (None: no clipping); it cannot be combined with scales.
+    Attributes:
+      name: "sgd", "adamw" or "lion".
+      learning_rate: the highest.
+      momentum, nesterov: of SGD.
+      b1, b2: of AdamW and Lion, eps: of AdamW; None for Optax's value.
+      weight_decay: for SGD added to the (multiplied) gradient; for the others decoupled from it, which takes
+        far larger values.
+      warmup_epochs: epochs of the linear rise.
+      label_smoothing: share of the label's probability that is spread over all classes.
+      clip_norm: the largest global norm of a gradient; None for no clipping. With scales it is the norm of
+        the gradient that the network with branches would have.
     """
 
+    name: str = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
     weight_decay: float = 4e-5
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
@@ -103,6 +120,11 @@ class Config:
         SGD, and anything else re-initialises the network by the scales and multiplies its
         gradients. For "search" they are where the scales start and for "csla" the constants; there
         "" means "depth".
+      scales_mean: replaces each vector of searched scales by its mean over the channels.
+      rules: what scales do to a "target" network: "both", "init" (re-initialise it only) or
+        "multiplier" (multiply its gradients only).
+      freeze_scales: share of the steps of a "search" after which its scales stay as they are; None
+        for never.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
       checkpoint_every: steps between checkpoints; 0 means at the end of each epoch.
       log_every: steps that one line of `metrics.jsonl` averages over.
@@ -116,6 +138,9 @@ class Config:
     batch_size: int = 64
     eval_batch_size: int = 256
     scales: str = ""
+    scales_mean: bool = False
+    rules: str = "both"
+    freeze_scales: float | None = None
     eval_every: int = 1
     checkpoint_every: int = 0
     log_every: int = 20
@@ -141,6 +166,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         *_choice_problems(config),
         *_range_problems(config),
         *_device_problems(config, devices),
+        *_optim_problems(config.optim),
         *_scales_problems(config),
         *_data_problems(config.data),
     ]
@@ -156,6 +182,8 @@ def _choice_problems(config: Config) -> list[str]:
         ("model.form", model.form, FORMS),
         ("model.dtype", model.dtype, DTYPES),
         ("data.source", config.data.source, SOURCES),
+        ("optim.name", config.optim.name, tuple(OPTIMIZERS)),
+        ("rules", config.rules, RULES),
     )
     return [
         f"`{name}`={value!r} must be one of {', '.join(known)}{_closest(value, known)}"
@@ -181,6 +209,7 @@ def _range_problems(config: Config) -> list[str]:
         ("checkpoint_every", config.checkpoint_every, 0, math.inf),
         ("log_every", config.log_every, 1, math.inf),
         ("fsdp", config.fsdp, 1, math.inf),
+        ("freeze_scales", config.freeze_scales, 0, 1),
         ("data.image_size", data.image_size, 1, math.inf),
         ("data.crop_padding", data.crop_padding, 0, math.inf),
         ("data.train_limit", data.train_limit, 1, math.inf),
@@ -189,6 +218,9 @@ def _range_problems(config: Config) -> list[str]:
         ("data.prefetch", data.prefetch, 0, math.inf),
         ("optim.learning_rate", optim.learning_rate, 0, math.inf),
         ("optim.momentum", optim.momentum, 0, 1),
+        ("optim.b1", optim.b1, 0, 1),
+        ("optim.b2", optim.b2, 0, 1),
+        ("optim.eps", optim.eps, 0, math.inf),
         ("optim.weight_decay", optim.weight_decay, 0, math.inf),
         ("optim.warmup_epochs", optim.warmup_epochs, 0, config.epochs),
         ("optim.label_smoothing", optim.label_smoothing, 0, 1),
@@ -225,22 +257,51 @@ def _nearest_multiples(size: int, step: int) -> str:
     return " and ".join(str(n) for n in (below, below + step) if n > 0)
 
 
+def _optim_problems(optim: OptimConfig) -> list[str]:
+    problems = [
+        f"`optim.{field}`=1 keeps an average that no gradient enters: give less"
+        for field in ("b1", "b2")
+        if getattr(optim, field) == 1
+    ]
+    own, defaults = OPTIMIZERS.get(optim.name), OptimConfig()
+    if own is None:  # said where the choices are checked
+        return problems
+    # Fields of another optimizer would do nothing.
+    foreign = sorted({field for fields in OPTIMIZERS.values() for field in fields} - set(own))
+    return problems + [
+        f"`optim.{field}`={getattr(optim, field)} with `optim.name`={optim.name!r}, which takes "
+        f"{', '.join(own)}: leave it at {getattr(defaults, field)}"
+        for field in foreign
+        if getattr(optim, field) != getattr(defaults, field)
+    ]
+
+
 def _scales_problems(config: Config) -> list[str]:
     scales, kind = config.scales, config.model.kind
-    if not scales:
-        return []
     problems = []
+    if config.rules != "both" and (kind != "target" or not scales):
+        problems.append(
+            f"`rules`={config.rules!r} with kind {kind!r} and `scales`={scales!r}: only a target network "
+            "with scales follows the rules, leave it 'both'"
+        )
+    if config.scales_mean and scales in ("", *NAMED_SCALES):
+        problems.append(
+            f"`scales_mean` with `scales`={scales!r}, which are the same in all channels: give the "
+            "directory of searched ones"
+        )
+    if config.freeze_scales is not None and kind != "search":
+        problems.append(
+            f"`freeze_scales`={config.freeze_scales} with kind {kind!r}, which trains no scales: "
+            "leave it out (None)"
+        )
+    if not scales:
+        return problems
     if kind == "repvgg":
         problems.append(f"`scales`={scales!r} with kind 'repvgg', which takes none: leave it empty")
     if scales not in NAMED_SCALES and not os.path.isdir(scales):
         problems.append(
             f"`scales`={scales!r} is neither {' nor '.join(NAMED_SCALES)} nor a directory: "
             "run the search first, or give the directory that it wrote"
-        )
-    if kind == "target" and config.optim.clip_norm is not None:
-        problems.append(
-            f"`optim.clip_norm`={config.optim.clip_norm} with `scales`: clipping by the ordinary "
-            "global norm breaks the equivalence that the scales rest on, set only one of them"
         )
     return problems
 

@@ -1,19 +1,26 @@
-"""The optimizer of a run: clip -> multiplier -> weight decay -> SGD with momentum, in that order.
+"""The optimizer of a run, and which of its parameters are decayed.
 
-The order is the method: the multiplier belongs to the gradient alone, so decay comes after it, and both
-before the momentum. Decay before the multiplier trains another network.
+The order of its parts is the method. Clipping takes the plain gradient and comes first; what follows, and in
+which order, the ready-made optimizers with scales know (`repopt_sgd`: multiplier, decay, momentum).
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from repopt_jax import paths
-from repopt_jax.optim import repopt_mask
+from repopt_jax.adaptive import repopt_adamw, repopt_lion
+from repopt_jax.optim import clip_by_repopt_global_norm, repopt_sgd
 from repopt_jax.scales import Scales
-from repopt_jax.train.config import OptimConfig
+from repopt_jax.train.config import OPTIMIZERS, OptimConfig
+
+# Paths of the scales that a search trains.
+SEARCHED = r"(.*/)?scales/[^/]+"
 
 # Whether a parameter is decayed, as published: kernels are, and of the vectors only those that stand for an
 # identity kernel, because in a plain network that kernel is part of the decayed one. The first match counts.
@@ -21,7 +28,7 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(.*/)?bn_identity/scale", True),
     (r"(.*/)?weights/[^/]+", True),
     (r"(.*/)?kernel", True),
-    (r"(.*/)?scales/[^/]+", False),
+    (SEARCHED, False),
     (r"(.*/)?bn[^/]*/(scale|bias)", False),
     (r"(.*/)?bias", False),
 )
@@ -30,31 +37,82 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
 def make_optimizer(
     optim: OptimConfig, schedule: optax.Schedule, *, scales: Scales | None = None
 ) -> optax.GradientTransformation:
-    """The chain above, without the parts that `optim` and `scales` do not ask for.
+    """Clipping, where `optim` asks for it, then the optimizer that it names.
 
     Args:
-      optim: momentum, decay and clipping.
+      optim: the optimizer, its constants, decay and clipping.
       schedule: learning rate of each step.
-      scales: multiplies the gradients by `repopt_mask`.
-
-    Raises:
-      ValueError: clipping together with scales. The ordinary global norm is not the norm that the network
-        with branches would have clipped by, so the two would no longer be trained alike.
+      scales: the optimizer and the norm by which it clips become those of the network with branches:
+        `repopt_sgd`, `repopt_adamw`, `repopt_lion`; `clip_by_repopt_global_norm`.
     """
-    if scales is not None and optim.clip_norm is not None:
-        raise ValueError(
-            f"`clip_norm`={optim.clip_norm} cannot be used with `scales`: clipping by the ordinary global "
-            "norm breaks the equivalence with the network that has branches; set `clip_norm` to None"
+    own: dict[str, Any] = {field: getattr(optim, field) for field in OPTIMIZERS[optim.name]}
+    constants = {field: value for field, value in own.items() if value is not None}
+    constants |= {"weight_decay": optim.weight_decay, "mask": decay_mask}
+    plain, repopt = READY[optim.name]
+    tx = plain(schedule, **constants) if scales is None else repopt(schedule, scales, **constants)
+    if optim.clip_norm is None:
+        return tx
+    if scales is None:
+        return optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
+    return optax.chain(clip_by_repopt_global_norm(optim.clip_norm, scales), tx)
+
+
+def decayed_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    mask: Any,
+) -> optax.GradientTransformation:
+    """`repopt_sgd` without scales: decay, then SGD with momentum."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask), optax.sgd(learning_rate, momentum, nesterov)
+    )
+
+
+# Name in a config -> the optimizer without and with scales.
+READY: dict[str, tuple[Callable[..., optax.GradientTransformation], ...]] = {
+    "sgd": (decayed_sgd, repopt_sgd),
+    "adamw": (optax.adamw, repopt_adamw),
+    "lion": (optax.lion, repopt_lion),
+}
+
+
+class HoldScalesState(NamedTuple):
+    """State of `hold_scales`: () int32, updates made; the inner optimizer's state."""
+
+    count: jax.Array
+    inner: Any
+
+
+def hold_scales(inner: optax.GradientTransformation, *, after: int) -> optax.GradientTransformation:
+    """`inner`, but after the first `after` updates the scales of a search stay as they are.
+
+    From then on the network is the CSLA network of these scales: their gradient is 0 for `inner`, so that it
+    counts for nothing in a clipping norm, and their update is 0 whatever momentum or decay would add. The
+    identity's u is a weight and is trained on.
+    """
+
+    def hold(tree, held):
+        return paths.map_named(
+            lambda path, leaf: jnp.where(held, jnp.zeros_like(leaf), leaf) if _is_searched(path) else leaf,
+            tree,
         )
-    parts = []
-    if optim.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(optim.clip_norm))
-    if scales is not None:
-        parts.append(repopt_mask(scales))
-    if optim.weight_decay:
-        parts.append(optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
-    parts.append(optax.sgd(schedule, optim.momentum, nesterov=optim.nesterov))
-    return optax.chain(*parts)
+
+    def init_fn(params):
+        return HoldScalesState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update_fn(updates, state, params=None):
+        held = state.count >= after
+        updates, inner_state = inner.update(hold(updates, held), state.inner, params)
+        return hold(updates, held), HoldScalesState(state.count + 1, inner_state)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _is_searched(path: str) -> bool:
+    return re.fullmatch(SEARCHED, path) is not None
 
 
 def decay_mask(params: Any, rules: Sequence[tuple[str, bool]] = DECAY_RULES) -> Any:
