@@ -185,16 +185,14 @@ def state_vectors(scales: Scales, params: Any) -> dict[str, dict[str, jax.Array]
     Where the parameters lie on a mesh the vectors lie on it too, whole on every device: left to themselves
     they would be laid out anew by the first compiled step, and the second step would be compiled again.
     """
-    vectors = visible_scales(scales, params).vectors
-    leaves = jax.tree.leaves(params)
+    # Copies: a step that is given the state to overwrite must not take the caller's scales with it.
+    vectors = jax.tree.map(jnp.array, visible_scales(scales, params).vectors)
     meshes = [
         leaf.sharding.mesh
-        for leaf in leaves
+        for leaf in jax.tree.leaves(params)
         if is_concrete(leaf) and isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)
     ]
-    if not meshes:
-        return jax.tree.map(jnp.asarray, vectors)
-    return jax.device_put(vectors, jax.NamedSharding(meshes[0], jax.P()))
+    return jax.device_put(vectors, jax.NamedSharding(meshes[0], jax.P())) if meshes else vectors
 
 
 def visible_scales(scales: Scales, params: Any) -> Scales:

@@ -16,8 +16,8 @@ from repopt_jax import adaptive, optim
 from repopt_jax.branches import default_branches
 from repopt_jax.scales import LayerScales, Scales
 
-EXACT = 1e-12  # relative, after 50 steps; measured: 1e-15 to 2e-13
-WRONG = 1e-2  # measured: 0.06 (eps in the wrong place) to 2
+EXACT = 1e-12  # relative, after 50 steps; measured: 1e-15 to 5e-15
+WRONG = 1e-2  # measured: 0.02 (eps in the wrong place) to 2
 
 LR, DECAY = 1e-2, 0.1
 
@@ -111,7 +111,7 @@ def positive(rng, branches):
 
 
 def test_the_published_rule_holds_for_scales_of_one_sign_only(x64):
-    """Relative distance to the branches: 2e-7 where all scales are positive, above 1 where signs differ."""
+    """Relative distance to the branches: 1e-7 where all scales are positive, 0.3 where signs differ."""
     name = "3x3+1x1+identity"
     rule = functools.partial(adaptive.repopt_adamw, LR, weight_decay=DECAY, rule="published")
     p = problem([name], draw=positive)
@@ -185,7 +185,7 @@ def test_released_scales(x64, rule):
         vectors[path] = {n: jnp.asarray(v[order], jnp.float64) for n, v in zip(names, stacked)}
         assert small.names == names
     assert len(layers) == 28
-    assert sum(int((v["3x3"] < 0).sum()) for v in vectors.values()) >= 80
+    assert sum(int((v["3x3"] < 0).sum()) for v in vectors.values()) >= 50  # of 85
     p = problem(layers, draw=vectors, layers=layers)
     if rule == "nesterov":
         ordinary = functools.partial(optax.chain, optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9, True))

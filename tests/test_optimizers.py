@@ -110,6 +110,15 @@ def test_bfloat16_follows_float32(name):
 
 
 @every
+def test_a_step_that_donates_its_state_leaves_the_scales(name):
+    _, params, gradients, scales = setting(name)
+    tx = OPTIMIZERS[name](scales)
+    jax.jit(lambda s, g, p: tx.update(g, s, p), donate_argnums=0)(tx.init(params), gradients, params)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(scales))
+    tx.init(params)
+
+
+@every
 def test_unknown_extra_arguments_are_let_pass(name):
     tx, params, gradients, _ = setting(name)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
