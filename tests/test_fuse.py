@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import abstract, random_input, randomised, relative
 
 from repopt_jax import fuse, paths
 from repopt_jax.fuse import OutputDifference, fold_batch_norm, fuse_block, output_difference
 from repopt_jax.models import KINDS, RepOptVGG, VGGVariant
-from repopt_jax.nn import FusedBlock, PlainBlock, RepVGGBlock
-from repopt_jax.nn.blocks import conv
+from repopt_jax.nn import ConvNorm, FusedBlock, PlainBlock, RepVGGBlock
+from repopt_jax.nn.blocks import batch_norm, conv
 from repopt_jax.nn.modules import named_modules
 
 EXACT = 1e-12  # of the largest output, float64; measured: 8e-16 at most
@@ -22,37 +23,9 @@ EPS = 1e-5
 NET = VGGVariant("net", (3, 1, 1, 1), (4, 4, 6, 6, 8), (1, 1, 2, 1, 2), groups=2)
 
 
-def randomised(model, seed=0):
-    """The abstract `model` filled with float64 random numbers, in evaluation mode.
-
-    Statistics included: those of a fresh batch norm, mean 0 and variance 1, hide mistakes. Some variances are
-    as small as eps, so that it matters.
-    """
-    rng = np.random.default_rng(seed)
-
-    def draw(path, v):
-        if path.endswith("/var"):
-            return jnp.asarray(10 ** rng.uniform(-4, 0.5, v.shape))
-        if v.ndim > 1:
-            return jnp.asarray(rng.normal(size=v.shape) / np.sqrt(np.prod(v.shape[:-1])))
-        return jnp.asarray(rng.normal(size=v.shape))
-
-    nnx.update(model, paths.map_named(draw, nnx.state(model, (nnx.Param, nnx.BatchStat, nnx.Variable))))
-    model.eval()
-    return model
-
-
 def network(kind="target", variant=NET, **options):
     options = {"kind": kind, "num_classes": 5, **options}
-    return randomised(nnx.eval_shape(lambda: RepOptVGG(variant, **options, rngs=nnx.Rngs(0))))
-
-
-def random_input(*shape):
-    return np.random.default_rng(1).normal(size=shape)
-
-
-def relative(a, b):
-    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
+    return randomised(abstract(RepOptVGG, variant, **options))
 
 
 @pytest.mark.parametrize(
@@ -61,10 +34,13 @@ def relative(a, b):
         *((kind, {}) for kind in KINDS),
         ("repvgg", {"post_se": True}),
         ("search", {"post_se": True, "form": "branches"}),
+        ("repvgg", {"variant": dataclasses.replace(NET, name="pre_se", pre_se=2)}),
+        ("target", {"variant": dataclasses.replace(NET, name="pre_se", pre_se=2)}),
     ],
 )
 def test_fused_networks_compute_the_same(kind, options, x64):
-    """Every kind: grouped, strided and not, with and without identity; with squeeze-and-excitation."""
+    """Every kind: grouped, strided and not, with and without identity; with squeeze-and-excitation after or
+    before the ReLU."""
     model = network(kind, **options)
     deployed = fuse(model)
     difference = output_difference(model, deployed, random_input(3, 8, 8, 3))
@@ -72,15 +48,16 @@ def test_fused_networks_compute_the_same(kind, options, x64):
     assert difference.agreement == 1.0
     blocks = [block for stage in deployed.stages for block in stage]
     assert {type(block) for block in blocks} == {FusedBlock}
-    assert all((block.se is not None) == ("post_se" in options) for block in blocks)
+    assert all((block.se is not None) == bool(options.keys() & {"post_se", "variant"}) for block in blocks)
+    assert all(block.se_first == ("variant" in options) for block in blocks)
     plain = {"stages/1/1/conv/kernel", "stages/1/1/conv/bias", "head/kernel", "head/bias"}
     names = set(paths.named_leaves(nnx.state(deployed))[0])
     assert plain <= names
     assert {name.split("/")[3] for name in names if name.startswith("stages")} <= {"conv", "se"}
 
 
-def random_block(build):
-    return randomised(nnx.eval_shape(build))
+def random_block(build, *args, **options):
+    return randomised(abstract(build, *args, **options))
 
 
 def fold_by_hand(kernel, bn, *, eps=EPS, mean=True):
@@ -112,7 +89,7 @@ def repvgg_by_hand(block, groups, *, identity=True, **options):
     ("outputs", "stride", "groups"), [(4, 1, 1), (4, 1, 2), (4, 1, 4), (6, 1, 2), (4, 2, 1)]
 )
 def test_a_repvgg_block_folds_as_by_hand(outputs, stride, groups, x64):
-    block = random_block(lambda: RepVGGBlock(4, outputs, stride=stride, groups=groups, rngs=nnx.Rngs(0)))
+    block = random_block(RepVGGBlock, 4, outputs, stride=stride, groups=groups)
     fused = fuse_block(block)
     kernel, bias = repvgg_by_hand(block, groups)
     assert relative(fused.conv.kernel[...], kernel) <= EXACT
@@ -123,7 +100,7 @@ def test_a_repvgg_block_folds_as_by_hand(outputs, stride, groups, x64):
 
 def test_forgetting_a_part_of_the_fold_is_noticed(x64):
     """Negative control: each mistake that statistics of a fresh batch norm would hide, or nearly."""
-    block = random_block(lambda: RepVGGBlock(4, 4, groups=2, rngs=nnx.Rngs(0)))
+    block = random_block(RepVGGBlock, 4, 4, groups=2)
     x = random_input(2, 5, 6, 4)
     expected = block(x)
     fused = fuse_block(block)
@@ -139,8 +116,7 @@ def test_forgetting_a_part_of_the_fold_is_noticed(x64):
 
 
 def test_a_convolution_with_a_bias_and_a_batch_norm_without_affine(x64):
-    def build():
-        rngs = nnx.Rngs(0)
+    def build(rngs):
         return PlainBlock(
             conv(3, 4, 5, stride=2, bias=True, rngs=rngs),
             nnx.BatchNorm(4, epsilon=1e-2, use_scale=False, use_bias=False, rngs=rngs),
@@ -153,6 +129,34 @@ def test_a_convolution_with_a_bias_and_a_batch_norm_without_affine(x64):
     s = 1 / np.sqrt(np.asarray(block.bn.var[...]) + 1e-2)
     expected = (np.asarray(block.conv.bias[...]) - np.asarray(block.bn.mean[...])) * s
     assert relative(fused.conv.bias[...], expected) <= EXACT
+
+
+class Parts(nnx.Module):
+    """A convolution with its batch norm, and a block of another class."""
+
+    def __init__(self, *, rngs):
+        self.linear = ConvNorm(conv(4, 6, 3, stride=2, groups=2, rngs=rngs), batch_norm(6, rngs=rngs))
+        self.block = PlainBlock(conv(6, 5, 1, rngs=rngs), batch_norm(5, rngs=rngs))
+
+    def __call__(self, x):
+        return self.block(self.linear(x))
+
+
+def test_a_convolution_and_its_batch_norm_become_a_convolution_in_their_place(x64):
+    """Without a ReLU, and if so asked nothing else changes."""
+    model = random_block(Parts)
+    x = random_input(2, 5, 6, 4)
+    for only in ((), (ConvNorm,)):
+        fused = fuse(model, only=only)
+        assert type(fused.linear) is nnx.Conv
+        assert type(fused.block) is (PlainBlock if only else FusedBlock)
+        assert relative(fused.linear(x), model.linear(x)) <= EXACT
+        assert relative(fused(x), model(x)) <= EXACT
+    kernel, bias = fold_by_hand(model.linear.conv.kernel[...], model.linear.bn)
+    assert relative(fused.linear.kernel[...], kernel) <= EXACT
+    assert relative(fused.linear.bias[...], bias) <= EXACT
+    with pytest.raises(TypeError, match="`only` names Parts, for which no deployed form is registered"):
+        fuse(model, only=(ConvNorm, Parts))
 
 
 @pytest.mark.parametrize("kind", ["target", "repvgg"])
@@ -213,7 +217,7 @@ class Mixed(nnx.Module):
 
 
 def test_a_block_of_one_s_own_is_refused_until_registered(x64):
-    model = randomised(nnx.eval_shape(lambda: Mixed(rngs=nnx.Rngs(0))))
+    model = random_block(Mixed)
     with pytest.raises(TypeError, match=r"blocks/0/bn cannot be folded: .* register one for the class"):
         fuse(model)
     with pytest.raises(TypeError, match="no deployed form is registered for Residual"):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import abstract as abstract_network
+from networks import count, deployed_count, parameter_shapes, relative
 
-from repopt_jax import fuse, paths
+from repopt_jax import paths
 from repopt_jax.models import KINDS, VGG_VARIANTS, RepOptVGG, VGGVariant
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.nn import CSLAConv, FrozenScale, PlainBlock, RepVGGBlock, SqueezeExcite
@@ -30,6 +32,7 @@ REPVGG = {
     "B3": (123_085_288, 110_960_872),
     "B3g2": (96_911_848, 87_404_776),
     "B3g4": (83_825_128, 75_626_728),
+    "D2se": (133_334_836, 120_387_572),
 }
 REPVGG_PLUS_L2PSE = (140_099_224, 127_151_960)  # without its training-only extra heads
 
@@ -40,26 +43,9 @@ SHORT = VGGVariant("short", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 1, 2, 1))
 TINY = VGGVariant("tiny", (2, 1, 2, 1), (4, 4, 6, 8, 8), (1, 1, 2, 1, 2))
 
 
-def count(model):
-    return sum(int(np.prod(p.shape)) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
 def abstract(variant, **options):
     """The network's shapes; nothing is drawn."""
-    options = {"num_classes": 10, **options}
-    return nnx.eval_shape(lambda: RepOptVGG(variant, **options, rngs=nnx.Rngs(0)))
-
-
-def parameter_shapes(model):
-    return {path: p.shape for path, p in paths.named_leaves(nnx.state(model, nnx.Param))[0].items()}
-
-
-def deployed_count(model):
-    def deploy(model):
-        model.eval()
-        return fuse(model)
-
-    return count(nnx.eval_shape(deploy, model))
+    return abstract_network(RepOptVGG, variant, **{"num_classes": 10, **options})
 
 
 @pytest.mark.parametrize("name", REPVGG)
@@ -161,23 +147,41 @@ def test_squeeze_and_excitation_has_a_quarter_of_the_width():
     assert not any("/se/" in path for path in parameter_shapes(abstract(TINY)))
 
 
-def test_squeeze_and_excitation_comes_after_the_relu():
-    """Its gate lies between 0 and 1, so nothing is negative, and what the ReLU cut stays cut."""
+@pytest.mark.parametrize("se_first", [False, True])
+def test_where_squeeze_and_excitation_comes(se_first):
+    """After the ReLU or before it: its mean is over other numbers."""
 
-    def build():
-        rngs = nnx.Rngs(0)
-        return PlainBlock(conv(3, 4, 3, rngs=rngs), batch_norm(4, rngs=rngs), SqueezeExcite(4, 2, rngs=rngs))
+    def build(rngs):
+        return PlainBlock(
+            conv(3, 4, 3, rngs=rngs),
+            batch_norm(4, rngs=rngs),
+            SqueezeExcite(4, 2, rngs=rngs),
+            se_first=se_first,
+        )
 
-    block, rng = nnx.eval_shape(build), np.random.default_rng(0)
+    block, rng = abstract_network(build), np.random.default_rng(0)
     drawn = jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.1, 1, v.shape), v.dtype), nnx.state(block))
     nnx.update(block, drawn)
     block.eval()
     x = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
-    before = np.maximum(block.bn(block.conv(x)), 0)
+    before = np.asarray(block.bn(block.conv(x)))
+    before = before if se_first else np.maximum(before, 0)
     w = {path: np.asarray(p) for path, p in paths.named_leaves(nnx.state(block.se, nnx.Param))[0].items()}
     hidden = np.maximum(before.mean((1, 2)) @ w["down/kernel"][0, 0] + w["down/bias"], 0)
     gate = 1 / (1 + np.exp(-(hidden @ w["up/kernel"][0, 0] + w["up/bias"])))
-    np.testing.assert_allclose(block(x), before * gate[:, None, None], rtol=1e-5, atol=1e-6)
+    expected = np.maximum(before * gate[:, None, None], 0)
+    np.testing.assert_allclose(block(x), expected, rtol=1e-5, atol=1e-6)
+    block.se_first = not se_first
+    assert relative(block(x), expected) > 0.01  # measured: 0.16 at least
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_variant_may_have_squeeze_and_excitation_before_every_relu(kind):
+    model = abstract(dataclasses.replace(SHORT, pre_se=2), kind=kind)
+    blocks = [block for stage in model.stages for block in stage]
+    assert all(block.se_first and block.se.down.kernel.shape == (1, 1, 4, 2) for block in blocks)
+    plain = abstract(SHORT, kind=kind, post_se=True)
+    assert not any(block.se_first for stage in plain.stages for block in stage)
 
 
 @pytest.mark.parametrize(
@@ -264,3 +268,5 @@ def test_what_does_not_exist_is_refused():
     other = abstract(VGG_VARIANTS["digits"]).unit_scales()
     with pytest.raises(ValueError, match=r"searched on digits\) do not fit the model: .* missing layers"):
         abstract(VGG_VARIANTS["cifar-small"], kind="search", scales=other)
+    with pytest.raises(ValueError, match="`post_se` is True, but every block of D2se has squeeze"):
+        abstract(VGG_VARIANTS["D2se"], kind="repvgg", post_se=True)

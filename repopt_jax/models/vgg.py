@@ -46,6 +46,8 @@ class VGGVariant:
       widths: output channels of stages 0 to 4.
       strides: of the first block of stages 0 to 4.
       groups: of every second block (counted through the network, stage 0 being block 0): RepVGG's g2 and g4.
+      pre_se: if not 0, every block has squeeze-and-excitation before its ReLU, of its width divided by this:
+        RepVGG-D2se.
     """
 
     name: str
@@ -53,18 +55,19 @@ class VGGVariant:
     widths: tuple[int, int, int, int, int]
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
     groups: int = 1
+    pre_se: int = 0
 
 
 def _imagenet(
-    name: str, blocks: tuple[int, int, int, int], a: float, b: float, groups: int = 1
+    name: str, blocks: tuple[int, int, int, int], a: float, b: float, groups: int = 1, pre_se: int = 0
 ) -> VGGVariant:
     """Widths from RepVGG's multipliers: `a` for stages 1 to 3, `b` for stage 4, stage 0 never wider than
     64."""
     widths = (min(64, int(64 * a)), int(64 * a), int(128 * a), int(256 * a), int(512 * b))
-    return VGGVariant(name, blocks, widths, groups=groups)
+    return VGGVariant(name, blocks, widths, groups=groups, pre_se=pre_se)
 
 
-_A, _B, _L = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
+_A, _B, _L = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)  # RepVGG calls the last one D
 
 VGG_VARIANTS: dict[str, VGGVariant] = {
     variant.name: variant
@@ -84,6 +87,7 @@ VGG_VARIANTS: dict[str, VGGVariant] = {
         _imagenet("B3g4", _B, 3, 5, groups=4),
         _imagenet("L1", _L, 2, 4),
         _imagenet("L2", _L, 2.5, 5),
+        _imagenet("D2se", _L, 2.5, 5, pre_se=16),
         # For images of 32 pixels and fewer: strides of their own, so that maps do not shrink to one pixel,
         # where every tap but the centre sees only padding and a search learns nothing.
         VGGVariant("cifar-small", (4, 4, 4, 1), (16, 16, 32, 64, 128), (1, 1, 2, 2, 1)),
@@ -131,7 +135,7 @@ class RepOptVGG(nnx.Module):
       rngs: `nnx.Rngs`.
 
     Raises:
-      ValueError: an unknown kind, or `scales` that do not fit.
+      ValueError: an unknown kind, `scales` that do not fit, or `post_se` with a variant that has its own.
     """
 
     def __init__(
@@ -149,6 +153,12 @@ class RepOptVGG(nnx.Module):
     ):
         if kind not in KINDS:
             raise ValueError(f"`kind` is {kind!r}: it must be one of {', '.join(KINDS)}")
+        if post_se and variant.pre_se:
+            raise ValueError(
+                f"`post_se` is True, but every block of {variant.name} has squeeze-and-excitation before its "
+                "ReLU already"
+            )
+        se_divisor = 4 if post_se else variant.pre_se
         self.variant = variant
         self.kind = kind
         self.in_channels = in_channels
@@ -157,8 +167,11 @@ class RepOptVGG(nnx.Module):
             check_fit(scales, self)
         stages: list[list[nnx.Module]] = [[] for _ in range(5)]
         for spec in block_specs(variant, in_channels):
-            se = SqueezeExcite(spec.outputs, spec.outputs // 4, dtype=dtype, rngs=rngs) if post_se else None
-            stages[spec.stage].append(_block(spec, kind, se, form, scales, dtype, rngs))
+            se = None
+            if se_divisor:
+                se = SqueezeExcite(spec.outputs, spec.outputs // se_divisor, dtype=dtype, rngs=rngs)
+            block = _block(spec, kind, se, variant.pre_se > 0, form, scales, dtype, rngs)
+            stages[spec.stage].append(block)
         self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
         width = variant.widths[-1]
         self.head = nnx.Linear(
@@ -201,10 +214,17 @@ def block_specs(variant: VGGVariant, in_channels: int = 3) -> Iterator[BlockSpec
             inputs, count = width, count + 1
 
 
-def _block(spec, kind, se, form, scales, dtype, rngs) -> nnx.Module:
+def _block(spec, kind, se, se_first, form, scales, dtype, rngs) -> nnx.Module:
     if kind == "repvgg":
         return RepVGGBlock(
-            spec.inputs, spec.outputs, stride=spec.stride, groups=spec.groups, se=se, dtype=dtype, rngs=rngs
+            spec.inputs,
+            spec.outputs,
+            stride=spec.stride,
+            groups=spec.groups,
+            se=se,
+            se_first=se_first,
+            dtype=dtype,
+            rngs=rngs,
         )
     if kind == "target":
         layer = conv(
@@ -221,4 +241,4 @@ def _block(spec, kind, se, form, scales, dtype, rngs) -> nnx.Module:
             dtype=dtype,
             rngs=rngs,
         )
-    return PlainBlock(layer, batch_norm(spec.outputs, dtype=dtype, rngs=rngs), se)
+    return PlainBlock(layer, batch_norm(spec.outputs, dtype=dtype, rngs=rngs), se, se_first=se_first)

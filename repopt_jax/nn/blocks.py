@@ -1,5 +1,5 @@
-"""Blocks: plain (a convolution, batch norm, ReLU), RepVGG (three normalised branches), and what both deploy
-to.
+"""Blocks: plain (a convolution, batch norm, ReLU), RepVGG (three normalised branches), what both deploy to,
+and the layers that networks share.
 
 A block's kind is its class; which convolution a plain block holds (`nnx.Conv` or the search layer `CSLAConv`)
 is what tells a target network from a search network. Deploying makes another class, `FusedBlock`, not another
@@ -64,37 +64,71 @@ def batch_norm(channels: int, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.Batch
 
 
 class SqueezeExcite(nnx.Module):
-    """Gates channels: x * sigmoid(up(relu(down(mean of x over the map)))). `down` has `hidden` channels."""
+    """Gates channels: x * gate(up(relu(down(mean of x over the map)))). `down` has `hidden` channels.
 
-    def __init__(self, channels: int, hidden: int, *, dtype: Any = None, rngs: nnx.Rngs):
+    The gate is the sigmoid, or with `hard` its piecewise linear form min(max(z + 3, 0), 6) / 6.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, hard: bool = False, dtype: Any = None, rngs: nnx.Rngs):
         self.down = conv(channels, hidden, 1, bias=True, dtype=dtype, rngs=rngs)
         self.up = conv(hidden, channels, 1, bias=True, dtype=dtype, rngs=rngs)
+        self.hard = hard
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
-        return x * nnx.sigmoid(self.up(nnx.relu(self.down(gate))))
+        z = self.up(nnx.relu(self.down(jnp.mean(x, axis=(1, 2), keepdims=True))))
+        return x * (nnx.hard_sigmoid(z) if self.hard else nnx.sigmoid(z))
+
+
+def activate(y: jax.Array, se: SqueezeExcite | None, *, se_first: bool) -> jax.Array:
+    """How a block ends: relu(y), with squeeze-and-excitation before the ReLU (`se_first`) or after it."""
+    if se is None:
+        return nnx.relu(y)
+    return nnx.relu(se(y)) if se_first else se(nnx.relu(y))
+
+
+class ConvNorm(nnx.Module):
+    """bn(conv(x)): the linear part of a block. `conv` is an `nnx.Conv`, or `CSLAConv` in a search. Deploys to
+    one `nnx.Conv`."""
+
+    def __init__(self, conv: nnx.Conv | CSLAConv, bn: nnx.BatchNorm):
+        self.conv = conv
+        self.bn = bn
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.bn(self.conv(x))
 
 
 class PlainBlock(nnx.Module):
-    """se(relu(bn(conv(x)))): with `nnx.Conv` the block that RepOptimizer trains, with `CSLAConv` the one it
+    """relu(bn(conv(x))): with `nnx.Conv` the block that RepOptimizer trains, with `CSLAConv` the one it
     searches.
 
-    Squeeze-and-excitation, if any, comes after the ReLU, as in RepOptimizer's networks.
+    Squeeze-and-excitation, if any, comes after the ReLU, as in RepOptimizer's networks, or with `se_first`
+    before it.
     """
 
-    def __init__(self, conv: nnx.Conv | CSLAConv, bn: nnx.BatchNorm, se: SqueezeExcite | None = None):
+    def __init__(
+        self,
+        conv: nnx.Conv | CSLAConv,
+        bn: nnx.BatchNorm,
+        se: SqueezeExcite | None = None,
+        *,
+        se_first: bool = False,
+    ):
         self.conv = conv
         self.bn = bn
         self.se = nnx.data(se)
+        self.se_first = se_first
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.bn(self.conv(x)))
-        return y if self.se is None else self.se(y)
+        return activate(self.bn(self.conv(x)), self.se, se_first=self.se_first)
 
 
 class RepVGGBlock(nnx.Module):
-    """relu(bn(conv3x3(x)) + bn(conv1x1(x)) + bn(x)), the last where width and resolution stay; then
-    optionally se."""
+    """relu(bn(conv3x3(x)) + bn(conv1x1(x)) + bn(x)), the last where width and resolution stay.
+
+    Squeeze-and-excitation, if any, comes after the ReLU, as in RepVGGplus, or with `se_first` before it, as
+    in RepVGG-D2se.
+    """
 
     def __init__(
         self,
@@ -104,6 +138,7 @@ class RepVGGBlock(nnx.Module):
         stride: int = 1,
         groups: int = 1,
         se: SqueezeExcite | None = None,
+        se_first: bool = False,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -116,22 +151,23 @@ class RepVGGBlock(nnx.Module):
         has_identity = "identity" in self.branches.names
         self.bn_identity = nnx.data(batch_norm(outputs, dtype=dtype, rngs=rngs) if has_identity else None)
         self.se = nnx.data(se)
+        self.se_first = se_first
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.bn_3x3(self.conv_3x3(x)) + self.bn_1x1(self.conv_1x1(x))
         if self.bn_identity is not None:
             y = y + self.bn_identity(x)
-        y = nnx.relu(y)
-        return y if self.se is None else self.se(y)
+        return activate(y, self.se, se_first=self.se_first)
 
 
 class FusedBlock(nnx.Module):
-    """se(relu(conv(x))) with a bias in the convolution: what is deployed."""
+    """relu(conv(x)) with a bias in the convolution, and squeeze-and-excitation where the block had it: what
+    is deployed."""
 
-    def __init__(self, conv: nnx.Conv, se: SqueezeExcite | None = None):
+    def __init__(self, conv: nnx.Conv, se: SqueezeExcite | None = None, *, se_first: bool = False):
         self.conv = conv
         self.se = nnx.data(se)
+        self.se_first = se_first
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.conv(x))
-        return y if self.se is None else self.se(y)
+        return activate(self.conv(x), self.se, se_first=self.se_first)

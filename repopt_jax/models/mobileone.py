@@ -1,0 +1,141 @@
+"""MobileOne: blocks of summed copies in training, a plain chain of depthwise and 1x1 convolutions deployed.
+
+Five stages. Stage 0 is one strided 3x3 block; the others are pairs of a depthwise 3x3 and a 1x1 block, the
+first pair of each strided. Then global average pooling and a linear classifier.
+
+Paths: block i of stage s is `stages/{s}/{i}`, the depthwise block of pair u at 2u, its 1x1 block at 2u + 1.
+A block has `conv_kxk/{copy}/{conv,bn}`, and where it has those branches `conv_1x1/{conv,bn}`, `bn_identity`
+and `se/{down,up}`; deployed, `conv` and `se`. The classifier is `head`.
+Source: MobileOne (arXiv 2206.04040), section 3.3; published code read for facts.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.nn.blocks import SqueezeExcite, bias_init, kernel_init
+from repopt_jax.nn.mobileone import MobileOneBlock
+
+
+@dataclasses.dataclass(frozen=True)
+class MobileOneVariant:
+    """One network.
+
+    Attributes:
+      name: key in `MOBILEONE_VARIANTS`.
+      widths: output channels of stages 0 to 4.
+      copies: how many copies of its convolution every block of stages 1 to 4 has; stage 0 has one.
+      pairs: pairs of depthwise and 1x1 blocks in stages 1 to 4.
+      se_pairs: how many of them, counted from the stage's end, have squeeze-and-excitation, of a sixteenth of
+        the width, in both blocks.
+    """
+
+    name: str
+    widths: tuple[int, int, int, int, int]
+    copies: int = 1
+    pairs: tuple[int, int, int, int] = (2, 8, 10, 1)
+    se_pairs: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+def _imagenet(name: str, multipliers: tuple[float, float, float, float], **options: Any) -> MobileOneVariant:
+    """Widths from the paper's multipliers of 64, 128, 256 and 512; stage 0 is never wider than 64."""
+    a, b, c, d = (int(base * m) for base, m in zip((64, 128, 256, 512), multipliers))
+    return MobileOneVariant(name, (min(64, a), a, b, c, d), **options)
+
+
+MOBILEONE_VARIANTS: dict[str, MobileOneVariant] = {
+    variant.name: variant
+    for variant in (
+        _imagenet("s0", (0.75, 1, 1, 2), copies=4),
+        _imagenet("s1", (1.5, 1.5, 2, 2.5)),
+        _imagenet("s2", (1.5, 2, 2.5, 4)),
+        _imagenet("s3", (2, 2.5, 3, 4)),
+        _imagenet("s4", (3, 3.5, 3.5, 4), se_pairs=(0, 0, 5, 1)),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MobileOneSpec:
+    """Place and shape of one block: `stages/{stage}/{index}`."""
+
+    stage: int
+    index: int
+    inputs: int
+    outputs: int
+    size: int
+    stride: int
+    groups: int
+    copies: int
+    se: bool
+
+    @property
+    def path(self) -> str:
+        return f"stages/{self.stage}/{self.index}"
+
+
+class MobileOne(nnx.Module):
+    """MobileOne in its training form. `__call__`: images (batch, height, width, in_channels) -> logits
+    (batch, num_classes), float32.
+
+    Args:
+      variant: a row of `MOBILEONE_VARIANTS`, or one of your own.
+      num_classes: size of the classifier.
+      in_channels: of the images.
+      dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
+      rngs: `nnx.Rngs`.
+    """
+
+    def __init__(
+        self,
+        variant: MobileOneVariant,
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        self.variant = variant
+        self.in_channels = in_channels
+        stages: list[list[nnx.Module]] = [[] for _ in range(5)]
+        for spec in mobileone_specs(variant, in_channels):
+            se = SqueezeExcite(spec.outputs, spec.outputs // 16, dtype=dtype, rngs=rngs) if spec.se else None
+            block = MobileOneBlock(
+                spec.inputs,
+                spec.outputs,
+                spec.size,
+                stride=spec.stride,
+                groups=spec.groups,
+                copies=spec.copies,
+                se=se,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            stages[spec.stage].append(block)
+        self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
+        width = variant.widths[-1]
+        self.head = nnx.Linear(
+            width, num_classes, kernel_init=kernel_init, bias_init=bias_init(width), dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return self.head(jnp.mean(x, axis=(1, 2))).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def mobileone_specs(variant: MobileOneVariant, in_channels: int = 3) -> Iterator[MobileOneSpec]:
+    """The blocks of a variant in order."""
+    width, *widths = variant.widths
+    yield MobileOneSpec(0, 0, in_channels, width, 3, 2, 1, 1, se=False)
+    for stage, (pairs, se_pairs, outputs) in enumerate(zip(variant.pairs, variant.se_pairs, widths), start=1):
+        for u in range(pairs):
+            stride, se = 1 if u else 2, u >= pairs - se_pairs
+            yield MobileOneSpec(stage, 2 * u, width, width, 3, stride, width, variant.copies, se)
+            yield MobileOneSpec(stage, 2 * u + 1, width, outputs, 1, 1, 1, variant.copies, se)
+            width = outputs
