@@ -14,7 +14,8 @@ class UsageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """A parsed command line: plain flags by name, the value of --config, and the overrides as typed."""
+    """A parsed command line: plain flags and positional arguments by name, the value of --config, and the
+    overrides as typed."""
 
     flags: dict[str, str]
     config: str | None
@@ -25,7 +26,8 @@ class Arguments:
 class Command:
     """One subcommand: what it does and its flags (name -> default, None where it must be given).
 
-    `config` is the default of --config; overrides are accepted where `takes_config`.
+    `config` is the default of --config; overrides are accepted where `takes_config`. `positional` names the
+    arguments that are given without a name, in their order; all of them must be.
     """
 
     act: Callable[[Arguments], int]
@@ -33,20 +35,26 @@ class Command:
     flags: dict[str, str | None]
     config: str | None = None
     takes_config: bool = False
+    positional: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str], command: Command) -> Arguments:
     """Sorts the arguments of a subcommand into flags, config and overrides.
 
     Raises:
-      UsageError: an unknown, repeated, missing or empty flag, or an argument that is none.
+      UsageError: an unknown, repeated, missing or empty flag, or too few or too many arguments without a
+        name.
     """
     given: dict[str, str] = {}
+    places = list(command.positional)
     overrides = []
     known = [*command.flags, *(["config"] if command.takes_config else [])]
     arguments = iter(argv)
     for argument in arguments:
         if not argument.startswith("--"):
+            if places and argument:
+                given[places.pop(0)] = argument
+                continue
             raise UsageError(f"unexpected argument {argument!r}: arguments are written --name=value")
         name, equals, value = argument[2:].partition("=")
         is_override = command.takes_config and name.startswith("config.")
@@ -64,7 +72,10 @@ def parse(argv: Sequence[str], command: Command) -> Arguments:
     missing = [name for name, default in defaults.items() if default is None and not given.get(name)]
     if missing:
         raise UsageError(f"{_named(missing)} must be given; see --help")
+    if places:
+        raise UsageError(f"{' and '.join(map(str.upper, places))} must be given; see --help")
     flags = {name: given.get(name, default or "") for name, default in command.flags.items()}
+    flags |= {name: given[name] for name in command.positional}
     return Arguments(flags, given.get("config", command.config), tuple(overrides))
 
 
@@ -152,6 +163,13 @@ def whole_number(name: str, value: str) -> int:
         return int(value)
     except ValueError as error:
         raise UsageError(f"--{name}={value} must be a whole number") from error
+
+
+def number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UsageError(f"--{name}={value} must be a number") from error
 
 
 def _named(names: Sequence[str]) -> str:

@@ -1,0 +1,170 @@
+"""Conversion of one network between PyTorch's files and our folders, with its check.
+
+PyTorch's side of the check is the state dict run by PyTorch (`torch_forward`), ours the network run by JAX,
+on the same random images; and the numbers of parameters on both sides.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from repopt_jax.interop.files import read_tensors
+from repopt_jax.interop.names import find_scheme, own_scheme, recognise
+from repopt_jax.interop.networks import (
+    Description,
+    build,
+    count_parameters,
+    describe,
+    save_converted,
+    strides_of,
+)
+from repopt_jax.interop.torch_forward import torch_logits
+from repopt_jax.interop.weights import from_torch, to_torch, write_tensors
+from repopt_jax.nn.modules import named_modules
+
+TORCH_SUFFIXES = (".safetensors", ".pth", ".pt")
+SIZE, COUNT = 64, 2  # of the images on which logits are compared: the smallest on which no map is one pixel
+TOLERANCE = 1e-3  # of the largest logit; float32 gives some 1e-6, a mistake in the conversion 1e-2 and more
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What the two sides of a conversion have in common.
+
+    Attributes:
+      scheme: whose names the PyTorch side has.
+      torch_parameters, parameters: numbers on PyTorch's side and on ours, without batch statistics.
+      difference: largest difference of a logit; None where PyTorch is not installed.
+      largest: largest absolute logit.
+    """
+
+    scheme: str
+    torch_parameters: int
+    parameters: int
+    difference: float | None
+    largest: float | None
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """For people to read."""
+        counts = f"parameters: {self.torch_parameters:,} in PyTorch ({self.scheme}), {self.parameters:,} here"
+        if self.difference is None or self.largest is None:
+            return counts, "logits not compared: PyTorch is not installed"
+        share = self.difference / self.largest
+        images = f"{COUNT} random images of {SIZE} x {SIZE}"
+        return (
+            counts,
+            f"largest logit difference {self.difference:.2e} ({share:.2e} of the largest), {images}",
+        )
+
+
+def import_weights(
+    path: str | os.PathLike[str], model: str, *, kind: str = "", classes: int = 0, key: str | None = None
+) -> tuple[Any, Description, Check]:
+    """The network that a PyTorch or safetensors file holds.
+
+    Args:
+      path: the file, as `read_tensors` takes it with `key`.
+      model, kind, classes: as `describe` takes them.
+
+    Returns:
+      The model in evaluation mode, its description, and the check.
+
+    Raises:
+      As `read_tensors`, `describe` and `from_torch`; ValueError also if the check fails.
+    """
+    tensors = read_tensors(path, key=key)
+    description = describe(tensors, model, kind=kind, classes=classes)
+    network = from_torch(tensors, build(description))
+    return network, description, check(network, tensors, recognise(tensors).scheme)
+
+
+def export_weights(path: str | os.PathLike[str], model: nnx.Module, *, names: str = "") -> Check:
+    """Writes `model`, in evaluation mode, to a PyTorch or safetensors file in a scheme's names ("": its own
+    authors'), after checking.
+
+    Raises:
+      As `to_torch` and `write_tensors`; ValueError also if the check fails, and then nothing is written.
+    """
+    scheme = find_scheme(names).name if names else own_scheme(model)
+    tensors = to_torch(model, scheme)
+    checked = check(model, tensors, scheme)
+    write_tensors(path, tensors)
+    return checked
+
+
+def convert_file(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    model: str,
+    *,
+    kind: str = "",
+    classes: int = 0,
+    key: str | None = None,
+    names: str = "",
+) -> Check:
+    """A PyTorch or safetensors file into a converted folder, or, where `out` ends in one of `TORCH_SUFFIXES`,
+    into such a file in the names of another scheme. Arguments and errors as of `import_weights` and
+    `export_weights`; FileExistsError, before anything is read, if something is at `out`."""
+    refuse_existing(out)
+    if names and not is_torch_file(out):
+        endings = ", ".join(TORCH_SUFFIXES)
+        raise ValueError(f"`to` is {names!r}, but {out} is a folder of ours, not a file ending in {endings}")
+    network, description, checked = import_weights(source, model, kind=kind, classes=classes, key=key)
+    if is_torch_file(out):
+        return export_weights(out, network, names=names)
+    save_converted(out, network, description)
+    return checked
+
+
+def check(model: nnx.Module, tensors: Mapping[str, np.ndarray], scheme: str) -> Check:
+    """Compares `model`, in evaluation mode, with a state dict that is said to be the same network.
+
+    Raises:
+      ValueError: they are not the same: other counts of parameters, or logits that differ by more than
+        `TOLERANCE` of the largest.
+    """
+    counts = count_parameters(tensors), count_parameters(model)
+    difference = largest = None
+    if importlib.util.find_spec("torch") is not None:
+        channels = getattr(model, "in_channels", 3)
+        images = np.random.default_rng(0).normal(size=(COUNT, SIZE, SIZE, channels)).astype(np.float32)
+        single = {
+            key: value.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
+            for key, value in tensors.items()
+        }
+        theirs = torch_logits(single, images, scheme=scheme, strides=strides_of(model))
+        ours = np.asarray(nnx.jit(lambda m, x: m(x))(_in_single(model), jnp.asarray(images)))
+        difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+    result = Check(scheme, *counts, difference, largest)
+    # Written so that NaN fails.
+    if counts[0] != counts[1] or not (difference is None or difference <= TOLERANCE * (largest or 0)):
+        raise ValueError(f"the two sides differ, nothing was written: {'; '.join(result.lines)}")
+    return result
+
+
+def _in_single(model: nnx.Module) -> nnx.Module:
+    """A copy that computes in the precision of its parameters, whatever it is set to."""
+    copy = nnx.clone(model)
+    for _, module in named_modules(copy):
+        if hasattr(module, "dtype"):
+            module.dtype = None  # pyright: ignore[reportAttributeAccessIssue]
+    return copy
+
+
+def is_torch_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path, existing or not, is named like a PyTorch or safetensors file."""
+    return Path(path).suffix in TORCH_SUFFIXES
+
+
+def refuse_existing(out: str | os.PathLike[str]) -> None:
+    """FileExistsError if something is at `out`."""
+    if Path(out).expanduser().exists():
+        raise FileExistsError(f"{out} exists: it is not overwritten, give another path or remove it")

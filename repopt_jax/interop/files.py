@@ -1,0 +1,357 @@
+"""Files of tensors by name: PyTorch's (`.pth`, `.pt`) and safetensors, read and written without PyTorch.
+
+A PyTorch file is recognised by its content. Since 1.6 it is an uncompressed zip archive of a pickle
+(`data.pkl`) and one entry of raw numbers for each storage; before, it was a row of pickles and then the
+storages. The pickle is never run, see `pickles`.
+"""
+
+import contextlib
+import math
+import mmap
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from pickle import encode_long
+from typing import IO, Any
+
+import numpy as np
+import safetensors
+from numpy.typing import ArrayLike
+
+from repopt_jax.interop.checkpoints import select_tensors, without_wrappers
+from repopt_jax.interop.pickles import (
+    DTYPES,
+    STORAGES,
+    StorageRef,
+    TensorRef,
+    Unreadable,
+    load,
+)
+
+
+def read_tensors(path: str | os.PathLike[str], *, key: str | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a file by name, as PyTorch orders their axes, with the dtypes that they have in the
+    file (bfloat16 and float8 from `ml_dtypes`).
+
+    The file holds a state dict; or a checkpoint with one in it, with whatever else beside it (epoch,
+    optimizer, configuration), of which nothing is read; or a whole pickled module, whose parameters and
+    persistent buffers come under the names that its `state_dict()` would give. The first of the entries
+    `model`, `state_dict`, `model_state_dict`, `params` and `ema` that holds tensors is taken, and only if
+    there is none, the tensors of the file's own mapping. Whatever else a training program saved, or `ema`
+    beside `model`, is asked for by `key`. Prefixes `module.` and `_orig_mod.`, where every name has them,
+    are taken off.
+
+    Nothing in the file is run: see `pickles`.
+
+    Args:
+      path: a `.pth` or `.pt` file as `torch.save` writes it, now or before PyTorch 1.6, or a safetensors
+        file; the name's ending does not matter.
+      key: the entry of a checkpoint that holds the tensors; entries inside entries with `/`.
+
+    Returns:
+      Read-only arrays, in the file's order (of safetensors: sorted by name). Tensors that share memory in
+      the file share it here.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: one sentence naming the file, if it is of another type, empty, truncated or damaged; if it
+        would run code; if it holds no tensors, or none under `key`.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise Unreadable(f"{file} is a folder, not a PyTorch or safetensors file")
+    with file.open("rb") as stream:
+        try:
+            return _read(stream, file, key)
+        except (Unreadable, MemoryError):
+            raise
+        except Exception as error:  # of any type: the bytes are anything
+            reason = str(error).strip("'\" ").partition("\n")[0][:100] or type(error).__name__
+            raise Unreadable(f"{file} is truncated or damaged: {reason}") from error
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, ArrayLike],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors by name as a safetensors file, which appears whole or not at all.
+
+    Args:
+      path: the file.
+      tensors: name -> array, of any strides; dtypes are kept.
+      metadata: texts for the file's header.
+
+    Raises:
+      FileExistsError: something is at `path`.
+      ValueError: dtypes that the format does not have, all listed.
+    """
+    arrays = _arrays(tensors, set(_SAFETENSORS.values()), "safetensors")
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=array.dtype.name, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes
+        )
+        for name, array in arrays.items()
+    }
+    with _new_file(path) as temporary:
+        safetensors.serialize_file(specs, temporary, metadata=None if metadata is None else dict(metadata))
+
+
+def write_torch(path: str | os.PathLike[str], tensors: Mapping[str, ArrayLike]) -> None:
+    """Writes tensors by name as a state dict that `torch.load(path, weights_only=True)` reads.
+
+    PyTorch is not needed. The file appears whole or not at all.
+
+    Args:
+      path: the file.
+      tensors: name -> array, of any strides; dtypes are kept.
+
+    Raises:
+      FileExistsError: something is at `path`.
+      ValueError: dtypes without a storage class of PyTorch's, all listed.
+    """
+    storages = {DTYPES[dtype]: storage for storage, dtype in STORAGES.items() if storage != "UntypedStorage"}
+    arrays = _arrays(tensors, set(storages), "PyTorch's file format")
+    with _new_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "archive/data.pkl", _pickled(arrays, storages))
+        _add(archive, "archive/byteorder", sys.byteorder.encode())
+        for index, array in enumerate(arrays.values()):
+            _add(archive, f"archive/data/{index}", array.tobytes())
+        _add(archive, "archive/version", b"3\n")
+
+
+def _read(stream: IO[bytes], file: Path, key: str | None) -> dict[str, np.ndarray]:
+    head = stream.read(16)
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if not head:
+        raise Unreadable(f"{file} is empty")
+    if head.startswith(b"PK"):
+        with zipfile.ZipFile(stream) as archive:
+            value, storages = _open_zip(archive, file, size)
+            return _named_arrays(value, storages, file, key)
+    if head.startswith(b"\x80"):
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            value, storages = _open_legacy(mapped, file)
+            return _named_arrays(value, storages, file, key)
+    if head[8:9] == b"{":
+        if key is not None:
+            raise Unreadable(
+                f"{file} is a safetensors file, which has no entries within entries: no `key` {key!r}"
+            )
+        return _read_safetensors(stream.read(), file)
+    raise Unreadable(
+        f"{file} is not a PyTorch or safetensors file (it starts with {head[:8]!r}): give what `torch.save` "
+        "or safetensors wrote"
+    )
+
+
+class Storages:
+    """The raw numbers of a file's storages, by key, each read when it is first asked for."""
+
+    def __init__(self, read: Callable[[str], bytes], *, little_endian: bool):
+        self._read = read
+        self._swap = not little_endian
+        self._done: dict[tuple[str, np.dtype], np.ndarray] = {}
+
+    def elements(self, storage: StorageRef, dtype: np.dtype) -> np.ndarray:
+        """The elements of `storage` as a flat read-only array of `dtype`."""
+        known = (storage.key, dtype)
+        if known not in self._done:
+            raw = self._read(storage.key)
+            whole = raw[: len(raw) // dtype.itemsize * dtype.itemsize]
+            self._done[known] = np.frombuffer(self._in_our_order(whole, dtype), dtype)
+        start, count = (n * storage.dtype.itemsize // dtype.itemsize for n in (storage.offset, storage.numel))
+        elements = self._done[known][start : start + count]
+        if elements.size != count:
+            raise ValueError(f"storage {storage.key!r} has fewer elements than its tensors")
+        return elements
+
+    def _in_our_order(self, raw: bytes, dtype: np.dtype) -> bytes:
+        if not self._swap:
+            return raw
+        width = dtype.itemsize // (2 if dtype.kind == "c" else 1)
+        return np.frombuffer(raw, np.uint8).reshape(-1, width)[:, ::-1].tobytes()
+
+
+def _open_zip(archive: zipfile.ZipFile, file: Path, size: int) -> tuple[Any, Storages]:
+    """The value and the storages of a file of PyTorch 1.6 or later."""
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    if not entries:
+        raise Unreadable(f"{file} is an empty archive")
+    tops = [
+        name.removesuffix("data.pkl")
+        for name in entries
+        if name.count("/") == 1 and name.endswith("/data.pkl")
+    ]
+    if len(tops) != 1:
+        raise Unreadable(f"{file} is a zip archive, but not one that `torch.save` wrote: it has no data.pkl")
+    (top,) = tops
+    if f"{top}constants.pkl" in entries:
+        raise Unreadable(f"{file} is a TorchScript archive: load it in PyTorch and save its `state_dict()`")
+    # PyTorch compresses nothing, so that nothing in the file can be larger than the file.
+    if any(e.file_size != e.compress_size for e in entries.values()) or (
+        sum(e.file_size for e in entries.values()) > size
+    ):
+        raise Unreadable(f"{file} holds compressed or overlapping entries, which `torch.save` never writes")
+    order = archive.read(f"{top}byteorder") if f"{top}byteorder" in entries else b"little"
+    value = load(archive.read(f"{top}data.pkl"), str(file))
+    return value, Storages(lambda key: archive.read(f"{top}data/{key}"), little_endian=order != b"big")
+
+
+# The first pickle of a file in the older format.
+_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+def _open_legacy(mapped: mmap.mmap, file: Path) -> tuple[Any, Storages]:
+    """The value and the storages of a file of PyTorch before 1.6.
+
+    Pickles of a magic number, a protocol number, the machine's properties, the value and the storages' keys;
+    then for each key the number of elements (8 bytes) and the elements, always in little-endian order.
+    """
+    if load(mapped, str(file)) != _MAGIC:
+        raise Unreadable(f"{file} is a pickle, but not one that `torch.save` wrote")
+    for _ in ("protocol", "machine"):
+        load(mapped, str(file))
+    found: dict[str, StorageRef] = {}
+    value = load(mapped, str(file), found)
+    places = {}
+    for key in load(mapped, str(file)):
+        numel = int.from_bytes(mapped.read(8), "little", signed=True)
+        start, count = mapped.tell(), numel * found[key].dtype.itemsize
+        if not 0 <= count <= len(mapped) - start:
+            raise ValueError("the file ends within its tensors")
+        places[key] = slice(start, start + count)
+        mapped.seek(start + count)
+    return value, Storages(lambda key: mapped[places[key]], little_endian=True)
+
+
+def _named_arrays(value: Any, storages: Storages, file: Path, key: str | None) -> dict[str, np.ndarray]:
+    found = select_tensors(value, key, str(file))
+    return {name: _array(tensor, storages) for name, tensor in found.items()}
+
+
+def _array(tensor: TensorRef, storages: Storages) -> np.ndarray:
+    if 0 in tensor.shape:
+        return np.empty(tensor.shape, tensor.dtype)
+    elements = storages.elements(tensor.storage, tensor.dtype)[tensor.offset :]
+    # `TensorRef`s have been checked to lie within their storage.
+    strides = [n * tensor.dtype.itemsize for n in tensor.stride]
+    return np.lib.stride_tricks.as_strided(elements, tensor.shape, strides, writeable=False)
+
+
+# --- safetensors
+
+_SAFETENSORS: dict[str, np.dtype] = {
+    "F64": DTYPES["float64"],
+    "F32": DTYPES["float32"],
+    "F16": DTYPES["float16"],
+    "BF16": DTYPES["bfloat16"],
+    "F8_E4M3": DTYPES["float8_e4m3fn"],
+    "F8_E5M2": DTYPES["float8_e5m2"],
+    "C64": DTYPES["complex64"],
+    "BOOL": DTYPES["bool"],
+    **{
+        f"{sign}{bits}": DTYPES[f"{kind}{bits}"]
+        for sign, kind in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
+}
+
+
+def _read_safetensors(content: bytes, file: Path) -> dict[str, np.ndarray]:
+    tensors = dict(
+        sorted(safetensors.deserialize(content), key=lambda item: item[0])
+    )  # they come in another order each time
+    if not tensors:
+        raise Unreadable(f"{file} holds no tensors")
+    if unknown := [f"{name} {t['dtype']}" for name, t in tensors.items() if t["dtype"] not in _SAFETENSORS]:
+        raise Unreadable(f"{file} holds tensors of types that are not supported: {', '.join(unknown)}")
+    arrays = {}
+    for name, tensor in tensors.items():
+        array = np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
+        array.flags.writeable = False
+        arrays[name] = array
+    return without_wrappers(arrays)
+
+
+# --- Writing
+
+
+def _arrays(tensors: Mapping[str, ArrayLike], dtypes: set[np.dtype], target: str) -> dict[str, np.ndarray]:
+    """Contiguous arrays in this machine's byte order. (`ascontiguousarray` would make scalars vectors.)"""
+    arrays = {}
+    for name, tensor in tensors.items():
+        array = np.asarray(tensor)
+        arrays[name] = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    if wrong := [f"{name} {array.dtype}" for name, array in arrays.items() if array.dtype not in dtypes]:
+        raise ValueError(
+            f"`tensors` holds types that {target} does not have: {', '.join(wrong)}; cast them first"
+        )
+    return arrays
+
+
+@contextlib.contextmanager
+def _new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name to write to, which becomes `path` if all goes well and disappears otherwise."""
+    file = Path(path)
+    if file.exists():
+        raise FileExistsError(f"{file} exists: files are not overwritten, give another path or remove it")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# PyTorch can map a file into memory instead of reading it if storages start at multiples of this.
+_ALIGNMENT = 64
+_LOCAL_HEADER = 30  # bytes of a zip entry before its name
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    entry = zipfile.ZipInfo(name)
+    start = archive.start_dir + _LOCAL_HEADER + len(name)
+    padding = -start % _ALIGNMENT
+    padding += _ALIGNMENT if 0 < padding < 4 else 0  # an extra field has a header of its own
+    if padding:
+        entry.extra = b"FB" + (padding - 4).to_bytes(2, "little") + bytes(padding - 4)
+    archive.writestr(entry, content)
+
+
+def _pickled(arrays: Mapping[str, np.ndarray], storages: Mapping[np.dtype, str]) -> bytes:
+    """The pickle, of protocol 2, of an ordered dict of tensors whose storages are outside of it."""
+    ordered = _global("collections", "OrderedDict") + b")R"
+    out = [b"\x80\x02", ordered, b"("]
+    for index, (name, array) in enumerate(arrays.items()):
+        kind = _global("torch", storages[array.dtype])
+        storage = (
+            _tuple(_value("storage"), kind, _value(str(index)), _value("cpu"), _value(array.size)) + b"Q"
+        )
+        shape = _tuple(*map(_value, array.shape))
+        # In elements, and of dimensions that are empty as if they had one.
+        lengths = [max(n, 1) for n in array.shape]
+        stride = _tuple(*(_value(math.prod(lengths[axis + 1 :])) for axis in range(array.ndim)))
+        arguments = _tuple(storage, _value(0), shape, stride, b"\x89", ordered)
+        out += [_value(name), _global("torch._utils", "_rebuild_tensor_v2"), arguments, b"R"]
+    return b"".join([*out, b"u."])
+
+
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def _tuple(*parts: bytes) -> bytes:
+    return b"".join([b"(", *parts, b"t"])
+
+
+def _value(value: str | int) -> bytes:
+    if isinstance(value, str):
+        text = value.encode()
+        return b"X" + len(text).to_bytes(4, "little") + text
+    number = encode_long(value)
+    return b"\x8a" + bytes([len(number)]) + number

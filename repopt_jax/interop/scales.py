@@ -1,0 +1,282 @@
+"""Scales of PyTorch searches as `Scales`: `load_torch_scales`.
+
+Where the published code keeps them, and where they go: to the layer whose kernel is re-parameterized.
+
+    RepOpt-VGG       stage0, stageN.i       .scale_conv, .scale_1x1, .scale_identity
+                     stages/N/i/conv/kernel
+    RepOpt-GhostNet  blocks.a.b.ghost1      .cheap_operation.1, .fusion_scale
+                     blocks/a/b/ghost1/cheap/conv/kernel
+    YOLOv6, others   any.module             .scale_conv, .scale_1x1, .scale_identity
+                     any/module/conv/kernel
+
+Each name is followed by `.weight`, a vector with one entry for each output channel. That of the identity is
+the searched u, from which its trainable weight starts.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from repopt_jax import paths
+from repopt_jax.branches import Branch, BranchSet, Identity, Kernel, Shape
+from repopt_jax.interop.files import read_tensors
+from repopt_jax.models.ghost import GHOST_VARIANTS, ghost_specs
+from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
+from repopt_jax.nn.ghost import ghost_branches
+from repopt_jax.scales import (
+    DeclaresBranches,
+    LayerScales,
+    Scales,
+    ScalesMetadata,
+    check_finite,
+    check_fit,
+)
+
+
+def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: str | None = None) -> Scales:
+    """The scales of a hyper-search that was run in PyTorch, float32 whatever the file has.
+
+    The file is one of the authors' scale files; or a checkpoint of the whole search network of RepOpt-VGG,
+    RepOpt-GhostNet or a YOLOv6 detector (pickled modules too), from which the scales alone are taken. A
+    scale file holds vectors but no kernels' shapes, which then come from `model`, or else from the
+    architecture: RepOpt-VGG's are 3x3, from the previous block's channels to its own, from 3 in the first;
+    RepOpt-GhostNet's 3x3 and depthwise.
+
+    Args:
+      path: a file that `read_tensors` reads.
+      model: what the scales are for, as `check_fit` takes it: a model that declares its `branch_sets()`,
+        {path: BranchSet}, or any pytree of parameters.
+      key: the entry of a checkpoint that holds the network, as in `read_tensors`.
+
+    Returns:
+      Scales whose metadata name the file, and the architecture where the blocks are those of a known variant.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: no file of scales; blocks with missing or misshapen vectors, all listed; NaN or infinite
+        values; blocks of unknown kernels of which `model` says nothing; or scales that do not fit `model`,
+        with every missing, extra and misshapen layer.
+    """
+    file = Path(path)
+    tensors = read_tensors(file, key=key)
+    blocks = _blocks(tensors)
+    if not blocks:
+        shown = ", ".join(list(tensors)[:3])
+        raise ValueError(
+            f"{file} holds no scales: no tensor in it is named *.scale_conv.weight or *.fusion_scale.weight "
+            f"(it holds {shown}{' ...' if len(tensors) > 3 else ''}); give the checkpoint of a hyper-search"
+        )
+    _check_vectors(blocks, file)
+    declared, kernels = _known(model, [block.path for block in blocks])
+    if not declared:
+        _check_no_gaps(blocks, file)
+    branch_sets = _branch_sets(blocks, declared, kernels, file)
+    metadata = ScalesMetadata(_architecture(branch_sets), config=file.name)
+    scales = Scales({block.path: _layer(block, branch_sets[block.path]) for block in blocks}, metadata)
+    check_finite(scales, where=f" in {file}")
+    if model is not None:
+        check_fit(scales, model, where=f" in {file}")
+    return scales
+
+
+@dataclasses.dataclass
+class _Block:
+    """A block as the file has it. `vectors` and `keys` go by role: conv, 1x1, identity."""
+
+    name: str
+    ghost: bool
+    keys: dict[str, str]
+    vectors: dict[str, np.ndarray]
+    weight: np.ndarray | None  # of the block's own convolution, (out, in/groups, *spatial)
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Stage and index of a block of RepOpt-VGG."""
+        if found := re.fullmatch(r"stage(?:(0)|(\d+)\.(\d+))", self.name):
+            return int(found[1] or found[2]), int(found[3] or 0)
+        return None
+
+    @property
+    def path(self) -> str:
+        if self.place:
+            return "stages/{}/{}/conv/kernel".format(*self.place)
+        return f"{self.name.replace('.', '/')}/{'cheap/conv' if self.ghost else 'conv'}/kernel".lstrip("/")
+
+    @property
+    def out(self) -> int:
+        return self.vectors["conv"].size
+
+
+# What each tensor of a block is. Where a ghost module of the search has a scale, `cheap_operation.1`, one of
+# the RepGhost baseline has a batch norm of that name, with a running mean.
+_VGG_ROLES = {"scale_conv": "conv", "scale_1x1": "1x1", "scale_identity": "identity"}
+_GHOST_ROLES = {"cheap_operation.1": "conv", "fusion_scale": "identity"}
+_REQUIRED = {False: ("conv", "1x1"), True: ("conv", "identity")}
+
+
+def _blocks(tensors: Mapping[str, np.ndarray]) -> list[_Block]:
+    """The blocks that have scales, in the order of the network."""
+    names = dict.fromkeys(
+        (found[1] or "", bool(found[3]))
+        for tensor in tensors
+        if (found := _SCALE.fullmatch(tensor)) and f"{found[1]}.cheap_operation.1.running_mean" not in tensors
+    )
+    blocks = []
+    # By name, with the numbers in it as numbers.
+    for name, ghost in sorted(names, key=lambda entry: re.sub(r"\d+", lambda n: n[0].zfill(9), entry[0])):
+        prefix = f"{name}." if name else ""
+        keys = {
+            role: f"{prefix}{layer}.weight" for layer, role in (_GHOST_ROLES if ghost else _VGG_ROLES).items()
+        }
+        vectors = {role: tensors[k] for role, k in keys.items() if k in tensors}
+        weight = tensors.get(f"{prefix}cheap_operation.0.weight" if ghost else f"{prefix}conv.weight")
+        is_kernel = weight is not None and weight.ndim > 2
+        blocks.append(_Block(name, ghost, keys, vectors, weight if is_kernel else None))
+    return blocks
+
+
+_SCALE = re.compile(
+    r"(?:(.+)\.)?(?:(scale_conv|scale_1x1|scale_identity)|(cheap_operation\.1|fusion_scale))\.weight"
+)
+
+
+def _check_vectors(blocks: list[_Block], file: Path) -> None:
+    missing, misshapen = [], []
+    for block in blocks:
+        missing += [block.keys[role] for role in _REQUIRED[block.ghost] if role not in block.vectors]
+        sizes = {role: vector.shape for role, vector in block.vectors.items()}
+        expected = block.weight.shape[:1] if block.weight is not None else next(iter(sizes.values()))
+        misshapen += [
+            f"{block.keys[role]} (expected {expected}, found {shape})"
+            for role, shape in sizes.items()
+            if shape != expected or len(shape) != 1
+        ]
+    listed = [
+        f"{len(keys)} {word} scales: {', '.join(keys)}"
+        for word, keys in (("missing", missing), ("misshapen", misshapen))
+        if keys
+    ]
+    if listed:
+        raise ValueError(f"{file} is no complete file of scales: {'; '.join(listed)}")
+
+
+def _check_no_gaps(blocks: list[_Block], file: Path) -> None:
+    """Without a network to compare with, only the numbering tells that a file of RepOpt-VGG lacks a block."""
+    found = [block.place for block in blocks if block.place]
+    if len(found) < len(blocks):
+        return
+    stages = range(max(stage for stage, _ in found) + 1)
+    blocks_of = {stage: 1 + max((i for s, i in found if s == stage), default=0) for stage in stages}
+    missing = [(s, i) for s, count in blocks_of.items() for i in range(count) if (s, i) not in found]
+    if missing:
+        listed = ", ".join(f"stage{s}.{i}" if s else "stage0" for s, i in missing)
+        raise ValueError(f"{file} is no complete file of scales: {len(missing)} missing blocks: {listed}")
+
+
+def _known(model: Any, names: list[str]) -> tuple[dict[str, BranchSet], dict[str, Shape]]:
+    """The model's branch sets, where it declares them, and the shapes of its kernels, (*spatial, in/groups,
+    out)."""
+    if isinstance(model, DeclaresBranches):
+        model = model.branch_sets()
+    if isinstance(model, Mapping) and model and all(isinstance(bs, BranchSet) for bs in model.values()):
+        return dict(model), {path: _canonical(bs) for path, bs in model.items()}
+    leaves, _ = paths.named_leaves(model)
+    return {}, {path: tuple(leaves[path].shape) for path in names if path in leaves}
+
+
+def _branch_sets(
+    blocks: list[_Block], declared: Mapping[str, BranchSet], kernels: Mapping[str, Shape], file: Path
+) -> dict[str, BranchSet]:
+    """The branches of every block: with the file's own kernel, else the model's, else the architecture's
+    rule."""
+    sets: dict[str, BranchSet] = {}
+    unknown, wrong = [], []
+    inputs = 3  # channels of the images
+    for block in blocks:
+        kernel = _kernel(block, kernels.get(block.path), inputs)
+        inputs = block.out
+        if kernel is None:
+            unknown.append(block)
+            continue
+        like = declared.get(block.path)
+        groups, layout = 1, "...io" if like is None else like.layout
+        if like is not None and kernels[block.path] == kernel:
+            groups = like.groups
+        elif "identity" in block.vectors and (block.weight is not None or block.ghost):
+            groups = max(block.out // kernel[-2], 1)
+        branches: list[Branch] = [Kernel(kernel[:-2])]
+        branches += [Kernel((1,) * (len(kernel) - 2))] if "1x1" in block.vectors else []
+        branches += [Identity()] if "identity" in block.vectors else []
+        try:
+            ordered = kernel if layout == "...io" else (kernel[-1], kernel[-2], *kernel[:-2])
+            sets[block.path] = BranchSet(ordered, tuple(branches), groups, layout)
+        except ValueError as error:
+            wrong.append(f"{block.name}: {error}")
+    if wrong:
+        raise ValueError(f"{file} holds scales that fit no network: {'; '.join(wrong)}")
+    if unknown:
+        expected = {path: f"({kernel[-1]},)" for path, kernel in kernels.items()}
+        found = {block.path: f"({block.out},)" for block in blocks}
+        difference = paths.describe_difference(expected, found, noun="layers") if kernels else ""
+        raise ValueError(
+            f"{file} holds scales but no kernels of {', '.join(block.path for block in unknown)}: give a "
+            f"`model` whose kernels have these paths{f' ({difference})' if difference else ''}"
+        )
+    return sets
+
+
+def _kernel(block: _Block, known: Shape | None, inputs: int) -> Shape | None:
+    if block.weight is not None:
+        out, per_group, *spatial = block.weight.shape
+        return (*spatial, per_group, out)
+    if known is not None and known[-1] == block.out:
+        return known
+    if block.ghost:
+        return ghost_branches(block.out).kernel
+    return (3, 3, inputs, block.out) if block.place else None
+
+
+def _canonical(branches: BranchSet) -> Shape:
+    """The kernel's shape with its axes as (*spatial, in/groups, out)."""
+    if branches.layout == "...io":
+        return branches.kernel
+    out, inputs, *spatial = branches.kernel
+    return (*spatial, inputs, out)
+
+
+def _layer(block: _Block, branches: BranchSet) -> LayerScales:
+    """Branches come in the order of the roles: conv, 1x1, identity."""
+    roles = [role for role in ("conv", "1x1", "identity") if role in block.vectors]
+    # Squares of small scales are no numbers of half precision: widened before anything is done with them.
+    return LayerScales(
+        branches,
+        {
+            name: jnp.asarray(block.vectors[role].astype(np.float32))
+            for name, role in zip(branches.names, roles)
+        },
+    )
+
+
+def _architecture(branch_sets: Mapping[str, BranchSet]) -> str:
+    """The variant whose re-parameterized kernels are these, or ""."""
+    first = branch_sets.get("stages/0/0/conv/kernel")
+    if first is not None:
+        in_channels = first.kernel[-2] * first.groups
+        for name, variant in VGG_VARIANTS.items():
+            specs = block_specs(variant, in_channels)
+            if branch_sets == {f"{spec.path}/conv/kernel": spec.branch_set for spec in specs}:
+                return name
+    for name, variant in GHOST_VARIANTS.items():
+        modules = [(spec, module) for spec in ghost_specs(variant) for module in spec.modules]
+        if branch_sets == {
+            f"{spec.path}/{module}/cheap/conv/kernel": ghost_branches(out)
+            for spec, (module, _, out, _) in modules
+        }:
+            return f"GhostNet-{name}"
+    return ""

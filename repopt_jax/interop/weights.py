@@ -1,0 +1,170 @@
+"""Weights from PyTorch state dicts into our models and back, strict both ways.
+
+Nothing is filled in and nothing is left over: a missing, an extra or a misshapen tensor is an error that
+lists all of them. Only PyTorch's batch counters (`num_batches_tracked`), which no computation here uses, may
+be absent; they are written as zero, so that the original network loads what comes out with `strict=True`.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from repopt_jax import paths
+from repopt_jax.interop.files import read_tensors, write_safetensors, write_torch
+from repopt_jax.interop.names import (
+    COUNTER,
+    Scheme,
+    arrays_of,
+    counters,
+    find_scheme,
+    own_scheme,
+    recognise,
+    torch_names,
+)
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+_log = logging.getLogger(__name__)
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: "str | Scheme" = "auto") -> Model:
+    """A copy of `model` with the values of a PyTorch state dict.
+
+    Args:
+      tensors: key -> array, in PyTorch's order of axes, as `read_tensors` gives them.
+      model: says which arrays there are, their shapes and dtypes; its values are not used, so that an
+        abstract model (`nnx.eval_shape`) serves as well. Deployed weights go into a model that was given to
+        `fuse`.
+      names: whose names the keys are, a key of `SCHEMES`; "auto" tells it from the keys and logs which.
+
+    Returns:
+      A new model; values have the dtype of the model's arrays, so that half precision is widened.
+
+    Raises:
+      ValueError: unknown names; names that do not fit the model; every missing, extra and misshapen key; or a
+        tensor that holds no floating-point numbers.
+    """
+    scheme = _scheme_of(tensors, model) if names == "auto" else find_scheme(names)
+    places = torch_names(model, scheme)
+    given = {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
+    ours, _ = paths.named_leaves(arrays_of(model))
+    expected = {name.key: name.shape_in_torch(tuple(ours[path].shape)) for path, name in places.items()}
+    found = {key: tuple(value.shape) for key, value in given.items()}
+    # A counter whose batch norm is there is told by that one's own keys.
+    found |= {
+        key: tuple(tensors[key].shape)
+        for key in set(tensors) - set(given) - set(counters(model, places))
+        if key.removesuffix(COUNTER) + "running_mean" not in given
+    }
+    if difference := paths.describe_difference(expected, found, noun="tensors"):
+        raise ValueError(
+            f"the state dict, by the names of {scheme.name!r}, does not fit {_described(model)}: {difference}"
+            f"{_hint(tensors)}"
+        )
+    if wrong := [
+        f"{key} ({v.dtype})" for key, v in given.items() if not jnp.issubdtype(v.dtype, np.floating)
+    ]:
+        raise ValueError(f"weights must be floating-point numbers, not {', '.join(wrong)}")
+
+    def value(path: str, leaf: Any) -> Any:
+        name = places.get(path)
+        if name is None:
+            return start_random(leaf)
+        return jnp.asarray(name.from_torch(given[name.key]), dtype=leaf.dtype)
+
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, paths.map_named(value, state), copy=True)
+
+
+def to_torch(model: nnx.Module, names: "str | Scheme" = "auto") -> dict[str, np.ndarray]:
+    """A PyTorch state dict with the values of `model`, in its dtype.
+
+    Args:
+      model: the model; `fuse` it first for the deployed form.
+      names: whose names, a key of `SCHEMES`; "auto" takes the network's own authors', the first of `SCHEMES`
+        that fit.
+
+    Returns:
+      key -> array, in PyTorch's order of axes; batch counters are 0, int64.
+
+    Raises:
+      ValueError: unknown names, or layers that these names have no place for; all of them are listed.
+    """
+    places = torch_names(model, own_scheme(model) if names == "auto" else names)
+    arrays, _ = paths.named_leaves(arrays_of(model))
+    tensors = {name.key: name.to_torch(arrays[path]) for path, name in places.items()}
+    return tensors | {key: np.zeros((), np.int64) for key in counters(model, places)}
+
+
+def load_torch(
+    path: str | os.PathLike[str], model: Model, names: "str | Scheme" = "auto", *, key: str | None = None
+) -> Model:
+    """`from_torch` of a file's tensors; `path` and `key` as `read_tensors` takes them, errors as of both."""
+    return from_torch(read_tensors(path, key=key), model, names)
+
+
+def save_torch(path: str | os.PathLike[str], model: nnx.Module, names: "str | Scheme" = "auto") -> None:
+    """Writes `to_torch(model, names)`: as safetensors where `path` ends in `.safetensors`, and where it ends
+    in `.pth` or `.pt`, as a file that `torch.load(path, weights_only=True)` reads.
+
+    Raises:
+      ValueError: another ending, or as `to_torch`.
+      FileExistsError: something is at `path`.
+    """
+    write_tensors(path, to_torch(model, names))
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict in the format that the ending of `path` names; see `save_torch`."""
+    writers = {".safetensors": write_safetensors, ".pth": write_torch, ".pt": write_torch}
+    suffix = Path(path).suffix
+    if suffix not in writers:
+        raise ValueError(f"{path} must end in one of {', '.join(writers)}, which says what is written")
+    writers[suffix](path, tensors)
+
+
+def start_random(leaf: Any) -> Any:
+    """State of a random number generator, which no file holds: as it is, or from the seed 0 in an abstract
+    model."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    key = jax.random.key(0)
+    return jax.random.split(key, leaf.shape) if leaf.shape else key
+
+
+def _scheme_of(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> Scheme:
+    layout = recognise(tensors)
+    scheme = find_scheme(layout.scheme)
+    _log.info("the state dict has the names of %s", layout)
+    try:
+        torch_names(model, scheme)
+    except ValueError as error:
+        raise ValueError(
+            f"the state dict does not fit {_described(model)}: {error}{_hint(tensors)}"
+        ) from error
+    return scheme
+
+
+def _hint(tensors: Mapping[str, np.ndarray]) -> str:
+    """Which model the state dict is for, as far as its keys tell."""
+    try:
+        layout = recognise(tensors)
+    except ValueError:
+        return ""
+    kind = f" of kind {layout.kind!r}" if layout.kind else ""
+    fused = ", deployed by `fuse`" if layout.fused else ", not deployed"
+    return f". Its keys are those of {layout}: they fit a network{kind}{fused}"
+
+
+def _described(model: nnx.Module) -> str:
+    kind = getattr(model, "kind", "")
+    return f"the {type(model).__name__}{f' of kind {kind}' if kind else ''}"

@@ -1,0 +1,572 @@
+"""PyTorch's names of our networks: the published keys, strict both ways, nothing lost and nothing changed."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repopt_jax import fuse, interop, models
+from repopt_jax.interop import convert, networks
+from repopt_jax.interop.names import (
+    SCHEMES,
+    Scheme,
+    TorchName,
+    arrays_of,
+    own_scheme,
+    recognise,
+    torch_names,
+)
+from repopt_jax.interop.networks import Description, build, describe
+from repopt_jax.models.ghost import GhostRow, GhostVariant
+from repopt_jax.models.mobileone import MobileOneVariant
+from repopt_jax.models.vgg import VGGVariant
+from repopt_jax.nn import PlainBlock, RepGhostConv
+from repopt_jax.nn.blocks import batch_norm, conv
+from repopt_jax.nn.modules import named_modules
+from repopt_jax.paths import named_leaves
+
+VGG = VGGVariant("tiny", (2, 1, 1, 1), (4, 4, 4, 6, 8))
+VGG_SE = VGGVariant("tiny-se", (1, 1, 1, 1), (16, 16, 16, 16, 16), pre_se=16)
+ONE = MobileOneVariant("tiny", (4, 4, 4, 4, 32), 2, (1, 1, 1, 2), (0, 0, 0, 1))
+GHOST = GhostVariant("tiny", 0.5, ((GhostRow(3, 8, 16, False, 1),), (GhostRow(5, 16, 16, True, 2),)), 16, 20)
+
+TENSOR = ("weight",)
+BIASED = ("weight", "bias")
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def keys(**layers):
+    """Keys from the layers' names, with `_` for `.` doubled: no name of a layer has two in a row."""
+    return {f"{name.replace('__', '.')}.{part}" for name, parts in layers.items() for part in parts}
+
+
+def vgg(kind, variant=VGG, *, post_se=False, deployed=False):
+    def make():
+        model = models.RepOptVGG(variant, kind=kind, num_classes=3, post_se=post_se, rngs=nnx.Rngs(0))
+        model.eval()
+        return fuse(model) if deployed else model
+
+    return make
+
+
+def ghost(kind, *, deployed=False):
+    def make():
+        model = models.RepGhostNet(GHOST, kind=kind, num_classes=3, dropout=0.0, rngs=nnx.Rngs(0))
+        model.eval()
+        return fuse(model, only=(RepGhostConv,)) if deployed else model
+
+    return make
+
+
+def one(*, deployed=False):
+    def make():
+        model = models.MobileOne(ONE, num_classes=3, rngs=nnx.Rngs(0))
+        model.eval()
+        return fuse(model) if deployed else model
+
+    return make
+
+
+# scheme, our network, a prefix, the published keys under it
+PUBLISHED = {
+    "repopt target": (
+        "repopt",
+        vgg("target", post_se=True),
+        "stage1.1.",
+        keys(conv=TENSOR, bn=NORM, post_se__down=BIASED, post_se__up=BIASED),
+    ),
+    "repopt target deployed": ("repopt", vgg("target", deployed=True), "stage0.", keys(conv=BIASED)),
+    "repopt search": (
+        "repopt",
+        vgg("search"),
+        "stage1.1.",
+        keys(
+            conv=TENSOR, scale_conv=TENSOR, conv_1x1=TENSOR, scale_1x1=TENSOR, scale_identity=TENSOR, bn=NORM
+        ),
+    ),
+    "repopt csla": (
+        "repopt",
+        vgg("csla"),
+        "stage2.0.",
+        keys(conv=TENSOR, scale_conv=TENSOR, conv_1x1=TENSOR, scale_1x1=TENSOR, bn=NORM),
+    ),
+    "repopt repvgg": (
+        "repopt",
+        vgg("repvgg"),
+        "stage1.1.",
+        keys(conv_3x3=TENSOR, bn_3x3=NORM, conv_1x1=TENSOR, bn_1x1=NORM, bn_identity=NORM),
+    ),
+    "repvgg": (
+        "repvgg",
+        vgg("repvgg", VGG_SE),
+        "stage0.",
+        keys(
+            rbr_dense__conv=TENSOR,
+            rbr_dense__bn=NORM,
+            rbr_1x1__conv=TENSOR,
+            rbr_1x1__bn=NORM,
+            se__down=BIASED,
+            se__up=BIASED,
+        ),
+    ),
+    "repvgg identity": (
+        "repvgg",
+        vgg("repvgg"),
+        "stage1.1.",
+        keys(
+            rbr_dense__conv=TENSOR,
+            rbr_dense__bn=NORM,
+            rbr_1x1__conv=TENSOR,
+            rbr_1x1__bn=NORM,
+            rbr_identity=NORM,
+        ),
+    ),
+    "repvgg deployed": ("repvgg", vgg("repvgg", deployed=True), "stage4.0.", keys(rbr_reparam=BIASED)),
+    "timm repvgg": (
+        "timm",
+        vgg("repvgg", VGG_SE),
+        "stem.",
+        keys(
+            conv_kxk__conv=TENSOR,
+            conv_kxk__bn=NORM,
+            conv_1x1__conv=TENSOR,
+            conv_1x1__bn=NORM,
+            attn__fc1=BIASED,
+            attn__fc2=BIASED,
+        ),
+    ),
+    "timm repvgg identity": (
+        "timm",
+        vgg("repvgg"),
+        "stages.0.1.",
+        keys(
+            conv_kxk__conv=TENSOR, conv_kxk__bn=NORM, conv_1x1__conv=TENSOR, conv_1x1__bn=NORM, identity=NORM
+        ),
+    ),
+    "timm repvgg deployed": ("timm", vgg("repvgg", deployed=True), "stages.3.0.", keys(reparam_conv=BIASED)),
+    "mobileone": (
+        "mobileone",
+        one(),
+        "stage4.2.",
+        keys(
+            rbr_conv__0__conv=TENSOR,
+            rbr_conv__0__bn=NORM,
+            rbr_conv__1__conv=TENSOR,
+            rbr_conv__1__bn=NORM,
+            rbr_scale__conv=TENSOR,
+            rbr_scale__bn=NORM,
+            rbr_skip=NORM,
+            se__reduce=BIASED,
+            se__expand=BIASED,
+        ),
+    ),
+    "mobileone deployed": (
+        "mobileone",
+        one(deployed=True),
+        "stage4.3.",
+        keys(reparam_conv=BIASED, se__reduce=BIASED, se__expand=BIASED),
+    ),
+    "timm mobileone": (
+        "timm",
+        one(),
+        "stages.3.3.",
+        keys(
+            conv_kxk__0__conv=TENSOR,
+            conv_kxk__0__bn=NORM,
+            conv_kxk__1__conv=TENSOR,
+            conv_kxk__1__bn=NORM,
+            identity=NORM,
+            attn__fc1=BIASED,
+            attn__fc2=BIASED,
+        ),
+    ),
+    "timm mobileone deployed": ("timm", one(deployed=True), "stem.", keys(reparam_conv=BIASED)),
+    "repopt ghost target": (
+        "repopt",
+        ghost("target"),
+        "blocks.0.0.ghost1.",
+        keys(primary_conv__0=TENSOR, primary_conv__1=NORM, cheap_operation__0=TENSOR, final_bn=NORM),
+    ),
+    "repopt ghost search": (
+        "repopt",
+        ghost("search"),
+        "blocks.1.0.ghost2.",
+        keys(
+            primary_conv__0=TENSOR,
+            primary_conv__1=NORM,
+            cheap_operation__0=TENSOR,
+            cheap_operation__1=TENSOR,
+            fusion_scale=TENSOR,
+            final_bn=NORM,
+        ),
+    ),
+    "repopt ghost rep": (
+        "repopt",
+        ghost("repghost"),
+        "blocks.0.0.ghost2.",
+        keys(
+            primary_conv__0=TENSOR,
+            primary_conv__1=NORM,
+            cheap_operation__0=TENSOR,
+            cheap_operation__1=NORM,
+            fusion_bn=NORM,
+        ),
+    ),
+    "repghost": (
+        "repghost",
+        ghost("repghost"),
+        "blocks.0.0.ghost2.",
+        keys(
+            primary_conv__0=TENSOR,
+            primary_conv__1=NORM,
+            cheap_operation__0=TENSOR,
+            cheap_operation__1=NORM,
+            fusion_bn__0=NORM,
+        ),
+    ),
+    "repghost deployed": (
+        "repghost",
+        ghost("repghost", deployed=True),
+        "blocks.1.0.",
+        keys(
+            ghost1__primary_conv__0=TENSOR,
+            ghost1__primary_conv__1=NORM,
+            ghost1__cheap_operation=BIASED,
+            ghost2__primary_conv__0=TENSOR,
+            ghost2__primary_conv__1=NORM,
+            ghost2__cheap_operation=BIASED,
+            conv_dw=TENSOR,
+            bn_dw=NORM,
+            se__conv_reduce=BIASED,
+            se__conv_expand=BIASED,
+            shortcut__0=TENSOR,
+            shortcut__1=NORM,
+            shortcut__2=TENSOR,
+            shortcut__3=NORM,
+        ),
+    ),
+    "timm repghost": ("timm", ghost("repghost"), "blocks.2.0.", keys(conv=TENSOR, bn1=NORM)),
+}
+# What is not in a block, by the classifier's name.
+OUTSIDE = {
+    "linear": keys(linear=BIASED),
+    "head": {"head.fc.weight", "head.fc.bias"},
+    "classifier": keys(conv_stem=TENSOR, bn1=NORM, conv_head=BIASED, classifier=BIASED),
+}
+
+
+@functools.cache
+def abstract(name):
+    """One of ours, without values."""
+    return nnx.eval_shape(PUBLISHED[name][1])
+
+
+def random_state(model, scheme, dtype=np.float32, seed=0):
+    """A PyTorch state dict of the model, of random numbers."""
+    rng = np.random.default_rng(seed)
+    arrays, _ = named_leaves(arrays_of(model))
+    return {
+        name.key: rng.normal(size=name.shape_in_torch(arrays[path].shape)).astype(dtype)
+        for path, name in torch_names(model, scheme).items()
+    }
+
+
+def refused(call, *parts, error=ValueError):
+    with pytest.raises(error) as caught:
+        call()
+    for part in parts:
+        assert part in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_keys(name):
+    scheme, _, prefix, expected = PUBLISHED[name]
+    model = abstract(name)
+    state = random_state(model, scheme)
+    written = interop.to_torch(interop.from_torch(state, model, scheme), scheme)
+    assert {key.removeprefix(prefix) for key in written if key.startswith(prefix)} == expected
+    outside = {key for key in written if not key.startswith(("stage", "stem", "blocks"))}
+    assert outside in OUTSIDE.values()
+    # One key for each array and each counter, and none for two.
+    arrays, _ = named_leaves(arrays_of(model))
+    assert len(written) == len(arrays) + sum("num_batches" in key for key in written)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_there_and_back_to_the_bit(name):
+    scheme, model = PUBLISHED[name][0], abstract(name)
+    state = random_state(model, scheme)
+    assert recognise(state).scheme in (scheme, "repghost")  # timm has RepGhost's own names
+    written = interop.to_torch(interop.from_torch(state, model), scheme)
+    counters = {key: value for key, value in written.items() if key.endswith("num_batches_tracked")}
+    assert all(v.shape == () and v.dtype == np.int64 and v == 0 for v in counters.values())
+    assert set(written) == set(state) | set(counters)
+    for key, value in state.items():
+        assert written[key].dtype == value.dtype
+        assert np.array_equal(written[key], value), key
+
+
+def test_the_networks_own_names_are_the_default():
+    own = {name: own_scheme(abstract(name)) for name in PUBLISHED}
+    assert own["repopt target"] == own["repopt search"] == own["repopt csla"] == "repopt"
+    assert own["repvgg"] == own["repvgg deployed"] == own["timm repvgg"] == "repvgg"
+    assert own["mobileone"] == own["mobileone deployed"] == "mobileone"
+    assert own["repopt ghost target"] == own["repopt ghost search"] == "repopt"
+    assert own["repghost"] == own["repghost deployed"] == "repghost"
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        ("repopt-vgg-B1", 51_841_832),
+        ("repvgg-B2g4", 61_758_376),
+        ("mobileone-s4", 14_951_248),
+        ("repopt-ghostnet-0.5", 2_309_008),
+        ("repghost-2.0", 9_796_124),
+    ],
+)
+def test_published_numbers_of_parameters_by_name(model, count):
+    """With 1000 classes, counted on the published code; and no two arrays have one key."""
+    abstract = build(Description(model, "", 1000))
+    for scheme in (own_scheme(abstract), "timm" if "repopt" not in model else "repopt"):
+        names = torch_names(abstract, scheme)
+        assert len({name.key for name in names.values()}) == len(names)
+    assert networks.count_parameters(abstract) == count
+
+
+# -- axes
+
+
+@given(window=st.lists(st.integers(1, 3), max_size=3), inputs=st.integers(1, 4), outputs=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_kernels_move_their_axes(window, inputs, outputs):
+    """Dense layers and convolutions of one, two and three dimensions, entry by entry."""
+    shape = (outputs, inputs, *window)
+    tensor = np.arange(np.prod(shape)).reshape(shape)
+    name = TorchName("k", "kernel")
+    ours = name.from_torch(tensor)
+    assert ours.shape == (*window, inputs, outputs)
+    for o, i, *taps in np.ndindex(shape):
+        assert ours[(*taps, i, o)] == tensor[(o, i, *taps)]
+    assert np.array_equal(name.to_torch(ours), tensor)
+    assert name.shape_in_torch(ours.shape) == tensor.shape
+
+
+# -- strictness
+
+
+@pytest.fixture(scope="module")
+def target():
+    """A model of kind target with values, and its state dict."""
+    abstract_model = nnx.eval_shape(vgg("target"))
+    model = interop.from_torch(random_state(abstract_model, "repopt", seed=1), abstract_model)
+    for _, module in named_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.var[...] = jnp.abs(module.var[...]) + 0.5
+    return model, interop.to_torch(model)
+
+
+def test_every_missing_extra_and_misshapen_key_is_told_at_once(target):
+    model, state = target
+    state = dict(state)
+    del state["stage0.conv.weight"], state["linear.bias"]
+    state |= {"stage9.0.conv.weight": np.zeros((1, 1, 3, 3)), "note.num_batches_tracked": np.zeros((), int)}
+    state["stage1.0.bn.bias"] = np.zeros(5, np.float32)
+    # Height and width are the same in a square kernel, inputs and outputs are not always.
+    state["stage4.0.conv.weight"] = np.zeros((6, 8, 3, 3), np.float32)
+    refused(
+        lambda: interop.from_torch(state, model),
+        "2 missing tensors: linear.bias (3,), stage0.conv.weight (4, 3, 3, 3)",
+        "2 extra tensors: stage9.0.conv.weight (1, 1, 3, 3), note.num_batches_tracked ()",
+        "2 misshapen tensors: stage1.0.bn.bias (expected (4,), found (5,)), stage4.0.conv.weight (expected "
+        "(8, 6, 3, 3), found (6, 8, 3, 3))",
+    )
+
+
+def test_batch_counters_may_be_absent_and_are_not_looked_at(target):
+    model, state = target
+    without = {key: value for key, value in state.items() if "num_batches" not in key}
+    for given_state in (without, {**state, "stage0.bn.num_batches_tracked": np.array(7)}):
+        loaded = interop.to_torch(interop.from_torch(given_state, model))
+        assert all(np.array_equal(loaded[key], state[key]) for key in state)
+
+
+def test_the_given_model_is_untouched_and_half_precision_is_widened(target):
+    model, state = target
+    before = {key: value.copy() for key, value in interop.to_torch(model).items()}
+    half = {
+        key: (value + 1).astype(np.float16) if value.dtype == np.float32 else value
+        for key, value in state.items()
+    }
+    loaded = interop.to_torch(interop.from_torch(half, model))
+    assert all(np.array_equal(interop.to_torch(model)[key], before[key]) for key in before)
+    for key, value in half.items():
+        assert loaded[key].dtype == state[key].dtype
+        if "num_batches" not in key:
+            assert np.array_equal(loaded[key], value.astype(np.float32))
+
+
+def test_bfloat16_is_a_floating_point_number_and_an_integer_is_none(target):
+    model, state = target
+    key = "linear.bias"
+    loaded = interop.from_torch({**state, key: state[key].astype(jnp.bfloat16)}, model)
+    assert loaded.head.bias.dtype == jnp.float32
+    refused(lambda: interop.from_torch({**state, key: np.zeros(3, int)}, model), "linear.bias (int64)")
+
+
+def test_names_of_no_known_scheme(target):
+    model, _ = target
+    message = refused(
+        lambda: interop.from_torch({"layer1.0.conv1.weight": np.zeros((1, 1, 1, 1))}, model),
+        "layer1.0.conv1.weight",
+        *SCHEMES,
+    )
+    assert "RepVGG as its authors name it" in message
+    refused(lambda: recognise({}), "no tensors")
+    refused(lambda: interop.to_torch(model, "caffe"), "`names` is 'caffe'", *SCHEMES)
+
+
+def test_a_state_dict_of_another_form_says_what_it_fits(target):
+    model, state = target
+    deployed = random_state(nnx.eval_shape(vgg("repvgg", deployed=True)), "repvgg")
+    refused(
+        lambda: interop.from_torch(deployed, model),
+        "does not fit the RepOptVGG of kind target",
+        "stages/0/0/conv",
+        "a network of kind 'repvgg', deployed by `fuse`",
+    )
+    refused(
+        lambda: interop.from_torch(state, nnx.eval_shape(vgg("search"))),
+        "missing",
+        "a network of kind 'target', not deployed",
+    )
+
+
+def test_layers_that_a_code_base_has_no_name_for_are_listed():
+    model = nnx.eval_shape(vgg("target"))
+    refused(lambda: interop.to_torch(model, "repvgg"), "stages/0/0/conv, ", "stages/4/0/bn", "PlainBlock")
+    refused(
+        lambda: interop.to_torch(nnx.eval_shape(vgg("target", VGG_SE))),
+        "stages/0/0: its squeeze-and-excitation comes before the ReLU, there it comes after",
+    )
+    folded = nnx.eval_shape(lambda: fuse(ghost("repghost")()))
+    refused(lambda: interop.to_torch(folded), "blocks/0/0/ghost1/primary", "'repopt'", "'repghost'")
+
+
+class OwnNetwork(nnx.Module):
+    """A user's network, with names of its own in PyTorch."""
+
+    def __init__(self, rngs):
+        self.stem = PlainBlock(conv(3, 4, 3, rngs=rngs), batch_norm(4, rngs=rngs))
+        self.table = nnx.Param(jnp.zeros((2, 3)))
+
+
+def test_a_scheme_of_ones_own():
+    model = OwnNetwork(nnx.Rngs(0))
+    refused(lambda: interop.to_torch(model), "no scheme names a OwnNetwork", "`Scheme`")
+    scheme = Scheme(
+        "mine", "my own code", {OwnNetwork: (("stem", "features"),), PlainBlock: ((".*", r"\g<0>"),)}
+    )
+    refused(lambda: interop.to_torch(model, scheme), "have no place for the layers", "of OwnNetwork")
+    del model.table
+    same = Scheme("same", "", {OwnNetwork: ((".*", "x"),)})
+    refused(lambda: interop.to_torch(model, same), "'same' call several arrays x.weight")
+    state = interop.to_torch(model, scheme)
+    assert "features.conv.weight" in state
+    assert np.array_equal(
+        interop.to_torch(interop.from_torch(state, model, scheme), scheme)["features.bn.weight"], np.ones(4)
+    )
+
+
+# -- files, and networks by name
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_weights_through_a_file(target, tmp_path, suffix):
+    model, state = target
+    path = tmp_path / f"weights{suffix}"
+    interop.save_torch(path, model)
+    loaded = interop.to_torch(interop.load_torch(path, nnx.eval_shape(vgg("target"))))
+    assert all(np.array_equal(loaded[key], value) for key, value in state.items())
+    refused(lambda: interop.save_torch(path, model), error=FileExistsError)
+    refused(lambda: interop.save_torch(tmp_path / "weights.npz", model), ".safetensors, .pth, .pt")
+
+
+@pytest.fixture
+def tiny_variants(monkeypatch):
+    for table, variant in (
+        (models.VGG_VARIANTS, VGG),
+        (models.MOBILEONE_VARIANTS, ONE),
+        (models.GHOST_VARIANTS, GHOST),
+    ):
+        monkeypatch.setitem(table, "tiny", variant)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "make", "kind", "form"),
+    [
+        ("repopt-vgg-tiny", "repopt", vgg("target", post_se=True), "target", "training"),
+        ("repopt-vgg-tiny", "repopt", vgg("search"), "search", "training"),
+        ("repopt-vgg-tiny", "repopt", vgg("csla"), "csla", "training"),
+        ("repvgg-tiny", "timm", vgg("repvgg"), "repvgg", "training"),
+        ("repvgg-tiny", "repvgg", vgg("repvgg", deployed=True), "repvgg", "deployed"),
+        ("mobileone-tiny", "mobileone", one(), "", "training"),
+        ("mobileone-tiny", "timm", one(deployed=True), "", "deployed"),
+        ("repopt-ghostnet-tiny", "repopt", ghost("target"), "target", "training"),
+        ("repghost-tiny", "repghost", ghost("repghost", deployed=True), "repghost", "merged"),
+    ],
+)
+def test_a_converted_folder_gives_the_network_back(name, scheme, make, kind, form, tiny_variants, tmp_path):
+    state = random_state(nnx.eval_shape(make), scheme)
+    description = describe(state, name, kind="csla" if kind == "csla" else "", classes=3)
+    post_se = "stage0.post_se.up.bias" in state
+    assert description == Description(name, kind, 3, 3, post_se, form)
+    model = interop.from_torch(state, build(description))
+    networks.save_converted(tmp_path / "out", model, description)
+    again = interop.load_converted(tmp_path / "out")
+    written = interop.to_torch(again, scheme)
+    assert all(np.array_equal(written[key], value) for key, value in state.items())
+    assert not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(again)))
+    refused(lambda: networks.save_converted(tmp_path / "out", model, description), error=FileExistsError)
+
+
+def test_names_and_numbers_that_contradict_the_file():
+    state = random_state(nnx.eval_shape(vgg("target")), "repopt")
+    refused(lambda: describe(state, "vgg-16"), "`model` is 'vgg-16'", "repopt-vgg-{A0,", "mobileone-{s0,")
+    refused(lambda: describe(state, "mobileone-s0"), "repopt (vgg, target), which is no mobileone-s0")
+    refused(lambda: describe(state, "repopt-vgg-B1", kind="search"), "`kind` is 'search'", "'target'")
+    refused(lambda: describe(state, "repopt-vgg-B1", classes=5), "`classes` is 5", "has 3")
+    del state["linear.weight"]
+    refused(lambda: describe(state, "repopt-vgg-B1"), "without its classifier")
+    refused(lambda: interop.load_converted("nowhere"), "convert.json", error=FileNotFoundError)
+
+
+def test_the_check_without_pytorch_says_so(target, monkeypatch):
+    model, state = target
+    model.eval()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    checked = convert.check(model, state, "repopt")
+    assert checked.lines[1] == "logits not compared: PyTorch is not installed"
+    assert checked.parameters == checked.torch_parameters > 0
+    wrong = {**state, "more.weight": np.zeros(2)}
+    refused(lambda: convert.check(model, wrong, "repopt"), "the two sides differ, nothing was written")
+
+
+def test_the_check_notices_another_network(target):
+    pytest.importorskip("torch")
+    model, state = target
+    model.eval()
+    checked = convert.check(model, state, "repopt")
+    assert checked.difference is not None
+    assert checked.largest is not None
+    assert checked.difference <= 1e-4 * checked.largest
+    key = "stage1.0.conv.weight"
+    wrong = {**state, key: state[key].transpose(0, 1, 3, 2)}
+    refused(lambda: convert.check(model, wrong, "repopt"), "the two sides differ", "largest logit difference")
