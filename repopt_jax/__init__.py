@@ -15,6 +15,7 @@ from repopt_jax.branches import BranchSet as BranchSet
 from repopt_jax.branches import Identity as Identity
 from repopt_jax.branches import Kernel as Kernel
 from repopt_jax.branches import default_branches as default_branches
+from repopt_jax.chains import ClippingWarning as ClippingWarning
 from repopt_jax.fuse import fuse as fuse
 from repopt_jax.optim import clip_by_repopt_global_norm as clip_by_repopt_global_norm
 from repopt_jax.optim import gradient_multipliers as gradient_multipliers

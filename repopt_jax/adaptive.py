@@ -221,6 +221,7 @@ def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        chains.warn_of_clipping("repopt_sign_mask")
         branch_sets = scales.branch_sets
 
         def transform(path, u):
@@ -257,5 +258,5 @@ def _by_kind(
 
     return optax.chain(
         optax.masked(rule, is_placed),
-        optax.masked(reparameterize(inner, Scales(mixing, scales.metadata)), is_mixing),
+        optax.masked(reparameterize(inner, Scales(mixing, scales.metadata), keep_weights=False), is_mixing),
     )

@@ -9,7 +9,7 @@ multiplier and re-initialisation are derived here, for every set of branches:
     dL/dw_b = E_b^T(s_b * g),  g = dL/dK         branch_gradients
     P(g)    = sum_b s_b * E_b(E_b^T(s_b * g))    precondition
     m       = sum_b |s_b|^power * E_b(1)         multiplier
-    K -> w  = s_b * E_b^T(P^+(K)), least norm    split
+    K -> w  = E_b^T(s_b * P^+(K)), least norm    split
 
 Where every E_b places coordinates, P(g) = m * g at power 2.
 
@@ -372,25 +372,30 @@ class BranchSet:
         return self._from_canonical(total)
 
     def split(self, kernel: jax.Array, scales: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The branch tensors of least norm whose merge is `kernel`: w_b = E_b^T(s_b * x), P(x) = kernel.
+        """The branch tensors of least norm whose merge is `kernel`: w_b = E_b^T(s_b * P^+(kernel)).
 
-        A merged kernel does not determine its branches; this is the choice that minimises sum_b |w_b|^2.
-        Entries that no branch reaches (all their scales are 0) are left out of the merge. P is inverted entry
-        by entry where it is a multiplier, else by conjugate gradients to the precision of the dtype.
+        A merged kernel does not determine its branches; this is the choice that minimises sum_b |w_b|^2. What
+        the branches cannot express (entries whose scales are all 0, or whatever an average alone cannot make)
+        is left out of the merge, which then is the nearest that they can. P is inverted entry by entry
+        where it is a multiplier; elsewhere the least squares problem is solved by conjugate gradients to the
+        precision of the dtype.
         """
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
         scales = {name: jnp.asarray(s).astype(wide) for name, s in scales.items()}
         if self.elementwise:
             m = self.multiplier(scales, dtype=wide)
             x = jnp.where(m > 0, kernel / jnp.where(m > 0, m, 1), 0)
+            weights = self.branch_gradients(x, scales)
         else:
-            x, _ = jax.scipy.sparse.linalg.cg(
-                lambda x: self.precondition(x, scales),
-                kernel.astype(wide),
+            # The normal equations in w, from 0: consistent whatever the kernel is, where P(x) = kernel is
+            # not; and what starts in the range of the transpose stays there, so that the norm is least.
+            weights, _ = jax.scipy.sparse.linalg.cg(
+                lambda w: self.branch_gradients(self.merge(w, scales), scales),
+                self.branch_gradients(kernel.astype(wide), scales),
                 tol=float(jnp.finfo(wide).eps),
                 maxiter=1000,
             )
-        return {name: w.astype(kernel.dtype) for name, w in self.branch_gradients(x, scales).items()}
+        return {name: w.astype(kernel.dtype) for name, w in weights.items()}
 
     def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
         """Draws every w_b as that branch's own layer would be initialised (the identity: ones)."""

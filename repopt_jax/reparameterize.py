@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax import paths
+from repopt_jax import chains, paths
 from repopt_jax.optim import state_vectors, visible_scales
 from repopt_jax.scales import Scales, check_finite, is_concrete
 
@@ -28,7 +28,7 @@ class ReparameterizeState(NamedTuple):
 
     Attributes:
       scales: path of a kernel -> branch -> (out,) vector.
-      weights: path of a kernel -> branch -> w_b, in the kernel's dtype.
+      weights: path of a kernel -> branch -> w_b, in the kernel's dtype; empty with `keep_weights=False`.
       inner: state of the inner optimizer, for a tree in which every such kernel is a dict of its branches.
     """
 
@@ -42,6 +42,7 @@ def reparameterize(
     scales: Scales,
     *,
     weights: Mapping[str, Mapping[str, jax.Array]] | None = None,
+    keep_weights: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a plain network as `inner` would train its multi-branch counterpart, for any Optax optimizer.
 
@@ -67,13 +68,17 @@ def reparameterize(
       weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` gives them with the model.
         A merged kernel does not determine its branches; if they are not given, `init` takes those of least
         norm. Only rules that look at the weights (LAMB's ratio, say) can tell the difference: decoupled decay
-        cannot.
+        cannot. They stay alive as long as the transformation does.
+      keep_weights: False leaves the branch tensors out of the state, for an `inner` that looks at gradients
+        alone (`optax.scale_by_adam()`, say, with decay outside); it is then given no parameters.
 
     Raises:
       ValueError: NaN or infinite scales; at `init`, scales or weights that do not fit the parameters, or
         weights whose merge is not the kernel; at `update`, no `params` although `inner` needs them.
     """
     check_finite(scales)
+    if weights is not None and not keep_weights:
+        raise ValueError("`weights` are given and `keep_weights` is False: they would not be used")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
@@ -82,15 +87,21 @@ def reparameterize(
         vectors = state_vectors(scales, params)
         split = {}
         for path, branches in visible.branch_sets.items():
-            if weights is None:
-                split[path] = branches.split(leaves[path], vectors[path])
+            leaf = leaves[path]
+            if not keep_weights:
+                split[path] = _branch_gradients(branches, jnp.zeros_like(leaf), vectors[path])
+            elif weights is None:
+                split[path] = branches.split(leaf, vectors[path])
             else:
-                split[path] = {n: jnp.array(w, leaves[path].dtype) for n, w in weights.get(path, {}).items()}
+                given = {n: jnp.array(w, leaf.dtype) for n, w in weights.get(path, {}).items()}
+                split[path] = _laid_out_as_splits(given, branches, leaf, vectors[path])
         if weights is not None:
             _check_weights(visible, split, leaves)
-        return ReparameterizeState(vectors, split, inner.init(paths.nested(leaves | split)))
+        state = inner.init(paths.nested(leaves | split))
+        return ReparameterizeState(vectors, split if keep_weights else {}, state)
 
     def update_fn(updates, state, params=None, **extra_args):
+        chains.warn_of_clipping("reparameterize")
         branch_sets = scales.branch_sets
         gradients, _ = paths.named_leaves(updates)
         branch_gradients = {
@@ -98,24 +109,24 @@ def reparameterize(
             for path, vectors in state.scales.items()
         }
         inner_params = None
-        if params is not None:
+        if params is not None and keep_weights:
             inner_params = paths.nested(paths.named_leaves(params)[0] | state.weights)
         moves, inner_state = inner.update(
             paths.nested(gradients | branch_gradients), state.inner, inner_params, **extra_args
         )
 
         weights = {}
-        for path in state.scales:
+        for path in state.weights:
             weights[path] = optax.apply_updates(state.weights[path], paths.at(moves, path))
 
         def merged_move(path, g):
             if path not in state.scales:
                 return paths.at(moves, path)
             wide = jnp.promote_types(g.dtype, jnp.float32)
-            move = branch_sets[path].merge(
-                _cast(paths.at(moves, path), wide), _cast(state.scales[path], wide)
-            )
-            return move.astype(g.dtype)
+            branch_moves = paths.at(moves, path)
+            move = branch_sets[path].merge(_cast(branch_moves, wide), _cast(state.scales[path], wide))
+            # The inner optimizer's dtype, not g's: it may be wider, and the w_b have moved by it.
+            return move.astype(jnp.result_type(*branch_moves.values()))
 
         return (
             paths.map_named(merged_move, updates),
@@ -129,6 +140,14 @@ def _branch_gradients(branches, g, vectors):
     """E_b^T(s_b * g) in g's dtype, summed in float32 or wider."""
     wide = jnp.promote_types(g.dtype, jnp.float32)
     return _cast(branches.branch_gradients(g.astype(wide), _cast(vectors, wide)), g.dtype)
+
+
+def _laid_out_as_splits(given, branches, leaf, vectors):
+    """Branch tensors on the devices on which those split from a sharded kernel lie."""
+    if not (is_concrete(leaf) and isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)):
+        return given
+    shardings = {name: w.sharding for name, w in branches.split(leaf, vectors).items()}
+    return {name: jax.device_put(w, shardings.get(name)) for name, w in given.items()}
 
 
 def _check_weights(scales: Scales, weights, leaves) -> None:

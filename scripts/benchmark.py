@@ -3,8 +3,10 @@
     python scripts/benchmark.py update
     python scripts/benchmark.py step
     python scripts/benchmark.py all --out scripts/results/benchmark_cpu
+    python scripts/benchmark.py optimizers --out scripts/results/benchmark_optimizers_cpu
 
 `update`: plain SGD, `repopt_mask` and a stored multiplier on the 51.8 million parameters of RepOpt-VGG-B1.
+`optimizers`: AdamW, Lion and `reparameterize` on the same, each beside its plain Optax counterpart.
 `step`: a training step of a plain network, of CSLA merged in weight space and branch by branch, of RepVGG.
 
 Candidates run in turn, in every round in another order, and each is compared with the plain one of its own
@@ -40,7 +42,7 @@ DECAY = 4e-5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("update", "step", "all"))
+    parser.add_argument("part", choices=("update", "optimizers", "step", "all"))
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", default="", help="path without suffix for the results")
     args = parser.parse_args()
@@ -50,6 +52,8 @@ def main() -> None:
     results["machine"] = machine()
     if args.part in ("update", "all"):
         results["update"] = bench_update(args.rounds)
+    if args.part in ("optimizers", "all"):
+        results["optimizers"] = bench_optimizers(args.rounds)
     if args.part in ("step", "all"):
         results["step"] = {
             "cifar-small, 128 images of 32 px": bench_step("cifar-small", 128, 32, args.rounds),
@@ -65,23 +69,50 @@ def main() -> None:
 
 
 def bench_update(rounds: int) -> dict[str, Any]:
-    """One update of RepOpt-VGG-B1, float32, Nesterov SGD with decay, parameters and state donated."""
-    abstract = nnx.eval_shape(lambda: RepOptVGG(VGG_VARIANTS["B1"], num_classes=1000, rngs=nnx.Rngs(0)))
-    scales = abstract.depth_scales()
-    shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
+    """One update of RepOpt-VGG-B1 by Nesterov SGD with decay."""
+    shapes, scales = b1()
 
     def rule(first):
         return optax.chain(first, optax.add_decayed_weights(DECAY), optax.sgd(0.1, 0.9, nesterov=True))
 
-    def zeros():
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    gradients = jax.tree.map(lambda s: jnp.full(s.shape, 1e-3, s.dtype), shapes)
     chains = {
         "plain SGD": rule(optax.identity()),
         "repopt_mask": rule(repopt_jax.repopt_mask(scales)),
         "stored multiplier": rule(stored_multiplier(scales)),
     }
+    return time_updates(chains, dict.fromkeys(chains, "plain SGD"), shapes, rounds)
+
+
+def bench_optimizers(rounds: int) -> dict[str, Any]:
+    """One update of RepOpt-VGG-B1 by other optimizers, each beside the plain one."""
+    shapes, scales = b1()
+    sgd = optax.sgd(0.1, 0.9, nesterov=True)
+    chains = {
+        "optax.adamw": optax.adamw(1e-3),
+        "repopt_adamw": repopt_jax.repopt_adamw(1e-3, scales),
+        "optax.lion": optax.lion(1e-4),
+        "repopt_lion": repopt_jax.repopt_lion(1e-4, scales),
+        "optax.sgd": sgd,
+        "repopt_sgd": repopt_jax.repopt_sgd(0.1, scales),
+        "reparameterize(optax.sgd)": repopt_jax.reparameterize(sgd, scales),
+    }
+    baselines = {name: next(b for b in chains if b.startswith("optax.") and b[6:] in name) for name in chains}
+    return time_updates(chains, baselines, shapes, rounds)
+
+
+def b1() -> tuple[Any, repopt_jax.Scales]:
+    """Shapes of the parameters of RepOpt-VGG-B1, and scales for them."""
+    abstract = nnx.eval_shape(lambda: RepOptVGG(VGG_VARIANTS["B1"], num_classes=1000, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(abstract, nnx.Param)), abstract.depth_scales()
+
+
+def time_updates(chains, baselines: dict[str, str], shapes, rounds: int) -> dict[str, Any]:
+    """One update and its application, float32, parameters and state donated."""
+
+    def zeros():
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    gradients = jax.tree.map(lambda s: jnp.full(s.shape, 1e-3, s.dtype), shapes)
     runs, facts = {}, {}
     for name, tx in chains.items():
         params = zeros()
@@ -94,6 +125,7 @@ def bench_update(rounds: int) -> dict[str, Any]:
         lowered = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, gradients)
         compiled = lowered.compile()
         facts[name] = {
+            "baseline": baselines[name],
             "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
             "largest_constant_bytes": largest_constant(lowered.as_text()),
             "program_bytes": len(lowered.as_text()),
@@ -101,11 +133,10 @@ def bench_update(rounds: int) -> dict[str, Any]:
         }
         runs[name] = stepper(compiled, [params, state], gradients)
     times = interleave(runs, rounds)
-    plain = facts["plain SGD"]["state_bytes"]
-    for name in facts:
-        facts[name]["extra_state_bytes"] = facts[name]["state_bytes"] - plain
+    for fact in facts.values():
+        fact["extra_state_bytes"] = fact["state_bytes"] - facts[fact["baseline"]]["state_bytes"]
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    return {"parameters": count, "rounds": rounds, "candidates": with_ratios(times, facts, "plain SGD")}
+    return {"parameters": count, "rounds": rounds, "candidates": with_ratios(times, facts, baselines)}
 
 
 def stored_multiplier(scales) -> optax.GradientTransformation:
@@ -144,7 +175,10 @@ def bench_step(variant: str, batch: int, size: int, rounds: int) -> dict[str, An
         compiled = step.lower(state, batch_of).compile()
         facts[name] = memory(compiled)
         runs[name] = stepper(compiled, [state], batch_of)
-    return {"rounds": rounds, "candidates": with_ratios(interleave(runs, rounds), facts, "plain")}
+    return {
+        "rounds": rounds,
+        "candidates": with_ratios(interleave(runs, rounds), facts, dict.fromkeys(runs, "plain")),
+    }
 
 
 def stepper(compiled, carried: list, argument) -> Callable[[], None]:
@@ -172,18 +206,18 @@ def interleave(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, li
     return times
 
 
-def with_ratios(times, facts, baseline: str) -> dict[str, Any]:
+def with_ratios(times, facts, baselines: dict[str, str]) -> dict[str, Any]:
     """Median time, and the median and quartiles of the ratio to the baseline's time in the same round."""
     table = {}
     for name, seconds in times.items():
-        ratios = [t / b for t, b in zip(seconds, times[baseline])]
+        ratios = [t / b for t, b in zip(seconds, times[baselines[name]])]
         low, _, high = statistics.quantiles(ratios, n=4)
         table[name] = {
             "ms_median": 1e3 * statistics.median(seconds),
             "ms_min": 1e3 * min(seconds),
             "ratio_median": statistics.median(ratios),
             "ratio_quartiles": [low, high],
-            "ratio_of_minima": min(seconds) / min(times[baseline]),
+            "ratio_of_minima": min(seconds) / min(times[baselines[name]]),
             **facts[name],
         }
     return table
@@ -226,18 +260,21 @@ def markdown(results: dict[str, Any]) -> str:
         f"optax {m['optax']}, repopt_jax {m['repopt_jax']}. Ratios: median over the rounds (quartiles).",
         "",
     ]
-    if "update" in results:
-        update = results["update"]
+    for part in ("update", "optimizers"):
+        if part not in results:
+            continue
+        update, what = results[part], "SGD" if part == "update" else "other optimizers"
         lines += [
-            f"## Optimizer update, {update['parameters']:,} parameters, {update['rounds']} rounds",
+            f"## Optimizer update, {what}, {update['parameters']:,} parameters, {update['rounds']} rounds",
             "",
-            "| | ms, median | ms, best | ratio to plain | extra state, bytes | largest constant, bytes |",
-            "|---|---|---|---|---|---|",
+            "| | compared with | ms, median | ms, best | ratio | state, bytes | more than it, bytes | "
+            "largest constant, bytes |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for name, c in update["candidates"].items():
             lines.append(
-                f"| {name} | {c['ms_median']:.1f} | {c['ms_min']:.1f} | {ratio(c)} | "
-                f"{c['extra_state_bytes']:,} | {c['largest_constant_bytes']:,} |"
+                f"| {name} | {c['baseline']} | {c['ms_median']:.1f} | {c['ms_min']:.1f} | {ratio(c)} | "
+                f"{c['state_bytes']:,} | {c['extra_state_bytes']:,} | {c['largest_constant_bytes']:,} |"
             )
         lines.append("")
     for title, part in results.get("step", {}).items():

@@ -313,9 +313,32 @@ def test_there_and_back_to_the_bit(name):
         assert np.array_equal(written[key], value), key
 
 
+def test_a_model_owns_its_values():
+    """PyTorch's memory is aligned as JAX likes it: without a copy, training there would change the model."""
+    scheme, model = PUBLISHED["repvgg"][0], abstract("repvgg")
+    state = {key: aligned(value) for key, value in random_state(model, scheme).items()}
+    loaded = interop.from_torch(state, model, scheme)
+    before = interop.to_torch(loaded, scheme)
+    before = {key: np.array(value) for key, value in before.items()}
+    for value in state.values():
+        value[...] = 99
+    after = interop.to_torch(loaded, scheme)
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def aligned(array):
+    """A copy that starts at a multiple of 64 bytes."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def test_the_networks_own_names_are_the_default():
     own = {name: own_scheme(abstract(name)) for name in PUBLISHED}
     assert own["repopt target"] == own["repopt search"] == own["repopt csla"] == "repopt"
+    assert own["repopt target deployed"] == "repopt"
     assert own["repvgg"] == own["repvgg deployed"] == own["timm repvgg"] == "repvgg"
     assert own["mobileone"] == own["mobileone deployed"] == "mobileone"
     assert own["repopt ghost target"] == own["repopt ghost search"] == "repopt"

@@ -41,6 +41,12 @@ def test_csla_and_repopt_mask_end_in_one_kernel(x64, name):
     assert relative(p.train(ordinary(optim.repopt_mask(p.scales))), expected) <= EXACT
 
 
+def test_sgd_without_momentum(x64):
+    p = problem(["3x3+1x1+identity"])
+    end = p.train_twin(optax.sgd(0.2))
+    assert relative(p.train(optim.repopt_sgd(0.2, p.scales, momentum=None, nesterov=False)), end) <= EXACT
+
+
 def test_repopt_sgd_is_that_chain(x64):
     p, _ = twin("3x3+1x1+identity")
     made = p.train(optim.repopt_sgd(0.2, p.scales, weight_decay=DECAY))

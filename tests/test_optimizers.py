@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "reparameterize(sgd)": lambda s: reparameterize(optax.sgd(0.1, 0.9, nesterov=True), s),
     "reparameterize(adam)": lambda s: reparameterize(optax.adamw(0.1, eps=1e-3), s),
     "reparameterize(adafactor)": lambda s: reparameterize(optax.adafactor(0.1, min_dim_size_to_factor=2), s),
+    "reparameterize(lamb)": lambda s: reparameterize(optax.lamb(0.1, eps=1e-3), s),
 }
 PLACED_ONLY = ("repopt_adamw, published", "repopt_sign_mask")  # refuse branches that mix taps
 every = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -123,6 +124,18 @@ def test_unknown_extra_arguments_are_let_pass(name):
     tx, params, gradients, _ = setting(name)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     close(steps(tx, params, gradients, value=1.0, who="knows")[0], steps(tx, params, gradients)[0])
+
+
+@every
+def test_half_precision_gradients_of_float32_parameters(name):
+    """As in Optax, the update is as wide as the optimizer computes, that of kernels too."""
+    tx, params, gradients, _ = setting(name)
+    half = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients)
+    updates, state = tx.update(half, tx.init(params), params)
+    assert updates["a"]["kernel"].dtype == updates["norm"]["scale"].dtype
+    assert described(state) == described(tx.init(params))
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), half)
+    close(updates, tx.update(wide, tx.init(params), params)[0], COARSE)
 
 
 @every
@@ -251,6 +264,38 @@ def test_pmap(name):
     expected, _ = steps(tx, params, gradients)
     for device in range(count):
         close(jax.tree.map(lambda a, d=device: a[d], many[0]), expected)
+
+
+def test_given_branches_lie_where_the_kernels_lie():
+    """`weights` come from one device; with sharded parameters the second step must not compile anew."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    _, params, gradients, scales = setting("repopt_sgd")
+    weights = {
+        path: entry.branches.split(params[path[0]]["kernel"], entry.vectors)
+        for path, entry in scales.entries.items()
+    }
+    tx = reparameterize(optax.sgd(0.1, 0.9), scales, weights=weights)
+    split = jax.NamedSharding(mesh, jax.P(None, None, None, "x"))
+    whole = jax.NamedSharding(mesh, jax.P())
+    params, gradients = (
+        jax.tree.map(lambda a: jax.device_put(a, split if a.ndim == 4 else whole), tree)
+        for tree in (params, gradients)
+    )
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    _, state = step(gradients, state, params)
+    step(gradients, state, params)
+    assert step._cache_size() == 1
+
+
+def test_inject_hyperparams_around_reparameterize():
+    _, params, gradients, scales = setting("repopt_sgd")
+    tx = optax.inject_hyperparams(lambda rate: reparameterize(optax.adam(rate), scales))(rate=0.1)
+    state = tx.init(params)
+    state.hyperparams["rate"] = jnp.asarray(0.2)
+    updates, _ = jax.jit(tx.update)(gradients, state, params)
+    fixed = reparameterize(optax.adam(0.2), scales)
+    close(updates, fixed.update(gradients, fixed.init(params), params)[0])
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Check:
         counts = f"parameters: {self.torch_parameters:,} in PyTorch ({self.scheme}), {self.parameters:,} here"
         if self.difference is None or self.largest is None:
             return counts, "logits not compared: PyTorch is not installed"
-        share = self.difference / self.largest
+        share = self.difference / (self.largest or 1)
         images = f"{COUNT} random images of {SIZE} x {SIZE}"
         return (
             counts,

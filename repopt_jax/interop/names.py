@@ -177,6 +177,8 @@ def own_scheme(model: nnx.Module) -> str:
     order = list(SCHEMES)
     if any(isinstance(m, RepGhostConv) for _, m in named_modules(model)):
         order.insert(0, "repghost")  # RepOptimizers has these branches too, under names of its own
+    if isinstance(model, RepOptVGG) and model.kind != "repvgg":
+        order.insert(0, "repopt")  # deployed, its blocks are those of RepVGG
     complaints = []
     for name in order:
         try:

@@ -77,7 +77,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: "str | Sc
         name = places.get(path)
         if name is None:
             return start_random(leaf)
-        return jnp.asarray(name.from_torch(given[name.key]), dtype=leaf.dtype)
+        # A copy: PyTorch's own memory may lie behind the array, and be trained on.
+        return jnp.array(name.from_torch(given[name.key]), dtype=leaf.dtype)
 
     graph, state = nnx.split(model)
     return nnx.merge(graph, paths.map_named(value, state), copy=True)
