@@ -26,6 +26,7 @@ from torch_pickles import (
     MAGIC,
     ORDERED,
     Call,
+    Encoder,
     Name,
     New,
     Raw,
@@ -38,6 +39,7 @@ from torch_pickles import (
     zip_bytes,
 )
 
+from repopt_jax.interop import checkpoints, pickles
 from repopt_jax.interop.files import read_tensors, write_safetensors, write_torch
 
 SIX = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -431,6 +433,142 @@ class TestBombs:
         with pytest.raises(ValueError, match="modules are nested without end"):
             read_tensors(written({"model": Raw(layers + b"h\x27")}))
 
+    def test_a_module_within_itself_is_not_entered(self, written, monkeypatch):
+        """Its name would be written down once for each level: a hundred times here, of a megabyte each."""
+        monkeypatch.setattr(checkpoints, "_MAX_CHARACTERS", 10_000)
+        name = "n" * 1000
+        tensors = Encoder().encode({"w": SIX})
+        state = text("_parameters") + tensors + text("_modules") + b"}(" + text(name) + b"h\x01u"
+        endless = Raw(b"cnowhere\nModel\n)\x81q\x01}(" + state + b"ub")
+        with pytest.raises(ValueError, match="modules are nested without end"):
+            read_tensors(written({"model": endless}))
+
+    @pytest.mark.parametrize("limit", ["_MAX_NAMES", "_MAX_CHARACTERS"])
+    def test_names_of_modules_are_bounded(self, limit, written, monkeypatch):
+        layer = module("nowhere.Layer", {"weight": SIX}, {"n": TWO}, passing=["p"])
+        model = {"model": module("nowhere.Model", None, None, {"a": layer, "b": layer})}
+        expected = {"a.weight": SIX, "a.n": TWO, "b.weight": SIX, "b.n": TWO}
+        total = {"_MAX_NAMES": 2 + 2 * 3, "_MAX_CHARACTERS": 2 + 2 * len("a.weighta.n")}[limit]
+        monkeypatch.setattr(checkpoints, limit, total)
+        assert_same(read_tensors(written(model)), expected)
+        monkeypatch.setattr(checkpoints, limit, total - 1)
+        with pytest.raises(ValueError, match="its modules hold too many names"):
+            read_tensors(written(model))
+
+    def test_a_checkpoint_within_itself(self, written, monkeypatch):
+        """Looked at once for each depth, not once for each of the 5^4 ways to it."""
+        looked = []
+        monkeypatch.setattr(checkpoints, "_is_module", lambda value: looked.append(value))
+        names = b"".join(text(name) + b"h\x01" for name in checkpoints.NESTED)
+        with pytest.raises(ValueError, match="holds no tensors"):
+            read_tensors(written(Raw(b"}q\x01(" + names + b"u")))
+        assert len(looked) < 20
+
+    def test_prefixes_of_wrappers_are_taken_off_at_once(self):
+        name = "module." * 150_000  # copied for each of them, it would be 80 GB
+        assert checkpoints.without_wrappers({f"{name}a": 1, f"{name}b": 2}) == {"a": 1, "b": 2}
+
+    @pytest.mark.parametrize("key", [Raw(b"N" + b"\x85" * 100_000), (1, 2), 7])
+    def test_keys_of_old_storages(self, key, tmp_path):
+        """Hashing a deeply nested tuple overflows the stack, and one of shared tuples takes for ever."""
+        (tmp_path / "file.pth").write_bytes(legacy_bytes({"w": SIX}, keys=[key]))
+        with pytest.raises(ValueError, match="the keys of its storages are not texts"):
+            read_tensors(tmp_path / "file.pth")
+
+    # As text, n pairs of the one before are of length 2^n.
+    SHARED = Raw(b"N" + b"2\x86" * 15)
+
+    @pytest.mark.parametrize(
+        ("broken", "said"),
+        [
+            (Raw(text("m") + SHARED.code + b"\x93"), "a global without a proper name"),
+            (Raw(SHARED.code + text("m") + b"\x93"), "a global without a proper name"),
+            (Name("m", "n" * 1000), "a global without a proper name"),
+            (
+                Raw(Encoder().encode(("storage", Name("torch", "FloatStorage"), SHARED, "cpu", 2)) + b"Q"),
+                "an unknown kind of persistent id",
+            ),
+            (Raw(Encoder().encode(("storage", *[None] * 20)) + b"Q"), "a persistent id that is too long"),
+            (
+                Call(
+                    Name("torch._utils", "_rebuild_tensor_v3"),
+                    (Storage("0", "UntypedStorage", 4, bytes(4)), 0, (1,), (1,), False, ORDERED, SHARED),
+                ),
+                "holds a tensor of type tuple, which is not supported",
+            ),
+        ],
+    )
+    def test_only_texts_are_names(self, broken, said, written):
+        with pytest.raises(ValueError, match=said) as error:
+            read_tensors(written({"w": broken}))
+        assert len(str(error.value)) < 300
+
+    def test_messages_do_not_expand(self, written):
+        entries = Encoder().encode({"a": {"w": SIX}})[2:-1] + self.SHARED.code + b"}(" + text("w")
+        file = written(Raw(b"}(" + entries + Encoder().encode(SIX) + b"uu"))
+        with pytest.raises(ValueError, match=r"give `key`, one of 'a'$"):
+            read_tensors(file)
+        with pytest.raises(ValueError, match=r"the entries are 'a'$"):
+            read_tensors(file, key="b")
+        assert repr(pickles.load(b"}(" + self.SHARED.code + b"Nu.", "file")) == "{Record: None}"
+
+    def test_names_of_modules_do_not_expand(self, tmp_path):
+        six = Encoder().encode(SIX)  # the storage "0", which `stored` puts into the file
+        model = module("nowhere.Model")
+        model.state["_parameters"] = Raw(b"}(" + self.SHARED.code + six + text("w") + six + b"u")
+        (tmp_path / "file.pth").write_bytes(zip_bytes({"model": model, "stored": SIX}))
+        assert_same(read_tensors(tmp_path / "file.pth"), {"w": SIX})
+
+    @pytest.mark.parametrize(
+        ("numel", "offset", "length", "step", "said"),
+        [
+            (2**63, 0, 2, 1, "the size of a storage"),
+            (2, 2**63, 1, 1, "a tensor's shape, strides, offset or flags"),
+            (2, 0, 2**63, 0, "a tensor's shape, strides, offset or flags"),
+            (2, 0, 1, 2**63, "a tensor's shape, strides, offset or flags"),
+        ],
+    )
+    def test_integers_of_more_than_64_bits(self, numel, offset, length, step, said):
+        """They are refused as such, before anything is multiplied by them."""
+        value = tensor(Storage("0", "FloatStorage", numel, None), offset, (length,), (step,))
+        for legacy in (False, True):
+            with pytest.raises(ValueError, match=said):
+                pickles.load(Encoder(legacy=legacy).pickle(value), "file")
+
+    def test_flags_that_many_tensors_share(self, written):
+        flags = {f"{n}": False for n in range(40)}
+        with pytest.raises(ValueError, match="a tensor's shape, strides, offset or flags"):
+            read_tensors(
+                written({"w": tensor(Storage("0", "FloatStorage", 2, bytes(8)), 0, (2,), (1,), flags)})
+            )
+
+    def test_keys_that_collide(self):
+        """Integers and floats that all have the hash 0, or few hashes."""
+        large = {n * (2**61 - 1): None for n in range(-100, 100)}
+        floats = {2.0 ** (61 * n): None for n in range(16)}
+        for keys in (large, floats):
+            loaded = pickles.load(Encoder().pickle(keys), "file")
+            assert len(loaded) == len(keys)
+            assert [key for key in loaded if isinstance(key, (int, float))] == ([0] if 0 in keys else [])
+        plain = {0: 0, -1: 1, 2**60: 2, "a": 3, None: 4}
+        assert pickles.load(Encoder().pickle(plain), "file") == plain
+        for index in (b"2305843009213693951", b"4294967296", b"-1"):
+            with pytest.raises(ValueError, match="a memo index out of range"):
+                pickles.load(b"Np" + index + b"\n.", "file")
+        assert pickles.load(b"Np4294967295\n.", "file") is None
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_compressed_archives_that_claim_equal_sizes(self, method, tmp_path):
+        """BZIP2 and LZMA expand all that they are given, whatever the directory says of its size."""
+        content = bytearray(archive({"archive/data.pkl": bytes(1_000_000)}, method))
+        entry = content.index(b"PK\x01\x02")
+        content[entry + 24 : entry + 28] = content[entry + 20 : entry + 24]
+        (tmp_path / "file.pth").write_bytes(content)
+        with zipfile.ZipFile(tmp_path / "file.pth") as file:
+            assert file.infolist()[0].file_size == file.infolist()[0].compress_size
+        with pytest.raises(ValueError, match=r"file\.pth holds compressed or overlapping entries"):
+            read_tensors(tmp_path / "file.pth")
+
     def test_archives(self, tmp_path):
         file = tmp_path / "file.pth"
         file.write_bytes(zip_bytes({"w": np.zeros(100_000, np.float32)}, compression=zipfile.ZIP_DEFLATED))
@@ -538,6 +676,13 @@ class TestWriting:
         with pytest.raises(FileExistsError, match="file exists: files are not overwritten"):
             WRITERS[kind](tmp_path / "file", {"a": SIX})
         assert (tmp_path / "file").read_text() == "mine"
+
+    def test_the_home_folder(self, kind, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        WRITERS[kind]("~/file", {"a": SIX})
+        assert os.listdir(tmp_path) == ["file"]
+        assert_same(read_tensors("~/file"), {"a": SIX})
 
     def test_a_failure_leaves_nothing(self, kind, tmp_path, monkeypatch):
         def fail(*args, **kwargs):

@@ -59,7 +59,7 @@ def read_tensors(path: str | os.PathLike[str], *, key: str | None = None) -> dic
       ValueError: one sentence naming the file, if it is of another type, empty, truncated or damaged; if it
         would run code; if it holds no tensors, or none under `key`.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.is_dir():
         raise Unreadable(f"{file} is a folder, not a PyTorch or safetensors file")
     with file.open("rb") as stream:
@@ -192,10 +192,11 @@ def _open_zip(archive: zipfile.ZipFile, file: Path, size: int) -> tuple[Any, Sto
     (top,) = tops
     if f"{top}constants.pkl" in entries:
         raise Unreadable(f"{file} is a TorchScript archive: load it in PyTorch and save its `state_dict()`")
-    # PyTorch compresses nothing, so that nothing in the file can be larger than the file.
-    if any(e.file_size != e.compress_size for e in entries.values()) or (
-        sum(e.file_size for e in entries.values()) > size
-    ):
+    # PyTorch compresses nothing, so that nothing in the file can be larger than the file. The sizes alone do
+    # not say so: some methods expand the whole of an entry, whatever size it claims.
+    if any(
+        e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries.values()
+    ) or (sum(e.file_size for e in entries.values()) > size):
         raise Unreadable(f"{file} holds compressed or overlapping entries, which `torch.save` never writes")
     order = archive.read(f"{top}byteorder") if f"{top}byteorder" in entries else b"little"
     value = load(archive.read(f"{top}data.pkl"), str(file))
@@ -219,7 +220,10 @@ def _open_legacy(mapped: mmap.mmap, file: Path) -> tuple[Any, Storages]:
     found: dict[str, StorageRef] = {}
     value = load(mapped, str(file), found)
     places = {}
-    for key in load(mapped, str(file)):
+    keys = load(mapped, str(file))
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("the keys of its storages are not texts")  # hashing anything else may never end
+    for key in keys:
         numel = int.from_bytes(mapped.read(8), "little", signed=True)
         start, count = mapped.tell(), numel * found[key].dtype.itemsize
         if not 0 <= count <= len(mapped) - start:
@@ -297,7 +301,7 @@ def _arrays(tensors: Mapping[str, ArrayLike], dtypes: set[np.dtype], target: str
 @contextlib.contextmanager
 def _new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name to write to, which becomes `path` if all goes well and disappears otherwise."""
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.exists():
         raise FileExistsError(f"{file} exists: files are not overwritten, give another path or remove it")
     temporary = file.with_name(f".{file.name}.{os.getpid()}.part")

@@ -40,15 +40,18 @@ class Global:
         return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Record:
     """An object of a class of which only the name is known. (By identity: what it holds may be hashable or
-    not.)"""
+    not. Nor is it shown: things that share their parts can be exponentially longer as text.)"""
 
     made_by: Global
     args: tuple[Any, ...] = ()
     state: Any = None
     items: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return "Record"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,11 @@ STORAGES: dict[str, str] = {
 
 # A tensor may be larger than its storage (an expanded one repeats its elements): up to here.
 EXPANDED_LIMIT = 2**20
+
+# Integers of this size and more have the hashes of smaller ones: as keys, any number of them can collide.
+_HASHED_APART = 2**61 - 1
+_MEMO_LIMIT = 2**32  # the binary opcodes cannot name more
+_LONGEST_GLOBAL = 1000
 
 # Opcodes that put their own argument on the stack: numbers, texts and bytes.
 _PUSHED = frozenset(
@@ -193,16 +201,18 @@ def load(stream: bytes | mmap.mmap, name: str, storages: dict[str, StorageRef] |
                 items = since_mark()
                 _set_items(stack[-1], items)
             case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]  # pyright: ignore[reportArgumentType]
+                if not 0 <= (index := cast(int, arg)) < _MEMO_LIMIT:
+                    raise ValueError("a memo index out of range")
+                memo[index] = stack[-1]
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])  # pyright: ignore[reportArgumentType]
             case "GLOBAL":
-                stack.append(Global(*str(arg).split(" ", 1)))
+                stack.append(_global(*str(arg).split(" ", 1)))
             case "STACK_GLOBAL":
                 module, attribute = pop(2)
-                stack.append(Global(str(module), str(attribute)))
+                stack.append(_global(module, attribute))
             case "BINPERSID":
                 (identity,) = pop(1)
                 stack.append(found := _persistent(identity, name))
@@ -219,7 +229,7 @@ def load(stream: bytes | mmap.mmap, name: str, storages: dict[str, StorageRef] |
                 stack.append(_call(function, args, name))
             case "INST":
                 args = since_mark()
-                stack.append(_call(Global(*str(arg).split(" ", 1)), tuple(args), name))
+                stack.append(_call(_global(*str(arg).split(" ", 1)), tuple(args), name))
             case "OBJ":
                 function, *args = since_mark()
                 stack.append(_call(function, tuple(args), name))
@@ -232,6 +242,13 @@ def load(stream: bytes | mmap.mmap, name: str, storages: dict[str, StorageRef] |
                     "PyTorch writes does"
                 )
     raise ValueError("the pickle has no end")
+
+
+def _global(module: Any, name: Any) -> Global:
+    # Anything else may be nested or shared: endless as text, and as a key.
+    if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _LONGEST_GLOBAL:
+        raise ValueError("a global without a proper name")
+    return Global(module, name)
 
 
 def _call(function: Any, args: Any, name: str) -> Any:
@@ -277,10 +294,16 @@ def _set_items(target: Any, items: list[Any]) -> Any:
     if not isinstance(entries, dict) or len(items) % 2:
         raise TypeError("items for something that is no dict")
     for key, value in zip(items[::2], items[1::2]):
-        # Hashing a deeply nested tuple overflows the C stack: only flat keys are kept as such.
-        plain = key is None or isinstance(key, (str, int, float, bytes, Global, Record))
-        entries[key if plain else Record(_OPAQUE, (key,))] = value
+        entries[key if _plain(key) else Record(_OPAQUE, (key,))] = value
     return target
+
+
+def _plain(key: Any) -> bool:
+    """Whether something may be hashed: a deeply nested tuple overflows the C stack, and large integers and
+    floats can be chosen to collide."""
+    if isinstance(key, int):
+        return abs(key) < _HASHED_APART
+    return key is None or isinstance(key, (str, bytes, Global, Record))
 
 
 def _extend(target: Any, items: list[Any]) -> None:
@@ -292,22 +315,29 @@ def _extend(target: Any, items: list[Any]) -> None:
 
 def _persistent(identity: Any, name: str) -> Any:
     """What PyTorch puts outside of the pickle: storages, and in old files the source text of modules."""
+    if len(identity) > 6:
+        raise ValueError("a persistent id that is too long")
     match identity:
         case ("module", cls, *_):
             return cls
-        case ("storage", Global() as kind, key, _, int() as numel, *view):
+        case ("storage", Global() as kind, str() | int() as key, _, numel, *view):
             dtype = STORAGES.get(kind.name)
             if dtype is None or kind.module.partition(".")[0] != "torch":
                 raise Unreadable(f"{name} holds a storage of type {kind}, which is not supported")
-            if numel < 0:
-                raise ValueError("a storage of negative size")
+            if not _is_size(numel):
+                raise ValueError("the size of a storage")
             if view and view[0] is not None:
                 _, offset, numel_of_view = view[0]
-                if not 0 <= offset <= offset + numel_of_view <= numel:
+                if not _is_size(offset) or not _is_size(numel_of_view) or offset + numel_of_view > numel:
                     raise ValueError("a view outside of its storage")
-                return StorageRef(str(key), DTYPES[dtype], int(numel_of_view), int(offset))
+                return StorageRef(str(key), DTYPES[dtype], numel_of_view, offset)
             return StorageRef(str(key), DTYPES[dtype], numel)
     raise ValueError("an unknown kind of persistent id")
+
+
+def _is_size(number: Any) -> bool:
+    """Whether something counts elements, in 64 bits: larger integers are slow to multiply."""
+    return type(number) is int and 0 <= number < 2**63
 
 
 def _tensor(
@@ -324,17 +354,18 @@ def _tensor(
 ) -> TensorRef:
     if not isinstance(storage, StorageRef):
         raise TypeError("a tensor without a storage")
-    if isinstance(metadata, dict) and any(metadata.values()):
+    flags = metadata if isinstance(metadata, dict) else {}
+    if len(flags) <= 32 and any(flags.values()):
         raise Unreadable(
             f"{name} holds a tensor that is still to be conjugated or negated: resolve it in PyTorch first"
         )
     dtype = dtype or storage.dtype
     if (
         len(shape) != len(stride)
-        or len(shape) > 32
-        or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride))
+        or max(len(shape), len(flags)) > 32  # they may be shared by any number of tensors
+        or not all(map(_is_size, (offset, *shape, *stride)))
     ):
-        raise ValueError("a tensor's shape, strides or offset")
+        raise ValueError("a tensor's shape, strides, offset or flags")
     available = storage.numel * storage.dtype.itemsize // dtype.itemsize
     shape, stride = tuple(shape), tuple(stride)
     numel = math.prod(shape)
@@ -351,7 +382,8 @@ def _tensor_with_dtype(
     """For the dtypes that have no storage class of their own."""
     known = DTYPES.get(dtype.name) if isinstance(dtype, Global) and dtype.module == "torch" else None
     if known is None:
-        raise Unreadable(f"{name} holds a tensor of type {dtype}, which is not supported")
+        shown = dtype if isinstance(dtype, Global) else type(dtype).__name__
+        raise Unreadable(f"{name} holds a tensor of type {shown}, which is not supported")
     return _tensor(name, storage, offset, shape, stride, metadata=metadata, dtype=known)
 
 
