@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from repopt_jax import cli_help
-from repopt_jax.arguments import Arguments, Command, UsageError, closest, parse, read_config, whole_number
+from repopt_jax.arguments import (
+    Arguments,
+    Command,
+    UsageError,
+    closest,
+    number,
+    parse,
+    read_config,
+    whole_number,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +74,19 @@ def _commands() -> dict[str, Command]:
         "train": Command(_train, cli_help.TRAIN, {"out": None}, takes_config=True),
         "eval": Command(_eval, cli_help.EVAL, run_flags),
         "deploy": Command(_deploy, cli_help.DEPLOY, {**run_flags, "out": None}),
+        "verify": Command(
+            _verify,
+            cli_help.VERIFY,
+            {"check": "", "steps": "", "tolerance": "", "layers": "5"},
+            config="",
+            takes_config=True,
+        ),
+        "convert": Command(
+            _convert,
+            cli_help.CONVERT,
+            {"model": "", "kind": "", "classes": "0", "key": "", "to": ""},
+            positional=("in", "out"),
+        ),
     }
 
 
@@ -122,7 +144,7 @@ def _after_search(arguments: Arguments, name: str, out: Path) -> str:
     overrides = [
         *arguments.overrides,
         "--config.model.kind=target",
-        "--config.optim.clip_norm=None",  # clipping is for the search; with scales it breaks the equivalence
+        "--config.optim.clip_norm=None",  # clipping steadies a search; nothing else needs it
         f"--config.name={name}-repopt",
         f"--config.scales={out / 'scales'}",
         f"--out={out}-repopt",
@@ -165,6 +187,59 @@ def _deploy(arguments: Arguments) -> int:
         f"Network: {out.absolute()}",
     )
     return 0
+
+
+def _convert(arguments: Arguments) -> int:
+    flags = arguments.flags
+    classes = whole_number("classes", flags["classes"])
+    from repopt_jax.train.convert import convert
+
+    options = {name: flags[name] for name in ("model", "kind", "key", "to")}
+    lines = convert(flags["in"], flags["out"], classes=classes, **options)
+    _say(*lines, f"Written: {Path(flags['out']).expanduser().absolute()}")
+    return 0
+
+
+def _verify(arguments: Arguments) -> int:
+    flags = arguments.flags
+    if bool(arguments.config) == bool(flags["check"]):
+        raise UsageError("one of --config (a training config) and --check (a file of your own) must be given")
+    if flags["check"] and arguments.overrides:
+        raise UsageError(f"{arguments.overrides[0]} changes a config, and --check is none")
+    steps = whole_number("steps", flags["steps"]) if flags["steps"] else None
+    layers = None if flags["layers"] == "all" else whole_number("layers", flags["layers"])
+    tolerance = number("tolerance", flags["tolerance"]) if flags["tolerance"] else None
+    for name, value in (("steps", steps), ("layers", layers)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}={value} must be at least 1")
+    with _computing():
+        if flags["check"]:
+            from repopt_jax import verify
+
+            check = verify.load_check(flags["check"])
+        else:
+            config = read_config(arguments)
+            from repopt_jax.train.checking import config_check
+
+            check, steps = config_check(config), steps or 10
+        result = check.run(steps=steps, tolerance=tolerance)
+    worst = result.worst(layers)
+    width = max(len(path) for path, _ in worst)
+    _say(
+        f"Compared: {result.compared}; kernels moved by {result.movement:.2%}",
+        f"Largest relative differences, of {len(result.differences)} parameters and statistics:",
+        *(f"  {path:<{width}}  {difference:.1e}" for path, difference in worst),
+        f"  {'loss':<{width}}  {result.loss_difference:.1e}",
+    )
+    if result.equivalent:
+        _say(f"Equivalent: no difference above {result.tolerance:g}")
+        return 0
+    _say("NOT equivalent")
+    _complain(
+        f"not equivalent: the largest relative difference is {result.max_difference:.1e}, the tolerance "
+        f"{result.tolerance:g}; likely reason: {'; and '.join(result.reasons)}"
+    )
+    return 1
 
 
 def _run(config: Any, arguments: Arguments) -> tuple[bool, Path]:

@@ -8,6 +8,8 @@ repopt: RepOptimizer training in JAX.
   repopt train --config=FILE --out=DIR          train a network
   repopt eval --run=DIR                         test accuracy of a run or of a deployed network
   repopt deploy --run=DIR --out=DIR             fold a run into plain convolutions and save it
+  repopt verify --config=FILE | --check=FILE    is the training that of the multi-branch network?
+  repopt convert IN OUT [--model=NAME]          PyTorch and safetensors files from and to our folders
 
 `repopt COMMAND --help` tells more.
 """
@@ -70,4 +72,41 @@ on test images, and saves the weights with what is needed to rebuild the network
   --run=DIR               folder of the run
   --out=DIR               folder of the deployment; new or empty
   --data_dir=DIR          where the images are now, if not where the run found them
+"""
+
+VERIFY = f"""\
+repopt verify --config=FILE[:ARG] [--config.FIELD=VALUE ...] [--steps=N] [--tolerance=X]
+repopt verify --check=FILE.py [--steps=N] [--tolerance=X]
+
+Trains a network with re-parameterized gradients and its multi-branch twin under the ordinary optimizer, side
+by side in float64 on the same batches, and compares them layer by layer. Exit code 0 where they stay
+equal; 1 where they part, with the likely reason. float64 is slow: --config.batch_size=16 will do. Example:
+
+  repopt verify --config=digits:depth --config.batch_size=16
+
+{_CONFIG}\
+  --check=FILE.py         your own network, loss and optimizers: a Python file whose get_check() returns a
+                          repopt_jax.verify.Check; examples/verify_own_model.py is one
+  --steps=N               steps of training (10; with --check, all of its batches)
+  --tolerance=X           largest relative difference that counts as equal (1e-10)
+  --layers=N              how many of the worst layers are shown (5), or all
+"""
+
+CONVERT = """\
+repopt convert IN OUT [--model=NAME] [--kind=KIND] [--classes=N] [--key=ENTRY] [--to=NAMES]
+
+Converts a PyTorch or safetensors file to a folder that `interop.load_converted` reads, or to such a file
+with other names; our run, deployment or converted folder to a file; a file of scales to a folder. Checks the
+number of parameters and, where PyTorch is installed, the outputs. Examples:
+
+  repopt convert RepVGG-A0-train.pth a0 --model=repvgg-A0
+  repopt convert runs/deployed b1.safetensors --to=timm
+
+  IN, OUT                 a name that ends in .pth, .pt or .safetensors is a file; nothing may be at OUT
+  --model=NAME            of a file: repopt-vgg-B1, repvgg-A0, mobileone-s0, repghost-0.5, repopt-ghostnet-0.5
+  --kind=KIND             of a file, where its keys leave it open: csla, whose keys are those of a search
+  --classes=N             how many the file must have (what it says)
+  --key=ENTRY             of a checkpoint: the entry with the weights, where it is none of the usual
+  --to=NAMES              names in OUT: repopt, repvgg, mobileone, repghost, timm (the network's own
+                          authors'); or scales: of a file, its scales alone
 """

@@ -16,3 +16,11 @@ def x64():
     """Float64 for the length of one test: claims of exactness are made there."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_to_compile():
+    """For tests that compile much and run it seldom: what is computed does not hang on the optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

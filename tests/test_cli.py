@@ -1,5 +1,6 @@
 """The command line: every mistake gives one sentence and a non-zero exit code, and destroys nothing."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from PIL import Image
 
-from repopt_jax import models
+from repopt_jax import interop, models
 from repopt_jax import scales as scales_module
 from repopt_jax.arguments import Arguments, read_config
 from repopt_jax.cli import main
@@ -109,7 +110,7 @@ def train(place, tmp_path):
 def test_help_is_short_and_names_every_command(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("quickstart", "search", "train", "eval", "deploy"):
+    for command in ("quickstart", "search", "train", "eval", "deploy", "verify", "convert"):
         assert f"repopt {command}" in overview
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
@@ -136,6 +137,16 @@ def test_no_command_shows_the_help_and_fails(capsys):
         (["train", "digits"], ["unexpected argument 'digits'"]),
         (["eval", "--run=x", "--config.seed=1"], ["unknown flag --config.seed"]),
         (["quickstart", "--seeds=two"], ["--seeds=two must be a whole number"]),
+        (["verify"], ["one of --config", "and --check", "must be given"]),
+        (["verify", "--config=digits", "--check=a.py"], ["one of --config"]),
+        (["verify", "--check=a.py", "--config.seed=1"], ["--config.seed=1 changes a config"]),
+        (["verify", "--config=digits", "--steps=0"], ["--steps=0 must be at least 1"]),
+        (["verify", "--config=digits", "--layers=few"], ["--layers=few must be a whole number"]),
+        (["verify", "--config=digits", "--tolerance=small"], ["--tolerance=small must be a number"]),
+        (["convert", "a.pth"], ["OUT must be given"]),
+        (["convert"], ["IN and OUT must be given"]),
+        (["convert", "a.pth", "b", "c"], ["unexpected argument 'c'"]),
+        (["convert", "a.pth", "b", "--classes=two"], ["--classes=two must be a whole number"]),
     ],
 )
 def test_wrong_command_lines(capsys, arguments, parts):
@@ -372,6 +383,142 @@ def test_train_eval_deploy_eval(capsys, searched, train, tmp_path):
     )
     refused(capsys, ["deploy", f"--run={searched}", f"--out={run}"], "is not empty and holds no deployment")
     assert files(deployed) == before
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+def test_verify_a_config(capsys, place):
+    """The optimizer of the config, clipping and schedule included, on its own data."""
+    arguments = ["verify", f"--config={place}/tiny.py", "--config.scales=depth", "--config.batch_size=4"]
+    assert main([*arguments, "--steps=2", "--config.optim.clip_norm=0.5", "--layers=3"]) == 0
+    said = capsys.readouterr().out
+    assert "Compared: 2 steps in float64, batch norm in training mode (5 layers)" in said
+    assert "Equivalent: no difference above 1e-10" in said
+    assert len([line for line in said.splitlines() if line.startswith("  stages/")]) <= 3
+
+
+def test_verify_what_has_no_scales(capsys, place):
+    refused(capsys, ["verify", f"--config={place}/tiny.py"], "`scales` ''", "add --config.model.kind=target")
+
+
+# A dense layer whose optimizer decays before the multiplier.
+CHECK = """
+import numpy as np, optax
+from flax import nnx
+from repopt_jax import Scales, default_branches, repopt_mask
+from repopt_jax.verify import Check
+
+def get_check():
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
+    path = "layers/0/kernel"
+    scales = Scales.depth_rule({path: default_branches((4, 4))}, {path: 8})
+    rng = np.random.default_rng(0)
+    batches = [{"image": rng.normal(size=(6, 4)), "label": rng.integers(0, 3, 6)} for _ in range(3)]
+    def wrong(rule):
+        return optax.chain(optax.add_decayed_weights(0.1), rule, optax.sgd(0.1))
+    return Check(model, scales, batches, wrong(repopt_mask(scales)), wrong(optax.identity()))
+"""
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+def test_verify_a_check_that_fails_says_why(capsys, tmp_path):
+    (tmp_path / "my_check.py").write_text(CHECK)
+    assert main(["verify", f"--check={tmp_path}/my_check.py", "--layers=all"]) == 1
+    said = capsys.readouterr()
+    assert "NOT equivalent" in said.out
+    assert "  layers/0/" in said.out.splitlines()[2]  # the worst first
+    assert "layers/2/bias" in said.out
+    assert_one_sentence(said.err, "not equivalent: the largest", "weight decay comes before the multiplier")
+    # Within a large tolerance they are equal.
+    assert main(["verify", f"--check={tmp_path}/my_check.py", "--tolerance=0.01", "--steps=1"]) == 0
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_check_file_may_import_what_lies_beside_it(capsys, tmp_path):
+    (tmp_path / "beside_the_check.py").write_text("STEPS = 3")
+    example = (Path(__file__).parents[1] / "examples" / "verify_own_model.py").read_text()
+    head = "from __future__ import annotations\nimport dataclasses\nimport beside_the_check\n"
+    tail = """
+@dataclasses.dataclass
+class Settings:
+    steps: int = beside_the_check.STEPS
+
+_all = get_check
+
+def get_check():
+    return dataclasses.replace(_all(), batches=_all().batches[: Settings().steps])
+"""
+    file = tmp_path / "my_check.py"
+    file.write_text(head + example + tail)
+    assert main(["verify", f"--check={file}"]) == 0
+    assert "Compared: 3 steps" in capsys.readouterr().out
+
+
+def test_check_files_that_are_none(capsys, tmp_path):
+    refused(capsys, ["verify", "--check=nowhere.py"], "no check file nowhere.py")
+    file = tmp_path / "bad.py"
+    for text, part in (
+        ("x = 1", "has no function `get_check`"),
+        ("def", "is not valid Python"),
+        ("def get_check(): return 3", "returned int, not `verify.Check`"),
+    ):
+        file.write_text(text)
+        refused(capsys, ["verify", f"--check={file}"], "bad.py", part)
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+def test_the_example_of_a_check(capsys):
+    example = Path(__file__).parents[1] / "examples" / "verify_own_model.py"
+    assert main(["verify", f"--check={example}", "--steps=3"]) == 0
+    assert "Equivalent" in capsys.readouterr().out
+
+
+def test_convert_there_and_back(capsys, searched, tmp_path):
+    file, folder, again = (tmp_path / name for name in ("a.safetensors", "b", "c.pth"))
+    assert main(["convert", str(searched), str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "parameters: " in said
+    assert " in PyTorch (repopt), " in said
+    installed = importlib.util.find_spec("torch") is not None
+    assert ("largest logit difference" if installed else "PyTorch is not installed") in said
+    assert f"Written: {file}" in said
+    before = files(searched)
+
+    assert main(["convert", str(file), str(folder), "--model=repopt-vgg-cli-tiny", "--classes=2"]) == 0
+    assert main(["convert", str(folder), str(again), "--to=repopt"]) == 0
+    first, second = interop.read_tensors(file), interop.read_tensors(again)
+    assert set(first) == set(second)
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+    assert main(["convert", str(file), str(tmp_path / "scales"), "--to=scales"]) == 0
+    assert "vectors for 5 layers" in capsys.readouterr().out
+    expected = scales_module.load_scales(searched / "scales")
+    found = scales_module.load_scales(tmp_path / "scales", expected.branch_sets)
+    for path, vectors in expected.vectors.items():
+        assert all(np.array_equal(vectors[name], v) for name, v in found.vectors[path].items())
+    assert files(searched) == before
+
+
+def test_convert_refuses_in_one_sentence(capsys, searched, tmp_path):
+    file = tmp_path / "a.pth"
+    assert main(["convert", str(searched), str(file)]) == 0
+    written = file.read_bytes()
+    for arguments, parts in (
+        ([searched, file], ["exists: it is not overwritten"]),
+        ([tmp_path / "nothing.pth", tmp_path / "b"], ["no file or folder at"]),
+        ([searched, tmp_path / "b"], ["is a folder of ours", ".safetensors, .pth or .pt"]),
+        ([searched, tmp_path / "b.pth", "--model=repvgg-A0"], ["says itself what it holds"]),
+        ([searched, tmp_path / "b.pth", "--to=timm"], ["'timm'", "no place for the layers stages/0/0/bn"]),
+        ([file, tmp_path / "b"], ["`model` must name the file's architecture"]),
+        ([file, tmp_path / "b", "--model=vgg16"], ["`model` is 'vgg16'"]),
+        ([file, tmp_path / "b", "--model=repvgg-cli-tiny", "--classes=9"], ["`classes` is 9"]),
+        ([file, tmp_path / "b", "--model=repopt-vgg-digits"], ["misshapen", "missing"]),
+        ([file, tmp_path / "b", "--model=repopt-vgg-cli-tiny", "--to=repopt"], ["is a folder of ours"]),
+        ([file, tmp_path / "b", "--model=repopt-vgg-cli-tiny", "--key=ema"], [str(file), "'ema'"]),
+        ([file, tmp_path / "b.pth", "--to=scales"], ["scales go into a folder"]),
+    ):
+        refused(capsys, ["convert", *arguments], *parts)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+    assert file.read_bytes() == written
 
 
 @pytest.fixture

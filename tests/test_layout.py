@@ -19,6 +19,7 @@ LEVELS = {
     "algebra": 0,
     "paths": 0,
     "chains": 0,
+    "userfile": 0,
     "data": 0,
     "branches": 1,
     "scales": 2,

@@ -1,11 +1,11 @@
 """Configs as files: Python files that return one, JSON that keeps one, and what differs between two."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from repopt_jax import userfile
 from repopt_jax.train.config import Config
 
 
@@ -20,17 +20,7 @@ def load_config(file_and_arg: str) -> Config:
     """
     name, _, arg = file_and_arg.partition(":")
     path = config_file(name)
-    spec = importlib.util.spec_from_file_location(f"repopt_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file: a config is a file NAME.py with a function `get_config`")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"{path} is not valid Python: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function `get_config`, so it is no config")
-    config = module.get_config(arg)
+    config = userfile.call(path, "get_config", arg, noun="config")
     if not isinstance(config, Config):
         raise TypeError(f"`get_config` of {path} returned {type(config).__name__}, not `Config`")
     return config

@@ -23,10 +23,11 @@ from flax import nnx
 
 from repopt_jax import data, verify
 from repopt_jax._version import __version__
+from repopt_jax.optim import repopt_mask
 from repopt_jax.scales import load_scales
 from repopt_jax.train import monitor, records, report
 from repopt_jax.train.build import build_model, open_data
-from repopt_jax.train.config import Config
+from repopt_jax.train.config import Config, validate
 from repopt_jax.train.config_io import differing_fields, from_json, to_json
 from repopt_jax.train.deploy import Deployed, deploy
 from repopt_jax.train.loop import run
@@ -123,10 +124,14 @@ def _check(base: Config, seeds: int) -> None:
             f"`base` has kind {base.model.kind!r} and scales {base.scales!r}, which quickstart sets itself: "
             "give the config of a plain run (kind 'target', no scales)"
         )
-    if base.optim.clip_norm is not None:
-        problems.append(f"`optim.clip_norm` is {base.optim.clip_norm}, which RepOpt excludes: leave it None")
+    if base.optim.name != "sgd":
+        problems.append(
+            f"`optim.name` is {base.optim.name!r}: quickstart shows the method with SGD, as published; use "
+            "`repopt search` and `repopt train` for others"
+        )
     if problems:
         raise ValueError("; ".join(problems))
+    validate(variant(base, "plain", "target", ""))
 
 
 def _claim(out_dir: Path, base: Config) -> None:
@@ -215,7 +220,11 @@ def check_equivalence(config: Config, scales_dir: Path, path: Path) -> dict[str,
     return found
 
 
-def _verify(config: Config, scales_dir: Path, optimizer: verify.MakeOptimizer) -> verify.Equivalence:
+def _verify(
+    config: Config,
+    scales_dir: Path,
+    recipe: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+) -> verify.Equivalence:
     source, transform = open_data(config.data)
     model, _ = build_model(config, source.info)
     model.train()
@@ -225,7 +234,14 @@ def _verify(config: Config, scales_dir: Path, optimizer: verify.MakeOptimizer) -
     limit = config.data.train_limit
     batches = data.train_batches(source, transform, batch_size=size, seed=config.seed, limit=limit)
     steps = itertools.islice(batches, CHECKED_STEPS)
-    return verify.verify_equivalence(model, scales, steps, optimizer=optimizer, rngs=nnx.Rngs(config.seed))
+    return verify.verify_equivalence(
+        model,
+        scales,
+        steps,
+        optimizer=recipe(repopt_mask(scales)),
+        twin_optimizer=recipe(optax.identity()),
+        rngs=nnx.Rngs(config.seed),
+    )
 
 
 def _wrong_order(mask: optax.GradientTransformation) -> optax.GradientTransformation:
