@@ -56,10 +56,10 @@ def reparameterize(
     that `scales` name is a dict of its branches (`stages/1/0/conv/kernel/1x1`): masks and labels go by these
     paths.
 
-    Cost, beside the state of `inner` on the branches instead of the kernels: the branch tensors, with every
-    branch's size what its kernel has. In a layer 3x3 + 1x1 + identity that is a tenth more than the kernel:
-    about 1.11 times the parameters in the state for the w_b, 1.11 times what the inner state has for
-    parameters, and no more in forward or backward. SGD, Adam and Lion need none of this: `repopt_sgd`,
+    Cost: the state holds the branch tensors, and the state of `inner` is that of the branches. In bytes, with
+    n = sum over the branches of the sizes of their tensors (in a layer 3x3 + 1x1 + identity about 1.11 times
+    the size of the kernel): n numbers for the w_b, and for each moment that `inner` keeps n in place of the
+    kernel's. Forward and backward pass cost no more. SGD, Adam and Lion need none of this: `repopt_sgd`,
     `repopt_adamw`, `repopt_lion`.
 
     Args:
