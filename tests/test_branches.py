@@ -110,7 +110,7 @@ def test_average_pooling_has_no_elementwise_rule(x64):
     branches = BranchSet((3, 3, 2, 2), (Kernel((3, 3)), Average()))
     scales = draw_scales(branches)
     assert not branches.elementwise
-    with pytest.raises(ValueError, match="average mixes taps and has no elementwise multiplier"):
+    with pytest.raises(ValueError, match="average mixes taps or channels and has no elementwise multiplier"):
         branches.multiplier(scales)
     j = jacobian(branches, scales)
     g = np.random.default_rng(0).normal(size=branches.kernel).ravel()
