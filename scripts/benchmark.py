@@ -87,16 +87,23 @@ def bench_optimizers(rounds: int) -> dict[str, Any]:
     """One update of RepOpt-VGG-B1 by other optimizers, each beside the plain one."""
     shapes, scales = b1()
     sgd = optax.sgd(0.1, 0.9, nesterov=True)
-    chains = {
-        "optax.adamw": optax.adamw(1e-3),
-        "repopt_adamw": repopt_jax.repopt_adamw(1e-3, scales),
-        "optax.lion": optax.lion(1e-4),
-        "repopt_lion": repopt_jax.repopt_lion(1e-4, scales),
-        "optax.sgd": sgd,
-        "repopt_sgd": repopt_jax.repopt_sgd(0.1, scales),
-        "reparameterize(optax.sgd)": repopt_jax.reparameterize(sgd, scales),
-    }
-    baselines = {name: next(b for b in chains if b.startswith("optax.") and b[6:] in name) for name in chains}
+    decayed = optax.chain(optax.add_decayed_weights(DECAY), sgd)
+    groups = (
+        {"optax.adamw": optax.adamw(1e-3), "repopt_adamw": repopt_jax.repopt_adamw(1e-3, scales)},
+        {"optax.lion": optax.lion(1e-4), "repopt_lion": repopt_jax.repopt_lion(1e-4, scales)},
+        {
+            "optax.sgd": sgd,
+            "repopt_mask, optax.sgd": optax.chain(repopt_jax.repopt_mask(scales), sgd),
+            "reparameterize(optax.sgd)": repopt_jax.reparameterize(sgd, scales),
+        },
+        {
+            "optax.sgd with decay": decayed,
+            "repopt_sgd with decay": repopt_jax.repopt_sgd(0.1, scales, weight_decay=DECAY),
+            "reparameterize(optax.sgd with decay)": repopt_jax.reparameterize(decayed, scales),
+        },
+    )
+    chains = {name: tx for group in groups for name, tx in group.items()}
+    baselines = {name: next(iter(group)) for group in groups for name in group}
     return time_updates(chains, baselines, shapes, rounds)
 
 
