@@ -11,6 +11,14 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """JAX keeps what it compiles, up to a number of programs for the whole process: a file of tests must find
+    neither that memory full nor gigabytes of other files' programs."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 for the length of one test: claims of exactness are made there."""
