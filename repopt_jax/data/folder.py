@@ -4,19 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from repopt_jax.data.images import (
-    GREY_MODES,
-    DatasetInfo,
-    Record,
-    Source,
-    Split,
-    image_header,
-)
+from repopt_jax.data.images import DatasetInfo, Record, Source, Split, read_encoded, sampled_shape
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
-# Headers looked at when a folder is opened, to learn its colour mode and size: enough to notice a mixed
-# folder, few enough to be free on a million images.
-SAMPLED_HEADERS = 64
 
 
 def open_folder(folder: str | os.PathLike[str], *, name: str | None = None) -> Source:
@@ -43,7 +33,7 @@ def open_folder(folder: str | os.PathLike[str], *, name: str | None = None) -> S
     _check_not_empty(train, class_names)
     if not len(evaluation):
         raise ValueError(f"{eval_dir} holds no JPEG or PNG images; put them in <class>/ folders")
-    shape, channels = _sampled_shape(train)
+    shape, channels = sampled_shape(len(train), train.path)
     info = DatasetInfo(
         name=name or root.resolve().name,
         class_names=class_names,
@@ -75,13 +65,7 @@ class _FolderRecords(Sequence[Record]):
 
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
         path = self.path(index)
-        try:
-            with open(path, "rb") as file:
-                return Record(file.read(), self.labels[index], path)
-        except OSError as error:
-            raise ValueError(
-                f"cannot read image {path} ({error.strerror}); put the file back or open the folder again"
-            ) from error
+        return Record(read_encoded(path), self.labels[index], path)
 
 
 def _split_folders(root: Path) -> tuple[Path, Path]:
@@ -125,12 +109,3 @@ def _check_not_empty(records: _FolderRecords, class_names: Sequence[str]) -> Non
             f"{records.root} has classes without a JPEG or PNG image: {', '.join(empty)}; "
             "add images or remove them"
         )
-
-
-def _sampled_shape(records: _FolderRecords) -> tuple[tuple[int, int, int] | None, int]:
-    """(shape or None if it varies, channels), from headers spread evenly over `records`."""
-    count = min(SAMPLED_HEADERS, len(records))
-    headers = [image_header(records.path(i * len(records) // count)) for i in range(count)]
-    channels = 1 if all(mode in GREY_MODES for _, mode in headers) else 3
-    sizes = {size for size, _ in headers}
-    return ((*sizes.pop(), channels) if len(sizes) == 1 else None), channels

@@ -1,7 +1,7 @@
 """A labelled image data set: a train and an eval split, each a random-access sequence of decoded images."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
@@ -10,6 +10,9 @@ from PIL import Image, UnidentifiedImageError
 
 # Modes that hold one grey value a pixel; `1` and `LA` become `L` without loss that matters.
 GREY_MODES = ("1", "L", "LA")
+# Headers looked at when a folder is opened, to learn its colour mode and size: enough to notice a mixed
+# folder, few enough to be free on a million images.
+SAMPLED_HEADERS = 64
 # More than 8 bits a channel: Pillow would clip these when converting, so they are refused.
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -113,6 +116,33 @@ def decode_image(encoded: bytes, *, channels: int, name: str) -> np.ndarray:
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise _unreadable(name, error) from error
     return image[..., None] if channels == 1 else image
+
+
+def read_encoded(path: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+      ValueError: it cannot be read; the message names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(
+            f"cannot read image {path} ({error.strerror}); put the file back or open the folder again"
+        ) from error
+
+
+def sampled_shape(count: int, path: Callable[[int], str]) -> tuple[tuple[int, int, int] | None, int]:
+    """(shape or None if it varies, channels) of `count` image files, from headers spread evenly over them.
+
+    They have one channel if all the sampled ones are grey, else three.
+    """
+    looked_at = min(SAMPLED_HEADERS, count)
+    headers = [image_header(path(i * count // looked_at)) for i in range(looked_at)]
+    channels = 1 if all(mode in GREY_MODES for _, mode in headers) else 3
+    sizes = {size for size, _ in headers}
+    return ((*sizes.pop(), channels) if len(sizes) == 1 else None), channels
 
 
 def image_header(path: str) -> tuple[tuple[int, int], str]:

@@ -5,10 +5,12 @@ numbers of every row are drawn for the *global* batch, and a process then reads 
 run on one process or eight, with worker processes or without, resumed or unbroken, sees the same images.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from repopt_jax.data.annotated import AnnotatedSource
 from repopt_jax.data.images import Source
 from repopt_jax.data.reading import Cache, make_reader
 from repopt_jax.data.transforms import DRAWS, Transform, augment, normalise
@@ -57,36 +59,25 @@ def train_batches(
     Raises:
       ValueError: sizes, counts or `cache` that do not fit together or the source.
     """
-    import grain
-
-    from repopt_jax.data.batches import Batches
-
-    _check(source, transform, batch_size, process_index, process_count, workers, prefetch)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"`seed` is {seed}; it must be in [0, 2**32)")
-    steps_per_epoch(source, batch_size, limit=limit)
-    subset = _subset(source.info.num_train, limit, "train")
     read = make_reader(source, "train", transform, workers=workers, cache=cache)
-    local = _local_rows(batch_size, process_index, process_count)
 
-    def draw(rows: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return {"rows": subset[rows], "draws": rng.random((batch_size, len(DRAWS)))}
-
-    def load(plan: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows, draws = plan["rows"][local], plan["draws"][local]
+    def load(rows: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         images, labels = read(rows, draws)
         return {"image": normalise(augment(images, draws, transform), transform), "label": labels}
 
-    batches = (
-        grain.MapDataset.range(len(subset))
-        .seed(seed)
-        .shuffle()
-        .batch(batch_size, drop_remainder=True)
-        .repeat()
-        .random_map(draw)
-        .map(load)
+    return training(
+        source,
+        transform,
+        load,
+        len(DRAWS),
+        batch_size=batch_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+        limit=limit,
+        workers=workers,
+        prefetch=prefetch,
     )
-    return Batches(batches, workers=workers, prefetch=prefetch)
 
 
 def eval_batches(
@@ -107,46 +98,133 @@ def eval_batches(
     (batch,): 1 for an image, 0 for a row that fills up the last batch (black before normalisation, label
     0). Every process gets the same number of batches.
     """
-    import grain
-
-    from repopt_jax.data.batches import Batches
-
-    _check(source, transform, batch_size, process_index, process_count, workers, prefetch)
-    subset = _subset(source.info.num_eval, limit, "eval")
     read = make_reader(source, "eval", transform, workers=workers, cache=cache)
-    local = _local_rows(batch_size, process_index, process_count)
-    shape = (local.stop - local.start, *(transform.image_size,) * 2, source.info.channels)
 
-    def load(rows: np.ndarray) -> dict[str, np.ndarray]:
-        rows = subset[rows][local]
-        count = len(rows)
-        images, labels = np.zeros(shape, np.uint8), np.zeros(shape[0], np.int32)
-        images[:count], labels[:count] = read(rows, None)
-        mask = (np.arange(shape[0]) < count).astype(np.float32)
-        return {"image": normalise(images, transform), "label": labels, "mask": mask}
+    def load(rows: np.ndarray, count: int) -> dict[str, np.ndarray]:
+        images, labels = (filled(array, count) for array in read(rows, None))
+        return {"image": normalise(images, transform), "label": labels}
 
-    batches = grain.MapDataset.range(len(subset)).batch(batch_size).map(load)
-    return Batches(batches, workers=workers, prefetch=prefetch)
+    return evaluation(
+        source,
+        transform,
+        load,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        limit=limit,
+        workers=workers,
+        prefetch=prefetch,
+    )
 
 
-def steps_per_epoch(source: Source, batch_size: int, *, limit: int | None = None) -> int:
+def steps_per_epoch(source: Source | AnnotatedSource, batch_size: int, *, limit: int | None = None) -> int:
     """Training batches in an epoch.
 
     Raises:
       ValueError: not even one batch, or a `limit` that the source does not have.
     """
-    count = len(_subset(source.info.num_train, limit, "train"))
+    count = len(subset(source.info.num_train, limit, "train"))
     if not 1 <= batch_size <= count:
         raise ValueError(f"`batch_size` is {batch_size}; it must be in [1, {count}], the images of an epoch")
     return count // batch_size
 
 
-def eval_steps(source: Source, batch_size: int, *, limit: int | None = None) -> int:
+def eval_steps(source: Source | AnnotatedSource, batch_size: int, *, limit: int | None = None) -> int:
     """Batches that `eval_batches` gives, the padded one included."""
-    return -(-len(_subset(source.info.num_eval, limit, "eval")) // batch_size)
+    return -(-len(subset(source.info.num_eval, limit, "eval")) // batch_size)
 
 
-def _subset(count: int, limit: int | None, split: str) -> np.ndarray:
+def training(
+    source: Any,
+    transform: Any,
+    load: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
+    num_draws: int,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+    limit: int | None,
+    workers: int,
+    prefetch: int,
+) -> "Batches":
+    """What `train_batches` promises, for any source and kind of batch.
+
+    Args:
+      source: its `info` has `num_train` and `channels`.
+      transform: has `check_channels`.
+      load: (rows of the split, uniform numbers (len(rows), `num_draws`)) -> batch.
+      num_draws: random numbers that a row needs.
+    """
+    import grain
+
+    from repopt_jax.data.batches import Batches
+
+    _check(source, transform, batch_size, process_index, process_count, workers, prefetch)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` is {seed}; it must be in [0, 2**32)")
+    steps_per_epoch(source, batch_size, limit=limit)
+    used = subset(source.info.num_train, limit, "train")
+    local = _local_rows(batch_size, process_index, process_count)
+
+    def draw(rows: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"rows": used[rows], "draws": rng.random((batch_size, num_draws))}
+
+    batches = (
+        grain.MapDataset.range(len(used))
+        .seed(seed)
+        .shuffle()
+        .batch(batch_size, drop_remainder=True)
+        .repeat()
+        .random_map(draw)
+        .map(lambda plan: load(plan["rows"][local], plan["draws"][local]))
+    )
+    return Batches(batches, workers=workers, prefetch=prefetch)
+
+
+def evaluation(
+    source: Any,
+    transform: Any,
+    load: Callable[[np.ndarray, int], dict[str, np.ndarray]],
+    *,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    limit: int | None,
+    workers: int,
+    prefetch: int,
+) -> "Batches":
+    """What `eval_batches` promises, for any source and kind of batch.
+
+    Args:
+      source: its `info` has `num_eval` and `channels`.
+      transform: has `check_channels`.
+      load: (rows of the split, count) -> batch of `count` rows, of which the first len(rows) are those.
+    """
+    import grain
+
+    from repopt_jax.data.batches import Batches
+
+    _check(source, transform, batch_size, process_index, process_count, workers, prefetch)
+    used = subset(source.info.num_eval, limit, "eval")
+    local = _local_rows(batch_size, process_index, process_count)
+    count = local.stop - local.start
+
+    def masked(rows: np.ndarray) -> dict[str, np.ndarray]:
+        rows = used[rows][local]
+        return {**load(rows, count), "mask": (np.arange(count) < len(rows)).astype(np.float32)}
+
+    batches = grain.MapDataset.range(len(used)).batch(batch_size).map(masked)
+    return Batches(batches, workers=workers, prefetch=prefetch)
+
+
+def filled(array: np.ndarray, count: int, value: int = 0) -> np.ndarray:
+    """`array` with rows of `value` added up to `count` rows."""
+    missing = np.full((count - len(array), *array.shape[1:]), value, array.dtype)
+    return np.concatenate([array, missing]) if len(missing) else array
+
+
+def subset(count: int, limit: int | None, split: str) -> np.ndarray:
     """Which images of a split are used: all, or the first `limit` in an order that mixes the classes."""
     if limit is None:
         return np.arange(count)

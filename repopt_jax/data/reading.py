@@ -1,18 +1,19 @@
 """Rows of a split -> fitted images, decoded each time or kept in memory once they have been read."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from repopt_jax.data.images import DatasetInfo, Source
+from repopt_jax.data.images import Source
 from repopt_jax.data.transforms import Transform, fit, random_part
 
 Cache = Literal["auto"] | bool
 # With `cache="auto"` a split's images are kept in memory if they take no more than this, fitted, as uint8.
 CACHE_BYTES = 512 * 2**20
-# (rows, draws or None) -> images uint8 (len(rows), size, size, channels), labels int32 (len(rows),)
-Reader = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
+# (rows, draws or None) -> arrays with an element for each row, the images first; for the images of `Source`:
+# uint8 (len(rows), size, size, channels) and labels int32 (len(rows),)
+Reader = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, ...]]
 
 
 def make_reader(source: Source, split: str, transform: Transform, *, workers: int, cache: Cache) -> Reader:
@@ -21,12 +22,34 @@ def make_reader(source: Source, split: str, transform: Transform, *, workers: in
     Raises:
       ValueError: `cache` is True where images cannot be kept, or is none of its values.
     """
-    if not _keeps(source.info, split, transform, workers, cache):
-        return _Decoding(source, split, transform)
+    whole = "area" if split == "train" and transform.area is not None else None
+    decode = _Decoding(source, split, transform)
+    return keeping(decode, source, split, transform.image_size, whole=whole, workers=workers, cache=cache)
+
+
+def keeping(
+    decode: Reader, source: Any, split: str, size: int, *, whole: str | None, workers: int, cache: Cache
+) -> Reader:
+    """`decode`, or a reader that keeps in `source.kept` what it has given, as `cache` says.
+
+    Args:
+      decode: reads `split` of `source`, to images of side `size`.
+      source: a `Source`, or another with `info` and `kept`.
+      split: "train" or "eval".
+      size: side of the fitted images.
+      whole: the setting of the transform, if there is one, that needs whole images, so that none is kept.
+      workers: worker processes.
+      cache: True, False or "auto"; see `train_batches`.
+
+    Raises:
+      ValueError: `cache` is True where images cannot be kept, or is none of its values.
+    """
+    if not _keeps(source.info, split, size, whole, workers, cache):
+        return decode
     # Held by the source, so that evaluating again does not decode again.
-    key = split, transform.image_size
+    key = split, size
     if key not in source.kept:
-        source.kept[key] = _Keeping(source, split, transform)
+        source.kept[key] = _Keeping(decode, len(getattr(source, split)))
     return source.kept[key]
 
 
@@ -45,7 +68,7 @@ class _Decoding:
         for i, row in enumerate(rows):
             example = self.examples[int(row)]
             image = example["image"]
-            self._check(image, row)
+            check_image(image, self.channels, row)
             if self.area is None:
                 images[i] = fit(image, self.size)
             else:
@@ -53,43 +76,43 @@ class _Decoding:
             labels[i] = example["label"]
         return images, labels
 
-    def _check(self, image: np.ndarray, row: int) -> None:
-        if image.ndim != 3 or image.shape[-1] != self.channels or image.dtype != np.uint8:
-            raise ValueError(
-                f"image {row} is {image.dtype} {image.shape}; "
-                f"it must be uint8 (height, width, {self.channels})"
-            )
+
+def check_image(image: np.ndarray, channels: int, row: int) -> None:
+    """Raises ValueError where an image of a split is not uint8 (height, width, `channels`)."""
+    if image.ndim != 3 or image.shape[-1] != channels or image.dtype != np.uint8:
+        raise ValueError(
+            f"image {row} is {image.dtype} {image.shape}; it must be uint8 (height, width, {channels})"
+        )
 
 
 class _Keeping:
-    """Decodes an image the first time it is asked for, and keeps it fitted."""
+    """Reads a row the first time it is asked for, and keeps what was read."""
 
-    def __init__(self, source: Source, split: str, transform: Transform):
-        self.decode = _Decoding(source, split, transform)
-        count = len(getattr(source, split))
-        # Not touched before it is written, so that it takes real memory only for images that are read.
-        self.images = np.empty((count, *(transform.image_size,) * 2, source.info.channels), np.uint8)
-        self.labels = np.empty(count, np.int32)
+    def __init__(self, decode: Reader, count: int):
+        self.decode = decode
+        # Not touched before they are written, so that they take real memory only for rows that are read.
+        nothing = decode(np.zeros(0, int), None)
+        self.arrays = tuple(np.empty((count, *array.shape[1:]), array.dtype) for array in nothing)
         self.have = np.zeros(count, bool)
 
     def __call__(self, rows, draws):
         missing = rows[~self.have[rows]]
         if len(missing):
             # Two threads may decode the same image: they write the same bytes, and `have` last.
-            self.images[missing], self.labels[missing] = self.decode(missing, None)
+            for array, read in zip(self.arrays, self.decode(missing, None), strict=True):
+                array[missing] = read
             self.have[missing] = True
-        return self.images[rows], self.labels[rows]
+        return tuple(array[rows] for array in self.arrays)
 
 
-def _keeps(info: DatasetInfo, split: str, transform: Transform, workers: int, cache: Cache) -> bool:
+def _keeps(info: Any, split: str, size: int, whole: str | None, workers: int, cache: Cache) -> bool:
     """The documented rule of `cache`."""
-    whole = split == "train" and transform.area is not None
     if cache is True and (whole or workers):
-        reason = "`area`, which needs whole images" if whole else f"{workers} worker processes"
+        reason = f"`{whole}`, which needs whole images" if whole else f"{workers} worker processes"
         raise ValueError(f"`cache` is True, but images cannot be kept with {reason}; use 'auto'")
     if cache not in ("auto", True, False):
         raise ValueError(f"`cache` is {cache!r}; it must be 'auto', True or False")
     if cache != "auto":
         return cache
     count = info.num_train if split == "train" else info.num_eval
-    return not (whole or workers) and count * transform.image_size**2 * info.channels <= CACHE_BYTES
+    return not (whole or workers) and count * size**2 * info.channels <= CACHE_BYTES

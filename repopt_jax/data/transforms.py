@@ -107,7 +107,7 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
         return image
     scale = size / min(height, width)
     height, width = max(size, round(height * scale)), max(size, round(width * scale))
-    resized = _resize(image, (height, width))
+    resized = resize(image, (height, width))
     top, left = (height - size) // 2, (width - size) // 2
     return resized[top : top + size, left : left + size]
 
@@ -127,10 +127,11 @@ def random_part(image: np.ndarray, size: int, draws: np.ndarray, area: tuple[flo
     top = math.floor(y * (height - part_height + 1))
     left = math.floor(x * (width - part_width + 1))
     part = image[top : top + part_height, left : left + part_width]
-    return _resize(part, (size, size))
+    return resize(part, (size, size))
 
 
-def _resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resizes a uint8 (height, width, channels) image to `shape`, (height, width); bilinear, antialiased."""
     grey = image.shape[-1] == 1
     picture = Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image))
     resized = np.asarray(picture.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))

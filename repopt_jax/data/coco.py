@@ -1,0 +1,328 @@
+"""Annotations in COCO's format (boxes and keypoints) with their folders of images, as a data set.
+
+A file is checked as a whole when it is opened: whatever is wrong with it is said at once, each kind of
+mistake with the first few places where it is and how many more there are.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repopt_jax.data.annotated import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
+from repopt_jax.data.images import decode_image, image_header, read_encoded, sampled_shape
+
+# COCO's own constants for the 17 keypoints of a person, in its order, and what stands for those of others.
+PERSON_SIGMAS = (
+    *(0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072),
+    *(0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089),
+)
+OTHER_SIGMA = 0.05
+# As many objects as COCO's evaluation looks at in an image.
+MOST_OBJECTS = 100
+NAMED = 3
+
+PathLike = str | os.PathLike[str]
+
+
+def open_coco(
+    folder: PathLike,
+    *,
+    train_annotations: PathLike = "train.json",
+    eval_annotations: PathLike = "val.json",
+    train_images: PathLike | None = None,
+    eval_images: PathLike | None = None,
+    name: str | None = None,
+    max_objects: int | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> AnnotatedSource:
+    """Opens annotations in COCO's format. Every annotation is checked; no image is decoded yet.
+
+    Classes are the categories in the order of their ids. Keypoints are those that the categories name
+    (`keypoints`), and two names that differ in "left" and "right" only trade places in a mirrored image. An
+    object without keypoints has them all unlabelled. Boxes may reach over the border of their image; crowds
+    (`iscrowd`) are kept for the evaluation and not trained on. Images may be without annotations. Coordinates
+    are taken as they are, see `repopt_jax.data.annotated`.
+
+    Args:
+      folder: what the other paths are relative to.
+      train_annotations: JSON of the training images.
+      eval_annotations: JSON of the images that are kept for evaluation.
+      train_images: folder of the training images, by default the one named as the JSON is, without its ending
+        (`train`), or else `images`.
+      eval_images: the same for evaluation (`val`, or else `images`).
+      name: what to call the data set, by default the folder's name.
+      max_objects: objects of one image that a batch has room for; by default the largest number in a training
+        image, but at most 100.
+      sigmas: see `DetectionInfo`; by default COCO's own for its person of 17 keypoints, 0.05 for any other.
+
+    Raises:
+      FileNotFoundError: a JSON file or a folder of images does not exist.
+      ValueError: a file is not COCO's format; an image is missing; an annotation refers to an image or a
+        category that is not there, has an empty, inverted or wholly outside box, or keypoints that do not
+        fit; a split has nothing to learn or to find; the two files have other categories.
+    """
+    root = Path(folder).expanduser()
+    files = [root / train_annotations, root / eval_annotations]
+    places = [_image_folder(root, file, given) for file, given in zip(files, (train_images, eval_images))]
+    train_file, eval_file = (_Annotations(file, place) for file, place in zip(files, places))
+    _check_same_categories(train_file, eval_file)
+    channels = sampled_shape(len(train_file.paths), train_file.paths.__getitem__)[1]
+    train, evaluation = (CocoImages(file, channels) for file in (train_file, eval_file))
+    keypoint_names = train_file.keypoint_names
+    info = DetectionInfo(
+        name=name or root.resolve().name,
+        class_names=tuple(train_file.categories.values()),
+        keypoint_names=keypoint_names,
+        channels=channels,
+        max_objects=min(train.most_objects, MOST_OBJECTS) if max_objects is None else max_objects,
+        num_train=len(train),
+        num_eval=len(evaluation),
+        flip_pairs=_flip_pairs(keypoint_names),
+        sigmas=_default_sigmas(keypoint_names) if sigmas is None else tuple(map(float, sigmas)),
+    )
+    return AnnotatedSource(info, train, evaluation)
+
+
+class CocoImages(AnnotatedSplit):
+    """The images of one annotation file, in its order."""
+
+    def __init__(self, file: "_Annotations", channels: int):
+        self._paths, self._shapes, self._channels = file.paths, file.shapes, channels
+        order = np.argsort(file.rows, kind="stable")
+        self._starts = np.searchsorted(file.rows[order], np.arange(len(file.paths) + 1))
+        self._objects: dict[str, np.ndarray] = {name: array[order] for name, array in file.objects.items()}
+        self.most_objects = int(np.bincount(file.rows[~file.objects["crowd"]]).max())
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def objects(self, index: int) -> Objects:
+        own = slice(self._starts[index], self._starts[index + 1])
+        return {name: array[own] for name, array in self._objects.items()}  # pyright: ignore[reportReturnType]
+
+    def image(self, index: int) -> np.ndarray:
+        path = self._paths[index]
+        image = decode_image(read_encoded(path), channels=self._channels, name=path)
+        told = self._shapes[index]
+        if image.shape[:2] != told:
+            raise ValueError(
+                f"image {path} is {image.shape[1]} wide and {image.shape[0]} high, but its annotations are "
+                f"for {told[1]} by {told[0]}; use the image that was annotated, not turned and not resized"
+            )
+        return image
+
+
+class _Annotations:
+    """One annotation file, checked.
+
+    Attributes:
+      categories: id -> name, by id.
+      keypoint_names: of the categories that have keypoints.
+      paths: of the image files.
+      shapes: (height, width) of each image.
+      rows: int (t,), which image each of the t annotations belongs to.
+      objects: the arrays of `Objects` for all annotations together.
+    """
+
+    def __init__(self, path: Path, folder: Path):
+        found = _load(path)
+        self.path = path
+        problems: list[str] = []
+        self._read_categories(found["categories"], problems)
+        self._read_images(found["images"], folder, problems)
+        self._read_annotations(found["annotations"], problems)
+        if not problems and not (~self.objects["crowd"]).any():
+            problems.append("it has no annotation but crowds: there is nothing to learn or to find")
+        _refuse(path, problems)
+
+    def _read_categories(self, categories: list[dict], problems: list[str]) -> None:
+        names = {c["id"]: str(c["name"]) for c in categories}
+        self.categories = {i: names[i] for i in sorted(names, key=lambda i: (isinstance(i, str), i))}
+        if not categories:
+            problems.append("it has no categories")
+        _tell(problems, "categories whose id occurs twice", _repeated(c["id"] for c in categories))
+        with_keypoints = [c for c in categories if c.get("keypoints")]
+        named = {tuple(map(str, c["keypoints"])) for c in with_keypoints}
+        if len(named) > 1:
+            who = [str(c["name"]) for c in with_keypoints]
+            _tell(problems, "categories with different keypoints, which must be the same", who)
+        self.keypoint_names = min(named) if named else ()
+
+    def _read_images(self, images: list[dict], folder: Path, problems: list[str]) -> None:
+        self.ids = {image["id"]: row for row, image in enumerate(images)}
+        self.paths = [os.path.join(folder, image["file_name"]) for image in images]
+        self.shapes: list[tuple[int, int]] = []
+        if not images:
+            problems.append("it has no images")
+        _tell(problems, "images whose id occurs twice", _repeated(image["id"] for image in images))
+        missing = _missing(self.paths)
+        _tell(problems, "images whose file is missing", missing, "put the files there or remove the entries")
+        gone = set(missing)
+        for image, path in zip(images, self.paths):
+            size = image.get("height"), image.get("width")
+            if not all(isinstance(n, int) and n > 0 for n in size):
+                size = (1, 1) if path in gone else image_header(path)[0]
+            self.shapes.append(size)  # pyright: ignore[reportArgumentType]
+
+    def _read_annotations(self, annotations: list[dict], problems: list[str]) -> None:
+        lost = [a for a in annotations if a["image_id"] not in self.ids]
+        _tell(problems, "annotations of images that are not listed", self._names(lost))
+        unknown = [a for a in annotations if a["category_id"] not in self.categories]
+        _tell(problems, "annotations of an unknown category", self._names(unknown))
+        without = [a for a in annotations if not _is_numbers(a["bbox"], 4)]
+        what = "annotations whose bbox is not four numbers x, y, width, height"
+        _tell(problems, what, self._names(without))
+        count = 3 * len(self.keypoint_names)
+        other = [a for a in annotations if a.get("keypoints") and not _is_numbers(a["keypoints"], count)]
+        what = f"annotations whose keypoints are not {count} numbers, three for each named by the categories"
+        _tell(problems, what, self._names(other))
+        _refuse(self.path, problems)
+        self._make_arrays(annotations, problems)
+
+    def _make_arrays(self, annotations: list[dict], problems: list[str]) -> None:
+        def named(bad: Any) -> list[str]:
+            return self._names([annotations[i] for i in np.flatnonzero(bad)])
+
+        boxes = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
+        self.rows = np.array([self.ids[a["image_id"]] for a in annotations], int)
+        empty = ~(np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1))
+        remedy = "width and height must be positive, and all four finite"
+        _tell(problems, "annotations with an empty or inverted box", named(empty), remedy)
+        boxes[:, 2:] += boxes[:, :2]
+        sizes = np.array(self.shapes)[self.rows, ::-1]
+        outside = ((boxes[:, :2] >= sizes) | (boxes[:, 2:] <= 0)).any(1) & ~empty
+        _tell(problems, "annotations with a box outside their image", named(outside))
+        keypoints = self._keypoints(annotations)
+        flags, labelled = keypoints[..., 2], keypoints[..., 2] != 0
+        odd = ~np.isin(flags, (0, 1, 2)) | (labelled & ~np.isfinite(keypoints).all(-1))
+        _tell(problems, "annotations with keypoints that are not x, y and 0, 1 or 2", named(odd.any(1)))
+        order = {category: label for label, category in enumerate(self.categories)}
+        box_area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        areas = (a.get("area") for a in annotations)
+        areas = np.array([area if isinstance(area, int | float) else 0 for area in areas], float)
+        self.objects: dict[str, np.ndarray] = {
+            "boxes": boxes.astype(np.float32),
+            "classes": np.array([order[a["category_id"]] for a in annotations], np.int32),
+            "keypoints": np.where(labelled[..., None], keypoints, 0).astype(np.float32),
+            "crowd": np.array([bool(a.get("iscrowd")) for a in annotations], bool),
+            "area": np.where(areas > 0, areas, box_area).astype(np.float32),
+        }
+
+    def _keypoints(self, annotations: list[dict]) -> np.ndarray:
+        """Float64 (annotations, K, 3)."""
+        count = len(self.keypoint_names)
+        keypoints = np.zeros((len(annotations), count, 3))
+        for row, annotation in zip(keypoints, annotations):
+            if annotation.get("keypoints"):
+                row[:] = np.reshape(np.asarray(annotation["keypoints"], float), (count, 3))
+        return keypoints
+
+    def _names(self, annotations: list[dict]) -> list[str]:
+        """How the annotations are called in messages."""
+        return [f"{a.get('id', '?')} (image {self._image_name(a['image_id'])})" for a in annotations]
+
+    def _image_name(self, image_id: Any) -> str:
+        row = self.ids.get(image_id)
+        return repr(image_id) if row is None else os.path.basename(self.paths[row])
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The JSON of `path`, in which images, annotations and categories have the fields that are needed."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no annotation file {path}; expected JSON in COCO's format: images, annotations and "
+            "categories"
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected annotations in COCO's format") from error
+    fields = {
+        "images": ("id", "file_name"),
+        "annotations": ("image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    }
+    lists = [name for name in fields if not isinstance(found, dict) or not isinstance(found.get(name), list)]
+    if lists:
+        raise ValueError(f"{path} is not COCO's format: it has no list {', '.join(lists)}")
+    problems: list[str] = []
+    for name, needed in fields.items():
+        bad = [str(i) for i, entry in enumerate(found[name]) if not _has_fields(entry, needed)]
+        _tell(problems, f"{name} (counted from 0) without a usable {', '.join(needed)}", bad)
+    _refuse(path, problems)
+    return found
+
+
+def _image_folder(root: Path, file: Path, given: PathLike | None) -> Path:
+    choices = [root / file.stem, root / "images"] if given is None else [root / given]
+    for folder in choices:
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"there is no folder of the images of {file}: expected {' or '.join(map(str, choices))}"
+    )
+
+
+def _missing(paths: list[str]) -> list[str]:
+    """Those that are not there; a folder is listed once, which is much faster than to ask for each file."""
+    present: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(path) for path in paths}:
+        present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    return [path for path in paths if os.path.basename(path) not in present[os.path.dirname(path)]]
+
+
+def _check_same_categories(one: _Annotations, other: _Annotations) -> None:
+    for what, left, right in (
+        ("categories", one.categories, other.categories),
+        ("keypoints", one.keypoint_names, other.keypoint_names),
+    ):
+        if left != right:
+            raise ValueError(
+                f"{one.path} and {other.path} have different {what}, {left or 'none'} and {right or 'none'}; "
+                "they must be the same"
+            )
+
+
+def _flip_pairs(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    pairs = ((names.index(name), name.replace("left", "right")) for name in names if "left" in name)
+    return tuple((left, names.index(right)) for left, right in pairs if right in names)
+
+
+def _default_sigmas(names: tuple[str, ...]) -> tuple[float, ...]:
+    if len(names) == len(PERSON_SIGMAS) and names[0] == "nose":
+        return PERSON_SIGMAS
+    return (OTHER_SIGMA,) * len(names)
+
+
+def _has_fields(entry: Any, names: tuple[str, ...]) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("keypoints") or [], list):
+        return False
+    kinds = {"bbox": list, "file_name": str}
+    return all(isinstance(entry.get(name), kinds.get(name, int | str)) for name in names)
+
+
+def _is_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(isinstance(v, int | float) for v in value)
+
+
+def _repeated(ids: Iterable[Any]) -> list[str]:
+    return [str(i) for i, count in Counter(ids).items() if count > 1]
+
+
+def _tell(problems: list[str], what: str, who: list[str], remedy: str = "") -> None:
+    """Adds what is wrong with `who`, if any, to `problems`."""
+    if who:
+        more = f" and {len(who) - NAMED} more" if len(who) > NAMED else ""
+        how = f" ({remedy})" if remedy else ""
+        problems.append(f"{what}: {', '.join(who[:NAMED])}{more}{how}")
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{path} cannot be used: {'; '.join(problems)}")
