@@ -11,7 +11,9 @@ multiplier and re-initialisation are derived here, for every set of branches:
     m       = sum_b |s_b|^power * E_b(1)         multiplier
     K -> w  = E_b^T(s_b * P^+(K)), least norm    split
 
-Where every E_b places coordinates, P(g) = m * g at power 2.
+Where every E_b places coordinates, P(g) = m * g at power 2. Equal layers whose kernels are stacked in one
+array (made by `nnx.vmap`, run by `nnx.scan`) are one set with `stacked` > 0: every formula then holds for
+each layer of the stack by itself.
 
 The identity branch has s = 1 and a trainable weight per channel, so it contributes 1 to m on its diagonal.
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), sections 3 and appendix A.
@@ -19,10 +21,11 @@ Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023
 
 import abc
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,7 @@ import numpy as np
 from repopt_jax import algebra
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,25 +231,31 @@ class AfterPointwise(Branch):
 
 @dataclasses.dataclass(frozen=True)
 class BranchSet:
-    """The branches of one layer: hashable and static, the arrays are passed in.
+    """The branches of one layer, or of each of several equal layers stacked in one array: hashable and
+    static, the arrays are passed in.
+
+    With a stack every array that comes or goes, a scale vector too, has the axes of the stack in front:
+    kernels (*stack, *spatial, in/groups, out), vectors (*stack, out).
 
     Attributes:
-      kernel: shape of the merged kernel, (*spatial, in/groups, out), or the same axes ordered as `layout`
-        says.
+      kernel: shape of the merged kernel, (*stack, *spatial, in/groups, out), or the axes after the stack
+        ordered as `layout` says.
       branches: at least one, with distinct names.
       groups: feature groups of the layer.
       layout: "...io" (JAX, Flax) or "oi..." (Equinox, PyTorch): order of the axes of the arrays that come and
         go.
+      stacked: how many leading axes of `kernel` the stack has; 0 for a layer of its own.
 
     Raises:
       ValueError: at construction, a branch that is not defined for this layer (the reason is given), two
-        branches of one name, or no branch.
+        branches of one name, no branch, or a `stacked` that leaves no kernel.
     """
 
     kernel: Shape
     branches: tuple[Branch, ...]
     groups: int = 1
     layout: str = "...io"
+    stacked: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "kernel", tuple(int(n) for n in self.kernel))
@@ -254,16 +264,21 @@ class BranchSet:
             raise ValueError(f"`layout` is {self.layout!r}: it must be '...io' or 'oi...'")
         if len(self.kernel) < 2 or min(self.kernel) < 1:
             raise ValueError(f"`kernel` is {self.kernel}: it must be a shape (*spatial, in/groups, out)")
+        if not isinstance(self.stacked, int) or not 0 <= self.stacked <= len(self.kernel) - 2:
+            raise ValueError(
+                f"`stacked` is {self.stacked!r}: it must be how many leading axes of `kernel` {self.kernel} "
+                f"are those of a stack of layers, 0 to {len(self.kernel) - 2}"
+            )
         names = [branch.name for branch in self.branches]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"`branches` are named {names}: at least one, and each name once")
-        if self.groups < 1 or self._shape[-1] % self.groups:
+        if self.groups < 1 or self.canonical[-1] % self.groups:
             raise ValueError(
-                f"`groups` is {self.groups}: it must divide the {self._shape[-1]} output channels"
+                f"`groups` is {self.groups}: it must divide the {self.canonical[-1]} output channels"
             )
         for branch in self.branches:
             try:
-                branch.check(self._shape, self.groups)
+                branch.check(self.canonical, self.groups)
             except ValueError as error:
                 raise ValueError(
                     f"branch {branch.name} does not fit a kernel of shape {self.kernel}: {error}"
@@ -274,9 +289,35 @@ class BranchSet:
         return tuple(branch.name for branch in self.branches)
 
     @property
+    def stack(self) -> Shape:
+        """The leading axes along which layers are stacked; () for a layer of its own."""
+        return self.kernel[: self.stacked]
+
+    @property
+    def layer(self) -> "BranchSet":
+        """The set of one layer of the stack; this one where nothing is stacked."""
+        if not self.stacked:
+            return self
+        return dataclasses.replace(self, kernel=self.kernel[self.stacked :], stacked=0)
+
+    @property
+    def canonical(self) -> Shape:
+        """Kernel shape of one layer with the axes ordered (*spatial, in/groups, out)."""
+        shape = self.kernel[self.stacked :]
+        if self.layout == "...io":
+            return shape
+        out, inputs, *window = shape
+        return (*window, inputs, out)
+
+    @property
     def out(self) -> int:
-        """Number of output channels: the length of every scale vector."""
-        return self._shape[-1]
+        """Number of output channels."""
+        return self.canonical[-1]
+
+    @property
+    def vector_shape(self) -> Shape:
+        """Shape of every scale vector: (*stack, out)."""
+        return (*self.stack, self.out)
 
     @property
     def elementwise(self) -> bool:
@@ -285,23 +326,29 @@ class BranchSet:
 
     def shapes(self) -> dict[str, Shape]:
         """Shape of each branch tensor w_b, by branch name."""
-        return {branch.name: branch.shape(self._shape) for branch in self.branches}
+        return {branch.name: (*self.stack, *branch.shape(self.canonical)) for branch in self.branches}
 
     def merge(self, weights: Mapping[str, jax.Array], scales: Mapping[str, jax.Array]) -> jax.Array:
         """K = sum_b s_b * E_b(w_b)."""
+        if self.stacked:
+            return self._by_layer(self.layer.merge, weights, scales)
         parts = [
-            algebra.scale_output(branch.embed(weights[branch.name], self._shape), self._scale(branch, scales))
+            algebra.scale_output(
+                branch.embed(weights[branch.name], self.canonical), self._scale(branch, scales)
+            )
             for branch in self.branches
         ]
         return self._from_canonical(sum(parts[1:], start=parts[0]))
 
     def branch_gradients(self, g: jax.Array, scales: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """dL/dw_b = E_b^T(s_b * g) for every branch, from g = dL/dK, by transposing the embedding."""
+        if self.stacked:
+            return self._by_layer(self.layer.branch_gradients, g, scales)
         g = self._to_canonical(g)
         gradients = {}
         for branch in self.branches:
-            w = jax.ShapeDtypeStruct(branch.shape(self._shape), g.dtype)
-            transpose = jax.linear_transpose(lambda w, b=branch: b.embed(w, self._shape), w)
+            w = jax.ShapeDtypeStruct(branch.shape(self.canonical), g.dtype)
+            transpose = jax.linear_transpose(lambda w, b=branch: b.embed(w, self.canonical), w)
             (gradients[branch.name],) = transpose(
                 algebra.scale_output(g, self._scale(branch, scales, g.dtype))
             )
@@ -351,7 +398,7 @@ class BranchSet:
 
         Args:
           term: gets s_b as (1, ..., 1, out) in `dtype`, and `arrays`; gives something that broadcasts to the
-            kernel.
+            kernel. Of a stack it sees one layer at a time (`jax.vmap`).
           scales: branch name -> s_b.
           arrays: of the merged kernel's shape; `term` sees them with the axes (*spatial, in/groups, out).
           dtype: of the sum.
@@ -359,16 +406,19 @@ class BranchSet:
         Raises:
           ValueError: a branch places no coordinates.
         """
+        if self.stacked:
+            one = functools.partial(self.layer.sum_at_taps, term, dtype=dtype)
+            return self._by_layer(one, scales, *arrays)
         arrays = tuple(self._to_canonical(a) for a in arrays)
-        total = jnp.zeros((1,) * len(self._shape), dtype)
+        total = jnp.zeros((1,) * len(self.canonical), dtype)
         for branch in self.branches:
             if not branch.places:
                 raise ValueError(
                     f"branch {branch.name} mixes taps or channels and has no elementwise multiplier: use "
                     "P(g), `BranchSet.precondition`, or `reparameterize` for optimizers other than SGD"
                 )
-            s = self._scale(branch, scales, dtype).reshape((1,) * (len(self._shape) - 1) + (-1,))
-            total = total + jnp.where(branch.support(self._shape), term(s, *arrays), 0)
+            s = self._scale(branch, scales, dtype).reshape((1,) * (len(self.canonical) - 1) + (-1,))
+            total = total + jnp.where(branch.support(self.canonical), term(s, *arrays), 0)
         return self._from_canonical(total)
 
     def split(self, kernel: jax.Array, scales: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -380,6 +430,8 @@ class BranchSet:
         where it is a multiplier; elsewhere the least squares problem is solved by conjugate gradients to the
         precision of the dtype.
         """
+        if self.stacked:
+            return self._by_layer(self.layer.split, kernel, scales)
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
         scales = {name: jnp.asarray(s).astype(wide) for name, s in scales.items()}
         if self.elementwise:
@@ -398,20 +450,23 @@ class BranchSet:
         return {name: w.astype(kernel.dtype) for name, w in weights.items()}
 
     def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-        """Draws every w_b as that branch's own layer would be initialised (the identity: ones)."""
+        """Draws every w_b as that branch's own layer would be initialised (the identity: ones), each layer of
+        a stack by itself."""
+        if self.stacked:
+            one = functools.partial(self.layer.sample, dtype=dtype)
+            return self._by_layer(one, jax.random.split(key, self.stack))
         keys = jax.random.split(key, len(self.branches))
-        return {b.name: b.sample(k, self._shape, dtype) for b, k in zip(self.branches, keys)}
+        return {b.name: b.sample(k, self.canonical, dtype) for b, k in zip(self.branches, keys)}
 
     def to_json(self) -> str:
         """A text that `from_json` turns back into an equal branch set; part of every scales file."""
         branches = [{"type": type(b).__name__, **dataclasses.asdict(b)} for b in self.branches]
-        return json.dumps(
-            {"kernel": self.kernel, "groups": self.groups, "layout": self.layout, "branches": branches}
-        )
+        fields = {name: getattr(self, name) for name in ("kernel", "groups", "layout", "stacked")}
+        return json.dumps({**fields, "branches": branches})
 
     @classmethod
     def from_json(cls, text: str) -> "BranchSet":
-        """Inverse of `to_json`.
+        """Inverse of `to_json`. A text without `stacked`, as older versions wrote, is of a layer of its own.
 
         Raises:
           ValueError: a branch type that is not defined here (import the module that defines it first).
@@ -424,15 +479,20 @@ class BranchSet:
                 raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(Branch.types)}")
             fields_of = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.items()}
             branches.append(Branch.types[kind](**fields_of))
-        return cls(tuple(fields["kernel"]), tuple(branches), fields["groups"], fields["layout"])
+        return cls(
+            tuple(fields["kernel"]),
+            tuple(branches),
+            fields["groups"],
+            fields["layout"],
+            fields.get("stacked", 0),
+        )
 
-    @property
-    def _shape(self) -> Shape:
-        """Kernel shape with the axes in the canonical order (*spatial, in/groups, out)."""
-        if self.layout == "...io":
-            return self.kernel
-        out, inputs, *window = self.kernel
-        return (*window, inputs, out)
+    def _by_layer(self, fn: Callable[..., T], *arrays: Any) -> T:
+        """fn, which is for one layer, for every layer of the stack, whose axes all arrays have in front."""
+        for size in reversed(self.stack):
+            # The size is given: a set of the identity alone may come without an array that tells it.
+            fn = jax.vmap(fn, axis_size=size)
+        return fn(*arrays)
 
     def _to_canonical(self, kernel: jax.Array) -> jax.Array:
         return kernel if self.layout == "...io" else jnp.moveaxis(kernel, (0, 1), (-1, -2))
@@ -452,20 +512,35 @@ def _nested_tuples(x: Any) -> Any:
 
 
 def default_branches(
-    kernel: Sequence[int], *, groups: int = 1, stride: Sequence[int] | int = 1, layout: str = "...io"
+    kernel: Sequence[int],
+    *,
+    groups: int = 1,
+    stride: Sequence[int] | int = 1,
+    layout: str = "...io",
+    stacked: int = 0,
 ) -> BranchSet:
-    """The usual branches of a layer: its own kernel, a 1x1 (per-channel if depthwise), and the identity where
-    defined.
+    """The usual branches of a layer: its own kernel, a 1x1, and the identity where it is defined.
 
-    k x k -> kxk + 1x1 + identity; a 1x1 or dense layer -> full + identity. The 1x1 branch and the identity
-    need odd sides; the identity also stride 1 and as many input as output channels.
+    k x k -> kxk + 1x1 + identity; depthwise k x k -> kxk + 1x1; a 1x1 or dense layer -> full + identity. The
+    1x1 branch and the identity need odd sides; the identity also stride 1 and as many input as output
+    channels. A depthwise layer (in/groups = 1, several groups) gets no identity: its 1x1 branch is one factor
+    for each channel, which is the same map, and a set with both would count it twice. Whoever wants both, as
+    published depthwise blocks have them, makes the `BranchSet` with `Identity()`.
+
+    Args:
+      kernel: shape, (*stack, *spatial, in/groups, out), or as `layout` says.
+      groups, layout, stacked: as in `BranchSet`.
+      stride: of the layer, one number or one for each spatial axis.
     """
-    *window, inputs, out = kernel if layout == "...io" else (*kernel[2:], kernel[1], kernel[0])
+    shape = tuple(kernel)[stacked:]
+    *window, inputs, out = shape if layout == "...io" else (*shape[2:], shape[1], shape[0])
     strides = (stride,) * len(window) if isinstance(stride, int) else tuple(stride)
     odd = all(n % 2 for n in window)
+    several_taps = math.prod(window) > 1
+    depthwise = inputs == 1 and groups > 1 and several_taps
     branches: list[Branch] = [Kernel(tuple(window))]
-    if odd and math.prod(window) > 1:
+    if odd and several_taps:
         branches.append(Kernel((1,) * len(window)))
-    if odd and inputs * groups == out and all(s == 1 for s in strides):
+    if odd and not depthwise and inputs * groups == out and all(s == 1 for s in strides):
         branches.append(Identity())
-    return BranchSet(tuple(kernel), tuple(branches), groups, layout)
+    return BranchSet(tuple(kernel), tuple(branches), groups, layout, stacked)

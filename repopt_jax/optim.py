@@ -23,9 +23,9 @@ class RepOptMaskState(NamedTuple):
     """State of `repopt_mask` and `clip_by_repopt_global_norm`.
 
     Attributes:
-      scales: path of a kernel -> branch -> (out,) vector. In the state, so that it is checkpointed, sharded
-        and resumed with everything else and never becomes a constant of the compiled program. The multiplier
-        itself is not stored.
+      scales: path of a kernel -> branch -> (*stack, out) vector. In the state, so that it is checkpointed,
+        sharded and resumed with everything else and never becomes a constant of the compiled program. The
+        multiplier itself is not stored.
     """
 
     scales: dict[str, dict[str, jax.Array]]
@@ -43,8 +43,8 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
 
     Where every branch places coordinates, P(g) = m * g and m is rebuilt inside the update from the scale
     vectors and iota comparisons, which the compiler fuses into the update. Other branch sets take P by
-    transposition, exactly. Leaves are found by path, in any pytree: plain dicts, `nnx.State`, Linen or
-    Equinox parameters.
+    transposition, exactly. In kernels of stacked layers each layer has its own P. Leaves are found by path,
+    in any pytree: plain dicts, `nnx.State`, Linen or Equinox parameters.
 
     Raises:
       ValueError: NaN or infinite scales; at `init`, paths of `scales` that the parameters lack or that have

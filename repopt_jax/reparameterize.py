@@ -27,7 +27,7 @@ class ReparameterizeState(NamedTuple):
     """State of `reparameterize`.
 
     Attributes:
-      scales: path of a kernel -> branch -> (out,) vector.
+      scales: path of a kernel -> branch -> (*stack, out) vector.
       weights: path of a kernel -> branch -> w_b, in the kernel's dtype; empty with `keep_weights=False`.
       inner: state of the inner optimizer, for a tree in which every such kernel is a dict of its branches.
     """
@@ -54,7 +54,8 @@ def reparameterize(
 
     What `inner` sees is a tree of plain nested dicts, one level for each part of a path, in which a kernel
     that `scales` name is a dict of its branches (`stages/1/0/conv/kernel/1x1`): masks and labels go by these
-    paths.
+    paths. The branch tensors of stacked layers stay stacked, as they are in a network with branches whose
+    layers are: a rule that looks at a whole tensor (LAMB's ratio, a factored moment) takes the stack as one.
 
     Cost: the state holds the branch tensors, and the state of `inner` is that of the branches. In bytes, with
     n = sum over the branches of the sizes of their tensors (in a layer 3x3 + 1x1 + identity about 1.11 times

@@ -3,8 +3,8 @@ branch."""
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -35,7 +35,7 @@ class ScalesMetadata:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerScales:
-    """The branches of one layer and a vector (out,) for each, float32.
+    """The branches of one layer and a vector (out,) for each, float32; of stacked layers (*stack, out).
 
     The vector of a scaled branch is its constant scale s_b. The vector of the identity is u, the value from
     which its trainable weight starts; the identity's scale is 1.
@@ -74,7 +74,9 @@ class Scales:
         return cls.depth_rule(branch_sets, dict.fromkeys(branch_sets, 0))
 
     @classmethod
-    def depth_rule(cls, branch_sets: Mapping[str, BranchSet], depths: Mapping[str, int]) -> "Scales":
+    def depth_rule(
+        cls, branch_sets: Mapping[str, BranchSet], depths: Mapping[str, int | Sequence[Any] | np.ndarray]
+    ) -> "Scales":
         """No search: sqrt(2 / l) for the l-th block after the one that opens a stage, 1 for that one (l = 0);
         u = 1.
 
@@ -83,16 +85,28 @@ class Scales:
 
         Args:
           branch_sets: path of each kernel -> its branches.
-          depths: the same paths -> l.
+          depths: the same paths -> l, an integer; for stacked layers either one l for all of them, or an
+            array or nested sequence of the stack's shape with an l for each.
 
         Raises:
-          ValueError: the two have different paths.
+          ValueError: the two have different paths; or an l is negative, no integer, or of another shape than
+            the stack (all are listed).
         """
         if difference := paths.describe_difference(
             dict.fromkeys(branch_sets, ""), dict.fromkeys(depths, ""), noun="paths in `depths`"
         ):
             raise ValueError(f"`branch_sets` and `depths` must have the same paths: {difference}")
-        return cls({path: _constant(bs, _depth_scale(depths[path])) for path, bs in branch_sets.items()})
+        counts = {path: np.asarray(depths[path]) for path in branch_sets}
+        if bad := [
+            f"{path} (stack {bs.stack}): {depths[path]!r}"
+            for path, bs in branch_sets.items()
+            if counts[path].shape not in ((), bs.stack) or not _are_counts(counts[path])
+        ]:
+            raise ValueError(
+                "`depths` must hold integers >= 0, one for each path or, where layers are stacked, an array "
+                f"of the stack's shape, not {'; '.join(bad)}"
+            )
+        return cls({path: _constant(bs, _depth_scale(counts[path])) for path, bs in branch_sets.items()})
 
     @property
     def branch_sets(self) -> dict[str, BranchSet]:
@@ -104,9 +118,37 @@ class Scales:
         return {path: dict(entry.vectors) for path, entry in self.entries.items()}
 
     def channel_means(self) -> "Scales":
-        """Every vector replaced by its (signed) mean over the channels: what is left of a search without
-        its detail. (RepOptimizer paper, table 4.)"""
-        return jax.tree.map(lambda v: jnp.full_like(v, jnp.mean(v)), self)
+        """Every vector replaced by its (signed) mean over the channels, in each layer of a stack: what is
+        left of a search without its detail. (RepOptimizer paper, table 4.)"""
+        return jax.tree.map(lambda v: jnp.broadcast_to(v.mean(-1, keepdims=True), v.shape), self)
+
+    def rename(self, rules: Mapping[str, str | None]) -> "Scales":
+        r"""The same scales under other paths, or without some: for a network whose layers have moved.
+
+        Example::
+
+            scales.rename({r"head/(.*)": r"heads/0/\1", r"stem/.*": None})
+
+        Args:
+          rules: regular expression, matched against whole paths -> the new path, in which \1, \2, ... or
+            \g<name> stand for groups, or None to leave the layer out. The first rule that matches decides;
+            paths that none matches stay. Order and metadata stay.
+
+        Raises:
+          ValueError: a rule that is no regular expression or refers to a group that it lacks; a rule that
+            decides about no path, for a typo or because earlier ones take all that it matches; a new path
+            with an empty part; several paths that would become one. All are listed.
+        """
+        renamed = _renamed(self.entries, rules)
+        sources: dict[str, list[str]] = {}
+        for old, new in renamed.items():
+            if new is not None:
+                sources.setdefault(new, []).append(old)
+        if twice := [f"{new!r} of {', '.join(old)}" for new, old in sources.items() if len(old) > 1]:
+            raise ValueError(f"`rules` make one path of several: {'; '.join(twice)}")
+        if broken := [f"{new!r} of {old[0]}" for new, old in sources.items() if "" in new.split("/")]:
+            raise ValueError(f"`rules` make paths with an empty part: {', '.join(broken)}")
+        return Scales({new: self.entries[old] for new, (old,) in sources.items()}, self.metadata)
 
     def with_metadata(self, **fields: Any) -> "Scales":
         return Scales(self.entries, dataclasses.replace(self.metadata, **fields))
@@ -192,13 +234,12 @@ def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
         model = model.branch_sets()
     if isinstance(model, Mapping) and all(isinstance(v, BranchSet) for v in model.values()):
         expected = {path: bs.kernel for path, bs in model.items()}
-        names = {path: ("+".join(bs.names), bs.groups) for path, bs in model.items()}
         found_names = {
-            path: ("+".join(entry.branches.names), entry.branches.groups)
+            path: _described(entry.branches)
             for path, entry in scales.entries.items()
             if found[path] == expected.get(path)
         }
-        names = {path: names[path] for path in found_names}
+        names = {path: _described(model[path]) for path in found_names}
     else:
         leaves, _ = paths.named_leaves(model)
         expected = {path: tuple(leaves[path].shape) for path in found if path in leaves}
@@ -238,10 +279,47 @@ def _check_vectors(scales: Scales, where: str) -> None:
     """Each branch needs its vector: one of another length would be broadcast without a word."""
     expected, found = {}, {}
     for path, entry in scales.entries.items():
-        expected |= {f"{path}/{name}": (entry.branches.out,) for name in entry.branches.names}
+        expected |= {f"{path}/{name}": entry.branches.vector_shape for name in entry.branches.names}
         found |= {f"{path}/{name}": tuple(jnp.shape(v)) for name, v in entry.vectors.items()}
     if difference := paths.describe_difference(expected, found, noun="vectors"):
         raise ValueError(f"the scales{where} do not fit their own branches: {difference}")
+
+
+def _renamed(names: Iterable[str], rules: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Each name's new one by the first rule that matches the whole of it, itself where none does."""
+    compiled = {rule: _compiled(rule) for rule in rules}
+    renamed: dict[str, str | None] = {}
+    deciding, matching = set(), set()
+    for name in names:
+        matches = {rule: match for rule, pattern in compiled.items() if (match := pattern.fullmatch(name))}
+        matching |= matches.keys()
+        rule = next(iter(matches), None)
+        if rule is None:
+            renamed[name] = name
+            continue
+        deciding.add(rule)
+        renamed[name] = _expanded(matches[rule], rule, rules[rule])
+    if unused := [
+        f"{rule!r} (earlier rules take what it matches)" if rule in matching else repr(rule)
+        for rule in rules
+        if rule not in deciding
+    ]:
+        raise ValueError(f"`rules` that match none of the {len(renamed)} paths: {', '.join(unused)}")
+    return renamed
+
+
+def _compiled(rule: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rule)
+    except re.error as error:
+        raise ValueError(f"`rules` hold {rule!r}, which is no regular expression: {error}") from None
+
+
+def _expanded(match: re.Match[str], rule: str, replacement: str | None) -> str | None:
+    try:
+        return None if replacement is None else match.expand(replacement)
+    except (re.error, IndexError) as error:
+        raise ValueError(f"`rules` give {rule!r} the replacement {replacement!r}: {error}") from None
 
 
 _FILE_KIND = "repopt_jax scales, format 1"
@@ -258,13 +336,27 @@ def _readable(read: Callable[[], T], complaint: str) -> T:
         raise ValueError(f"{complaint}: Orbax cannot read it ({type(error).__name__})") from error
 
 
-def _depth_scale(depth: int) -> float:
-    return math.sqrt(2 / depth) if depth else 1.0
+def _described(branches: BranchSet) -> tuple[str | int, ...]:
+    """What two sets for kernels of one shape must have in common, as messages show it."""
+    stack = (f"stack {branches.stack}",) if branches.stacked else ()
+    return ("+".join(branches.names), branches.groups, *stack)
 
 
-def _constant(branches: BranchSet, s: float) -> LayerScales:
-    value = {b.name: s if b.has_scale else 1.0 for b in branches.branches}
-    return LayerScales(branches, {k: jnp.full((branches.out,), v, jnp.float32) for k, v in value.items()})
+def _are_counts(depth: np.ndarray) -> bool:
+    return np.issubdtype(depth.dtype, np.integer) and bool((depth >= 0).all())
+
+
+def _depth_scale(depth: np.ndarray) -> np.ndarray:
+    return np.where(depth > 0, np.sqrt(2 / np.maximum(depth, 1)), 1.0)
+
+
+def _constant(branches: BranchSet, s: np.ndarray) -> LayerScales:
+    """s, a number or one for each layer of the stack, for every scaled branch; u = 1."""
+    vectors = {}
+    for b in branches.branches:
+        values = np.asarray(s if b.has_scale else 1, np.float32)[..., None]
+        vectors[b.name] = jnp.broadcast_to(values, branches.vector_shape)
+    return LayerScales(branches, vectors)
 
 
 def _nested(scales: Scales) -> dict[str, Any]:

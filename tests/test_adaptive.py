@@ -53,6 +53,9 @@ def everything():
     return problem(LAYERS)
 
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
 @functools.cache
 def expected(rule):
     return everything().train_twin(RULES[rule][0]())
@@ -107,7 +110,7 @@ def test_wrong_rules_are_seen(x64, wrong):
 
 
 def positive(rng, branches):
-    return {name: jnp.asarray(rng.uniform(0.5, 2, branches.out)) for name in branches.names}
+    return {name: jnp.asarray(rng.uniform(0.5, 2, branches.vector_shape)) for name in branches.names}
 
 
 def test_the_published_rule_holds_for_scales_of_one_sign_only(x64):

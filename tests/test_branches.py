@@ -1,7 +1,9 @@
-"""Branch sets: every formula against the Jacobian of the merged kernel, for branch sets drawn at random."""
+"""Branch sets: every formula against the Jacobian of the merged kernel, for branch sets and stacks drawn at
+random."""
 
 import dataclasses
 import itertools
+import json
 import os
 
 import hypothesis
@@ -10,8 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from twins import jacobian
 
-from repopt_jax.branches import Average, Branch, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.branches import (
+    AfterPointwise,
+    Average,
+    Branch,
+    BranchSet,
+    Identity,
+    Kernel,
+    default_branches,
+)
 
 EXACT = 1e-12  # relative, float64; measured: 5e-15 at most over 500 draws
 
@@ -24,85 +35,145 @@ hypothesis.settings.load_profile("repopt")
 
 
 @st.composite
-def branch_sets(draw, averaging=True):
-    """A layer of 0 to 3 spatial axes, its groups, and a random set of branches that fit it."""
+def branch_sets(draw, mixing=True):
+    """A layer of 0 to 3 spatial axes or a stack of such, its groups, and a random set of branches that fit
+    it; those that mix taps or channels only with `mixing`."""
     axes = draw(st.integers(0, 3))
     window = tuple(draw(st.sampled_from([1, 3, 5] if axes < 3 else [1, 3])) for _ in range(axes))
     groups = draw(st.sampled_from([1, 2, 4]))
     inputs = draw(st.sampled_from([1, 2])) if groups > 1 else draw(st.integers(1, 4))
     outputs = groups * (inputs if draw(st.booleans()) else draw(st.integers(1, 3)))
     candidates = [Kernel(window)]
-    for size in itertools.product(*(range(1, n + 1, 2) for n in window)):
+    sizes = list(itertools.product(*(range(1, n + 1, 2) for n in window)))
+    for size in sizes:
         for dilation in itertools.product(
             *((1, 2) if n == 5 and k == 3 else (1,) for n, k in zip(window, size))
         ):
             candidates.append(Kernel(size, dilation))
     if inputs * groups == outputs:
         candidates.append(Identity())
-    if averaging:
-        candidates.append(Average())
+    if mixing:
+        mid = draw(st.integers(1, 3))
+        shape = (draw(st.sampled_from([1, groups])), inputs, mid)
+        matrix = np.random.default_rng(draw(st.integers(0, 99))).normal(size=shape)
+        candidates += [Average(), AfterPointwise(draw(st.sampled_from(sizes)), matrix)]
     chosen = draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=4, unique_by=lambda b: b.name))
-    kernel = (*window, inputs, outputs)
-    if draw(st.booleans()):
-        return BranchSet((outputs, inputs, *window), tuple(chosen), groups, "oi...")
-    return BranchSet(kernel, tuple(chosen), groups)
+    stack = draw(st.sampled_from([(), (2,), (1, 2)]))
+    layout = draw(st.sampled_from(["...io", "oi..."]))
+    kernel = (*window, inputs, outputs) if layout == "...io" else (outputs, inputs, *window)
+    return BranchSet((*stack, *kernel), tuple(chosen), groups, layout, len(stack))
 
 
 def draw_scales(branches, seed=0):
     """Random vectors of mixed sign."""
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.normal(size=branches.out)) for name in branches.names}
+    return {name: jnp.asarray(rng.normal(size=branches.vector_shape)) for name in branches.names}
 
 
-def jacobian(branches, scales):
-    """dK/dw for all branch tensors side by side: (size of K, number of branch weights)."""
-    weights = branches.sample(jax.random.key(0), dtype=jnp.float64)
-    parts = jax.jacobian(lambda w: branches.merge(w, scales).ravel())(weights)
-    return np.concatenate([np.reshape(parts[n], (parts[n].shape[0], -1)) for n in branches.names], axis=1)
+def draw_kernel(branches, seed=0):
+    return np.random.default_rng(seed + 1).normal(size=branches.kernel)
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=EXACT, atol=EXACT * np.abs(expected).max() + 1e-300)
 
 
 @hypothesis.given(branch_sets(), st.integers(0, 2**16))
-def test_precondition_is_jjt(branches, seed):
-    """P = J J^T with J the Jacobian of the merge: the change of K when SGD moves the branches."""
+def test_merge_gradients_and_precondition_against_the_jacobian(branches, seed):
+    """K = J w, dL/dw = J^T g and P(g) = J J^T g, with J the Jacobian of the merge made entry by entry: the
+    change of K when SGD moves the branches."""
+
+    @jax.jit
+    def formulas(weights, scales, g):
+        gradients = branches.branch_gradients(g, scales)
+        return branches.merge(weights, scales), gradients, branches.precondition(g, scales)
+
     with jax.enable_x64(True):
-        scales = draw_scales(branches, seed)
-        g = jnp.asarray(np.random.default_rng(seed + 1).normal(size=branches.kernel))
+        scales, g = draw_scales(branches, seed), draw_kernel(branches, seed)
+        rng = np.random.default_rng(seed)
+        weights = {name: rng.normal(size=shape) for name, shape in branches.shapes().items()}
+        kernel, gradients, p = formulas(weights, scales, g)
         j = jacobian(branches, scales)
-        expected = (j @ (j.T @ np.ravel(g))).reshape(branches.kernel)
-        found = branches.precondition(g, scales)
-        np.testing.assert_allclose(found, expected, rtol=EXACT, atol=EXACT * np.abs(expected).max() + 1e-300)
+        assert {n: v.shape for n, v in gradients.items()} == branches.shapes()
+        assert kernel.shape == p.shape == branches.kernel
+        assert_close(np.ravel(kernel), j @ side_by_side(branches, weights))
+        assert_close(side_by_side(branches, gradients), j.T @ g.ravel())
+        assert_close(np.ravel(p), j @ (j.T @ g.ravel()))
 
 
-@hypothesis.given(branch_sets(averaging=False), st.integers(0, 2**16))
+def side_by_side(branches, weights):
+    return np.concatenate([np.ravel(weights[name]) for name in branches.names])
+
+
+@hypothesis.given(branch_sets(mixing=False), st.integers(0, 2**16))
 def test_multiplier_is_the_diagonal_and_there_is_nothing_else(branches, seed):
+    @jax.jit
+    def multipliers(scales):
+        return [branches.multiplier(scales, power=power, dtype=jnp.float64) for power in (2, 1)]
+
     with jax.enable_x64(True):
         scales = draw_scales(branches, seed)
         j = jacobian(branches, scales)
         jjt = j @ j.T
-        m = np.ravel(branches.multiplier(scales, dtype=jnp.float64))
-        np.testing.assert_allclose(m, np.diag(jjt), rtol=EXACT)
+        squares, absolutes = multipliers(scales)
+        assert squares.shape == branches.kernel
+        np.testing.assert_allclose(np.ravel(squares), np.diag(jjt), rtol=EXACT)
         assert np.abs(jjt - np.diag(np.diag(jjt))).max() == 0
-        power1 = np.ravel(branches.multiplier(scales, power=1, dtype=jnp.float64))
-        np.testing.assert_allclose(power1, np.abs(j).sum(axis=1), rtol=EXACT)
-
-
-@hypothesis.given(branch_sets(), st.integers(0, 2**16))
-def test_branch_gradients_are_the_chain_rule(branches, seed):
-    with jax.enable_x64(True):
-        scales = draw_scales(branches, seed)
-        g = jnp.asarray(np.random.default_rng(seed).normal(size=branches.kernel))
-        weights = branches.sample(jax.random.key(seed), dtype=jnp.float64)
-        expected = jax.grad(lambda w: jnp.vdot(branches.merge(w, scales), g))(weights)
-        found = branches.branch_gradients(g, scales)
-        assert {n: v.shape for n, v in found.items()} == branches.shapes()
-        for name in branches.names:
-            np.testing.assert_allclose(found[name], expected[name], rtol=EXACT, atol=EXACT)
+        np.testing.assert_allclose(np.ravel(absolutes), np.abs(j).sum(axis=1), rtol=EXACT)
 
 
 @hypothesis.given(branch_sets())
 def test_json_round_trip(branches):
     assert BranchSet.from_json(branches.to_json()) == branches
     assert hash(BranchSet.from_json(branches.to_json())) == hash(branches)
+
+
+STACKED = default_branches((2, 3, 3, 3, 4, 4), stacked=2)
+
+
+def test_a_stack_says_what_one_layer_of_it_is():
+    assert STACKED.layer == default_branches((3, 3, 4, 4))
+    assert (one := STACKED.layer).layer is one
+    assert (STACKED.stack, STACKED.canonical, STACKED.out) == ((2, 3), (3, 3, 4, 4), 4)
+    assert STACKED.vector_shape == (2, 3, 4)
+    assert STACKED.shapes() == {"3x3": (2, 3, 3, 3, 4, 4), "1x1": (2, 3, 1, 1, 4, 4), "identity": (2, 3, 4)}
+    torch = default_branches((5, 8, 2, 3, 1), groups=2, layout="oi...", stacked=1)
+    assert (torch.layer.kernel, torch.canonical, torch.vector_shape) == ((8, 2, 3, 1), (3, 1, 2, 8), (5, 8))
+    alone = BranchSet((2, 4, 4), (Identity(),), stacked=1)  # no array tells the stack's size
+    assert alone.merge({"identity": jnp.ones((2, 4))}, {}).shape == (2, 4, 4)
+    np.testing.assert_array_equal(alone.multiplier({}), np.stack([np.eye(4)] * 2))
+
+
+def test_the_layers_of_a_stack_are_drawn_apart(quick_to_compile):
+    """Each within the bound of its own layer, which a fan-in that counts the stack would not be."""
+    weights = jax.jit(STACKED.sample)(jax.random.key(0))
+    assert {n: w.shape for n, w in weights.items()} == STACKED.shapes()
+    for name, fan_in in (("3x3", 36), ("1x1", 4)):
+        layers = np.asarray(weights[name]).reshape(6, -1)
+        assert len(np.unique(layers)) == layers.size
+        assert 0.8 * fan_in**-0.5 < np.abs(layers).max() <= fan_in**-0.5
+    assert (weights["identity"] == 1).all()
+
+
+def test_scales_of_another_layer_of_the_stack_are_noticed(x64):
+    """Negative control: P(g) with the scales of another layer of the stack is another one."""
+    scales, g = draw_scales(STACKED), draw_kernel(STACKED)
+    expected = STACKED.precondition(g, scales)
+    swapped = STACKED.precondition(g, {n: s[::-1] for n, s in scales.items()})
+    assert np.abs(swapped - expected).max() > 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("stacked", [-1, 2, 3, 1.0, None])
+def test_a_stack_that_leaves_no_kernel(stacked):
+    with pytest.raises(ValueError, match=r"`stacked` is .*`kernel` \(3, 4, 4\) .* of layers, 0 to 1"):
+        BranchSet((3, 4, 4), (Kernel((3,)),), stacked=stacked)
+
+
+def test_text_of_older_versions_has_no_stack():
+    text = default_branches((3, 3, 4, 4)).to_json()
+    fields = json.loads(text)
+    assert fields.pop("stacked") == 0
+    assert BranchSet.from_json(json.dumps(fields)) == default_branches((3, 3, 4, 4))
 
 
 def test_average_pooling_has_no_elementwise_rule(x64):
@@ -113,7 +184,7 @@ def test_average_pooling_has_no_elementwise_rule(x64):
     with pytest.raises(ValueError, match="average mixes taps or channels and has no elementwise multiplier"):
         branches.multiplier(scales)
     j = jacobian(branches, scales)
-    g = np.random.default_rng(0).normal(size=branches.kernel).ravel()
+    g = draw_kernel(branches).ravel()
     p = j @ (j.T @ g)
     assert np.abs(np.diag(j @ j.T) * g - p).max() / np.abs(p).max() > 0.01
 
@@ -124,7 +195,10 @@ def test_average_pooling_has_no_elementwise_rule(x64):
         ((3, 3, 8, 8), {}, ("3x3", "1x1", "identity")),
         ((3, 3, 4, 8), {}, ("3x3", "1x1")),
         ((3, 3, 8, 8), {"stride": 2}, ("3x3", "1x1")),
-        ((3, 3, 1, 8), {"groups": 8}, ("3x3", "1x1", "identity")),
+        ((3, 3, 1, 8), {"groups": 8}, ("3x3", "1x1")),
+        ((3, 1, 16), {"groups": 8}, ("3", "1")),
+        ((1, 1, 1, 8), {"groups": 8}, ("1x1", "identity")),
+        ((3, 3, 1, 1), {}, ("3x3", "1x1", "identity")),
         ((3, 3, 2, 8), {"groups": 4}, ("3x3", "1x1", "identity")),
         ((1, 1, 8, 8), {}, ("1x1", "identity")),
         ((8, 8), {}, ("dense", "identity")),
@@ -133,6 +207,8 @@ def test_average_pooling_has_no_elementwise_rule(x64):
         ((3, 3, 3, 4, 4), {}, ("3x3x3", "1x1x1", "identity")),
         ((2, 2, 4, 4), {}, ("2x2",)),
         ((8, 8, 3, 3), {"layout": "oi..."}, ("3x3", "1x1", "identity")),
+        ((5, 2, 3, 3, 8, 8), {"stacked": 2}, ("3x3", "1x1", "identity")),
+        ((5, 8, 1, 3, 3), {"stacked": 1, "groups": 8, "layout": "oi..."}, ("3x3", "1x1")),
     ],
 )
 def test_default_branches(kernel, options, names):
@@ -214,8 +290,9 @@ def test_a_branch_of_one_s_own_is_one_class(x64):
     branches = BranchSet((3, 3, 2, 2), (Kernel((3, 3)), Corner(7)))
     assert BranchSet.from_json(branches.to_json()) == branches
     scales = draw_scales(branches)
-    g = jnp.asarray(np.random.default_rng(0).normal(size=branches.kernel))
-    j = jacobian(branches, scales)
-    expected = (j @ (j.T @ np.ravel(g))).reshape(branches.kernel)
-    np.testing.assert_allclose(branches.precondition(g, scales), expected, rtol=EXACT)
+    g = draw_kernel(branches)
+    j = np.zeros((36, 40))
+    j[:, :36] = np.diag(np.tile(scales["3x3"], 18))
+    j[:4, 36:] = np.diag(np.tile(scales["corner7"], 2))
+    assert_close(np.ravel(branches.precondition(g, scales)), j @ (j.T @ g.ravel()))
     del Branch.types["Corner"]

@@ -9,7 +9,15 @@ import pytest
 from flax import nnx
 
 from repopt_jax import algebra
-from repopt_jax.branches import Average, Branch, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.branches import (
+    AfterPointwise,
+    Average,
+    Branch,
+    BranchSet,
+    Identity,
+    Kernel,
+    default_branches,
+)
 from repopt_jax.nn import CSLAConv, FrozenScale
 from repopt_jax.nn.csla import convolve, per_axis, run_branch
 
@@ -17,6 +25,7 @@ EXACT = 1e-12  # of the largest value, float64; measured: 1.3e-14 at most
 WRONG = 0.05  # a wrong layer differs by more than this much of the largest value; measured: 0.19 at least
 
 K33 = (Kernel((3, 3)), Kernel((1, 1)))
+MIXING = (Average(), AfterPointwise((3, 3), np.random.default_rng(2).normal(size=(4, 3))))
 WIDE = (Kernel((5, 5)), Kernel((3, 3), (2, 2)), Kernel((1, 5)), Identity())
 
 # name -> branch set, options of the layer, spatial shape of the input
@@ -45,6 +54,17 @@ LAYERS = {
     "average": (BranchSet((3, 3, 4, 4), (*K33, Average(), Identity())), {}, (5, 6)),
     "average, strided, grouped": (BranchSet((3, 5, 2, 4), (Average(),), 2), {"strides": 2}, (6, 8)),
     "average, dilated": (BranchSet((3, 3, 2, 4), (Kernel((3, 3)), Average())), {"dilation": 2}, (7, 6)),
+    "circular": (BranchSet((3, 3, 4, 4), (*K33, *MIXING, Identity())), {"pad_mode": "wrap"}, (5, 6)),
+    "reflected, strided, dilated": (
+        BranchSet((5, 3, 4, 4), (Kernel((5, 3)), *MIXING, Identity())),
+        {"pad_mode": "reflect", "strides": (2, 1), "dilation": 2},
+        (8, 7),
+    ),
+    "circular, uneven padding, 1-D": (
+        BranchSet((4, 3, 3), (Kernel((4,)), Kernel((2,)))),
+        {"pad_mode": "wrap", "padding": ((1, 2),)},
+        (6,),
+    ),
 }
 
 
@@ -142,10 +162,9 @@ def test_agrees_with_loops(form, outputs, stride, groups, x64):
     common = {"strides": (stride,) * 2, "dilation": (1, 1), "groups": groups, "out_shape": out_shape}
     expected = looped_conv(x, w["3x3"], offset=(1, 1), **common) * s["3x3"]
     expected += looped_conv(x, w["1x1"], offset=(0, 0), **common) * s["1x1"]
-    if stride == 1 and outputs == 4:
+    assert ("identity" in w) == (stride == 1 and outputs == 4 and groups < 4)
+    if "identity" in w:
         expected += w["identity"] * x
-    else:
-        assert "identity" not in w
     assert relative(layer(jnp.asarray(x)), expected + np.asarray(layer.bias[...])) <= EXACT
 
 
@@ -194,6 +213,132 @@ def test_wrong_merges_are_noticed(x64):
         assert relative(convolve(x, kernel, groups=3, **options), layer(x)) > WRONG, mistake
 
 
+@pytest.mark.parametrize(("mode", "theirs"), [("wrap", "CIRCULAR"), ("reflect", "REFLECT")])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ((3, 5, 2, 4), {}),
+        ((3, 3, 2, 4), {"strides": (2, 3), "dilation": (1, 2)}),
+        ((5, 4, 4), {"strides": 2}),
+    ],
+    ids=["2-D", "strided, dilated", "1-D"],
+)
+def test_kinds_of_padding_are_those_of_flax(mode, theirs, kernel, options, x64):
+    """`nnx.Conv` with the merged kernel and a named padding; zeros instead, the negative control, are
+    noticed."""
+    branches = BranchSet(kernel, (Kernel(kernel[:-2]), Kernel((1,) * (len(kernel) - 2))))
+    layer = make_layer(branches, pad_mode=mode, **options)
+    theirs = nnx.eval_shape(
+        lambda: nnx.Conv(
+            *kernel[-2:],
+            kernel[:-2],
+            strides=options.get("strides", 1),
+            kernel_dilation=options.get("dilation", 1),
+            padding=theirs,
+            use_bias=False,
+            param_dtype=jnp.float64,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    theirs.kernel.set_value(layer.merged_kernel())
+    x = make_input(branches, (7, 8)[: len(kernel) - 2])
+    assert relative(layer(x), theirs(x)) <= EXACT
+    assert relative(make_layer(branches, **options)(x), theirs(x)) > WRONG
+
+
+def made_stack(stack=(3,), **options):
+    """A float64 layer of stacked ones, filled with random numbers."""
+    branches = default_branches((3, 3, 4, 4))
+    return make_layer(branches, stack=stack, bias=jnp.zeros((*stack, 4)), **options)
+
+
+def scanned(layers, x):
+    return nnx.scan(lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+        x, layers
+    )
+
+
+def one_after_the_other(layers, x, order):
+    """The same with a layer of its own for each."""
+    graph, state = nnx.split(layers)
+    for index in order:
+        x = jnp.tanh(nnx.merge(graph, jax.tree.map(lambda a, i=index: a[i], state))(x))
+    return x
+
+
+@pytest.mark.parametrize("form", ["merged", "branches"])
+def test_a_stack_runs_under_scan_as_its_layers_do(form, x64):
+    layers = made_stack(form=form, pad_mode="wrap")
+    x = make_input(layers.branches, (5, 6))
+    found = scanned(layers, x)
+    assert relative(found, one_after_the_other(layers, x, (0, 1, 2))) <= EXACT
+    assert relative(found, one_after_the_other(layers, x, (1, 0, 2))) > WRONG
+
+
+def test_a_stack_trains_as_its_layers_do(x64):
+    """Gradients of every array, and a loss that falls."""
+    layers = made_stack()
+    graph, state = nnx.split(layers)
+    x = make_input(layers.branches, (4, 4))
+
+    def loss(state, run):
+        return jnp.mean((run(nnx.merge(graph, state), x) - jnp.cos(jnp.arange(x.size)).reshape(x.shape)) ** 2)
+
+    by_layer = jax.grad(loss)(state, lambda layers, x: one_after_the_other(layers, x, range(3)))
+    value, gradients = jax.value_and_grad(loss)(state, scanned)
+    for found, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(by_layer)):
+        assert relative(found, expected) <= EXACT
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, state, gradients)
+    assert loss(moved, scanned) < 0.99 * value
+
+
+def test_a_stack_s_set_kernels_and_vectors(x64):
+    layers = made_stack(stack=(2, 3))
+    branches = layers.stacked_branches()
+    assert branches == default_branches((2, 3, 3, 3, 4, 4), stacked=2)
+    assert layers.branches == branches.layer
+    kernels, vectors = layers.merged_kernel(), layers.scale_vectors()
+    graph, state = nnx.split(layers)
+    for at in np.ndindex(2, 3):
+        one = nnx.merge(graph, jax.tree.map(lambda a, at=at: a[at], state))
+        assert one.stacked_branches() == one.branches == branches.layer
+        assert relative(kernels[at], one.merged_kernel()) <= EXACT
+        for name, vector in one.scale_vectors().items():
+            np.testing.assert_array_equal(vectors[name][at], vector)
+
+
+def test_layers_of_a_stack_are_drawn_apart_and_start_where_told(quick_to_compile):
+    given = {"1x1": jnp.arange(6.0).reshape(2, 3), "identity": -jnp.ones((2, 3))}
+    layers = CSLAConv(
+        default_branches((3, 3, 3, 3)), padding=((1, 1), (1, 1)), stack=(2,), scales=given, rngs=nnx.Rngs(0)
+    )
+    np.testing.assert_array_equal(layers.scale_vectors()["1x1"], given["1x1"])
+    np.testing.assert_array_equal(layers.scale_vectors()["identity"], given["identity"])
+    np.testing.assert_array_equal(layers.scale_vectors()["3x3"], np.ones((2, 3)))
+    first, second = layers.weights["3x3"][...]
+    assert np.abs(first - second).min() > 0
+
+
+def test_a_stack_made_by_vmap_is_the_same():
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def make(rngs):
+        return CSLAConv(default_branches((3, 3, 4, 4)), padding=((1, 1), (1, 1)), rngs=rngs)
+
+    layers = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    assert layers.stacked_branches() == default_branches((2, 3, 3, 4, 4), stacked=1)
+
+
+def test_arrays_that_are_no_stack_or_not_run_as_one_are_refused(x64):
+    layers = nnx.eval_shape(made_stack)
+    with pytest.raises(ValueError, match=r"stacked along \(3,\): run it under `nnx.scan` or `nnx.vmap`"):
+        layers(jnp.zeros((1, 4, 4, 4)))
+    layers.scales["1x1"].set_value(jax.ShapeDtypeStruct((4, 3), jnp.float64))
+    message = r"1 misshapen arrays: scales/1x1 \(expected \(3, 4\), found \(4, 3\)\). Layers are stacked"
+    with pytest.raises(ValueError, match=message):
+        layers.stacked_branches()
+
+
 def test_searched_scales_are_parameters_and_frozen_ones_are_not(x64):
     branches = default_branches((3, 3, 4, 4))
     searched = nnx.state(make_layer(branches), nnx.Param)
@@ -237,6 +382,16 @@ def test_what_does_not_fit_is_refused():
         CSLAConv(branches, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="must be one number or 2"):
         CSLAConv(branches, strides=(1, 2, 1), **options)
+    with pytest.raises(ValueError, match=r"stacked along \(5,\): give `branches.layer` and `stack`"):
+        CSLAConv(default_branches((5, 3, 3, 2, 2), stacked=1), **options)
+    with pytest.raises(ValueError, match="`pad_mode` is 'same': it must be one of constant, wrap, reflect"):
+        CSLAConv(branches, pad_mode="same", **options)
+    with pytest.raises(ValueError, match="with `pad_mode` 'wrap' nothing can be cut off"):
+        CSLAConv(branches, pad_mode="wrap", padding=((1, 1), (0, -1)), rngs=nnx.Rngs(0))
+    wrong = {"1x1": jnp.ones(2), "5x5": jnp.ones((4, 2))}
+    with pytest.raises(ValueError, match=r"1 extra vectors: 5x5 \(4, 2\); 2 misshapen vectors") as error:
+        CSLAConv(branches, stack=(4,), scales=wrong, bias=jnp.ones(2), **options)
+    assert "1x1 (expected (4, 2), found (2,)), bias (expected (4, 2), found (2,))" in str(error.value)
     with pytest.raises(ValueError, match=r"layout 'oi...': a Flax layer needs '...io'"):
         CSLAConv(default_branches((2, 2, 3, 3), layout="oi..."), **options)
 

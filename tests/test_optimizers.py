@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from repopt_jax import adaptive, optim
-from repopt_jax.branches import Average, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.branches import Average, BranchSet, Identity, Kernel
 from repopt_jax.reparameterize import reparameterize
 from repopt_jax.scales import LayerScales, Scales
 
@@ -19,34 +19,47 @@ COARSE = 5e-2  # relative, bfloat16 against float32: 8 bits; measured: 8e-3
 
 OPTIMIZERS = {
     "repopt_mask": optim.repopt_mask,
-    "clip_by_repopt_global_norm": lambda s: optim.clip_by_repopt_global_norm(0.5, s),
-    "repopt_sgd": lambda s: optim.repopt_sgd(0.1, s, weight_decay=1e-2),
-    "scale_by_repopt_adam": adaptive.scale_by_repopt_adam,
-    "repopt_adamw": lambda s: adaptive.repopt_adamw(0.1, s, eps=1e-3, weight_decay=1e-2),
-    "repopt_adamw, published": lambda s: adaptive.repopt_adamw(0.1, s, eps=1e-3, rule="published"),
+    "clip_by_repopt_global_norm": lambda s, n=0.5: optim.clip_by_repopt_global_norm(n, s),
+    "repopt_sgd": lambda s, lr=0.1: optim.repopt_sgd(lr, s, weight_decay=1e-2),
+    "scale_by_repopt_adam": lambda s, eps=1e-8: adaptive.scale_by_repopt_adam(s, eps=eps),
+    "repopt_adamw": lambda s, lr=0.1: adaptive.repopt_adamw(lr, s, eps=1e-3, weight_decay=1e-2),
+    "repopt_adamw, published": lambda s, lr=0.1: adaptive.repopt_adamw(lr, s, eps=1e-3, rule="published"),
     "repopt_sign_mask": adaptive.repopt_sign_mask,
-    "repopt_lion": lambda s: adaptive.repopt_lion(0.1, s),
-    "reparameterize(sgd)": lambda s: reparameterize(optax.sgd(0.1, 0.9, nesterov=True), s),
-    "reparameterize(adam)": lambda s: reparameterize(optax.adamw(0.1, eps=1e-3), s),
-    "reparameterize(adafactor)": lambda s: reparameterize(optax.adafactor(0.1, min_dim_size_to_factor=2), s),
-    "reparameterize(lamb)": lambda s: reparameterize(optax.lamb(0.1, eps=1e-3), s),
+    "repopt_lion": lambda s, lr=0.1: adaptive.repopt_lion(lr, s),
+    "reparameterize(sgd)": lambda s, lr=0.1: reparameterize(optax.sgd(lr, 0.9, nesterov=True), s),
+    "reparameterize(adam)": lambda s, lr=0.1: reparameterize(optax.adamw(lr, eps=1e-3), s),
+    "reparameterize(adafactor)": lambda s, lr=0.1: reparameterize(
+        optax.adafactor(lr, min_dim_size_to_factor=2), s
+    ),
+    "reparameterize(lamb)": lambda s, lr=0.1: reparameterize(optax.lamb(lr, eps=1e-3), s),
+}
+# The two that have no number of their own, with one behind them.
+WITH_A_NUMBER = OPTIMIZERS | {
+    name: lambda s, lr, make=OPTIMIZERS[name]: optax.chain(make(s), optax.scale(lr))
+    for name in ("repopt_mask", "repopt_sign_mask")
 }
 PLACED_ONLY = ("repopt_adamw, published", "repopt_sign_mask")  # refuse branches that mix taps
 every = pytest.mark.parametrize("name", OPTIMIZERS)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
-def setting(name, *, dtype=jnp.float32, width=4, outputs=4):
-    """An optimizer, parameters and a gradient: two layers with scales, one of them with average pooling if
+def setting(name, *, dtype=jnp.float32, width=4, window=(3, 3)):
+    """An optimizer, parameters and a gradient: a layer with scales, a stack of two, with average pooling if
     the optimizer takes it, and a vector without."""
     rng = np.random.default_rng(0)
-    mixing = (Kernel((3, 3)), *(() if name in PLACED_ONLY else (Average(),)))
+    kernel = (*window, width, width)
+    identity = [Identity()] if window == (3, 3) else []
+    small = Kernel((1, 1)) if window == (3, 3) else Kernel((2, 1))
+    mixing = [] if name in PLACED_ONLY else [Average()]
     sets = {
-        "a/kernel": default_branches((3, 3, width, outputs)),
-        "b/kernel": BranchSet((3, 3, width, outputs), (*mixing, *([Identity()] if width == outputs else []))),
+        "a/kernel": BranchSet(kernel, (Kernel(window), small, *identity)),
+        "b/kernel": BranchSet((2, *kernel), (Kernel(window), *mixing, *identity), stacked=1),
     }
     scales = Scales(
         {
-            path: LayerScales(b, {n: jnp.asarray(rng.normal(size=b.out), jnp.float32) for n in b.names})
+            path: LayerScales(
+                b, {n: jnp.asarray(rng.normal(size=b.vector_shape), jnp.float32) for n in b.names}
+            )
             for path, b in sets.items()
         }
     )
@@ -55,8 +68,8 @@ def setting(name, *, dtype=jnp.float32, width=4, outputs=4):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
     def tree():
-        kernels = {layer: {"kernel": draw((3, 3, width, outputs))} for layer in "ab"}
-        return kernels | {"norm": {"scale": draw((outputs,))}}
+        kernels = {path[0]: {"kernel": draw(b.kernel)} for path, b in sets.items()}
+        return kernels | {"norm": {"scale": draw((width,))}}
 
     return OPTIMIZERS[name](scales), tree(), tree(), scales
 
@@ -141,7 +154,7 @@ def test_half_precision_gradients_of_float32_parameters(name):
 @every
 def test_no_constant_of_a_parameters_size_in_the_program(name):
     """The multipliers are computed from vectors. A dense one would be 64 x 64 x 9 numbers of text."""
-    tx, params, gradients, _ = setting(name, width=64, outputs=64)
+    tx, params, gradients, _ = setting(name, width=64)
     text = jax.jit(tx.update).lower(gradients, tx.init(params), params).as_text()
     literals = re.findall(r'dense<"0x([0-9A-Fa-f]+)">', text) + re.findall(r"dense<\[(.*?)\]>", text)
     assert max((len(literal) for literal in literals), default=0) < 1000
@@ -149,19 +162,19 @@ def test_no_constant_of_a_parameters_size_in_the_program(name):
 
 
 @every
-@pytest.mark.parametrize(
-    "spec", [(None, None, "x", None), (None, None, None, "x")], ids=["inputs", "outputs"]
-)
-def test_sharded_parameters(name, spec):
-    """The numbers of one device; updates and state lie after a step where they lay before it. (Spatial axes:
-    tests/test_optim.py.)"""
+@pytest.mark.parametrize("axis", [0, 2, 3], ids=["spatial", "inputs", "outputs"])
+def test_sharded_parameters(name, axis):
+    """The numbers of one device; updates and state lie after a step where they lay before it."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    tx, params, gradients, _ = setting(name)
+    tx, params, gradients, _ = setting(name, window=(3, 3) if axis else (4, 3))
     expected, _ = steps(tx, params, gradients)
-    split, whole = jax.NamedSharding(mesh, jax.P(*spec)), jax.NamedSharding(mesh, jax.P())
+    whole = jax.NamedSharding(mesh, jax.P())
+
+    def where_it_lies(a):
+        return jax.NamedSharding(mesh, jax.P(*(None,) * (a.ndim - 4 + axis), "x")) if a.ndim > 3 else whole
 
     def place(tree):
-        return jax.tree.map(lambda a: jax.device_put(a, split if a.ndim == 4 else whole), tree)
+        return jax.tree.map(lambda a: jax.device_put(a, where_it_lies(a)), tree)
 
     params, gradients = place(params), place(gradients)
     state = jax.tree.map(
@@ -176,7 +189,9 @@ def test_sharded_parameters(name, spec):
         lies = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), new, state)
         assert jax.tree.all(lies)
         state = new
-    assert params["a"]["kernel"].sharding.is_equivalent_to(split, 4)
+    for layer in "ab":
+        kernel = params[layer]["kernel"]
+        assert kernel.sharding.is_equivalent_to(where_it_lies(kernel), kernel.ndim)
     close(params, expected)
 
 
@@ -275,10 +290,10 @@ def test_given_branches_lie_where_the_kernels_lie():
         for path, entry in scales.entries.items()
     }
     tx = reparameterize(optax.sgd(0.1, 0.9), scales, weights=weights)
-    split = jax.NamedSharding(mesh, jax.P(None, None, None, "x"))
+    split = jax.NamedSharding(mesh, jax.P(None, None, "x"))
     whole = jax.NamedSharding(mesh, jax.P())
     params, gradients = (
-        jax.tree.map(lambda a: jax.device_put(a, split if a.ndim == 4 else whole), tree)
+        jax.tree.map(lambda a: jax.device_put(a, split if a.ndim > 3 else whole), tree)
         for tree in (params, gradients)
     )
     step = jax.jit(tx.update)
@@ -288,14 +303,21 @@ def test_given_branches_lie_where_the_kernels_lie():
     assert step._cache_size() == 1
 
 
-def test_inject_hyperparams_around_reparameterize():
-    _, params, gradients, scales = setting("repopt_sgd")
-    tx = optax.inject_hyperparams(lambda rate: reparameterize(optax.adam(rate), scales))(rate=0.1)
+@every
+def test_inject_hyperparams_around_it(name):
+    """A number of the optimizer in the state, changed between steps."""
+    _, params, gradients, scales = setting(name)
+    make = WITH_A_NUMBER[name]
+    tx = optax.inject_hyperparams(lambda number: make(scales, number))(number=0.1)
     state = tx.init(params)
-    state.hyperparams["rate"] = jnp.asarray(0.2)
-    updates, _ = jax.jit(tx.update)(gradients, state, params)
-    fixed = reparameterize(optax.adam(0.2), scales)
-    close(updates, fixed.update(gradients, fixed.init(params), params)[0])
+    step = jax.jit(tx.update)
+    before, state = step(gradients, state, params)
+    state.hyperparams["number"] = jnp.asarray(0.4)
+    after, _ = step(gradients, state, params)
+    other = jax.jit(make(scales, 0.1).update)
+    expected, state = other(gradients, make(scales, 0.1).init(params), params)
+    close(before, expected)
+    close(after, jax.jit(make(scales, 0.4).update)(gradients, state, params)[0])
 
 
 @pytest.mark.parametrize(
@@ -306,8 +328,8 @@ def test_inject_hyperparams_around_reparameterize():
         (adaptive.repopt_lion, {"weight_decay": 0.5, "b1": 0.5}),
     ],
 )
-def test_inject_hyperparams(factory, changed):
-    """Numbers in the state, changed between steps; a schedule among them."""
+def test_inject_hyperparams_of_the_ready_made(factory, changed):
+    """By the names of their arguments, a schedule among them."""
     _, params, gradients, scales = setting("repopt_sgd")
     tx = optax.inject_hyperparams(factory)(
         learning_rate=optax.linear_schedule(0.1, 0.2, 10), scales=scales, **dict.fromkeys(changed, 0.1)

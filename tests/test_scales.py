@@ -32,6 +32,7 @@ BRANCHES = {
     ),
     "head/kernel": default_branches((4, 4)),
     "kernel": BranchSet((3, 2, 2), (Kernel((3,)), Identity())),
+    "scanned/kernel": default_branches((2, 3, 4, 4), stacked=2),
 }
 
 METADATA = ScalesMetadata("B1", "cifar10", '{"epochs": 240}', 1234, "0.0.7")
@@ -40,7 +41,9 @@ METADATA = ScalesMetadata("B1", "cifar10", '{"epochs": 240}', 1234, "0.0.7")
 def random_scales(branch_sets=BRANCHES, metadata=METADATA):
     rng = np.random.default_rng(0)
     entries = {
-        path: LayerScales(bs, {n: jnp.asarray(rng.normal(size=bs.out), jnp.float32) for n in bs.names})
+        path: LayerScales(
+            bs, {n: jnp.asarray(rng.normal(size=bs.vector_shape), jnp.float32) for n in bs.names}
+        )
         for path, bs in branch_sets.items()
     }
     return Scales(entries, metadata)
@@ -166,21 +169,92 @@ class TestWithoutASearch:
         for path, vectors in scales.vectors.items():
             for vector in vectors.values():
                 assert vector.dtype == jnp.float32
-                np.testing.assert_array_equal(vector, np.ones(BRANCHES[path].out))
+                np.testing.assert_array_equal(vector, np.ones(BRANCHES[path].vector_shape))
 
     def test_depth_rule(self):
         """1 for the block that opens a stage, then sqrt(2 / l); the identity starts at 1 everywhere."""
-        depths = dict(zip(BRANCHES, (0, 1, 2, 3, 8)))
+        depths = dict(zip(BRANCHES, (0, 1, 2, 3, 8, 2)))
         scales = Scales.depth_rule(BRANCHES, depths)
-        expected = dict(zip(BRANCHES, (1.0, 2**0.5, 1.0, (2 / 3) ** 0.5, 0.5)))
+        expected = dict(zip(BRANCHES, (1.0, 2**0.5, 1.0, (2 / 3) ** 0.5, 0.5, 1.0)))
         for path, vectors in scales.vectors.items():
             for name, vector in vectors.items():
                 value = 1.0 if name == "identity" else expected[path]
-                np.testing.assert_array_equal(vector, np.full(BRANCHES[path].out, value, np.float32))
+                expected_vector = np.full(BRANCHES[path].vector_shape, value, np.float32)
+                np.testing.assert_array_equal(vector, expected_vector)
+
+    @pytest.mark.parametrize("kind", [list, np.asarray, tuple])
+    def test_depth_rule_along_a_stack(self, kind):
+        """One l for each layer of the stack: 1, sqrt(2), 1, sqrt(2/3), ... on all its channels."""
+        branches = {"scanned": default_branches((2, 3, 4, 4), stacked=2)}
+        vectors = Scales.depth_rule(branches, {"scanned": kind([[0, 1, 2], [3, 4, 8]])}).vectors["scanned"]
+        expected = np.sqrt([[1, 2, 1], [2 / 3, 1 / 2, 1 / 4]])[..., None] * np.ones(4)
+        np.testing.assert_allclose(vectors["dense"], expected, rtol=1e-7)
+        np.testing.assert_array_equal(vectors["identity"], np.ones((2, 3, 4)))
+
+    def test_depths_that_are_none(self):
+        sets = {"a": BRANCHES["kernel"], "b": BRANCHES["scanned/kernel"], "c": BRANCHES["kernel"]}
+        with pytest.raises(ValueError, match="`depths` must hold integers >= 0") as error:
+            Scales.depth_rule(sets, {"a": -1, "b": [1, 2, 3], "c": 0.5})
+        assert str(error.value).endswith(
+            "not a (stack ()): -1; b (stack (2, 3)): [1, 2, 3]; c (stack ()): 0.5"
+        )
 
     def test_depth_rule_needs_the_same_paths(self):
         with pytest.raises(ValueError, match="1 missing paths in `depths`: b; 1 extra paths in `depths`: c"):
             Scales.depth_rule(dict.fromkeys("ab", BRANCHES["kernel"]), {"a": 0, "c": 1})
+
+
+class TestRename:
+    def test_groups_dropping_and_what_no_rule_matches(self):
+        """The first rule decides; order, branches, vectors and metadata stay."""
+        scales = random_scales()
+        renamed = scales.rename(
+            {
+                r"stages/1/(.*)": None,
+                r"stages/(?P<stage>\d)/(.*)": r"body/\2/\g<stage>",
+                r"h\w+/(.*)": r"heads/0/\1",
+                r"stages/0/.*|kernel": "moved/kernel",
+            }
+        )
+        moved = {
+            "stem/conv/kernel": "stem/conv/kernel",
+            "stages/0/conv/kernel": "body/conv/kernel/0",
+            "head/kernel": "heads/0/kernel",
+            "kernel": "moved/kernel",
+            "scanned/kernel": "scanned/kernel",
+        }
+        assert list(renamed.entries) == list(moved.values())
+        assert renamed.metadata == METADATA
+        for old, new in moved.items():
+            assert renamed.entries[new] is scales.entries[old]
+        assert list(scales.entries) == list(BRANCHES)
+
+    @pytest.mark.parametrize(
+        ("rules", "message"),
+        [
+            ({"heads/.*": "x", ".*kernel": r"\g<0>"}, "match none of the 6 paths: 'heads/.*'$"),
+            ({"stem": None}, "match none of the 6 paths: 'stem'$"),  # whole paths
+            (
+                {".*": r"a/\g<0>", "kernel": "b", "x": "y"},
+                r"none of the 6 paths: 'kernel' \(earlier rules take what it matches\), 'x'$",
+            ),
+            (
+                {r"stages/\d/(.*)": r"\1", "head/kernel": "conv/kernel"},
+                "path of several: 'conv/kernel' of stages/0/conv/kernel, stages/1/conv/kernel, head/kernel$",
+            ),
+            ({"head/kernel": "kernel"}, "one path of several: 'kernel' of head/kernel, kernel$"),
+            ({"(stem": None}, r"`rules` hold '\(stem', which is no regular expression"),
+            ({"stem/(.*)": r"\2"}, r"give 'stem/\(\.\*\)' the replacement .*invalid group reference"),
+            ({"stem/(.*)": r"\g<x>"}, "unknown group name 'x'"),
+            (
+                {"stem/.*": "", "head/(.*)": r"a//\1"},
+                "empty part: '' of stem/conv/kernel, 'a//kernel' of head",
+            ),
+        ],
+    )
+    def test_mistakes_are_named(self, rules, message):
+        with pytest.raises(ValueError, match=message):
+            random_scales().rename(rules)
 
 
 class TestFit:
@@ -202,8 +276,36 @@ class TestFit:
         assert "a (expected ('3x3+1x1+identity', 1), found ('3x3+1x1', 1))" in str(error.value)
         assert "searched on" not in str(error.value)
 
+    def test_stacked_kernels_fit_the_stacked_array(self):
+        scales = random_scales({"k": default_branches((2, 3, 3, 4, 4), stacked=1)})
+        check_fit(scales, {"k": jnp.ones((2, 3, 3, 4, 4))})
+        with pytest.raises(
+            ValueError, match=r"misshapen layers: k \(expected \(3, 3, 4, 4\), found \(2, 3, 3,"
+        ):
+            check_fit(scales, {"k": jnp.ones((3, 3, 4, 4))})
+        of_one = jax.tree.map(lambda v: v[0], scales)
+        with pytest.raises(ValueError, match=r"k/1x1 \(expected \(2, 4\), found \(4,\)\)"):
+            check_fit(of_one, {"k": jnp.ones((2, 3, 3, 4, 4))})
+
+    def test_a_stack_is_no_further_spatial_axis(self):
+        """Equal shapes of kernels and vectors of one name: only the branch sets tell them apart."""
+        sets = [BranchSet((2, 1, 4, 4), (Identity(),), stacked=n) for n in (1, 2)]
+        message = (
+            r"k \(expected \('identity', 1, 'stack \(2,\)'\), found \('identity', 1, 'stack \(2, 1\)'\)\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            check_fit(random_scales({"k": sets[1]}), {"k": sets[0]})
+
 
 class TestPytree:
+    def test_means_are_those_of_each_layer_of_a_stack(self):
+        scales = random_scales()
+        for path, vectors in scales.channel_means().vectors.items():
+            for name, vector in vectors.items():
+                v = np.asarray(scales.vectors[path][name], np.float64)
+                expected = np.broadcast_to(v.mean(-1, keepdims=True), v.shape)
+                np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
+
     def test_map_keeps_branches_and_metadata(self):
         scales = random_scales()
         doubled = jax.tree.map(lambda v: 2 * v, scales)

@@ -23,11 +23,11 @@ BATCH = 3
 _rng = np.random.default_rng(5)
 
 # Name -> branches, spatial shape of the input. Everything up to "average pooling" has an elementwise
-# multiplier.
+# multiplier. Each layer of a stack has a target of its own.
 LAYERS = {
     "3x3+1x1+identity": (default_branches((3, 3, 4, 4)), (6, 6)),
     "3x3+1x1": (default_branches((3, 3, 3, 4)), (6, 6)),
-    "depthwise": (default_branches((3, 3, 1, 4), groups=4), (6, 6)),
+    "depthwise": (BranchSet((3, 3, 1, 4), (Kernel((3, 3)), Kernel((1, 1)), Identity()), 4), (6, 6)),
     "grouped": (default_branches((3, 3, 2, 4), groups=2), (6, 6)),
     "5x5": (default_branches((5, 5, 4, 4)), (7, 7)),
     "1-D": (default_branches((5, 4, 4)), (9,)),
@@ -41,6 +41,8 @@ LAYERS = {
         (7, 7),
     ),
     "PyTorch layout": (default_branches((4, 4, 3, 3), layout="oi..."), (6, 6)),
+    "stacked": (default_branches((2, 3, 3, 3, 3), stacked=1), (4, 5)),
+    "stacked, PyTorch layout": (default_branches((1, 2, 4, 2, 3), groups=2, layout="oi...", stacked=2), (6,)),
     "average pooling": (BranchSet((3, 3, 4, 4), (Kernel((3, 3)), Average(), Identity())), (6, 6)),
     "fixed 1x1, then 3x3": (
         BranchSet(
@@ -50,13 +52,14 @@ LAYERS = {
         ),
         (6, 6),
     ),
+    "stacked averages": (BranchSet((2, 3, 3, 2), (Kernel((3,)), Average()), stacked=1), (6,)),
 }
-MIXING = ("average pooling", "fixed 1x1, then 3x3")
+MIXING = ("average pooling", "fixed 1x1, then 3x3", "stacked averages")
 
 
 def mixed_signs(rng, branches):
     """Random scales, half of them negative."""
-    return {name: jnp.asarray(rng.normal(size=branches.out)) for name in branches.names}
+    return {name: jnp.asarray(rng.normal(size=branches.vector_shape)) for name in branches.names}
 
 
 class Problem(NamedTuple):
@@ -70,11 +73,14 @@ class Problem(NamedTuple):
 
     def start(self):
         """Parameters of the plain network: merged kernels, and one leaf that no scales name."""
-        kernels = {
-            name: {"kernel": slow_merge(self.entry(name).branches, w, self.entry(name).vectors)}
-            for name, w in self.weights.items()
+        kernels = jax.jit(self.merged)(self.weights)
+        return {name: {"kernel": kernel} for name, kernel in kernels.items()} | {"other": self.bias}
+
+    def merged(self, weights):
+        return {
+            name: slow_merge(self.entry(name).branches, weights[name], self.entry(name).vectors)
+            for name in self.weights
         }
-        return kernels | {"other": self.bias}
 
     def entry(self, name):
         return self.scales.entries[f"{name}/kernel"]
@@ -94,15 +100,11 @@ class Problem(NamedTuple):
     def train_twin(self, tx):
         """The same of the branches, merged at the end."""
 
-        def merged(params):
-            return {
-                n: slow_merge(self.entry(n).branches, params[n], self.entry(n).vectors) for n in self.weights
-            }
-
         def loss(params, batch):
-            return self.loss(merged(params), params["other"], batch)
+            return self.loss(self.merged(params), params["other"], batch)
 
-        return merged(train(tx, self.weights | {"other": self.bias}, loss, self.batches))
+        end = train(tx, self.weights | {"other": self.bias}, loss, self.batches)
+        return jax.jit(self.merged)(end)
 
 
 def problem(names, *, seed=0, draw=mixed_signs, layers=LAYERS, dtype=jnp.float64) -> Problem:
@@ -127,20 +129,21 @@ def problem(names, *, seed=0, draw=mixed_signs, layers=LAYERS, dtype=jnp.float64
         for name, kernel in kernels.items():
             branches, size = layers[name]
             x, y = batch[name]
-            if branches.layout == "oi...":
-                kernel = jnp.moveaxis(kernel, (0, 1), (-1, -2))
-            out = convolve(
-                x,
-                kernel,
-                strides=(1,) * len(size),
-                padding=[(n // 2, n // 2) for n in kernel.shape[: len(size)]],
-                dilation=(1,) * len(size),
-                groups=branches.groups,
-            )
-            total = total + jnp.mean((jnp.tanh(out / 2) - y) ** 2)
+            for index, one in enumerate(kernel.reshape(-1, *branches.layer.kernel)):
+                out = run(branches, size, x, one)
+                total = total + jnp.mean((jnp.tanh(out / 2) - jnp.roll(y, index, axis=0)) ** 2)
         return total
 
     return Problem(Scales(entries), weights, batches, loss, jnp.asarray(rng.normal(size=3), dtype))
+
+
+def run(branches, size, x, kernel):
+    """The layer, or one layer of the stack, at stride 1."""
+    if branches.layout == "oi...":
+        kernel = jnp.moveaxis(kernel, (0, 1), (-1, -2))
+    ones = (1,) * len(size)
+    padding = [(n // 2, n // 2) for n in kernel.shape[: len(size)]]
+    return convolve(x, kernel, strides=ones, padding=padding, dilation=ones, groups=branches.groups)
 
 
 def train(tx, params, loss, batches):
@@ -155,13 +158,19 @@ def train(tx, params, loss, batches):
 
 
 def channels(branches):
-    inputs = branches.kernel[-2] if branches.layout == "...io" else branches.kernel[1]
-    return inputs * branches.groups, branches.out
+    *_, inputs, outputs = canonical(branches)
+    return inputs * branches.groups, outputs
 
 
 def slow_merge(branches, weights, scales):
     """K = sum_b s_b * E_b(w_b), from a list of which entry of w_b goes to which entry of K, made entry by
-    entry."""
+    entry; of a stack, layer by layer."""
+    if branches.stacked:
+        layers = [
+            slow_merge(branches.layer, *jax.tree.map(lambda a, at=at: a[at], (weights, scales)))
+            for at in np.ndindex(*branches.kernel[: branches.stacked])
+        ]
+        return jnp.stack(layers).reshape(branches.kernel)
     shape = canonical(branches)
     kernel = jnp.zeros(np.prod(shape), jnp.result_type(*weights.values()))
     for branch in branches.branches:
@@ -173,9 +182,28 @@ def slow_merge(branches, weights, scales):
     return kernel if branches.layout == "...io" else jnp.moveaxis(kernel, (-1, -2), (0, 1))
 
 
+def jacobian(branches, scales):
+    """dK/dw for all branch tensors side by side, (size of K, number of branch weights), from that list."""
+    one, sizes = branches.layer, {name: np.prod(shape) for name, shape in branches.layer.shapes().items()}
+    places = np.arange(np.prod(one.kernel)).reshape(one.kernel)  # of K's entries in the layer's own layout
+    places = (places if one.layout == "...io" else np.moveaxis(places, (0, 1), (-1, -2))).ravel()
+    layers = list(np.ndindex(*branches.kernel[: branches.stacked]))
+    parts = []
+    for branch in branches.branches:
+        size = sizes[branch.name]
+        part = np.zeros((len(layers), places.size, len(layers), size))
+        to, source, factor = entries(one, branch)
+        for layer, at in enumerate(layers):
+            s = np.asarray(scales[branch.name])[at] if branch.has_scale else np.ones(branches.out)
+            np.add.at(part[layer, :, layer], (places[to], source), s[to % branches.out] * factor)
+        parts.append(part.reshape(len(layers) * places.size, len(layers) * size))
+    return np.concatenate(parts, axis=1)
+
+
 def canonical(branches):
-    """Shape of the kernel with the axes (*spatial, in/groups, out)."""
-    return branches.kernel if branches.layout == "...io" else (*branches.kernel[2:], *branches.kernel[1::-1])
+    """Shape of the kernel, of one layer of a stack, with the axes (*spatial, in/groups, out)."""
+    shape = branches.kernel[branches.stacked :]
+    return shape if branches.layout == "...io" else (*shape[2:], *shape[1::-1])
 
 
 @functools.cache
