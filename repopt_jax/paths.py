@@ -108,6 +108,12 @@ def describe_difference(
     return "; ".join(parts)
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names of a list, and how many more there are: for messages."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def _key_name(key: Any) -> str:
     match key:
         case DictKey():

@@ -17,6 +17,7 @@ import optax
 
 from repopt_jax import chains, paths
 from repopt_jax.nn.modules import join
+from repopt_jax.paths import listed
 from repopt_jax.scales import Scales
 
 Named = dict[str, np.ndarray]
@@ -106,12 +107,6 @@ def merged(scales: Scales, moves: Mapping[str, Any]) -> dict[str, Any]:
         parts = {name: jnp.asarray(found.pop(_in_twin(path, name))) for name in entry.branches.names}
         found[path] = np.asarray(entry.branches.merge(parts, entry.vectors))
     return found
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
 
 
 class _Gradients(NamedTuple):

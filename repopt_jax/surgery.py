@@ -1,9 +1,12 @@
-"""Between a plain network and its search network: extract scales, re-initialise, and the CSLA twin.
+"""Between a plain network and its search network: make one of any network, extract scales, re-initialise, and
+the CSLA twin.
 
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.2.
 """
 
+import math
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, overload
 
@@ -13,12 +16,101 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax import paths
-from repopt_jax.nn.csla import CSLAConv, Form, per_axis, plain_convolution
-from repopt_jax.nn.modules import join, named_modules, replace_modules
+from repopt_jax.layers import (
+    Branches,
+    Layer,
+    Select,
+    check_aliases,
+    find_branches,
+    find_layers,
+    layers_at,
+)
+from repopt_jax.nn.blocks import ConvNorm
+from repopt_jax.nn.csla import CSLAConv, Form
+from repopt_jax.nn.modules import aliases, join, named_modules, replace_modules
+from repopt_jax.nn.normed import NormedBranches
 from repopt_jax.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit, is_concrete
 
 M = TypeVar("M")
 Weights = dict[str, dict[str, jax.Array]]
+
+
+def to_search(
+    model: nnx.Module,
+    select: Select = None,
+    branches: Branches = None,
+    *,
+    scales: Literal["depth", "ones"] | Scales = "depth",
+    form: Form = "merged",
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """A copy of any NNX model in which the selected convolutions and dense layers are CSLA layers with
+    trainable
+    scales: the network of a hyper-search.
+
+        search_model = to_search(model, r"(stem|stages/.*)", rngs=nnx.Rngs(0))
+
+    Train it as you would train `model`, then `extract_scales`. Biases, batch norms and everything else are
+    copied; only the selected layers' kernels give way to branch tensors, freshly drawn. A layer that is used
+    in several places stays one layer; layers stacked for `nnx.scan` or `nnx.vmap` stay so, each with scales
+    of its own. A layer's `dtype` and its kernel's are kept, its `precision` is not.
+
+    Args:
+      model: the network, untouched.
+      select: which layers, as in `find_layers`; by default all of them.
+      branches: of which branches they are made, as in `find_branches`.
+      scales: where the scales start: "depth", `depth_scales`; "ones"; or given ones, for exactly these layers
+        and branches.
+      form: how the layers compute, "merged" or "branches"; see `nn.CSLAConv`.
+      rngs: source of the draws (stream `params`). One key for each path: adding a layer changes no other's
+        draw.
+
+    Raises:
+      ValueError: as `find_layers` and `find_branches`; scales that do not fit, with every path; an unknown
+        word.
+    """
+    if isinstance(scales, Scales):
+        check_aliases(model, scales.entries)
+        check_fit(scales, find_branches(model, select, branches))
+    elif scales == "depth":
+        scales = depth_scales(model, select, branches)
+    elif scales == "ones":
+        scales = Scales.ones(find_branches(model, select, branches))
+    else:
+        raise ValueError(f"`scales` is {scales!r}: it must be 'depth', 'ones' or a `Scales`")
+    weights = sample_weights(scales, rngs.params())
+    return _with_csla(model, scales, weights, trainable_scales=True, form=form)
+
+
+def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = None) -> Scales:
+    """Scales without a search for any network: sqrt(2 / l) for the l-th layer of a row of equal ones, 1 for
+    the first (l = 0); u = 1.
+
+    A row begins at a layer that changes the width, has a stride above 1, or comes after a layer of another
+    width. What comes after what is told by the order of the paths (attributes by name, list entries by
+    number): a model does not say in which order it calls its layers. Layers that are stacked count on along
+    the stack. For another count give your own to `Scales.depth_rule(find_branches(model, ...), depths)`.
+    Source: RepOptimizer paper, appendix B, where l counts the blocks of a stage.
+
+    Args:
+      model: any NNX model.
+      select: which layers, as in `find_layers`.
+      branches: of which branches they are made, as in `find_branches`.
+
+    Raises:
+      ValueError: as `find_layers` and `find_branches`.
+    """
+    depths: dict[str, np.ndarray] = {}
+    width, following = 0, 0  # of the layer before; l of the next layer of the same row
+    for path, layer in find_layers(model, select).items():
+        stack = layer.kernel[: layer.stacked]
+        continues = layer.inputs == layer.outputs == width and set(layer.strides) <= {1}
+        repeats = layer.inputs == layer.outputs and set(layer.strides) <= {1}
+        first = following if continues else 0
+        along = np.arange(math.prod(stack)).reshape(stack)
+        depths[path] = first + along if repeats else np.zeros(stack, int)
+        width, following = layer.outputs, int(depths[path].max()) + 1
+    return Scales.depth_rule(find_branches(model, select, branches), depths)
 
 
 def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None = None) -> Scales:
@@ -29,13 +121,14 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
       ValueError: the model has no CSLA layer.
     """
     entries = {
-        join(path, "kernel"): LayerScales(module.branches, module.scale_vectors())
+        join(path, "kernel"): LayerScales(module.stacked_branches(), module.scale_vectors())
         for path, module in named_modules(search_model)
         if isinstance(module, CSLAConv)
     }
     if not entries:
         raise ValueError(
-            "`search_model` has no CSLA layer: give the model of the hyper-search, of kind 'search'"
+            "`search_model` has no CSLA layer: give the model of the hyper-search, of kind 'search' or made "
+            "by `to_search`"
         )
     return Scales(entries, metadata or ScalesMetadata())
 
@@ -84,10 +177,12 @@ def reinitialize(
       A new model (or tree), the given one being untouched; or that and the branch tensors.
 
     Raises:
-      ValueError: the scales do not fit (every missing, extra or misshapen path); NaN or infinite scales; or
-        the model has been trained.
+      ValueError: the scales do not fit (every missing, extra or misshapen path); they name a shared layer by
+        another path than its own; NaN or infinite scales; or the model has been trained.
     """
     check_finite(scales)
+    if isinstance(model, nnx.Module):
+        check_aliases(model, scales.entries)
     check_fit(scales, model)
     if isinstance(model, nnx.Module) and not allow_trained:
         _check_fresh(model)
@@ -100,11 +195,14 @@ def sample_weights(scales: Scales, key: jax.Array, *, dtype: Any = jnp.float32) 
     """Branch tensors w_b for every layer of `scales`: path -> branch -> array."""
     weights = {}
     for path, entry in scales.entries.items():
-        layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        drawn = entry.branches.sample(layer_key, dtype=dtype)
+        drawn = entry.branches.sample(_key_of(path, key), dtype=dtype)
         searched = {b.name: entry.vectors[b.name] for b in entry.branches.branches if not b.has_scale}
         weights[path] = drawn | {name: u.astype(dtype) for name, u in searched.items()}
     return weights
+
+
+def _key_of(path: str, key: jax.Array) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def merge_weights(scales: Scales, weights: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
@@ -126,13 +224,62 @@ def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
     names, _ = paths.named_leaves(tree)
     if missing := [path for path in kernels if path not in names]:
         raise ValueError(
-            f"the model has no kernels at {', '.join(missing)}: only a plain network, of kind 'target', has "
-            "merged kernels"
+            f"the model has no kernels at {', '.join(missing)}: only a plain network (of kind 'target', not "
+            "one that was made by `to_search` or `to_repvgg`) has merged kernels"
         )
     tree = paths.map_named(
         lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else leaf, tree
     )
     return tree if graph is None else nnx.merge(graph, tree, copy=True)
+
+
+def to_repvgg(
+    model: nnx.Module, select: Select = None, branches: Branches = None, *, rngs: nnx.Rngs
+) -> nnx.Module:
+    """A copy of any NNX model in which each selected layer is an `nn.NormedBranches`: RepVGG's training form,
+    to compare with. `fuse` merges them again.
+
+    Where the layer is the convolution of an `nn.ConvNorm`, the whole of that gives way, because RepVGG has no
+    batch norm after the sum. In other networks the network's own batch norm after the layer stays, a second
+    one. Weights are freshly drawn, one key for each path; biases and everything else are copied.
+
+    Args:
+      model: the network, untouched.
+      select: which layers, as in `find_layers`.
+      branches: of which branches they are made, as in `find_branches`.
+      rngs: source of the draws (stream `params`).
+
+    Raises:
+      ValueError: as `find_layers` and `find_branches`; or stacked layers: `nnx.scan` and `nnx.vmap` hand on
+        the batch statistics of modules that they have made, and would not know those of new ones.
+    """
+    layers = find_layers(model, select)
+    if stacked := [layer.name for layer in layers.values() if layer.stacked]:
+        raise ValueError(
+            f"{', '.join(stacked)} are stacked layers, whose branches would need batch norms made by the "
+            "same nnx.vmap: leave them out with `select`, or build the network of `nn.NormedBranches`"
+        )
+    sets = find_branches(model, select, branches)
+    key = rngs.params()
+    uses = Counter(aliases(model).values())
+
+    def replace(path, module):
+        # A convolution that is also used without this batch norm keeps its own place.
+        if type(module) is ConvNorm and uses[path] == uses[join(path, "conv")]:
+            path, module = join(path, "conv"), module.conv
+        layer = layers.get(join(path, "kernel"))
+        if layer is None or not isinstance(module, (nnx.Conv, nnx.Linear)):
+            return None
+        return NormedBranches(
+            sets[layer.path],
+            **layer.geometry,
+            bias=None if module.bias is None else module.bias[...],
+            dtype=module.dtype,
+            param_dtype=module.kernel.dtype,
+            rngs=nnx.Rngs(params=_key_of(layer.path, key)),
+        )
+
+    return replace_modules(model, replace)
 
 
 def csla_twin(
@@ -150,80 +297,67 @@ def csla_twin(
     `merge_weights(scales, weights)`, both compute the same function, and keep doing so under training.
 
     Raises:
-      ValueError: the scales do not fit.
+      ValueError: the scales do not fit, name a shared layer by another path than its own, or name layers that
+        cannot be made of branches (all, with the reasons).
       TypeError: a path of `scales` is not the kernel of an `nnx.Conv` or `nnx.Linear`.
     """
+    check_aliases(model, scales.entries)
     check_fit(scales, model)
-    replaced = set()
+    return _with_csla(model, scales, weights, trainable_scales=trainable_scales, form=form)
+
+
+def _with_csla(
+    model: nnx.Module, scales: Scales, weights: Mapping[str, Mapping[str, jax.Array]], **options: Any
+) -> nnx.Module:
+    """What `csla_twin` gives, of scales that may cover any part of the model."""
+    layers = layers_at(model, scales.entries)
+    wrong = []
+    for path, layer in layers.items():
+        try:
+            layer.branch_set(scales.entries[path].branches)
+        except ValueError as error:
+            wrong.append(f"{path}: {error}")
+    if wrong:
+        raise ValueError(f"the scales do not fit the model: {'; '.join(wrong)}")
 
     def replace(path, module):
-        kernel = join(path, "kernel")
-        entry = scales.entries.get(kernel)
-        if entry is None or not isinstance(module, (nnx.Conv, nnx.Linear)):
+        layer = layers.get(join(path, "kernel"))
+        if layer is None or not isinstance(module, (nnx.Conv, nnx.Linear)):
             return None
-        replaced.add(kernel)
-        layer = _as_csla(module, entry, trainable_scales=trainable_scales, form=form)
-        for name, w in weights[kernel].items():
-            layer.weights[name][...] = w
-        return layer
+        return _as_csla(module, layer, scales.entries[layer.path], weights[layer.path], **options)
 
-    twin = replace_modules(model, replace)
-    if wrong := sorted(set(scales.entries) - replaced):
-        raise TypeError(
-            f"only kernels of nnx.Conv and nnx.Linear can become CSLA layers, not {', '.join(wrong)}"
+    return replace_modules(model, replace)
+
+
+def _as_csla(
+    module: nnx.Conv | nnx.Linear,
+    layer: Layer,
+    entry: LayerScales,
+    weights: Mapping[str, jax.Array],
+    **options: Any,
+) -> CSLAConv:
+    """The CSLA layer in place of `module`, with these branch tensors: those that it would draw are left
+    out."""
+    branches, dtype = entry.branches, module.kernel.dtype
+    bias = None if module.bias is None else module.bias[...]
+    new = nnx.eval_shape(
+        lambda: CSLAConv(
+            branches.layer,
+            stack=branches.stack,
+            **layer.geometry,
+            bias=bias,
+            dtype=module.dtype,
+            param_dtype=dtype,
+            rngs=nnx.Rngs(0),
+            **options,
         )
-    return twin
-
-
-def _as_csla(layer: nnx.Conv | nnx.Linear, entry: LayerScales, **options: Any) -> CSLAConv:
-    spatial = {}
-    if isinstance(layer, nnx.Conv):
-        plain_convolution(layer)
-        if layer.feature_group_count != entry.branches.groups:
-            raise ValueError(
-                f"a layer has {layer.feature_group_count} groups and its branch set "
-                f"{entry.branches.groups}: give `default_branches` the layer's groups"
-            )
-        spatial = {
-            "strides": layer.strides if layer.strides is not None else 1,
-            "padding": explicit_padding(layer),
-            "dilation": layer.kernel_dilation if layer.kernel_dilation is not None else 1,
-        }
-    return CSLAConv(
-        entry.branches,
-        **spatial,
-        scales=entry.vectors,
-        bias=None if layer.bias is None else layer.bias[...],
-        dtype=layer.dtype,
-        param_dtype=layer.kernel.dtype,
-        rngs=nnx.Rngs(0),
-        **options,
     )
-
-
-def explicit_padding(layer: nnx.Conv) -> tuple[tuple[int, int], ...]:
-    """The padding of a convolution as pairs.
-
-    Raises:
-      ValueError: a padding that is not the same numbers for every input (`SAME` at a stride above 1,
-        `CIRCULAR` ...).
-    """
-    axes = len(layer.kernel_size)
-    padding = layer.padding
-    strides, dilation = per_axis(layer.strides or 1, axes), per_axis(layer.kernel_dilation or 1, axes)
-    if isinstance(padding, str):
-        reach = [(k - 1) * d for k, d in zip(layer.kernel_size, dilation)]
-        if padding == "VALID":
-            return ((0, 0),) * axes
-        if padding == "SAME" and set(strides) == {1}:
-            return tuple((r // 2, r - r // 2) for r in reach)
-        raise ValueError(
-            f"padding {padding!r} with strides {strides} depends on the input's size; give the layer "
-            f"explicit pairs, such as {tuple((r // 2, r - r // 2) for r in reach)}"
-        )
-    if isinstance(padding, int):
-        return ((padding, padding),) * axes
-    return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+    for variables, values in ((new.weights, weights), (new.scales, entry.vectors)):
+        for name, variable in variables.items():
+            variable.set_value(jnp.asarray(values[name], dtype))
+    if new.bias is not None:
+        new.bias.set_value(bias)
+    return new
 
 
 def _check_fresh(model: nnx.Module) -> None:
@@ -236,8 +370,7 @@ def _check_fresh(model: nnx.Module) -> None:
         and not np.array_equal(value, np.full(value.shape, 1.0 if path.endswith("/var") else 0.0))
     ]
     if trained:
-        more = " ..." if len(trained) > 3 else ""
         raise ValueError(
-            f"the model has been trained (batch statistics {', '.join(trained[:3])}{more} have moved) and "
+            f"the model has been trained (batch statistics {paths.listed(trained)} have moved) and "
             "re-initialising would discard its kernels: give a fresh model, or allow_trained=True"
         )

@@ -19,14 +19,14 @@ import optax
 from flax import nnx
 
 from repopt_jax import chains, paths, reasons, userfile
+from repopt_jax.layers import check_aliases, layers_at
 from repopt_jax.nn.csla import CSLAConv
 from repopt_jax.nn.modules import join, named_modules
 from repopt_jax.optim import repopt_mask
-from repopt_jax.scales import Scales, check_fit
+from repopt_jax.scales import LayerScales, Scales, check_fit
 from repopt_jax.surgery import (
     Weights,
     csla_twin,
-    explicit_padding,
     merge_weights,
     sample_weights,
     with_kernels,
@@ -41,6 +41,9 @@ SAME_FUNCTION = 1e-9
 NEGLIGIBLE = 1e-6
 # A gradient that is this much smaller than the largest is what rounding leaves of 0.
 ROUNDING = 1e-12
+# One program each: a program for every operation and shape takes longer to compile than some trainings.
+_sample = jax.jit(sample_weights, static_argnames="dtype")
+_merge = jax.jit(merge_weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,23 +177,25 @@ def verify_equivalence(
 
     Raises:
       ValueError: the scales do not fit the model; `batches` is empty; only one of the two optimizers is
-        given; or layers pad in a way that depends on the input's size (`SAME` at stride 2), for which there
-        is no equivalence.
+        given; or layers for which there is no equivalence, with the reasons: padding that depends on the
+        input's size (`SAME` at stride 2), a class with a `__call__` of its own.
+      TypeError: a path of `scales` is not the kernel of an `nnx.Conv` or `nnx.Linear`.
     """
     if (optimizer is None) != (twin_optimizer is None):
         given, other = (
             ("twin_optimizer", "optimizer") if optimizer is None else ("optimizer", "twin_optimizer")
         )
         raise ValueError(f"`{given}` is given without `{other}`: they are counterparts, give both or neither")
+    check_aliases(model, scales.entries)
     check_fit(scales, model)
-    _check_padding(model, scales)
+    layers_at(model, scales.entries)
     with jax.enable_x64(True), chains.quiet():  # what a warning would say is among the reasons
         model, scales = _as_float64(model), _as_float64(scales)
         data = [_as_float64(jax.tree.map(jnp.asarray, batch)) for batch in batches]
         if not data:
             raise ValueError("`batches` is empty: at least one batch is needed to train on")
-        weights = sample_weights(scales, rngs.params(), dtype=jnp.float64)
-        plain = _Network(with_kernels(model, merge_weights(scales, weights)), loss)
+        weights = _sample(scales, rngs.params(), dtype=jnp.float64)
+        plain = _Network(with_kernels(model, _merge(scales, weights)), loss)
         twin = _Network(csla_twin(model, scales, weights), loss)
         if optimizer is None or twin_optimizer is None:
             tx, twin_tx = nesterov_with_decay(repopt_mask(scales)), nesterov_with_decay(optax.identity())
@@ -355,12 +360,10 @@ def _start_reasons(parted: _Parted) -> Iterator[str]:
         if join(path, "kernel") in parted.scales.entries and type(module) not in (nnx.Conv, nnx.Linear)
     ]
     what = (
-        f"loss {value:.6g} and {expected:.6g}"
-        if different_loss
-        else f"the gradient of {reasons.listed(wrong)}"
+        f"loss {value:.6g} and {expected:.6g}" if different_loss else f"the gradient of {paths.listed(wrong)}"
     )
     why = (
-        f"the layers {reasons.listed(own)} are of classes of their own, and the twin has plain convolutions "
+        f"the layers {paths.listed(own)} are of classes of their own, and the twin has plain convolutions "
         "there"
         if own
         else "does the loss read the kernels itself (an L2 term), or draw random numbers outside the model?"
@@ -417,7 +420,7 @@ def _rounding_reasons(
     wrong = [path for path, difference in result.worst() if not difference <= result.tolerance]
     if noise := [p for p in wrong if p in gradients and np.abs(gradients[p]).max() < ROUNDING * largest]:
         yield (
-            f"the gradient of {reasons.listed(noise)} is zero but for rounding, and the optimizer makes "
+            f"the gradient of {paths.listed(noise)} is zero but for rounding, and the optimizer makes "
             "whole steps of it: a bias in front of batch norm has no effect, leave it out"
         )
     modes = _batch_norm_modes(parted.plain.model)
@@ -440,7 +443,7 @@ def _number_reasons(parted: _Parted) -> Iterator[str]:
         leaves, _ = paths.named_leaves(batch)
         floats = {p: x for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
         if bad := [path for path, x in floats.items() if not np.isfinite(x).all()]:
-            yield f"batch {number} holds NaN or infinite numbers ({reasons.listed(bad)})"
+            yield f"batch {number} holds NaN or infinite numbers ({paths.listed(bad)})"
             return
     for name, run in (("plain network", parted.run), ("twin", parted.twin_run)):
         if bad := [i for i, value in enumerate(run.losses) if not np.isfinite(value)]:
@@ -451,25 +454,8 @@ def _number_reasons(parted: _Parted) -> Iterator[str]:
             return
     for name, run in (("plain network", parted.run), ("twin", parted.twin_run)):
         if bad := [path for path, value in _values(run.model).items() if not np.isfinite(value).all()]:
-            yield f"the last step leaves NaN or infinite numbers in the {name}, at {reasons.listed(bad)}"
+            yield f"the last step leaves NaN or infinite numbers in the {name}, at {paths.listed(bad)}"
             return
-
-
-def _check_padding(model: nnx.Module, scales: Scales) -> None:
-    """Padding that depends on the input's size: no branch of another size samples the same pixels."""
-    wrong = []
-    for path, module in named_modules(model):
-        if join(path, "kernel") in scales.entries and isinstance(module, nnx.Conv):
-            try:
-                explicit_padding(module)
-            except ValueError as error:
-                wrong.append(f"{path}: {error}")
-    if wrong:
-        raise ValueError(
-            "no equivalence with layers whose padding depends on the input's size, because a smaller "
-            "branch would sample other pixels than the kernel's centre (SAME at stride 2 pads a 3x3 kernel "
-            f"by (0, 1), not (1, 1)): {'; '.join(wrong)}"
-        )
 
 
 def _compared(model: nnx.Module, steps: int) -> str:
@@ -493,12 +479,16 @@ def _values(model: nnx.Module) -> dict[str, np.ndarray]:
     """Parameters and statistics by path; of a CSLA layer, its merged kernel under the plain layer's path."""
     leaves, _ = paths.named_leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     values = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-    for path, layer in named_modules(model):
-        if isinstance(layer, CSLAConv):
-            inside = (join(path, "weights/"), join(path, "scales/"))
-            values = {p: v for p, v in values.items() if not p.startswith(inside)}
-            values[join(path, "kernel")] = np.asarray(layer.merged_kernel())
-    return values
+    layers = {path: layer for path, layer in named_modules(model) if isinstance(layer, CSLAConv)}
+    entries, weights = {}, {}
+    for path, layer in layers.items():
+        inside = (join(path, "weights/"), join(path, "scales/"))
+        values = {p: v for p, v in values.items() if not p.startswith(inside)}
+        kernel = join(path, "kernel")
+        entries[kernel] = LayerScales(layer.stacked_branches(), layer.scale_vectors())
+        weights[kernel] = {name: w[...] for name, w in layer.weights.items()}
+    kernels = _merge(Scales(entries), weights) if layers else {}
+    return values | {path: np.asarray(kernel) for path, kernel in kernels.items()}
 
 
 def _relative(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> float:

@@ -10,14 +10,16 @@ from flax import nnx
 from networks import abstract, random_input, randomised, relative
 
 from repopt_jax import fuse, paths
+from repopt_jax.branches import Average, BranchSet, Identity, Kernel, default_branches
 from repopt_jax.fuse import OutputDifference, fold_batch_norm, fuse_block, output_difference
 from repopt_jax.models import KINDS, RepOptVGG, VGGVariant
-from repopt_jax.nn import ConvNorm, FusedBlock, PlainBlock, RepVGGBlock
+from repopt_jax.nn import ConvNorm, CSLAConv, FusedBlock, NormedBranches, PlainBlock, RepVGGBlock
 from repopt_jax.nn.blocks import batch_norm, conv
 from repopt_jax.nn.modules import named_modules
 
 EXACT = 1e-12  # of the largest output, float64; measured: 8e-16 at most
 FORGOTTEN = 0.01  # of the largest output: what forgetting a part exceeds; measured: 0.035 at least
+WEAK = 1e-3  # what half of one branch of several exceeds; measured: 8e-3 at least
 EPS = 1e-5
 
 NET = VGGVariant("net", (3, 1, 1, 1), (4, 4, 6, 6, 8), (1, 1, 2, 1, 2), groups=2)
@@ -233,6 +235,100 @@ def test_a_block_of_one_s_own_is_refused_until_registered(x64):
     assert isinstance(deployed.blocks[0], FusedResidual)
     assert deployed.blocks[1] is deployed.first
     assert not [m for _, m in named_modules(deployed) if isinstance(m, nnx.BatchNorm)]
+
+
+def conv_by_taps(x, kernel, *, strides, pads, mode, dilation, groups):
+    """A 2-D convolution, tap by tap, in NumPy."""
+    rows, columns, inputs, outputs = kernel.shape
+    x = np.pad(x, ((0, 0), *pads, (0, 0)), mode)
+    height = (x.shape[1] - (rows - 1) * dilation[0] - 1) // strides[0] + 1
+    width = (x.shape[2] - (columns - 1) * dilation[1] - 1) // strides[1] + 1
+    y = np.zeros((len(x), height, width, outputs))
+    for i, j, o in np.ndindex(rows, columns, outputs):
+        top, left, first = i * dilation[0], j * dilation[1], o // (outputs // groups) * inputs
+        window = x[
+            :, top : top + height * strides[0] : strides[0], left : left + width * strides[1] : strides[1]
+        ]
+        y[..., o] += window[..., first : first + inputs] @ kernel[i, j, :, o]
+    return y
+
+
+NORMED = {
+    "strided": ((3, 3, 4, 6), {"strides": 2, "padding": ((1, 1), (1, 1))}, (Kernel((1, 3)), Average())),
+    "grouped": (
+        (3, 5, 2, 4),
+        {"padding": ((1, 1), (2, 2)), "dilation": (1, 2)},
+        (Kernel((1, 1)), Identity()),
+    ),
+    "circular": ((3, 3, 4, 4), {"padding": ((1, 1), (1, 1)), "pad_mode": "wrap"}, (Identity(), Average())),
+    "mirrored": ((5, 3, 4, 4), {"padding": ((2, 2), (1, 1)), "pad_mode": "reflect"}, (Kernel((3, 1)),)),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_branches_with_a_batch_norm_each_become_one_convolution(name, x64):
+    kernel, geometry, branches = NORMED[name]
+    groups = 4 // kernel[2]
+    branches = BranchSet(kernel, (Kernel(kernel[:2]), *branches), groups)
+
+    def build(rngs):
+        return NormedBranches(branches, **geometry, bias=jnp.ones(kernel[-1]), rngs=rngs)
+
+    layer = random_block(build)
+    fused = fuse(layer)
+    assert type(fused) is nnx.Conv
+    x = random_input(2, 8, 9, 4)
+    assert relative(fused(x), layer(x)) <= EXACT
+    by_hand = conv_by_taps(
+        x,
+        np.asarray(fused.kernel[...]),
+        strides=layer.strides,
+        pads=layer.padding,
+        mode=layer.pad_mode,
+        dilation=layer.dilation,
+        groups=groups,
+    )
+    assert relative(by_hand + np.asarray(fused.bias[...]), fused(x)) <= EXACT
+    layer.norms[branches.names[-1]].var[...] *= 4
+    assert relative(layer(x), fused(x)) > WEAK
+
+
+def test_search_layers_become_plain_ones_where_they_stand(x64):
+    def build(rngs):
+        dense = CSLAConv(default_branches((4, 4)), bias=jnp.ones(4), rngs=rngs)
+        stacked = CSLAConv(default_branches((3, 4, 4)), padding=((1, 1),), stack=(2,), rngs=rngs)
+        return nnx.Dict(dense=dense, stacked=stacked)
+
+    model = random_block(build)
+    fused = fuse(model)
+    assert (type(fused["dense"]), type(fused["stacked"])) == (nnx.Linear, nnx.Conv)
+    x = random_input(3, 4)
+    assert relative(fused["dense"](x), model["dense"](x)) <= EXACT
+    assert fused["stacked"].kernel.shape == (2, 3, 4, 4)
+    assert fused["stacked"].bias is None
+    x = random_input(2, 3, 5, 4)
+    run = nnx.vmap(lambda layer, x: layer(x))
+    assert relative(run(fused["stacked"], x), run(model["stacked"], x)) <= EXACT
+    odd = CSLAConv(default_branches((3, 4, 4)), padding=((2, 0),), pad_mode="wrap", rngs=nnx.Rngs(0))
+    with pytest.raises(
+        TypeError, match=r"padding \(\(2, 0\),\) in mode 'wrap' has no plain form: nnx.Conv pads"
+    ):
+        fuse(nnx.Sequential(odd))
+
+
+def test_the_precision_and_class_of_a_folded_layer_stay():
+    def build(rngs):
+        layer = nnx.Conv(2, 2, (3,), precision="highest", padding="SAME", strides=2, rngs=rngs)
+        return nnx.Dict(conv=layer, bn=nnx.BatchNorm(2, rngs=rngs))
+
+    model = randomised(abstract(build), dtype=jnp.float32)
+    fused = fuse(model, pairs={"conv": "bn"})
+    assert (fused["conv"].precision, fused["conv"].padding) == ("highest", "SAME")
+    x = random_input(2, 6, 2).astype(np.float32)
+    assert (
+        relative(fused["bn"](fused["conv"](x), None, use_running_average=True), model["bn"](model["conv"](x)))
+        < 1e-5
+    )
 
 
 class Shift(nnx.Module):

@@ -17,12 +17,14 @@ from repopt_jax import (
     paths,
     reinitialize,
 )
+from repopt_jax.layers import explicit_padding
 from repopt_jax.models import RepOptVGG, VGGVariant
 from repopt_jax.models.vgg import block_specs
-from repopt_jax.nn import CSLAConv
+from repopt_jax.nn import ConvNorm, CSLAConv, NormedBranches
+from repopt_jax.nn.blocks import batch_norm, conv
 from repopt_jax.nn.modules import named_modules
 from repopt_jax.scales import LayerScales, ScalesMetadata
-from repopt_jax.surgery import csla_twin, explicit_padding, merge_weights, sample_weights, with_kernels
+from repopt_jax.surgery import csla_twin, merge_weights, sample_weights, to_repvgg, with_kernels
 
 EXACT = 1e-12  # of the largest output, float64; measured: 6e-16 at most
 WRONG = 0.1  # what another draw or a wrong twin exceeds; measured: 0.63 at least
@@ -142,7 +144,7 @@ class TestReinitialize:
     def test_a_trained_model_is_refused(self, target):
         trained = one_training_step(target)
         scales = target.depth_scales()
-        message = r"has been trained \(batch statistics stages/0/0/bn/mean, .* \.\.\. have moved\)"
+        message = r"has been trained \(batch statistics stages/0/0/bn/mean, .* and \d+ more have moved\)"
         with pytest.raises(ValueError, match=message) as error:
             reinitialize(trained, scales, rngs=nnx.Rngs(0))
         assert "allow_trained=True" in str(error.value)
@@ -320,6 +322,37 @@ class TestTwin:
             csla_twin(model, random_scales({"other/kernel": default_branches((2, 2))}), {})
 
 
+class Units(nnx.Module):
+    """Convolutions with their batch norms; the last one is also used without it."""
+
+    def __init__(self, *, rngs):
+        self.unit = ConvNorm(conv(4, 4, 3, rngs=rngs), batch_norm(4, rngs=rngs))
+        self.again = self.unit
+        self.half = ConvNorm(conv(4, 4, 3, stride=2, rngs=rngs), batch_norm(4, rngs=rngs))
+        self.bare = self.half.conv
+
+
+class TestRepVGG:
+    def test_a_convolution_with_its_batch_norm_gives_way_as_a_whole(self):
+        model = filled(lambda: Units(rngs=nnx.Rngs(0)))
+        new = to_repvgg(model, rngs=nnx.Rngs(0))
+        assert type(new.unit) is NormedBranches
+        assert new.again is new.unit
+        assert new.unit.branches.names == ("3x3", "1x1", "identity")
+        assert type(new.half) is ConvNorm
+        assert type(new.half.conv) is NormedBranches
+        assert new.bare is new.half.conv
+        assert type(model.unit) is ConvNorm
+        assert np.isfinite(new.unit(jnp.ones((1, 5, 5, 4)))).all()
+
+    def test_draws_go_by_path_and_select_leaves_the_rest(self):
+        model = filled(lambda: Units(rngs=nnx.Rngs(0)))
+        some = to_repvgg(model, r"unit/conv|again/conv", {r"again/conv": [Kernel((3, 3))]}, rngs=nnx.Rngs(0))
+        every = to_repvgg(model, branches=[Kernel((3, 3))], rngs=nnx.Rngs(0))
+        np.testing.assert_array_equal(some.unit.weights["3x3"][...], every.unit.weights["3x3"][...])
+        assert type(some.half.conv) is nnx.Conv
+
+
 class TestPadding:
     @pytest.mark.parametrize(
         ("options", "expected"),
@@ -331,6 +364,8 @@ class TestPadding:
             ({"padding": 2}, ((2, 2), (2, 2))),
             ({"padding": (1, 0)}, ((1, 1), (0, 0))),
             ({"padding": [(0, 1), (2, 3)]}, ((0, 1), (2, 3))),
+            ({"padding": "CIRCULAR", "strides": 2}, ((1, 1), (2, 2))),
+            ({"padding": "REFLECT", "kernel_dilation": 2}, ((2, 2), (4, 4))),
         ],
     )
     def test_as_pairs(self, options, expected):
@@ -341,11 +376,17 @@ class TestPadding:
         layer = nnx.eval_shape(lambda: nnx.Conv(1, 1, (4,), padding="SAME", rngs=nnx.Rngs(0)))
         assert explicit_padding(layer) == ((1, 2),)
 
-    @pytest.mark.parametrize("options", [{"padding": "SAME", "strides": 2}, {"padding": "CIRCULAR"}])
-    def test_what_depends_on_the_input_is_refused_with_what_to_write(self, options, x64):
+    @pytest.mark.parametrize(
+        ("options", "pairs"),
+        [
+            ({"padding": "SAME", "strides": 2}, "((1, 1), (1, 1))"),
+            ({"padding": "CAUSAL"}, "((2, 0), (2, 0))"),
+        ],
+    )
+    def test_what_depends_on_the_input_is_refused_with_what_to_write(self, options, pairs, x64):
         model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Conv(3, 4, (3, 3), **options, rngs=nnx.Rngs(0))))
         scales = random_scales({"layers/0/kernel": default_branches((3, 3, 3, 4), stride=2)})
-        message = f"padding '{options['padding']}' with strides .* give the layer explicit pairs, such as "
+        message = f"padding '{options['padding']}' .* give the layer explicit pairs, such as "
         with pytest.raises(ValueError, match=message) as error:
             csla_twin(model, scales, {})
-        assert str(error.value).endswith("((1, 1), (1, 1))")
+        assert str(error.value).endswith(pairs)

@@ -7,21 +7,38 @@ from flax import nnx
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Every module of `model` with its path (`stages/1/0/conv`, the model itself being ``), parents first.
+    """Every module of `model` with its path (`stages/1/0/conv`, the model itself being ``), parents first,
+    list entries in numerical order.
 
-    A module that is used in several places comes once, under one of its paths.
+    A module that is used in several places comes once, under the path that it has in `nnx.split(model)`;
+    `aliases` tells its other paths.
     """
     found = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
     for path in sorted(found, key=lambda path: [_natural(part) for part in path]):
         yield "/".join(path), found[path]
 
 
+def aliases(model: nnx.Module) -> dict[str, str]:
+    """The further paths of modules that are used in several places, each with the path under which
+    `named_modules` gives the module.
+
+    Of a block that is used twice, its layers have two paths as well.
+    """
+    canonical = {id(module): path for path, module in named_modules(model)}
+    found = {}
+    for path, module in _every_path("", model, ()):
+        if (first := canonical[id(module)]) != path:
+            found[path] = first
+    return found
+
+
 def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.Module | None]) -> nnx.Module:
     """A copy of `model` in which every module for which `replace(path, module)` gives another one has given
     way to it.
 
-    `model` is untouched; `replace` sees the copy's modules, parents first, and is not asked about the inside
-    of what it replaced. A module used in several places is replaced once, by one module, in all of them.
+    `model` is untouched; `replace` sees the copy's modules under the paths of `named_modules`, parents first,
+    and is not asked about the inside of what it replaced. A module used in several places is replaced once,
+    by one module, in all of them.
 
     Raises:
       TypeError: modules in a container that cannot be rebuilt here (other than modules, lists, dicts and
@@ -48,7 +65,7 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
     def visit_module(path: str, module: nnx.Module) -> nnx.Module:
         if id(module) not in done:
             kept.append(module)
-            new = replace(path, module)
+            new = replace(everything[id(module)], module)
             done[id(module)] = module if new is None else new
             if new is not None:
                 inside.update(id(child) for _, child in nnx.iter_modules(module))
@@ -70,6 +87,24 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
 def join(path: str, name: str) -> str:
     """The path of `name` inside `path`; the model's own path is empty."""
     return f"{path}/{name}" if path else name
+
+
+def _every_path(path: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, nnx.Module]]:
+    """All modules at or below `value` under all of their paths; not around a cycle again."""
+    if id(value) in above:
+        return
+    match value:
+        case nnx.Module():
+            yield path, value
+            children = _attributes(value)
+        case list() | tuple():
+            children = [(str(i), item) for i, item in enumerate(value)]
+        case dict():
+            children = [(str(key), item) for key, item in value.items()]
+        case _:
+            return
+    for name, child in children:
+        yield from _every_path(join(path, name), child, (*above, id(value)))
 
 
 def _attributes(module: nnx.Module) -> list[tuple[str, Any]]:

@@ -1,0 +1,383 @@
+"""The layers of any NNX network that can be re-parameterized, and a branch set for each.
+
+A layer is found by its place in the model and read once, here: what its window samples (strides, padding,
+dilation, groups), whether its arrays are stacked for `nnx.scan`, and whether another layer made of branches
+could take its place at all.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from flax import nnx
+from jax import lax
+
+from repopt_jax import paths
+from repopt_jax.branches import Branch, BranchSet, Shape, default_branches
+from repopt_jax.nn.csla import PadMode, Pads, per_axis, plain_convolution
+from repopt_jax.nn.modules import aliases, join, named_modules
+from repopt_jax.scales import DeclaresBranches
+
+Select: TypeAlias = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nnx.Module], bool] | None
+Chosen: TypeAlias = Sequence[Branch] | BranchSet | None
+Branches: TypeAlias = Sequence[Branch] | Callable[["Layer"], Chosen] | Mapping[str, Chosen] | None
+
+
+def find_layers(model: nnx.Module, select: Select = None) -> dict[str, "Layer"]:
+    """The convolutions and dense layers of `model` that `select` chooses, by the path of their kernel.
+
+    The order is that of the paths: attributes by name, list entries by number. A layer that is used in
+    several places comes once, under the path that it has in `nnx.state(model)`.
+
+    Args:
+      model: any NNX model.
+      select: which layers. None: every `nnx.Conv` and `nnx.Linear`, or, of a model that declares its
+        `branch_sets()`, those. A regular expression for the whole path of a layer (`encoder/.*`). A function
+        (path, module) -> bool. A type or several. The last three are asked about everything that has a
+        kernel, types about every module.
+
+    Raises:
+      ValueError: nothing is selected; a regular expression that names a shared layer by another path than its
+        own; or layers that no branches can replace, all of them with the reasons.
+      TypeError: `select` is none of these.
+    """
+    chosen = _selected(model, select)
+    if not chosen:
+        known = [path or "the model itself" for path, m in named_modules(model) if _is_plain(m)]
+        there = f"its layers are {paths.listed(known, 8)}" if known else "it has no nnx.Conv or nnx.Linear"
+        what = "" if select is None else f" that `select` = {select!r} chooses"
+        raise ValueError(f"`model` has no layer{what}: {there}")
+    return _described(model, chosen)
+
+
+def find_branches(
+    model: nnx.Module, select: Select = None, branches: Branches = None
+) -> dict[str, BranchSet]:
+    """A branch set for every layer that `select` chooses, by the path of its kernel: what scales are made
+    for.
+
+        find_branches(model, r"encoder/.*", {r".*/conv2": [Kernel((3, 3)), Kernel((1, 3)), Kernel((3, 1))]})
+
+    Args:
+      model: any NNX model.
+      select: which layers, as in `find_layers`.
+      branches: None: what the model declares in `branch_sets()`, else `default_branches`. A sequence: these
+        for every layer. A function of the `Layer`, or a mapping of regular expressions for a layer's whole
+        path (the first that matches counts), that gives a sequence, a `BranchSet`, or None for the default,
+        which layers that no expression matches take too.
+
+    Raises:
+      ValueError: as `find_layers`; a rule that matches no layer, or a shared layer by another path; or
+        branches that are not defined for their layer, all of them with the reasons.
+      TypeError: `branches` is none of these.
+    """
+    layers = find_layers(model, select)
+    declared = model.branch_sets() if isinstance(model, DeclaresBranches) else {}
+    choose = _chooser(model, layers, branches)
+    found, problems = {}, []
+    for path, layer in layers.items():
+        chosen = choose(layer)
+        try:
+            found[path] = layer.branch_set(declared.get(path) if chosen is None else chosen)
+        except ValueError as error:
+            problems.append(f"{layer.name}: {error}")
+    if problems:
+        raise ValueError(f"`branches` do not fit: {'; '.join(problems)}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A convolution or a dense layer, as far as its branches are concerned.
+
+    Attributes:
+      path: of its kernel in the model, `encoder/0/conv/kernel`.
+      kernel: shape of the kernel, (*stack, *spatial, in/groups, out).
+      groups: feature groups.
+      strides, dilation: a number for each spatial axis.
+      padding: (before, after) for each spatial axis.
+      pad_mode: what stands in the padding: "constant" (zeros), "wrap" or "reflect".
+      stacked: number of leading axes of `kernel` along which equal layers are stacked.
+      has_bias: whether the layer adds a bias.
+    """
+
+    path: str
+    kernel: Shape
+    groups: int = 1
+    strides: Shape = ()
+    dilation: Shape = ()
+    padding: Pads = ()
+    pad_mode: PadMode = "constant"
+    stacked: int = 0
+    has_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        """The path of the layer itself, `encoder/0/conv`."""
+        return self.path.rpartition("/")[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.kernel[-2] * self.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.kernel[-1]
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Strides, padding and dilation, as arguments of `nn.CSLAConv` and `nn.NormedBranches`."""
+        return {
+            "strides": self.strides,
+            "padding": self.padding,
+            "pad_mode": self.pad_mode,
+            "dilation": self.dilation,
+        }
+
+    def default_branches(self) -> BranchSet:
+        """What `branches.default_branches` gives for this layer."""
+        return default_branches(self.kernel, groups=self.groups, stride=self.strides, stacked=self.stacked)
+
+    def branch_set(self, branches: Chosen = None) -> BranchSet:
+        """The set of these branches for this layer; the default for None.
+
+        Raises:
+          ValueError: a branch that is not defined for this layer, or a `BranchSet` of another kernel.
+        """
+        if branches is None:
+            return self.default_branches()
+        if not isinstance(branches, BranchSet):
+            return BranchSet(self.kernel, tuple(branches), groups=self.groups, stacked=self.stacked)
+        expected = {"kernel": self.kernel, "groups": self.groups, "layout": "...io", "stacked": self.stacked}
+        found = {name: getattr(branches, name) for name in expected}
+        if difference := paths.describe_difference(expected, found, noun="attributes"):
+            raise ValueError(f"the branch set is of another layer: {difference}")
+        return branches
+
+
+def read_layer(path: str, module: nnx.Module) -> Layer:
+    """The layer that `module` at `path` is.
+
+    Raises:
+      ValueError: it cannot be replaced by branches, with the reason.
+    """
+    module = check_plain(module)
+    window, geometry = (), {}
+    if isinstance(module, nnx.Conv):
+        window = tuple(module.kernel_size)
+        geometry = {
+            "groups": module.feature_group_count,
+            "strides": per_axis(module.strides or 1, len(window)),
+            "dilation": per_axis(module.kernel_dilation or 1, len(window)),
+            "padding": explicit_padding(module),
+            "pad_mode": PAD_MODES.get(str(module.padding), "constant"),
+        }
+    shape, out = tuple(module.kernel.shape), module.out_features
+    one = (*window, module.in_features // geometry.get("groups", 1), out)
+    stacked = max(len(shape) - len(one), 0)
+    stack = shape[:stacked]
+    bias_shape = (*stack, out) if module.bias is None else module.bias.shape
+    if (shape, bias_shape) != ((*stack, *one), (*stack, out)):
+        bias = f" and its bias {bias_shape}" if module.bias is not None else ""
+        raise ValueError(
+            f"its kernel has the shape {shape}{bias}, where {one} was expected, after the axes of a stack if "
+            "there is one: layers must be stacked along the first axis"
+        )
+    return Layer(join(path, "kernel"), shape, stacked=stacked, has_bias=module.bias is not None, **geometry)
+
+
+def check_plain(module: nnx.Module) -> nnx.Conv | nnx.Linear:
+    """`module`, an `nnx.Conv` or `nnx.Linear` that computes what its kernel says.
+
+    Raises:
+      ValueError: another class, or a function of its own, a mask, or dilated inputs.
+    """
+    if not isinstance(module, (nnx.Conv, nnx.Linear)):
+        raise ValueError("only nnx.Conv and nnx.Linear can be made of branches")
+    is_conv = isinstance(module, nnx.Conv)
+    base, function = (nnx.Conv, "conv_general_dilated") if is_conv else (nnx.Linear, "dot_general")
+    if type(module).__call__ is not base.__call__:
+        raise ValueError(f"its class has a __call__ of its own, in place of that of nnx.{base.__name__}")
+    if getattr(module, function) is not getattr(lax, function):
+        raise ValueError(f"it computes with a `{function}` of its own")
+    if isinstance(module, nnx.Conv):
+        try:
+            plain_convolution(module)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+    return module
+
+
+def explicit_padding(layer: nnx.Conv) -> Pads:
+    """The padding of a convolution as pairs; with "CIRCULAR" and "REFLECT", of what is wrapped or reflected.
+
+    Raises:
+      ValueError: a padding that is not the same numbers for every input (`SAME` at a stride above 1), or
+        `CAUSAL`.
+    """
+    window = layer.kernel_size
+    axes = len(window)
+    padding = layer.padding
+    strides, dilation = per_axis(layer.strides or 1, axes), per_axis(layer.kernel_dilation or 1, axes)
+    reach = [(k - 1) * d for k, d in zip(window, dilation)]
+    centred = tuple((r // 2, r - r // 2) for r in reach)
+    if isinstance(padding, int):
+        return ((padding, padding),) * axes
+    if not isinstance(padding, str):
+        return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+    if padding == "VALID":
+        return ((0, 0),) * axes
+    if padding in PAD_MODES:
+        return centred
+    if padding == "SAME":
+        if all(s == 1 or not r for s, r in zip(strides, reach)):
+            return centred
+        raise ValueError(
+            f"padding 'SAME' with strides {strides} depends on the input's size, so that a smaller branch "
+            "would sample other pixels than the centre of the kernel does; give the layer explicit pairs, "
+            f"such as {centred}"
+        )
+    raise ValueError(
+        f"padding {padding!r} shifts the window, so that its centre, where small branches are, is an earlier "
+        f"sample; if that is meant, give the layer explicit pairs, such as {tuple((r, 0) for r in reach)}"
+    )
+
+
+def layers_at(model: nnx.Module, kernels: Iterable[str]) -> dict[str, Layer]:
+    """The layers whose kernels have these paths in `model`.
+
+    Raises:
+      TypeError: a path that is not the kernel of an `nnx.Conv` or `nnx.Linear`.
+      ValueError: layers that cannot be made of branches, all of them with the reasons; or a shared layer by
+        another path than its own.
+    """
+    check_aliases(model, kernels)
+    modules = {join(path, "kernel"): (path, m) for path, m in named_modules(model) if _is_plain(m)}
+    if wrong := [kernel for kernel in kernels if kernel not in modules]:
+        raise TypeError(
+            f"only kernels of nnx.Conv and nnx.Linear can become CSLA layers, not {', '.join(sorted(wrong))}"
+        )
+    return _described(model, dict(modules[kernel] for kernel in kernels))
+
+
+def check_aliases(model: nnx.Module, kernels: Iterable[str]) -> None:
+    """Raises ValueError if one of `kernels` names a layer that is used in several places by another path than
+    its own; all of them are listed."""
+    others = aliases(model)
+    pairs = {}
+    for kernel in kernels:
+        layer, _, last = kernel.rpartition("/")
+        if layer in others:
+            pairs[kernel] = join(others[layer], last)
+    _refuse_aliases(pairs)
+
+
+# Names of padding that only Flax knows -> what `jnp.pad` calls them.
+PAD_MODES: dict[str, PadMode] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+def _refuse_aliases(pairs: Mapping[str, str]) -> None:
+    if pairs:
+        raise ValueError(
+            "; ".join(
+                f"{other} is the same layer as {own}: give it once, as {own}" for other, own in pairs.items()
+            )
+        )
+
+
+def _is_plain(module: nnx.Module) -> bool:
+    return isinstance(module, (nnx.Conv, nnx.Linear))
+
+
+def _has_kernel(module: nnx.Module) -> bool:
+    return isinstance(getattr(module, "kernel", None), nnx.Variable)
+
+
+def _selected(model: nnx.Module, select: Select) -> dict[str, nnx.Module]:
+    modules = dict(named_modules(model))
+    with_kernel = {path: m for path, m in modules.items() if _has_kernel(m)}
+    match select:
+        case None:
+            declared = model.branch_sets() if isinstance(model, DeclaresBranches) else None
+            wanted = {p: m for p, m in with_kernel.items() if _is_plain(m)}
+            return {p: m for p, m in wanted.items() if declared is None or join(p, "kernel") in declared}
+        case str() | re.Pattern():
+            pattern = re.compile(select)
+            found = {p: m for p, m in with_kernel.items() if pattern.fullmatch(p)}
+            _refuse_aliases(_only_by_alias(pattern, found, aliases(model), with_kernel))
+            return found
+        case type() | tuple():
+            return {p: m for p, m in modules.items() if isinstance(m, select)}
+        case _ if callable(select):
+            return {p: m for p, m in with_kernel.items() if select(p, m)}
+    raise TypeError(
+        f"`select` is {select!r}: it must be a regular expression, a function (path, module) -> bool, a "
+        "type, a tuple of types, or None"
+    )
+
+
+def _only_by_alias(
+    pattern: re.Pattern[str], found: Iterable[str], others: Mapping[str, str], layers: Iterable[str]
+) -> dict[str, str]:
+    """The layers' further paths that `pattern` matches although it does not match the layer's own."""
+    return {
+        o: own for o, own in others.items() if own in layers and pattern.fullmatch(o) and own not in found
+    }
+
+
+def _described(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> dict[str, Layer]:
+    """`read_layer` of all modules; ValueError with every reason where it cannot be."""
+    owners: dict[int, list[str]] = {}
+    for path, module in named_modules(model):
+        for value in vars(module).values():
+            if isinstance(value, nnx.Variable):
+                owners.setdefault(id(value), []).append(path)
+    found, problems = {}, []
+    for path, module in modules.items():
+        try:
+            layer = read_layer(path, module)
+            if others := [other for other in owners[id(vars(module)["kernel"])] if other != path]:
+                raise ValueError(f"its kernel alone, not the layer, is shared with {', '.join(others)}")
+            found[layer.path] = layer
+        except ValueError as error:
+            problems.append(f"{path} ({type(module).__name__}): {error}")
+    if problems:
+        raise ValueError(f"layers that cannot be made of branches: {'; '.join(problems)}")
+    return found
+
+
+def _chooser(model: nnx.Module, layers: Mapping[str, Layer], branches: Branches) -> Callable[[Layer], Chosen]:
+    match branches:
+        case None:
+            return lambda layer: None
+        case Mapping():
+            return _by_rules(model, layers, branches)
+        case Sequence() if all(isinstance(b, Branch) for b in branches):
+            return lambda layer: branches
+        case _ if callable(branches):
+            return branches
+    raise TypeError(
+        f"`branches` is {branches!r}: it must be a sequence of branches, a function of the layer, a mapping "
+        "of regular expressions to sequences, or None"
+    )
+
+
+def _by_rules(
+    model: nnx.Module, layers: Mapping[str, Layer], rules: Mapping[str, Chosen]
+) -> Callable[[Layer], Chosen]:
+    compiled = [(re.compile(pattern), chosen) for pattern, chosen in rules.items()]
+    names = [layer.name for layer in layers.values()]
+    others = aliases(model)
+    idle = []
+    for pattern, _ in compiled:
+        matched = [name for name in names if pattern.fullmatch(name)]
+        _refuse_aliases(_only_by_alias(pattern, matched, others, names))
+        if not matched:
+            idle.append(pattern.pattern)
+    if idle:
+        raise ValueError(
+            f"the rules {', '.join(map(repr, idle))} of `branches` match none of the layers "
+            f"{paths.listed(names, 8)}"
+        )
+    return lambda layer: next((c for pattern, c in compiled if pattern.fullmatch(layer.name)), None)
