@@ -1,9 +1,12 @@
-"""`optax.chain(repopt_mask(scales), optax.sgd(...))` on the parameters of every framework: one network, one
-result.
+"""Both halves of the method on the parameters of every framework: one network, one result.
 
-The network is a 3x3 convolution, a non-linearity and a mean; its kernel moves by the same numbers whoever
-holds it.
+The network is a 3x3 convolution, a non-linearity and a mean. Trained with `repopt_mask`, its kernel moves by
+the same numbers whoever holds it; so do its branches and scales in a search through `search_tree`.
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
@@ -14,70 +17,59 @@ import optax
 import pytest
 from flax import nnx
 
-from repopt_jax import Scales, default_branches, gradient_multipliers, reinitialize, repopt_mask, surgery
+from repopt_jax import (
+    Scales,
+    default_branches,
+    extract_scales,
+    gradient_multipliers,
+    paths,
+    reinitialize,
+    repopt_mask,
+    search_tree,
+    surgery,
+)
 from repopt_jax.nn.csla import convolve
+from repopt_jax.scales import LayerScales
 
 STEPS = 5
-CLOSE = 1e-5  # relative, float32, 5 steps through different convolution layouts; measured: 4e-7
+CLOSE = 1e-5  # float32, 5 steps through different convolution layouts; measured: 4e-7 at most
+APART = 1e-2  # what moves, or moves in another way, differs by at least this; measured: 2e-2
 PADS = ((1, 1), (1, 1))
+NAMES = ("3x3", "1x1", "identity")
 
 
-@pytest.fixture(scope="module")
-def data():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(8, 6, 6, 4)).astype(np.float32), rng.normal(size=(8, 4)).astype(np.float32)
-    kernel = (0.2 * rng.normal(size=(3, 3, 4, 4))).astype(np.float32)
-    return jnp.asarray(x), jnp.asarray(y), jnp.asarray(kernel)
+class Task(NamedTuple):
+    """Parameters as a framework holds them, their loss, and the path of the kernel."""
+
+    params: Any
+    loss: Callable[[Any], jax.Array]
+    path: str
+    layout: str = "...io"
 
 
-def scales_at(path, layout="...io"):
-    kernel = (3, 3, 4, 4) if layout == "...io" else (4, 4, 3, 3)
-    scales = Scales.ones({path: default_branches(kernel, layout=layout)})
-    rng = np.random.default_rng(1)
-    return Scales(
-        {
-            path: type(entry)(
-                entry.branches,
-                {n: jnp.asarray(rng.normal(size=4), jnp.float32) for n in entry.branches.names},
-            )
-            for path, entry in scales.entries.items()
-        }
-    )
+class Data(NamedTuple):
+    """Images (8, 6, 6, 4), targets (8, 4), the kernel (3, 3, 4, 4)."""
+
+    x: jax.Array
+    y: jax.Array
+    kernel: jax.Array
+
+    def loss(self, z):
+        """Of (8, 6, 6, 4)."""
+        return jnp.mean((jnp.tanh(z).mean((1, 2)) - self.y) ** 2)
 
 
-def optimizer(scales):
-    return optax.chain(repopt_mask(scales), optax.sgd(0.1, 0.9, nesterov=True))
-
-
-def head_loss(z, y):
-    return jnp.mean((jnp.tanh(z).mean((1, 2)) - y) ** 2)
-
-
-@pytest.fixture(scope="module")
-def expected(data):
-    """Plain dicts, a loop of one's own."""
-    x, y, kernel = data
-    params = {"conv": {"kernel": kernel, "bias": jnp.zeros(4)}}
-    tx = optimizer(scales_at("conv/kernel"))
-
+def plain_dicts(data):
     def loss(params):
-        z = convolve(x, params["conv"]["kernel"], strides=(1, 1), padding=PADS, dilation=(1, 1), groups=1)
-        return head_loss(z + params["conv"]["bias"].reshape(1, 1, 1, 4), y)
+        z = convolve(
+            data.x, params["conv"]["kernel"], strides=(1, 1), padding=PADS, dilation=(1, 1), groups=1
+        )
+        return data.loss(z + params["conv"]["bias"].reshape(1, 1, 1, 4))
 
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for _ in range(STEPS):
-        params, state = step(params, state)
-    moved = np.abs(params["conv"]["kernel"] - kernel).max()
-    assert moved > 1e-3
-    return np.asarray(params["conv"]["kernel"])
+    return Task({"conv": {"kernel": data.kernel, "bias": jnp.zeros(4)}}, loss, "conv/kernel")
 
 
-class Net(nnx.Module):
+class NNXNet(nnx.Module):
     def __init__(self, kernel):
         self.conv = nnx.Conv(4, 4, (3, 3), padding=PADS, rngs=nnx.Rngs(0))
         self.conv.kernel[...] = kernel
@@ -86,110 +78,165 @@ class Net(nnx.Module):
         return self.conv(x)
 
 
-def test_nnx_optimizer(data, expected):
-    """`nnx.Optimizer` shows `init` variables and `update` bare arrays."""
-    x, y, kernel = data
-    model = Net(kernel)
-    opt = nnx.Optimizer(model, optimizer(scales_at("conv/kernel")), wrt=nnx.Param)
+def nnx_state(data):
+    graph, params = nnx.split(NNXNet(data.kernel))
+    return Task(params, lambda p: data.loss(nnx.merge(graph, p, copy=True)(data.x)), "conv/kernel")
+
+
+def nnx_pure_dict(data):
+    task = nnx_state(data)
+    return task._replace(params=nnx.to_pure_dict(task.params))
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(4, (3, 3), padding=PADS)(x)
+
+
+def linen(data):
+    params: Any = LinenNet().init(jax.random.key(0), data.x)["params"]
+    params = params | {"Conv_0": params["Conv_0"] | {"kernel": data.kernel}}
+    return Task(params, lambda p: data.loss(LinenNet().apply({"params": p}, data.x)), "Conv_0/kernel")
+
+
+def equinox(data):
+    """Equinox kernels are (out, in/groups, *spatial), which the branch set says; the parts that are no arrays
+    stay aside."""
+    conv = eqx.nn.Conv2d(4, 4, 3, padding=1, key=jax.random.key(0))
+    kernel = jnp.moveaxis(data.kernel, (-1, -2), (0, 1))
+    conv = eqx.tree_at(lambda c: (c.weight, c.bias), conv, (kernel, jnp.zeros((4, 1, 1))))
+    params, static = eqx.partition({"conv": conv, "activation": jnp.tanh}, eqx.is_inexact_array)
+
+    def loss(params):
+        z = jax.vmap(eqx.combine(params, static)["conv"])(jnp.moveaxis(data.x, -1, 1))
+        return data.loss(jnp.moveaxis(z, 1, -1))
+
+    return Task(params, loss, "conv/weight", "oi...")
+
+
+FRAMEWORKS = (plain_dicts, nnx_state, nnx_pure_dict, linen, equinox)
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 6, 6, 4)), rng.normal(size=(8, 4))
+    return Data(*(jnp.asarray(a, jnp.float32) for a in (x, y, 0.2 * rng.normal(size=(3, 3, 4, 4)))))
+
+
+def scales_at(path, layout="...io"):
+    """Scales of both signs for the kernel at `path`, the same numbers for every framework."""
+    rng = np.random.default_rng(1)
+    branches = default_branches((3, 3, 4, 4) if layout == "...io" else (4, 4, 3, 3), layout=layout)
+    vectors = {name: jnp.asarray(rng.normal(size=4), jnp.float32) for name in NAMES}
+    return Scales({path: LayerScales(branches, vectors)})
+
+
+def sgd():
+    return optax.sgd(0.1, 0.9, nesterov=True)
+
+
+def train(params, loss, tx):
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    return params
+
+
+def train_nnx(model, data, tx):
+    """`nnx.Optimizer`, which shows `init` variables and `update` bare arrays."""
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, opt):
-        grads = nnx.grad(lambda model: head_loss(model(x), y))(model)
-        opt.update(model, grads)
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: data.loss(model(data.x)))(model))
 
     for _ in range(STEPS):
-        step(model, opt)
-    np.testing.assert_allclose(model.conv.kernel[...], expected, rtol=CLOSE, atol=CLOSE)
+        step(model, optimizer)
+    return model
 
 
-@pytest.mark.parametrize("pure", [False, True])
-def test_nnx_state(data, expected, pure):
-    """Functional NNX: an `nnx.State`, or its pure dict, as the parameters of an Optax loop."""
-    x, y, kernel = data
-    graph, params, rest = nnx.split(Net(kernel), nnx.Param, ...)
-    params = nnx.to_pure_dict(params) if pure else params
-    tx = optimizer(scales_at("conv/kernel"))
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(lambda p: head_loss(nnx.merge(graph, p, rest, copy=True)(x), y))(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for _ in range(STEPS):
-        params, state = step(params, state)
-    np.testing.assert_allclose(
-        nnx.merge(graph, params, rest, copy=True).conv.kernel[...], expected, rtol=CLOSE, atol=CLOSE
-    )
+def kernel_of(params, task):
+    """The kernel of trained parameters, (*spatial, in, out)."""
+    kernel = paths.named_leaves(params)[0][task.path]
+    return kernel if task.layout == "...io" else jnp.moveaxis(kernel, (0, 1), (-1, -2))
 
 
-def test_linen(data, expected):
-    x, y, kernel = data
-
-    class LinenNet(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Conv(4, (3, 3), padding=PADS)(x)
-
-    model = LinenNet()
-    params = model.init(jax.random.key(0), x)["params"]
-    params = params | {"Conv_0": params["Conv_0"] | {"kernel": kernel}}
-    tx = optimizer(scales_at("Conv_0/kernel"))
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(lambda p: head_loss(model.apply({"params": p}, x), y))(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for _ in range(STEPS):
-        params, state = step(params, state)
-    np.testing.assert_allclose(params["Conv_0"]["kernel"], expected, rtol=CLOSE, atol=CLOSE)
-
-
-def test_equinox(data, expected):
-    """Equinox kernels are (out, in/groups, *spatial): the branch set says so."""
-    x, y, kernel = data
-    conv = eqx.nn.Conv2d(4, 4, 3, padding=1, key=jax.random.key(0))
-    conv = eqx.tree_at(
-        lambda c: (c.weight, c.bias), conv, (jnp.moveaxis(kernel, (-1, -2), (0, 1)), jnp.zeros((4, 1, 1)))
-    )
-    model = {"conv": conv, "activation": jnp.tanh}
-    tx = optimizer(scales_at("conv/weight", "oi..."))
-
-    @eqx.filter_value_and_grad
-    def loss(model):
-        z = jax.vmap(model["conv"])(jnp.moveaxis(x, -1, 1))
-        return head_loss(jnp.moveaxis(z, 1, -1), y)
-
-    @eqx.filter_jit
-    def step(model, state):
-        _, grads = loss(model)
-        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_array))
-        return eqx.apply_updates(model, updates), state
-
-    state = tx.init(eqx.filter(model, eqx.is_array))
-    for _ in range(STEPS):
-        model, state = step(model, state)
-    found = jnp.moveaxis(model["conv"].weight, (0, 1), (-1, -2))
+def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=CLOSE, atol=CLOSE)
 
 
+@pytest.fixture(scope="module")
+def trained(data):
+    """The kernel that `nnx.Optimizer` leaves."""
+    model = train_nnx(NNXNet(data.kernel), data, optax.chain(repopt_mask(scales_at("conv/kernel")), sgd()))
+    assert np.abs(model.conv.kernel[...] - data.kernel).max() > APART
+    return np.asarray(model.conv.kernel[...])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda f: f.__name__)
+def test_training(framework, data, trained):
+    task = framework(data)
+    scales = scales_at(task.path, task.layout)
+    params = train(task.params, task.loss, optax.chain(repopt_mask(scales), sgd()))
+    assert_close(kernel_of(params, task), trained)
+
+
+def test_training_without_the_mask_is_another(data, trained):
+    task = plain_dicts(data)
+    kernel = kernel_of(train(task.params, task.loss, sgd()), task)
+    assert np.abs(kernel - trained).max() > APART
+
+
+class Searched(NamedTuple):
+    weights: dict[str, jax.Array]  # at the start
+    scales: dict[str, jax.Array]  # at the end, as is the kernel
+    kernel: jax.Array
+
+
+@pytest.fixture(scope="module")
+def searched(data):
+    """An NNX search model, with layers of branches, trained by `nnx.Optimizer`."""
+    scales = scales_at("conv/kernel")
+    weights = surgery.sample_weights(scales, jax.random.key(3))
+    twin = surgery.csla_twin(NNXNet(data.kernel), scales, weights, trainable_scales=True)
+    twin: Any = train_nnx(twin, data, sgd())
+    found = extract_scales(twin).vectors["conv/kernel"]
+    start = scales.vectors["conv/kernel"]
+    assert min(np.abs(found[name] - start[name]).max() for name in NAMES) > APART
+    return Searched(weights["conv/kernel"], found, twin.conv.merged_kernel())
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda f: f.__name__)
+def test_search(framework, data, searched):
+    task = framework(data)
+    tree = search_tree(task.params, scales_at(task.path, task.layout), rngs=nnx.Rngs(0))
+    tree = dataclasses.replace(tree, weights={task.path: searched.weights})
+    tree = train(tree, lambda tree: task.loss(tree.merged()), sgd())
+    found = tree.extract_scales().vectors[task.path]
+    assert found.keys() == searched.scales.keys()
+    for name in NAMES:
+        assert_close(found[name], searched.scales[name])
+    assert_close(kernel_of(tree.merged(), task), searched.kernel)
+
+
 def test_reinitialize_and_multipliers_on_plain_and_equinox_trees(data):
-    _, _, kernel = data
-    plain = {"conv": {"kernel": kernel, "bias": jnp.zeros(4)}}
+    plain = plain_dicts(data).params
     scales = scales_at("conv/kernel")
     fresh = reinitialize(plain, scales, rngs=nnx.Rngs(0))
     weights = surgery.sample_weights(scales, nnx.Rngs(0).params())
     np.testing.assert_array_equal(
         fresh["conv"]["kernel"], surgery.merge_weights(scales, weights)["conv/kernel"]
     )
-    np.testing.assert_array_equal(plain["conv"]["kernel"], kernel)
+    np.testing.assert_array_equal(plain["conv"]["kernel"], data.kernel)
 
-    conv = eqx.nn.Conv2d(4, 4, 3, padding=1, key=jax.random.key(0))
-    torch_like = scales_at("weight", "oi...")
-    dense = gradient_multipliers(eqx.filter(conv, eqx.is_array), torch_like)
+    torch_like = equinox(data)
+    dense = gradient_multipliers(torch_like.params, scales_at(torch_like.path, torch_like.layout))
     reference = gradient_multipliers(plain, scales)["conv"]["kernel"]
-    np.testing.assert_allclose(jnp.moveaxis(dense.weight, (0, 1), (-1, -2)), reference, rtol=1e-6)
+    np.testing.assert_allclose(kernel_of(dense, torch_like), reference, rtol=1e-6)
