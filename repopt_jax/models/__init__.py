@@ -1,5 +1,11 @@
 """Networks: a variant is a row in a table, the kind of block an argument."""
 
+from repopt_jax.models.efficientrep import BACKBONES as BACKBONES
+from repopt_jax.models.efficientrep import BackboneVariant as BackboneVariant
+from repopt_jax.models.efficientrep import EfficientRep as EfficientRep
+from repopt_jax.models.fcos import DETECTORS as DETECTORS
+from repopt_jax.models.fcos import FCOS as FCOS
+from repopt_jax.models.fcos import DetectorVariant as DetectorVariant
 from repopt_jax.models.ghost import GHOST_KINDS as GHOST_KINDS
 from repopt_jax.models.ghost import GHOST_VARIANTS as GHOST_VARIANTS
 from repopt_jax.models.ghost import GhostRow as GhostRow

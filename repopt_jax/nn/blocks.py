@@ -98,6 +98,54 @@ class ConvNorm(nnx.Module):
         return self.bn(self.conv(x))
 
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nnx.relu, "relu6": nnx.relu6}
+
+
+def activation_named(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function of `ACTIVATIONS` with this name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"`activation` is {name!r}: it must be one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Activated(nnx.Module):
+    """act(linear(x)): a `ConvNorm`, or what surgery and `fuse` put in its place, and an activation.
+
+    For networks that are always built plain: what `linear` holds (a search layer, RepVGG's branches, the
+    folded convolution) is changed on the built network, and this module is the same in all of them. So a
+    scale that was searched with ReLU6 is used with ReLU6.
+
+    Args:
+      linear: any module from maps to maps.
+      activation: a key of `ACTIVATIONS`.
+
+    Raises:
+      ValueError: an unknown activation.
+    """
+
+    def __init__(self, linear: nnx.Module, activation: str = "relu"):
+        activation_named(activation)
+        self.linear = linear
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.activation](self.linear(x))
+
+
+def conv_norm(
+    inputs: int, outputs: int, size: int, *, stride: int = 1, dtype: Any = None, rngs: nnx.Rngs
+) -> ConvNorm:
+    """A plain convolution with odd sides and its batch norm."""
+    return ConvNorm(
+        conv(inputs, outputs, size, stride=stride, dtype=dtype, rngs=rngs),
+        batch_norm(outputs, dtype=dtype, rngs=rngs),
+    )
+
+
 class PlainBlock(nnx.Module):
     """relu(bn(conv(x))): with `nnx.Conv` the block that RepOptimizer trains, with `CSLAConv` the one it
     searches.

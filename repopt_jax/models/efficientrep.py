@@ -1,0 +1,143 @@
+"""EfficientRep: a plain backbone of 3x3 blocks that gives a map at each of four strides, for detectors.
+
+Stage 0 is the stem, one 3x3 block of stride 2. Stages 1 to 4 are each a 3x3 block of stride 2 and then
+`repeats` 3x3 blocks of stride 1, so their maps have strides 4, 8, 16 and 32. Where `sppf` is set the last map
+goes through `SimSPPF`.
+
+Paths: block i of stage s is `stages/{s}/{i}`, its convolution `stages/{s}/{i}/linear/conv`; `sppf/{cv1,cv2}`.
+The network is always built plain; `to_search` and `to_repvgg` make its other forms.
+Source: YOLOv6 (arXiv 2209.02976), section 2.1; published code read for facts. Its batch norms have eps 1e-3
+and momentum 0.97, ours 1e-5 and 0.9.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.branches import BranchSet
+from repopt_jax.models.vgg import BlockSpec
+from repopt_jax.nn.blocks import Activated, conv_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneVariant:
+    """One backbone.
+
+    Attributes:
+      name: key in `BACKBONES`.
+      widths: output channels of stages 0 to 4.
+      repeats: blocks of stages 1 to 4 after the one that halves the map; stage 0 is one block.
+      sppf: whether the last map goes through `SimSPPF`.
+    """
+
+    name: str
+    widths: tuple[int, int, int, int, int]
+    repeats: tuple[int, int, int, int]
+    sppf: bool = False
+
+
+def _yolov6(name: str, width: float, depth: float = 0.33) -> BackboneVariant:
+    """YOLOv6's multipliers of 64 to 1024 channels and of 6, 12, 18 and 6 blocks."""
+    a, b, c, d, e = (int(base * width) for base in (64, 128, 256, 512, 1024))
+    repeats = tuple(max(round(n * depth), 1) for n in (6, 12, 18, 6))
+    return BackboneVariant(name, (a, b, c, d, e), repeats, sppf=True)  # pyright: ignore[reportArgumentType]
+
+
+BACKBONES: dict[str, BackboneVariant] = {
+    variant.name: variant
+    for variant in (
+        _yolov6("efficientrep-N", 0.25),
+        _yolov6("efficientrep-T", 0.375),
+        _yolov6("efficientrep-S", 0.5),
+        # Of a face detector that users asked for; its counts 1/3/3/4/3 begin with the stem's.
+        BackboneVariant("face", (32, 64, 128, 192, 384), (3, 3, 4, 3)),
+        # For scenes of 64 pixels.
+        BackboneVariant("scenes", (16, 24, 32, 48, 64), (1, 1, 1, 1)),
+    )
+}
+
+
+class EfficientRep(nnx.Module):
+    """`__call__`: images (batch, height, width, in_channels) -> the maps of stages 1 to 4, each (batch,
+    ceil(height / stride), ceil(width / stride), width of the stage), strides 4, 8, 16, 32.
+
+    Args:
+      variant: a row of `BACKBONES`, or one of your own.
+      in_channels: of the images.
+      activation: "relu" or "relu6".
+      dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
+      rngs: `nnx.Rngs`.
+
+    Raises:
+      ValueError: an unknown activation.
+    """
+
+    # Paths of the layers that are re-parameterized.
+    SELECT = r"stages/\d+/\d+/linear/conv"
+
+    def __init__(
+        self,
+        variant: BackboneVariant,
+        *,
+        in_channels: int = 3,
+        activation: str = "relu",
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        self.variant = variant
+        self.in_channels = in_channels
+        stages: list[list[nnx.Module]] = [[] for _ in range(5)]
+        for spec in backbone_specs(variant, in_channels):
+            linear = conv_norm(spec.inputs, spec.outputs, 3, stride=spec.stride, dtype=dtype, rngs=rngs)
+            stages[spec.stage].append(Activated(linear, activation))
+        self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
+        width = variant.widths[-1]
+        sppf = SimSPPF(width, activation=activation, dtype=dtype, rngs=rngs) if variant.sppf else None
+        self.sppf = nnx.data(sppf)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        maps = []
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+            maps.append(x)
+        _, a, b, c, d = maps
+        return a, b, c, d if self.sppf is None else self.sppf(d)
+
+    def branch_sets(self) -> dict[str, BranchSet]:
+        """Path of each re-parameterized kernel of the plain network -> its branches."""
+        return {
+            f"{spec.path}/linear/conv/kernel": spec.branch_set
+            for spec in backbone_specs(self.variant, self.in_channels)
+        }
+
+
+class SimSPPF(nnx.Module):
+    """Pyramid pooling: cv2([z, p(z), p(p(z)), p(p(p(z)))]), z = cv1(x), p the 5x5 maximum of stride 1.
+
+    `cv1` halves the channels, `cv2` restores them; both are 1x1 and are not re-parameterized.
+    """
+
+    def __init__(self, channels: int, *, activation: str = "relu", dtype: Any = None, rngs: nnx.Rngs):
+        half = channels // 2
+        self.cv1 = Activated(conv_norm(channels, half, 1, dtype=dtype, rngs=rngs), activation)
+        self.cv2 = Activated(conv_norm(4 * half, channels, 1, dtype=dtype, rngs=rngs), activation)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        maps = [self.cv1(x)]
+        for _ in range(3):
+            maps.append(nnx.max_pool(maps[-1], (5, 5), padding="SAME"))
+        return self.cv2(jnp.concatenate(maps, axis=-1))
+
+
+def backbone_specs(variant: BackboneVariant, in_channels: int = 3) -> Iterator[BlockSpec]:
+    """The blocks of a variant in order."""
+    inputs = in_channels
+    for stage, (repeats, width) in enumerate(zip((0, *variant.repeats), variant.widths)):
+        for index in range(1 + repeats):
+            yield BlockSpec(stage, index, inputs, width, 1 if index else 2, 1)
+            inputs = width

@@ -1,0 +1,279 @@
+"""FCOS with keypoints: a detector without anchors, every location of a feature pyramid predicting for itself.
+
+Backbone (`EfficientRep`) -> pyramid of maps of equal width (`FPN`) -> towers of 3x3 blocks shared by all
+levels (`FCOSHead`): class, box with centerness, and keypoints. The network is always built plain; RepOpt and
+RepVGG come to it by surgery on the layers that `FCOS.SELECT` names, `to_search(model, select=FCOS.SELECT)`.
+
+Paths: `backbone/stages/{s}/{i}`, `pyramid/{laterals,outputs,extras}/{i}`,
+`head/{class,box,keypoint}_tower/{i}`, `head/{classes,boxes,centerness,keypoints}`,
+`head/{box,keypoint}_scale`.
+Sources: FCOS (arXiv 1904.01355), FPN (arXiv 1612.03144); extra levels as in RetinaNet (arXiv 1708.02002).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.branches import BranchSet, default_branches
+from repopt_jax.detection.outputs import Locations, Outputs, grid_locations
+from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
+from repopt_jax.models.mosaic import Mosaic
+from repopt_jax.nn.blocks import ACTIVATIONS, Activated, activation_named, conv, conv_norm
+
+# A distance is exp of what the network says, cut here so that no step can make it infinite: at 1097 strides.
+MAX_LOG_DISTANCE = 7.0
+# The probability that every location gives to every class at first, so that the many empty ones do not drown
+# the others (RetinaNet, section 4.1).
+PRIOR = 0.01
+BACKBONE_STRIDES = (4, 8, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorVariant:
+    """One detector.
+
+    Attributes:
+      name: key in `DETECTORS`.
+      backbone: of the maps.
+      channels: width of the pyramid and of the towers.
+      maps: how many of the backbone's four maps the pyramid takes, counted from the last.
+      levels: of the pyramid; those beyond `maps` come from the backbone's last map.
+      tower: 3x3 blocks of each tower.
+    """
+
+    name: str
+    backbone: BackboneVariant
+    channels: int
+    maps: int
+    levels: int
+    tower: int
+
+    def __post_init__(self):
+        if not 1 <= self.maps <= len(BACKBONE_STRIDES):
+            raise ValueError(f"`maps` of {self.name!r} is {self.maps}: a backbone has 4 maps to take from")
+        if self.levels < self.maps:
+            raise ValueError(
+                f"`levels` of {self.name!r} is {self.levels}, fewer than `maps`, {self.maps}: "
+                "each map is a level"
+            )
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from one location to the next, level by level."""
+        first = BACKBONE_STRIDES[-self.maps]
+        return tuple(first * 2**level for level in range(self.levels))
+
+
+DETECTORS: dict[str, DetectorVariant] = {
+    variant.name: variant
+    for variant in (
+        DetectorVariant("face", BACKBONES["face"], 96, maps=3, levels=5, tower=4),
+        # Widths of pyramid and towers are ours: YOLOv6 has another neck and another head.
+        DetectorVariant("efficientrep-N", BACKBONES["efficientrep-N"], 64, maps=3, levels=5, tower=2),
+        DetectorVariant("efficientrep-T", BACKBONES["efficientrep-T"], 96, maps=3, levels=5, tower=2),
+        DetectorVariant("efficientrep-S", BACKBONES["efficientrep-S"], 128, maps=3, levels=5, tower=2),
+        DetectorVariant("scenes", BACKBONES["scenes"], 32, maps=3, levels=3, tower=2),
+    )
+}
+
+
+class FCOS(nnx.Module):
+    """`__call__`: images (batch, height, width, in_channels) -> `Outputs`, float32.
+
+    Args:
+      variant: a row of `DETECTORS`, or one of your own.
+      num_classes: of objects, without the background.
+      num_keypoints: of each object; 0 for boxes alone.
+      in_channels: of the images.
+      activation: "relu" or "relu6", of all blocks.
+      dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
+      rngs: `nnx.Rngs`.
+
+    Raises:
+      ValueError: an unknown activation, no class, or a negative number of keypoints.
+    """
+
+    # Paths of the layers that are re-parameterized: the 3x3 convolutions of backbone and towers.
+    SELECT = rf"backbone/{EfficientRep.SELECT}|head/(class|box|keypoint)_tower/\d+/linear/conv"
+
+    def __init__(
+        self,
+        variant: DetectorVariant,
+        *,
+        num_classes: int,
+        num_keypoints: int = 0,
+        in_channels: int = 3,
+        activation: str = "relu",
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        options = {"activation": activation, "dtype": dtype, "rngs": rngs}
+        self.variant = variant
+        self.backbone = EfficientRep(variant.backbone, in_channels=in_channels, **options)
+        widths = variant.backbone.widths[-variant.maps :]
+        self.pyramid = FPN(widths, variant.channels, levels=variant.levels, **options)
+        self.head = FCOSHead(
+            variant.channels, variant.tower, variant.levels, num_classes, num_keypoints, **options
+        )
+
+    def __call__(self, x: jax.Array) -> Outputs:
+        return self.head(self.pyramid(self.backbone(x)[-self.variant.maps :]))
+
+    def locations(self, image_size: int | tuple[int, int]) -> Locations:
+        """Where the outputs for images of this size (height, width) are; arrays of NumPy."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        strides = self.variant.strides
+        sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in strides]
+        return grid_locations(sizes, strides)
+
+    def branch_sets(self) -> dict[str, BranchSet]:
+        """Path of each re-parameterized kernel of the plain network -> its branches."""
+        backbone = {f"backbone/{path}": branches for path, branches in self.backbone.branch_sets().items()}
+        channels = self.variant.channels
+        block = default_branches((3, 3, channels, channels))
+        towers = {
+            f"head/{tower}/{i}/linear/conv/kernel": block
+            for tower in self.head.towers
+            for i in range(self.variant.tower)
+        }
+        return backbone | towers
+
+
+class FPN(nnx.Module):
+    """Feature pyramid. `__call__`: maps, each half as large as the one before -> `levels` maps of `channels`.
+
+    Each map goes through a 1x1 layer, has the sum of the coarser ones added, doubled by repeating its pixels
+    (and cut where the size is odd), and goes through a 3x3 layer. Levels beyond the maps come from the last
+    map as it came in, by 3x3 layers of stride 2 with the activation between them. All these layers are plain,
+    with biases.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[int],
+        channels: int,
+        *,
+        levels: int,
+        activation: str = "relu",
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        activation_named(activation)
+        self.activation = activation
+
+        def layer(width: int, size: int, stride: int = 1) -> nnx.Conv:
+            return conv(width, channels, size, stride=stride, bias=True, dtype=dtype, rngs=rngs)
+
+        self.laterals = nnx.List([layer(width, 1) for width in inputs])
+        self.outputs = nnx.List([layer(channels, 3) for _ in inputs])
+        extra = range(levels - len(inputs))
+        self.extras = nnx.List([layer(channels if i else inputs[-1], 3, 2) for i in extra])
+
+    def __call__(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
+        merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
+        for i in reversed(range(len(merged) - 1)):
+            merged[i] = merged[i] + doubled(merged[i + 1], merged[i].shape[1:3])
+        levels = [output(x) for output, x in zip(self.outputs, merged)]
+        x = maps[-1]
+        for i, extra in enumerate(self.extras):
+            x = extra(ACTIVATIONS[self.activation](x) if i else x)
+            levels.append(x)
+        return levels
+
+
+def doubled(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """Every pixel of (N, h, w, C) twice in both directions, cut to `size` (2h or 2h - 1, 2w or 2w - 1)."""
+    return x.repeat(2, axis=1).repeat(2, axis=2)[:, : size[0], : size[1]]
+
+
+class FCOSHead(nnx.Module):
+    """Shared head. `__call__`: one map (N, h, w, channels) a level -> `Outputs`.
+
+    One set of towers for all levels, which go through it together (`Mosaic`). Centerness comes from the box
+    tower. Each level has a learned factor for its distances, distance = exp(factor * prediction), and one for
+    its keypoint offsets.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        tower: int,
+        levels: int,
+        num_classes: int,
+        num_keypoints: int,
+        *,
+        activation: str = "relu",
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        if num_classes < 1:
+            raise ValueError(f"`num_classes` is {num_classes}: a detector needs one class at least")
+        if num_keypoints < 0:
+            raise ValueError(f"`num_keypoints` is {num_keypoints}: it must be 0 (boxes alone) or more")
+
+        def blocks() -> nnx.List:
+            layers = [conv_norm(channels, channels, 3, dtype=dtype, rngs=rngs) for _ in range(tower)]
+            return nnx.List([Activated(layer, activation) for layer in layers])
+
+        def prediction(outputs: int, bias: float = 0.0) -> nnx.Conv:
+            return nnx.Conv(
+                channels,
+                outputs,
+                (3, 3),
+                padding=((1, 1), (1, 1)),
+                kernel_init=nnx.initializers.normal(0.01),
+                bias_init=nnx.initializers.constant(bias),
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.class_tower = blocks()
+        self.box_tower = blocks()
+        self.classes = prediction(num_classes, -math.log((1 - PRIOR) / PRIOR))
+        self.boxes = prediction(4)
+        self.centerness = prediction(1)
+        self.box_scale = nnx.Param(jnp.ones((levels,)))
+        self.keypoint_tower: Any = nnx.data(blocks() if num_keypoints else None)
+        self.keypoints: Any = nnx.data(prediction(2 * num_keypoints) if num_keypoints else None)
+        self.keypoint_scale: Any = nnx.data(nnx.Param(jnp.ones((levels,))) if num_keypoints else None)
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Names of the towers that there are."""
+        return ("class_tower", "box_tower", *(("keypoint_tower",) if self.keypoints is not None else ()))
+
+    def __call__(self, levels: Sequence[jax.Array]) -> Outputs:
+        mosaic = Mosaic([(level.shape[1], level.shape[2]) for level in levels])
+        x = mosaic.pack(levels)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+
+        def through(tower: nnx.List) -> jax.Array:
+            y = x
+            for block in tower:
+                y = mosaic.clear(block(y))
+            return y
+
+        def predicted(layer: nnx.Conv, y: jax.Array) -> jax.Array:
+            return mosaic.flat(layer(y)).astype(wide)
+
+        def by_level(factors: nnx.Param) -> jax.Array:
+            return factors[...][mosaic.levels][None, :, None]
+
+        box = through(self.box_tower)
+        logs = predicted(self.boxes, box) * by_level(self.box_scale)
+        classes = predicted(self.classes, through(self.class_tower))
+        keypoints = jnp.zeros((*classes.shape[:2], 0, 2), wide)
+        if self.keypoints is not None:
+            y = predicted(self.keypoints, through(self.keypoint_tower)) * by_level(self.keypoint_scale)
+            keypoints = y.reshape(*y.shape[:2], -1, 2)
+        return Outputs(
+            classes,
+            jnp.exp(jnp.minimum(logs, MAX_LOG_DISTANCE)),
+            predicted(self.centerness, box)[..., 0],
+            keypoints,
+        )
