@@ -1,6 +1,7 @@
 """Gradient and structural re-parameterization for JAX."""
 
 from repopt_jax import data as data
+from repopt_jax import detection as detection
 from repopt_jax import models as models
 from repopt_jax import nn as nn
 from repopt_jax._version import __version__ as __version__
@@ -17,6 +18,10 @@ from repopt_jax.branches import Kernel as Kernel
 from repopt_jax.branches import default_branches as default_branches
 from repopt_jax.chains import ClippingWarning as ClippingWarning
 from repopt_jax.fuse import fuse as fuse
+from repopt_jax.layers import find_branches as find_branches
+from repopt_jax.layers import find_layers as find_layers
+from repopt_jax.modes import Mode as Mode
+from repopt_jax.modes import prepare as prepare
 from repopt_jax.optim import clip_by_repopt_global_norm as clip_by_repopt_global_norm
 from repopt_jax.optim import gradient_multipliers as gradient_multipliers
 from repopt_jax.optim import repopt_mask as repopt_mask
@@ -25,6 +30,11 @@ from repopt_jax.reparameterize import reparameterize as reparameterize
 from repopt_jax.scales import Scales as Scales
 from repopt_jax.scales import load_scales as load_scales
 from repopt_jax.scales import save_scales as save_scales
+from repopt_jax.searchtree import SearchTree as SearchTree
+from repopt_jax.searchtree import search_tree as search_tree
+from repopt_jax.surgery import depth_scales as depth_scales
 from repopt_jax.surgery import extract_scales as extract_scales
 from repopt_jax.surgery import reinitialize as reinitialize
+from repopt_jax.surgery import to_repvgg as to_repvgg
+from repopt_jax.surgery import to_search as to_search
 from repopt_jax.verify import verify_equivalence as verify_equivalence

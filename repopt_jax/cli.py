@@ -26,6 +26,14 @@ from repopt_jax.arguments import (
     whole_number,
 )
 
+# Packages that are needed for some commands only -> the extra that brings them.
+EXTRAS = {
+    "matplotlib": "quickstart",
+    "sklearn": "quickstart",
+    "tensorboardX": "quickstart",
+    "pycocotools": "detect",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `argv` is without the program's name."""
@@ -68,12 +76,18 @@ def _commands() -> dict[str, Command]:
     run_flags: dict[str, str | None] = {"run": None, "data_dir": ""}
     return {
         "quickstart": Command(
-            _quickstart, cli_help.QUICKSTART, {"out": "runs/quickstart", "seeds": "2"}, "digits:plain", True
+            _quickstart, cli_help.QUICKSTART, {"out": "runs/quickstart", "seeds": ""}, "digits:plain", True
         ),
         "search": Command(_search, cli_help.SEARCH, {"out": None}, takes_config=True),
         "train": Command(_train, cli_help.TRAIN, {"out": None}, takes_config=True),
         "eval": Command(_eval, cli_help.EVAL, run_flags),
         "deploy": Command(_deploy, cli_help.DEPLOY, {**run_flags, "out": None}),
+        "predict": Command(
+            _predict,
+            cli_help.PREDICT,
+            {"run": None, "out": "", "threshold": ""},
+            positional=("image",),
+        ),
         "verify": Command(
             _verify,
             cli_help.VERIFY,
@@ -91,7 +105,8 @@ def _commands() -> dict[str, Command]:
 
 
 def _quickstart(arguments: Arguments) -> int:
-    seeds = whole_number("seeds", arguments.flags["seeds"])
+    asked = arguments.flags["seeds"]
+    seeds = whole_number("seeds", asked) if asked else None
     base = read_config(arguments)
     out = Path(arguments.flags["out"]).expanduser().absolute()
     with _computing(), _kept(out):
@@ -159,21 +174,39 @@ def _train(arguments: Arguments) -> int:
 
 def _eval(arguments: Arguments) -> int:
     with _computing():
-        from repopt_jax.train import deploy
+        from repopt_jax.train import deploy, tasks
 
         network = deploy.load_any(arguments.flags["run"])
         found = deploy.evaluate(network, data_dir=arguments.flags["data_dir"] or None)
-    correct = round(found["accuracy"] * found["count"])
-    _say(
-        f"test accuracy {found['accuracy']:.2%} ({correct} of {found['count']} images), "
-        f"loss {found['loss']:.4f}; {network.config.name}, step {network.step}"
-    )
+    count = f"{found['count']} images"
+    if "accuracy" in found:
+        count = f"{round(found['accuracy'] * found['count'])} of {count}"
+    loss = "" if found["loss"] is None else f", loss {found['loss']:.4f}"
+    measured = tasks.told(network.config.task, found)
+    _say(f"{measured} ({count}){loss}; {network.config.name}, step {network.step}")
+    return 0
+
+
+def _predict(arguments: Arguments) -> int:
+    flags = arguments.flags
+    image = Path(flags["image"])
+    out = Path(flags["out"]) if flags["out"] else image.with_name(f"{image.stem}-detected.png")
+    with _computing():
+        from repopt_jax.train import deploy, gallery
+
+        threshold = number("threshold", flags["threshold"]) if flags["threshold"] else gallery.THRESHOLD
+        found = gallery.predict(deploy.load_any(flags["run"]), image, out, threshold=threshold)
+    width = max([len(one.name) for one in found], default=0)
+    for one in found:
+        x1, y1, x2, y2 = one.box
+        _say(f"{one.name:<{width}}  {one.score:.2f}  ({x1:.1f}, {y1:.1f}) to ({x2:.1f}, {y2:.1f})")
+    _say(f"{len(found)} found with a score of at least {threshold:g}. Picture: {out.absolute()}")
     return 0
 
 
 def _deploy(arguments: Arguments) -> int:
     with _computing():
-        from repopt_jax.train import deploy
+        from repopt_jax.train import deploy, tasks
 
         out = Path(arguments.flags["out"])
         data_dir = arguments.flags["data_dir"] or None
@@ -183,7 +216,7 @@ def _deploy(arguments: Arguments) -> int:
         f"largest output difference {done.max_abs:.2e} ({done.max_rel:.2e} of the largest output), the same "
         f"class for {done.agreement:.2%} of {done.compared} test images",
         f"parameters {done.train_parameters:,} in training, {done.deploy_parameters:,} deployed",
-        f"test accuracy deployed {done.test_accuracy:.2%} of {done.test_count} images",
+        f"deployed: {tasks.told(done.config['task'], done.test)} of {done.test_count} images",
         f"Network: {out.absolute()}",
     )
     return 0
@@ -246,7 +279,7 @@ def _run(config: Any, arguments: Arguments) -> tuple[bool, Path]:
     """Trains and tells what came of it; the first result is False if Ctrl-C ended it."""
     out = Path(arguments.flags["out"]).expanduser().absolute()
     with _computing(), _kept(out), _stop_on_interrupt() as stop:
-        from repopt_jax.train import run
+        from repopt_jax.train import run, tasks
 
         done = run(config, out, stop=stop)
     if not done.finished:
@@ -254,7 +287,7 @@ def _run(config: Any, arguments: Arguments) -> tuple[bool, Path]:
         return False, out
     speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
     _say(
-        f"{'Already finished: ' if done.reused else ''}{done.name}: test accuracy {done.test_accuracy:.2%} "
+        f"{'Already finished: ' if done.reused else ''}{done.name}: {tasks.told(done.task, done.test)} "
         f"of {done.test_count} images, {done.train_parameters:,} parameters{speed}, {done.wall_s:.0f} s",
         f"Run: {out}",
     )
@@ -284,8 +317,8 @@ def _sentence(error: BaseException) -> str:
         return f"cannot use {error.filename}: {error.strerror}"
     # The text of a KeyError is its argument's repr.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in ("matplotlib", "sklearn", "tensorboardX"):
-        return f"{error.name} is not installed: pip install 'repopt_jax[quickstart]'"
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"{error.name} is not installed: pip install 'repopt_jax[{EXTRAS[error.name]}]'"
     if isinstance(error, (KeyError, TypeError)):
         # Seldom a caller's mistake: say how to see whose it is.
         text = f"{type(error).__name__}: {text} (REPOPT_TRACEBACK=1 shows where)"

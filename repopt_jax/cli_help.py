@@ -4,9 +4,11 @@ OVERVIEW = """\
 repopt: RepOptimizer training in JAX.
 
   repopt quickstart                             the whole path on handwritten digits, with a report
+  repopt quickstart --config=scenes             the same with a detector: boxes, classes and keypoints
   repopt search --config=FILE --out=DIR         hyper-search: find scales
   repopt train --config=FILE --out=DIR          train a network
-  repopt eval --run=DIR                         test accuracy of a run or of a deployed network
+  repopt eval --run=DIR                         test accuracy (or AP) of a run or of a deployed network
+  repopt predict IMAGE --run=DIR                draw what a detector finds on an image
   repopt deploy --run=DIR --out=DIR             fold a run into plain convolutions and save it
   repopt verify --config=FILE | --check=FILE    is the training that of the multi-branch network?
   repopt convert IN OUT [--model=NAME]          PyTorch and safetensors files from and to our folders
@@ -27,12 +29,12 @@ _OUT = """\
 QUICKSTART = f"""\
 repopt quickstart [--out=DIR] [--seeds=N] [--config=FILE] [--config.FIELD=VALUE ...]
 
-Searches, extracts the scales, checks the equivalence, trains four ways with the same epochs and seeds (plain
-SGD, RepOpt with searched scales, RepOpt with the depth rule, RepVGG), deploys, and writes a report. Started
-again, it keeps what is there.
+Searches, extracts the scales, checks the equivalence, trains with the same epochs and seeds each way (plain
+SGD, RepOpt with searched scales, RepVGG; classifiers also RepOpt with the depth rule), deploys, and writes a
+report. Started again, it keeps what is there.
 
   --out=DIR               where everything goes (runs/quickstart)
-  --seeds=N               how often each way is trained (2)
+  --seeds=N               how often each way is trained (2, a detector 1)
 {_CONFIG}"""
 
 SEARCH = f"""\
@@ -57,10 +59,21 @@ EVAL = """\
 repopt eval --run=DIR [--data_dir=DIR]
 
 Accuracy and loss over the test images, each counted once, of the last checkpoint of a run or of a deployed
-network.
+network; of a detector COCO's average precision of boxes and of keypoints.
 
   --run=DIR               folder of a run, or of a deployment
   --data_dir=DIR          where the images are now, if not where the run found them
+"""
+
+PREDICT = """\
+repopt predict IMAGE --run=DIR [--out=FILE] [--threshold=X]
+
+Draws what a detector finds on an image file: boxes with class and score, and keypoints. Lists them too.
+
+  IMAGE                   PNG, JPEG or what else Pillow reads
+  --run=DIR               folder of a run of a detector, or of its deployment
+  --out=FILE              the picture (IMAGE with -detected.png for its ending)
+  --threshold=X           least score of what is drawn (0.4)
 """
 
 DEPLOY = """\

@@ -4,7 +4,8 @@
 
 RUNS holds a folder for each run, called NAME-SEED. `--compare A B [C ...]` adds the differences of the groups
 B, C, ... to A, seed by seed (runs of one seed see the images in the same order), each with a 95 % interval
-from Student's t; groups that have no finished run yet are left out. Writes OUT.md, OUT.json, OUT.png.
+from Student's t; groups that have no finished run yet are left out. `--metrics` are the numbers to tell, of a
+detector for instance `ap50 keypoint_ap50`, each in a table of its own. Writes OUT.md, OUT.json, OUT.png.
 """
 
 import argparse
@@ -17,6 +18,14 @@ from typing import Any
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# Metric -> what people call it.
+LABELS = {
+    "accuracy": "test accuracy",
+    "ap50": "AP50",
+    "ap": "AP",
+    "keypoint_ap50": "keypoint AP50",
+    "keypoint_ap": "keypoint AP",
+}
 LEFT_OUT = ("scales", "step_ms_median", "images_per_s", "wall_s")
 MANY = 2.262  # for more degrees of freedom: a little too wide
 
@@ -25,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", type=pathlib.Path)
     parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="A B [C ...]")
+    parser.add_argument("--metrics", nargs="+", default=["accuracy"], choices=LABELS)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="path without suffix")
     parser.add_argument("--title", default="CIFAR-10 at a small size")
     parser.add_argument("--command", default="", help="what made the runs, for the results file")
@@ -32,12 +42,14 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     groups = read_groups(args.runs)
-    result: dict[str, Any] = {"groups": groups}
-    result["comparisons"] = compare_all(groups, *args.compare) if args.compare else []
+    result: dict[str, Any] = {"groups": groups, "metrics": args.metrics}
+    result["comparisons"] = [
+        compare_all(groups, metric, *args.compare) if args.compare else [] for metric in args.metrics
+    ]
     result["command"], result["hardware"] = args.command, args.hardware
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(args.title, result))
-    draw(args.title, groups, args.runs, args.out.with_suffix(".png"))
+    draw(args.title, groups, args.runs, args.metrics[0], args.out.with_suffix(".png"))
 
 
 def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -55,20 +67,26 @@ def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
     return groups
 
 
-def accuracies(group: dict[int, dict[str, Any]]) -> dict[int, float]:
-    return {seed: 100 * summary["test_accuracy"] for seed, summary in group.items()}
+def measured(group: dict[int, dict[str, Any]], metric: str) -> dict[int, float]:
+    """Seed -> the number, in percent."""
+    # Runs of the time when there were classifiers only have no "test".
+    return {
+        seed: 100 * summary.get("test", {"accuracy": summary["test_accuracy"]})[metric]
+        for seed, summary in group.items()
+    }
 
 
-def compare_all(groups, base: str, *others: str) -> list[dict[str, Any]]:
+def compare_all(groups, metric: str, base: str, *others: str) -> list[dict[str, Any]]:
     """`compare` of `base` with each of `others` that has finished runs of the same seeds."""
     if base not in groups:
         raise SystemExit(f"no finished run of {base}, to which the others are to be compared")
-    return [compare(groups, base, b) for b in others if groups[base].keys() & groups.get(b, {}).keys()]
+    known = [b for b in others if groups[base].keys() & groups.get(b, {}).keys()]
+    return [compare(groups, metric, base, b) for b in known]
 
 
-def compare(groups, a: str, b: str) -> dict[str, Any]:
+def compare(groups, metric: str, a: str, b: str) -> dict[str, Any]:
     """Difference b - a over the seeds that both have, in points, with its 95 % interval."""
-    first, second = accuracies(groups[a]), accuracies(groups[b])
+    first, second = measured(groups[a], metric), measured(groups[b], metric)
     differences = [second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())]
     mean = statistics.mean(differences)
     out = {"a": a, "b": b, "differences": differences, "mean": mean}
@@ -89,26 +107,33 @@ def markdown(title: str, result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         "",
         f"{result['hardware'] or some['device']}; {versions}. "
-        f"{some['epochs']} epochs, {some['steps']} steps, {some['test_count']:,} test images "
-        f"(binomial standard error {binomial_error(some):.1f} points).",
-        "",
-        "| | seeds | test accuracy, % | mean | standard deviation | parameters in training |",
+        f"{some['epochs']} epochs, {some['steps']} steps, {some['test_count']:,} test images"
+        f"{binomial_error(some)}.",
+    ]
+    for metric, comparisons in zip(result["metrics"], result["comparisons"], strict=True):
+        lines += ["", *table(result["groups"], metric)]
+        if len(comparisons) == 1:
+            lines += ["", verdict(comparisons[0])]
+        elif comparisons:
+            lines += ["", *difference_table(comparisons)]
+    return "\n".join(lines) + "\n"
+
+
+def table(groups, metric: str) -> list[str]:
+    """A line for each group."""
+    lines = [
+        f"| | seeds | {LABELS[metric]}, % | mean | standard deviation | parameters in training |",
         "|---|---|---|---|---|---|",
     ]
-    for name, group in result["groups"].items():
-        values = accuracies(group)
+    for name, group in groups.items():
+        values = measured(group, metric)
         spread = f"{statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
         parameters = next(iter(group.values()))["train_parameters"]
         lines.append(
             f"| {name} | {', '.join(map(str, values))} | {', '.join(f'{v:.2f}' for v in values.values())} | "
             f"{statistics.mean(values.values()):.2f} | {spread} | {parameters:,} |"
         )
-    comparisons = result["comparisons"]
-    if len(comparisons) == 1:
-        lines += ["", verdict(comparisons[0])]
-    elif comparisons:
-        lines += ["", *difference_table(comparisons)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def difference_table(comparisons: list[dict[str, Any]]) -> list[str]:
@@ -153,28 +178,34 @@ def verdict(c: dict[str, Any]) -> str:
     )
 
 
-def binomial_error(summary: dict[str, Any]) -> float:
+def binomial_error(summary: dict[str, Any]) -> str:
+    """Of an accuracy, in parentheses; an average precision is no share of images."""
     p = summary["test_accuracy"]
-    return 100 * math.sqrt(p * (1 - p) / summary["test_count"])
+    if p is None:
+        return ""
+    return f" (binomial standard error {100 * math.sqrt(p * (1 - p) / summary['test_count']):.1f} points)"
 
 
-def draw(title: str, groups, runs: pathlib.Path, path: pathlib.Path) -> None:
-    """Test accuracy of every run: against epochs, or as points where it was measured at the end only."""
+def draw(title: str, groups, runs: pathlib.Path, metric: str, path: pathlib.Path) -> None:
+    """The metric of every run: against epochs, or as points where it was measured at the end only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = {name: [read_curve(runs / f"{name}-{seed}") for seed in group] for name, group in groups.items()}
+    curves = {
+        name: [read_curve(runs / f"{name}-{seed}", metric) for seed in group]
+        for name, group in groups.items()
+    }
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.grid(alpha=0.3)
     if all(len(curve) == 1 for group in curves.values() for curve in group):
-        draw_points(axes, {name: accuracies(group) for name, group in groups.items()})
+        draw_points(axes, {name: measured(group, metric) for name, group in groups.items()}, metric)
     else:
-        draw_curves(axes, curves)
+        draw_curves(axes, curves, metric)
     FigureCanvasAgg(figure).print_png(path)
 
 
-def draw_curves(axes: Any, curves: dict[str, list[dict[float, float]]]) -> None:
+def draw_curves(axes: Any, curves: dict[str, list[dict[float, float]]], metric: str) -> None:
     """Every run as a thin line, the group's mean as a thick one."""
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
     for colour, (name, group) in zip(itertools.cycle(colours), curves.items()):
@@ -184,11 +215,11 @@ def draw_curves(axes: Any, curves: dict[str, list[dict[float, float]]]) -> None:
         mean = [statistics.mean(curve[epoch] for curve in group) for epoch in common]
         label = f"{name}: {mean[-1]:.1f} %" + (f", {len(group)} seeds" if len(group) > 1 else "")
         axes.plot(common, mean, color=colour, linewidth=2.2, label=label)
-    axes.set(xlabel="epoch", ylabel="test accuracy, %")
+    axes.set(xlabel="epoch", ylabel=f"{LABELS[metric]}, %")
     axes.legend(loc="lower right")
 
 
-def draw_points(axes: Any, values: dict[str, dict[int, float]]) -> None:
+def draw_points(axes: Any, values: dict[str, dict[int, float]], metric: str) -> None:
     """A row for each group, the first on top: every run as a point, the mean as a bar across the row."""
     for row, group in enumerate(values.values()):
         axes.plot(group.values(), [row] * len(group), "o", color="#0072B2", alpha=0.6)
@@ -196,12 +227,12 @@ def draw_points(axes: Any, values: dict[str, dict[int, float]]) -> None:
         axes.plot([mean, mean], [row - 0.3, row + 0.3], color="#D55E00", linewidth=2.2)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
-    axes.set(xlabel="test accuracy, %")
+    axes.set(xlabel=f"{LABELS[metric]}, %")
 
 
-def read_curve(run: pathlib.Path) -> dict[float, float]:
+def read_curve(run: pathlib.Path, metric: str) -> dict[float, float]:
     records = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return {r["epoch"]: 100 * r["accuracy"] for r in records if r["kind"] == "eval"}
+    return {r["epoch"]: 100 * r[metric] for r in records if r["kind"] == "eval"}
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def finished_runs(tmp_path):
 def test_table_of_many_groups_against_one(finished_runs):
     program = module(ROOT / "scripts" / "summarize_runs.py")
     groups = program.read_groups(finished_runs)
-    found = program.compare_all(groups, "1-plain", "2-init", "7-full", "9-frozen")
+    found = program.compare_all(groups, "accuracy", "1-plain", "2-init", "7-full", "9-frozen")
     assert [c["b"] for c in found] == ["2-init", "7-full"]  # the last one has not been run
     # Differences 3, 2, 1: mean 2, standard deviation 1, and 4.303 / sqrt(3) = 2.484 each way.
     assert found[0]["differences"] == pytest.approx([3, 2, 1])
@@ -253,15 +253,22 @@ def test_table_of_many_groups_against_one(finished_runs):
     )
     assert found[1]["differences"] == pytest.approx([20])
     assert "low" not in found[1]
-    text = program.markdown("Ladder", {"groups": groups, "comparisons": found, "command": "", "hardware": ""})
+    result = {
+        "groups": groups,
+        "metrics": ["accuracy"],
+        "comparisons": [found],
+        "command": "",
+        "hardware": "",
+    }
+    text = program.markdown("Ladder", result)
     assert "| 2-init | +3.00, +2.00, +1.00 | +2.00 | -0.48 to +4.48 | yes |" in text
     assert "| 7-full | +20.00 | +20.00 |  |  |" in text
     with pytest.raises(SystemExit, match="no finished run of 3-x"):
-        program.compare_all(groups, "3-x", "2-init")
+        program.compare_all(groups, "accuracy", "3-x", "2-init")
 
 
 def test_picture_of_runs_that_were_measured_once(finished_runs, tmp_path):
     pytest.importorskip("matplotlib")
     program = module(ROOT / "scripts" / "summarize_runs.py")
-    program.draw("Ladder", program.read_groups(finished_runs), finished_runs, tmp_path / "a.png")
+    program.draw("Ladder", program.read_groups(finished_runs), finished_runs, "accuracy", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -19,6 +19,7 @@ DEPLOYED = {
     "compared": 355,
     "deploy_parameters": 900,
     "test_accuracy": 0.99,
+    "test": {"accuracy": 0.99},
 }
 EQUIVALENCE = {
     "equivalent": True,
@@ -64,6 +65,8 @@ def write_run(folder: Path, *, kind="target", scales="", seed=0, accuracy=0.98, 
         "finished": True,
         "versions": {"python": "3", "jax": "1"},
         "device": "1 x cpu",
+        "task": "classify",
+        "test": {"accuracy": accuracy},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     return read_run(folder)
@@ -115,8 +118,8 @@ def test_seeds_share_a_row_and_the_numbers_are_theirs(written):
     expected = ["plain SGD", "RepOpt, searched scales", "RepOpt, depth rule", "RepVGG", "search network"]
     assert labels == expected
     plain = content["rows"][0]
-    assert plain["accuracies"] == [0.97, 0.98]
-    assert plain["accuracy"] == pytest.approx(0.975)
+    assert plain["measured"] == {"accuracy": [0.97, 0.98]}
+    assert plain["score"] == pytest.approx(0.975)
     assert plain["step_ms"] == 10.5
     assert plain["deployed"]["deploy_parameters"] == 900
     assert content["rows"][1]["deployed"] is None
@@ -178,6 +181,46 @@ def test_a_report_without_search_check_or_deployment_is_whole(tmp_path):
     assert "None of these runs was deployed" in html
     assert "settled" not in html
     assert html.count("<section>") == html.count("</section>") == 4
+
+
+def write_detector(folder: Path, **options) -> Run:
+    """A finished run of a detector without keypoints."""
+    summary = write_run(folder, **options).summary
+    test = {"ap50": 0.8, "ap": 0.5, "keypoint_ap50": None, "keypoint_ap": None}
+    (folder / "summary.json").write_text(
+        json.dumps({**summary, "task": "detect", "test": test, "test_accuracy": None})
+    )
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"accuracy"', '"ap50"'))
+    return read_run(folder)
+
+
+def test_a_detector_is_told_by_its_precision_and_chance_is_not_computed(tmp_path):
+    run = write_detector(tmp_path / "a")
+    galleries = {"found": ("a <caption>", PNG + bytes(16))}
+    path = report.write_report([run], tmp_path / "out", title="x", galleries=galleries)
+    html, content = path.read_text(), json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["rows"][0]["measured"] == {"ap50": [0.8], "ap": [0.5]}
+    assert content["rows"][0]["standard_error"] is None
+    assert content["noise"] == {}
+    for text in ("AP50 (%)", "80.00", "COCO's evaluation", "a &lt;caption&gt;"):
+        assert text in html
+    assert "keypoint AP50 (%)" not in html
+    assert (tmp_path / "out" / "report" / "found.png").read_bytes().startswith(PNG)
+    assert "test accuracy" not in html
+
+
+def test_runs_of_different_tasks_make_no_report(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_detector(tmp_path / "b")]
+    with pytest.raises(ValueError, match="different tasks, classify and detect"):
+        report.write_report(runs, tmp_path / "out", title="x")
+
+
+def test_runs_of_before_there_were_tasks_are_read(tmp_path):
+    summary = dict(write_run(tmp_path / "a").summary)
+    del summary["task"], summary["test"]
+    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
+    assert read_run(tmp_path / "a").summary["test"] == {"accuracy": 0.98}
 
 
 def test_unfinished_runs_are_refused_by_name(tmp_path):

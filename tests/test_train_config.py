@@ -16,6 +16,7 @@ RUNS = {
     "digits": ("search", "plain", "depth", "repvgg"),
     "cifar10_small": ("search", "plain", "repvgg"),
     "ladder": ("search", "1-plain", "4-ones", "5-depth", "8-direct", "9-frozen"),
+    "scenes": ("search", "plain", "repvgg"),
 }
 
 
@@ -174,7 +175,7 @@ def test_runs_of_one_file_differ_only_in_network_and_scales(path):
 def test_config_files_are_found_by_name():
     assert config_file("digits") == config_file("digits.py")
     assert train.load_config("digits:search").model.kind == "search"
-    with pytest.raises(FileNotFoundError, match="shipped ones are cifar10_small, digits, ladder"):
+    with pytest.raises(FileNotFoundError, match="shipped ones are cifar10_small, digits, ladder, scenes"):
         train.load_config("didgits:search")
     with pytest.raises(ValueError, match="must be one of search, plain"):
         train.load_config("digits:serch")

@@ -79,7 +79,7 @@ def test_chain_equals_the_update_written_out(x64, scaled):
 
     optim = OptimConfig(learning_rate=0.1, weight_decay=0.01, warmup_epochs=1)
     schedule = make_schedule(optim, epochs=3, steps_per_epoch=4)
-    tx = make_optimizer(optim, schedule, scales=scales)
+    tx = make_optimizer(optim, schedule, scales=scales, batch_size=64)
     state, grads = tx.init(params), []
     for _ in range(10):
         grads.append((rng.normal(size=kernel.shape), rng.normal(size=4)))
@@ -100,7 +100,7 @@ def test_chain_equals_the_update_written_out(x64, scaled):
 def test_clipping_bounds_the_gradient():
     params = {"kernel": jnp.zeros(4)}
     optim = OptimConfig(learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, clip_norm=0.5)
-    tx = make_optimizer(optim, lambda step: 1.0)
+    tx = make_optimizer(optim, lambda step: 1.0, batch_size=64)
     updates, _ = tx.update({"kernel": jnp.full(4, 10.0)}, tx.init(params), params)
     np.testing.assert_allclose(np.linalg.norm(updates["kernel"]), 0.5, rtol=1e-6)
 
@@ -185,7 +185,10 @@ def test_with_scales_the_plain_network_trains_as_the_one_with_branches(x64, name
     optim = dataclasses.replace(OPTIMIZERS[name], clip_norm=clip_norm)
     schedule = make_schedule(optim, epochs=3, steps_per_epoch=10)
     scales = mixed_scales(np.random.default_rng(1))
-    tx, tx_twin = make_optimizer(optim, schedule, scales=scales), make_optimizer(optim, schedule)
+    tx, tx_twin = (
+        make_optimizer(optim, schedule, scales=scales, batch_size=64),
+        make_optimizer(optim, schedule, batch_size=64),
+    )
     assert relative_difference(*train_twice(tx, tx_twin, scales)) < EQUAL
 
 
@@ -194,12 +197,27 @@ def test_the_ordinary_norm_would_clip_otherwise(x64, name):
     optim = dataclasses.replace(OPTIMIZERS[name], clip_norm=2.0)
     schedule = make_schedule(optim, epochs=3, steps_per_epoch=10)
     scales = mixed_scales(np.random.default_rng(1))
-    unclipped = make_optimizer(OPTIMIZERS[name], schedule, scales=scales)
+    unclipped = make_optimizer(OPTIMIZERS[name], schedule, scales=scales, batch_size=64)
     wrong = optax.chain(optax.clip_by_global_norm(2.0), unclipped)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that this is wrong
-        difference = relative_difference(*train_twice(wrong, make_optimizer(optim, schedule), scales))
+        difference = relative_difference(
+            *train_twice(wrong, make_optimizer(optim, schedule, batch_size=64), scales)
+        )
     assert difference > WRONG
+
+
+@pytest.mark.parametrize(
+    ("batch", "factor"), [(1, 1), (16, 1), (24, 1.125), (64, 1), (96, 1.5), (128, 2), (512, 8)]
+)
+def test_decay_scaled_by_the_batch(batch, factor):
+    params, rate = {"kernel": jnp.full(3, 2.0)}, lambda step: 1.0
+    optim = OptimConfig(learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.01)
+    for scaling, expected in (("none", 1), ("batch", factor)):
+        scaled = dataclasses.replace(optim, decay_scaling=scaling)
+        tx = make_optimizer(scaled, rate, batch_size=batch)
+        updates, _ = tx.update({"kernel": jnp.zeros(3)}, tx.init(params), params)
+        np.testing.assert_allclose(updates["kernel"], -0.02 * expected, rtol=1e-6)
 
 
 def test_constants_left_out_are_those_of_optax(x64):
@@ -211,7 +229,7 @@ def test_constants_left_out_are_those_of_optax(x64):
         ("lion", optax.lion(0.1, weight_decay=4e-5, mask=mask)),
         ("sgd", optax.chain(optax.add_decayed_weights(4e-5, mask), optax.sgd(0.1, 0.9, nesterov=True))),
     ):
-        tx = make_optimizer(OptimConfig(name=name), lambda step: 0.1)
+        tx = make_optimizer(OptimConfig(name=name), lambda step: 0.1, batch_size=64)
         found, _ = tx.update(grads, tx.init(params), params)
         right, _ = expected.update(grads, expected.init(params), params)
         np.testing.assert_allclose(found["kernel"], right["kernel"], rtol=1e-12)
@@ -240,7 +258,7 @@ def test_held_scales_leave_a_csla_network(x64, clip_norm):
 
     gradient = jax.jit(jax.grad(loss))
     optim = OptimConfig(weight_decay=0.05, clip_norm=clip_norm)
-    tx = hold_scales(make_optimizer(optim, lambda step: 0.1), after=HELD_AFTER)
+    tx = hold_scales(make_optimizer(optim, lambda step: 0.1, batch_size=64), after=HELD_AFTER)
     step = jax.jit(tx.update)
     params, state, history = start, tx.init(start), []
     for batch in batches:

@@ -10,11 +10,15 @@ from jax.sharding import PartitionSpec as P
 from training import VGG_VARIANTS
 
 from repopt_jax.models import RepOptVGG
+from repopt_jax.train import classification
 from repopt_jax.train import sharding as shardings
 from repopt_jax.train import state as states
+from repopt_jax.train.classification import Classification
+from repopt_jax.train.config import Config, OptimConfig
 
 RNG = np.random.default_rng(7)
 IMAGES = RNG.normal(size=(24, 8, 8, 1)).astype(np.float32)
+OBJECTIVE = Classification(Config()).objective
 LABELS = RNG.integers(0, 5, 24).astype(np.int32)
 
 
@@ -38,7 +42,7 @@ def batch_of(rows, **more):
 
 
 def start(network, tx, mesh):
-    state = states.init_state(network, tx)
+    state = states.init_state(network, tx, sums=Classification.sums)
     sharding = shardings.state_sharding(mesh, state)
     return jax.device_put(state, sharding), sharding
 
@@ -46,19 +50,23 @@ def start(network, tx, mesh):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_equals_numpy(x64, smoothing):
     logits = RNG.normal(size=(6, 5)) * 4
-    loss = states.cross_entropy(jnp.array(logits), jnp.array(LABELS[:6]), label_smoothing=smoothing)
+    loss = classification.cross_entropy(jnp.array(logits), jnp.array(LABELS[:6]), label_smoothing=smoothing)
     np.testing.assert_allclose(loss, numpy_cross_entropy(logits, LABELS[:6], smoothing), rtol=1e-12)
 
 
 def test_half_precision_logits_give_a_float32_loss():
-    assert states.cross_entropy(jnp.ones((2, 5), jnp.bfloat16), jnp.zeros(2, jnp.int32)).dtype == jnp.float32
+    assert (
+        classification.cross_entropy(jnp.ones((2, 5), jnp.bfloat16), jnp.zeros(2, jnp.int32)).dtype
+        == jnp.float32
+    )
 
 
 def test_step_reports_smoothed_loss_and_means_of_the_window(network):
     mesh, tx = shardings.make_mesh(), optax.sgd(0.0)
     state, sharding = start(network, tx, mesh)
+    smoothed = Classification(Config(optim=OptimConfig(label_smoothing=0.1))).objective
     step = states.make_train_step(
-        network.graphdef, tx, lambda t: 0.5 - t, label_smoothing=0.1, log_every=2, sharding=sharding
+        network.graphdef, tx, lambda t: 0.5 - t, smoothed, log_every=2, sharding=sharding
     )
     model = states.merge_model(network.graphdef, network.params, network.rest)
     model.train()
@@ -84,7 +92,7 @@ def test_step_reports_smoothed_loss_and_means_of_the_window(network):
 def test_batch_statistics_move_by_the_global_batch(network):
     mesh, tx = shardings.make_mesh(), optax.sgd(0.1)
     state, sharding = start(network, tx, mesh)
-    step = states.make_train_step(network.graphdef, tx, lambda t: 0.1, sharding=sharding)
+    step = states.make_train_step(network.graphdef, tx, lambda t: 0.1, OBJECTIVE, sharding=sharding)
     state, _ = step(state, shardings.put_batch(batch_of(slice(0, 8)), mesh))
     kernel = network.params["stages"][0][0]["conv"]["kernel"]
     maps = jax.lax.conv_general_dilated(
@@ -97,7 +105,7 @@ def test_batch_statistics_move_by_the_global_batch(network):
 def test_second_step_does_not_compile_and_donation_frees_the_state(network):
     mesh, tx = shardings.make_mesh(), optax.sgd(0.1, 0.9)
     state, sharding = start(network, tx, mesh)
-    step = states.make_train_step(network.graphdef, tx, lambda t: 0.1, sharding=sharding)
+    step = states.make_train_step(network.graphdef, tx, lambda t: 0.1, OBJECTIVE, sharding=sharding)
     given = jax.tree.leaves(state)
     for k in range(3):
         state, _ = step(state, shardings.put_batch(batch_of(slice(8 * k, 8 * k + 8)), mesh))
@@ -110,7 +118,7 @@ def test_second_step_does_not_compile_and_donation_frees_the_state(network):
 def test_first_bad_step_is_remembered(network):
     mesh, tx = shardings.make_mesh(), optax.sgd(0.0)
     state, sharding = start(network, tx, mesh)
-    step = states.make_train_step(network.graphdef, tx, lambda t: 0.0, sharding=sharding)
+    step = states.make_train_step(network.graphdef, tx, lambda t: 0.0, OBJECTIVE, sharding=sharding)
     for value, expected in ((1.0, -1), (np.nan, 2), (1.0, 2), (np.inf, 2)):
         batch = batch_of(slice(0, 8))
         batch["image"] = batch["image"] * np.float32(value)
@@ -121,9 +129,9 @@ def test_first_bad_step_is_remembered(network):
 
 def evaluate(network, mesh, batch_size):
     """Means over the 24 images in batches of `batch_size`, the last one padded with rows of NaN."""
-    step = states.make_eval_step(network.graphdef)
+    step = classification.make_eval_step(network.graphdef)
     params, rest = jax.device_put((network.params, network.rest), shardings.replicated(mesh))
-    sums = states.start_sums(shardings.replicated(mesh))
+    sums = jax.device_put(states.zero_sums(Classification.sums), shardings.replicated(mesh))
     for first in range(0, 24, batch_size):
         batch = batch_of(slice(first, first + batch_size))
         missing = batch_size - len(batch["label"])
@@ -131,7 +139,7 @@ def evaluate(network, mesh, batch_size):
         batch["mask"] = np.pad(np.ones(len(batch["label"]), np.float32), (0, missing))
         batch["label"] = np.pad(batch["label"], (0, missing))
         sums = step(params, rest, sums, shardings.put_batch(batch, mesh))
-    return states.sums_to_means(sums)
+    return classification.sums_to_means(sums)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -151,7 +159,7 @@ def test_state_divided_over_fsdp_trains_the_same(network):
     for fsdp in (1, 2):
         mesh, tx = shardings.make_mesh(fsdp), optax.sgd(0.1, 0.9)
         state, sharding = start(network, tx, mesh)
-        step = states.make_train_step(network.graphdef, tx, lambda t: 0.1, sharding=sharding)
+        step = states.make_train_step(network.graphdef, tx, lambda t: 0.1, OBJECTIVE, sharding=sharding)
         for k in range(2):
             state, _ = step(state, shardings.put_batch(batch_of(slice(8 * k, 8 * k + 8)), mesh))
         kernel = state.params["stages"][3][0]["conv"]["kernel"]

@@ -1,62 +1,67 @@
-"""What a config says, as objects: the data, the network with its scales, and a trained network read back."""
+"""What a config says, as objects: the task, the data, the network with its scales, and a trained network read
+back."""
 
-import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data
-from repopt_jax.models import VGG_VARIANTS, RepOptVGG
-from repopt_jax.scales import Scales, load_scales
+from repopt_jax.scales import Scales
 from repopt_jax.surgery import extract_scales, reinitialize
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import Config, DataConfig, ModelConfig
+from repopt_jax.train.classification import Classification
+from repopt_jax.train.config import Config
+from repopt_jax.train.detection import Detection
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
 from repopt_jax.train.rundir import RunFolder
 from repopt_jax.train.sharding import state_sharding
-from repopt_jax.train.state import (
-    TrainState,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    merge_model,
-    split_model,
-)
+from repopt_jax.train.state import TrainState, init_state, make_train_step, merge_model, split_model
+from repopt_jax.train.tasks import Task
+
+TASKS: dict[str, type[Task]] = {"classify": Classification, "detect": Detection}
 
 
 class Feed(NamedTuple):
     """The data of a run."""
 
-    info: data.DatasetInfo
+    source: Any
     train: Any
     eval: Any
     steps_per_epoch: int
 
 
 class Program(NamedTuple):
-    """What is compiled, and where the state that it moves lies."""
+    """What is compiled, and where the state that it moves lies.
+
+    `evaluate(params, rest, batches)` gives the numbers of an evaluation.
+    """
 
     graphdef: Any
     train_step: Any
-    eval_step: Any
+    evaluate: Callable[[Any, Any, Iterable[dict[str, Any]]], dict[str, Any]]
     sharding: TrainState
 
 
 class Trained(NamedTuple):
     """A network read back from a run, in evaluation mode; its config, data and number of steps."""
 
-    model: RepOptVGG
+    model: Any
     config: Config
-    info: data.DatasetInfo
+    info: Any
     step: int
 
 
+def make_task(config: Config) -> Task:
+    return TASKS[config.task](config)
+
+
 def open_feed(config: Config) -> Feed:
-    source, transform = open_data(config.data)
+    task = make_task(config)
+    source, transform = task.open_data(config.data)
     train_limit, eval_limit = config.data.train_limit, config.data.eval_limit
     shared: dict[str, Any] = {
         "process_index": jax.process_index(),
@@ -65,8 +70,8 @@ def open_feed(config: Config) -> Feed:
         "prefetch": config.data.prefetch,
     }
     return Feed(
-        source.info,
-        data.train_batches(
+        source,
+        task.train_batches(
             source,
             transform,
             batch_size=config.batch_size,
@@ -74,32 +79,28 @@ def open_feed(config: Config) -> Feed:
             limit=train_limit,
             **shared,
         ),
-        data.eval_batches(source, transform, batch_size=config.eval_batch_size, limit=eval_limit, **shared),
+        task.eval_batches(source, transform, batch_size=config.eval_batch_size, limit=eval_limit, **shared),
         data.steps_per_epoch(source, config.batch_size, limit=train_limit),
     )
 
 
 def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, TrainState]:
     """Network and optimizer as jitted steps, and the state before the first one, on its devices."""
-    model, scales = build_model(config, feed.info)
+    task = make_task(config)
+    model, scales = build_model(config, feed.source.info)
     schedule = make_schedule(config.optim, epochs=config.epochs, steps_per_epoch=feed.steps_per_epoch)
-    tx = make_optimizer(config.optim, schedule, scales=scales)
+    tx = make_optimizer(config.optim, schedule, scales=scales, batch_size=config.batch_size)
     if config.freeze_scales is not None:
         tx = hold_scales(tx, after=round(config.freeze_scales * config.epochs * feed.steps_per_epoch))
     network = split_model(model)
     marks = extract_scales(model).vectors if config.model.kind == "search" else None
-    state = init_state(network, tx, marks=marks)
+    state = init_state(network, tx, sums=task.sums, marks=marks)
     sharding = state_sharding(mesh, state)
     train_step = make_train_step(
-        network.graphdef,
-        tx,
-        schedule,
-        label_smoothing=config.optim.label_smoothing,
-        log_every=config.log_every,
-        sharding=sharding,
+        network.graphdef, tx, schedule, task.objective, log_every=config.log_every, sharding=sharding
     )
-    program = Program(network.graphdef, train_step, make_eval_step(network.graphdef), sharding)
-    return program, jax.device_put(state, sharding)
+    evaluate = task.make_evaluator(network.graphdef, feed.source, mesh)
+    return Program(network.graphdef, train_step, evaluate, sharding), jax.device_put(state, sharding)
 
 
 def load_trained(run_dir: str | Path) -> Trained:
@@ -110,7 +111,7 @@ def load_trained(run_dir: str | Path) -> Trained:
     """
     folder = RunFolder(run_dir)
     config, info = folder.read()
-    network = split_model(_new_model(config.model, info, scales=None, seed=0))
+    network = split_model(make_task(config).new_model(info, seed=0))
     network = jax.device_put(network, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     with Checkpoints(folder.checkpoints) as checkpoints:
         step = checkpoints.latest
@@ -122,21 +123,22 @@ def load_trained(run_dir: str | Path) -> Trained:
     return Trained(model, config, info, step)
 
 
-def build_model(config: Config, info: data.DatasetInfo) -> tuple[RepOptVGG, Scales | None]:
+def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
     """A fresh network for `info`, and the scales that its gradients are to be multiplied by, if any.
 
     Raises:
       FileNotFoundError, ValueError: the scales are missing or do not fit the network.
     """
-    model = _new_model(config.model, info, scales=None, seed=config.seed)
+    task = make_task(config)
     if not config.scales:
-        return model, None
-    scales = _resolve_scales(config.scales, model)
+        return task.new_model(info, seed=config.seed), None
+    scales = task.resolve_scales(config.scales, info)
     if config.scales_mean:
         scales = scales.channel_means()
     if config.model.kind != "target":
         # A search starts from these scales; the constants of a csla network are these scales.
-        return _new_model(config.model, info, scales=scales, seed=config.seed), None
+        return task.new_model(info, seed=config.seed, scales=scales), None
+    model = task.new_model(info, seed=config.seed)
     if config.rules != "multiplier":
         # A key of its own: the branches' draws must not repeat the network's.
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -144,45 +146,10 @@ def build_model(config: Config, info: data.DatasetInfo) -> tuple[RepOptVGG, Scal
     return model, None if config.rules == "init" else scales
 
 
-def open_data(config: DataConfig) -> tuple[data.Source, data.Transform]:
-    """The data set and what is done to its images.
+def open_data(config: Config) -> tuple[Any, Any]:
+    """The data set of a run and what is done to its images.
 
     Raises:
       FileNotFoundError, ValueError: as `data.open_source`.
     """
-    source = data.open_source(
-        config.source,
-        name=config.name or None,
-        data_dir=os.path.expanduser(config.data_dir) or None,
-    )
-    transform = data.Transform(
-        image_size=config.image_size,
-        crop_padding=config.crop_padding,
-        flip=config.flip,
-        area=config.area,
-        mean=config.mean,
-        std=config.std,
-    )
-    return source, transform
-
-
-def _resolve_scales(name: str, model: RepOptVGG) -> Scales:
-    if name == "ones":
-        return model.unit_scales()
-    if name == "depth":
-        return model.depth_scales()
-    return load_scales(name, model)
-
-
-def _new_model(config: ModelConfig, info: data.DatasetInfo, *, scales: Scales | None, seed: int) -> RepOptVGG:
-    return RepOptVGG(
-        VGG_VARIANTS[config.variant],
-        kind=config.kind,  # pyright: ignore[reportArgumentType]
-        num_classes=info.num_classes,
-        in_channels=info.channels,
-        post_se=config.post_se,
-        form=config.form,  # pyright: ignore[reportArgumentType]
-        scales=scales,
-        dtype=None if config.dtype == "float32" else jnp.dtype(config.dtype),
-        rngs=nnx.Rngs(seed),
-    )
+    return make_task(config).open_data(config.data)

@@ -3,10 +3,9 @@
 from flax import nnx
 
 from repopt_jax import data
-from repopt_jax.train.build import build_model, open_data
+from repopt_jax.train.build import build_model, make_task
 from repopt_jax.train.config import Config, validate
 from repopt_jax.train.optimizer import make_optimizer, make_schedule
-from repopt_jax.train.state import cross_entropy
 from repopt_jax.verify import Check
 
 
@@ -20,7 +19,8 @@ def config_check(config: Config) -> Check:
       FileNotFoundError: as `build.open_data` and `build.build_model`.
     """
     validate(config, device_count=1)
-    source, transform = open_data(config.data)
+    task = make_task(config)
+    source, transform = task.open_data(config.data)
     model, scales = build_model(config, source.info)
     if scales is None:
         raise ValueError(
@@ -31,7 +31,7 @@ def config_check(config: Config) -> Check:
         )
     model.train()
     limit = config.data.train_limit
-    batches = data.train_batches(
+    batches = task.train_batches(
         source, transform, batch_size=config.batch_size, seed=config.seed, limit=limit
     )
     schedule = make_schedule(
@@ -40,16 +40,12 @@ def config_check(config: Config) -> Check:
         steps_per_epoch=data.steps_per_epoch(source, config.batch_size, limit=limit),
     )
 
-    def loss(model, batch):
-        smoothing = config.optim.label_smoothing
-        return cross_entropy(model(batch["image"]), batch["label"], label_smoothing=smoothing).mean()
-
     return Check(
         model,
         scales,
         batches,
-        optimizer=make_optimizer(config.optim, schedule, scales=scales),
-        twin_optimizer=make_optimizer(config.optim, schedule),
-        loss=loss,
+        optimizer=make_optimizer(config.optim, schedule, batch_size=config.batch_size, scales=scales),
+        twin_optimizer=make_optimizer(config.optim, schedule, batch_size=config.batch_size),
+        loss=lambda model, batch: task.objective(model, batch)[0],
         rngs=nnx.Rngs(config.seed),
     )

@@ -9,14 +9,19 @@ import dataclasses
 import difflib
 import math
 import os
+from typing import Any
 
 import jax
 
 from repopt_jax.data import SOURCES
-from repopt_jax.models import KINDS, VGG_VARIANTS
+from repopt_jax.models import DETECTORS, KINDS, VGG_VARIANTS
+from repopt_jax.nn.blocks import ACTIVATIONS
 from repopt_jax.nn.csla import FORMS
 
+# Task -> its networks, and where its images can come from.
+TASKS = {"classify": (VGG_VARIANTS, SOURCES), "detect": (DETECTORS, ("scenes", "coco"))}
 DTYPES = ("float32", "bfloat16")
+DECAY_SCALINGS = ("none", "batch")
 NAMED_SCALES = ("ones", "depth")
 RULES = ("both", "init", "multiplier")
 # Optimizer -> the fields of `OptimConfig` that are its own.
@@ -28,12 +33,14 @@ class ModelConfig:
     """The network.
 
     Attributes:
-      variant: a row of `models.VGG_VARIANTS`.
+      variant: a row of `models.VGG_VARIANTS`, or of `models.DETECTORS` where the task is "detect".
       kind: "search" (scales are trained), "target" (plain kernels), "repvgg" (branches with their own batch
         norm) or "csla" (constant scales, the twin of a target run).
       form: how a search or csla layer computes: "merged" (one convolution) or "branches".
-      post_se: adds squeeze-and-excitation after every block.
-      dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32.
+      post_se: adds squeeze-and-excitation after every block (classification).
+      dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32. Detectors
+        compute in float32.
+      activation: of a detector, "relu" or "relu6". Scales are searched with the one that trains with them.
     """
 
     variant: str = "digits"
@@ -41,6 +48,7 @@ class ModelConfig:
     form: str = "merged"
     post_se: bool = False
     dtype: str = "float32"
+    activation: str = "relu"
 
 
 @dataclasses.dataclass
@@ -49,14 +57,23 @@ class DataConfig:
 
     Attributes:
       source: "digits" (embedded), "folder" (`train/<class>/*`, `test|val/<class>/*`) or "tfds" (a prepared
-        dataset).
+        dataset); for detection "scenes" (composed of the embedded digits) or "coco" (annotations in COCO's
+        format and a folder of images).
       name: the dataset's name, for "tfds".
       data_dir: the folder, or the TFDS directory; "" for the digits.
       image_size: side, in pixels, of the square that the network sees.
       crop_padding: pixels of zeros around a training image before its random crop; 0 for no crop.
       flip: mirrors half of the training images.
       area: range of the share of a training image that is cut out and resized, at random; None for
-        the whole image.
+        the whole image. Classification, as is `crop_padding`.
+      zoom: range of the factor by which a training image is made larger or smaller, at random; None for
+        none. Detection.
+      scenes: of source "scenes", how many there are for training and for evaluation.
+      scenes_seed: what the scenes are made from.
+      max_objects: of source "coco", objects of one image that a batch has room for; None for as many as there
+        are in any. The smallest of more are left out of training.
+      sigmas: of source "coco", for each keypoint how exact its place is (COCO's constants); None for those of
+        COCO's persons, and 0.05 for others.
       mean, std: of each channel, for pixels in [0, 1].
       train_limit, eval_limit: use that many images only; None for all.
       workers: processes that decode; 0 decodes in threads of this one.
@@ -70,6 +87,11 @@ class DataConfig:
     crop_padding: int = 0
     flip: bool = False
     area: tuple[float, ...] | None = None
+    zoom: tuple[float, ...] | None = None
+    scenes: tuple[int, ...] = (4096, 256)
+    scenes_seed: int = 0
+    max_objects: int | None = None
+    sigmas: tuple[float, ...] | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     train_limit: int | None = None
@@ -89,6 +111,8 @@ class OptimConfig:
       b1, b2: of AdamW and Lion, eps: of AdamW; None for Optax's value.
       weight_decay: for SGD added to the (multiplied) gradient; for the others decoupled from it, which takes
         far larger values.
+      decay_scaling: "batch" multiplies `weight_decay` by batch * max(1, round(64 / batch)) / 64, as YOLOv6
+        and the detectors that follow it do: 1 for every batch that divides 64, 2 at 128.
       warmup_epochs: epochs of the linear rise.
       label_smoothing: share of the label's probability that is spread over all classes.
       clip_norm: the largest global norm of a gradient; None for no clipping. With scales it is the norm of
@@ -103,9 +127,33 @@ class OptimConfig:
     b2: float | None = None
     eps: float | None = None
     weight_decay: float = 4e-5
+    decay_scaling: str = "none"
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float | None = None
+
+
+@dataclasses.dataclass
+class DetectConfig:
+    """Detection: who answers for an object, the weights of the losses, and what counts as a detection.
+
+    Attributes:
+      radius: in strides; locations this near to an object's centre answer for it.
+      level_range: a level is for objects of up to this many of its strides, and of more than half of that.
+      box_weight, centerness_weight, keypoint_weight: of the losses, that of the classes being 1.
+      score_threshold: the least score of a detection.
+      iou_threshold: boxes of one class that overlap more are one object.
+      max_detections: in an image.
+    """
+
+    radius: float = 1.5
+    level_range: float = 8.0
+    box_weight: float = 1.0
+    centerness_weight: float = 1.0
+    keypoint_weight: float = 1.0
+    score_threshold: float = 0.05
+    iou_threshold: float = 0.6
+    max_detections: int = 100
 
 
 @dataclasses.dataclass
@@ -114,6 +162,7 @@ class Config:
 
     Attributes:
       name: what reports call it.
+      task: "classify" or "detect".
       seed: of the initial weights and of the order and augmentation of the images.
       epochs, batch_size, eval_batch_size: batch sizes are over all devices.
       scales: "", "ones", "depth", or the path of a scales directory. For kind "target", "" is plain
@@ -133,6 +182,7 @@ class Config:
     """
 
     name: str = "run"
+    task: str = "classify"
     seed: int = 0
     epochs: int = 1
     batch_size: int = 64
@@ -149,6 +199,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    detect: DetectConfig = dataclasses.field(default_factory=DetectConfig)
 
 
 def validate(config: Config, *, device_count: int | None = None) -> None:
@@ -169,6 +220,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         *_optim_problems(config.optim),
         *_scales_problems(config),
         *_data_problems(config.data),
+        *_task_problems(config),
     ]
     if problems:
         raise ValueError("this config cannot run: " + "; ".join(problems))
@@ -176,12 +228,16 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
 def _choice_problems(config: Config) -> list[str]:
     model = config.model
+    variants, sources = TASKS.get(config.task, TASKS["classify"])
     choices = (
-        ("model.variant", model.variant, tuple(VGG_VARIANTS)),
+        ("task", config.task, tuple(TASKS)),
+        ("model.variant", model.variant, tuple(variants)),
         ("model.kind", model.kind, KINDS),
         ("model.form", model.form, FORMS),
         ("model.dtype", model.dtype, DTYPES),
-        ("data.source", config.data.source, SOURCES),
+        ("model.activation", model.activation, tuple(ACTIVATIONS)),
+        ("data.source", config.data.source, sources),
+        ("optim.decay_scaling", config.optim.decay_scaling, DECAY_SCALINGS),
         ("optim.name", config.optim.name, tuple(OPTIMIZERS)),
         ("rules", config.rules, RULES),
     )
@@ -199,7 +255,7 @@ def _closest(value: str, known: tuple[str, ...]) -> str:
 
 def _range_problems(config: Config) -> list[str]:
     """Every number against its smallest (and largest) value; NaN and infinity fail each of them."""
-    optim, data = config.optim, config.data
+    optim, data, detect = config.optim, config.data, config.detect
     ranges = (
         ("seed", config.seed, 0, math.inf),
         ("epochs", config.epochs, 1, math.inf),
@@ -212,6 +268,10 @@ def _range_problems(config: Config) -> list[str]:
         ("freeze_scales", config.freeze_scales, 0, 1),
         ("data.image_size", data.image_size, 1, math.inf),
         ("data.crop_padding", data.crop_padding, 0, math.inf),
+        *(("data.scenes", count, 1, math.inf) for count in data.scenes),
+        ("data.scenes_seed", data.scenes_seed, 0, math.inf),
+        ("data.max_objects", data.max_objects, 1, math.inf),
+        *(("data.sigmas", sigma, 0, math.inf) for sigma in data.sigmas or ()),
         ("data.train_limit", data.train_limit, 1, math.inf),
         ("data.eval_limit", data.eval_limit, 1, math.inf),
         ("data.workers", data.workers, 0, math.inf),
@@ -225,6 +285,14 @@ def _range_problems(config: Config) -> list[str]:
         ("optim.warmup_epochs", optim.warmup_epochs, 0, config.epochs),
         ("optim.label_smoothing", optim.label_smoothing, 0, 1),
         ("optim.clip_norm", optim.clip_norm, 0, math.inf),
+        ("detect.radius", detect.radius, 0, math.inf),
+        ("detect.level_range", detect.level_range, 0, math.inf),
+        ("detect.box_weight", detect.box_weight, 0, math.inf),
+        ("detect.centerness_weight", detect.centerness_weight, 0, math.inf),
+        ("detect.keypoint_weight", detect.keypoint_weight, 0, math.inf),
+        ("detect.score_threshold", detect.score_threshold, 0, 1),
+        ("detect.iou_threshold", detect.iou_threshold, 0, 1),
+        ("detect.max_detections", detect.max_detections, 1, math.inf),
     )
     problems = [
         f"`{name}`={value} must be a finite number, at least {low}"
@@ -308,10 +376,46 @@ def _scales_problems(config: Config) -> list[str]:
 
 def _data_problems(data: DataConfig) -> list[str]:
     problems = []
-    if data.source == "folder" and not data.data_dir:
+    if data.source in ("folder", "coco") and not data.data_dir:
         problems.append("`data.data_dir` is empty: give the image folder")
+    if len(data.scenes) != 2:
+        problems.append(f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation")
     if data.source == "tfds" and not data.name:
         problems.append("`data.name` is empty: give the name of the TFDS dataset")
     if not all(value > 0 for value in data.std):
         problems.append(f"`data.std`={data.std} must be positive")
     return problems
+
+
+def _task_problems(config: Config) -> list[str]:
+    """Fields of the other task would do nothing."""
+    data, defaults = config.data, Config()
+    foreign: list[tuple[str, Any, Any]] = []
+    if config.task == "detect":
+        foreign += [
+            ("model.post_se", config.model.post_se, False),
+            ("model.dtype", config.model.dtype, "float32"),
+            ("optim.label_smoothing", config.optim.label_smoothing, 0.0),
+            ("data.crop_padding", data.crop_padding, 0),
+            ("data.area", data.area, None),
+            ("data.name", data.name, ""),
+        ]
+    else:
+        foreign += [("model.activation", config.model.activation, "relu"), ("data.zoom", data.zoom, None)]
+        foreign += [
+            (f"detect.{name}", value, getattr(defaults.detect, name))
+            for name, value in dataclasses.asdict(config.detect).items()
+        ]
+    if data.source != "coco":
+        foreign += [("data.max_objects", data.max_objects, None), ("data.sigmas", data.sigmas, None)]
+    if data.source != "scenes":
+        foreign += [
+            ("data.scenes", tuple(data.scenes), defaults.data.scenes),
+            ("data.scenes_seed", data.scenes_seed, defaults.data.scenes_seed),
+        ]
+    return [
+        f"`{name}`={value!r} does nothing with `task`={config.task!r} and `data.source`={data.source!r}: "
+        f"leave it at {default!r}"
+        for name, value, default in foreign
+        if value != default
+    ]

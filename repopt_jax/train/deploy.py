@@ -6,7 +6,6 @@ deploy.json    how to rebuild it, and what deploying changed; written last: its 
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,17 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from repopt_jax import data
 from repopt_jax._version import __version__
 from repopt_jax.fuse import fuse, output_difference
-from repopt_jax.train.build import Trained, build_model, load_trained, open_data
+from repopt_jax.train.build import Trained, build_model, load_trained, make_task
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import from_json
 from repopt_jax.train.records import read_json
-from repopt_jax.train.rundir import RunFolder
-from repopt_jax.train.state import make_eval_step, split_model, start_sums, sums_to_means
+from repopt_jax.train.rundir import RunFolder, info_from_json
+from repopt_jax.train.sharding import make_mesh
+from repopt_jax.train.state import split_model
+from repopt_jax.train.tasks import METRICS, Task
 
 _PART = "deploy.json.part"
 COMPARED_IMAGES = 1024  # test images on which outputs are compared; more would say the same
@@ -38,12 +38,14 @@ class Deployed:
     Attributes:
       run, step: the run's folder and the step of its checkpoint.
       config, dataset: of the run, as plain dicts.
-      max_abs, max_rel: largest difference between the outputs (logits) of the trained and the fused network,
-        absolute and over the largest absolute output.
-      agreement: share of the compared images to which both give the same class.
+      max_abs, max_rel: largest difference between the outputs of the trained and the fused network (logits;
+        of a detector also distances and offsets in strides), absolute and over the largest absolute one.
+      agreement: share of the compared images (of a detector: of their locations) to which both give the same
+        class.
       compared: how many test images were compared.
       train_parameters, deploy_parameters: trained numbers in the two networks.
-      test_accuracy, test_loss, test_count: of the fused network.
+      test_accuracy, test_loss, test_count: of the fused network; None where the task has none.
+      test: its numbers by name, as `tasks.METRICS` has them for the task.
       library_version: of repopt_jax.
       reused: True if it was there already and nothing was done.
     """
@@ -58,9 +60,10 @@ class Deployed:
     compared: int
     train_parameters: int
     deploy_parameters: int
-    test_accuracy: float
-    test_loss: float
+    test_accuracy: float | None
+    test_loss: float | None
     test_count: int
+    test: dict[str, Any] = dataclasses.field(default_factory=dict)
     library_version: str = __version__
     reused: bool = False
 
@@ -99,7 +102,10 @@ def deploy(run_dir: str | Path, out_dir: str | Path, *, data_dir: str | None = N
         compared=difference.count,
         train_parameters=_count(trained.model),
         deploy_parameters=_count(fused),
-        **{f"test_{name}": value for name, value in test.items()},
+        test_accuracy=test.get("accuracy"),
+        test_loss=test["loss"],
+        test_count=test["count"],
+        test={metric.name: test[metric.name] for metric in METRICS[trained.config.task]},
     )
     part.write_text(json.dumps(dataclasses.asdict(deployed), indent=2) + "\n", encoding="utf-8")
     part.replace(out_dir / "deploy.json")
@@ -117,8 +123,7 @@ def load_deployed(directory: str | Path) -> Trained:
     if record is None:
         raise FileNotFoundError(f"{directory} has no deploy.json: it holds no deployed network")
     config = from_json(json.dumps(record["config"]))
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["dataset"].items()}
-    info = data.DatasetInfo(**fields)
+    info = info_from_json(config.task, record["dataset"])
     # Scales shape training, not the fused network; their folder may be gone.
     model, _ = build_model(dataclasses.replace(config, scales=""), info)
     model.eval()
@@ -139,43 +144,34 @@ def load_any(directory: str | Path) -> Trained:
 
 
 def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]:
-    """Loss, accuracy and count over the test images of the network's data set, each counted once.
+    """The numbers of the task (`tasks.METRICS`), loss and count over the test images of the network's data
+    set, each counted once.
 
     Raises:
       FileNotFoundError, ValueError: the data are missing, or their classes are not those of the training.
     """
+    task, source, batches = open_test(trained, data_dir)
     network = split_model(trained.model)
-    step = make_eval_step(network.graphdef)
-    sums = start_sums(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    for batch in _test_batches(trained, data_dir, padded=True):
-        sums = step(network.params, network.rest, sums, batch)
-    return sums_to_means(sums)
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    return task.make_evaluator(network.graphdef, source, mesh)(network.params, network.rest, batches)
 
 
-def _some_images(trained: Trained, data_dir: str | None) -> jax.Array:
-    """The first `COMPARED_IMAGES` test images; no more are read."""
-    images, count = [], 0
-    for batch in _test_batches(trained, data_dir):
-        images.append(batch["image"])
-        count += len(batch["image"])
-        if count >= COMPARED_IMAGES:
-            break
-    return jnp.asarray(np.concatenate(images)[:COMPARED_IMAGES])
+def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any, Any]:
+    """The task of a network, its data set, and the batches of the test split, the last one padded.
 
-
-def _test_batches(
-    trained: Trained, data_dir: str | None, *, padded: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Batches of the test split; without their padding unless `padded`."""
+    Raises:
+      FileNotFoundError, ValueError: as `evaluate`.
+    """
     config: Config = trained.config
     settings = config.data if data_dir is None else dataclasses.replace(config.data, data_dir=data_dir)
-    source, transform = open_data(settings)
+    task = make_task(config)
+    source, transform = task.open_data(settings)
     if (found := source.info.class_names) != (wanted := trained.info.class_names):
         raise ValueError(
             f"the network was trained on {len(wanted)} classes ({', '.join(wanted[:6])} ...) and the data "
             f"have {len(found)} ({', '.join(found[:6])} ...): give the data that it was trained on"
         )
-    batches = data.eval_batches(
+    batches = task.eval_batches(
         source,
         transform,
         batch_size=config.eval_batch_size,
@@ -183,8 +179,18 @@ def _test_batches(
         process_index=0,
         process_count=1,
     )
-    for batch in batches:
-        yield batch if padded else {"image": batch["image"][batch["mask"] > 0]}
+    return task, source, batches
+
+
+def _some_images(trained: Trained, data_dir: str | None) -> jax.Array:
+    """The first `COMPARED_IMAGES` test images; no more are read."""
+    images, count = [], 0
+    for batch in open_test(trained, data_dir)[2]:
+        images.append(batch["image"][batch["mask"] > 0])
+        count += len(images[-1])
+        if count >= COMPARED_IMAGES:
+            break
+    return jnp.asarray(np.concatenate(images)[:COMPARED_IMAGES])
 
 
 def _origin(run_dir: str | Path) -> dict[str, Any]:

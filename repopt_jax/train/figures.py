@@ -59,8 +59,11 @@ LOOKS = {
 OTHER = Look("#000000", (0, (3, 1, 1, 1, 1, 1)))
 
 
-def accuracy(curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]) -> Figure:
-    """Test accuracy over epochs. `curves`: label -> one (epochs, accuracy in [0, 1]) for each seed.
+def accuracy(
+    curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], name: str = "test accuracy"
+) -> Figure:
+    """Test accuracy over epochs, or what else `name` says. `curves`: label -> one (epochs, value in [0, 1])
+    for each seed.
 
     The right half shows the last part again, on an axis of its own: curves that end close together
     cannot be told apart on the left. A thick line is the mean over the seeds.
@@ -80,7 +83,7 @@ def accuracy(curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]) -> F
                     axes.plot(epochs, values.T, color=look.colour, linewidth=0.6, alpha=0.35)
                 mean = values.mean(axis=0)
                 axes.plot(epochs, mean, color=look.colour, linestyle=look.style, linewidth=2, label=label)
-        left.set(title="Whole training", ylabel="test accuracy (%)", ylim=(0, 102))
+        left.set(title="Whole training", ylabel=f"{name} (%)", ylim=(0, 102))
         room = 0.05 * (max(late) - min(late)) + 0.1
         right.set(title="Second half, enlarged", xlim=(last / 2, last))
         right.set_ylim(max(min(late) - room, 0), max(late) + room)

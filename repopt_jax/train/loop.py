@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from repopt_jax.scales import ScalesMetadata, save_scales
 from repopt_jax.surgery import extract_scales
-from repopt_jax.train.build import Feed, Program, build_program, open_feed
+from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.config import Config, validate
 from repopt_jax.train.config_io import to_json
@@ -30,8 +30,8 @@ from repopt_jax.train.metrics import (
     scale_statistics,
 )
 from repopt_jax.train.rundir import RunFolder, Summary, summarize
-from repopt_jax.train.sharding import make_mesh, meet, put_batch, replicated
-from repopt_jax.train.state import TrainState, all_finite, merge_model, start_sums, sums_to_means
+from repopt_jax.train.sharding import make_mesh, meet, put_batch
+from repopt_jax.train.state import TrainState, all_finite, merge_model
 
 Stop = Callable[[], bool]
 
@@ -64,7 +64,7 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
     mesh = make_mesh(config.fsdp)
     program, state = build_program(config, feed, mesh)
 
-    folder.claim(config, feed.info)
+    folder.claim(config, feed.source.info)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(iter(feed.train)))
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, writing=True))
@@ -81,7 +81,9 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
             MetricsWriter(folder.path, resume_step=start, tensorboard=config.tensorboard)
         )
         total = config.epochs * feed.steps_per_epoch
-        bar = stack.enter_context(ProgressBar(config.name, total=total, start=start or 0, shown=progress))
+        bar = stack.enter_context(
+            ProgressBar(config.name, config.task, total=total, start=start or 0, shown=progress)
+        )
         job = _Job(config, folder, feed, mesh, program, batches, checkpoints, metrics, bar, total, seconds)
         state, finished = _train(job, state, start or 0, stop or _never)
         return _finish(job, state, finished=finished)
@@ -188,10 +190,8 @@ def _record_scales(job: _Job, state: TrainState, step: int) -> TrainState:
 
 def _evaluate(job: _Job, state: TrainState, step: int) -> dict[str, Any]:
     """Writes and returns the "eval" record: every test image once, with running statistics."""
-    sums = start_sums(replicated(job.mesh))
-    for batch in job.feed.eval:
-        sums = job.program.eval_step(state.params, state.rest, sums, put_batch(batch, job.mesh))
-    record = {"kind": "eval", "step": step, "epoch": job.epoch(step), **sums_to_means(sums)}
+    measured = job.program.evaluate(state.params, state.rest, job.feed.eval)
+    record = {"kind": "eval", "step": step, "epoch": job.epoch(step), **measured}
     job.metrics.write(record)
     return record
 
@@ -232,8 +232,8 @@ def _save_scales(job: _Job, state: TrainState, step: int) -> None:
     if job.config.model.kind != "search" or job.folder.scales.exists():
         return
     metadata = ScalesMetadata(
-        architecture=job.config.model.variant,
-        dataset=job.feed.info.name,
+        architecture=make_task(job.config).architecture(),
+        dataset=job.feed.source.info.name,
         config=to_json(job.config),
         step=step,
     )

@@ -15,6 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from repopt_jax.train.tasks import told
+
 logger = logging.getLogger(__name__)
 
 Vectors = Mapping[str, Mapping[str, Any]]
@@ -160,9 +162,9 @@ class Stopwatch:
 
 
 class ProgressBar:
-    """A bar with loss, accuracy, images/s and remaining time; without a terminal, a logged line an epoch."""
+    """A bar with loss, images/s and remaining time; without a terminal, a logged line an epoch."""
 
-    def __init__(self, name: str, *, total: int, start: int, shown: bool):
+    def __init__(self, name: str, task: str, *, total: int, start: int, shown: bool):
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -173,18 +175,18 @@ class ProgressBar:
             console=console,
             disable=not (shown and console.is_terminal),
         )
-        self._name, self._total = name, total
-        self._task = self._progress.add_task(name, total=total, completed=start, told="compiling")
+        self._name, self._task, self._total = name, task, total
+        self._bar = self._progress.add_task(name, total=total, completed=start, told="compiling")
         self._last: Mapping[str, Any] = {}
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Shows a "train" record."""
         self._last = record
-        told = (
-            f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.1%}  "
-            f"{record['images_per_s']:,.0f} images/s"
-        )
-        self._progress.update(self._task, completed=record["step"], told=told)
+        parts = [f"loss {record['loss']:.3f}"]
+        if "accuracy" in record:
+            parts.append(f"accuracy {record['accuracy']:.1%}")
+        parts.append(f"{record['images_per_s']:,.0f} images/s")
+        self._progress.update(self._bar, completed=record["step"], told="  ".join(parts))
 
     def end_epoch(self, epoch: int, evaluation: Mapping[str, Any] | None) -> None:
         """Tells that an epoch is over: through `logging` if there is no bar, above the bar if evaluated."""
@@ -192,7 +194,7 @@ class ProgressBar:
         if self._last:
             parts.append(f"loss {self._last['loss']:.3f}, {self._last['images_per_s']:,.0f} images/s")
         if evaluation is not None:
-            parts.append(f"test accuracy {evaluation['accuracy']:.2%}")
+            parts.append(told(self._task, evaluation))
         if self._progress.disable:
             logger.info(", ".join(parts))
         elif evaluation is not None:

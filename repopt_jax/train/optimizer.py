@@ -27,27 +27,32 @@ SEARCHED = r"(.*/)?scales/[^/]+"
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(.*/)?bn_identity/scale", True),
     (r"(.*/)?weights/[^/]+", True),
+    (r"(.*/)?norms/identity/scale", True),
     (r"(.*/)?kernel", True),
     (SEARCHED, False),
+    (r"(.*/)?norms/[^/]+/(scale|bias)", False),
+    (r"head/(box|keypoint)_scale", False),
     (r"(.*/)?bn[^/]*/(scale|bias)", False),
     (r"(.*/)?bias", False),
 )
 
 
 def make_optimizer(
-    optim: OptimConfig, schedule: optax.Schedule, *, scales: Scales | None = None
+    optim: OptimConfig, schedule: optax.Schedule, *, batch_size: int, scales: Scales | None = None
 ) -> optax.GradientTransformation:
     """Clipping, where `optim` asks for it, then the optimizer that it names.
 
     Args:
       optim: the optimizer, its constants, decay and clipping.
       schedule: learning rate of each step.
+      batch_size: over all devices; for `optim.decay_scaling`.
       scales: the optimizer and the norm by which it clips become those of the network with branches:
         `repopt_sgd`, `repopt_adamw`, `repopt_lion`; `clip_by_repopt_global_norm`.
     """
     own: dict[str, Any] = {field: getattr(optim, field) for field in OPTIMIZERS[optim.name]}
     constants = {field: value for field, value in own.items() if value is not None}
-    constants |= {"weight_decay": optim.weight_decay, "mask": decay_mask}
+    decay = optim.weight_decay * (decay_factor(batch_size) if optim.decay_scaling == "batch" else 1)
+    constants |= {"weight_decay": decay, "mask": decay_mask}
     plain, repopt = READY[optim.name]
     tx = plain(schedule, **constants) if scales is None else repopt(schedule, scales, **constants)
     if optim.clip_norm is None:
@@ -55,6 +60,15 @@ def make_optimizer(
     if scales is None:
         return optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
     return optax.chain(clip_by_repopt_global_norm(optim.clip_norm, scales), tx)
+
+
+def decay_factor(batch_size: int) -> float:
+    """batch * max(1, round(64 / batch)) / 64, by which YOLOv6 multiplies the weight decay.
+
+    There, gradients are accumulated over round(64 / batch) steps, so this is the images of an update over 64:
+    1 for every batch that divides 64, 1.125 for 24, 2 for 128.
+    """
+    return batch_size * max(1, round(64 / batch_size)) / 64
 
 
 def decayed_sgd(

@@ -1,7 +1,7 @@
 """The whole path once, on one command: search, extract scales, train, check, deploy, report.
 
     OUT/search/            the hyper-search; the scales that it found are in OUT/search/scales
-    OUT/runs/<way>-<seed>/ plain SGD, RepOpt with searched scales, RepOpt with the depth rule, RepVGG
+    OUT/runs/<way>-<seed>/ plain SGD, RepOpt with searched scales, RepVGG (classifiers also the depth rule)
     OUT/equivalence.json   training the CSLA network against training the plain one with `repopt_mask`
     OUT/deploy/<way>/      the first seed of each way as plain convolutions
     OUT/report.html, report.json, report/
@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import optax
-from flax import nnx
 
-from repopt_jax import data, verify
+from repopt_jax import verify
 from repopt_jax._version import __version__
 from repopt_jax.optim import repopt_mask
-from repopt_jax.scales import load_scales
 from repopt_jax.train import monitor, records, report
-from repopt_jax.train.build import build_model, open_data
+from repopt_jax.train.checking import config_check
 from repopt_jax.train.config import Config, validate
 from repopt_jax.train.config_io import differing_fields, from_json, to_json
-from repopt_jax.train.deploy import Deployed, deploy
+from repopt_jax.train.deploy import Deployed, deploy, load_deployed
+from repopt_jax.train.gallery import gallery
 from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import Summary
+from repopt_jax.train.tasks import METRICS, told
 
 Say = Callable[[str], None]
 
@@ -42,8 +42,10 @@ WAYS: dict[str, tuple[str, str | None]] = {
     "depth": ("target", "depth"),
     "repvgg": ("repvgg", ""),
 }
-CHECKED_STEPS = 50
-CHECKED_BATCH = 16
+# Task -> the ways that are compared, and how often each is trained where the caller does not say.
+COMPARED = {"classify": (tuple(WAYS), 2), "detect": (("plain", "repopt", "repvgg"), 1)}
+# Task -> steps and batch size of the check: float64 is slow, and the claim holds for every size.
+CHECKED = {"classify": (50, 16), "detect": (10, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def quickstart(
     base: Config,
     out_dir: str | Path,
     *,
-    seeds: int = 2,
+    seeds: int | None = None,
     say: Say = lambda line: None,
     source: str = "digits",
 ) -> Quickstart:
@@ -70,7 +72,8 @@ def quickstart(
       base: what all runs share: network, data, epochs, optimizer. Kind, scales, name and seed are set here.
       out_dir: new, empty, or that of an earlier quickstart with an equal `base`, which is continued or
         reused.
-      seeds: how often each way of training is repeated, with seeds `base.seed`, `base.seed` + 1, ...
+      seeds: how often each way of training is repeated, with seeds `base.seed`, `base.seed` + 1, ...; by
+        default twice, a detector once.
       say: called with each line of progress.
       source: config file and overrides, as on the command line; the report tells how to repeat the runs with
         them.
@@ -80,6 +83,8 @@ def quickstart(
       OSError, FloatingPointError: as `loop.run`.
     """
     _check(base, seeds)
+    ways, usual = COMPARED[base.task]
+    seeds = usual if seeds is None else seeds
     out_dir = Path(out_dir).expanduser().absolute()
     _claim(out_dir, base)
 
@@ -92,13 +97,14 @@ def quickstart(
     say(f"  scales in {scales}")
     say(f"  {verdict.sentence}")
 
-    say(f"Check in float64: CSLA network against plain network with repopt_mask, {CHECKED_STEPS} steps")
-    check = variant(base, "check", "target", "")
-    equivalence = check_equivalence(check, scales, out_dir / "equivalence.json")
+    steps, _ = CHECKED[base.task]
+    say(f"Check in float64: CSLA network against plain network with repopt_mask, {steps} steps")
+    check = variant(base, "check", "target", str(scales))
+    equivalence = check_equivalence(check, out_dir / "equivalence.json")
     say(_told_equivalence(equivalence))
 
-    runs = _train(base, out_dir / "runs", scales, seeds, say)
-    firsts = {"search": search_dir} | {way: out_dir / "runs" / f"{way}-{base.seed}" for way in WAYS}
+    runs = _train(base, out_dir / "runs", scales, ways, seeds, say)
+    firsts = {"search": search_dir} | {way: out_dir / "runs" / f"{way}-{base.seed}" for way in ways}
     deployed = _deploy(firsts, out_dir / "deploy", say)
 
     ordered = [records.read_run(folder) for folder in [*runs, search_dir]]
@@ -110,14 +116,15 @@ def quickstart(
         deployed=deployed,
         equivalence=equivalence,
         commands=[_command(config, folder, source) for folder, config in made.items()],
+        galleries=_galleries(base, out_dir / "deploy"),
     )
     return Quickstart(tuple(report.table(ordered, deployed)), equivalence, verdict, page)
 
 
-def _check(base: Config, seeds: int) -> None:
+def _check(base: Config, seeds: int | None) -> None:
     """What would fail only after the search is refused before it."""
     problems = []
-    if seeds < 1:
+    if seeds is not None and seeds < 1:
         problems.append(f"`seeds` is {seeds}; it must be at least 1")
     if base.model.kind != "target" or base.scales:
         problems.append(
@@ -160,10 +167,13 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _train(base: Config, folder: Path, scales: Path, seeds: int, say: Say) -> dict[Path, Config]:
+def _train(
+    base: Config, folder: Path, scales: Path, ways: Sequence[str], seeds: int, say: Say
+) -> dict[Path, Config]:
     """Trains every way with every seed; run folder -> config, the first seed of all ways first."""
     runs: dict[Path, Config] = {}
-    for seed, (way, (kind, named)) in itertools.product(range(base.seed, base.seed + seeds), WAYS.items()):
+    for seed, way in itertools.product(range(base.seed, base.seed + seeds), ways):
+        kind, named = WAYS[way]
         config = variant(base, way, kind, str(scales) if named is None else named, seed=seed)
         say(f"Train: {report.label_of(kind, config.scales)}, seed {seed}")
         runs[folder / f"{way}-{seed}"] = config
@@ -191,8 +201,20 @@ def variant(base: Config, way: str, kind: str, scales: str, *, seed: int | None 
     return config
 
 
-def check_equivalence(config: Config, scales_dir: Path, path: Path) -> dict[str, Any]:
-    """The check of CSLA against `repopt_mask` with the searched scales on the first training images, kept at
+def _galleries(base: Config, deployed: Path) -> dict[str, tuple[str, bytes]]:
+    """Of detectors, pictures of what the RepOpt network finds, and of what there is to find."""
+    if base.task != "detect":
+        return {}
+    network = load_deployed(deployed / "repopt")
+    found = "What the deployed RepOpt network finds on test images: boxes with class and score, keypoints."
+    return {
+        "found": (found, gallery(network)),
+        "annotated": ("The same images as they are annotated.", gallery(network, annotated=True)),
+    }
+
+
+def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
+    """The check of CSLA against `repopt_mask` with the config's scales on the first training images, kept at
     `path`.
 
     Beside it the same check with weight decay in the wrong place, which must fail: a check that cannot fail
@@ -202,12 +224,12 @@ def check_equivalence(config: Config, scales_dir: Path, path: Path) -> dict[str,
       The fields of `verify.Equivalence` with its two properties, `wrong_order_difference`, `inputs` and
       `reused`.
     """
-    inputs = {"config": to_json(config), "scales": str(scales_dir), "version": __version__}
+    inputs = {"config": to_json(config), "version": __version__}
     stored = records.read_json(path, default={})
     if stored.get("inputs") == inputs:
         return stored | {"reused": True}
-    right = _verify(config, scales_dir, verify.nesterov_with_decay)
-    wrong = _verify(config, scales_dir, _wrong_order)
+    right = _verify(config, verify.nesterov_with_decay)
+    wrong = _verify(config, _wrong_order)
     found = {
         **dataclasses.asdict(right),
         "max_difference": right.max_difference,
@@ -221,27 +243,13 @@ def check_equivalence(config: Config, scales_dir: Path, path: Path) -> dict[str,
 
 
 def _verify(
-    config: Config,
-    scales_dir: Path,
-    recipe: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+    config: Config, recipe: Callable[[optax.GradientTransformation], optax.GradientTransformation]
 ) -> verify.Equivalence:
-    source, transform = open_data(config.data)
-    model, _ = build_model(config, source.info)
-    model.train()
-    scales = load_scales(scales_dir, model)
-    # Small batches: float64 is slow, and the claim holds for every size.
-    size = min(CHECKED_BATCH, config.batch_size)
-    limit = config.data.train_limit
-    batches = data.train_batches(source, transform, batch_size=size, seed=config.seed, limit=limit)
-    steps = itertools.islice(batches, CHECKED_STEPS)
-    return verify.verify_equivalence(
-        model,
-        scales,
-        steps,
-        optimizer=recipe(repopt_mask(scales)),
-        twin_optimizer=recipe(optax.identity()),
-        rngs=nnx.Rngs(config.seed),
-    )
+    steps, size = CHECKED[config.task]
+    config = dataclasses.replace(config, batch_size=min(size, config.batch_size))
+    check = config_check(config)
+    optimizers = {"optimizer": recipe(repopt_mask(check.scales)), "twin_optimizer": recipe(optax.identity())}
+    return dataclasses.replace(check, **optimizers).run(steps=steps)
 
 
 def _wrong_order(mask: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -251,14 +259,15 @@ def _wrong_order(mask: optax.GradientTransformation) -> optax.GradientTransforma
 
 def summary_lines(rows: Sequence[report.Row]) -> Iterator[str]:
     """The table of results as lines of text."""
-    cells = [("way of training", "test accuracy", "ms a step", "parameters", "deployed", "deploy error")]
+    metrics = [metric for task in METRICS.values() for metric in task if metric.name in rows[0].measured]
+    labels = (metric.label for metric in metrics)
+    cells = [("way of training", *labels, "ms a step", "parameters", "deployed", "deploy error")]
     for row in rows:
-        each = f" ({', '.join(f'{100 * a:.2f}' for a in row.accuracies)})" if len(row.accuracies) > 1 else ""
         deployed = row.deployed or {"deploy_parameters": 0, "max_rel": 0.0}
         cells.append(
             (
                 row.label,
-                f"{100 * row.accuracy:.2f} %{each}",
+                *(_percent(row.measured[metric.name]) for metric in metrics),
                 "-" if row.step_ms is None else f"{row.step_ms:.1f}",
                 f"{row.train_parameters:,}",
                 f"{deployed['deploy_parameters']:,}",
@@ -272,10 +281,15 @@ def summary_lines(rows: Sequence[report.Row]) -> Iterator[str]:
         yield "  ".join([first, *rest])
 
 
+def _percent(values: Sequence[float]) -> str:
+    each = f" ({', '.join(f'{100 * value:.2f}' for value in values)})" if len(values) > 1 else ""
+    return f"{100 * sum(values) / len(values):.2f} %{each}"
+
+
 def _told(summary: Summary) -> str:
     reused = "reused: " if summary.reused else ""
-    accuracy = f"test accuracy {summary.test_accuracy:.2%} of {summary.test_count} images"
-    return f"  {reused}{accuracy}, {summary.step_ms_median:.1f} ms a step, {summary.wall_s:.0f} s"
+    measured = f"{told(summary.task, summary.test)} of {summary.test_count} images"
+    return f"  {reused}{measured}, {summary.step_ms_median:.1f} ms a step, {summary.wall_s:.0f} s"
 
 
 def _told_deployed(deployed: Deployed) -> str:

@@ -68,7 +68,10 @@ def read_run(run_dir: str | Path) -> Run:
         records = tuple(read_records(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} has a line that is not JSON: {error}") from error
-    return Run(directory, read_json(directory / "summary.json", default={}), records)
+    summary = read_json(directory / "summary.json", default={})
+    if summary and "test" not in summary:  # written when there was nothing but classification
+        summary |= {"task": "classify", "test": {"accuracy": summary["test_accuracy"]}}
+    return Run(directory, summary, records)
 
 
 def read_history(run_dir: str | Path) -> History:

@@ -16,6 +16,7 @@ from typing import Any
 
 from repopt_jax.train import figures, monitor, page
 from repopt_jax.train.records import History, Run, history_of
+from repopt_jax.train.tasks import METRICS
 
 NAMED_SCALES = {"": "plain SGD", "ones": "RepOpt, all ones", "depth": "RepOpt, depth rule"}
 KINDS = {"search": "search network", "repvgg": "RepVGG", "csla": "CSLA"}
@@ -27,8 +28,9 @@ class Row:
 
     Attributes:
       label: what it is called in tables and legends.
-      accuracies: test accuracy in [0, 1] of each seed.
-      standard_error: of one of them, from the number of test images alone, in [0, 1].
+      measured: metric -> its value in [0, 1] for each seed, the metric that runs are compared by first.
+      standard_error: of an accuracy, from the number of test images alone, in [0, 1]; None for what is no
+        share of images.
       test_count: test images.
       step_ms: median over the seeds of the time of a training step, in ms; None if it was not timed.
       train_parameters: trained numbers.
@@ -36,16 +38,17 @@ class Row:
     """
 
     label: str
-    accuracies: tuple[float, ...]
-    standard_error: float
+    measured: Mapping[str, tuple[float, ...]]
+    standard_error: float | None
     test_count: int
     step_ms: float | None
     train_parameters: int
     deployed: Mapping[str, Any] | None
 
     @property
-    def accuracy(self) -> float:
-        return statistics.fmean(self.accuracies)
+    def score(self) -> float:
+        """The mean over the seeds of what runs are compared by."""
+        return statistics.fmean(next(iter(self.measured.values())))
 
 
 def write_report(
@@ -56,6 +59,7 @@ def write_report(
     deployed: Mapping[Path, Mapping[str, Any]] | None = None,
     equivalence: Mapping[str, Any] | None = None,
     commands: Sequence[str] = (),
+    galleries: Mapping[str, tuple[str, bytes]] | None = None,
 ) -> Path:
     """Writes the report of finished runs and returns the path of its page.
 
@@ -67,10 +71,11 @@ def write_report(
       deployed: run folder -> what deploying it came to.
       equivalence: what the check of CSLA against `repopt_mask` found.
       commands: how to make the runs again, one shell command each.
+      galleries: pictures of what networks find on test images: name of the file -> (caption, PNG).
 
     Raises:
-      ValueError: no runs, or one that has no summary or no evaluation; all of them are named.
-      OSError: `out_dir` cannot be written.
+      ValueError: no runs, runs of different tasks, or one that has no summary or no evaluation; all of them
+      are named. OSError: `out_dir` cannot be written.
     """
     _check(runs)
     out_dir = Path(out_dir)
@@ -80,7 +85,8 @@ def write_report(
     pictures = dict(_draw(runs, rows, history))
     content = {
         "title": title,
-        "rows": [{**dataclasses.asdict(row), "accuracy": row.accuracy} for row in rows],
+        "task": _task(runs),
+        "rows": [{**dataclasses.asdict(row), "score": row.score} for row in rows],
         "noise": noise(rows),
         "search": dataclasses.asdict(verdict) if verdict else None,
         "equivalence": equivalence,
@@ -89,11 +95,12 @@ def write_report(
     }
     folder = out_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
+    galleries = galleries or {}
+    for name, picture in {**pictures, **{name: png for name, (_, png) in galleries.items()}}.items():
         (folder / f"{name}.png").write_bytes(picture)
     (out_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     path = out_dir / "report.html"
-    path.write_text(page.render(content, pictures), encoding="utf-8")
+    path.write_text(page.render(content, pictures, dict(galleries.values())), encoding="utf-8")
     return path
 
 
@@ -121,13 +128,18 @@ def table(runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> li
 def noise(rows: Sequence[Row]) -> dict[str, float]:
     """What chance alone does: two standard errors of a difference of accuracies, and the largest difference.
 
+    Empty where the runs are compared by something else than an accuracy.
+
     The networks see the same test images, which makes the true error of a difference smaller; seeds do not,
     as they share the images too. Both in [0, 1]. The search network is left out: it is not an alternative to
     the others.
     """
     compared = [row for row in rows if row.label != KINDS["search"]] or list(rows)
-    means = [row.accuracy for row in compared]
-    error = max(row.standard_error for row in compared)
+    means = [row.score for row in compared]
+    errors = [row.standard_error for row in compared if row.standard_error is not None]
+    if not errors:
+        return {}
+    error = max(errors)
     return {"two_errors": 2 * math.sqrt(2) * error, "largest_difference": max(means) - min(means)}
 
 
@@ -144,11 +156,17 @@ def _row(label: str, runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, A
     summaries = [run.summary for run in runs]
     times = [s["step_ms_median"] for s in summaries if s["step_ms_median"] is not None]
     count = min(s["test_count"] for s in summaries)
-    accuracies = tuple(s["test_accuracy"] for s in summaries)
+    task = _task(runs)
+    measured = {}
+    for metric in METRICS[task]:
+        values = tuple(s["test"].get(metric.name) for s in summaries)
+        if None not in values:
+            measured[metric.name] = values
+    accuracies = measured.get("accuracy")
     return Row(
         label=label,
-        accuracies=accuracies,
-        standard_error=standard_error(statistics.fmean(accuracies), count),
+        measured=measured,
+        standard_error=standard_error(statistics.fmean(accuracies), count) if accuracies else None,
         test_count=count,
         step_ms=statistics.median(times) if times else None,
         train_parameters=summaries[0]["train_parameters"],
@@ -157,10 +175,11 @@ def _row(label: str, runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, A
 
 
 def _draw(runs: Sequence[Run], rows: Sequence[Row], history: History | None) -> Iterator[tuple[str, bytes]]:
+    metric = METRICS[_task(runs)][0]
     curves = {
-        label: [run.curve("eval", "accuracy") for run in group] for label, group in _groups(runs).items()
+        label: [run.curve("eval", metric.name) for run in group] for label, group in _groups(runs).items()
     }
-    yield "accuracy", _png(figures.accuracy(curves))
+    yield "accuracy", _png(figures.accuracy(curves, metric.label))
     if history:
         yield from _draw_scales(history)
     if times := {row.label: row.step_ms for row in rows if row.step_ms is not None}:
@@ -195,3 +214,9 @@ def _check(runs: Sequence[Run]) -> None:
     unfit = [str(run.directory) for run in runs if not run.summary or not run.of_kind("eval")]
     if unfit:
         raise ValueError(f"not finished, or never evaluated: {', '.join(unfit)}; let these runs end first")
+    if len(tasks := sorted({run.summary["task"] for run in runs})) > 1:
+        raise ValueError(f"the runs are of different tasks, {' and '.join(tasks)}: make a report of each")
+
+
+def _task(runs: Sequence[Run]) -> str:
+    return runs[0].summary["task"]

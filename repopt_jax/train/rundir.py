@@ -20,12 +20,15 @@ from typing import Any
 import jax
 
 from repopt_jax._version import __version__
-from repopt_jax.data import DatasetInfo
+from repopt_jax.data import DatasetInfo, DetectionInfo
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import differing_fields, from_json, to_json
 from repopt_jax.train.records import read_json
 from repopt_jax.train.sharding import meet
 from repopt_jax.train.state import TrainState
+from repopt_jax.train.tasks import METRICS
+
+Info = DatasetInfo | DetectionInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Summary:
       name, kind, scales, seed, epochs: as in the config.
       steps: training steps done.
       test_accuracy, test_loss, test_count: of the last evaluation (accuracy in [0, 1]); None before the
-        first.
+        first, and what a task does not have.
       train_parameters: trained numbers in the network.
       step_ms_median: median over the log's lines of the mean time of a step, without compilation, evaluation
         and checkpoints; images_per_s follows from it. None if no step was timed.
@@ -44,6 +47,8 @@ class Summary:
       finished: False if the run was asked to stop before its end.
       versions, device: what it ran on.
       reused: True if the run was already finished and nothing was done.
+      task: "classify" or "detect".
+      test: all numbers of the last evaluation by name, as `tasks.METRICS` has them for this task.
     """
 
     name: str
@@ -63,6 +68,8 @@ class Summary:
     versions: dict[str, str]
     device: str
     reused: bool = False
+    task: str = "classify"
+    test: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def summarize(
@@ -72,7 +79,7 @@ def summarize(
     speeds = [record["images_per_s"] for record in records if record["kind"] == "train"]
     speed = statistics.median(speeds) if speeds else None
     tests = [record for record in records if record["kind"] == "eval"]
-    test = tests[-1] if tests else {"accuracy": None, "loss": None, "count": None}
+    test = tests[-1] if tests else {}
     return Summary(
         name=config.name,
         kind=config.model.kind,
@@ -80,9 +87,9 @@ def summarize(
         seed=config.seed,
         epochs=config.epochs,
         steps=int(jax.device_get(state.step)),
-        test_accuracy=test["accuracy"],
-        test_loss=test["loss"],
-        test_count=test["count"],
+        test_accuracy=test.get("accuracy"),
+        test_loss=test.get("loss"),
+        test_count=test.get("count"),
         train_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         step_ms_median=None if speed is None else 1e3 * config.batch_size / speed,
         images_per_s=speed,
@@ -90,6 +97,8 @@ def summarize(
         finished=finished,
         versions=_versions(),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        task=config.task,
+        test={metric.name: test.get(metric.name) for metric in METRICS[config.task]} if test else {},
     )
 
 
@@ -123,7 +132,7 @@ class RunFolder:
             return None
         return Summary(**{**done, "reused": True})
 
-    def claim(self, config: Config, info: DatasetInfo) -> None:
+    def claim(self, config: Config, info: Info) -> None:
         """Makes the folder that of this run. Call after `finished`.
 
         Raises:
@@ -143,7 +152,7 @@ class RunFolder:
         if (found := self.read()[1]) != info:
             raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
 
-    def read(self) -> tuple[Config, DatasetInfo]:
+    def read(self) -> tuple[Config, Info]:
         """The config and the data set of the run that is here.
 
         Raises:
@@ -153,9 +162,8 @@ class RunFolder:
         if missing := [name for name in names if not (self.path / name).is_file()]:
             raise FileNotFoundError(f"{self.path} holds no run: {', '.join(missing)} is missing")
         config, info = ((self.path / name).read_text(encoding="utf-8") for name in names)
-        values: dict[str, Any] = json.loads(info)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return from_json(config), DatasetInfo(**values)
+        config = from_json(config)
+        return config, info_from_json(config.task, json.loads(info))
 
     def finish(self, summary: Summary) -> None:
         """Writes the summary."""
@@ -188,6 +196,17 @@ class RunFolder:
         part = self.path / (name + _PART)
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(self.path / name)
+
+
+def info_from_json(task: str, fields: Mapping[str, Any]) -> Info:
+    """What is known of a data set, from the fields that JSON kept of it."""
+    kind = {"classify": DatasetInfo, "detect": DetectionInfo}[task]
+    return kind(**{name: _tuples(value) for name, value in fields.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where there were tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 _PART = ".part"

@@ -5,7 +5,7 @@ The network travels as a static graph definition and two plain dicts, `params` (
 lies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-Batch = dict[str, jax.Array]
+from repopt_jax.train.tasks import Batch, Objective
+
 Means = dict[str, jax.Array]
 
 
@@ -25,8 +26,8 @@ class TrainState(NamedTuple):
       params: trained arrays, by pure-dict path.
       rest: the network's other arrays.
       opt_state: the optimizer's state; with scales, their vectors are in it.
-      window: sums of loss and correct answers, and the number of images, since the last line of the log.
-        Here, not on the host, so that a resumed run writes the same line as an unbroken one.
+      window: sums of the loss and of what else the log averages, and the number of images, since its last
+        line. Here, not on the host, so that a resumed run writes the same line as an unbroken one.
       bad_step: () int32, first step whose loss was not finite, or -1.
       marks: scale vectors at the last record of their statistics (search), else empty.
     """
@@ -61,15 +62,22 @@ def merge_model(graphdef: Any, params: Any, rest: Any) -> Any:
 
 
 def init_state(
-    network: Network, tx: optax.GradientTransformation, *, marks: dict[str, Any] | None = None
+    network: Network,
+    tx: optax.GradientTransformation,
+    *,
+    sums: Mapping[str, Any],
+    marks: dict[str, Any] | None = None,
 ) -> TrainState:
-    """The state before the first step. It owns its buffers: the step that receives it gives them away."""
+    """The state before the first step. It owns its buffers: the step that receives it gives them away.
+
+    `sums` are the names and dtypes of what the log averages beside the loss, as the objective gives them.
+    """
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=network.params,
         rest=network.rest,
         opt_state=tx.init(network.params),
-        window=_zero_sums(),
+        window=zero_sums(sums),
         bad_step=jnp.full((), -1, jnp.int32),
         marks=marks or {},
     )
@@ -80,8 +88,8 @@ def make_train_step(
     graphdef: Any,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    objective: Objective,
     *,
-    label_smoothing: float = 0.0,
     log_every: int = 1,
     sharding: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Means]]:
@@ -91,27 +99,27 @@ def make_train_step(
       graphdef: of the network.
       tx: the optimizer.
       schedule: for the log; the optimizer applies its own copy.
-      label_smoothing: share of the label's probability that is spread over all classes.
+      objective: (model, batch) -> (mean loss, sums over the batch's images).
       log_every: steps after which the running means start anew.
       sharding: of the returned state, a tree like it; left to the compiler when None.
 
     Returns:
-      `step(state, {"image": (N, H, W, C) float32, "label": (N,) int32}) -> (state, means)`, the means being
-      loss and accuracy since the log's last line, this step's learning rate "lr", and "bad_step".
+      `step(state, {"image": (N, H, W, C) float32, ...}) -> (state, means)`, the means being those of the loss
+      and of the objective's sums since the log's last line, this step's learning rate "lr", and "bad_step".
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
         def loss_fn(params):
             model = merge_model(graphdef, params, state.rest)
             model.train()
-            logits = model(batch["image"])
-            loss = cross_entropy(logits, batch["label"], label_smoothing=label_smoothing).mean()
-            return loss, (loss, count_correct(logits, batch["label"]), split_model(model).rest)
+            loss, sums = objective(model, batch)
+            return loss, (loss, sums, split_model(model).rest)
 
-        grads, (loss, correct, rest) = jax.grad(loss_fn, has_aux=True)(state.params)
+        grads, (loss, sums, rest) = jax.grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        size = batch["label"].shape[0]
-        window = _add_sums(_reset_sums(state.window, state.step % log_every == 0), loss * size, correct, size)
+        size = batch["image"].shape[0]
+        window = _reset_sums(state.window, state.step % log_every == 0)
+        window = add_sums(window, {"loss": loss * size, **sums, "count": size})
         bad_step = jnp.where((state.bad_step < 0) & ~jnp.isfinite(loss), state.step + 1, state.bad_step)
         means = {**_means(window), "lr": jnp.asarray(schedule(state.step)), "bad_step": bad_step}
         params: Any = optax.apply_updates(state.params, updates)
@@ -122,77 +130,21 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def make_eval_step(
-    graphdef: Any,
-) -> Callable[[Any, Any, dict[str, jax.Array], Batch], dict[str, jax.Array]]:
-    """The jitted evaluation step, with running batch statistics.
-
-    Returns:
-      `step(params, rest, sums, batch) -> sums`, which adds a batch to the sums of `start_sums`. Images whose
-      "mask" is 0 are padding and count for nothing. The loss is the plain cross-entropy, whatever smoothing
-      training used.
-    """
-
-    def eval_step(params, rest, sums, batch):
-        model = merge_model(graphdef, params, rest)
-        model.eval()
-        logits, real = model(batch["image"]), batch["mask"] > 0
-        # Selected, not multiplied: padding may give any number, and 0 * nan is nan.
-        loss = jnp.where(real, cross_entropy(logits, batch["label"]), 0).sum()
-        correct = count_correct(logits, batch["label"], real=real)
-        return _add_sums(sums, loss, correct, real.sum(dtype=jnp.int32))
-
-    return jax.jit(eval_step, donate_argnums=2)
-
-
-def start_sums(sharding: Any) -> dict[str, jax.Array]:
-    """Sums of an evaluation before its first batch."""
-    return jax.device_put(_zero_sums(), sharding)
-
-
-def sums_to_means(sums: dict[str, jax.Array]) -> dict[str, Any]:
-    """Loss, accuracy and count as Python numbers."""
-    host = jax.device_get(sums)
-    count = int(host["count"])
-    return {
-        "loss": float(host["loss"]) / max(count, 1),
-        "accuracy": int(host["correct"]) / max(count, 1),
-        "count": count,
-    }
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy of each image, (N, classes) and (N,) -> (N,), computed in float32 or wider."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
-
-
-def count_correct(logits: jax.Array, labels: jax.Array, *, real: jax.Array | bool = True) -> jax.Array:
-    """How many images, of those that are `real`, have their largest logit at the label; () int32."""
-    return ((logits.argmax(-1) == labels) & real).sum(dtype=jnp.int32)
-
-
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
     """Whether no leaf holds NaN or infinity; () bool."""
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
-def _zero_sums() -> dict[str, jax.Array]:
-    return {
-        "loss": jnp.zeros((), jnp.float32),
-        "correct": jnp.zeros((), jnp.int32),
-        "count": jnp.zeros((), jnp.int32),
-    }
+def zero_sums(sums: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Sums over no image: of the loss, of `sums` (name -> dtype), and the count."""
+    dtypes = {"loss": jnp.float32, **sums, "count": jnp.int32}
+    return {name: jnp.zeros((), dtype) for name, dtype in dtypes.items()}
 
 
-def _add_sums(sums, loss, correct, count):
-    return {
-        "loss": sums["loss"] + loss.astype(jnp.float32),
-        "correct": sums["correct"] + correct,
-        "count": sums["count"] + count,
-    }
+def add_sums(sums: Mapping[str, jax.Array], more: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Sums over the images of both, in the dtypes of the first."""
+    return {name: value + jnp.asarray(more[name]).astype(value.dtype) for name, value in sums.items()}
 
 
 def _reset_sums(sums, start):
@@ -200,4 +152,4 @@ def _reset_sums(sums, start):
 
 
 def _means(sums):
-    return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
+    return {name: value / sums["count"] for name, value in sums.items() if name != "count"}

@@ -1,0 +1,52 @@
+"""A detector with keypoints on scenes of handwritten digits, 64x64 pixels; an argument for each way of
+training.
+
+    repopt quickstart --config=scenes --out=runs/scenes
+
+makes all of them. By hand:
+
+    repopt search --config=configs/scenes.py:search --out=runs/scenes/search
+    repopt train --config=configs/scenes.py:repopt --out=runs/scenes/repopt
+    repopt train --config=configs/scenes.py:plain --out=runs/scenes/plain
+    repopt train --config=configs/scenes.py:repvgg --out=runs/scenes/repvgg
+
+`repopt` takes the scales that the first command wrote; `--config.scales=` names others.
+`,smoke` after the argument (`scenes.py:search,smoke`) runs two short epochs on a few scenes.
+"""
+
+from repopt_jax.modes import Mode
+from repopt_jax.train.config import Config, DataConfig, DetectConfig, ModelConfig, OptimConfig
+
+# Mode -> kind of network, scales.
+RUNS = {
+    Mode.PLAIN: ("target", ""),
+    Mode.SEARCH: ("search", ""),
+    Mode.REPOPT: ("target", "runs/scenes/search/scales"),
+    Mode.REPVGG: ("repvgg", ""),
+}
+
+
+def get_config(arg: str = "plain") -> Config:
+    name, _, option = (arg or "plain").partition(",")
+    if option not in ("", "smoke"):
+        raise ValueError(f"argument {arg!r} ends in {option!r}: only ',smoke' can follow the mode")
+    mode = Mode.parse(name)
+    kind, scales = RUNS[mode]
+    config = Config(
+        name=f"scenes-{mode}",
+        task="detect",
+        epochs=10,
+        batch_size=16,
+        eval_batch_size=32,
+        scales=scales,
+        log_every=20,
+        eval_every=2,
+        model=ModelConfig(variant="scenes", kind=kind, activation="relu6"),
+        data=DataConfig(source="scenes", image_size=64, mean=(0.3,), std=(0.25,)),
+        optim=OptimConfig(learning_rate=0.04, weight_decay=1e-4, warmup_epochs=1, clip_norm=10.0),
+        detect=DetectConfig(level_range=4.0),
+    )
+    if option == "smoke":
+        config.epochs, config.batch_size, config.log_every, config.eval_every = 2, 4, 1, 1
+        config.data.scenes, config.eval_batch_size = (8, 4), 4
+    return config

@@ -1,0 +1,135 @@
+"""Classification: cross-entropy, accuracy, and the networks of `models.RepOptVGG`."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from repopt_jax import data
+from repopt_jax.models import VGG_VARIANTS, RepOptVGG
+from repopt_jax.scales import Scales, load_scales
+from repopt_jax.train.config import DataConfig
+from repopt_jax.train.sharding import put_batch, replicated
+from repopt_jax.train.state import add_sums, merge_model, zero_sums
+from repopt_jax.train.tasks import Batch, Task
+
+
+class Classification(Task):
+    """One label an image."""
+
+    sums = {"accuracy": jnp.int32}  # noqa: RUF012  (constant)
+
+    def open_data(self, settings: DataConfig) -> tuple[data.Source, data.Transform]:
+        source = data.open_source(
+            settings.source,
+            name=settings.name or None,
+            data_dir=os.path.expanduser(settings.data_dir) or None,
+        )
+        transform = data.Transform(
+            image_size=settings.image_size,
+            crop_padding=settings.crop_padding,
+            flip=settings.flip,
+            area=settings.area,
+            mean=settings.mean,
+            std=settings.std,
+        )
+        return source, transform
+
+    def train_batches(self, source, transform, **options):
+        return data.train_batches(source, transform, **options)
+
+    def eval_batches(self, source, transform, **options):
+        return data.eval_batches(source, transform, **options)
+
+    def new_model(self, info: data.DatasetInfo, *, seed: int, scales: Scales | None = None) -> RepOptVGG:
+        model = self.config.model
+        return RepOptVGG(
+            VGG_VARIANTS[model.variant],
+            kind=model.kind,  # pyright: ignore[reportArgumentType]
+            num_classes=info.num_classes,
+            in_channels=info.channels,
+            post_se=model.post_se,
+            form=model.form,  # pyright: ignore[reportArgumentType]
+            scales=scales,
+            dtype=None if model.dtype == "float32" else jnp.dtype(model.dtype),
+            rngs=nnx.Rngs(seed),
+        )
+
+    def resolve_scales(self, name: str, info: data.DatasetInfo) -> Scales:
+        model = nnx.eval_shape(lambda: self.new_model(info, seed=0))
+        if name == "ones":
+            return model.unit_scales()
+        if name == "depth":
+            return model.depth_scales()
+        return load_scales(name, model)
+
+    def architecture(self) -> str:
+        return self.config.model.variant
+
+    def objective(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = model(batch["image"])
+        smoothing = self.config.optim.label_smoothing
+        loss = cross_entropy(logits, batch["label"], label_smoothing=smoothing).mean()
+        return loss, {"accuracy": count_correct(logits, batch["label"])}
+
+    def make_evaluator(self, graphdef: Any, source: Any, mesh: Mesh):
+        step = make_eval_step(graphdef)
+
+        def evaluate(params: Any, rest: Any, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
+            sums = jax.device_put(zero_sums(self.sums), replicated(mesh))
+            for batch in batches:
+                sums = step(params, rest, sums, put_batch(batch, mesh))
+            return sums_to_means(sums)
+
+        return evaluate
+
+
+def make_eval_step(
+    graphdef: Any,
+) -> Callable[[Any, Any, dict[str, jax.Array], Batch], dict[str, jax.Array]]:
+    """The jitted evaluation step, with running batch statistics.
+
+    Returns:
+      `step(params, rest, sums, batch) -> sums`, which adds a batch to the sums of loss, correct answers
+      ("accuracy") and images. Images whose "mask" is 0 are padding and count for nothing. The loss is the
+      plain cross-entropy, whatever smoothing training used.
+    """
+
+    def eval_step(params, rest, sums, batch):
+        model = merge_model(graphdef, params, rest)
+        model.eval()
+        logits, real = model(batch["image"]), batch["mask"] > 0
+        # Selected, not multiplied: padding may give any number, and 0 * nan is nan.
+        loss = jnp.where(real, cross_entropy(logits, batch["label"]), 0).sum()
+        correct = count_correct(logits, batch["label"], real=real)
+        return add_sums(sums, {"loss": loss, "accuracy": correct, "count": real.sum(dtype=jnp.int32)})
+
+    return jax.jit(eval_step, donate_argnums=2)
+
+
+def sums_to_means(sums: dict[str, jax.Array]) -> dict[str, Any]:
+    """Loss, accuracy and count as Python numbers."""
+    host = jax.device_get(sums)
+    count = int(host["count"])
+    return {
+        "loss": float(host["loss"]) / max(count, 1),
+        "accuracy": int(host["accuracy"]) / max(count, 1),
+        "count": count,
+    }
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
+    """Softmax cross-entropy of each image, (N, classes) and (N,) -> (N,), computed in float32 or wider."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+
+
+def count_correct(logits: jax.Array, labels: jax.Array, *, real: jax.Array | bool = True) -> jax.Array:
+    """How many images, of those that are `real`, have their largest logit at the label; () int32."""
+    return ((logits.argmax(-1) == labels) & real).sum(dtype=jnp.int32)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# A detector on scenes of handwritten digits: search, plain SGD, RepOpt and RepVGG with three seeds, deployed and compared.
+#
+#   scripts/scenes.sh [OUT]
+#
+# OUT (runs/scenes by default) gets the report; what is finished there is not run again, what was interrupted continues.
+set -euo pipefail
+out=$(realpath -m "${1:-runs/scenes}")
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH" # the README's environment, where there is one
+
+repopt quickstart --config=configs/scenes.py --seeds=3 --out="$out"
+python scripts/summarize_runs.py "$out/runs" --compare plain repopt repvgg --metrics ap50 ap keypoint_ap50 keypoint_ap \
+  --title "Scenes of digits: a detector with keypoints" --command "scripts/scenes.sh" --out scripts/results/scenes

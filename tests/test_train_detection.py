@@ -1,0 +1,295 @@
+"""The trainer on detection: search, scales, RepOpt, evaluation, deployment, prediction, and every mistake on
+the way."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from repopt_jax import Scales, cli, data, load_scales, save_scales, train
+from repopt_jax.models import DETECTORS, DetectorVariant
+from repopt_jax.models.efficientrep import BackboneVariant
+from repopt_jax.train import build, checking, deploy, gallery, quickstart, records
+
+DETECTORS["tiny"] = DetectorVariant(
+    "tiny", BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)), channels=6, maps=2, levels=2, tower=1
+)
+
+
+def tiny(kind="target", scales="", **changes) -> train.Config:
+    """Two epochs of two steps on scenes of 32 pixels."""
+    config = train.Config(name="tiny", task="detect", epochs=2, batch_size=4, eval_batch_size=4, log_every=1)
+    config.scales = str(scales)
+    config.model = train.ModelConfig(variant="tiny", kind=kind, activation="relu6")
+    config.data = train.DataConfig(source="scenes", image_size=32, scenes=(8, 6))
+    config.optim = train.OptimConfig(learning_rate=0.01, clip_norm=5.0)
+    for name, value in changes.items():
+        owner, _, field = name.rpartition("__")
+        setattr(getattr(config, owner) if owner else config, field, value)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Compiling is most of the time here, and nothing hangs on the optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A search and a RepOpt run with what it found, finished."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.run(tiny("search"), folder / "search", progress=False)
+    train.run(tiny(scales=folder / "search" / "scales"), folder / "repopt", progress=False)
+    return folder
+
+
+def test_search_finds_scales_of_the_layers_that_the_network_declares(runs):
+    scales = load_scales(runs / "search" / "scales")
+    plain = build.make_task(tiny()).new_model(data.open_scenes(num_train=1, num_eval=1).info, seed=0)
+    assert scales.branch_sets == plain.branch_sets()
+    assert scales.metadata.architecture == "tiny/relu6"
+    assert any(path.startswith("head/keypoint_tower") for path in scales.entries)
+    started = Scales.ones(scales.branch_sets)
+    assert any(
+        not np.allclose(v, u) for v, u in zip(jax.tree.leaves(scales), jax.tree.leaves(started), strict=True)
+    )
+
+
+def test_the_records_hold_every_part_of_the_loss_and_every_metric(runs):
+    run = records.read_run(runs / "repopt")
+    line = run.of_kind("train")[0]
+    parts = [line[f"{part}_loss"] for part in ("classes", "boxes", "centerness", "keypoints")]
+    assert line["loss"] == pytest.approx(sum(parts), rel=1e-5)
+    assert run.summary["test"].keys() == {"ap50", "ap", "keypoint_ap50", "keypoint_ap"}
+    assert run.summary["test_count"] == 6
+    assert run.summary["test_accuracy"] is None
+
+
+def test_evaluation_does_not_depend_on_batches_or_devices(runs):
+    trained = build.load_trained(runs / "repopt")
+    found = [
+        deploy.evaluate(trained._replace(config=dataclasses.replace(trained.config, eval_batch_size=size)))
+        for size in (1, 4)
+    ]
+    assert found[0] == found[1]
+    assert found[0]["count"] == 6
+
+
+def test_an_interrupted_run_continues_to_the_same_state(runs, tmp_path):
+    steps = iter([False, True])
+    config = tiny(scales=runs / "search" / "scales", checkpoint_every=2)
+    assert not train.run(config, tmp_path / "run", progress=False, stop=lambda: next(steps)).finished
+    train.run(config, tmp_path / "run", progress=False)
+    whole, resumed = (build.load_trained(folder).model for folder in (runs / "repopt", tmp_path / "run"))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# float32; measured 2e-6 at most.
+DEPLOYED = 1e-4
+
+
+@pytest.mark.parametrize("kind", ["target", "search", "repvgg", "csla"])
+def test_every_kind_trains_and_deploys_to_the_same_outputs(runs, tmp_path, kind):
+    run = runs / "search" if kind == "search" else tmp_path / "run"
+    train.run(tiny(kind), run, progress=False)
+    done = deploy.deploy(run, tmp_path / "deployed")
+    assert done.max_abs < DEPLOYED
+    assert done.agreement == 1
+    assert done.test.keys() == {"ap50", "ap", "keypoint_ap50", "keypoint_ap"}
+    plain = deploy.load_deployed(tmp_path / "deployed")
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
+    trained = build.load_trained(run).model
+    for a, b in zip(trained(image), plain.model(image), strict=True):
+        np.testing.assert_allclose(a, b, atol=DEPLOYED)
+
+
+def test_the_training_is_that_of_the_network_with_branches(runs):
+    """What the trainer does, clipping and decay included, in float64 against the CSLA network."""
+    check = checking.config_check(tiny(scales=runs / "search" / "scales", batch_size=2, optim__clip_norm=0.5))
+    result = check.run(steps=3)
+    assert result.equivalent, result.reasons
+    assert result.max_difference < 1e-10
+
+
+def test_predict_draws_on_an_image_of_any_size(runs, tmp_path, capsys):
+    scene = data.open_scenes(num_train=1, num_eval=1, size=48).eval[0]["image"]
+    wide = np.pad(scene, ((0, 0), (0, 30), (0, 0)))
+    Image.fromarray(wide[..., 0]).save(tmp_path / "in.png")
+    trained = build.load_trained(runs / "repopt")
+    found = gallery.predict(trained, tmp_path / "in.png", tmp_path / "out.png", threshold=0.0)
+    assert found
+    scores = [one.score for one in found]
+    assert scores == sorted(scores, reverse=True)
+    boxes = np.array([one.box for one in found])
+    assert boxes.min() >= 0
+    # The square that the network sees is 78 pixels of the image.
+    assert boxes.max() <= 78 + 1e-3
+    assert len(found[0].keypoints) == 5
+    with Image.open(tmp_path / "out.png") as after:
+        drawn = np.asarray(after.convert("RGB"))
+    zoom = drawn.shape[0] // wide.shape[0]
+    assert drawn.shape[:2] == (zoom * wide.shape[0], zoom * wide.shape[1])
+    assert (drawn.max(-1) != drawn.min(-1)).any(), "nothing in colour"
+
+    command = ["predict", str(tmp_path / "in.png"), f"--run={runs / 'repopt'}", "--threshold=0"]
+    assert cli.main(command) == 0
+    assert (tmp_path / "in-detected.png").is_file()
+    assert f"{len(found)} found" in capsys.readouterr().out
+
+
+def test_gallery_has_the_images_asked_for(runs):
+    trained = build.load_trained(runs / "repopt")
+    for annotated in (False, True):
+        assert gallery.gallery(trained, count=3, annotated=annotated).startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quick")
+    return quickstart.quickstart(tiny(epochs=1, eval_every=1), out), out
+
+
+def test_quickstart_of_a_detector(quick):
+    done, out = quick
+    assert [row.label for row in done.rows] == [
+        "plain SGD",
+        "RepOpt, searched scales",
+        "RepVGG",
+        "search network",
+    ]
+    assert done.equivalence["equivalent"]
+    assert done.equivalence["max_difference"] < 1e-10 < done.equivalence["wrong_order_difference"]
+    html, content = done.page.read_text(), json.loads((out / "report.json").read_text())
+    for text in ("keypoint AP50 (%)", "What the networks find", "as they are annotated"):
+        assert text in html
+    assert content["task"] == "detect"
+    for row in content["rows"]:
+        assert row["deployed"]["max_abs"] < DEPLOYED
+    table = "\n".join(quickstart.summary_lines(done.rows))
+    assert "keypoint AP50" in table
+
+
+def write_coco(folder, source):
+    """The images and objects of `source` in COCO's format."""
+    info = source.info
+    for split, examples in (("train", source.train), ("val", source.eval)):
+        (folder / split).mkdir(parents=True)
+        truth = {"images": [], "annotations": [], "categories": []}
+        names = list(info.keypoint_names)
+        truth["categories"] = [
+            {"id": 7 + c, "name": n, "keypoints": names} for c, n in enumerate(info.class_names)
+        ]
+        for i, example in enumerate(examples):
+            height, width, _ = example["image"].shape
+            Image.fromarray(example["image"][..., 0]).save(folder / split / f"{i}.png")
+            truth["images"].append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+            for box, c, points in zip(example["boxes"], example["classes"], example["keypoints"]):
+                x, y, right, bottom = box.tolist()
+                truth["annotations"].append(
+                    {
+                        "id": len(truth["annotations"]) + 1,
+                        "image_id": i,
+                        "category_id": 7 + int(c),
+                        "bbox": [x, y, right - x, bottom - y],
+                        "area": (right - x) * (bottom - y),
+                        "iscrowd": 0,
+                        "keypoints": points.ravel().tolist(),
+                        "num_keypoints": len(points),
+                    }
+                )
+        (folder / f"{split}.json").write_text(json.dumps(truth))
+
+
+def test_the_same_scenes_as_a_coco_folder_train_to_the_same_network(runs, tmp_path):
+    source, _ = build.open_data(tiny())
+    write_coco(tmp_path / "coco", source)
+    folder = {"data__source": "coco", "data__data_dir": str(tmp_path / "coco"), "data__scenes": (4096, 256)}
+    constants = {"data__max_objects": source.info.max_objects, "data__sigmas": source.info.sigmas}
+    config = tiny(scales=runs / "search" / "scales", **folder, **constants)
+    train.run(config, tmp_path / "run", progress=False)
+    there, here = (records.read_run(run) for run in (runs / "repopt", tmp_path / "run"))
+    for a, b in zip(there.of_kind("train"), here.of_kind("train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert here.summary["test"] == pytest.approx(there.summary["test"], abs=0.02)
+
+
+def test_an_annotation_of_no_image_is_told_in_a_sentence(tmp_path, capsys):
+    source, _ = build.open_data(tiny())
+    write_coco(tmp_path / "coco", source)
+    path = tmp_path / "coco" / "train.json"
+    truth = json.loads(path.read_text())
+    truth["annotations"][0]["image_id"] = 999
+    truth["annotations"][1]["bbox"][2] = 0
+    path.write_text(json.dumps(truth))
+    command = ["train", "--config=scenes:plain", "--config.data.source=coco"]
+    command += [f"--config.data.data_dir={tmp_path / 'coco'}", f"--out={tmp_path / 'run'}"]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "999" in said
+    assert "train.json" in said
+
+
+MISTAKES = {
+    "kind": ({"model__kind": "hyper-search"}, "`model.kind`='hyper-search' must be one of"),
+    "variant": ({"model__variant": "digits"}, "`model.variant`='digits' must be one of"),
+    "source": ({"data__source": "folder"}, "`data.source`='folder' must be one of scenes, coco"),
+    "activation": ({"model__activation": "relu7"}, r"`model.activation`='relu7' .*did you mean 'relu'"),
+    "classifier's": ({"optim__label_smoothing": 0.1}, "`optim.label_smoothing`=0.1 does nothing with `task`"),
+    "no folder": ({"data__source": "coco", "data__scenes": (4096, 256)}, "`data.data_dir` is empty"),
+    "detector's": ({"task": "classify", "model__variant": "digits", "data__source": "digits",
+                    "detect__radius": 2.0}, "`detect.radius`=2.0 does nothing with `task`='classify'"),
+    "task": ({"task": "detection"}, r"`task`='detection' must be one of classify, detect \(did you mean"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_a_config(tmp_path, mistake):
+    changes, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        train.run(tiny(**changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_scales_of_another_activation_are_refused(runs, tmp_path):
+    config = tiny(scales=runs / "search" / "scales", model__activation="relu")
+    with pytest.raises(ValueError, match=r"were searched with relu6, and `model.activation` is 'relu'"):
+        train.run(config, tmp_path / "run", progress=False)
+
+
+def test_scales_that_lack_a_layer_are_refused(runs, tmp_path):
+    scales = load_scales(runs / "search" / "scales")
+    path = "head/box_tower/0/linear/conv/kernel"
+    entries = {name: entry for name, entry in scales.entries.items() if name != path}
+    save_scales(tmp_path / "scales", dataclasses.replace(scales, entries=entries))
+    with pytest.raises(ValueError, match=rf"do not fit the model: 1 missing layers: {path}"):
+        train.run(tiny(scales=tmp_path / "scales"), tmp_path / "run", progress=False)
+
+
+def test_predict_refuses_what_it_cannot_draw(runs, tmp_path, capsys):
+    trained = build.load_trained(runs / "repopt")
+    with pytest.raises(FileNotFoundError, match="no image"):
+        gallery.predict(trained, tmp_path / "none.png", tmp_path / "out.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match="not an image in a known format"):
+        gallery.predict(trained, tmp_path / "text.png", tmp_path / "out.png")
+    Image.new("L", (32, 32)).save(tmp_path / "in.png")
+    with pytest.raises(ValueError, match=r"use a name that ends in \.png"):
+        gallery.predict(trained, tmp_path / "in.png", tmp_path / "out.xyz")
+    assert cli.main(["predict", f"--run={runs / 'repopt'}"]) == 2
+    assert "IMAGE must be given" in capsys.readouterr().err
+
+
+def test_the_shipped_config_names_the_modes(capsys):
+    assert train.load_config("scenes:repvgg").model.kind == "repvgg"
+    assert train.load_config("scenes:repopt").scales == "runs/scenes/search/scales"
+    with pytest.raises(ValueError, match="search"):
+        train.load_config("scenes:hyper-search")
