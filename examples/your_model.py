@@ -44,7 +44,7 @@ def main(make_model, batches, folder):
     rj.save_scales(folder / "scales", rj.extract_scales(search_model))
 
     model = make_model()
-    scales = rj.load_scales(folder / "scales", model)
+    scales = rj.load_scales(folder / "scales", rj.find_branches(model, r".*conv"))  # no layer may lack
     model = rj.reinitialize(model, scales, rngs=nnx.Rngs(1))
     tx = optax.chain(rj.repopt_mask(scales), sgd)  # the one line changed: it was `tx = sgd`
 

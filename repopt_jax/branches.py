@@ -332,12 +332,13 @@ class BranchSet:
         """K = sum_b s_b * E_b(w_b)."""
         if self.stacked:
             return self._by_layer(self.layer.merge, weights, scales)
-        parts = [
-            algebra.scale_output(
-                branch.embed(weights[branch.name], self.canonical), self._scale(branch, scales)
+        parts = []
+        for branch in self.branches:
+            part = branch.embed(weights[branch.name], self.canonical)
+            # No product with ones for the identity: their dtype would widen a sum in half precision.
+            parts.append(
+                algebra.scale_output(part, self._scale(branch, scales)) if branch.has_scale else part
             )
-            for branch in self.branches
-        ]
         return self._from_canonical(sum(parts[1:], start=parts[0]))
 
     def branch_gradients(self, g: jax.Array, scales: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -305,7 +305,7 @@ def _pair_up(
     inside = tuple(f"{path}/" if path else "" for path in blocks)
     outside = {p: m for p, m in modules.items() if not p.startswith(inside)}
     layers = {p: m for p, m in outside.items() if isinstance(m, _FOLDABLE)}
-    rules = [(re.compile(pattern), target) for pattern, target in pairs.items()]
+    rules = [(paths.compiled(pattern, "pairs"), target) for pattern, target in pairs.items()]
     every: dict[str, list[str]] = {path: [path] for path in modules}
     for other, own in others.items():
         every[own].append(other)
@@ -360,14 +360,7 @@ def _norm_of(
         raise ValueError(f"the batch norm at {norms[0]} is not along the last axis, or of a class of its own")
     if isinstance(layer, (nnx.Conv, nnx.Linear)):
         check_plain(layer)
-        channels = (
-            *layer.kernel.shape[: -2 - len(getattr(layer, "kernel_size", ()))],
-            layer.kernel.shape[-1],
-        )
-    else:
-        channels = (
-            layer.stacked_branches().vector_shape if isinstance(layer, CSLAConv) else (layer.branches.out,)
-        )
+    channels = _channels(layer)
     if bn.var.shape != channels:
         raise ValueError(f"it has {channels} channels, and the batch norm at {norms[0]} {bn.var.shape}")
     return norms[0]
@@ -384,4 +377,5 @@ def _channels(layer: Foldable) -> tuple[int, ...]:
 
 
 def _first_match(rules: Sequence[tuple[re.Pattern[str], str]], path: str) -> str | None:
-    return next((m.expand(target) for pattern, target in rules if (m := pattern.fullmatch(path))), None)
+    matches = ((pattern.fullmatch(path), target) for pattern, target in rules)
+    return next((paths.expanded(match, target, "pairs") for match, target in matches if match), None)

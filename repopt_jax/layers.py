@@ -27,7 +27,7 @@ Branches: TypeAlias = Sequence[Branch] | Callable[["Layer"], Chosen] | Mapping[s
 def find_layers(model: nnx.Module, select: Select = None) -> dict[str, "Layer"]:
     """The convolutions and dense layers of `model` that `select` chooses, by the path of their kernel.
 
-    The order is that of the paths: attributes by name, list entries by number. A layer that is used in
+    The order is that of the paths, with numbers in them as numbers. A layer that is used in
     several places comes once, under the path that it has in `nnx.state(model)`.
 
     Args:
@@ -148,6 +148,8 @@ class Layer:
         if branches is None:
             return self.default_branches()
         if not isinstance(branches, BranchSet):
+            if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
+                raise ValueError(f"{branches!r} is neither a sequence of branches nor a `BranchSet`")
             return BranchSet(self.kernel, tuple(branches), groups=self.groups, stacked=self.stacked)
         expected = {"kernel": self.kernel, "groups": self.groups, "layout": "...io", "stacked": self.stacked}
         found = {name: getattr(branches, name) for name in expected}
@@ -277,6 +279,10 @@ def check_aliases(model: nnx.Module, kernels: Iterable[str]) -> None:
 PAD_MODES: dict[str, PadMode] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
+# Modules of Flax that change the kernel of the layer that they hold.
+WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)
+
+
 def _refuse_aliases(pairs: Mapping[str, str]) -> None:
     if pairs:
         raise ValueError(
@@ -303,11 +309,11 @@ def _selected(model: nnx.Module, select: Select) -> dict[str, nnx.Module]:
             wanted = {p: m for p, m in with_kernel.items() if _is_plain(m)}
             return {p: m for p, m in wanted.items() if declared is None or join(p, "kernel") in declared}
         case str() | re.Pattern():
-            pattern = re.compile(select)
+            pattern = paths.compiled(select, "select")
             found = {p: m for p, m in with_kernel.items() if pattern.fullmatch(p)}
             _refuse_aliases(_only_by_alias(pattern, found, aliases(model), with_kernel))
             return found
-        case type() | tuple():
+        case type() | tuple() if isinstance(select, type) or all(isinstance(t, type) for t in select):
             return {p: m for p, m in modules.items() if isinstance(m, select)}
         case _ if callable(select):
             return {p: m for p, m in with_kernel.items() if select(p, m)}
@@ -329,22 +335,37 @@ def _only_by_alias(
 def _described(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> dict[str, Layer]:
     """`read_layer` of all modules; ValueError with every reason where it cannot be."""
     owners: dict[int, list[str]] = {}
+    wrapped: dict[int, str] = {}
     for path, module in named_modules(model):
         for value in vars(module).values():
             if isinstance(value, nnx.Variable):
                 owners.setdefault(id(value), []).append(path)
+            if isinstance(module, WRAPPERS) and isinstance(value, nnx.Module):
+                wrapped[id(value)] = f"{path} ({type(module).__name__})"
     found, problems = {}, []
     for path, module in modules.items():
         try:
             layer = read_layer(path, module)
-            if others := [other for other in owners[id(vars(module)["kernel"])] if other != path]:
-                raise ValueError(f"its kernel alone, not the layer, is shared with {', '.join(others)}")
+            for name, value in vars(module).items():
+                others = [other for other in owners.get(id(value), []) if other != path]
+                if others:
+                    raise ValueError(f"its {name} alone, not the layer, is shared with {', '.join(others)}")
+            if id(module) in wrapped:
+                raise ValueError(f"{wrapped[id(module)]} normalises its kernel before each use")
             found[layer.path] = layer
         except ValueError as error:
             problems.append(f"{path} ({type(module).__name__}): {error}")
     if problems:
         raise ValueError(f"layers that cannot be made of branches: {'; '.join(problems)}")
-    return found
+    return dict(sorted(found.items(), key=lambda item: _reading_order(item[0])))
+
+
+def _reading_order(path: str) -> list[list[tuple[int, str]]]:
+    """conv2 before conv10, and so in every part of a path."""
+    return [
+        [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+        for name in path.split("/")
+    ]
 
 
 def _chooser(model: nnx.Module, layers: Mapping[str, Layer], branches: Branches) -> Callable[[Layer], Chosen]:
@@ -366,7 +387,7 @@ def _chooser(model: nnx.Module, layers: Mapping[str, Layer], branches: Branches)
 def _by_rules(
     model: nnx.Module, layers: Mapping[str, Layer], rules: Mapping[str, Chosen]
 ) -> Callable[[Layer], Chosen]:
-    compiled = [(re.compile(pattern), chosen) for pattern, chosen in rules.items()]
+    compiled = [(paths.compiled(pattern, "branches"), chosen) for pattern, chosen in rules.items()]
     names = [layer.name for layer in layers.values()]
     others = aliases(model)
     idle = []

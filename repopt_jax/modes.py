@@ -9,7 +9,7 @@ from typing import Any, assert_never
 from flax import nnx
 
 from repopt_jax.layers import Branches, Select, find_branches
-from repopt_jax.scales import Scales, check_fit
+from repopt_jax.scales import Scales
 from repopt_jax.surgery import reinitialize, to_repvgg, to_search
 
 
@@ -37,7 +37,7 @@ class Mode(enum.StrEnum):
         try:
             return cls(text)
         except ValueError:
-            near = difflib.get_close_matches(text.lower(), list(cls), n=1)
+            near = difflib.get_close_matches(str(text).lower(), list(cls), n=1)
             meant = f" (did you mean '{near[0]}'?)" if near else ""
             raise ValueError(
                 f"there is no mode {text!r}{meant}: it must be one of {', '.join(cls)}"
@@ -64,6 +64,7 @@ def prepare(
     scales: Scales | None = None,
     select: Select = None,
     branches: Branches = None,
+    allow_trained: bool = False,
     rngs: nnx.Rngs,
 ) -> Prepared:
     """A plain network made ready for a way of training; the given one is untouched.
@@ -77,7 +78,8 @@ def prepare(
         plain and repvgg have none.
       select: which layers, as in `find_layers`. With mode repopt the scales say it; given all the same, they
         must be of exactly these.
-      branches: of which branches they are made, as in `find_branches`.
+      branches: of which branches they are made, as in `find_branches`. Mode plain looks at neither.
+      allow_trained: mode repopt: discard the kernels of a trained model.
       rngs: source of the draws (stream `params`).
 
     Raises:
@@ -97,9 +99,15 @@ def prepare(
                 raise ValueError(
                     "mode repopt needs `scales`: give those of a search, or `depth_scales(model)` for none"
                 )
-            if select is not None or branches is not None:
-                check_fit(scales, find_branches(model, select, branches))
-            return Prepared(reinitialize(model, scales, rngs=rngs), scales)
+            chosen = select is not None or branches is not None
+            fresh = reinitialize(
+                model,
+                scales,
+                rngs=rngs,
+                branch_sets=find_branches(model, select, branches) if chosen else None,
+                allow_trained=allow_trained,
+            )
+            return Prepared(fresh, scales)
         case Mode.REPVGG:
             _refuse(scales, mode)
             return Prepared(to_repvgg(model, select, branches, rngs=rngs))

@@ -86,6 +86,31 @@ def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str]) -> dict[st
     return matched
 
 
+def compiled(pattern: str | re.Pattern[str], argument: str) -> re.Pattern[str]:
+    """A regular expression of a caller; `argument` is what the error calls its place.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"`{argument}` holds {pattern!r}, which is no regular expression: {error}") from None
+
+
+def expanded(match: re.Match[str], replacement: str, argument: str) -> str:
+    """The replacement with the groups of the match.
+
+    Raises:
+      ValueError: it names a group that the expression does not have.
+    """
+    try:
+        return match.expand(replacement)
+    except (re.error, IndexError) as error:
+        pattern = match.re.pattern
+        raise ValueError(f"`{argument}` gives {pattern!r} the replacement {replacement!r}: {error}") from None
+
+
 def describe_difference(
     expected: Mapping[str, Any], found: Mapping[str, Any], *, noun: str = "entries"
 ) -> str:

@@ -3,7 +3,6 @@ branch."""
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -287,7 +286,7 @@ def _check_vectors(scales: Scales, where: str) -> None:
 
 def _renamed(names: Iterable[str], rules: Mapping[str, str | None]) -> dict[str, str | None]:
     """Each name's new one by the first rule that matches the whole of it, itself where none does."""
-    compiled = {rule: _compiled(rule) for rule in rules}
+    compiled = {rule: paths.compiled(rule, "rules") for rule in rules}
     renamed: dict[str, str | None] = {}
     deciding, matching = set(), set()
     for name in names:
@@ -298,7 +297,8 @@ def _renamed(names: Iterable[str], rules: Mapping[str, str | None]) -> dict[str,
             renamed[name] = name
             continue
         deciding.add(rule)
-        renamed[name] = _expanded(matches[rule], rule, rules[rule])
+        replacement = rules[rule]
+        renamed[name] = None if replacement is None else paths.expanded(matches[rule], replacement, "rules")
     if unused := [
         f"{rule!r} (earlier rules take what it matches)" if rule in matching else repr(rule)
         for rule in rules
@@ -306,20 +306,6 @@ def _renamed(names: Iterable[str], rules: Mapping[str, str | None]) -> dict[str,
     ]:
         raise ValueError(f"`rules` that match none of the {len(renamed)} paths: {', '.join(unused)}")
     return renamed
-
-
-def _compiled(rule: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rule)
-    except re.error as error:
-        raise ValueError(f"`rules` hold {rule!r}, which is no regular expression: {error}") from None
-
-
-def _expanded(match: re.Match[str], rule: str, replacement: str | None) -> str | None:
-    try:
-        return None if replacement is None else match.expand(replacement)
-    except (re.error, IndexError) as error:
-        raise ValueError(f"`rules` give {rule!r} the replacement {replacement!r}: {error}") from None
 
 
 _FILE_KIND = "repopt_jax scales, format 1"

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax import paths
+from repopt_jax.branches import BranchSet
 from repopt_jax.layers import (
     Branches,
     Layer,
@@ -27,7 +28,7 @@ from repopt_jax.layers import (
 )
 from repopt_jax.nn.blocks import ConvNorm
 from repopt_jax.nn.csla import CSLAConv, Form
-from repopt_jax.nn.modules import aliases, join, named_modules, replace_modules
+from repopt_jax.nn.modules import aliases, join, named_modules, own, replace_modules
 from repopt_jax.nn.normed import NormedBranches
 from repopt_jax.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit, is_concrete
 
@@ -45,15 +46,15 @@ def to_search(
     rngs: nnx.Rngs,
 ) -> nnx.Module:
     """A copy of any NNX model in which the selected convolutions and dense layers are CSLA layers with
-    trainable
-    scales: the network of a hyper-search.
+    trainable scales: the network of a hyper-search.
 
         search_model = to_search(model, r"(stem|stages/.*)", rngs=nnx.Rngs(0))
 
     Train it as you would train `model`, then `extract_scales`. Biases, batch norms and everything else are
     copied; only the selected layers' kernels give way to branch tensors, freshly drawn. A layer that is used
     in several places stays one layer; layers stacked for `nnx.scan` or `nnx.vmap` stay so, each with scales
-    of its own. A layer's `dtype` and its kernel's are kept, its `precision` is not.
+    of its own. A layer's `dtype`, `precision` and its kernel's dtype are kept; metadata of its variables
+    (sharding names) are not.
 
     Args:
       model: the network, untouched.
@@ -87,10 +88,10 @@ def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = 
     the first (l = 0); u = 1.
 
     A row begins at a layer that changes the width, has a stride above 1, or comes after a layer of another
-    width. What comes after what is told by the order of the paths (attributes by name, list entries by
-    number): a model does not say in which order it calls its layers. Layers that are stacked count on along
-    the stack. For another count give your own to `Scales.depth_rule(find_branches(model, ...), depths)`.
-    Source: RepOptimizer paper, appendix B, where l counts the blocks of a stage.
+    width. What comes after what is told by the order of the paths, with numbers in them as numbers: a model
+    does not say in which order it calls its layers. Layers that are stacked count on along the stack. For
+    another count give your own to `Scales.depth_rule(find_branches(model, ...), depths)`. Source:
+    RepOptimizer paper, appendix B, where l counts the blocks of a stage.
 
     Args:
       model: any NNX model.
@@ -139,6 +140,7 @@ def reinitialize(
     scales: Scales,
     *,
     rngs: nnx.Rngs,
+    branch_sets: Mapping[str, BranchSet] | None = None,
     allow_trained: bool = False,
     return_weights: Literal[False] = False,
 ) -> M: ...
@@ -146,7 +148,13 @@ def reinitialize(
 
 @overload
 def reinitialize(
-    model: M, scales: Scales, *, rngs: nnx.Rngs, allow_trained: bool = False, return_weights: Literal[True]
+    model: M,
+    scales: Scales,
+    *,
+    rngs: nnx.Rngs,
+    branch_sets: Mapping[str, BranchSet] | None = None,
+    allow_trained: bool = False,
+    return_weights: Literal[True],
 ) -> tuple[M, Weights]: ...
 
 
@@ -155,6 +163,7 @@ def reinitialize(
     scales: Scales,
     *,
     rngs: nnx.Rngs,
+    branch_sets: Mapping[str, BranchSet] | None = None,
     allow_trained: bool = False,
     return_weights: bool = False,
 ) -> Any:
@@ -165,11 +174,13 @@ def reinitialize(
 
     Args:
       model: an NNX model, or any pytree of parameters (Linen, Equinox, plain dicts).
-      scales: the scales; every one of their paths must be in the model, and, where the model declares its
-        `branch_sets()`, every one of those in the scales.
+      scales: the scales; every one of their paths must be in the model.
+      branch_sets: what the scales must be of, no more and no less, as `find_branches` gives it; by default
+        what the model declares in its `branch_sets()`, and of a model that declares nothing any part.
       rngs: source of the draws (stream `params`). One key for each path: adding a layer changes no other's
         draw.
-      allow_trained: do it even if the model's batch statistics show that it has been trained.
+      allow_trained: do it even if the running statistics of a batch norm show that the model has been
+        trained. (Of a model without batch norm that cannot be told.)
       return_weights: also returns the branch tensors w_b, path -> branch -> array, which `reparameterize`
         keeps.
 
@@ -183,7 +194,11 @@ def reinitialize(
     check_finite(scales)
     if isinstance(model, nnx.Module):
         check_aliases(model, scales.entries)
-    check_fit(scales, model)
+    if branch_sets is None:
+        check_fit(scales, model)
+    else:
+        check_fit(scales, branch_sets)
+        check_fit(scales, _arrays(model))
     if isinstance(model, nnx.Module) and not allow_trained:
         _check_fresh(model)
     weights = sample_weights(scales, rngs.params())
@@ -228,7 +243,7 @@ def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
             "one that was made by `to_search` or `to_repvgg`) has merged kernels"
         )
     tree = paths.map_named(
-        lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else leaf, tree
+        lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else own(leaf), tree
     )
     return tree if graph is None else nnx.merge(graph, tree, copy=True)
 
@@ -275,6 +290,7 @@ def to_repvgg(
             **layer.geometry,
             bias=None if module.bias is None else module.bias[...],
             dtype=module.dtype,
+            precision=module.precision,
             param_dtype=module.kernel.dtype,
             rngs=nnx.Rngs(params=_key_of(layer.path, key)),
         )
@@ -302,7 +318,7 @@ def csla_twin(
       TypeError: a path of `scales` is not the kernel of an `nnx.Conv` or `nnx.Linear`.
     """
     check_aliases(model, scales.entries)
-    check_fit(scales, model)
+    check_fit(scales, _arrays(model))
     return _with_csla(model, scales, weights, trainable_scales=trainable_scales, form=form)
 
 
@@ -347,6 +363,7 @@ def _as_csla(
             **layer.geometry,
             bias=bias,
             dtype=module.dtype,
+            precision=module.precision,
             param_dtype=dtype,
             rngs=nnx.Rngs(0),
             **options,
@@ -355,22 +372,28 @@ def _as_csla(
     for variables, values in ((new.weights, weights), (new.scales, entry.vectors)):
         for name, variable in variables.items():
             variable.set_value(jnp.asarray(values[name], dtype))
-    if new.bias is not None:
+    if bias is not None and new.bias is not None:
         new.bias.set_value(bias)
     return new
 
 
 def _check_fresh(model: nnx.Module) -> None:
-    """Batch statistics move at the first training step, so they tell a trained model from a fresh one."""
-    statistics, _ = paths.named_leaves(nnx.state(model, nnx.BatchStat))
-    trained = [
-        path
-        for path, value in statistics.items()
-        if is_concrete(value)
-        and not np.array_equal(value, np.full(value.shape, 1.0 if path.endswith("/var") else 0.0))
-    ]
+    """Batch norm's running statistics move at the first training step, so they tell a trained model from a
+    fresh one."""
+    trained = []
+    for path, module in named_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            for name, start in (("mean", 0.0), ("var", 1.0)):
+                value = getattr(module, name)[...]
+                if is_concrete(value) and not np.all(np.asarray(value) == start):
+                    trained.append(join(path, name))
     if trained:
         raise ValueError(
             f"the model has been trained (batch statistics {paths.listed(trained)} have moved) and "
             "re-initialising would discard its kernels: give a fresh model, or allow_trained=True"
         )
+
+
+def _arrays(model: Any) -> Any:
+    """The arrays of a model, of which scales may cover a part; or the tree that was given."""
+    return nnx.state(model) if isinstance(model, nnx.Module) else model

@@ -187,7 +187,7 @@ def verify_equivalence(
         )
         raise ValueError(f"`{given}` is given without `{other}`: they are counterparts, give both or neither")
     check_aliases(model, scales.entries)
-    check_fit(scales, model)
+    check_fit(scales, nnx.state(model))  # of any part of the model
     layers_at(model, scales.entries)
     with jax.enable_x64(True), chains.quiet():  # what a warning would say is among the reasons
         model, scales = _as_float64(model), _as_float64(scales)

@@ -1,6 +1,7 @@
 """Networks that know nothing of this package: searched, trained, checked and deployed as they are."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -230,8 +231,8 @@ def test_a_search_network_of_any_network(name, tmp_path):
     assert set(layers) == set(sets)
     after = values(nnx.state(search))
     for path, value in after.items():
-        inside = path.partition("/weights/")[0] + path.partition("/scales/")[0]
-        assert path in before or any(inside.startswith(p.removesuffix("/kernel")) for p in sets)
+        layer, *_ = re.split("/weights/|/scales/", path)
+        assert path in before or f"{layer}/kernel" in sets
         if path in before:
             np.testing.assert_array_equal(value, before[path])
     batch = case.batches(1)[0]
@@ -288,6 +289,7 @@ def train(model, tx, batch, steps=6):
 def test_it_trains_with_one_line_changed(name):
     case = NETWORKS[name]
     (batch,) = case.batches(1)
+    ends = []
     for masked in (False, True):
         model = case.fresh()
         tx = optax.sgd(0.02, 0.9)
@@ -296,6 +298,10 @@ def test_it_trains_with_one_line_changed(name):
         losses = train(model, tx, batch)
         assert np.isfinite(losses).all()
         assert losses[-1] < 0.9 * losses[0]
+        ends.append(values(nnx.state(model, nnx.Param)))
+    plain, masked = ends
+    moved_otherwise = [path for path in plain if relative(plain[path], masked[path]) > WRONG]
+    assert set(find_branches(case.abstract())) <= set(moved_otherwise)
 
 
 # -- scales go by path
@@ -490,6 +496,10 @@ class Odd(nnx.Module):
         self.tied = nnx.Linear(2, 2, rngs=rngs)
         self.tied_too = nnx.Linear(2, 2, rngs=rngs)
         self.tied_too.kernel = self.tied.kernel
+        self.biased = nnx.Linear(2, 2, rngs=rngs)
+        self.biased_too = nnx.Linear(2, 2, rngs=rngs)
+        self.biased_too.bias = self.biased.bias
+        self.wrapped = nnx.WeightNorm(nnx.Linear(2, 2, rngs=rngs), rngs=rngs)
         keys = jax.random.split(rngs.params(), 3)
         make = nnx.vmap(lambda key: nnx.Linear(2, 4, rngs=nnx.Rngs(key)), in_axes=0, out_axes=1)
         self.sideways = make(keys)
@@ -511,6 +521,9 @@ REASONS = {
     "dot (Linear)": "it computes with a `dot_general` of its own",
     "tied (Linear)": "its kernel alone, not the layer, is shared with tied_too",
     "tied_too (Linear)": "its kernel alone, not the layer, is shared with tied",
+    "biased (Linear)": "its bias alone, not the layer, is shared with biased_too",
+    "biased_too (Linear)": "its bias alone, not the layer, is shared with biased",
+    "wrapped/layer_instance (Linear)": "wrapped (WeightNorm) normalises its kernel before each use",
     "sideways (Linear)": "layers must be stacked along the first axis",
 }
 
@@ -545,8 +558,19 @@ def test_selections_that_mean_nothing():
         find_layers(model, "x")
     with pytest.raises(ValueError, match=r"no layer: it has no nnx.Conv or nnx.Linear"):
         find_layers(nnx.Sequential(nnx.relu))
-    with pytest.raises(TypeError, match="`select` is 3: it must be a regular expression, a function"):
-        find_layers(model, 3)
+    for select in (3, ("conv", "x")):
+        with pytest.raises(TypeError, match=r"`select` is .*: it must be a regular expression, a function"):
+            find_layers(model, select)
+    for call in (
+        lambda: find_layers(model, "("),
+        lambda: find_branches(model, branches={"(": None}),
+        lambda: fuse(nnx.Sequential(nnx.relu), pairs={"(": "bn"}),
+    ):
+        with pytest.raises(ValueError, match=r"holds '\(', which is no regular expression"):
+            call()
+    for wrong in (Identity(), ["3x3"]):
+        with pytest.raises(ValueError, match=r"stem: .* is neither a sequence of branches nor a `BranchSet`"):
+            find_branches(model, branches={"stem": wrong})
     with pytest.raises(
         TypeError, match=r"`branches` is Identity.*: it must be a sequence of branches, a func"
     ):
@@ -658,6 +682,82 @@ def test_mode_mistakes():
         prepare(model, "repopt", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"\(did you mean 'search'\?\)"):
         prepare(model, "hyper-search", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="there is no mode None"):
+        prepare(model, None, rngs=nnx.Rngs(0))
+
+
+class Normed(nnx.Module):
+    def __init__(self, *, rngs):
+        self.conv = nnx.Conv(2, 2, (3, 3), rngs=rngs)
+        self.bn = nnx.BatchNorm(2, rngs=rngs)
+        self.mine = nnx.BatchStat(jnp.full(2, 7.0))  # says nothing of training
+
+    def __call__(self, x):
+        return self.bn(self.conv(x))
+
+
+def test_a_trained_model_is_re_initialised_only_if_told():
+    model = Normed(rngs=nnx.Rngs(0))
+    scales = depth_scales(model)
+    prepare(model, "repopt", scales=scales, rngs=nnx.Rngs(1))
+    model(jnp.ones((2, 4, 4, 2)))
+    with pytest.raises(ValueError, match=r"has been trained .batch statistics bn/mean, bn/var have moved"):
+        prepare(model, "repopt", scales=scales, rngs=nnx.Rngs(1))
+    prepare(model, "repopt", scales=scales, allow_trained=True, rngs=nnx.Rngs(1))
+
+
+# -- a layer made of branches is used as the plain one was
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("layer", ["conv", "dense"])
+def test_any_number_of_batch_axes(layer, batch, x64):
+    rngs = nnx.Rngs(0)
+    if layer == "conv":
+        plain = nnx.Conv(2, 2, (3, 3), padding=1, param_dtype=jnp.float64, rngs=rngs)
+    else:
+        plain = nnx.Linear(3, 3, param_dtype=jnp.float64, rngs=rngs)
+    model = nnx.Sequential(plain)
+    shape = (*batch, 5, 6, 2) if layer == "conv" else (*batch, 3)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape))
+    for form in ("merged", "branches"):
+        search = to_search(model, form=form, rngs=nnx.Rngs(1))
+        made = search.layers[0]
+        merged = reinitialize(model, extract_scales(search), rngs=nnx.Rngs(1))
+        merged.layers[0].kernel[...] = made.merged_kernel()
+        np.testing.assert_allclose(search(x), merged(x), rtol=1e-12, atol=1e-14)
+        assert (made.in_features, made.out_features) == (plain.in_features, plain.out_features)
+    repvgg = to_repvgg(model, rngs=nnx.Rngs(2))
+    repvgg.eval()
+    assert repvgg(x).shape == merged(x).shape
+
+
+def test_half_precision_stays_half_precision():
+    model = nnx.Linear(4, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    search = to_search(nnx.Sequential(model), rngs=nnx.Rngs(1))
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    assert search(x).dtype == model(x).dtype == jnp.bfloat16
+
+
+def test_arrays_of_a_copy_are_its_own():
+    """A step that is given one model's arrays to reuse must leave the other's alone."""
+    model = Normed(rngs=nnx.Rngs(0))
+    scales = depth_scales(model)
+    copies = [
+        to_search(model, rngs=nnx.Rngs(1)),
+        to_repvgg(model, rngs=nnx.Rngs(1)),
+        reinitialize(model, scales, rngs=nnx.Rngs(1)),
+    ]
+    for made in copies:
+        state = nnx.state(made)
+        consume = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+        jax.block_until_ready(consume(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_numbers_in_names_are_read_as_numbers():
+    layers = {f"conv{i}": nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i in (1, 2, 10)}
+    assert list(find_layers(nnx.Dict(layers))) == ["conv1/kernel", "conv2/kernel", "conv10/kernel"]
 
 
 # -- networks that declare their branches
@@ -673,3 +773,12 @@ def test_a_network_that_declares_its_branches_is_searched_at_those():
     found = {f"{p}/kernel": m.branches for p, m in named_modules(search) if isinstance(m, CSLAConv)}
     assert found == model.branch_sets()
     assert list(find_layers(model, r"head")) == ["head/kernel"]
+    # Of other layers or branches, if told.
+    model = RepOptVGG(net, num_classes=2, rngs=nnx.Rngs(0))
+    select, branches = r"stages/1/.*conv", [Kernel((3, 3)), Kernel((1, 3))]
+    scales = depth_scales(model, select, branches)
+    with pytest.raises(ValueError, match="do not fit the model: 4 missing layers"):
+        reinitialize(model, scales, rngs=nnx.Rngs(1))
+    prepare(model, "repopt", scales=scales, select=select, branches=branches, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="do not fit the model"):
+        prepare(model, "repopt", scales=scales, select=select, rngs=nnx.Rngs(1))

@@ -243,8 +243,8 @@ class TestRename:
                 "path of several: 'conv/kernel' of stages/0/conv/kernel, stages/1/conv/kernel, head/kernel$",
             ),
             ({"head/kernel": "kernel"}, "one path of several: 'kernel' of head/kernel, kernel$"),
-            ({"(stem": None}, r"`rules` hold '\(stem', which is no regular expression"),
-            ({"stem/(.*)": r"\2"}, r"give 'stem/\(\.\*\)' the replacement .*invalid group reference"),
+            ({"(stem": None}, r"`rules` holds '\(stem', which is no regular expression"),
+            ({"stem/(.*)": r"\2"}, r"gives 'stem/\(\.\*\)' the replacement .*invalid group reference"),
             ({"stem/(.*)": r"\g<x>"}, "unknown group name 'x'"),
             (
                 {"stem/.*": "", "head/(.*)": r"a//\1"},

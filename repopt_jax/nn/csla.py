@@ -48,9 +48,29 @@ class Windowed(Protocol):
     def pad_mode(self) -> PadMode: ...
     @property
     def dilation(self) -> tuple[int, ...]: ...
+    @property
+    def precision(self) -> Any: ...
 
 
-class CSLAConv(nnx.Module):
+class Branched(nnx.Module):
+    """A layer made of branches, with the attributes that networks read of `nnx.Conv` and `nnx.Linear`."""
+
+    branches: BranchSet
+
+    @property
+    def in_features(self) -> int:
+        return self.branches.canonical[-2] * self.branches.groups
+
+    @property
+    def out_features(self) -> int:
+        return self.branches.out
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return self.branches.canonical[:-2]
+
+
+class CSLAConv(Branched):
     """A convolution (or, without spatial axes, a dense layer) made of scaled branches.
 
     Several equal layers are stacked in one `CSLAConv` as in any other module: by building it under
@@ -78,6 +98,7 @@ class CSLAConv(nnx.Module):
       form: "merged", one convolution with K; "branches", one convolution a branch.
       bias: an initial bias (*stack, out), or None.
       dtype: computation dtype; by default that of inputs and parameters.
+      precision: of the products, as in `nnx.Conv`.
       param_dtype: of weights and scales.
       rngs: source of the branch weights' draws (stream `params`).
 
@@ -101,6 +122,7 @@ class CSLAConv(nnx.Module):
         form: Form = "merged",
         bias: jax.Array | None = None,
         dtype: Any = None,
+        precision: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -119,10 +141,10 @@ class CSLAConv(nnx.Module):
         self.padding = tuple((int(lo), int(hi)) for lo, hi in padding)
         if len(self.padding) != axes:
             raise ValueError(f"`padding` is {padding}: it needs a pair for each of the {axes} spatial axes")
-        _check_pad_mode(pad_mode, self.padding)
+        check_pad_mode(pad_mode, self.padding)
         self.pad_mode: PadMode = pad_mode
         self.form = form
-        self.dtype = dtype
+        self.dtype, self.precision = dtype, precision
         several = stacked_along(branches, stack)
         given = dict(scales or {})
         _check_vectors(several, given, bias)
@@ -141,7 +163,7 @@ class CSLAConv(nnx.Module):
         self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, *spatial, in) -> (batch, *spatial', out).
+        """(*batch, *spatial, in) -> (*batch, *spatial', out), any number of batch axes, none too.
 
         Raises:
           ValueError: the arrays are those of stacked layers.
@@ -152,10 +174,12 @@ class CSLAConv(nnx.Module):
                 "which give it the arrays of one"
             )
         weights, scales = self._values()
+        x, batch = one_batch_axis(x, len(self.padding))
         if self.form == "merged":
             y = self._convolve(x, self.branches.merge(weights, scales))
         else:
             y = self._run_branches(x, weights, scales)
+        y = y.reshape(*batch, *y.shape[1:])
         return y if self.bias is None else y + along_channels(self.bias[...], y)
 
     def stacked_branches(self) -> BranchSet:
@@ -176,7 +200,8 @@ class CSLAConv(nnx.Module):
         if difference := paths.describe_difference(expected, found, noun="arrays"):
             raise ValueError(
                 f"the arrays of this layer do not fit its branches: {difference}. Layers are stacked along "
-                "leading axes, all arrays alike"
+                "leading axes, all arrays alike; where `nnx.StateAxes` names types, constant scales are "
+                "`nn.FrozenScale`"
             )
         return several
 
@@ -208,6 +233,7 @@ class CSLAConv(nnx.Module):
             padding=padding,
             dilation=self.dilation,
             groups=self.branches.groups,
+            precision=self.precision,
         )
 
     def _run_branches(self, x, weights, scales):
@@ -227,12 +253,13 @@ def convolve(
     padding: Pads,
     dilation: Sequence[int],
     groups: int,
+    precision: Any = None,
 ) -> jax.Array:
     """Cross-correlation of (batch, *spatial, in) with (*spatial, in/groups, out), any number of spatial axes,
     none too."""
     axes = kernel.ndim - 2
     if not axes:
-        return x @ kernel
+        return jnp.matmul(x, kernel, precision=precision)
     spatial = tuple(range(1, axes + 1))
     numbers = lax.ConvDimensionNumbers(
         (0, axes + 1, *spatial), (axes + 1, axes, *range(axes)), (0, axes + 1, *spatial)
@@ -245,7 +272,14 @@ def convolve(
         rhs_dilation=dilation,
         dimension_numbers=numbers,
         feature_group_count=groups,
+        precision=precision,
     )
+
+
+def one_batch_axis(x: jax.Array, axes: int) -> tuple[jax.Array, tuple[int, ...]]:
+    """x, (*batch, *spatial, in) with `axes` spatial axes, as (n, *spatial, in); and the batch axes it had."""
+    batch = x.shape[: x.ndim - axes - 1]
+    return x.reshape(math.prod(batch), *x.shape[len(batch) :]), batch
 
 
 def padded(x: jax.Array, layer: Windowed) -> tuple[jax.Array, Pads]:
@@ -276,6 +310,7 @@ def _(branch: Kernel, x, w, layer):
         padding=_narrowed(padding, taps, layer),
         dilation=[t.step * d for t, d in zip(taps, layer.dilation)],
         groups=layer.branches.groups,
+        precision=layer.precision,
     )
 
 
@@ -319,6 +354,7 @@ def _(branch: AfterPointwise, x, w, layer):
         padding=_narrowed(padding, taps, layer),
         dilation=layer.dilation,
         groups=groups,
+        precision=layer.precision,
     )
 
 
@@ -327,7 +363,15 @@ def _pointwise(x: jax.Array, w: jax.Array, layer: Windowed) -> jax.Array:
     the smaller map."""
     axes = len(layer.padding)
     ones, none = (1,) * axes, ((0, 0),) * axes
-    return convolve(x, w, strides=ones, padding=none, dilation=ones, groups=layer.branches.groups)
+    return convolve(
+        x,
+        w,
+        strides=ones,
+        padding=none,
+        dilation=ones,
+        groups=layer.branches.groups,
+        precision=layer.precision,
+    )
 
 
 def along_channels(v: jax.Array, y: jax.Array) -> jax.Array:
@@ -361,7 +405,8 @@ def stacked_along(branches: BranchSet, stack: Sequence[int]) -> BranchSet:
     return dataclasses.replace(branches, kernel=(*stack, *branches.kernel), stacked=len(stack))
 
 
-def _check_pad_mode(pad_mode: str, padding: Pads) -> None:
+def check_pad_mode(pad_mode: str, padding: Pads) -> None:
+    """Raises ValueError for an unknown `pad_mode`, or one that cannot go with this padding."""
     if pad_mode not in PAD_MODES:
         raise ValueError(f"`pad_mode` is {pad_mode!r}: it must be one of {', '.join(PAD_MODES)}")
     if pad_mode != "constant" and any(n < 0 for pair in padding for n in pair):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from flax import nnx
 
 
@@ -44,7 +45,8 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
       TypeError: modules in a container that cannot be rebuilt here (other than modules, lists, dicts and
         tuples).
     """
-    copy = nnx.clone(model)
+    graph, state = nnx.split(model)
+    copy = nnx.merge(graph, jax.tree.map(own, state), copy=True)
     everything = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(copy)}
     done: dict[int, nnx.Module] = {}
     inside: set[int] = set()  # what went away with a module that was replaced
@@ -82,6 +84,12 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
             "or nnx.Dict"
         )
     return result
+
+
+def own(leaf: Any) -> Any:
+    """A copy of an array, so that a training step that is given one model's arrays to reuse leaves another's
+    alone; anything else as it is."""
+    return leaf.copy() if isinstance(leaf, jax.Array) else leaf
 
 
 def join(path: str, name: str) -> str:

@@ -17,10 +17,19 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from repopt_jax.branches import BranchSet
 from repopt_jax.nn.blocks import batch_norm
-from repopt_jax.nn.csla import PAD_MODES, PadMode, Pads, along_channels, per_axis, run_branch
+from repopt_jax.nn.csla import (
+    Branched,
+    PadMode,
+    Pads,
+    along_channels,
+    check_pad_mode,
+    one_batch_axis,
+    per_axis,
+    run_branch,
+)
 
 
-class NormedBranches(nnx.Module):
+class NormedBranches(Branched):
     """A convolution, or without spatial axes a dense layer, as a sum of branches with a batch norm each.
     `fuse` turns it into one `nnx.Conv` or `nnx.Linear`.
 
@@ -37,6 +46,7 @@ class NormedBranches(nnx.Module):
       dilation: of the whole window.
       bias: an initial bias (out,), added to the sum, or None.
       dtype: computation dtype; by default that of inputs and parameters.
+      precision: of the products, as in `nnx.Conv`.
       param_dtype: of the weights and the bias.
       rngs: source of the draws (stream `params`), each w_b as its branch's own layer would be drawn.
 
@@ -55,6 +65,7 @@ class NormedBranches(nnx.Module):
         dilation: int | Sequence[int] = 1,
         bias: jax.Array | None = None,
         dtype: Any = None,
+        precision: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -63,8 +74,6 @@ class NormedBranches(nnx.Module):
                 f"`branches` has layout {branches.layout!r} and {branches.stacked} stacked axes: it must be "
                 "of one layer, in '...io'"
             )
-        if pad_mode not in PAD_MODES:
-            raise ValueError(f"`pad_mode` is {pad_mode!r}: it must be one of {', '.join(PAD_MODES)}")
         axes = len(branches.kernel) - 2
         self.branches = branches
         self.strides = per_axis(strides, axes)
@@ -72,8 +81,9 @@ class NormedBranches(nnx.Module):
         self.padding: Pads = tuple((int(lo), int(hi)) for lo, hi in padding)
         if len(self.padding) != axes:
             raise ValueError(f"`padding` is {padding}: it needs a pair for each of the {axes} spatial axes")
+        check_pad_mode(pad_mode, self.padding)
         self.pad_mode: PadMode = pad_mode
-        self.dtype = dtype
+        self.dtype, self.precision = dtype, precision
         drawn = branches.sample(rngs.params(), dtype=param_dtype)
         self.weights = nnx.Dict({b.name: nnx.Param(drawn[b.name]) for b in branches.branches if b.has_scale})
         self.norms = nnx.Dict(
@@ -82,13 +92,15 @@ class NormedBranches(nnx.Module):
         self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, *spatial, in) -> (batch, *spatial', out)."""
+        """(*batch, *spatial, in) -> (*batch, *spatial', out), any number of batch axes, none too."""
+        x, batch = one_batch_axis(x, len(self.padding))
         outputs = []
         for b in self.branches.branches:
             w = self.weights[b.name][...] if b.has_scale else jnp.ones((self.branches.out,), x.dtype)
             xb, w = promote_dtype((x, w), dtype=self.dtype)
             outputs.append(self.norms[b.name](run_branch(b, xb, w, self)))
         y = sum(outputs[1:], start=outputs[0])
+        y = y.reshape(*batch, *y.shape[1:])
         return y if self.bias is None else y + along_channels(self.bias[...], y)
 
 
