@@ -150,17 +150,21 @@ def _search(arguments: Arguments) -> int:
         _say(f"How they moved: {', '.join(map(str, report.draw_search(history, out / 'report')))}")
     except ModuleNotFoundError as error:  # the search is done all the same
         _say(f"No pictures: {_sentence(error)}")
-    _say(f"Next: {_after_search(arguments, config.name, out)}")
+    _say(f"Next: {_after_search(arguments, config, out)}")
     return 0
 
 
-def _after_search(arguments: Arguments, name: str, out: Path) -> str:
-    """The command that trains a plain network with the scales of the search in `out`, on the same data."""
+def _after_search(arguments: Arguments, config: Any, out: Path) -> str:
+    """The command that trains a plain network with the scales that the search of `config` left in `out`, on
+    the same data."""
+    # Clipping steadies the search of a classifier, which needs it for nothing else; detectors are clipped in
+    # all trainings.
+    clipping = [] if config.task == "detect" else ["--config.optim.clip_norm=None"]
     overrides = [
         *arguments.overrides,
         "--config.model.kind=target",
-        "--config.optim.clip_norm=None",  # clipping steadies a search; nothing else needs it
-        f"--config.name={name}-repopt",
+        *clipping,
+        f"--config.name={config.name}-repopt",
         f"--config.scales={out / 'scales'}",
         f"--out={out}-repopt",
     ]
@@ -194,8 +198,10 @@ def _predict(arguments: Arguments) -> int:
     with _computing():
         from repopt_jax.train import deploy, gallery
 
-        threshold = number("threshold", flags["threshold"]) if flags["threshold"] else gallery.THRESHOLD
-        found = gallery.predict(deploy.load_any(flags["run"]), image, out, threshold=threshold)
+        asked = number("threshold", flags["threshold"]) if flags["threshold"] else None
+        network = deploy.load_any(flags["run"])
+        found = gallery.predict(network, image, out, threshold=asked)
+        threshold = gallery.least_score(network, asked)
     width = max([len(one.name) for one in found], default=0)
     for one in found:
         x1, y1, x2, y2 = one.box
@@ -211,12 +217,16 @@ def _deploy(arguments: Arguments) -> int:
         out = Path(arguments.flags["out"])
         data_dir = arguments.flags["data_dir"] or None
         done = deploy.deploy(arguments.flags["run"], out, data_dir=data_dir)
+    task = done.config["task"]
+    compared = f"{done.agreement:.2%} of {done.compared} test images"
+    if task == "detect":
+        compared = f"{done.agreement:.2%} of the locations of {done.compared} test images"
     _say(
         *(["Already deployed; nothing was done."] if done.reused else []),
         f"largest output difference {done.max_abs:.2e} ({done.max_rel:.2e} of the largest output), the same "
-        f"class for {done.agreement:.2%} of {done.compared} test images",
+        f"class for {compared}",
         f"parameters {done.train_parameters:,} in training, {done.deploy_parameters:,} deployed",
-        f"deployed: {tasks.told(done.config['task'], done.test)} of {done.test_count} images",
+        f"deployed: {tasks.told(task, done.test)} of {done.test_count} images",
         f"Network: {out.absolute()}",
     )
     return 0

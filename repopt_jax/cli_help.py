@@ -73,7 +73,7 @@ Draws what a detector finds on an image file: boxes with class and score, and ke
   IMAGE                   PNG, JPEG or what else Pillow reads
   --run=DIR               folder of a run of a detector, or of its deployment
   --out=FILE              the picture (IMAGE with -detected.png for its ending)
-  --threshold=X           least score of what is drawn (0.4)
+  --threshold=X           least score of what is drawn (0.4); from the config's detect.score_threshold to 1
 """
 
 DEPLOY = """\

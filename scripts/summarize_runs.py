@@ -5,7 +5,9 @@
 RUNS holds a folder for each run, called NAME-SEED. `--compare A B [C ...]` adds the differences of the groups
 B, C, ... to A, seed by seed (runs of one seed see the images in the same order), each with a 95 % interval
 from Student's t; groups that have no finished run yet are left out. `--metrics` are the numbers to tell, of a
-detector for instance `ap50 keypoint_ap50`, each in a table of its own. Writes OUT.md, OUT.json, OUT.png.
+detector for instance `ap50 keypoint_ap50`, each in a table of its own; those that no run has are left out.
+`--deployed DIR`, with a folder of `repopt deploy` for each name, adds what deploying changed. Writes OUT.md,
+OUT.json, OUT.png.
 """
 
 import argparse
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("runs", type=pathlib.Path)
     parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="A B [C ...]")
     parser.add_argument("--metrics", nargs="+", default=["accuracy"], choices=LABELS)
+    parser.add_argument("--deployed", type=pathlib.Path, metavar="DIR", help="deployments, by name")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="path without suffix")
     parser.add_argument("--title", default="CIFAR-10 at a small size")
     parser.add_argument("--command", default="", help="what made the runs, for the results file")
@@ -42,14 +45,19 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     groups = read_groups(args.runs)
-    result: dict[str, Any] = {"groups": groups, "metrics": args.metrics}
+    metrics = [m for m in args.metrics if any(measured(group, m) for group in groups.values())]
+    if not metrics:
+        raise SystemExit(f"no run in {args.runs} has measured {', '.join(args.metrics)}")
+    result: dict[str, Any] = {"groups": groups, "metrics": metrics}
     result["comparisons"] = [
-        compare_all(groups, metric, *args.compare) if args.compare else [] for metric in args.metrics
+        compare_all(groups, metric, *args.compare) if args.compare else [] for metric in metrics
     ]
+    if args.deployed:
+        result["deployed"] = read_deployed(args.deployed)
     result["command"], result["hardware"] = args.command, args.hardware
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(args.title, result))
-    draw(args.title, groups, args.runs, args.metrics[0], args.out.with_suffix(".png"))
+    draw(args.title, groups, args.runs, metrics[0], args.out.with_suffix(".png"))
 
 
 def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -67,20 +75,31 @@ def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
     return groups
 
 
+def read_deployed(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Name -> what deploying changed."""
+    records = {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("*/deploy.json"))}
+    if not records:
+        raise SystemExit(f"no deployment in {folder}")
+    kept = ("max_abs", "max_rel", "compared", "deploy_parameters")
+    return {name: {key: record[key] for key in kept} for name, record in records.items()}
+
+
 def measured(group: dict[int, dict[str, Any]], metric: str) -> dict[int, float]:
-    """Seed -> the number, in percent."""
+    """Seed -> the number, in percent, of the runs that have it."""
     # Runs of the time when there were classifiers only have no "test".
-    return {
-        seed: 100 * summary.get("test", {"accuracy": summary["test_accuracy"]})[metric]
+    found = {
+        seed: summary.get("test", {"accuracy": summary["test_accuracy"]}).get(metric)
         for seed, summary in group.items()
     }
+    return {seed: 100 * value for seed, value in found.items() if value is not None}
 
 
 def compare_all(groups, metric: str, base: str, *others: str) -> list[dict[str, Any]]:
     """`compare` of `base` with each of `others` that has finished runs of the same seeds."""
     if base not in groups:
         raise SystemExit(f"no finished run of {base}, to which the others are to be compared")
-    known = [b for b in others if groups[base].keys() & groups.get(b, {}).keys()]
+    first = measured(groups[base], metric).keys()
+    known = [b for b in others if first & measured(groups.get(b, {}), metric).keys()]
     return [compare(groups, metric, base, b) for b in known]
 
 
@@ -116,6 +135,8 @@ def markdown(title: str, result: dict[str, Any]) -> str:
             lines += ["", verdict(comparisons[0])]
         elif comparisons:
             lines += ["", *difference_table(comparisons)]
+    if result.get("deployed"):
+        lines += ["", *deployed_table(result["deployed"])]
     return "\n".join(lines) + "\n"
 
 
@@ -127,6 +148,8 @@ def table(groups, metric: str) -> list[str]:
     ]
     for name, group in groups.items():
         values = measured(group, metric)
+        if not values:
+            continue
         spread = f"{statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
         parameters = next(iter(group.values()))["train_parameters"]
         lines.append(
@@ -157,6 +180,14 @@ def difference_table(comparisons: list[dict[str, Any]]) -> list[str]:
         f"Each interval is Student's t over its own pairs, without a correction for there being "
         f"{len(comparisons)} of them. Runs that share one search do not show the spread between searches.",
     ]
+
+
+def deployed_table(deployed: dict[str, dict[str, Any]]) -> list[str]:
+    """How far the outputs of a deployed network are from those of the trained one."""
+    lines = ["| | largest difference of an output | parameters deployed |", "|---|---|---|"]
+    for name, found in deployed.items():
+        lines.append(f"| {name} | {found['max_abs']:.1e} | {found['deploy_parameters']:,} |")
+    return lines
 
 
 def verdict(c: dict[str, Any]) -> str:
@@ -191,8 +222,9 @@ def draw(title: str, groups, runs: pathlib.Path, metric: str, path: pathlib.Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    groups = {name: group for name, group in groups.items() if measured(group, metric)}
     curves = {
-        name: [read_curve(runs / f"{name}-{seed}", metric) for seed in group]
+        name: [read_curve(runs / f"{name}-{seed}", metric) for seed in measured(group, metric)]
         for name, group in groups.items()
     }
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -232,7 +264,7 @@ def draw_points(axes: Any, values: dict[str, dict[int, float]], metric: str) -> 
 
 def read_curve(run: pathlib.Path, metric: str) -> dict[float, float]:
     records = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return {r["epoch"]: 100 * r[metric] for r in records if r["kind"] == "eval"}
+    return {r["epoch"]: 100 * r[metric] for r in records if r["kind"] == "eval" and r.get(metric) is not None}
 
 
 if __name__ == "__main__":

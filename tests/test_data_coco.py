@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repopt_jax.data import open_coco
+from repopt_jax.data import coco, open_coco
 
 KEYPOINTS = ["left_eye", "right_eye", "nose"]
 
@@ -154,6 +154,55 @@ def test_a_person_has_the_constants_of_coco(tmp_path):
     assert info.flip_pairs == tuple((i, i + 1) for i in range(1, 17, 2))
 
 
+def named(found, names):
+    """`found` with these names of its three keypoints."""
+    categories = [{**c, "keypoints": names} if "keypoints" in c else c for c in found["categories"]]
+    return {**found, "categories": categories}
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (["Left_Eye", "right_eye", "nose"], ((0, 1),)),
+        (["nose", "RIGHT EYE", "Left eye"], ((1, 2),)),
+        (["leftEye", "rightEye", "nose"], ((0, 1),)),
+        (["l_eye", "r_eye", "nose"], ((0, 1),)),
+        (["eye_r", "nose", "eye_l"], ((0, 2),)),
+        (["eye.L", "eye.R", "nose"], ((0, 1),)),
+        (["eyeL", "eyeR", "nose"], ((0, 1),)),
+        (["l", "r", "n"], ((0, 1),)),
+        (["left_eye", "r_eye", "nose"], ()),
+        (["ear", "eal", "nose"], ()),  # letters of a word
+        (["LEFT_A", "left_A", "right_a"], ()),  # which one is meant?
+    ],
+)
+def test_sides_in_names_of_keypoints(tmp_path, names, pairs):
+    assert open_coco(write(tmp_path, named(TRAIN, names), named(VAL, names))).info.flip_pairs == pairs
+
+
+def test_every_side_in_a_name_changes_and_case_decides_where_it_can():
+    corners = ("left_eye_left", "left_eye_right", "right_eye_left", "right_eye_right")
+    assert coco._flip_pairs(corners) == ((0, 3), (1, 2))
+    assert coco._flip_pairs(("left_a", "left_A", "right_A", "right_a")) == ((0, 3), (1, 2))
+
+
+def test_pairs_may_be_stated(tmp_path):
+    write(tmp_path)
+    assert open_coco(tmp_path, flip_pairs=[(1, 2)]).info.flip_pairs == ((1, 2),)
+    assert open_coco(tmp_path, flip_pairs=[]).info.flip_pairs == ()
+    for wrong in ([(0, 3)], [(0, 1, 2)]):
+        with pytest.raises(ValueError, match="`flip_pairs` is"):
+            open_coco(tmp_path, flip_pairs=wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_numbers_that_float32_cannot_hold_where_they_mean_nothing(tmp_path):
+    huge = [10**400, 1, 0, 3, 4, 2, 0, 0, 0]
+    train = with_annotation(area=10**400, keypoints=huge)
+    objects = open_coco(write(tmp_path, train)).train.objects(2)
+    assert objects["area"][0] == 80  # the box's
+    np.testing.assert_array_equal(objects["keypoints"][0], [[0, 0, 0], [3, 4, 2], [0, 0, 0]])
+
+
 # -- what is refused -----------------------------------------------------------------------------------
 
 
@@ -182,6 +231,23 @@ def changed(part, index, **changes):
         (with_annotation(bbox=[1, 2, 3, "4"]), "bbox is not four numbers"),
         (with_annotation(category_id=4), r"of an unknown category: 1 \("),
         (with_annotation(keypoints=[1, 2, 2]), r"keypoints are not 9 numbers, three for each .*: 1 \("),
+        (with_annotation(bbox=[5, 10**400, 3, 4]), r"empty or inverted box: 1 \(.*and all four finite\)$"),
+        (with_annotation(bbox=[5, 1e39, 3, 4]), r"empty or inverted box: 1 \(image c.png\)"),
+        (with_annotation(bbox=[-float("inf"), 1, float("inf"), 4]), "empty or inverted box"),
+        (with_annotation(bbox=[1e308, 1, 1e308, 4]), "empty or inverted box"),
+        (with_annotation(bbox=[5, 5, 1e-9, 4]), r"empty or inverted box: 1 \(image c.png\)"),
+        (with_annotation(bbox=[0, 0, 4, 1e-9]), r"empty or inverted box: 1 \(image c.png\)"),
+        (with_annotation(keypoints=[10**400, 2, 2] * 3), "keypoints that are not x, y and 0, 1 or 2"),
+        (with_annotation(keypoints=[1, 2, 10**400] * 3), "keypoints that are not x, y and 0, 1 or 2"),
+        (
+            changed("categories", 0, keypoints=["eye", "eye", "nose"]),
+            r"cannot be used: keypoints that a category names twice: eye \(give each a name of its own\)$",
+        ),
+        (
+            {**TRAIN, "categories": [{"id": 7, "name": "face"}, {"id": 3, "name": "mask"}]},
+            r"annotations with keypoints: 1 \(.* \(the categories name no keypoints: add `keypoints`, the "
+            r"list of their names, to a category\)$",
+        ),
         (with_annotation(keypoints=[1, 2, 3] * 3), r"keypoints that are not x, y and 0, 1 or 2: 1 \("),
         (with_annotation(keypoints=[float("inf"), 2, 2] * 3), "keypoints that are not x, y and 0, 1 or 2"),
         (with_annotation(bbox=None), r"annotations \(counted from 0\) without a usable .*bbox: 0$"),

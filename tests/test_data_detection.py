@@ -18,6 +18,7 @@ from repopt_jax.data import (
     steps_per_epoch,
     train_detection_batches,
 )
+from repopt_jax.data.detection import LEAST_SIDE, _moved
 
 SIZE = 32
 PLAIN = DetectionTransform(image_size=SIZE)
@@ -198,6 +199,29 @@ def test_an_object_is_dropped_where_less_than_a_quarter_is_left():
             assert not batch["boxes"].any()
             assert not batch["keypoints"].any()
     assert min(kept, dropped) > 10
+
+
+@pytest.mark.parametrize("zoom", [None, (0.5, 0.5)])
+def test_what_is_small_because_the_image_was_shrunk_is_kept(zoom):
+    boxes = [[100, 100, 104, 103], [0, 0, 4, 4], [396, 300, 400, 304]]  # the last two touch the border
+    source = make_source([make_example(boxes, shape=(304, 400))])
+    transform = DetectionTransform(image_size=SIZE, zoom=zoom)
+    ratio = SIZE / 400 * (zoom[0] if zoom else 1)
+    near = 0.05 if zoom else 1e-4  # a zoomed image has whole pixels: 12 high instead of 12.16
+    for batch in take(train_detection_batches(source, transform, batch_size=1, seed=0), 8):
+        assert batch["classes"].tolist() == [[0, 1, 2]]
+        found = batch["boxes"][0, 0]
+        np.testing.assert_allclose(found[2:] - found[:2], np.array([4, 3]) * ratio, atol=near)
+        assert (found[2:] - found[:2]).max() < LEAST_SIDE
+
+
+def test_what_the_border_cuts_to_less_than_a_pixel_is_dropped():
+    objects = make_example([[10, 4, 13, 6], [20, 4, 20.7, 6], [4, 4, 4, 9]], shape=(32, 32))
+    extent, classes = np.array([32, 32]), []
+    for left in (-10, -11.6, -12.1, -13, -20.1):  # 3, 1.4, 0.9 and 0 pixels are left; then 0.6 of the second
+        corner = np.array([left, 0])
+        classes.append(_moved(objects, np.ones(2), extent, corner, 32, 3)[1].tolist())  # pyright: ignore[reportArgumentType]
+    assert classes == [[0, 1], [0, 1], [1], [1], []]  # the third has no size at all
 
 
 def test_crowds_are_left_out_and_of_too_many_the_smallest():
@@ -409,6 +433,7 @@ def test_steps_of_an_epoch():
         ({"sigmas": (0.1, 0.0)}, "`sigmas` is .* must be positive"),
         ({"flip_pairs": ((0, 2),)}, "`flip_pairs` is"),
         ({"flip_pairs": ((0, 0),)}, "`flip_pairs` is"),
+        ({"flip_pairs": ((0,), (1,))}, "`flip_pairs` is"),
     ],
 )
 def test_infos_that_make_no_sense(values, message):

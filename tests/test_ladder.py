@@ -267,6 +267,41 @@ def test_table_of_many_groups_against_one(finished_runs):
         program.compare_all(groups, "accuracy", "3-x", "2-init")
 
 
+def test_metrics_that_a_run_lacks_are_skipped_and_deployments_have_a_table(
+    finished_runs, tmp_path_factory, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    program = module(ROOT / "scripts" / "summarize_runs.py")
+    for seed, ap50 in enumerate((0.25, None)):
+        folder = finished_runs / f"3-detector-{seed}"
+        folder.mkdir()
+        summary = json.loads((finished_runs / "1-plain-0" / "summary.json").read_text())
+        summary |= {"task": "detect", "test_accuracy": None, "test": {"ap50": ap50, "ap": None}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.jsonl").write_text(json.dumps({"kind": "eval", "epoch": 5.0, "ap50": ap50}) + "\n")
+    place = tmp_path_factory.mktemp("summary")
+    out, deployed = place / "results" / "all", place / "deployed"
+    (deployed / "3-detector").mkdir(parents=True)
+    record = {"max_abs": 6.2e-6, "max_rel": 1e-7, "compared": 6, "deploy_parameters": 1900, "run": "/a"}
+    (deployed / "3-detector" / "deploy.json").write_text(json.dumps(record))
+    arguments = ["x", str(finished_runs), "--out", str(out), "--metrics"]
+    compared = ["--compare", "3-detector", "1-plain"]
+    monkeypatch.setattr("sys.argv", [*arguments, "ap50", "ap", *compared, "--deployed", str(deployed)])
+    program.main()
+    text = out.with_suffix(".md").read_text()
+    assert "| 3-detector | 0 | 25.00 | 25.00 |  | 1,000 |" in text
+    assert "1-plain" not in text
+    assert "AP, %" not in text
+    assert "| | largest difference of an output | parameters deployed |" in text
+    assert "| 3-detector | 6.2e-06 | 1,900 |" in text
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert found["metrics"] == ["ap50"]
+    assert "run" not in found["deployed"]["3-detector"]
+    monkeypatch.setattr("sys.argv", [*arguments, "ap"])
+    with pytest.raises(SystemExit, match="has measured ap"):
+        program.main()
+
+
 def test_picture_of_runs_that_were_measured_once(finished_runs, tmp_path):
     pytest.importorskip("matplotlib")
     program = module(ROOT / "scripts" / "summarize_runs.py")

@@ -9,7 +9,10 @@ import pytest
 from searches import cosine, records, search, train_records
 
 from repopt_jax.train import report
+from repopt_jax.train.config import Config
+from repopt_jax.train.config_io import to_json
 from repopt_jax.train.records import Run, read_run
+from repopt_jax.train.rundir import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DEPLOYED = {
@@ -138,6 +141,7 @@ def test_the_page_shows_what_was_measured(written):
         "2.0e-07",
         "3.2e-15",
         "it is 0.002",
+        "Test accuracy in the course of training.",
         "the same function",
     ):
         assert text in html, text
@@ -183,15 +187,18 @@ def test_a_report_without_search_check_or_deployment_is_whole(tmp_path):
     assert html.count("<section>") == html.count("</section>") == 4
 
 
-def write_detector(folder: Path, **options) -> Run:
+def write_detector(folder: Path, ap50: float | None = 0.8, **options) -> Run:
     """A finished run of a detector without keypoints."""
     summary = write_run(folder, **options).summary
-    test = {"ap50": 0.8, "ap": 0.5, "keypoint_ap50": None, "keypoint_ap": None}
+    test = {"ap50": ap50, "ap": ap50 and 0.5, "keypoint_ap50": None, "keypoint_ap": None}
     (folder / "summary.json").write_text(
         json.dumps({**summary, "task": "detect", "test": test, "test_accuracy": None})
     )
     path = folder / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"accuracy"', '"ap50"'))
+    lines = path.read_text().replace('"accuracy"', '"ap50"')
+    if ap50 is None:
+        lines = re.sub(r'"ap50": [0-9.e-]+', '"ap50": null', lines)
+    path.write_text(lines)
     return read_run(folder)
 
 
@@ -208,6 +215,34 @@ def test_a_detector_is_told_by_its_precision_and_chance_is_not_computed(tmp_path
     assert "keypoint AP50 (%)" not in html
     assert (tmp_path / "out" / "report" / "found.png").read_bytes().startswith(PNG)
     assert "test accuracy" not in html
+    assert "AP50 in the course of training." in html
+    assert "One seed says nothing about the spread" in html
+    assert "Seeds differ" not in html
+
+
+def test_the_spread_of_the_seeds_is_the_one_measured(tmp_path):
+    seeds = [write_detector(tmp_path / f"a-{seed}", ap50, seed=seed) for seed, ap50 in enumerate((0.8, 0.83))]
+    others = [
+        write_detector(tmp_path / f"b-{seed}", ap50, seed=seed, kind="repvgg")
+        for seed, ap50 in enumerate((0.4, 0.41))
+    ]
+    html = report.write_report([*seeds, *others], tmp_path / "out", title="x").read_text()
+    assert "Seeds differ by up to 3.0 points of AP50 within one way of training" in html
+    assert "One seed" not in html
+
+
+def test_a_number_that_is_not_defined_ends_no_report(tmp_path):
+    runs = [write_detector(tmp_path / "a", None), write_detector(tmp_path / "b", kind="repvgg")]
+    deployed = {run.directory: {**DEPLOYED, "test": run.summary["test"]} for run in runs}
+    html = report.write_report(runs, tmp_path / "out", title="x", deployed=deployed).read_text()
+    assert "80.00" in html
+    assert "same class (% of locations)" in html
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [row["score"] for row in rows] == [None, 0.8]
+    # Nothing is measured at all.
+    html = report.write_report(runs[:1], tmp_path / "none", title="x", deployed=deployed).read_text()
+    assert "<td>-</td>" in html
+    assert not (tmp_path / "none" / "report" / "accuracy.png").exists()
 
 
 def test_runs_of_different_tasks_make_no_report(tmp_path):
@@ -220,7 +255,14 @@ def test_runs_of_before_there_were_tasks_are_read(tmp_path):
     summary = dict(write_run(tmp_path / "a").summary)
     del summary["task"], summary["test"]
     (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
-    assert read_run(tmp_path / "a").summary["test"] == {"accuracy": 0.98}
+    read = read_run(tmp_path / "a").summary
+    assert read["test"] == {"accuracy": 0.98}
+    # And the folder tells the same of its run.
+    config = Config(name="run")
+    (tmp_path / "a" / "config.json").write_text(to_json(config))
+    done = RunFolder(tmp_path / "a").finished(config)
+    assert done is not None
+    assert (done.task, done.test, done.reused) == (read["task"], read["test"], True)
 
 
 def test_unfinished_runs_are_refused_by_name(tmp_path):

@@ -1,13 +1,17 @@
 """A config that cannot run says everything that is wrong with it; one that can survives JSON."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
-from repopt_jax import train
+from repopt_jax import data, train
+from repopt_jax.detection import decode
+from repopt_jax.train.config import COCO_FIELDS, MOST_DETECTIONS, DetectConfig
 from repopt_jax.train.config_io import config_file, differing_fields
+from repopt_jax.train.detection import Detection
 from repopt_jax.train.quickstart import quickstart
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -129,6 +133,72 @@ def test_constants_of_each_optimizer_are_taken():
         train.validate(train.Config(optim=optim))
 
 
+def detecting(source="scenes", detect=None, **fields):
+    own = {"image_size": 64} if source == "scenes" else {"image_size": 64, "data_dir": "not/there"}
+    return train.Config(
+        task="detect",
+        model=train.ModelConfig(variant="scenes"),
+        data=train.DataConfig(source=source, **{**own, **fields}),
+        detect=DetectConfig(**(detect or {})),
+    )
+
+
+OF_COCO = {
+    "train_annotations": "annotations/instances_train2017.json",
+    "eval_annotations": "annotations/instances_val2017.json",
+    "train_images": "train2017",
+    "eval_images": "val2017",
+    "max_objects": 7,
+    "sigmas": (0.1, 0.2, 0.3, 0.4),
+    "flip_pairs": (0, 1, 3, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (detecting(detect={"radius": 0.0}), "`detect.radius`=0 must be more than 0"),
+        (detecting(detect={"radius": -1.0}), "`detect.radius`=-1.0 must be a finite number"),
+        (detecting(detect={"level_range": 0.0}), "`detect.level_range`=0 must be more than 0"),
+        (detecting(detect={"max_detections": 501}), "`detect.max_detections`=501 .* and at most 500"),
+        (
+            detecting(data_dir="digits"),
+            "`data.data_dir`='digits' does nothing with .*: leave it at ''",
+        ),
+        (detecting(image_size=31), "`data.image_size`=31 must be at least 32 for scenes"),
+        (detecting("coco", flip_pairs=(0, 1, 2)), r"`data.flip_pairs`=\(0, 1, 2\) must be pairs"),
+        (detecting("coco", flip_pairs=(0, 1, 1, 2)), "`data.flip_pairs`=.* must be pairs"),
+        (detecting("coco", flip_pairs=(0, -1)), "`data.flip_pairs`=-1 must be a finite number, at least 0"),
+        *((detecting(**{name: value}), f"`data.{name}`=.* does nothing") for name, value in OF_COCO.items()),
+    ],
+)
+def test_detection_refuses_what_cannot_be(config, message):
+    with pytest.raises(ValueError, match=message):
+        train.validate(config, device_count=1)
+
+
+def test_what_detection_takes():
+    assert set(OF_COCO) == set(COCO_FIELDS)
+    assert inspect.signature(decode).parameters["pre"].default == MOST_DETECTIONS
+    config = detecting("coco", **OF_COCO, detect={"max_detections": 500})
+    train.validate(config, device_count=1)  # looks for no file
+    train.validate(detecting("coco", image_size=31), device_count=1)
+    train.validate(detecting(image_size=32), device_count=1)
+    assert train.from_json(train.to_json(config)) == config
+
+
+def test_fields_of_coco_reach_its_reader(monkeypatch):
+    calls, source = [], data.open_scenes(num_train=1, num_eval=1)
+    monkeypatch.setattr(data, "open_coco", lambda *args, **options: calls.append((args, options)) or source)
+    for config in (detecting("coco", **OF_COCO), detecting("coco")):
+        Detection(config).open_data(config.data)
+    pairs = {"flip_pairs": ((0, 1), (3, 2))}
+    assert calls == [
+        (("not/there",), {**OF_COCO, **pairs}),
+        (("not/there",), {"max_objects": None, "sigmas": None, "flip_pairs": None}),
+    ]
+
+
 def test_json_of_a_run_before_the_newer_fields_is_read():
     old = json.loads(train.to_json(train.Config()))
     for field in ("rules", "scales_mean", "freeze_scales"):
@@ -161,7 +231,8 @@ def test_every_shipped_config_is_valid(path):
     for run in RUNS[path.stem]:
         for arg in (run, f"{run},smoke"):
             config = train.load_config(f"{path}:{arg}")
-            config.data.data_dir = "images"
+            if config.data.source != "scenes":
+                config.data.data_dir = "images"
             train.validate(config, device_count=4)
 
 

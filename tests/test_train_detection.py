@@ -2,7 +2,10 @@
 the way."""
 
 import dataclasses
+import io
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,14 @@ import pytest
 from PIL import Image
 
 from repopt_jax import Scales, cli, data, load_scales, save_scales, train
+from repopt_jax.arguments import Arguments
+from repopt_jax.data.pipeline import subset
+from repopt_jax.data.transforms import normalise
+from repopt_jax.detection import Detections
 from repopt_jax.models import DETECTORS, DetectorVariant
 from repopt_jax.models.efficientrep import BackboneVariant
 from repopt_jax.train import build, checking, deploy, gallery, quickstart, records
+from repopt_jax.train.sharding import make_mesh
 
 DETECTORS["tiny"] = DetectorVariant(
     "tiny", BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)), channels=6, maps=2, levels=2, tower=1
@@ -72,7 +80,7 @@ def test_the_records_hold_every_part_of_the_loss_and_every_metric(runs):
     assert run.summary["test_accuracy"] is None
 
 
-def test_evaluation_does_not_depend_on_batches_or_devices(runs):
+def test_evaluation_does_not_depend_on_batches(runs):
     trained = build.load_trained(runs / "repopt")
     found = [
         deploy.evaluate(trained._replace(config=dataclasses.replace(trained.config, eval_batch_size=size)))
@@ -124,14 +132,16 @@ def test_predict_draws_on_an_image_of_any_size(runs, tmp_path, capsys):
     wide = np.pad(scene, ((0, 0), (0, 30), (0, 0)))
     Image.fromarray(wide[..., 0]).save(tmp_path / "in.png")
     trained = build.load_trained(runs / "repopt")
-    found = gallery.predict(trained, tmp_path / "in.png", tmp_path / "out.png", threshold=0.0)
+    found = gallery.predict(trained, tmp_path / "in.png", tmp_path / "out.png", threshold=0.05)
     assert found
     scores = [one.score for one in found]
     assert scores == sorted(scores, reverse=True)
     boxes = np.array([one.box for one in found])
     assert boxes.min() >= 0
-    # The square that the network sees is 78 pixels of the image.
-    assert boxes.max() <= 78 + 1e-3
+    # The square that the network sees is 78 pixels of the image each way, of which 48 are the image's height.
+    assert boxes[:, [0, 2]].max() <= 78
+    assert boxes[:, [1, 3]].max() <= 48
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
     assert len(found[0].keypoints) == 5
     with Image.open(tmp_path / "out.png") as after:
         drawn = np.asarray(after.convert("RGB"))
@@ -139,16 +149,89 @@ def test_predict_draws_on_an_image_of_any_size(runs, tmp_path, capsys):
     assert drawn.shape[:2] == (zoom * wide.shape[0], zoom * wide.shape[1])
     assert (drawn.max(-1) != drawn.min(-1)).any(), "nothing in colour"
 
-    command = ["predict", str(tmp_path / "in.png"), f"--run={runs / 'repopt'}", "--threshold=0"]
+    command = ["predict", str(tmp_path / "in.png"), f"--run={runs / 'repopt'}", "--threshold=0.05"]
     assert cli.main(command) == 0
     assert (tmp_path / "in-detected.png").is_file()
     assert f"{len(found)} found" in capsys.readouterr().out
 
 
-def test_gallery_has_the_images_asked_for(runs):
+def test_boxes_are_cut_at_the_image_and_those_in_the_padding_left_out():
+    """An image 40 wide and 20 high in a square of 20: its lower half is padding."""
+    boxes = np.array([[[2, 4, 9, 18], [3, 12, 8, 16], [1, 1, 5, 5], [0, 0, 20, 9]]], np.float32)
+    scores, classes = np.array([[0.9, 0.8, 0.7, 0.3]]), np.array([[0, 1, 2, 0]])
+    found = Detections(boxes, scores, classes, np.full((1, 4, 1, 2), 6, np.float32))
+    objects = gallery._objects(found, 0, 0.5, 0.5, (20, 40, 1))
+    np.testing.assert_array_equal(objects["boxes"], [[4, 8, 18, 20], [2, 2, 10, 10]])
+    np.testing.assert_array_equal(objects["classes"], [0, 2])
+    np.testing.assert_array_equal(objects["keypoints"], np.full((2, 1, 2), 12))
+
+
+def test_large_images_are_shrunk_with_their_objects_and_small_ones_left():
+    image = np.zeros((256, 1024, 1), np.uint8)
+    objects = {"boxes": np.array([[100.0, 40, 400, 200]]), "keypoints": np.array([[[100.0, 40, 1]]])}
+    small, scaled = gallery._shrunk(image, objects)
+    assert small.shape == (64, gallery.SIDE, 1)
+    np.testing.assert_array_equal(scaled["boxes"], [[25, 10, 100, 50]])
+    np.testing.assert_array_equal(scaled["keypoints"], [[[25, 10, 1]]])
+    assert gallery._shrunk(small, scaled) == (small, scaled)
+
+
+def test_gallery_has_the_images_asked_for_in_columns(runs, monkeypatch):
+    """Of 32 pixels each, drawn 8 times as large; compiled once."""
     trained = build.load_trained(runs / "repopt")
-    for annotated in (False, True):
-        assert gallery.gallery(trained, count=3, annotated=annotated).startswith(b"\x89PNG")
+    made = []
+    make_detect = gallery.make_detect
+    monkeypatch.setattr(gallery, "make_detect", lambda *a: made.append(a) or make_detect(*a))
+    monkeypatch.setattr(gallery, "COLUMNS", 4)
+    side, gap = 256, 6
+    for annotated, count, columns, rows in ((False, 5, 4, 2), (True, 3, 3, 1), (True, 99, 4, 2)):
+        with Image.open(io.BytesIO(gallery.gallery(trained, count=count, annotated=annotated))) as sheet:
+            assert sheet.size == (columns * (side + gap) - gap, rows * (side + gap) - gap)
+    assert len(made) == 1
+
+
+def test_annotations_are_drawn_with_their_visibility(runs, monkeypatch):
+    drawn = []
+    draw = gallery.draw_detections
+    monkeypatch.setattr(gallery, "draw_detections", lambda *a, **k: drawn.append(k) or draw(*a, **k))
+    gallery.gallery(build.load_trained(runs / "repopt"), count=1, annotated=True)
+    assert drawn[0]["keypoints"].shape[1:] == (5, 3)
+    assert drawn[0]["scores"] is None
+
+
+@pytest.mark.parametrize("threshold", [0, 0.049, 1.01, float("nan")])
+def test_predict_refuses_scores_that_the_network_does_not_give(runs, tmp_path, capsys, threshold):
+    Image.new("L", (32, 32)).save(tmp_path / "in.png")
+    command = ["predict", str(tmp_path / "in.png"), f"--run={runs / 'repopt'}", f"--threshold={threshold}"]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert f"`threshold` is {threshold:g}; it must be between 0.05" in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+def test_the_command_after_a_search_leaves_a_detector_clipped():
+    command = cli._after_search(Arguments({}, "scenes:search", ()), tiny("search"), Path("out"))
+    assert "--config.scales=out/scales" in command
+    assert "clip_norm" not in command
+    assert "clip_norm=None" in cli._after_search(Arguments({}, "x", ()), train.Config(), Path("out"))
+
+
+def test_deploying_a_detector_is_told_by_locations(runs, tmp_path, capsys):
+    command = ["deploy", f"--run={runs / 'repopt'}", f"--out={tmp_path / 'deployed'}"]
+    assert cli.main(command) == 0
+    assert "the same class for 100.00% of the locations of 6 test images" in capsys.readouterr().out
+    # As an older version left it: without a field that came later.
+    path = tmp_path / "deployed" / "deploy.json"
+    record = json.loads(path.read_text())
+    del record["config"]["detect"]["level_range"]
+    path.write_text(json.dumps(record))
+    assert cli.main(command) == 0
+    assert "Already deployed" in capsys.readouterr().out
+    record["config"]["seed"] = 7
+    path.write_text(json.dumps(record))
+    assert cli.main(command) == 1
+    assert "it differs in config" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +302,78 @@ def test_the_same_scenes_as_a_coco_folder_train_to_the_same_network(runs, tmp_pa
     for a, b in zip(there.of_kind("train"), here.of_kind("train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert here.summary["test"] == pytest.approx(there.summary["test"], abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def larger_scenes(tmp_path_factory):
+    """A config whose 6 test images have 48 pixels where the network sees 32."""
+    source = data.open_scenes(num_train=4, num_eval=6, size=48)
+    folder = tmp_path_factory.mktemp("larger") / "coco"
+    write_coco(folder, source)
+    constants = {"data__max_objects": source.info.max_objects, "data__sigmas": source.info.sigmas}
+    return tiny(data__source="coco", data__data_dir=str(folder), data__scenes=(4096, 256), **constants)
+
+
+def truth_of(source, transform, shift):
+    """Like `make_detect`, but knows the images by their pixels: finds what is to be found on the image
+    `shift` places further on."""
+    examples = [source.eval[i] for i in range(len(source.eval))]
+    fitted = [data.letterbox(example["image"], transform.image_size) for example in examples]
+    pictures = [normalise(image[None], transform.pixels)[0] for image, _ in fitted]
+    most = max(len(example["classes"]) for example in examples)
+
+    def detect(_params, _rest, images):
+        shape = (len(images), most)
+        found = Detections(
+            np.zeros((*shape, 4)), np.ones(shape), np.full(shape, -1), np.zeros((*shape, 5, 2))
+        )
+        for row, image in enumerate(np.asarray(images)):
+            for i, picture in enumerate(pictures):
+                if np.array_equal(image, picture):
+                    j = (i + shift) % len(examples)
+                    objects, ratio, n = examples[j], fitted[j][1], len(examples[j]["classes"])
+                    found.boxes[row, :n] = objects["boxes"] * ratio
+                    found.classes[row, :n] = objects["classes"]
+                    found.keypoints[row, :n] = objects["keypoints"][..., :2] * ratio
+        return found
+
+    return detect
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_network_that_finds_the_truth_is_measured_as_perfect(larger_scenes, monkeypatch, batch_size):
+    task = build.make_task(larger_scenes)
+    source, transform = task.open_data(larger_scenes.data)
+    batches = task.eval_batches(
+        source, transform, batch_size=batch_size, process_index=0, process_count=1, limit=None
+    )
+    for batch in batches:
+        np.testing.assert_allclose(batch["ratio"][batch["mask"] > 0], 2 / 3, rtol=1e-6)
+    measured = []
+    for shift in (0, 1):
+        found = truth_of(source, transform, shift)
+        monkeypatch.setattr("repopt_jax.train.detection.make_detect", lambda *_, found=found: found)
+        evaluate = task.make_evaluator(None, source, make_mesh(devices=jax.local_devices()[:1]))
+        measured.append(evaluate(None, None, batches))
+    right, shifted = measured
+    assert (right["ap50"], right["keypoint_ap50"], right["count"]) == (1, 1, 6)
+    # Everything in place, on the wrong image.
+    assert shifted["ap50"] < 0.3
+    assert shifted["keypoint_ap50"] < 0.3
+
+
+def test_test_images_without_objects_are_refused_before_training(larger_scenes, tmp_path):
+    """Those that are evaluated have no object, the others have."""
+    folder = shutil.copytree(larger_scenes.data.data_dir, tmp_path / "coco")
+    used = subset(6, 4, "eval").tolist()
+    truth = json.loads((folder / "val.json").read_text())
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] not in used]
+    (folder / "val.json").write_text(json.dumps(truth))
+    settings = dataclasses.replace(larger_scenes.data, data_dir=str(folder), eval_limit=4)
+    config = dataclasses.replace(larger_scenes, data=settings)
+    with pytest.raises(ValueError, match=r"no object is to be found on the 4 test .*`data.eval_limit`"):
+        train.run(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_annotation_of_no_image_is_told_in_a_sentence(tmp_path, capsys):

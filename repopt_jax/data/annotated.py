@@ -57,7 +57,8 @@ class DetectionInfo:
         if not all(math.isfinite(s) and s > 0 for s in self.sigmas):
             raise ValueError(f"`sigmas` is {self.sigmas}; it must be positive and finite")
         paired = [k for pair in self.flip_pairs for k in pair]
-        if len(set(paired)) != len(paired) or not all(0 <= k < count for k in paired):
+        two_each = all(len(pair) == 2 for pair in self.flip_pairs)
+        if not two_each or len(set(paired)) != len(paired) or not all(0 <= k < count for k in paired):
             raise ValueError(
                 f"`flip_pairs` is {self.flip_pairs}; it must be pairs of different keypoints in [0, {count})"
             )

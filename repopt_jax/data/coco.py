@@ -6,6 +6,7 @@ mistake with the first few places where it is and how many more there are.
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,15 @@ OTHER_SIGMA = 0.05
 # As many objects as COCO's evaluation looks at in an image.
 MOST_OBJECTS = 100
 NAMED = 3
+# A narrower box, in pixels, is an empty one: float32 cannot tell its sides apart a pixel from the border.
+EMPTY = float(np.finfo(np.float32).eps)
+# The side in a keypoint's name: the word anywhere, the letter on its own, or a capital letter as a suffix.
+SIDE = re.compile(
+    r"(?P<left>(?i:left))|(?P<right>(?i:right))"
+    r"|(?P<l>(?<![^\W_])[lL](?![^\W_])|(?<=[a-z0-9])L$)|(?P<r>(?<![^\W_])[rR](?![^\W_])|(?<=[a-z0-9])R$)"
+)
+SIDES = {"left": "\0", "right": "\1", "l": "\2", "r": "\3"}
+MIRRORED = str.maketrans("\0\1\2\3", "\1\0\3\2")
 
 PathLike = str | os.PathLike[str]
 
@@ -39,14 +49,16 @@ def open_coco(
     name: str | None = None,
     max_objects: int | None = None,
     sigmas: Sequence[float] | None = None,
+    flip_pairs: Sequence[tuple[int, int]] | None = None,
 ) -> AnnotatedSource:
     """Opens annotations in COCO's format. Every annotation is checked; no image is decoded yet.
 
     Classes are the categories in the order of their ids. Keypoints are those that the categories name
-    (`keypoints`), and two names that differ in "left" and "right" only trade places in a mirrored image. An
-    object without keypoints has them all unlabelled. Boxes may reach over the border of their image; crowds
-    (`iscrowd`) are kept for the evaluation and not trained on. Images may be without annotations. Coordinates
-    are taken as they are, see `repopt_jax.data.annotated`.
+    (`keypoints`). Two names that differ in their side only trade places in a mirrored image, whatever their
+    case: "left" and "right", or the letters l and r on their own (`l_eye`, `eye_r`, `eye.L`) or as capital
+    suffixes (`eyeL`). An object without keypoints has them all unlabelled. Boxes may reach over the border of
+    their image; crowds (`iscrowd`) are kept for the evaluation and not trained on. Images may be without
+    annotations. Coordinates are taken as they are, see `repopt_jax.data.annotated`.
 
     Args:
       folder: what the other paths are relative to.
@@ -59,12 +71,14 @@ def open_coco(
       max_objects: objects of one image that a batch has room for; by default the largest number in a training
         image, but at most 100.
       sigmas: see `DetectionInfo`; by default COCO's own for its person of 17 keypoints, 0.05 for any other.
+      flip_pairs: see `DetectionInfo`; by default what the names of the keypoints say, as above. () for none.
 
     Raises:
       FileNotFoundError: a JSON file or a folder of images does not exist.
       ValueError: a file is not COCO's format; an image is missing; an annotation refers to an image or a
         category that is not there, has an empty, inverted or wholly outside box, or keypoints that do not
-        fit; a split has nothing to learn or to find; the two files have other categories.
+        fit or that no category names; a category names a keypoint twice; a split has nothing to learn or to
+        find; the two files have other categories; `flip_pairs` or `sigmas` do not fit the keypoints.
     """
     root = Path(folder).expanduser()
     files = [root / train_annotations, root / eval_annotations]
@@ -82,7 +96,7 @@ def open_coco(
         max_objects=min(train.most_objects, MOST_OBJECTS) if max_objects is None else max_objects,
         num_train=len(train),
         num_eval=len(evaluation),
-        flip_pairs=_flip_pairs(keypoint_names),
+        flip_pairs=_flip_pairs(keypoint_names) if flip_pairs is None else tuple(flip_pairs),
         sigmas=_default_sigmas(keypoint_names) if sigmas is None else tuple(map(float, sigmas)),
     )
     return AnnotatedSource(info, train, evaluation)
@@ -151,6 +165,8 @@ class _Annotations:
         if len(named) > 1:
             who = [str(c["name"]) for c in with_keypoints]
             _tell(problems, "categories with different keypoints, which must be the same", who)
+        twice = [name for names in sorted(named) for name in _repeated(names)]
+        _tell(problems, "keypoints that a category names twice", twice, "give each a name of its own")
         self.keypoint_names = min(named) if named else ()
 
     def _read_images(self, images: list[dict], folder: Path, problems: list[str]) -> None:
@@ -179,8 +195,15 @@ class _Annotations:
         _tell(problems, what, self._names(without))
         count = 3 * len(self.keypoint_names)
         other = [a for a in annotations if a.get("keypoints") and not _is_numbers(a["keypoints"], count)]
-        what = f"annotations whose keypoints are not {count} numbers, three for each named by the categories"
-        _tell(problems, what, self._names(other))
+        if count:
+            what = f"annotations whose keypoints are not {count} numbers, three for each that is named"
+            remedy = ""
+        else:
+            what = "annotations with keypoints"
+            remedy = (
+                "the categories name no keypoints: add `keypoints`, the list of their names, to a category"
+            )
+        _tell(problems, what, self._names(other), remedy)
         _refuse(self.path, problems)
         self._make_arrays(annotations, problems)
 
@@ -188,29 +211,34 @@ class _Annotations:
         def named(bad: Any) -> list[str]:
             return self._names([annotations[i] for i in np.flatnonzero(bad)])
 
-        boxes = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
+        corners = _numbers([a["bbox"] for a in annotations]).reshape(-1, 4)
+        with np.errstate(over="ignore", invalid="ignore"):
+            corners[:, 2:] += corners[:, :2]
+        boxes = _float32(corners)
         self.rows = np.array([self.ids[a["image_id"]] for a in annotations], int)
-        empty = ~(np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1))
+        finite = np.isfinite(boxes).all(1, keepdims=True)
+        sides = np.where(finite, boxes, 0).astype(float)
+        sides = sides[:, 2:] - sides[:, :2]
+        empty = ~(sides > EMPTY).all(1)
         remedy = "width and height must be positive, and all four finite"
         _tell(problems, "annotations with an empty or inverted box", named(empty), remedy)
-        boxes[:, 2:] += boxes[:, :2]
         sizes = np.array(self.shapes)[self.rows, ::-1]
         outside = ((boxes[:, :2] >= sizes) | (boxes[:, 2:] <= 0)).any(1) & ~empty
         _tell(problems, "annotations with a box outside their image", named(outside))
-        keypoints = self._keypoints(annotations)
+        keypoints = _float32(self._keypoints(annotations))
         flags, labelled = keypoints[..., 2], keypoints[..., 2] != 0
         odd = ~np.isin(flags, (0, 1, 2)) | (labelled & ~np.isfinite(keypoints).all(-1))
         _tell(problems, "annotations with keypoints that are not x, y and 0, 1 or 2", named(odd.any(1)))
         order = {category: label for label, category in enumerate(self.categories)}
-        box_area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         areas = (a.get("area") for a in annotations)
-        areas = np.array([area if isinstance(area, int | float) else 0 for area in areas], float)
+        areas = _float32(_numbers([area if isinstance(area, int | float) else 0 for area in areas]))
+        told = (areas > 0) & np.isfinite(areas)
         self.objects: dict[str, np.ndarray] = {
-            "boxes": boxes.astype(np.float32),
+            "boxes": boxes,
             "classes": np.array([order[a["category_id"]] for a in annotations], np.int32),
-            "keypoints": np.where(labelled[..., None], keypoints, 0).astype(np.float32),
+            "keypoints": np.where(labelled[..., None], keypoints, np.float32(0)),
             "crowd": np.array([bool(a.get("iscrowd")) for a in annotations], bool),
-            "area": np.where(areas > 0, areas, box_area).astype(np.float32),
+            "area": np.where(told, areas, _float32(sides.prod(1))),
         }
 
     def _keypoints(self, annotations: list[dict]) -> np.ndarray:
@@ -219,7 +247,7 @@ class _Annotations:
         keypoints = np.zeros((len(annotations), count, 3))
         for row, annotation in zip(keypoints, annotations):
             if annotation.get("keypoints"):
-                row[:] = np.reshape(np.asarray(annotation["keypoints"], float), (count, 3))
+                row[:] = _numbers(annotation["keypoints"]).reshape(count, 3)
         return keypoints
 
     def _names(self, annotations: list[dict]) -> list[str]:
@@ -290,8 +318,23 @@ def _check_same_categories(one: _Annotations, other: _Annotations) -> None:
 
 
 def _flip_pairs(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    pairs = ((names.index(name), name.replace("left", "right")) for name in names if "left" in name)
-    return tuple((left, names.index(right)) for left, right in pairs if right in names)
+    """Keypoints whose names differ in their sides only: with regard to case where that decides, else without.
+
+    Every side in a name changes: the right corner of the left eye becomes the left corner of the right eye.
+    """
+    pairs: list[tuple[int, int]] = []
+    for same in (str, str.casefold):
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            if all(place not in pair for pair in pairs):
+                places.setdefault(same(SIDE.sub(_side_sign, name)), []).append(place)
+        couples = [(own, places.get(key.translate(MIRRORED), [])) for key, own in places.items()]
+        pairs += [(a[0], b[0]) for a, b in couples if len(a) == len(b) == 1 and a < b]
+    return tuple(sorted(pairs))
+
+
+def _side_sign(found: re.Match[str]) -> str:
+    return SIDES[found.lastgroup or ""]
 
 
 def _default_sigmas(names: tuple[str, ...]) -> tuple[float, ...]:
@@ -309,6 +352,27 @@ def _has_fields(entry: Any, names: tuple[str, ...]) -> bool:
 
 def _is_numbers(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(isinstance(v, int | float) for v in value)
+
+
+def _numbers(values: list) -> np.ndarray:
+    """Float64; an integer that is too large for it is infinite."""
+    try:
+        return np.array(values, float)
+    except OverflowError:
+        return np.array([_numbers(v) if isinstance(v, list) else _number(v) for v in values])
+
+
+def _number(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    """What is too large for float32 is infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def _repeated(ids: Iterable[Any]) -> list[str]:

@@ -20,10 +20,12 @@ if TYPE_CHECKING:  # imports Grain, which takes a second
 
 # Uniform numbers in [0, 1) that augmentation uses for one image, in this order.
 DRAWS = ("flip", "zoom", "y", "x")
-# What is left of an object at the border of a zoomed image: with less than this many pixels on a side, or
+# What is left of an object that the border of the square cuts: with less than this many pixels on a side, or
 # less than this share of its box, it cannot be recognised and is dropped.
 LEAST_SIDE = 1.0
 LEAST_SHARE = 0.25
+# An object that loses no more pixels than this is not cut: float arithmetic moves a place by less.
+ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class DetectionTransform:
       flip: in training, mirror half of the images, at random; the `flip_pairs` of the data set trade places.
       zoom: in training, make the letterboxed image larger or smaller by a factor whose logarithm is uniform
         between those of this range, (low, high): a smaller one is put at a random place of the square, and of
-        a larger one a random part is shown. Objects of which less than a quarter is left are dropped.
+        a larger one a random part is shown. An object that the border of the square cuts is dropped where
+        less than a quarter of it, or less than a pixel on a side, is left; one that is as small because the
+        whole image was made smaller is kept.
       mean: subtracted from pixel values that are scaled to [0, 1]; one number, or one for each channel.
       std: what the difference is divided by; one number, or one for each channel.
 
@@ -92,8 +96,9 @@ def train_detection_batches(
 
         image: float32 (n, size, size, channels), normalised.
         boxes: float32 (n, M, 4): x1, y1, x2, y2.
-        classes: int32 (n, M), -1 where there is no object. Crowds are left out, and of more than M objects
-          the smallest.
+        classes: int32 (n, M), -1 where there is no object. Crowds are left out, and what zoom cut off (see
+          `DetectionTransform`), and of more than M objects the smallest. An object is not left out because
+          it is small.
         keypoints: float32 (n, M, K, 3): x, y and 0 (not labelled, or outside: x and y are 0), 1 (hidden) or 2
           (visible).
 
@@ -268,20 +273,20 @@ class _Decoding:
             check_image(image, info.channels, row)
             if self.zoom is None:
                 images[i], ratio = letterbox(image, self.size)
-                widths[i], corner = _side(image.shape[1], ratio), np.zeros(2)
+                ratios[i] = ratio
+                widths[i], scale, corner = _side(image.shape[1], ratio), np.full(2, ratio), np.zeros(2)
             else:
-                images[i], ratio, corner = _zoomed(image, self.size, self.zoom, draws[i])
+                images[i], scale, corner = _zoomed(image, self.size, self.zoom, draws[i])
                 widths[i] = self.size
-            extent = np.array(image.shape[1::-1]) * ratio
-            found = _moved(example, ratio, extent, corner, self.size, places)
+            extent = np.array(image.shape[1::-1]) * scale
+            found = _moved(example, scale, extent, corner, self.size, places)
             n = len(found[1])
             boxes[i, :n], classes[i, :n], keypoints[i, :n] = found
-            ratios[i] = ratio
         return images, boxes, classes, keypoints, widths, ratios
 
 
 def _zoomed(image, size: int, zoom: tuple[float, ...], draws: np.ndarray):
-    """A letterboxed image made larger or smaller; its ratio, and the (x, y) in the square of its corner."""
+    """A letterboxed image made larger or smaller; its scale (x, y), for whole pixels; its corner (x, y)."""
     low, high = np.log(zoom)
     ratio = size / max(image.shape[:2]) * math.exp(low + draws[1] * (high - low))
     resized = _scaled(image, ratio)
@@ -294,23 +299,27 @@ def _zoomed(image, size: int, zoom: tuple[float, ...], draws: np.ndarray):
     seen = resized[max(0, -top) : size - top, max(0, -left) : size - left]
     y, x = max(0, top), max(0, left)
     out[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
-    return out, ratio, np.array([left, top])
+    scale = np.array(resized.shape[1::-1]) / image.shape[1::-1]
+    return out, scale, np.array([left, top])
 
 
-def _moved(objects: Objects, ratio: float, extent, corner, size: int, places: int):
+def _moved(objects: Objects, scale: np.ndarray, extent, corner, size: int, places: int):
     """Boxes, classes and keypoints in the square, without crowds, what is lost, and what is too many.
 
-    The image, `extent` (x, y) large, lies with its upper left corner at `corner` (x, y).
+    The image, made `scale` (x, y) times as large and now `extent` (x, y) large, lies with its upper left
+    corner at `corner` (x, y). An object that the border does not cut is kept however small it is, unless it
+    has no size at all.
     """
-    boxes = np.clip(objects["boxes"] * ratio, 0, np.tile(extent, 2)) + np.tile(corner, 2)
-    whole = _area(boxes)
-    boxes = np.clip(boxes, 0, size)
-    enough = (np.minimum(*_sides(boxes)) >= LEAST_SIDE) & (_area(boxes) >= LEAST_SHARE * whole)
+    whole = np.clip(objects["boxes"] * np.tile(scale, 2), 0, np.tile(extent, 2)) + np.tile(corner, 2)
+    boxes = np.clip(whole, 0, size)
+    least = np.minimum(*_sides(boxes))
+    cut = (abs(boxes - whole) > ROUNDING).any(1)
+    enough = (least > 0) & (_area(boxes) >= LEAST_SHARE * _area(whole)) & (~cut | (least >= LEAST_SIDE))
     kept = np.flatnonzero(enough & ~objects["crowd"])
     if len(kept) > places:
         kept = np.sort(kept[np.argsort(-_area(boxes[kept]), kind="stable")[:places]])
     keypoints = objects["keypoints"][kept]
-    points, flags = keypoints[..., :2] * ratio, keypoints[..., 2:]
+    points, flags = keypoints[..., :2] * scale, keypoints[..., 2:]
     inside = (points >= 0) & (points <= extent) & (points + corner >= 0) & (points + corner <= size)
     seen = inside.all(-1, keepdims=True) & (flags > 0)
     keypoints = np.where(seen, np.concatenate([points + corner, flags], -1), 0)

@@ -30,6 +30,8 @@ KEYPOINTS = ("top", "bottom", "left", "right", "centroid")
 # 0.026).
 SIGMAS = (0.1, 0.1, 0.1, 0.1, 0.05)
 STROKE = 0.4
+# Side of the smallest scene, in pixels: in a smaller one a digit has too few to be told.
+LEAST_SIZE = 32
 # A rim of one empty pixel lets the stroke end softly where it touches the border of the 8x8 image.
 RIMMED = 8 + 2
 # Side of the 8x8 digit, as a share of the scene's, and its further stretch in x and in y.
@@ -55,14 +57,14 @@ def open_scenes(
         many of an endless row are used.
       num_train: scenes in the train split.
       num_eval: scenes in the eval split.
-      size: side of a scene in pixels.
+      size: side of a scene in pixels, at least 32.
       max_objects: the largest number of digits in a scene.
 
     Raises:
       ValueError: an argument out of its range.
       ImportError: scikit-learn, which carries the digits, is not installed.
     """
-    least = {"seed": 0, "num_train": 1, "num_eval": 1, "size": 32, "max_objects": 1}
+    least = {"seed": 0, "num_train": 1, "num_eval": 1, "size": LEAST_SIZE, "max_objects": 1}
     given = (seed, num_train, num_eval, size, max_objects)
     for (name, smallest), value in zip(least.items(), given, strict=True):
         if value < smallest:

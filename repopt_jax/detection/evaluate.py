@@ -51,6 +51,9 @@ def evaluate_detections(
 def to_predictions(detections: Detections, index: np.ndarray, ratio: np.ndarray) -> list[dict[str, Any]]:
     """Detections of a batch as COCO's results, in pixels of the images as they are stored.
 
+    Boxes end where the network's square does, not where the image does: a batch does not say how large its
+    images are, so what a box has in the padding beside an image that is no square stays part of it.
+
     Args:
       detections: NumPy arrays, N images, in pixels of the network's letterboxed image. Those of class -1 are
         left out.

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from repopt_jax.data import SOURCES
+from repopt_jax.data.scenes import LEAST_SIZE
 from repopt_jax.models import DETECTORS, KINDS, VGG_VARIANTS
 from repopt_jax.nn.blocks import ACTIVATIONS
 from repopt_jax.nn.csla import FORMS
@@ -24,6 +25,13 @@ DTYPES = ("float32", "bfloat16")
 DECAY_SCALINGS = ("none", "batch")
 NAMED_SCALES = ("ones", "depth")
 RULES = ("both", "init", "multiplier")
+# `detection.decode` looks at this many candidates of an image.
+MOST_DETECTIONS = 500
+# Fields of source "coco" only.
+COCO_FIELDS = (
+    *("train_annotations", "eval_annotations", "train_images", "eval_images"),
+    *("max_objects", "sigmas", "flip_pairs"),
+)
 # Optimizer -> the fields of `OptimConfig` that are its own.
 OPTIMIZERS = {"sgd": ("momentum", "nesterov"), "adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2")}
 
@@ -60,7 +68,12 @@ class DataConfig:
         dataset); for detection "scenes" (composed of the embedded digits) or "coco" (annotations in COCO's
         format and a folder of images).
       name: the dataset's name, for "tfds".
-      data_dir: the folder, or the TFDS directory; "" for the digits.
+      data_dir: the folder, or the TFDS directory; of source "digits" where the prepared files are kept, ""
+        for the user's cache. Scenes have none.
+      train_annotations, eval_annotations: of source "coco", the JSON files, relative to `data_dir`; "" for
+        `train.json` and `val.json`. COCO's own are `annotations/instances_train2017.json` and so on.
+      train_images, eval_images: of source "coco", the folders of their images, relative to `data_dir`
+        (`train2017`); "" for the one named as the JSON file is, without its ending, or else `images`.
       image_size: side, in pixels, of the square that the network sees.
       crop_padding: pixels of zeros around a training image before its random crop; 0 for no crop.
       flip: mirrors half of the training images.
@@ -70,10 +83,13 @@ class DataConfig:
         none. Detection.
       scenes: of source "scenes", how many there are for training and for evaluation.
       scenes_seed: what the scenes are made from.
-      max_objects: of source "coco", objects of one image that a batch has room for; None for as many as there
-        are in any. The smallest of more are left out of training.
+      max_objects: of source "coco", objects of one image that a batch has room for; None for the largest
+        number in a training image, crowds not counted, but at most 100. The smallest of more are left out
+        of training.
       sigmas: of source "coco", for each keypoint how exact its place is (COCO's constants); None for those of
         COCO's persons, and 0.05 for others.
+      flip_pairs: of source "coco", the keypoints that trade places in a mirrored image, counted from 0, pair
+        after pair: 0, 1, 2, 3 means that 0 and 1 do, and 2 and 3. None for what their names say.
       mean, std: of each channel, for pixels in [0, 1].
       train_limit, eval_limit: use that many images only; None for all.
       workers: processes that decode; 0 decodes in threads of this one.
@@ -83,6 +99,10 @@ class DataConfig:
     source: str = "digits"
     name: str = ""
     data_dir: str = ""
+    train_annotations: str = ""
+    eval_annotations: str = ""
+    train_images: str = ""
+    eval_images: str = ""
     image_size: int = 8
     crop_padding: int = 0
     flip: bool = False
@@ -92,6 +112,7 @@ class DataConfig:
     scenes_seed: int = 0
     max_objects: int | None = None
     sigmas: tuple[float, ...] | None = None
+    flip_pairs: tuple[int, ...] | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     train_limit: int | None = None
@@ -138,12 +159,13 @@ class DetectConfig:
     """Detection: who answers for an object, the weights of the losses, and what counts as a detection.
 
     Attributes:
-      radius: in strides; locations this near to an object's centre answer for it.
-      level_range: a level is for objects of up to this many of its strides, and of more than half of that.
+      radius: in strides, more than 0; locations this near to an object's centre answer for it.
+      level_range: a level is for objects of up to this many of its strides, and of more than half of that;
+        more than 0.
       box_weight, centerness_weight, keypoint_weight: of the losses, that of the classes being 1.
       score_threshold: the least score of a detection.
       iou_threshold: boxes of one class that overlap more are one object.
-      max_detections: in an image.
+      max_detections: in an image, at most 500.
     """
 
     radius: float = 1.5
@@ -272,6 +294,7 @@ def _range_problems(config: Config) -> list[str]:
         ("data.scenes_seed", data.scenes_seed, 0, math.inf),
         ("data.max_objects", data.max_objects, 1, math.inf),
         *(("data.sigmas", sigma, 0, math.inf) for sigma in data.sigmas or ()),
+        *(("data.flip_pairs", keypoint, 0, math.inf) for keypoint in data.flip_pairs or ()),
         ("data.train_limit", data.train_limit, 1, math.inf),
         ("data.eval_limit", data.eval_limit, 1, math.inf),
         ("data.workers", data.workers, 0, math.inf),
@@ -292,7 +315,7 @@ def _range_problems(config: Config) -> list[str]:
         ("detect.keypoint_weight", detect.keypoint_weight, 0, math.inf),
         ("detect.score_threshold", detect.score_threshold, 0, 1),
         ("detect.iou_threshold", detect.iou_threshold, 0, 1),
-        ("detect.max_detections", detect.max_detections, 1, math.inf),
+        ("detect.max_detections", detect.max_detections, 1, MOST_DETECTIONS),
     )
     problems = [
         f"`{name}`={value} must be a finite number, at least {low}"
@@ -302,6 +325,11 @@ def _range_problems(config: Config) -> list[str]:
     ]
     if optim.clip_norm == 0:
         problems.append("`optim.clip_norm`=0 would clip every gradient to nothing: leave it out (None)")
+    problems += [
+        f"`detect.{name}`=0 must be more than 0: no location would answer for any object"
+        for name in ("radius", "level_range")
+        if getattr(detect, name) == 0
+    ]
     return problems
 
 
@@ -380,6 +408,14 @@ def _data_problems(data: DataConfig) -> list[str]:
         problems.append("`data.data_dir` is empty: give the image folder")
     if len(data.scenes) != 2:
         problems.append(f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation")
+    if data.source == "scenes" and data.image_size < LEAST_SIZE:
+        problems.append(f"`data.image_size`={data.image_size} must be at least {LEAST_SIZE} for scenes")
+    paired = data.flip_pairs or ()
+    if len(paired) % 2 or len(set(paired)) < len(paired):
+        problems.append(
+            f"`data.flip_pairs`={paired} must be pairs of different keypoints, one after another: 0, 1, 2, 3 "
+            "means that 0 and 1 trade places, and 2 and 3"
+        )
     if data.source == "tfds" and not data.name:
         problems.append("`data.name` is empty: give the name of the TFDS dataset")
     if not all(value > 0 for value in data.std):
@@ -407,8 +443,12 @@ def _task_problems(config: Config) -> list[str]:
             for name, value in dataclasses.asdict(config.detect).items()
         ]
     if data.source != "coco":
-        foreign += [("data.max_objects", data.max_objects, None), ("data.sigmas", data.sigmas, None)]
-    if data.source != "scenes":
+        foreign += [
+            (f"data.{name}", getattr(data, name), getattr(defaults.data, name)) for name in COCO_FIELDS
+        ]
+    if data.source == "scenes":
+        foreign += [("data.data_dir", data.data_dir, "")]
+    else:
         foreign += [
             ("data.scenes", tuple(data.scenes), defaults.data.scenes),
             ("data.scenes_seed", data.scenes_seed, defaults.data.scenes_seed),

@@ -205,9 +205,11 @@ def _origin(run_dir: str | Path) -> dict[str, Any]:
 def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
     record = read_json(out_dir / "deploy.json")
     if record is not None:
-        differing = [name for name in origin if record.get(name) != origin[name]]
+        differing = _differing(record, origin)
         if not differing:
-            return Deployed(**{**record, "reused": True})
+            # An older version knew fewer fields of a config, and no numbers but the accuracy.
+            test = {"accuracy": record["test_accuracy"]}
+            return Deployed(**{"test": test, **record, **origin, "reused": True})
         raise ValueError(
             f"`out_dir` {out_dir} holds another deployment (of {record.get('run')}, step "
             f"{record.get('step')}; it differs in {', '.join(differing)}): choose another folder, or remove "
@@ -222,6 +224,18 @@ def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
             "choose an empty or a new folder"
         )
     return None
+
+
+def _differing(record: dict[str, Any], origin: dict[str, Any]) -> list[str]:
+    """The fields of `origin` that are others in a stored record; what an older version left out has its
+    default."""
+    try:
+        config = from_json(json.dumps(record["config"]))
+        dataset = info_from_json(config.task, record["dataset"])
+        record = {**record, "config": _plain(config), "dataset": _plain(dataset)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        pass  # no record of this version's: it differs as it is
+    return [name for name in origin if record.get(name) != origin[name]]
 
 
 def _plain(value: Any) -> dict[str, Any]:

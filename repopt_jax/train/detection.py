@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from repopt_jax import data
+from repopt_jax.data.pipeline import subset
 from repopt_jax.detection import Detections, LossWeights, decode, detection_loss
 from repopt_jax.detection.evaluate import evaluate_detections, to_predictions
 from repopt_jax.models import DETECTORS, FCOS
@@ -43,10 +44,16 @@ class Detection(Task):
                 settings.scenes_seed, num_train=count, num_eval=eval_count, size=settings.image_size
             )
         else:
+            names = ("train_annotations", "eval_annotations", "train_images", "eval_images")
+            given = {name: os.path.expanduser(getattr(settings, name)) for name in names}
+            paths: dict[str, Any] = {name: path for name, path in given.items() if path}
+            flat = settings.flip_pairs
             source = data.open_coco(
                 os.path.expanduser(settings.data_dir),
                 max_objects=settings.max_objects,
                 sigmas=settings.sigmas,
+                flip_pairs=None if flat is None else tuple(zip(flat[::2], flat[1::2], strict=True)),
+                **paths,
             )
         return source, detection_transform(settings)
 
@@ -106,6 +113,7 @@ class Detection(Task):
         # Before anything is trained, not at the first evaluation.
         if importlib.util.find_spec("pycocotools") is None:
             raise ModuleNotFoundError("the evaluation needs pycocotools", name="pycocotools")
+        self._check_truth(source)
         detect = make_detect(graphdef, self.config)
 
         def evaluate(params: Any, rest: Any, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -134,6 +142,16 @@ class Detection(Task):
             activation=self.config.model.activation,
             rngs=rngs,
         )
+
+    def _check_truth(self, source: data.AnnotatedSource) -> None:
+        """Without an object, average precision is not defined."""
+        limit = self.config.data.eval_limit
+        used = subset(source.info.num_eval, limit, "eval")
+        if all(source.eval.objects(int(index))["crowd"].all() for index in used):
+            raise ValueError(
+                f"no object is to be found on the {len(used)} test images, so that average precision is not "
+                f"defined: raise `data.eval_limit` (it is {limit}), or give other images"
+            )
 
     def _check_activation(self, scales: Scales, name: str) -> None:
         """Scales belong to the activation that they were searched with."""

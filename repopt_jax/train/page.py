@@ -43,8 +43,7 @@ code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 """
 
 CAPTIONS = {
-    "accuracy": "Accuracy on the test images after each epoch. Thin lines are single seeds, thick ones their "
-    "mean.",
+    "accuracy": "{label} in the course of training. Thin lines are single seeds, thick ones their mean.",
     "scales": "Each line is one layer: the mean of its scales over the channels (top) and their spread "
     "(bottom), both over the mean at the start. The spread grows from 0 because all channels start equal.",
     "movement": "How far the scales of a layer move in an epoch, relative to their size, and below it the "
@@ -59,7 +58,9 @@ def render(
 ) -> str:
     """The page. `content` is what report.json holds; `pictures` are PNG files by name, `galleries` by
     caption."""
-    images = {name: _figure(CAPTIONS[name], picture) for name, picture in pictures.items()}
+    label = METRICS[content["task"]][0].label
+    captions = CAPTIONS | {"accuracy": CAPTIONS["accuracy"].format(label=label[0].upper() + label[1:])}
+    images = {name: _figure(captions[name], picture) for name, picture in pictures.items()}
     found = [_figure(caption, picture) for caption, picture in (galleries or {}).items()]
     sections = (
         _header(content),
@@ -90,7 +91,11 @@ def _header(content: Mapping[str, Any]) -> str:
 
 
 def _results(content: Mapping[str, Any]) -> str:
-    metrics = [m for m in METRICS[content["task"]] if m.name in content["rows"][0]["measured"]]
+    metrics = [
+        metric
+        for metric in METRICS[content["task"]]
+        if any(metric.name in row["measured"] for row in content["rows"])
+    ]
     with_error = content["rows"][0]["standard_error"] is not None
     heads = (
         "way of training",
@@ -104,7 +109,7 @@ def _results(content: Mapping[str, Any]) -> str:
     rows = [
         (
             escape(row["label"]),
-            *(_percent(row["measured"][metric.name]) for metric in metrics),
+            *(_percent(row["measured"].get(metric.name, ())) for metric in metrics),
             *([f"{100 * row['standard_error']:.1f}"] if with_error else []),
             "-" if row["step_ms"] is None else f"{row['step_ms']:.3g}",
             f"{row['train_parameters']:,}",
@@ -117,10 +122,16 @@ def _results(content: Mapping[str, Any]) -> str:
 
 
 def _percent(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
     mean = f"{100 * statistics.fmean(values):.2f}"
     if len(values) == 1:
         return mean
     return f"{mean}<br><small>{', '.join(f'{100 * value:.2f}' for value in values)}</small>"
+
+
+def _percent_or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def _honesty(content: Mapping[str, Any]) -> str:
@@ -129,8 +140,8 @@ def _honesty(content: Mapping[str, Any]) -> str:
         return (
             f"<p>Measured on {rows[0]['test_count']:,} images by COCO's evaluation: AP50 counts a detection "
             "as right where its box (for keypoint AP50: its keypoints) agrees with the object by at least "
-            "0.5, AP averages over 0.5 to 0.95. Seeds differ by a few points, so differences of that size "
-            "rank nothing. The search network finds the scales and is not used after.</p>"
+            f"0.5, AP averages over 0.5 to 0.95. {_seeds_say(content)} The search network finds the scales "
+            "and is not used after.</p>"
         )
     two, largest = 100 * noise["two_errors"], 100 * noise["largest_difference"]
     seeds = max(len(row["measured"]["accuracy"]) for row in rows)
@@ -145,6 +156,19 @@ def _honesty(content: Mapping[str, Any]) -> str:
         f"between ways of training here is {largest:.1f} points, {says}. "
         + ("More seeds do not help against that, as all share the test images. " if seeds > 1 else "")
         + "The search network is shown for completeness: it finds the scales and is not used after.</p>"
+    )
+
+
+def _seeds_say(content: Mapping[str, Any]) -> str:
+    """What repetitions allow to be said of the metric that runs are compared by."""
+    metric = METRICS[content["task"]][0]
+    seeds = [row["measured"].get(metric.name, ()) for row in content["rows"]]
+    spreads = [100 * (max(values) - min(values)) for values in seeds if len(values) > 1]
+    if not spreads:
+        return "One seed says nothing about the spread, so small differences rank nothing."
+    return (
+        f"Seeds differ by up to {max(spreads):.1f} points of {metric.label} within one way of training, so "
+        "differences of that size rank nothing."
     )
 
 
@@ -179,7 +203,7 @@ def _deploying(content: Mapping[str, Any]) -> str:
         "network",
         "largest difference of an output",
         "relative to the largest output",
-        "same class (%)",
+        "same class (% of locations)" if content["task"] == "detect" else "same class (%)",
         f"{metric.label} deployed (%)",
         "images",
     )
@@ -189,7 +213,7 @@ def _deploying(content: Mapping[str, Any]) -> str:
             f"{d['max_abs']:.1e}",
             f"{d['max_rel']:.1e}",
             f"{100 * d['agreement']:.2f}",
-            f"{100 * d['test'][metric.name]:.2f}",
+            _percent_or_dash(d["test"].get(metric.name)),
             f"{d['compared']:,}",
         )
         for row in rows
@@ -224,7 +248,7 @@ def _runs(runs: Iterable[Mapping[str, Any]]) -> str:
                 escape(str(run["seed"])),
                 escape(str(run["epochs"])),
                 escape(str(run["steps"])),
-                f"{100 * run['test'][metric.name]:.2f}",
+                _percent_or_dash(run["test"].get(metric.name)),
                 f"{run['wall_s']:.0f}",
             )
             for run in runs

@@ -259,7 +259,8 @@ def _wrong_order(mask: optax.GradientTransformation) -> optax.GradientTransforma
 
 def summary_lines(rows: Sequence[report.Row]) -> Iterator[str]:
     """The table of results as lines of text."""
-    metrics = [metric for task in METRICS.values() for metric in task if metric.name in rows[0].measured]
+    known = [metric for task in METRICS.values() for metric in task]
+    metrics = [metric for metric in known if any(metric.name in row.measured for row in rows)]
     labels = (metric.label for metric in metrics)
     cells = [("way of training", *labels, "ms a step", "parameters", "deployed", "deploy error")]
     for row in rows:
@@ -267,7 +268,7 @@ def summary_lines(rows: Sequence[report.Row]) -> Iterator[str]:
         cells.append(
             (
                 row.label,
-                *(_percent(row.measured[metric.name]) for metric in metrics),
+                *(_percent(row.measured.get(metric.name, ())) for metric in metrics),
                 "-" if row.step_ms is None else f"{row.step_ms:.1f}",
                 f"{row.train_parameters:,}",
                 f"{deployed['deploy_parameters']:,}",
@@ -282,6 +283,8 @@ def summary_lines(rows: Sequence[report.Row]) -> Iterator[str]:
 
 
 def _percent(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
     each = f" ({', '.join(f'{100 * value:.2f}' for value in values)})" if len(values) > 1 else ""
     return f"{100 * sum(values) / len(values):.2f} %{each}"
 
@@ -289,7 +292,8 @@ def _percent(values: Sequence[float]) -> str:
 def _told(summary: Summary) -> str:
     reused = "reused: " if summary.reused else ""
     measured = f"{told(summary.task, summary.test)} of {summary.test_count} images"
-    return f"  {reused}{measured}, {summary.step_ms_median:.1f} ms a step, {summary.wall_s:.0f} s"
+    speed = "" if summary.step_ms_median is None else f", {summary.step_ms_median:.1f} ms a step"
+    return f"  {reused}{measured}{speed}, {summary.wall_s:.0f} s"
 
 
 def _told_deployed(deployed: Deployed) -> str:

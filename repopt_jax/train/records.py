@@ -31,8 +31,8 @@ class Run:
         return [record for record in self.records if record["kind"] == kind]
 
     def curve(self, kind: str, field: str) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs and values of one field, each (records,) float."""
-        records = self.of_kind(kind)
+        """Epochs and values of one field, each (records,) float, of the records that have it (not None)."""
+        records = [r for r in self.of_kind(kind) if r.get(field) is not None]
         epochs, values = ([float(r[name]) for r in records] for name in ("epoch", field))
         return np.array(epochs), np.array(values)
 
@@ -69,9 +69,15 @@ def read_run(run_dir: str | Path) -> Run:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} has a line that is not JSON: {error}") from error
     summary = read_json(directory / "summary.json", default={})
-    if summary and "test" not in summary:  # written when there was nothing but classification
-        summary |= {"task": "classify", "test": {"accuracy": summary["test_accuracy"]}}
-    return Run(directory, summary, records)
+    return Run(directory, completed(summary) if summary else {}, records)
+
+
+def completed(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a summary.json holds, with the fields that those of an older version lack.
+
+    They were written when there was nothing but classification.
+    """
+    return {"task": "classify", "test": {"accuracy": summary["test_accuracy"]}, **summary}
 
 
 def read_history(run_dir: str | Path) -> History:

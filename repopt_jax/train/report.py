@@ -28,7 +28,8 @@ class Row:
 
     Attributes:
       label: what it is called in tables and legends.
-      measured: metric -> its value in [0, 1] for each seed, the metric that runs are compared by first.
+      measured: metric -> its value in [0, 1] for each seed, the metric that runs are compared by first;
+        without those that are not defined (None) for a seed.
       standard_error: of an accuracy, from the number of test images alone, in [0, 1]; None for what is no
         share of images.
       test_count: test images.
@@ -46,9 +47,10 @@ class Row:
     deployed: Mapping[str, Any] | None
 
     @property
-    def score(self) -> float:
-        """The mean over the seeds of what runs are compared by."""
-        return statistics.fmean(next(iter(self.measured.values())))
+    def score(self) -> float | None:
+        """The mean over the seeds of what runs are compared by; None where nothing was measured."""
+        values = next(iter(self.measured.values()), None)
+        return None if values is None else statistics.fmean(values)
 
 
 def write_report(
@@ -135,7 +137,7 @@ def noise(rows: Sequence[Row]) -> dict[str, float]:
     the others.
     """
     compared = [row for row in rows if row.label != KINDS["search"]] or list(rows)
-    means = [row.score for row in compared]
+    means = [row.score for row in compared if row.score is not None]
     errors = [row.standard_error for row in compared if row.standard_error is not None]
     if not errors:
         return {}
@@ -176,10 +178,12 @@ def _row(label: str, runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, A
 
 def _draw(runs: Sequence[Run], rows: Sequence[Row], history: History | None) -> Iterator[tuple[str, bytes]]:
     metric = METRICS[_task(runs)][0]
-    curves = {
-        label: [run.curve("eval", metric.name) for run in group] for label, group in _groups(runs).items()
-    }
-    yield "accuracy", _png(figures.accuracy(curves, metric.label))
+    curves = {}
+    for label, group in _groups(runs).items():
+        if found := [c for c in (run.curve("eval", metric.name) for run in group) if c[0].size]:
+            curves[label] = found
+    if curves:
+        yield "accuracy", _png(figures.accuracy(curves, metric.label))
     if history:
         yield from _draw_scales(history)
     if times := {row.label: row.step_ms for row in rows if row.step_ms is not None}:

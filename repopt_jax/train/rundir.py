@@ -23,7 +23,7 @@ from repopt_jax._version import __version__
 from repopt_jax.data import DatasetInfo, DetectionInfo
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import differing_fields, from_json, to_json
-from repopt_jax.train.records import read_json
+from repopt_jax.train.records import completed, read_json
 from repopt_jax.train.sharding import meet
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
@@ -130,7 +130,7 @@ class RunFolder:
             )
         if stored is None or done is None:
             return None
-        return Summary(**{**done, "reused": True})
+        return Summary(**{**completed(done), "reused": True})
 
     def claim(self, config: Config, info: Info) -> None:
         """Makes the folder that of this run. Call after `finished`.
