@@ -290,12 +290,12 @@ def test_given_branches_lie_where_the_kernels_lie():
         for path, entry in scales.entries.items()
     }
     tx = reparameterize(optax.sgd(0.1, 0.9), scales, weights=weights)
-    split = jax.NamedSharding(mesh, jax.P(None, None, "x"))
-    whole = jax.NamedSharding(mesh, jax.P())
-    params, gradients = (
-        jax.tree.map(lambda a: jax.device_put(a, split if a.ndim > 3 else whole), tree)
-        for tree in (params, gradients)
-    )
+
+    def along_inputs(a):
+        parts = (*(None,) * (a.ndim - 2), "x") if a.ndim > 3 else ()
+        return jax.device_put(a, jax.NamedSharding(mesh, jax.P(*parts)))
+
+    params, gradients = (jax.tree.map(along_inputs, tree) for tree in (params, gradients))
     step = jax.jit(tx.update)
     state = tx.init(params)
     _, state = step(gradients, state, params)

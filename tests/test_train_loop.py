@@ -152,7 +152,7 @@ def test_scale_records_follow_the_vectors(unbroken):
 def test_loaded_network_gives_the_summary(unbroken, digits):
     model, config, info, step = train.load_trained(unbroken("target"))
     assert step == STEPS
-    source, transform = train.open_data(config.data)
+    source, transform = train.open_data(config)
     assert source.info == info
     correct = 0
     for batch in data.eval_batches(source, transform, batch_size=12, limit=config.data.eval_limit):
