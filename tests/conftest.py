@@ -27,6 +27,12 @@ def x64():
 
 
 @pytest.fixture
+def counted():
+    """For tests that count compiled programs: JAX keeps a bounded number, and full it forgets the newest."""
+    jax.clear_caches()
+
+
+@pytest.fixture
 def quick_to_compile():
     """For tests that compile much and run it seldom: what is computed does not hang on the optimizations."""
     jax.config.update("jax_disable_most_optimizations", True)

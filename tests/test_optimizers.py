@@ -97,7 +97,7 @@ def steps(tx, params, gradients, count=2, **extra):
 
 @every
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_under_jit_nothing_changes_its_type_and_the_second_step_compiles_nothing(name, dtype):
+def test_under_jit_nothing_changes_its_type_and_the_second_step_compiles_nothing(counted, name, dtype):
     tx, params, gradients, _ = setting(name, dtype=dtype)
     step = jax.jit(tx.update)
     state = tx.init(params)
@@ -281,7 +281,7 @@ def test_pmap(name):
         close(jax.tree.map(lambda a, d=device: a[d], many[0]), expected)
 
 
-def test_given_branches_lie_where_the_kernels_lie():
+def test_given_branches_lie_where_the_kernels_lie(counted):
     """`weights` come from one device; with sharded parameters the second step must not compile anew."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     _, params, gradients, scales = setting("repopt_sgd")

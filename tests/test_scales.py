@@ -1,5 +1,6 @@
 """Scales as a file and as a pytree: what is written comes back, and what does not fit is refused by name."""
 
+import gc
 import itertools
 import json
 import shutil
@@ -160,6 +161,8 @@ class TestFile:
                 load_scales(copy)
             assert str(copy) in str(error.value)
             assert len(str(error.value)) < len(str(copy)) + 130  # one sentence, not Orbax's pages
+            del error
+        gc.collect()  # those tasks, here and not in whichever test comes later
 
 
 class TestWithoutASearch:
