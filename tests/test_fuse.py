@@ -92,6 +92,7 @@ def repvgg_by_hand(block, groups, *, identity=True, **options):
 )
 def test_a_repvgg_block_folds_as_by_hand(outputs, stride, groups, x64):
     block = random_block(RepVGGBlock, 4, outputs, stride=stride, groups=groups)
+    assert (block.bn_identity is not None) == (stride == 1 and outputs == 4)  # of a depthwise block too
     fused = fuse_block(block)
     kernel, bias = repvgg_by_hand(block, groups)
     assert relative(fused.conv.kernel[...], kernel) <= EXACT

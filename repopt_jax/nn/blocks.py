@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import default_branches
+from repopt_jax.branches import Branch, BranchSet, Identity, Kernel
 from repopt_jax.nn.csla import CSLAConv
 
 # Default initialisation of PyTorch's layers, uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)): all published recipes
@@ -61,6 +61,17 @@ def batch_norm(channels: int, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.Batch
     return nnx.BatchNorm(
         channels, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs
     )
+
+
+def normed_branches(inputs: int, outputs: int, size: int, groups: int, has_identity: bool) -> BranchSet:
+    """The branches of RepVGG and MobileOne: size x size, 1x1, and the identity where there is one.
+
+    They are not always the default ones: depthwise blocks have a 1x1 branch and an identity, the same map
+    twice, each with a batch norm of its own.
+    """
+    branches: list[Branch] = [Kernel((n, n)) for n in sorted({size, 1}, reverse=True)]
+    branches += [Identity()] if has_identity else []
+    return BranchSet((size, size, inputs // groups, outputs), tuple(branches), groups)
 
 
 class SqueezeExcite(nnx.Module):
@@ -195,8 +206,8 @@ class RepVGGBlock(nnx.Module):
         self.conv_1x1 = conv(inputs, outputs, 1, stride=stride, groups=groups, dtype=dtype, rngs=rngs)
         self.bn_1x1 = batch_norm(outputs, dtype=dtype, rngs=rngs)
         # What the deployed kernel is merged from; it also says whether there is an identity.
-        self.branches = default_branches((3, 3, inputs // groups, outputs), groups=groups, stride=stride)
-        has_identity = "identity" in self.branches.names
+        has_identity = stride == 1 and inputs == outputs
+        self.branches = normed_branches(inputs, outputs, 3, groups, has_identity)
         self.bn_identity = nnx.data(batch_norm(outputs, dtype=dtype, rngs=rngs) if has_identity else None)
         self.se = nnx.data(se)
         self.se_first = se_first

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from repopt_jax.branches import Branch, BranchSet, Identity, Kernel
-from repopt_jax.nn.blocks import ConvNorm, SqueezeExcite, activate, batch_norm, conv
+from repopt_jax.nn.blocks import ConvNorm, SqueezeExcite, activate, batch_norm, conv, normed_branches
 
 
 class MobileOneBlock(nnx.Module):
@@ -55,7 +54,7 @@ class MobileOneBlock(nnx.Module):
 
         # What the deployed kernel is merged from; it also says which branches there are.
         has_identity = stride == 1 and inputs == outputs
-        self.branches = _branches(inputs, outputs, size, groups, has_identity)
+        self.branches = normed_branches(inputs, outputs, size, groups, has_identity)
         self.conv_kxk = nnx.List([conv_norm(size) for _ in range(copies)])
         self.conv_1x1 = nnx.data(conv_norm(1) if size > 1 else None)
         self.bn_identity = nnx.data(batch_norm(outputs, dtype=dtype, rngs=rngs) if has_identity else None)
@@ -68,12 +67,3 @@ class MobileOneBlock(nnx.Module):
         if self.bn_identity is not None:
             parts.append(self.bn_identity(x))
         return activate(sum(parts[1:], start=parts[0]), self.se, se_first=True)
-
-
-def _branches(inputs: int, outputs: int, size: int, groups: int, has_identity: bool) -> BranchSet:
-    """The published branches. They are not the default ones: its depthwise blocks have a 1x1 branch and an
-    identity, the same map twice, each with a batch norm of its own."""
-    sides = {size, 1}
-    branches: list[Branch] = [Kernel((n, n)) for n in sorted(sides, reverse=True)]
-    branches += [Identity()] if has_identity else []
-    return BranchSet((size, size, inputs // groups, outputs), tuple(branches), groups)
