@@ -168,15 +168,6 @@ def test_state_divided_over_fsdp_trains_the_same(network):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *finals)
 
 
-def test_sharding_rule_takes_the_largest_divisible_axis():
-    mesh = shardings.make_mesh(2)
-    tree = {"a": jnp.zeros((3, 3, 4, 8)), "b": jnp.zeros((3, 5)), "c": jnp.zeros(()), "d": jnp.zeros((6, 2))}
-    specs = {name: s.spec for name, s in shardings.state_sharding(mesh, tree).items()}
-    assert specs == {"a": P(None, None, None, "fsdp"), "b": P(), "c": P(), "d": P("fsdp")}
-    with pytest.raises(ValueError, match="`fsdp`=3 must divide the number of devices, 4"):
-        shardings.make_mesh(3)
-
-
 def test_all_finite_finds_one_bad_number():
     assert states.all_finite({"a": jnp.ones(3), "b": jnp.zeros((2, 2))})
     assert not states.all_finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])})

@@ -18,7 +18,7 @@ from repopt_jax.train.config import Config
 from repopt_jax.train.detection import Detection
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
 from repopt_jax.train.rundir import RunFolder
-from repopt_jax.train.sharding import state_sharding
+from repopt_jax.train.sharding import put_state, state_sharding
 from repopt_jax.train.state import TrainState, init_state, make_train_step, merge_model, split_model
 from repopt_jax.train.tasks import Task
 
@@ -85,22 +85,71 @@ def open_feed(config: Config) -> Feed:
 
 
 def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, TrainState]:
-    """Network and optimizer as jitted steps, and the state before the first one, on its devices."""
-    task = make_task(config)
-    model, scales = build_model(config, feed.source.info)
-    schedule = make_schedule(config.optim, epochs=config.epochs, steps_per_epoch=feed.steps_per_epoch)
-    tx = make_optimizer(config.optim, schedule, scales=scales, batch_size=config.batch_size)
+    """Network and optimizer as jitted steps, and the state before the first one, on its devices.
+
+    Raises:
+      ValueError: scales that do not fit the network, a mesh that divides none of its arrays.
+      FileNotFoundError: the scales are missing.
+    """
+    steps, info = feed.steps_per_epoch, feed.source.info
+    model, scales = build_model(config, info)
+    return _program(config, model, scales, mesh, steps_per_epoch=steps, source=feed.source)
+
+
+def abstract_program(
+    config: Config, info: Any, mesh: Mesh, *, steps_per_epoch: int
+) -> tuple[Program, TrainState]:
+    """`build_program` without an array: the state is made of `jax.ShapeDtypeStruct` with shardings, for
+    `program.train_step.lower(state, batch)`. The mesh may be of devices that are not there.
+
+    Its `evaluate` cannot be used, as there are no images. Errors are those of `build_program`.
+    """
+    scales = _multiplier_scales(config, info)  # real ones: their values are checked
+    model = nnx.eval_shape(lambda: build_model(config, info)[0])
+    return _program(config, model, scales, mesh, steps_per_epoch=steps_per_epoch, source=None)
+
+
+def _program(
+    config: Config, model: Any, scales: Scales | None, mesh: Mesh, *, steps_per_epoch: int, source: Any
+) -> tuple[Program, TrainState]:
+    task, optim = make_task(config), config.optim
+    schedule = make_schedule(optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
+    tx = make_optimizer(optim, schedule, scales=scales, batch_size=config.batch_size)
     if config.freeze_scales is not None:
-        tx = hold_scales(tx, after=round(config.freeze_scales * config.epochs * feed.steps_per_epoch))
+        tx = hold_scales(tx, after=round(config.freeze_scales * config.epochs * steps_per_epoch))
     network = split_model(model)
     marks = extract_scales(model).vectors if config.model.kind == "search" else None
-    state = init_state(network, tx, sums=task.sums, marks=marks)
-    sharding = state_sharding(mesh, state)
+
+    def first_state(params: Any, rest: Any, marks: Any) -> TrainState:
+        network_of = network._replace(params=params, rest=rest)
+        return init_state(network_of, tx, sums=task.sums, marks=marks, ema=optim.ema is not None)
+
+    arrays = network.params, network.rest, marks
+    sharding = state_sharding(mesh, jax.eval_shape(first_state, *arrays))
     train_step = make_train_step(
-        network.graphdef, tx, schedule, task.objective, log_every=config.log_every, sharding=sharding
+        network.graphdef,
+        tx,
+        schedule,
+        task.objective,
+        log_every=config.log_every,
+        accumulate=optim.accumulate,
+        ema=optim.ema,
+        statistics_mesh=mesh if config.mesh.statistics == "device" else None,
+        sharding=sharding,
     )
-    evaluate = task.make_evaluator(network.graphdef, feed.source, mesh)
-    return Program(network.graphdef, train_step, evaluate, sharding), jax.device_put(state, sharding)
+    if source is None:
+        shapes = jax.eval_shape(first_state, *arrays)
+        state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, sharding
+        )
+        return Program(network.graphdef, train_step, _cannot_evaluate, sharding), state
+    evaluate = task.make_evaluator(network.graphdef, source, mesh)
+    state = put_state(first_state(*arrays), sharding)
+    return Program(network.graphdef, train_step, evaluate, sharding), state
+
+
+def _cannot_evaluate(params: Any, rest: Any, batches: Any) -> Any:
+    raise ValueError("an abstract program has no images to evaluate")
 
 
 def load_trained(run_dir: str | Path) -> Trained:
@@ -129,12 +178,9 @@ def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
     Raises:
       FileNotFoundError, ValueError: the scales are missing or do not fit the network.
     """
-    task = make_task(config)
-    if not config.scales:
+    task, scales = make_task(config), _scales(config, info)
+    if scales is None:
         return task.new_model(info, seed=config.seed), None
-    scales = task.resolve_scales(config.scales, info)
-    if config.scales_mean:
-        scales = scales.channel_means()
     if config.model.kind != "target":
         # A search starts from these scales; the constants of a csla network are these scales.
         return task.new_model(info, seed=config.seed, scales=scales), None
@@ -144,6 +190,20 @@ def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         model = reinitialize(model, scales, rngs=nnx.Rngs(key))
     return model, None if config.rules == "init" else scales
+
+
+def _scales(config: Config, info: Any) -> Scales | None:
+    if not config.scales:
+        return None
+    scales = make_task(config).resolve_scales(config.scales, info)
+    return scales.channel_means() if config.scales_mean else scales
+
+
+def _multiplier_scales(config: Config, info: Any) -> Scales | None:
+    """The second result of `build_model`."""
+    if config.model.kind != "target" or config.rules == "init":
+        return None
+    return _scales(config, info)
 
 
 def open_data(config: Config) -> tuple[Any, Any]:

@@ -51,6 +51,8 @@ def from_json(text: str) -> Config:
       ValueError: an unknown field; all of them are listed.
     """
     values = json.loads(text)
+    if "fsdp" in values:  # its place until version 0.4
+        values["mesh"] = {"fsdp": values.pop("fsdp")}
     unknown: list[str] = []
     config = _from_dict(Config, values, "", unknown)
     if unknown:
@@ -67,7 +69,10 @@ def differing_fields(first: Config, second: Config) -> list[str]:
 
 
 # How a run is carried out, not what it computes: an unfinished run may go on with other values.
-_MANNER = ("checkpoint_every", "tensorboard", "data.workers", "data.prefetch")
+_MANNER = (
+    *("checkpoint_every", "keep_last", "keep_best", "tensorboard", "data.workers", "data.prefetch"),
+    *("mesh.data", "mesh.fsdp", "published"),
+)
 
 
 def _from_dict(cls: Any, values: dict[str, Any], prefix: str, unknown: list[str]) -> Any:

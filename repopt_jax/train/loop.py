@@ -20,7 +20,7 @@ from repopt_jax.scales import ScalesMetadata, save_scales
 from repopt_jax.surgery import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import Config, validate
+from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import to_json
 from repopt_jax.train.metrics import (
     MetricsWriter,
@@ -32,6 +32,7 @@ from repopt_jax.train.metrics import (
 from repopt_jax.train.rundir import RunFolder, Summary, summarize
 from repopt_jax.train.sharding import make_mesh, meet, put_batch
 from repopt_jax.train.state import TrainState, all_finite, merge_model
+from repopt_jax.train.validation import validate
 
 Stop = Callable[[], bool]
 
@@ -61,7 +62,7 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
     if (summary := folder.finished(config)) is not None:
         return summary
     feed = open_feed(config)
-    mesh = make_mesh(config.fsdp)
+    mesh = make_mesh(config.mesh.fsdp, data=config.mesh.data)
     program, state = build_program(config, feed, mesh)
 
     folder.claim(config, feed.source.info)

@@ -1,9 +1,11 @@
-"""Where arrays live: one mesh with axes `data` and `fsdp`, and one rule for each kind of array.
+"""Where arrays live: one mesh with axes `data` and `fsdp`, and one table that says where each kind of array
+lies.
 
-A batch is divided over both axes. State is copied to every device along `data` and, where `fsdp` is larger
-than 1, divided along `fsdp`. The models carry no sharding; `jax.jit` inserts the communication. Because the
-program sees the whole batch, batch statistics are over the *global* batch, as with synchronised batch norm on
-several GPUs.
+A batch is divided over both axes. Of the state, what the table calls DIVIDED is copied along `data` and
+divided along `fsdp`; what it calls COPIED lies whole on every device. The models carry no sharding;
+`jax.jit` inserts the communication. One process or many run the same program, which sees the whole batch: batch
+statistics are over the *global* batch, as with synchronised batch norm on several GPUs, unless the step is
+made with statistics of each device (`state.make_train_step`).
 """
 
 from collections.abc import Sequence
@@ -13,25 +15,59 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from repopt_jax import paths
 
-def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of shape (devices / fsdp, fsdp) over all devices of the job, or over those given.
+AXES = ("data", "fsdp")
+
+DIVIDED = "divided along fsdp, by its largest axis that fsdp divides"
+COPIED = "a whole copy on every device"
+
+# Path in a `TrainState` -> where the array lies; the first match counts. The second row is every vector of
+# scales: of the optimizer's state (kilobytes, read by the update of all the parts of a kernel), those that a search trains,
+# and their momentum.
+STATE_TABLE: tuple[tuple[str, str], ...] = (
+    (r"step|bad_step|window/.*|marks/.*", COPIED),
+    (r"(.*/)?scales/.*", COPIED),
+    (r"rest/.*|ema/rest/.*", COPIED),
+    (r"params/.*|ema/params/.*", DIVIDED),
+    (r"opt_state/.*", DIVIDED),
+)
+
+
+def make_mesh(fsdp: int = 1, *, data: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of shape (data, fsdp) over all devices of the job, or over those given.
+
+    `data` is by default as many as there are: devices / fsdp.
 
     Raises:
-      ValueError: `fsdp` does not divide the number of devices.
+      ValueError: the axes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"`fsdp`={fsdp} must divide the number of devices, {len(devices)}")
+    if problems := mesh_problems(data, fsdp, len(devices)):
+        raise ValueError("; ".join(problems))
     shape = (len(devices) // fsdp, fsdp)
     # Auto is given in words: without it `make_mesh` makes explicit axes, whose sharding is part of every
     # type.
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def mesh_problems(data: int | None, fsdp: int, devices: int) -> list[str]:
+    """Why a mesh does not fit `devices` devices; nothing if it does."""
+    if fsdp < 1 or (data is not None and data < 1):
+        return [f"`mesh.data`={data} and `mesh.fsdp`={fsdp} must be at least 1"]
+    if data is None and devices % fsdp:
+        return [f"`mesh.fsdp`={fsdp} does not divide the {devices} devices"]
+    if data is not None and data * fsdp != devices:
+        return [
+            f"`mesh.data`={data} times `mesh.fsdp`={fsdp} is {data * fsdp}, but there are {devices} devices: "
+            "leave `mesh.data` out (None) for as many as there are"
+        ]
+    return []
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis divided over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -39,13 +75,50 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_sharding(mesh: Mesh, tree: Any) -> Any:
-    """One sharding for each leaf: its largest axis that `fsdp` divides is divided, every other leaf is
-    replicated.
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+    """A tree like `state` (a `TrainState`, of arrays or of their shapes) with the sharding of each leaf, by
+    `STATE_TABLE`.
 
     The rule looks at shapes only, so a momentum buffer lies as its parameter does.
+
+    Raises:
+      ValueError: a leaf that the table does not cover; an `fsdp` axis that divides not one array.
     """
-    return jax.tree.map(lambda leaf: _divide_largest(mesh, leaf.shape), tree)
+    named, treedef = paths.named_leaves(state)
+    places = paths.match_rules(STATE_TABLE, named)
+    shardings = {
+        name: divided(mesh, leaf.shape) if places[name] == DIVIDED else replicated(mesh)
+        for name, leaf in named.items()
+    }
+    parts = mesh.shape["fsdp"]
+    if parts > 1 and all(sharding.is_fully_replicated for sharding in shardings.values()):
+        raise ValueError(
+            f"`mesh.fsdp`={parts} divides no axis of any of the {len(named)} arrays of the state, so that every "
+            "device would hold all of it: use 1, or a number that divides the widths of the network"
+        )
+    return treedef.unflatten([shardings[name] for name in named])
+
+
+def divided(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """An array's largest axis that `fsdp` divides is divided along it; a whole copy where there is none."""
+    parts = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size >= parts and size % parts == 0]
+    if parts == 1 or not divisible:
+        return replicated(mesh)
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+
+
+def put_state(state: Any, sharding: Any) -> Any:
+    """Puts a tree that is whole in every process onto the devices of all of them, as `sharding` says."""
+
+    def put(leaf: Any, place: NamedSharding) -> jax.Array:
+        if place.is_fully_addressable:
+            return jax.device_put(leaf, place)
+        host = jax.device_get(leaf)
+        return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+
+    return jax.tree.map(put, state, sharding)
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
@@ -58,12 +131,3 @@ def meet(reason: str) -> None:
     """Waits until every process of the job is here; nothing to wait for in a job of one."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(reason)
-
-
-def _divide_largest(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    parts = mesh.shape["fsdp"]
-    divisible = [axis for axis, size in enumerate(shape) if size >= parts and size % parts == 0]
-    if parts == 1 or not divisible:
-        return replicated(mesh)
-    largest = max(divisible, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
