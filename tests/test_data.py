@@ -1,6 +1,7 @@
 """From a source to batches: the order of images, sharding, resuming, evaluation."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from repopt_jax.data import (
     steps_per_epoch,
     train_batches,
 )
-from repopt_jax.data.transforms import fit
+from repopt_jax.data.transforms import NUM_DRAWS, augment, fit, normalise
 
 SIZE = 6
 
@@ -47,6 +48,17 @@ def make_source(num_train=20, num_eval=7, *, channels=1, shape=(SIZE, SIZE)):
 
 PLAIN = Transform(image_size=SIZE)
 AUGMENTED = Transform(image_size=SIZE, crop_padding=2, flip=True)
+CUT = Transform(image_size=SIZE, area=(0.2, 1.0))
+EVERYTHING = Transform(
+    image_size=SIZE,
+    area=(0.2, 1.0),
+    flip=True,
+    randaugment=15,
+    jitter=0.4,
+    erasing=0.5,
+    mixup=0.4,
+    cutmix=1.0,
+)
 
 
 def take(batches, count):
@@ -117,23 +129,78 @@ def test_augmentation_differs_between_epochs_and_rows():
     assert len(np.unique(images, axis=0)) > 12
 
 
-@pytest.mark.parametrize("transform", [PLAIN, AUGMENTED, Transform(image_size=SIZE, area=(0.2, 1.0))])
+@pytest.mark.parametrize("transform", [PLAIN, AUGMENTED, CUT, EVERYTHING])
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_each_batch_without_overlap(transform, count):
-    source = make_source(26)
-    whole = take(train_batches(source, transform, batch_size=6, seed=3), 9)
+    source = make_source(32)
+    whole = take(train_batches(source, transform, batch_size=12, seed=3), 7)
     shares = [
         take(
-            train_batches(source, transform, batch_size=6, seed=3, process_index=i, process_count=count),
-            9,
+            train_batches(source, transform, batch_size=12, seed=3, process_index=i, process_count=count),
+            7,
         )
         for i in range(count)
     ]
     joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in ("image", "label")}
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*shares, strict=True)
     ]
     assert_equal(joined, whole)
+
+
+def test_order_and_numbers_are_those_of_a_plain_grain_chain():
+    """Only its own rows are looked up by a process, but the batches are those of the whole chain."""
+    import grain
+
+    def augmented(rows, rng):
+        images = np.stack([source.train[row]["image"] for row in rows])
+        return rows, normalise(augment(images, rng.random((6, NUM_DRAWS)), AUGMENTED), AUGMENTED)
+
+    source = make_source(20)
+    chain = grain.MapDataset.range(20).seed(5).shuffle().batch(6, drop_remainder=True).repeat()
+    expected = chain.random_map(augmented)
+    found = take(train_batches(source, AUGMENTED, batch_size=6, seed=5), 10)  # three an epoch
+    for k in range(10):
+        rows, images = expected[k]
+        np.testing.assert_array_equal(found[k]["label"], [source.train[row]["label"] for row in rows])
+        np.testing.assert_array_equal(found[k]["image"], images)
+    assert (found[0]["image"] != expected[1][1]).any()
+
+
+def test_each_augmentation_leaves_the_numbers_of_the_others_alone():
+    source = make_source(24, channels=3, shape=(9, 12))
+
+    def first(**changes):
+        transform = replace(CUT, **changes)
+        return take(train_batches(source, transform, batch_size=24, seed=0), 1)[0]
+
+    plain, erased, mixed = first(), first(erasing=0.7), first(mixup=0.4)
+    kept = (erased["image"] == plain["image"]).all(-1)
+    assert (erased["image"][~kept] == 0).all()
+    assert 0.5 < kept.mean() < 0.95
+    share = mixed["share"][:, None, None, None]
+    partner = plain["image"].reshape(12, 2, -1)[:, ::-1].reshape(plain["image"].shape)
+    np.testing.assert_allclose(mixed["image"], share * plain["image"] + (1 - share) * partner, atol=1e-6)
+    assert abs(mixed["image"] - plain["image"]).max() > 0.1
+    coloured = first(randaugment=15)
+    assert (coloured["image"] != plain["image"]).any((1, 2, 3)).sum() > 18
+
+
+def test_mixed_batches_have_the_partners_label_and_the_share():
+    source = make_source(20)
+    (batch,) = take(train_batches(source, EVERYTHING, batch_size=20, seed=0), 1)
+    assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
+        "image": (np.float32, (20, SIZE, SIZE, 1)),
+        "label": (np.int32, (20,)),
+        "other": (np.int32, (20,)),
+        "share": (np.float32, (20,)),
+    }
+    np.testing.assert_array_equal(batch["other"].reshape(10, 2)[:, ::-1].ravel(), batch["label"])
+    (unmixed,) = take(train_batches(source, AUGMENTED, batch_size=20, seed=0), 1)
+    np.testing.assert_array_equal(batch["label"], unmixed["label"])
+    assert unmixed.keys() == {"image", "label"}
+    for evaluated in eval_batches(source, EVERYTHING, batch_size=3):  # odd: nothing is mixed here
+        assert evaluated.keys() == {"image", "label", "mask"}
 
 
 class Recording(list):
@@ -203,12 +270,12 @@ def folder_source(tmp_path, count=10):
 
 def test_worker_processes_give_the_same_batches_and_the_same_state(tmp_path):
     source = folder_source(tmp_path)
-    unbroken = take(train_batches(source, AUGMENTED, batch_size=6, seed=0), 8)
-    first = iter(train_batches(source, AUGMENTED, batch_size=6, seed=0, workers=2))
+    unbroken = take(train_batches(source, EVERYTHING, batch_size=6, seed=0), 8)
+    first = iter(train_batches(source, EVERYTHING, batch_size=6, seed=0, workers=2))
     assert_equal(list(itertools.islice(first, 4)), unbroken[:4])
     state = first.get_state()
     first.close()
-    second = iter(train_batches(source, AUGMENTED, batch_size=6, seed=0))
+    second = iter(train_batches(source, EVERYTHING, batch_size=6, seed=0))
     second.set_state(state)
     assert_equal(list(itertools.islice(second, 4)), unbroken[4:])
     second.close()
@@ -218,7 +285,7 @@ def test_worker_processes_give_the_same_batches_and_the_same_state(tmp_path):
 def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path, workers, prefetch):
     source = folder_source(tmp_path)
     (tmp_path / "train/b/7.png").write_bytes(b"not an image")
-    batches = train_batches(source, PLAIN, batch_size=20, seed=0, workers=workers, prefetch=prefetch)
+    batches = train_batches(source, EVERYTHING, batch_size=20, seed=0, workers=workers, prefetch=prefetch)
     iterator = iter(batches)
     with pytest.raises(ValueError, match=r"^cannot read image .*train/b/7.png \(not an image"):
         next(iterator)
@@ -280,10 +347,16 @@ def test_what_is_too_large_or_cut_at_random_is_not_kept(monkeypatch):
     take(train_batches(source, PLAIN, batch_size=5, seed=0), 2)
     assert not source.kept
     take(train_batches(source, PLAIN, batch_size=5, seed=0, cache=True), 2)
-    assert list(source.kept) == [("train", SIZE)]
+    assert len(source.kept) == 1
     monkeypatch.setattr(reading, "CACHE_BYTES", 20 * SIZE**2)
     take(train_batches(source, Transform(image_size=SIZE - 1), batch_size=5, seed=0), 1)
     assert len(source.kept) == 2
+    # Fitted otherwise, they are other images.
+    resized = Transform(image_size=SIZE - 1, resize=SIZE)
+    (kept,) = take(train_batches(source, resized, batch_size=5, seed=0), 1)
+    (read,) = take(train_batches(source, resized, batch_size=5, seed=0, cache=False), 1)
+    assert_equal([kept], [read])
+    assert len(source.kept) == 3
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -314,10 +387,17 @@ def test_every_image_is_evaluated_once(batch_size, prefetch):
 
 def test_evaluation_does_not_augment_and_starts_again():
     source = make_source()
-    transform = Transform(image_size=SIZE, crop_padding=4, flip=True, area=(0.1, 0.2))
+    transform = replace(EVERYTHING, crop_padding=4)
     batches = eval_batches(source, transform, batch_size=4)
     assert_equal(list(batches), list(eval_batches(source, PLAIN, batch_size=4)))
     assert_equal(list(batches), list(batches))
+
+
+def test_evaluation_resizes_before_it_cuts_out_the_centre():
+    source = make_source(shape=(12, 17))
+    (batch,) = take(eval_batches(source, replace(EVERYTHING, resize=8), batch_size=7), 1)
+    expected = np.stack([fit(example["image"], SIZE, 8) for example in source.eval])
+    np.testing.assert_allclose(batch["image"], expected / 255, rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 8, 16])
@@ -360,6 +440,14 @@ def test_evaluation_takes_a_limit():
         ({"cache": "yes"}, "`cache` is 'yes'; it must be 'auto', True or False"),
         ({"cache": True, "workers": 2}, "`cache` is True, but .* with 2 worker processes"),
         (
+            {"transform": EVERYTHING, "batch_size": 5},
+            "in pairs, but `batch_size` 5 leaves .* 5 rows; .* even",
+        ),
+        (
+            {"transform": replace(PLAIN, mixup=0.2), "batch_size": 6, "process_count": 2},
+            "`batch_size` 6 leaves each of 2 processes 3 rows",
+        ),
+        (
             {"cache": True, "transform": Transform(image_size=6, area=(0.5, 1.0))},
             "`cache` is True, but .*`area`",
         ),
@@ -373,6 +461,11 @@ def test_training_arguments_that_do_not_fit(arguments, message):
     arguments = {"transform": PLAIN, "batch_size": 4, "seed": 0, **arguments}
     with pytest.raises(ValueError, match=message):
         train_batches(make_source(), **arguments)
+
+
+def test_an_unknown_argument_is_named():
+    with pytest.raises(TypeError, match="worker"):
+        train_batches(make_source(), PLAIN, batch_size=4, seed=0, worker=2)
 
 
 def test_evaluation_arguments_that_do_not_fit():

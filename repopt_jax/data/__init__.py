@@ -5,6 +5,8 @@ transform = Transform(image_size=8, crop_padding=1)
 for batch in train_batches(source, transform, batch_size=64, seed=0):
     batch["image"], batch["label"]  # float32 (64, 8, 8, 1), int32 (64,)
 
+The augmentation of ImageNet recipes and mixing in pairs are settings of `Transform`. How many images a core
+makes ready in a second: `repopt_jax.data.throughput`.
 With boxes and keypoints: `open_scenes` or `open_coco`, `DetectionTransform`, `train_detection_batches`.
 """
 

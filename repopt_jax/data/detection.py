@@ -6,13 +6,14 @@ The order of the images, sharding, resuming and prefetching are those of `repopt
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from repopt_jax.data.annotated import AnnotatedSource, DetectionInfo, Objects
-from repopt_jax.data.pipeline import evaluation, filled, training
-from repopt_jax.data.reading import Cache, check_image, keeping
+from repopt_jax.data.chance import Chance
+from repopt_jax.data.pipeline import Options, Sharing, evaluation, filled, training
+from repopt_jax.data.reading import check_image
 from repopt_jax.data.transforms import Transform, normalise, resize
 
 if TYPE_CHECKING:  # imports Grain, which takes a second
@@ -78,12 +79,7 @@ def train_detection_batches(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    limit: int | None = None,
-    workers: int = 0,
-    prefetch: int = 2,
-    cache: Cache = "auto",
+    **options: Unpack[Options],
 ) -> "Batches":
     """Training batches without end: each epoch in a new order, without its last partial batch.
 
@@ -107,13 +103,12 @@ def train_detection_batches(
     Raises:
       ValueError: sizes, counts or `cache` that do not fit together or the source.
     """
-    read = _reader(source, "train", transform, workers, cache)
     partners = _partners(source.info)
 
-    def load(rows: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
-        images, boxes, classes, keypoints, widths, _ = read(rows, draws)
+    def finish(read: tuple[np.ndarray, ...], chance: Chance) -> dict[str, np.ndarray]:
+        images, boxes, classes, keypoints, widths, _ = read
         if transform.flip:
-            for row in np.flatnonzero(draws[:, 0] < 0.5):
+            for row in np.flatnonzero(chance.draws[:, 0] < 0.5):
                 _mirror(images[row], boxes[row], classes[row], keypoints[row], widths[row], partners)
         return {
             "image": normalise(images, transform.pixels),
@@ -122,32 +117,13 @@ def train_detection_batches(
             "keypoints": keypoints,
         }
 
-    return training(
-        source,
-        transform,
-        load,
-        len(DRAWS),
-        batch_size=batch_size,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-        limit=limit,
-        workers=workers,
-        prefetch=prefetch,
-    )
+    decode = _Decoding(source, "train", transform)
+    sharing = Sharing(batch_size=batch_size, **options)
+    return training(source, transform, decode, finish, num_draws=len(DRAWS), seed=seed, sharing=sharing)
 
 
 def eval_detection_batches(
-    source: AnnotatedSource,
-    transform: DetectionTransform,
-    *,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    limit: int | None = None,
-    workers: int = 0,
-    prefetch: int = 2,
-    cache: Cache = "auto",
+    source: AnnotatedSource, transform: DetectionTransform, *, batch_size: int, **options: Unpack[Options]
 ) -> "Batches":
     """The eval split once, every image in exactly one row of one process; `iter` starts it again.
 
@@ -161,10 +137,11 @@ def eval_detection_batches(
 
     Every process gets the same number of batches.
     """
-    read = _reader(source, "eval", transform, workers, cache)
+    sharing = Sharing(batch_size=batch_size, **options)
+    count = sharing.rows
 
-    def load(rows: np.ndarray, count: int) -> dict[str, np.ndarray]:
-        images, boxes, classes, keypoints, _, ratios = read(rows, None)
+    def finish(read: tuple[np.ndarray, ...], rows: np.ndarray) -> dict[str, np.ndarray]:
+        images, boxes, classes, keypoints, _, ratios = read
         return {
             "image": normalise(filled(images, count), transform.pixels),
             "boxes": filled(boxes, count),
@@ -174,17 +151,7 @@ def eval_detection_batches(
             "ratio": filled(ratios, count, 1),
         }
 
-    return evaluation(
-        source,
-        transform,
-        load,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-        limit=limit,
-        workers=workers,
-        prefetch=prefetch,
-    )
+    return evaluation(source, transform, _Decoding(source, "eval", transform), finish, sharing=sharing)
 
 
 def eval_annotations(source: AnnotatedSource, indices: Iterable[int] | None = None) -> dict[str, Any]:
@@ -243,24 +210,21 @@ def _annotation(objects: Objects, i: int) -> dict[str, Any]:
     return annotation
 
 
-def _reader(source: AnnotatedSource, split: str, transform: DetectionTransform, workers: int, cache: Cache):
-    """(rows, draws or None) -> images, boxes, classes, keypoints, widths of the contents, ratios."""
-    decode = _Decoding(source, split, transform)
-    whole = "zoom" if split == "train" and transform.zoom else None
-    size = transform.image_size
-    return keeping(decode, source, split, size, whole=whole, workers=workers, cache=cache)
-
-
 class _Decoding:
-    """Reads, decodes and letterboxes (or zooms) images each time they are asked for."""
+    """Reads, decodes and letterboxes (or zooms) images each time they are asked for.
+
+    It gives images, boxes, classes, keypoints, widths of the contents, ratios.
+    """
 
     def __init__(self, source: AnnotatedSource, split: str, transform: DetectionTransform):
+        self.split = split
+        self.size = self.fitting = transform.image_size
+        self.zoom = transform.zoom if split == "train" else None
+        self.whole = None if self.zoom is None else "zoom"
         self.examples = getattr(source, split)
         self.info = source.info
-        self.size = transform.image_size
-        self.zoom = transform.zoom if split == "train" else None
 
-    def __call__(self, rows, draws):
+    def __call__(self, rows: np.ndarray, chance: Chance | None) -> tuple[np.ndarray, ...]:
         count, places, info = len(rows), self.info.max_objects, self.info
         images = np.zeros((count, self.size, self.size, info.channels), np.uint8)
         boxes = np.zeros((count, places, 4), np.float32)
@@ -271,12 +235,12 @@ class _Decoding:
             example = self.examples[int(row)]
             image = example["image"]
             check_image(image, info.channels, row)
-            if self.zoom is None:
+            if self.zoom is None or chance is None:
                 images[i], ratio = letterbox(image, self.size)
                 ratios[i] = ratio
                 widths[i], scale, corner = _side(image.shape[1], ratio), np.full(2, ratio), np.zeros(2)
             else:
-                images[i], scale, corner = _zoomed(image, self.size, self.zoom, draws[i])
+                images[i], scale, corner = _zoomed(image, self.size, self.zoom, chance.draws[i])
                 widths[i] = self.size
             extent = np.array(image.shape[1::-1]) * scale
             found = _moved(example, scale, extent, corner, self.size, places)
