@@ -9,30 +9,29 @@
 
 `repopt` takes the scales that the first command wrote; `--config.scales=` names others.
 `data_dir` is an image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the
-argument (`cifar10_small.py:search,smoke`) runs two short epochs on a few images.
+argument (`cifar10_small.py:search,smoke`) runs two short epochs on a few embedded digits.
 """
 
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
+from repopt_jax.train.recipes import parse_argument, smoke
 
 # Argument -> kind of network, scales.
 RUNS = {
-    "search": ("search", ""),
     "plain": ("target", ""),
+    "search": ("search", ""),
     "repopt": ("target", "runs/cifar10_small/search/scales"),
     "repvgg": ("repvgg", ""),
 }
 
 
-def get_config(arg: str = "plain") -> Config:
-    run, _, option = (arg or "plain").partition(",")
-    if run not in RUNS or option not in ("", "smoke"):
-        raise ValueError(f"argument {arg!r} must be one of {', '.join(RUNS)}, with or without ',smoke'")
+def get_config(arg: str = "") -> Config:
+    run, small = parse_argument(arg, RUNS)
     kind, scales = RUNS[run]
     config = Config(
         name=f"cifar10_small-{run}",
         epochs=8,
         batch_size=128,
-        eval_batch_size=500,
+        eval_batch_size=1000,
         scales=scales,
         log_every=20,
         model=ModelConfig(variant="cifar-small", kind=kind),
@@ -49,8 +48,4 @@ def get_config(arg: str = "plain") -> Config:
         # Clipping steadies a search, as published; the other runs need none.
         optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, clip_norm=5.0 if kind == "search" else None),
     )
-    if option == "smoke":
-        config.epochs, config.batch_size, config.log_every = 2, 16, 1
-        config.data.train_limit, config.data.eval_limit = 64, 40
-        config.eval_batch_size = 32
-    return config
+    return smoke(config) if small else config

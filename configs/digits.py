@@ -11,21 +11,20 @@
 """
 
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
+from repopt_jax.train.recipes import parse_argument, smoke
 
 # Argument -> kind of network, scales.
 RUNS = {
-    "search": ("search", ""),
     "plain": ("target", ""),
+    "search": ("search", ""),
     "repopt": ("target", "runs/digits/search/scales"),
     "depth": ("target", "depth"),
     "repvgg": ("repvgg", ""),
 }
 
 
-def get_config(arg: str = "plain") -> Config:
-    run, _, option = (arg or "plain").partition(",")
-    if run not in RUNS or option not in ("", "smoke"):
-        raise ValueError(f"argument {arg!r} must be one of {', '.join(RUNS)}, with or without ',smoke'")
+def get_config(arg: str = "") -> Config:
+    run, small = parse_argument(arg, RUNS)
     kind, scales = RUNS[run]
     config = Config(
         name=f"digits-{run}",
@@ -39,8 +38,4 @@ def get_config(arg: str = "plain") -> Config:
         # Half of a few hundred steps would be too long a warm-up; one epoch keeps the first steps small.
         optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, warmup_epochs=1),
     )
-    if option == "smoke":
-        config.epochs, config.batch_size, config.log_every = 2, 16, 1
-        config.data.train_limit, config.data.eval_limit = 32, 40
-        config.eval_batch_size = 32
-    return config
+    return smoke(config) if small else config

@@ -7,65 +7,46 @@
     ...
     repopt train --config=$config:9-frozen $data --out=runs/ladder/9-frozen-0
 
-12,800 images, 5 epochs, 500 steps of 128. Rungs 1 to 7 are those of the RepOptimizer paper (table 4). Rungs 8
-and 9 have no search of their own: the network with scaled branches, merged in weight space, is trained on the
-task itself, its scales with it, all the time or for a tenth of the steps. Rungs 2, 3, 6 and 7 take the scales
-that the first command wrote; `--config.scales=` names others. All nine have the same recipe, without
-clipping; the search clips, as published. `scripts/ladder.sh` runs them all.
+The recipe of `cifar10_small` with 12,800 images and 5 epochs, 500 steps of 128. Rungs 1 to 7 are those of the
+RepOptimizer paper (table 4). Rungs 8 and 9 have no search of their own: the network with scaled branches,
+merged in weight space, is trained on the task itself, its scales with it, all the time or for a tenth of the
+steps. Rungs 2, 3, 6 and 7 take the scales that the first command wrote; `--config.scales=` names others. All
+nine have the same recipe, without clipping; the search clips, as published. `scripts/ladder.sh` runs them.
 
 `data_dir` is an image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the
-argument (`ladder.py:search,smoke`) runs two short epochs on a few images.
+argument (`ladder.py:search,smoke`) runs two short epochs on a few embedded digits.
 """
 
+import dataclasses
 from typing import Any
 
-from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
+from repopt_jax.train.config import Config
+from repopt_jax.train.config_io import load_config
+from repopt_jax.train.recipes import parse_argument, smoke
 
 SEARCHED = "runs/ladder/search-0/scales"
 
-# Argument -> kind of network, and what else is its own.
+# Argument -> run of cifar10_small whose recipe it has, and what is its own.
 RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
     "search": ("search", {}),
-    "1-plain": ("target", {}),
-    "2-init": ("target", {"scales": SEARCHED, "rules": "init"}),
-    "3-multiplier": ("target", {"scales": SEARCHED, "rules": "multiplier"}),
-    "4-ones": ("target", {"scales": "ones"}),
-    "5-depth": ("target", {"scales": "depth"}),
-    "6-means": ("target", {"scales": SEARCHED, "scales_mean": True}),
-    "7-full": ("target", {"scales": SEARCHED}),
+    "1-plain": ("plain", {}),
+    "2-init": ("plain", {"scales": SEARCHED, "rules": "init"}),
+    "3-multiplier": ("plain", {"scales": SEARCHED, "rules": "multiplier"}),
+    "4-ones": ("plain", {"scales": "ones"}),
+    "5-depth": ("plain", {"scales": "depth"}),
+    "6-means": ("plain", {"scales": SEARCHED, "scales_mean": True}),
+    "7-full": ("plain", {"scales": SEARCHED}),
     "8-direct": ("search", {}),
     "9-frozen": ("search", {"freeze_scales": 0.1}),
 }
 
 
-def get_config(arg: str = "1-plain") -> Config:
-    rung, _, option = (arg or "1-plain").partition(",")
-    if rung not in RUNGS or option not in ("", "smoke"):
-        raise ValueError(f"argument {arg!r} must be one of {', '.join(RUNGS)}, with or without ',smoke'")
-    kind, own = RUNGS[rung]
-    config = Config(
-        name=f"ladder-{rung}",
-        epochs=5,
-        batch_size=128,
-        eval_batch_size=500,
-        eval_every=5,
-        log_every=20,
-        model=ModelConfig(variant="cifar-small", kind=kind),
-        data=DataConfig(
-            source="folder",
-            image_size=32,
-            crop_padding=4,
-            flip=True,
-            mean=(0.4913, 0.4821, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-            train_limit=12_800,
-            eval_limit=5_000,
-        ),
-        optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, clip_norm=5.0 if rung == "search" else None),
-        **own,
-    )
-    if option == "smoke":
-        config.epochs, config.eval_every, config.batch_size, config.log_every = 2, 2, 16, 1
-        config.data.train_limit, config.data.eval_limit = 64, 40
-        config.eval_batch_size = 32
-    return config
+def get_config(arg: str = "") -> Config:
+    rung, small = parse_argument(arg, RUNGS, default="1-plain")
+    recipe, own = RUNGS[rung]
+    config = load_config(f"cifar10_small:{recipe}")
+    config = dataclasses.replace(config, name=f"ladder-{rung}", epochs=5, eval_every=5, **own)
+    config.data.train_limit = 12_800
+    if rung != "search":
+        config.optim.clip_norm = None
+    return smoke(config) if small else config

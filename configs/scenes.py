@@ -16,6 +16,7 @@ makes all of them. By hand:
 
 from repopt_jax.modes import Mode
 from repopt_jax.train.config import Config, DataConfig, DetectConfig, ModelConfig, OptimConfig
+from repopt_jax.train.recipes import parse_argument, smoke
 
 # Mode -> kind of network, scales.
 RUNS = {
@@ -26,12 +27,9 @@ RUNS = {
 }
 
 
-def get_config(arg: str = "plain") -> Config:
-    name, _, option = (arg or "plain").partition(",")
-    if option not in ("", "smoke"):
-        raise ValueError(f"argument {arg!r} ends in {option!r}: only ',smoke' can follow the mode")
-    mode = Mode.parse(name)
-    kind, scales = RUNS[mode]
+def get_config(arg: str = "") -> Config:
+    mode, small = parse_argument(arg, RUNS)
+    kind, scales = RUNS[Mode(mode)]
     config = Config(
         name=f"scenes-{mode}",
         task="detect",
@@ -46,7 +44,4 @@ def get_config(arg: str = "plain") -> Config:
         optim=OptimConfig(learning_rate=0.04, weight_decay=1e-4, warmup_epochs=1, clip_norm=10.0),
         detect=DetectConfig(level_range=4.0),
     )
-    if option == "smoke":
-        config.epochs, config.batch_size, config.log_every, config.eval_every = 2, 4, 1, 1
-        config.data.scenes, config.eval_batch_size = (8, 4), 4
-    return config
+    return smoke(config) if small else config

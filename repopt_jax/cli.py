@@ -1,16 +1,16 @@
 """The command `repopt`.
 
 A caller's mistake becomes one sentence on standard error and exit code 1 (2 if the command line itself is
-wrong); Ctrl-C gives 130. With REPOPT_TRACEBACK=1 the traceback is shown as well.
+wrong); Ctrl-C gives 130, SIGTERM 143. With REPOPT_TRACEBACK=1 the traceback is shown as well.
 """
 
 import contextlib
+import io
 import logging
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,17 @@ EXTRAS = {
     "sklearn": "quickstart",
     "tensorboardX": "quickstart",
     "pycocotools": "detect",
+    "torch": "torch",
 }
+
+# Flags of `repopt bench`, "" for the defaults of `bench.Settings`.
+BENCH_FLAGS: dict[str, str | None] = dict.fromkeys(
+    (
+        *("variant", "size", "batch", "dtype", "rounds", "classes", "networks", "memory", "tf32", "images"),
+        "out",
+    ),
+    "",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,12 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
-    except UsageError as error:
+    except BaseException as error:
+        code = _report(error)
+        if code is None:
+            raise
+        return code
+
+
+def _report(error: BaseException) -> int | None:
+    """Says what a caller can do about `error` and gives the exit code; None for what is no caller's mistake."""
+    if isinstance(error, UsageError):
         return _fail(error, code=2)
-    except KeyboardInterrupt as error:
+    if isinstance(error, KeyboardInterrupt):
         return _fail(error, code=130, text=str(error) or "interrupted; run the same command again")
-    except (ValueError, TypeError, KeyError, OSError, FloatingPointError, ImportError) as error:
+    if isinstance(error, ValueError | TypeError | KeyError | OSError | FloatingPointError | ImportError):
         return _fail(error, code=1)
+    return None
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -74,12 +94,13 @@ def _dispatch(argv: list[str]) -> int:
 
 def _commands() -> dict[str, Command]:
     run_flags: dict[str, str | None] = {"run": None, "data_dir": ""}
+    job_flags: dict[str, str | None] = {"coordinator": "", "processes": "", "process": ""}
     return {
         "quickstart": Command(
             _quickstart, cli_help.QUICKSTART, {"out": "runs/quickstart", "seeds": ""}, "digits:plain", True
         ),
-        "search": Command(_search, cli_help.SEARCH, {"out": None}, takes_config=True),
-        "train": Command(_train, cli_help.TRAIN, {"out": None}, takes_config=True),
+        "search": Command(_joined(_search), cli_help.SEARCH, {"out": None, **job_flags}, takes_config=True),
+        "train": Command(_joined(_train), cli_help.TRAIN, {"out": None, **job_flags}, takes_config=True),
         "eval": Command(_eval, cli_help.EVAL, run_flags),
         "deploy": Command(_deploy, cli_help.DEPLOY, {**run_flags, "out": None}),
         "predict": Command(
@@ -101,6 +122,7 @@ def _commands() -> dict[str, Command]:
             {"model": "", "kind": "", "classes": "0", "key": "", "to": ""},
             positional=("in", "out"),
         ),
+        "bench": Command(_bench, cli_help.BENCH, BENCH_FLAGS, positional=("parts",)),
     }
 
 
@@ -136,10 +158,13 @@ def _search(arguments: Arguments) -> int:
             f"`model.kind` is {config.model.kind!r}: `repopt search` needs a config of kind 'search'; use "
             "`repopt train` for the others, or add --config.model.kind=search"
         )
-    finished, out = _run(config, arguments)
-    if not finished:
-        return 130
-    from repopt_jax.train import monitor, records
+    stopped, out = _run(config, arguments)
+    if stopped:
+        return stopped
+    from repopt_jax.train import monitor, processes, records
+
+    if not processes.is_first():  # one draws and tells
+        return 0
 
     history = records.read_history(out)
     verdict = monitor.verdict(history)
@@ -172,8 +197,8 @@ def _after_search(arguments: Arguments, config: Any, out: Path) -> str:
 
 
 def _train(arguments: Arguments) -> int:
-    finished, _ = _run(read_config(arguments), arguments)
-    return 0 if finished else 130
+    stopped, _ = _run(read_config(arguments), arguments)
+    return stopped
 
 
 def _eval(arguments: Arguments) -> int:
@@ -243,6 +268,45 @@ def _convert(arguments: Arguments) -> int:
     return 0
 
 
+def _bench(arguments: Arguments) -> int:
+    flags = arguments.flags
+    with _computing():
+        from repopt_jax import bench
+
+        parts = flags["parts"].split(",")
+        if unknown := [part for part in parts if part not in (*bench.PARTS, "all")]:
+            hint = closest(unknown[0], (*bench.PARTS, "all"))
+            raise UsageError(
+                f"unknown part {unknown[0]!r}{hint}; parts are {', '.join(bench.PARTS)} and all, and several "
+                "are joined by commas"
+            )
+        settings = bench.Settings(**_bench_settings(flags))
+        given = [f"--{name}={flags[name]}" for name in BENCH_FLAGS if flags[name]]
+        command = shlex.join(["repopt", "bench", flags["parts"], *given])
+        out = Path(flags["out"]).expanduser().absolute() if flags["out"] else None
+        done = bench.bench(parts, settings, out=out, command=command)
+    _say(bench.results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
+    return 0
+
+
+def _bench_settings(flags: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of `bench.Settings` that the command line gives."""
+    fields: dict[str, Any] = {name: flags[name] for name in ("variant", "images") if flags[name]}
+    fields |= {name: whole_number(name, flags[name]) for name in ("size", "rounds", "classes") if flags[name]}
+    if flags["memory"]:
+        fields["memory"] = number("memory", flags["memory"])
+    if flags["batch"]:
+        fields["batches"] = tuple(whole_number("batch", value) for value in flags["batch"].split(","))
+    for flag, field in (("dtype", "dtypes"), ("networks", "networks")):
+        if flags[flag]:
+            fields[field] = tuple(flags[flag].split(","))
+    if flags["tf32"]:
+        if flags["tf32"] not in ("yes", "no"):
+            raise UsageError(f"--tf32={flags['tf32']} must be yes or no")
+        fields["tf32"] = flags["tf32"] == "yes"
+    return fields
+
+
 def _verify(arguments: Arguments) -> int:
     flags = arguments.flags
     if bool(arguments.config) == bool(flags["check"]):
@@ -285,23 +349,26 @@ def _verify(arguments: Arguments) -> int:
     return 1
 
 
-def _run(config: Any, arguments: Arguments) -> tuple[bool, Path]:
-    """Trains and tells what came of it; the first result is False if Ctrl-C ended it."""
+def _run(config: Any, arguments: Arguments) -> tuple[int, Path]:
+    """Trains and tells what came of it; the first result is the exit code of what stopped it, or 0."""
     out = Path(arguments.flags["out"]).expanduser().absolute()
-    with _computing(), _kept(out), _stop_on_interrupt() as stop:
-        from repopt_jax.train import run, tasks
+    with _computing(), _kept(out):
+        from repopt_jax.train import run, stopping, tasks
 
-        done = run(config, out, stop=stop)
+        with stopping.stop_on_signals() as stop:
+            done = run(config, out, stop=stop)
     if not done.finished:
         _complain(f"stopped at step {done.steps}; {_how_to_continue(out)}")
-        return False, out
+        return stop.exit_code, out
+    published = "" if done.published is None else f" (published: {done.published:.2%})"
     speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
     _say(
         f"{'Already finished: ' if done.reused else ''}{done.name}: {tasks.told(done.task, done.test)} "
-        f"of {done.test_count} images, {done.train_parameters:,} parameters{speed}, {done.wall_s:.0f} s",
+        f"of {done.test_count} images{published}, {done.train_parameters:,} parameters{speed}, "
+        f"{done.wall_s:.0f} s",
         f"Run: {out}",
     )
-    return True, out
+    return 0, out
 
 
 def _say(*lines: str) -> None:
@@ -335,6 +402,62 @@ def _sentence(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def _joined(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
+    def act_in_job(arguments: Arguments) -> int:
+        with _in_job(arguments):
+            return act(arguments)
+
+    return act_in_job
+
+
+@contextlib.contextmanager
+def _in_job(arguments: Arguments) -> Iterator[None]:
+    """Joins the job of several processes that the flags or the environment tell of. Only the first of them writes to
+    standard output, and one that fails ends at once."""
+    flags = arguments.flags
+    count, index = (
+        whole_number(name, flags[name]) if flags[name] else None for name in ("processes", "process")
+    )
+    from repopt_jax.train import processes
+
+    processes.join(flags["coordinator"], count, index)
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        with contextlib.redirect_stdout(io.StringIO() if jax.process_index() else sys.stdout):
+            yield
+    except BaseException as error:
+        # Leaving by the interpreter's way would wait for the others, who wait for this one in an exchange: they
+        # learn of its end by its connections, which the system closes.
+        os._exit(_end_of_process(error))
+
+
+def _end_of_process(error: BaseException) -> int:
+    """Says why this process of several ends, and gives its exit code."""
+    import traceback
+
+    import jax
+
+    code = _report(error)
+    if code is None and isinstance(error, jax.errors.JaxRuntimeError):
+        first = str(error).partition("\n")[0]
+        code = _fail(
+            error,
+            code=1,
+            text=f"process {jax.process_index()} ends, as another process of the job has ended or cannot be reached "
+            f"({first}): see what the others say, then run the same command again",
+        )
+    elif code is None:
+        traceback.print_exception(error)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
 @contextlib.contextmanager
 def _kept(out: Path) -> Iterator[None]:
     """Gives a Ctrl-C the words that say what is left of the work in `out`."""
@@ -345,7 +468,7 @@ def _kept(out: Path) -> Iterator[None]:
 
 
 def _how_to_continue(out: Path) -> str:
-    steps = [int(p.name) for p in out.glob("checkpoints/*") if p.name.isdigit()]
+    steps = [int(p.parent.name) for p in out.glob("checkpoints/*/manifest.json") if p.parent.name.isdigit()]
     if not steps:
         return "what is finished is kept: run the same command again to continue"
     return (
@@ -369,26 +492,3 @@ def _computing() -> Iterator[None]:
         ours.removeHandler(handler)
         ours.setLevel(level)
         ours.propagate = propagate
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks the run to stop after its step, with a checkpoint; the second ends it at once."""
-    asked = []
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, before)
-        # Not `sys.stderr`: the signal may have come in the middle of a write to it.
-        os.write(2, b"repopt: stopping after this step; Ctrl-C again stops at once\n")
-
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: Ctrl-C does not come here
-        before = None
-    try:
-        yield lambda: bool(asked)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)

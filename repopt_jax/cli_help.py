@@ -11,6 +11,7 @@ repopt: RepOptimizer training in JAX.
   repopt predict IMAGE --run=DIR                draw what a detector finds on an image
   repopt deploy --run=DIR --out=DIR             fold a run into plain convolutions and save it
   repopt verify --config=FILE | --check=FILE    is the training that of the multi-branch network?
+  repopt bench PARTS [--out=PATH]               time and memory of update, step, inference ...
   repopt convert IN OUT [--model=NAME]          PyTorch and safetensors files from and to our folders
 
 `repopt COMMAND --help` tells more.
@@ -122,4 +123,34 @@ number of parameters and, where PyTorch is installed, the outputs. Examples:
   --key=ENTRY             of a checkpoint: the entry with the weights, where it is none of the usual
   --to=NAMES              names in OUT: repopt, repvgg, mobileone, repghost, timm (the network's own
                           authors'); or scales: of a file, its scales alone
+"""
+
+BENCH = """\
+repopt bench PARTS [--variant=B1] [--size=224] [--batch=32,...] [--dtype=float32,...] [--out=PATH]
+
+Measures what the rule costs, on the first device. Candidates run in turn, in every round in another order,
+and are compared with one another in the same round. PARTS are joined by commas, or "all":
+
+  update       SGD with decay: plain, repopt_mask, a stored multiplier; bytes/s beside a measured copy
+  optimizers   AdamW, Lion and reparameterize, beside their plain counterparts
+  step         training step and its memory: plain, RepOpt, CSLA, RepVGG
+  largest      the largest batch whose training step fits in the memory
+  inference    deployed networks, fused and not
+  torch        training step and update in PyTorch, on the same device
+  compile      compile time of a training step
+  input        images/s of one core of the input pipeline, and the cores that the step asks for
+
+  --variant=NAME          a variant of RepOptVGG (B1)
+  --size=N                side of the images in pixels (224)
+  --batch=N,...           images in a batch (32); each is measured
+  --dtype=NAME,...        of the computation, float32 or bfloat16 (float32); each is measured
+  --rounds=N              measurements of each candidate (15), at least 3
+  --classes=N             of the classifier (1000)
+  --networks=NAME,...     of step, largest, inference, torch and compile: plain, repopt, csla, csla-branches,
+                          repvgg (all of them)
+  --memory=GB             limit for the largest batch (what the device has)
+  --tf32=no               no TF32 for float32, in JAX and in PyTorch (yes, where the device has it)
+  --images=DIR            folder of images for input (made-up photographs)
+  --out=PATH              writes PATH.json, PATH.md and PATH.png. What PATH.json holds already is kept, but
+                          for what is measured again
 """

@@ -38,6 +38,7 @@ LEVELS = {
     "verify": 6,
     "interop": 6,
     "train": 7,
+    "bench": 8,
     "arguments": 8,
     "cli_help": 8,
     "cli": 9,

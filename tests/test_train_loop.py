@@ -5,26 +5,17 @@ import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import training
-from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
-from training import tiny_config
+from training import STEPS, arrays, assert_same_run, checkpoints_in, tiny_config, told
 
 from repopt_jax import data, train
 from repopt_jax.scales import load_scales
 from repopt_jax.train import loop
-from repopt_jax.train.metrics import read_records
 from repopt_jax.train.rundir import RunFolder
-
-STEPS = 18  # of a whole run of `tiny_config`
 
 
 @pytest.fixture(scope="session")
@@ -65,32 +56,6 @@ def unbroken(digits, tmp_path_factory):
 
 
 SCALED = {"target": {"scales": "depth"}}
-
-
-def arrays(run_dir):
-    """Every parameter and statistic of a run's last checkpoint."""
-    model = train.load_trained(run_dir).model
-    return jax.device_get(nnx.to_pure_dict(nnx.state(model)))
-
-
-def told(run_dir):
-    """The log without what depends on the clock."""
-    return [
-        {name: value for name, value in record.items() if name != "images_per_s"}
-        for record in read_records(Path(run_dir) / "metrics.jsonl")
-    ]
-
-
-def assert_same_run(run_dir, other):
-    jax.tree.map(np.testing.assert_array_equal, arrays(run_dir), arrays(other))
-    assert told(run_dir) == told(other)
-    first, second = (json.loads((Path(d) / "summary.json").read_text()) for d in (run_dir, other))
-    for name in ("steps", "test_accuracy", "test_loss", "test_count", "train_parameters", "finished"):
-        assert first[name] == second[name]
-
-
-def checkpoints_in(run_dir):
-    return sorted(int(path.name) for path in (Path(run_dir) / "checkpoints").iterdir() if path.name.isdigit())
 
 
 # -- whole runs
@@ -162,39 +127,8 @@ def test_loaded_network_gives_the_summary(unbroken, digits):
     assert correct / 37 == pytest.approx(summary["test_accuracy"])
 
 
-# -- broken and resumed
+# -- there already
 # ---
-
-
-@pytest.mark.parametrize(("kind", "stop_at"), [("search", 5), ("target", 17)])
-def test_stopped_run_continues_to_the_same_end(digits, tmp_path, unbroken, kind, stop_at):
-    config = tiny_config(kind, digits, **SCALED.get(kind, {}))
-    asked = iter(range(1, STEPS + 1))
-    stopped = train.run(config, tmp_path / "run", progress=False, stop=lambda: next(asked) == stop_at)
-    assert (stopped.finished, stopped.steps) == (False, stop_at)
-    assert not (tmp_path / "run" / "summary.json").exists()
-    assert train.run(config, tmp_path / "run", progress=False).finished
-    assert_same_run(tmp_path / "run", unbroken(kind))
-
-
-@pytest.mark.parametrize("when", ["step 7", "save 8"])
-def test_killed_run_continues_to_the_same_end(digits, tmp_path, unbroken, compiled_once, when):
-    """The checkpoint before is whole, and the run ends as if unbroken."""
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": compiled_once,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    program = [sys.executable, training.__file__, tmp_path / "run", "search", digits, *when.split()]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert 4 in checkpoints_in(tmp_path / "run")
-    # A line that was being written when the process died.
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
-        log.write('{"kind": "train", "step": 17, "lo')
-    assert train.run(tiny_config("search", digits), tmp_path / "run", progress=False).finished
-    assert_same_run(tmp_path / "run", unbroken("search"))
-    assert [p for p in (tmp_path / "run" / "checkpoints").iterdir() if "tmp" in p.name] == []
 
 
 def test_run_killed_before_its_summary_only_writes_it(digits, tmp_path, unbroken):
@@ -205,38 +139,6 @@ def test_run_killed_before_its_summary_only_writes_it(digits, tmp_path, unbroken
     assert (summary.finished, summary.reused) == (True, False)
     assert_same_run(tmp_path / "run", unbroken("search"))
     assert (tmp_path / "run" / "scales").is_dir()
-
-
-def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path, unbroken):
-    asked = iter(range(1, STEPS + 1))
-
-    def press_at_ten():
-        if next(asked) == 10:
-            raise KeyboardInterrupt
-        return False
-
-    config = tiny_config("target", digits, scales="depth")
-    with pytest.raises(KeyboardInterrupt):
-        train.run(config, tmp_path / "run", progress=False, stop=press_at_ten)
-    assert checkpoints_in(tmp_path / "run") == [4, 8]
-    assert [r["step"] for r in told(tmp_path / "run")] == [3, 6, 6, 9]
-    train.run(config, tmp_path / "run", progress=False)
-    assert_same_run(tmp_path / "run", unbroken("target"))
-
-
-def test_last_two_checkpoints_are_kept(unbroken):
-    assert checkpoints_in(unbroken("target")) == [16, 18]
-
-
-def test_other_number_of_devices_can_resume(digits, tmp_path, monkeypatch, unbroken):
-    config = tiny_config("target", digits, scales="depth")
-    asked = iter(range(1, STEPS + 1))
-    train.run(config, tmp_path / "run", progress=False, stop=lambda: next(asked) == 9)
-    one_device = loop.make_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr(loop, "make_mesh", lambda fsdp: one_device)
-    assert train.run(config, tmp_path / "run", progress=False).finished
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
-    jax.tree.map(close, arrays(tmp_path / "run"), arrays(unbroken("target")))
 
 
 def test_finished_run_is_reused(digits, unbroken):

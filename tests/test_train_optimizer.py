@@ -15,9 +15,11 @@ from flax import nnx
 from training import VGG_VARIANTS
 
 from repopt_jax import default_branches, paths
+from repopt_jax.data import DatasetInfo
 from repopt_jax.models import RepOptVGG
 from repopt_jax.scales import LayerScales, Scales
-from repopt_jax.train import OptimConfig
+from repopt_jax.train import Config, ModelConfig, OptimConfig
+from repopt_jax.train.classification import Classification
 from repopt_jax.train.optimizer import decay_mask, hold_scales, make_optimizer, make_schedule
 
 
@@ -38,6 +40,28 @@ def test_decay_rules_cover_every_parameter(kind, post_se):
         # The published rule: vectors are not decayed, save those that stand for an identity kernel.
         identity = (owner, leaf) in (("weights", "identity"), ("bn_identity", "scale"))
         assert value == (leaf == "kernel" or (owner == "weights" and leaf != "identity") or identity), name
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "decayed"),
+    [
+        ("ghost-digits", "search", True),
+        ("ghost-digits", "repghost", False),
+        ("mobileone-digits", "mobileone", True),
+    ],
+)
+def test_decay_rules_cover_the_other_families(variant, kind, decayed):
+    """What stands for an identity is decayed, but not RepGhost's, as published."""
+    task = Classification(Config(model=ModelConfig(variant=variant, kind=kind)))
+    info = DatasetInfo(
+        name="any", class_names=("a", "b"), channels=1, image_shape=None, num_train=1, num_eval=1
+    )
+    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: task.new_model(info, seed=0)), nnx.Param))
+    mask, _ = paths.named_leaves(decay_mask(params))
+    identities = {name for name in mask if name.endswith(("weights/identity", "bn_identity/scale"))}
+    assert identities
+    assert {mask[name] for name in identities} == {decayed}
+    assert all(mask[name] == name.endswith("kernel") or "weights/" in name for name in set(mask) - identities)
 
 
 def test_a_parameter_without_a_rule_is_an_error():
@@ -300,3 +324,73 @@ def test_schedule_values(warmup):
         assert float(schedule(step)) == pytest.approx(expected, abs=1e-7), step
     assert float(schedule(warmup)) == pytest.approx(peak)
     assert float(schedule(total)) == pytest.approx(0, abs=1e-8)
+
+
+# float32 rates of at most 0.4 against Python's floats; measured: 3e-8.
+RATE = 2e-7
+STEPS, EPOCHS = 7, 5
+
+
+def slow_rate(optim, batch_size, step):
+    """The rate of a step, from the words of `OptimConfig`, in Python's floats."""
+    times = 1 if optim.base_batch is None else batch_size / optim.base_batch
+    start, peak, least = optim.warmup_start, optim.learning_rate, optim.min_learning_rate
+    by_epoch = optim.schedule_by == "epoch"
+    at, length = (step // STEPS, EPOCHS) if by_epoch else (step, EPOCHS * STEPS)
+    warmup = math.ceil(optim.warmup_epochs * (1 if by_epoch else STEPS))
+    if at < warmup:
+        passed = at if by_epoch else at + 1  # steps count when they are made, epochs when they begin
+        return times * (start + (peak - start) * passed / warmup)
+    if optim.cosine_over == "rest":
+        at, length = at - warmup, length - warmup
+    return times * (least + (peak - least) * (1 + math.cos(math.pi * at / length)) / 2)
+
+
+@pytest.mark.parametrize("schedule_by", ["step", "epoch"])
+@pytest.mark.parametrize("cosine_over", ["rest", "run"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"warmup_epochs": 1.0, "warmup_start": 1e-4},
+        {"warmup_epochs": 2.5, "warmup_start": 0.01, "min_learning_rate": 1e-3, "base_batch": 256},
+    ],
+)
+def test_schedules_against_a_slow_reference(fields, cosine_over, schedule_by):
+    optim = OptimConfig(cosine_over=cosine_over, schedule_by=schedule_by, **fields)
+    schedule = make_schedule(optim, epochs=EPOCHS, steps_per_epoch=STEPS, batch_size=1024)
+    for step in range(EPOCHS * STEPS):
+        assert float(schedule(step)) == pytest.approx(slow_rate(optim, 1024, step), abs=RATE), step
+
+
+def test_the_forms_of_a_schedule_are_told_apart():
+    """The negative control: each field changes some rate by far more than `RATE`."""
+    optim = OptimConfig(warmup_epochs=1.0, warmup_start=0.01)
+    rates = [slow_rate(optim, 64, step) for step in range(EPOCHS * STEPS)]
+    for change in (
+        {"cosine_over": "run"},
+        {"schedule_by": "epoch"},
+        {"warmup_start": 0.0},
+        {"min_learning_rate": 1e-3},
+        {"base_batch": 32},
+    ):
+        other = dataclasses.replace(optim, **change)
+        schedule = make_schedule(other, epochs=EPOCHS, steps_per_epoch=STEPS, batch_size=64)
+        assert max(abs(float(schedule(t)) - rate) for t, rate in enumerate(rates)) > 1000 * RATE, change
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_default_schedule_is_to_the_bit_what_it_was(warmup):
+    """A run that was begun with an older version goes on as it was."""
+    optim = OptimConfig(learning_rate=0.1, warmup_epochs=warmup / STEPS)
+    fall = optax.cosine_decay_schedule(0.1, EPOCHS * STEPS - warmup)
+    rise = optax.linear_schedule(0.1 / 3, 0.1, 2)
+    before = optax.join_schedules([rise, fall], [warmup]) if warmup else fall
+    now = make_schedule(optim, epochs=EPOCHS, steps_per_epoch=STEPS)
+    steps = jnp.arange(EPOCHS * STEPS)
+    np.testing.assert_array_equal(jax.vmap(now)(steps), jax.vmap(before)(steps))
+
+
+def test_a_rate_for_some_images_needs_the_batch():
+    with pytest.raises(ValueError, match="`batch_size` is missing: the rate is for 256 images"):
+        make_schedule(OptimConfig(base_batch=256), epochs=1, steps_per_epoch=2)

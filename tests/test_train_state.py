@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from training import VGG_VARIANTS
 
+from repopt_jax import paths
 from repopt_jax.models import RepOptVGG
 from repopt_jax.train import classification
 from repopt_jax.train import sharding as shardings
@@ -171,3 +172,103 @@ def test_state_divided_over_fsdp_trains_the_same(network):
 def test_all_finite_finds_one_bad_number():
     assert states.all_finite({"a": jnp.ones(3), "b": jnp.zeros((2, 2))})
     assert not states.all_finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])})
+
+
+# -- accumulation, statistics of each device, moving averages: against loops written out here
+# ---
+
+# Of the largest entry of an array, in float64. Measured: 3e-15; the controls differ by 0.02 and more.
+EXACT = 1e-12
+CONTROL = 1e-3
+
+
+def wide(tree):
+    # Arrays of JAX: batch norm writes into those of NumPy where it stands.
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64 if x.dtype == np.float32 else None), tree)
+
+
+def gradient_of(network, params, rest, rows):
+    """(gradient, running statistics after it) of some rows, by themselves."""
+
+    def loss_of(params):
+        model = states.merge_model(network.graphdef, params, rest)
+        model.train()
+        loss, _ = OBJECTIVE(model, wide(batch_of(rows)))
+        return loss, states.split_model(model).rest
+
+    return jax.grad(loss_of, has_aux=True)(params)
+
+
+def stepped(network, steps=1, **options):
+    """The state after steps of plain SGD at rate 0.5 on the first 8 rows, in float64."""
+    network = states.Network(network.graphdef, wide(network.params), wide(network.rest))
+    mesh, tx = shardings.make_mesh(), optax.sgd(0.5)
+    state = states.init_state(network, tx, sums=Classification.sums, ema="ema" in options)
+    state = jax.device_put(state, shardings.replicated(mesh))
+    if options.pop("device_statistics", False):
+        options["statistics_mesh"] = mesh
+    step = states.make_train_step(network.graphdef, tx, lambda t: 0.5, OBJECTIVE, **options)
+    seen = []
+    for _ in range(steps):
+        state, _ = step(state, shardings.put_batch(wide(batch_of(slice(0, 8))), mesh))
+        seen.append(jax.device_get(state))
+    return network, seen
+
+
+def relative(found, expected):
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in pairs)
+
+
+def test_an_accumulated_step_is_the_mean_of_its_parts(x64, network):
+    network, (state,) = stepped(network, accumulate=2)
+    rest, grads = network.rest, []
+    for part in (0, 1):  # row i is of part i % 2, and the statistics go on from part to part
+        grad, rest = gradient_of(network, network.params, rest, slice(part, 8, 2))
+        grads.append(grad)
+    expected = jax.tree.map(lambda p, a, b: p - 0.5 * (a + b) / 2, network.params, *grads)
+    assert relative(state.params, expected) < EXACT
+    assert relative(state.rest, rest) < EXACT
+    assert int(state.window["count"]) == 8
+    whole, _ = gradient_of(network, network.params, network.rest, slice(0, 8))
+    at_once = jax.tree.map(lambda p, g: p - 0.5 * g, network.params, whole)
+    assert relative(state.params, at_once) > CONTROL  # batch norm sees parts
+
+
+def test_statistics_of_each_device_are_those_of_its_rows(x64, network):
+    network, (state,) = stepped(network, device_statistics=True)
+    parts = [gradient_of(network, network.params, network.rest, slice(2 * d, 2 * d + 2)) for d in range(4)]
+    expected = jax.tree.map(
+        lambda p, *gs: p - 0.5 * sum(gs) / 4, network.params, *(grad for grad, _ in parts)
+    )
+    assert relative(state.params, expected) < EXACT
+    means = jax.tree.map(lambda *rests: sum(rests) / 4, *(rest for _, rest in parts))
+    assert relative(state.rest, means) < EXACT
+    whole, _ = gradient_of(network, network.params, network.rest, slice(0, 8))
+    at_once = jax.tree.map(lambda p, g: p - 0.5 * g, network.params, whole)
+    assert relative(state.params, at_once) > CONTROL
+
+
+def test_moving_averages_follow_their_rule(x64, network):
+    network, seen = stepped(network, steps=3, ema=0.25)
+    average = {"params": network.params, "rest": network.rest}
+    for t, state in enumerate(seen):
+        d = min(0.25, (1 + t) / (10 + t))
+        now = {"params": state.params, "rest": state.rest}
+        average = jax.tree.map(lambda e, x, d=d: d * e + (1 - d) * x, average, now)
+        assert relative(state.ema, average) < EXACT
+        assert relative(state.network, (average["params"], average["rest"])) < EXACT
+    assert relative(seen[-1].ema["params"], seen[-1].params) > CONTROL
+
+
+def test_constant_scales_stay_what_they_are(x64):
+    """Also where the devices' changes are averaged."""
+    model = RepOptVGG(VGG_VARIANTS["tiny"], kind="csla", num_classes=5, in_channels=1, rngs=nnx.Rngs(0))
+    network, (state,) = stepped(states.split_model(model), device_statistics=True, ema=0.5)
+    for tree in (state.rest, state.ema["rest"]):
+        kept = paths.named_leaves(tree)[0]
+        constants = {
+            name: leaf for name, leaf in paths.named_leaves(network.rest)[0].items() if "scales" in name
+        }
+        assert constants
+        assert all((kept[name] == leaf).all() for name, leaf in constants.items())

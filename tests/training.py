@@ -1,22 +1,35 @@
 """A network and a config small enough to train in a test; also run as a program, to be killed.
 
-    python tests/training.py OUT_DIR KIND DATA_DIR step|save NUMBER
+    python tests/training.py OUT_DIR DATA_DIR MOMENT NUMBER
 
-trains `tiny_config` on four devices and kills itself: after a step, or while it writes a checkpoint.
+trains `killed_config` on four devices and kills itself at a moment: see `MOMENTS`.
 """
 
+import functools
+import json
 import os
+import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 from repopt_jax import train
 from repopt_jax.models import VGG_VARIANTS, VGGVariant
+from repopt_jax.train import loop, manifest
 from repopt_jax.train.checkpoint import Checkpoints
+from repopt_jax.train.metrics import read_records
+
+STEPS = 18  # of a whole run of `tiny_config`
+# Numbers of a record that depend on the clock.
+CLOCK = ("images_per_s", "data_wait")
 
 for name, last_width in (("tiny", 8), ("tiny-wider", 12)):
     VGG_VARIANTS[name] = VGGVariant(name, (2, 1, 1, 1), (4, 4, 4, 8, last_width), (1, 1, 2, 1, 1))
@@ -38,19 +51,86 @@ def tiny_config(kind: str, data_dir: str | Path, **changes) -> train.Config:
     return config
 
 
-def _kill_after_step(number: int) -> Callable[[], bool]:
-    asked = iter(range(1, number + 1))
+def killed_config(data_dir: str | Path, **changes) -> train.Config:
+    """A search, whose log has the statistics of its scales, with moving averages."""
+    return tiny_config("search", data_dir, optim__ema=0.9, **changes)
 
-    def kill_or_go_on() -> bool:
-        if next(asked) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return False
 
-    return kill_or_go_on
+def arrays(run_dir):
+    """Every array of a run's last checkpoint: what was trained and its moving averages, if there are any, as
+    the evaluation reads them, and the trainer's."""
+    model = train.load_trained(run_dir).model
+    with Checkpoints(Path(run_dir) / "checkpoints") as checkpoints:
+        stored = checkpoints.directory / str(checkpoints.latest)
+    others = ocp.load_checkpointables(str(stored), {"model": None, "trainer": None})
+    # The clock is in none of them.
+    return jax.tree.map(np.asarray, [jax.device_get(nnx.to_pure_dict(nnx.state(model))), others])
+
+
+def told(run_dir):
+    """The log without what depends on the clock."""
+    return [
+        {name: value for name, value in record.items() if name not in CLOCK}
+        for record in read_records(Path(run_dir) / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(run_dir, other):
+    """Bit by bit."""
+    jax.tree.map(np.testing.assert_array_equal, arrays(run_dir), arrays(other))
+    assert told(run_dir) == told(other)
+    first, second = (json.loads((Path(d) / "summary.json").read_text()) for d in (run_dir, other))
+    for name in ("steps", "test_accuracy", "test_loss", "test_count", "train_parameters", "finished"):
+        assert first[name] == second[name]
+
+
+def checkpoints_in(run_dir):
+    """The steps of those that count."""
+    return sorted(int(p.parent.name) for p in (Path(run_dir) / "checkpoints").glob("*/manifest.json"))
+
+
+def stop_at(number: int, act: Callable[[], object] = lambda: True) -> Callable[[], bool]:
+    """Asked for the `number`-th time, what `act` gives; before, to go on."""
+    asked = iter(range(1, 10**6))
+    return lambda: next(asked) == number and bool(act())
+
+
+def stop_after_step(number: int, act: Callable[[], object] = lambda: True) -> Callable[[], bool]:
+    """As `stop_at`, without the questions of evaluations, which `tiny_config` makes at the end of an epoch: a
+    step's own question is the first after its number of steps."""
+    return stop_at(number + (number - 1) // 6 * 4, act)
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _save_in_the_foreground() -> None:
+    save = Checkpoints.save
+    Checkpoints.save = lambda *args, **options: save(*args, **{**options, "wait": True})
+
+
+def _kill_in_step(number: int) -> None:
+    """While the `number`-th step of this process runs, and no save."""
+    _save_in_the_foreground()
+    stepped, steps = loop.Feeder.stepped, iter(range(1, STEPS + 1))
+
+    def watched(*args, **options):
+        if next(steps) == number:
+            _kill()
+        stepped(*args, **options)
+
+    loop.Feeder.stepped = watched
+
+
+def _kill_in_evaluation(number: int) -> None:
+    """Before the third batch of the evaluation at the end of epoch `number`, while there is no save."""
+    _save_in_the_foreground()
+    loop.run = functools.partial(loop.run, stop=stop_at(10 * (number - 1) + 9, _kill))
 
 
 def _kill_in_save(when: int) -> None:
-    """From now on, this process is killed as soon as files of the checkpoint of step `when` appear."""
+    """As soon as files of the checkpoint of step `when` appear."""
     save = Checkpoints.save
 
     def watched(self, step, *args, **kwargs):
@@ -64,13 +144,82 @@ def _kill_in_save(when: int) -> None:
 def _kill_at_first_file(directory: Path, step: int) -> None:
     while not any(path.name.startswith(str(step)) for path in directory.iterdir()):
         pass
-    os.kill(os.getpid(), signal.SIGKILL)
+    _kill()
+
+
+def _kill_before_renaming(when: int) -> None:
+    """When all files of the checkpoint of step `when` are written, beside their final place."""
+    rename = os.rename
+
+    def watched(source, target, **options):
+        if Path(target).name == str(when):
+            _kill()
+        rename(source, target, **options)
+
+    os.rename = watched
+
+
+def _kill_before_manifest(when: int) -> None:
+    """When the checkpoint of step `when` is in its place, before it counts."""
+    write = manifest.write
+
+    def watched(folder, **notes):
+        if folder.name == str(when):
+            _kill()
+        write(folder, **notes)
+
+    manifest.write = watched
+
+
+def _kill_after_ms(number: int) -> None:
+    """`number` milliseconds after the first step is compiled."""
+
+    def kill_later():
+        time.sleep(number / 1000)
+        _kill()
+
+    def watched(*args, **options):
+        threading.Thread(target=kill_later, daemon=True).start()
+        return train_loop(*args, **options)
+
+    train_loop, loop.Stopwatch = loop.Stopwatch, watched
+
+
+def _limit_files(when: int) -> None:
+    """From the checkpoint of step `when` on no file may grow beyond 11000 bytes: as on a full disk, some
+    writes fail."""
+    save = Checkpoints.save
+
+    def limited(self, step, *args, **kwargs):
+        if step == when:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (11000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        save(self, step, *args, **kwargs)
+
+    Checkpoints.save = limited
+
+
+MOMENTS = {
+    "step": _kill_in_step,
+    "evaluation": _kill_in_evaluation,
+    "save": _kill_in_save,
+    "renaming": _kill_before_renaming,
+    "manifest": _kill_before_manifest,
+    "milliseconds": _kill_after_ms,
+    "limit": _limit_files,
+}
+
+
+def main(out_dir: str, data_dir: str, moment: str, number: str) -> None:
+    jax.config.update("jax_num_cpu_devices", 4)
+    MOMENTS[moment](int(number))
+    # Often, where the moment is any: then many of them are in a save.
+    changes = {"checkpoint_every": 1} if moment == "milliseconds" else {}
+    try:
+        loop.run(killed_config(data_dir, **changes), out_dir, progress=False)
+    except OSError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 4)
-    out_dir, kind, data_dir, moment, number = sys.argv[1:]
-    if moment == "save":
-        _kill_in_save(int(number))
-    stop = _kill_after_step(int(number)) if moment == "step" else None
-    train.run(tiny_config(kind, data_dir), out_dir, progress=False, stop=stop)
+    main(*sys.argv[1:])

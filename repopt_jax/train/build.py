@@ -92,7 +92,9 @@ def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, Trai
       FileNotFoundError: the scales are missing.
     """
     steps, info = feed.steps_per_epoch, feed.source.info
-    model, scales = build_model(config, info)
+    scales = _scales(config, info)
+    model = _at_once(lambda: _network(config, info, scales))
+    scales = _multiplier(config, scales)
     return _program(config, model, scales, mesh, steps_per_epoch=steps, source=feed.source)
 
 
@@ -104,8 +106,9 @@ def abstract_program(
 
     Its `evaluate` cannot be used, as there are no images. Errors are those of `build_program`.
     """
-    scales = _multiplier_scales(config, info)  # real ones: their values are checked
-    model = nnx.eval_shape(lambda: build_model(config, info)[0])
+    scales = _scales(config, info)  # real ones: their values are checked
+    model = nnx.eval_shape(lambda: _network(config, info, scales))
+    scales = _multiplier(config, scales)
     return _program(config, model, scales, mesh, steps_per_epoch=steps_per_epoch, source=None)
 
 
@@ -113,12 +116,17 @@ def _program(
     config: Config, model: Any, scales: Scales | None, mesh: Mesh, *, steps_per_epoch: int, source: Any
 ) -> tuple[Program, TrainState]:
     task, optim = make_task(config), config.optim
-    schedule = make_schedule(optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
+    schedule = make_schedule(
+        optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
+    )
     tx = make_optimizer(optim, schedule, scales=scales, batch_size=config.batch_size)
     if config.freeze_scales is not None:
         tx = hold_scales(tx, after=round(config.freeze_scales * config.epochs * steps_per_epoch))
     network = split_model(model)
-    marks = extract_scales(model).vectors if config.model.kind == "search" else None
+    marks = None
+    if config.model.kind == "search":
+        find = lambda model: extract_scales(model).vectors  # noqa: E731
+        marks = find(model) if source is not None else nnx.eval_shape(find, model)
 
     def first_state(params: Any, rest: Any, marks: Any) -> TrainState:
         network_of = network._replace(params=params, rest=rest)
@@ -160,8 +168,9 @@ def load_trained(run_dir: str | Path) -> Trained:
     """
     folder = RunFolder(run_dir)
     config, info = folder.read()
-    network = split_model(make_task(config).new_model(info, seed=0))
-    network = jax.device_put(network, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    network = split_model(nnx.eval_shape(lambda: make_task(config).new_model(info, seed=0)))
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    network = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network)
     with Checkpoints(folder.checkpoints) as checkpoints:
         step = checkpoints.latest
         if step is None:
@@ -178,32 +187,53 @@ def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
     Raises:
       FileNotFoundError, ValueError: the scales are missing or do not fit the network.
     """
-    task, scales = make_task(config), _scales(config, info)
+    scales = _scales(config, info)
+    return _network(config, info, scales), _multiplier(config, scales)
+
+
+def _network(config: Config, info: Any, scales: Scales | None) -> Any:
+    task = make_task(config)
     if scales is None:
-        return task.new_model(info, seed=config.seed), None
+        return task.new_model(info, seed=config.seed)
     if config.model.kind != "target":
         # A search starts from these scales; the constants of a csla network are these scales.
-        return task.new_model(info, seed=config.seed, scales=scales), None
+        return task.new_model(info, seed=config.seed, scales=scales)
     model = task.new_model(info, seed=config.seed)
-    if config.rules != "multiplier":
-        # A key of its own: the branches' draws must not repeat the network's.
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        model = reinitialize(model, scales, rngs=nnx.Rngs(key))
-    return model, None if config.rules == "init" else scales
+    if config.rules == "multiplier":
+        return model
+    # A key of its own: the branches' draws must not repeat the network's.
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return reinitialize(model, scales, rngs=nnx.Rngs(key))
 
 
 def _scales(config: Config, info: Any) -> Scales | None:
+    """The scales that a config names."""
     if not config.scales:
         return None
     scales = make_task(config).resolve_scales(config.scales, info)
     return scales.channel_means() if config.scales_mean else scales
 
 
-def _multiplier_scales(config: Config, info: Any) -> Scales | None:
-    """The second result of `build_model`."""
-    if config.model.kind != "target" or config.rules == "init":
-        return None
-    return _scales(config, info)
+def _multiplier(config: Config, scales: Scales | None) -> Scales | None:
+    """Those of them that gradients are multiplied by."""
+    return scales if config.model.kind == "target" and config.rules != "init" else None
+
+
+def _at_once(make: Callable[[], Any]) -> Any:
+    """`make()`, a network, drawn by one program. Layer by layer, each shape's draw would be compiled by
+    itself, which takes longer than the training step does."""
+    graphdefs = []
+
+    @jax.jit
+    def draw():
+        graphdef, state = nnx.split(make())
+        graphdefs.append(graphdef)
+        return state
+
+    # Compiled quickly: it runs once.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    state = draw.lower().compile(options if jax.default_backend() == "cpu" else None)()
+    return nnx.merge(graphdefs[-1], state)
 
 
 def open_data(config: Config) -> tuple[Any, Any]:

@@ -4,8 +4,9 @@ from flax import nnx
 
 from repopt_jax import data
 from repopt_jax.train.build import build_model, make_task
-from repopt_jax.train.config import Config, validate
+from repopt_jax.train.config import Config
 from repopt_jax.train.optimizer import make_optimizer, make_schedule
+from repopt_jax.train.validation import validate
 from repopt_jax.verify import Check
 
 
@@ -38,6 +39,7 @@ def config_check(config: Config) -> Check:
         config.optim,
         epochs=config.epochs,
         steps_per_epoch=data.steps_per_epoch(source, config.batch_size, limit=limit),
+        batch_size=config.batch_size,
     )
 
     return Check(

@@ -1,4 +1,4 @@
-"""Classification: cross-entropy, accuracy, and the networks of `models.RepOptVGG`."""
+"""Classification: cross-entropy, of mixed images too, accuracy, and the networks of `train.networks`."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data
-from repopt_jax.models import VGG_VARIANTS, RepOptVGG
 from repopt_jax.scales import Scales, load_scales
 from repopt_jax.train.config import DataConfig
+from repopt_jax.train.networks import find_network
 from repopt_jax.train.sharding import put_batch, replicated
 from repopt_jax.train.state import add_sums, merge_model, zero_sums
 from repopt_jax.train.tasks import Batch, Task
@@ -35,6 +35,12 @@ class Classification(Task):
             crop_padding=settings.crop_padding,
             flip=settings.flip,
             area=settings.area,
+            resize=settings.resize,
+            randaugment=settings.randaugment,
+            jitter=settings.jitter,
+            erasing=settings.erasing,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
             mean=settings.mean,
             std=settings.std,
         )
@@ -46,22 +52,23 @@ class Classification(Task):
     def eval_batches(self, source, transform, **options):
         return data.eval_batches(source, transform, **options)
 
-    def new_model(self, info: data.DatasetInfo, *, seed: int, scales: Scales | None = None) -> RepOptVGG:
+    def new_model(self, info: data.DatasetInfo, *, seed: int, scales: Scales | None = None) -> nnx.Module:
         model = self.config.model
-        return RepOptVGG(
-            VGG_VARIANTS[model.variant],
-            kind=model.kind,  # pyright: ignore[reportArgumentType]
+        family, key = find_network(model.variant)
+        options: dict[str, Any] = {name: getattr(model, name) for name in family.options}
+        if scales is not None:
+            options["scales"] = scales
+        return family.make(
+            family.variants[key],
             num_classes=info.num_classes,
             in_channels=info.channels,
-            post_se=model.post_se,
-            form=model.form,  # pyright: ignore[reportArgumentType]
-            scales=scales,
             dtype=None if model.dtype == "float32" else jnp.dtype(model.dtype),
             rngs=nnx.Rngs(seed),
+            **options,
         )
 
     def resolve_scales(self, name: str, info: data.DatasetInfo) -> Scales:
-        model = nnx.eval_shape(lambda: self.new_model(info, seed=0))
+        model: Any = nnx.eval_shape(lambda: self.new_model(info, seed=0))
         if name == "ones":
             return model.unit_scales()
         if name == "depth":
@@ -69,13 +76,13 @@ class Classification(Task):
         return load_scales(name, model)
 
     def architecture(self) -> str:
-        return self.config.model.variant
+        family, key = find_network(self.config.model.variant)
+        return family.architecture + key
 
     def objective(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = model(batch["image"])
-        smoothing = self.config.optim.label_smoothing
-        loss = cross_entropy(logits, batch["label"], label_smoothing=smoothing).mean()
-        return loss, {"accuracy": count_correct(logits, batch["label"])}
+        losses, label = mixed_cross_entropy(logits, batch, label_smoothing=self.config.optim.label_smoothing)
+        return losses.mean(), {"accuracy": count_correct(logits, label)}
 
     def make_evaluator(self, graphdef: Any, source: Any, mesh: Mesh):
         step = make_eval_step(graphdef)
@@ -128,6 +135,23 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, label_smoothing: floa
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+
+
+def mixed_cross_entropy(
+    logits: jax.Array, batch: Batch, *, label_smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """share * CE(label) + (1 - share) * CE(other) of each image, (N,), and the label of the larger share,
+    (N,) int32: "label" where they are equal.
+
+    A batch of images that are not mixed has no "other" and no "share"; then CE(label) and its label.
+    """
+    label = batch["label"]
+    losses = cross_entropy(logits, label, label_smoothing=label_smoothing)
+    if "other" not in batch:
+        return losses, label
+    other, share = batch["other"], batch["share"].astype(losses.dtype)
+    losses_of_other = cross_entropy(logits, other, label_smoothing=label_smoothing)
+    return share * losses + (1 - share) * losses_of_other, jnp.where(share < 0.5, other, label)
 
 
 def count_correct(logits: jax.Array, labels: jax.Array, *, real: jax.Array | bool = True) -> jax.Array:

@@ -17,11 +17,14 @@ class ModelConfig:
     """The network.
 
     Attributes:
-      variant: a row of `models.VGG_VARIANTS`, or of `models.DETECTORS` where the task is "detect".
-      kind: "search" (scales are trained), "target" (plain kernels), "repvgg" (branches with their own batch
-        norm) or "csla" (constant scales, the twin of a target run).
+      variant: "B1" and the other rows of `models.VGG_VARIANTS`, "ghost-0.5" and the other widths of
+        `models.GHOST_VARIANTS`, "mobileone-s0" and so on; or a row of `models.DETECTORS` where the task is
+        "detect". `train.networks` has the table.
+      kind: "search" (scales are trained), "target" (plain kernels), "csla" (constant scales, the twin of a
+        target run), or branches with batch norms of their own: "repvgg"; "repghost" of Ghost networks, which
+        have no "repvgg"; "mobileone", the only kind of those.
       form: how a search or csla layer computes: "merged" (one convolution) or "branches".
-      post_se: adds squeeze-and-excitation after every block (classification).
+      post_se: adds squeeze-and-excitation after every block (VGG-style networks).
       dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32. Detectors
         compute in float32.
       activation: of a detector, "relu" or "relu6". Scales are searched with the one that trains with them.
@@ -54,7 +57,17 @@ class DataConfig:
       crop_padding: pixels of zeros around a training image before its random crop; 0 for no crop.
       flip: mirrors half of the training images.
       area: range of the share of a training image that is cut out and resized, at random; None for
-        the whole image. Classification, as is `crop_padding`.
+        the whole image. Classification, as are `crop_padding` and the next six.
+      resize: side to which the shorter side of an image is resized before the centre is cut out, at least
+        `image_size`, which None stands for: 256 with an `image_size` of 224. In training where `area` is
+        None, and in evaluation.
+      randaugment: magnitude of RandAugment's two operations on each training image, in [1, 30]; None for
+        none.
+      jitter: largest change of brightness, contrast and saturation of a training image, as a share.
+      erasing: probability that a box of a training image is blanked.
+      mixup, cutmix: alpha of the Beta distribution by which training images are mixed in pairs, as a whole or
+        by pasting a box; 0 for none. With both, each pair takes one of them. The loss is then share *
+        CE(label) + (1 - share) * CE(other), and the log's accuracy that by the label of the larger share.
       zoom: range of the factor by which a training image is made larger or smaller, at random; None for
         none. Detection.
       scenes: of source "scenes", how many there are for training and for evaluation.
@@ -83,6 +96,12 @@ class DataConfig:
     crop_padding: int = 0
     flip: bool = False
     area: tuple[float, ...] | None = None
+    resize: int | None = None
+    randaugment: int | None = None
+    jitter: float = 0.0
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     zoom: tuple[float, ...] | None = None
     scenes: tuple[int, ...] = (4096, 256)
     scenes_seed: int = 0
@@ -99,11 +118,14 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-    """The optimizer; the learning rate warms up linearly, then follows a cosine to 0, step by step.
+    """The optimizer; the learning rate warms up linearly, then follows a cosine, by default to 0, step by
+    step. `optimizer.make_schedule` has the formula.
 
     Attributes:
       name: "sgd", "adamw" or "lion".
       learning_rate: the highest.
+      base_batch: images that `learning_rate`, `warmup_start` and `min_learning_rate` are for: all three are
+        multiplied by `batch_size` / base_batch. None for whatever the batch is.
       momentum, nesterov: of SGD.
       b1, b2: of AdamW and Lion, eps: of AdamW; None for Optax's value.
       weight_decay: for SGD added to the (multiplied) gradient; for the others decoupled from it, which takes
@@ -111,6 +133,12 @@ class OptimConfig:
       decay_scaling: "batch" multiplies `weight_decay` by batch * max(1, round(64 / batch)) / 64, as YOLOv6
         and the detectors that follow it do: 1 for every batch that divides 64, 2 at 128.
       warmup_epochs: epochs of the linear rise.
+      warmup_start: learning rate that it starts from.
+      min_learning_rate: what the cosine falls to.
+      cosine_over: "rest", the steps after the warm-up; or "run", all steps, the first of them replaced by the
+        warm-up, so that it ends a little above the cosine: timm's default.
+      schedule_by: "step"; or "epoch", the rate staying for an epoch what it is at the epoch's start, which
+        needs a `warmup_start` above 0.
       label_smoothing: share of the label's probability that is spread over all classes.
       clip_norm: the largest global norm of a gradient; None for no clipping. With scales it is the norm of
         the gradient that the network with branches would have.
@@ -123,6 +151,7 @@ class OptimConfig:
 
     name: str = "sgd"
     learning_rate: float = 0.1
+    base_batch: int | None = None
     momentum: float = 0.9
     nesterov: bool = True
     b1: float | None = None
@@ -131,6 +160,10 @@ class OptimConfig:
     weight_decay: float = 4e-5
     decay_scaling: str = "none"
     warmup_epochs: float = 0.0
+    warmup_start: float = 0.0
+    min_learning_rate: float = 0.0
+    cosine_over: str = "rest"
+    schedule_by: str = "step"
     label_smoothing: float = 0.0
     clip_norm: float | None = None
     accumulate: int = 1

@@ -1,15 +1,19 @@
 """The training loop: one for search, target and baselines, which differ by their config alone.
 
 The only module of the trainer that acts: it reads data, writes the run's folder and moves the state. The
-order inside a step is part of its meaning. A step is started; what is due at it is logged, recorded and
-evaluated; only then it is saved; only then the next batch is taken. So a checkpoint always holds the data
-position that belongs to its state, and all lines of the log up to its step are on disk before it is.
+order inside a step is part of its meaning. A step is started, and while it runs the next batch is made; what
+is due at the step is logged, recorded and evaluated; only then it is saved, with the position of that batch;
+only then the batch is used. So a checkpoint always holds the data position that belongs to its state, and all
+lines of the log up to its step are on disk before it is.
+
+A run that is asked to stop does not wait for an evaluation: the checkpoint says that it is owed, and the run
+makes it first when it goes on. State and log end as those of an unbroken run.
 """
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,10 @@ from jax.sharding import Mesh
 from repopt_jax.scales import ScalesMetadata, save_scales
 from repopt_jax.surgery import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
-from repopt_jax.train.checkpoint import Checkpoints
+from repopt_jax.train.checkpoint import Checkpoints, Progress, check_scales
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import to_json
+from repopt_jax.train.feeding import Feeder, WaitWarning
 from repopt_jax.train.metrics import (
     MetricsWriter,
     ProgressBar,
@@ -29,9 +34,11 @@ from repopt_jax.train.metrics import (
     read_records,
     scale_statistics,
 )
+from repopt_jax.train.processes import together
 from repopt_jax.train.rundir import RunFolder, Summary, summarize
 from repopt_jax.train.sharding import make_mesh, meet, put_batch
 from repopt_jax.train.state import TrainState, all_finite, merge_model
+from repopt_jax.train.tasks import METRICS
 from repopt_jax.train.validation import validate
 
 Stop = Callable[[], bool]
@@ -47,47 +54,83 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
       config: the run.
       out_dir: its folder: new, empty, or of this run.
       progress: shows a bar where standard error is a terminal; else one line an epoch goes to `logging`.
-      stop: asked after each step; when it returns True, a checkpoint is written and the run returns
-        unfinished. With several processes it must give the same answer in all of them.
+      stop: asked after each step and before each batch of an evaluation, until it returns True; then a
+        checkpoint is written and the run returns unfinished. With several processes it must give the same
+        answer in all of them. `stopping.stop_on_signals` has one.
 
     Raises:
       ValueError: a config that cannot run (all problems listed), data or scales that do not fit, or an
-        `out_dir` that holds something else.
-      OSError: `out_dir`, the data or the scales cannot be read or written.
+        `out_dir` that holds something else, or checkpoints of which none can be used, or that began with
+        other scales.
+      OSError: `out_dir`, the data or the scales cannot be read or written; the last checkpoint is kept.
       FloatingPointError: loss or parameters that are not finite; the checkpoint before is kept.
     """
     # Everything that can be refused is refused before anything is written.
     validate(config)
     folder = RunFolder(out_dir)
-    if (summary := folder.finished(config)) is not None:
+    summary = together(
+        "look at `out_dir`",
+        lambda: folder.finished(config),
+        seen=lambda found: "no finished run" if found is None else "a finished run",
+    )
+    if summary is not None:
         return summary
-    feed = open_feed(config)
+    feed = together("open the data", lambda: open_feed(config), seen=lambda feed: _told(feed.source.info))
     mesh = make_mesh(config.mesh.fsdp, data=config.mesh.data)
     program, state = build_program(config, feed, mesh)
 
     folder.claim(config, feed.source.info)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(iter(feed.train)))
-        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, writing=True))
+        scores = folder.scores(config.task)
+        keep: dict[str, Any] = {"keep_last": config.keep_last, "keep_best": config.keep_best}
+        checkpoints = stack.enter_context(
+            Checkpoints(folder.checkpoints, writing=True, scores=scores, **keep)
+        )
         # What a run starts from, the first that there is:
         #   1. the finished run in `out_dir`, which is returned as it is (above);
         #   2. the last checkpoint in `out_dir`: state, data position and clock. The scales come with the
         #      optimizer's state, and re-initialisation, which belongs to step 0, is overwritten;
         #   3. scales: the network was re-initialised by them in `build_program`;
         #   4. a fresh draw from the seed, also there.
-        start, seconds = checkpoints.latest, 0.0
+        start, resumed = checkpoints.latest, Progress(None, 0.0)
         if start is not None:
-            state, seconds = checkpoints.restore(state, batches)
+            fresh = state
+            state, resumed = checkpoints.restore(fresh)
+            check_scales(config.model.kind, fresh, state, source=config.scales)
+            del fresh
+            batches.set_state(resumed.data)
+        feeder = stack.enter_context(contextlib.closing(Feeder(batches)))
         metrics = stack.enter_context(
-            MetricsWriter(folder.path, resume_step=start, tensorboard=config.tensorboard)
+            MetricsWriter(
+                folder.path, resume_step=start, evaluated=not resumed.owed, tensorboard=config.tensorboard
+            )
         )
         total = config.epochs * feed.steps_per_epoch
         bar = stack.enter_context(
             ProgressBar(config.name, config.task, total=total, start=start or 0, shown=progress)
         )
-        job = _Job(config, folder, feed, mesh, program, batches, checkpoints, metrics, bar, total, seconds)
-        state, finished = _train(job, state, start or 0, stop or _never)
+        job = _Job(
+            *(config, folder, feed, mesh, program, feeder, checkpoints, scores, metrics, bar, total),
+            seconds_before=resumed.seconds,
+            stop=_Asked(stop or _never),
+            waiting=WaitWarning(config.name, workers=config.data.workers),
+        )
+        if resumed.owed and _evaluate(job, state, start or 0) is None:
+            return _finish(job, state, finished=False)
+        state, finished = _train(job, state, start or 0)
         return _finish(job, state, finished=finished)
+
+
+class _Asked:
+    """Asks whether to stop, until the answer is yes."""
+
+    def __init__(self, stop: Stop):
+        self._stop, self.said_yes = stop, False
+
+    def __call__(self) -> bool:
+        self.said_yes = self.said_yes or self._stop()
+        return self.said_yes
 
 
 @dataclasses.dataclass
@@ -99,12 +142,15 @@ class _Job:
     feed: Feed
     mesh: Mesh
     program: Program
-    batches: Any
+    feeder: Feeder
     checkpoints: Checkpoints
+    scores: dict[int, float]
     metrics: MetricsWriter
     bar: ProgressBar
     total: int
     seconds_before: float
+    stop: _Asked
+    waiting: WaitWarning
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
@@ -116,13 +162,18 @@ class _Job:
         return step / self.feed.steps_per_epoch
 
 
-def _train(job: _Job, state: TrainState, start: int, stop: Stop) -> tuple[TrainState, bool]:
+class _Stopped(Exception):
+    """Raised between the batches of an evaluation, to leave it."""
+
+
+def _train(job: _Job, state: TrainState, start: int) -> tuple[TrainState, bool]:
     """Steps `start` + 1 to the last; the second result is False if the run was stopped before."""
     if start == job.total:
         return state, True
     if start == 0:
         state = _record_scales(job, state, 0)
-    batch = put_batch(next(job.batches), job.mesh)
+    job.feeder.ask()
+    batch = put_batch(job.feeder.take(), job.mesh)
     # Compiled ahead: no window of the clock holds a compilation, and a second one, which would mean that a
     # step returns another kind of state than it was given, is an error.
     train_step = job.program.train_step.lower(state, batch).compile()
@@ -132,34 +183,43 @@ def _train(job: _Job, state: TrainState, start: int, stop: Stop) -> tuple[TrainS
             state, means = train_step(state, batch)
         watch.tick()
         epoch_ends, last = step % job.feed.steps_per_epoch == 0, step == job.total
-        stopping = stop() and not last
+        job.feeder.stepped(means, more=not last)
+        stopping = job.stop()
+        with _nothing_lost(job):
+            job.checkpoints.check()
         if step % job.config.log_every == 0 or last:
             _log(job, means, step, watch)
         if epoch_ends or stopping or _save_due(job, step):
             jax.block_until_ready(state)  # so that the pause does not hide the end of the window
             with watch.paused():
-                state = _between_steps(job, state, step, epoch_ends, stopping)
+                state, stopping = _between_steps(job, state, step, epoch_ends)
         if stopping:
             return state, False
         if not last:
-            batch = put_batch(next(job.batches), job.mesh)
+            batch = put_batch(job.feeder.take(), job.mesh)
     return state, True
 
 
-def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool, stopping: bool) -> TrainState:
-    """Statistics of the scales, evaluation, checkpoint: in this order, see the module's text."""
+def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool) -> tuple[TrainState, bool]:
+    """Statistics of the scales, evaluation, checkpoint: in this order, see the module's text. The second
+    result is whether the run stops here."""
+    owed = False
     if epoch_ends:
         state = _record_scales(job, state, step)
         epoch = step // job.feed.steps_per_epoch
-        evaluated = epoch % job.config.eval_every == 0 or step == job.total
-        job.bar.end_epoch(epoch, _evaluate(job, state, step) if evaluated else None)
-    if stopping or step == job.total or _save_due(job, step):
-        _save(job, state, step)
-    return state
+        due = epoch % job.config.eval_every == 0 or step == job.total
+        evaluation = _evaluate(job, state, step) if due else None
+        owed = due and evaluation is None
+        if not owed:
+            job.bar.end_epoch(epoch, evaluation)
+    stopping = job.stop.said_yes
+    if stopping or _save_due(job, step):
+        _save(job, state, step, owed=owed, wait=stopping or step == job.total)
+    return state, stopping
 
 
 def _save_due(job: _Job, step: int) -> bool:
-    return step % (job.config.checkpoint_every or job.feed.steps_per_epoch) == 0
+    return step % (job.config.checkpoint_every or job.feed.steps_per_epoch) == 0 or step == job.total
 
 
 def _log(job: _Job, means: dict[str, jax.Array], step: int, watch: Stopwatch) -> None:
@@ -168,11 +228,20 @@ def _log(job: _Job, means: dict[str, jax.Array], step: int, watch: Stopwatch) ->
     bad_step = values.pop("bad_step")
     if bad_step >= 0:
         raise FloatingPointError(_not_finite(job, f"the loss of step {bad_step}"))
-    images_per_s = job.config.batch_size / watch.seconds_per_step()
+    seconds, steps = watch.read()
+    share = min(job.feeder.waited() / seconds, 1.0)
     record = {"kind": "train", "step": step, "epoch": job.epoch(step), **values}
-    record["images_per_s"] = images_per_s
-    job.metrics.write(record)
+    record |= {"images_per_s": job.config.batch_size * steps / seconds, "data_wait": share}
+    _write(job, record)
     job.bar.update(record)
+    job.waiting.look(
+        share, seconds=seconds, images_per_s=record["images_per_s"], epoch=step // job.feed.steps_per_epoch
+    )
+
+
+def _write(job: _Job, record: dict[str, Any]) -> None:
+    with _nothing_lost(job):
+        job.metrics.write(record)
 
 
 def _record_scales(job: _Job, state: TrainState, step: int) -> TrainState:
@@ -182,38 +251,71 @@ def _record_scales(job: _Job, state: TrainState, step: int) -> TrainState:
     model = merge_model(job.program.graphdef, state.params, state.rest)
     vectors = jax.device_get(extract_scales(model).vectors)
     layers = scale_statistics(vectors, jax.device_get(state.marks))
-    job.metrics.write({"kind": "scales", "step": step, "epoch": job.epoch(step), "layers": layers})
+    _write(job, {"kind": "scales", "step": step, "epoch": job.epoch(step), "layers": layers})
     # A copy on the devices: on a CPU the arrays above can be the parameters' own memory, which the next step
     # reuses.
     copies = jax.tree.map(lambda v: v.copy(), vectors)
     return state._replace(marks=jax.device_put(copies, job.program.sharding.marks))
 
 
-def _evaluate(job: _Job, state: TrainState, step: int) -> dict[str, Any]:
-    """Writes and returns the "eval" record: every test image once, with running statistics."""
-    measured = job.program.evaluate(state.params, state.rest, job.feed.eval)
+def _evaluate(job: _Job, state: TrainState, step: int) -> dict[str, Any] | None:
+    """Writes and returns the "eval" record: every test image once, with running statistics. None if the run
+    is to stop before the last of them."""
+    params, rest = state.network
+    try:
+        measured = job.program.evaluate(params, rest, _until_stopped(job.feed.eval, job.stop))
+    except _Stopped:
+        return None
     record = {"kind": "eval", "step": step, "epoch": job.epoch(step), **measured}
-    job.metrics.write(record)
+    _write(job, record)
+    if (score := record[METRICS[job.config.task][0].name]) is not None:
+        job.scores[step] = score
     return record
 
 
-def _save(job: _Job, state: TrainState, step: int) -> None:
-    """Writes a checkpoint, unless the state is not worth one."""
+def _until_stopped(batches: Iterable[Any], stop: Stop) -> Iterator[Any]:
+    for batch in batches:
+        if stop():
+            raise _Stopped
+        yield batch
+
+
+def _save(job: _Job, state: TrainState, step: int, *, owed: bool, wait: bool) -> None:
+    """Starts a checkpoint, unless the state is not worth one."""
     if (bad_step := int(jax.device_get(state.bad_step))) >= 0:
         raise FloatingPointError(_not_finite(job, f"the loss of step {bad_step}"))
     if not bool(jax.device_get(all_finite(state.params))):
         raise FloatingPointError(_not_finite(job, f"a parameter after step {step}"))
-    job.metrics.sync()
-    job.checkpoints.save(step, state, job.batches, seconds=job.seconds)
+    with _nothing_lost(job):
+        job.metrics.sync()
+        progress = Progress(job.feeder.position, job.seconds, owed)
+        job.checkpoints.save(step, state, progress, due=_save_due(job, step), wait=wait)
 
 
 def _not_finite(job: _Job, what: str) -> str:
-    kept = job.checkpoints.latest
-    where = "no checkpoint was written" if kept is None else f"the checkpoint of step {kept} is kept"
     return (
-        f"{what} is not finite; {where} in {job.checkpoints.directory}. "
+        f"{what} is not finite; {_kept(job)} in {job.checkpoints.directory}. "
         "A lower `optim.learning_rate` or a longer `optim.warmup_epochs` usually helps"
     )
+
+
+@contextlib.contextmanager
+def _nothing_lost(job: _Job) -> Iterator[None]:
+    """Adds to an error of writing what is left of the run, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            f"{error}; {_kept(job)} in {job.checkpoints.directory}, and nothing up to it is lost. Make it "
+            "possible to write there, and run the same again to go on"
+        ) from error
+
+
+def _kept(job: _Job) -> str:
+    with contextlib.suppress(OSError):  # told already, or less than what is being told
+        job.checkpoints.wait()
+    kept = job.checkpoints.latest
+    return "no checkpoint was written" if kept is None else f"the checkpoint of step {kept} is kept"
 
 
 def _finish(job: _Job, state: TrainState, *, finished: bool) -> Summary:
@@ -240,6 +342,12 @@ def _save_scales(job: _Job, state: TrainState, step: int) -> None:
     )
     model = merge_model(job.program.graphdef, state.params, state.rest)
     save_scales(job.folder.scales, extract_scales(model, metadata=metadata))
+
+
+def _told(info: Any) -> str:
+    return (
+        f"{info.name}: {info.num_train} training and {info.num_eval} test images, {info.num_classes} classes"
+    )
 
 
 def _never() -> bool:

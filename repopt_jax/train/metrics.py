@@ -1,6 +1,7 @@
 """What a run tells: JSON lines, TensorBoard, a progress bar, and the statistics of searched scales."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -56,37 +57,58 @@ def _vector_statistics(vector: Any, previous: Any) -> dict[str, float]:
 class MetricsWriter:
     """Appends records to `metrics.jsonl`, one JSON object a line, and to TensorBoard. A context manager."""
 
-    def __init__(self, directory: str | Path, *, resume_step: int | None, tensorboard: bool = False):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        resume_step: int | None,
+        evaluated: bool = True,
+        tensorboard: bool = False,
+    ):
         """Opens the file for a run that starts after `resume_step`, or anew for None.
 
         Lines past that step were written by a run that was killed after its last checkpoint. They are
-        dropped, so that the file ends as that of an unbroken run.
+        dropped, so that the file ends as that of an unbroken run; and so is the evaluation of that step,
+        unless it counts as `evaluated`.
 
         Raises:
           ImportError: TensorBoard is asked for and tensorboardX is not installed.
+          OSError: the file cannot be written.
         """
         # One process writes; the others hold the same numbers and drop them.
         writes = jax.process_index() == 0
         path = Path(directory) / "metrics.jsonl"
-        if writes:
-            _drop_after(path, resume_step)
-        self._file = open(path if writes else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        self._path = path if writes else Path(os.devnull)
+        with self._one_sentence():
+            if writes:
+                _drop_after(path, resume_step, evaluated)
+            # Without a buffer: what could not be written is not tried again when the file is closed.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         tensorboard = tensorboard and writes
         self._board = _open_board(Path(directory), resume_step) if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes one record; it has a "kind" and a "step"."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Writes one record; it has a "kind" and a "step".
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        with self._one_sentence():
+            while line:
+                line = line[self._file.write(line) or 0 :]
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def sync(self) -> None:
-        """Waits until all records are on disk: a checkpoint promises the lines up to its step."""
-        self._file.flush()
-        with contextlib.suppress(OSError):  # os.devnull and some network file systems cannot
-            os.fsync(self._file.fileno())
+        """Waits until all records are on disk: a checkpoint promises the lines up to its step.
+
+        Raises:
+          OSError: they cannot be written.
+        """
+        with self._one_sentence():
+            _sync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -99,6 +121,13 @@ class MetricsWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _one_sentence(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise type(error)(f"cannot write to {self._path}: {error.strerror or error}") from error
+
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, without a half-written last one; none if there is no file."""
@@ -109,11 +138,24 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _drop_after(path: Path, step: int | None) -> None:
+def _drop_after(path: Path, step: int | None, evaluated: bool) -> None:
     kept = [] if step is None else [r for r in read_records(path) if r["step"] <= step]
+    if not evaluated:
+        kept = [r for r in kept if not (r["kind"] == "eval" and r["step"] == step)]
     replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    with open(replacement, "w", encoding="utf-8") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in kept))
+        file.flush()
+        _sync(file.fileno())
     replacement.replace(path)
+
+
+def _sync(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:  # os.devnull and some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
 
 
 def _open_board(directory: Path, resume_step: int | None) -> Any:
@@ -154,11 +196,11 @@ class Stopwatch:
         yield
         self._since += time.perf_counter() - start
 
-    def seconds_per_step(self) -> float:
-        """Mean since the last reading, and starts anew."""
-        seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
+    def read(self) -> tuple[float, int]:
+        """Seconds and steps since the last reading, at least one step; starts anew."""
+        seconds, steps = time.perf_counter() - self._since, max(self._steps, 1)
         self.restart()
-        return seconds
+        return seconds, steps
 
 
 class ProgressBar:
@@ -186,6 +228,8 @@ class ProgressBar:
         if "accuracy" in record:
             parts.append(f"accuracy {record['accuracy']:.1%}")
         parts.append(f"{record['images_per_s']:,.0f} images/s")
+        if record["data_wait"] > 0.1:
+            parts.append(f"waits for data {record['data_wait']:.0%}")
         self._progress.update(self._bar, completed=record["step"], told="  ".join(parts))
 
     def end_epoch(self, epoch: int, evaluation: Mapping[str, Any] | None) -> None:

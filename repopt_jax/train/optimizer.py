@@ -25,6 +25,8 @@ SEARCHED = r"(.*/)?scales/[^/]+"
 # Whether a parameter is decayed, as published: kernels are, and of the vectors only those that stand for an
 # identity kernel, because in a plain network that kernel is part of the decayed one. The first match counts.
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
+    # RepGhost's code has another name for it than RepVGG's, and so decays it as any other batch norm: not.
+    (r"(.*/)?cheap/bn_identity/scale", False),
     (r"(.*/)?bn_identity/scale", True),
     (r"(.*/)?weights/[^/]+", True),
     (r"(.*/)?norms/identity/scale", True),
@@ -141,17 +143,60 @@ def decay_mask(params: Any, rules: Sequence[tuple[str, bool]] = DECAY_RULES) -> 
     return treedef.unflatten([decayed[name] for name in named])
 
 
-def make_schedule(optim: OptimConfig, *, epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate of step t, counted from 0: linear up to the peak over the W warm-up steps, then cosine to
-    0.
+def make_schedule(
+    optim: OptimConfig, *, epochs: int, steps_per_epoch: int, batch_size: int | None = None
+) -> optax.Schedule:
+    """Learning rate of step t, counted from 0: linear from `start` over the W warm-up steps to the peak, then
+    a cosine to `least`.
 
-    peak * (t + 1) / W for t < W, so that no step is spent at rate 0, and
-    peak * (1 + cos(pi * (t - W) / (T - W))) / 2 from there to the last step, T.
+        start + (peak - start) * (t + 1) / W                             for t < W: no step at rate 0
+        least + (peak - least) * (1 + cos(pi * (t - W) / (T - W))) / 2   from there to the last step, T
+
+    With `optim.cosine_over` "run" the cosine is that of t / T. With `optim.schedule_by` "epoch", t, W and T
+    count epochs and the rise is start + (peak - start) * t / W: the rate at the start of the epoch. These two
+    are the forms of timm's `CosineLRScheduler`, "run" by its default; by steps, the published code applies
+    each rate one or two steps later than this.
+
+    Args:
+      optim: the rates, warm-up and form.
+      epochs, steps_per_epoch: the length.
+      batch_size: over all devices; what `optim.base_batch` is compared with.
+
+    Raises:
+      ValueError: `optim.base_batch` without `batch_size`.
     """
-    peak, total = optim.learning_rate, epochs * steps_per_epoch
-    warmup = min(math.ceil(optim.warmup_epochs * steps_per_epoch), total - 1)
-    cosine = optax.cosine_decay_schedule(peak, total - warmup)
+    by_epoch = optim.schedule_by == "epoch"
+    factor = _rate_factor(optim.base_batch, batch_size)
+    start, peak, least = (
+        factor * rate for rate in (optim.warmup_start, optim.learning_rate, optim.min_learning_rate)
+    )
+    unit = 1 if by_epoch else steps_per_epoch
+    total = epochs * unit
+    warmup = min(math.ceil(optim.warmup_epochs * unit), total - 1)
+    before = warmup if optim.cosine_over == "run" else 0
+    fall = _fall(peak, least, total - warmup + before)
     if warmup == 0:
-        return cosine
-    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, cosine], [warmup])
+        schedule = fall
+    else:
+        first = start if by_epoch else start + (peak - start) / warmup
+        rise = optax.linear_schedule(first, peak, warmup if by_epoch else max(warmup - 1, 1))
+        schedule = optax.join_schedules([rise, lambda t: fall(t + before)], [warmup])
+    if not by_epoch:
+        return schedule
+
+    def of_epoch(step: Any) -> Any:
+        return schedule(step // steps_per_epoch)
+
+    return of_epoch
+
+
+def _rate_factor(base_batch: int | None, batch_size: int | None) -> float:
+    if base_batch is None:
+        return 1
+    if batch_size is None:
+        raise ValueError(f"`batch_size` is missing: the rate is for {base_batch} images (`base_batch`)")
+    return batch_size / base_batch
+
+
+def _fall(peak: float, least: float, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(peak, steps, alpha=least / peak if peak else 0.0)

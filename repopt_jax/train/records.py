@@ -75,9 +75,10 @@ def read_run(run_dir: str | Path) -> Run:
 def completed(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What a summary.json holds, with the fields that those of an older version lack.
 
-    They were written when there was nothing but classification.
+    They were written when there was nothing but classification, and waiting for data was not measured.
     """
-    return {"task": "classify", "test": {"accuracy": summary["test_accuracy"]}, **summary}
+    former = {"task": "classify", "test": {"accuracy": summary["test_accuracy"]}, "data_wait": None}
+    return {**former, **summary}
 
 
 def read_history(run_dir: str | Path) -> History:

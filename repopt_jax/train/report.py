@@ -19,7 +19,10 @@ from repopt_jax.train.records import History, Run, history_of
 from repopt_jax.train.tasks import METRICS
 
 NAMED_SCALES = {"": "plain SGD", "ones": "RepOpt, all ones", "depth": "RepOpt, depth rule"}
-KINDS = {"search": "search network", "repvgg": "RepVGG", "csla": "CSLA"}
+KINDS = {
+    **{"search": "search network", "csla": "CSLA"},
+    **{"repvgg": "RepVGG", "repghost": "RepGhost", "mobileone": "MobileOne"},
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 config.json, dataset.json    what is trained on what; written first, never changed
 metrics.jsonl, tensorboard/  how it goes
-checkpoints/                 state
+checkpoints/                 state; `checkpoint` says what is in there
 scales/                      what a search found
 summary.json                 written last: its presence means that the run is finished
 """
@@ -23,6 +23,8 @@ from repopt_jax._version import __version__
 from repopt_jax.data import DatasetInfo, DetectionInfo
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import differing_fields, from_json, to_json
+from repopt_jax.train.metrics import read_records
+from repopt_jax.train.processes import together
 from repopt_jax.train.records import completed, read_json
 from repopt_jax.train.sharding import meet
 from repopt_jax.train.state import TrainState
@@ -49,6 +51,8 @@ class Summary:
       reused: True if the run was already finished and nothing was done.
       task: "classify" or "detect".
       test: all numbers of the last evaluation by name, as `tasks.METRICS` has them for this task.
+      data_wait: median over the log's lines of the share of the time that the device waited for data.
+      published: the test accuracy that the authors of the recipe report, if the config has it.
     """
 
     name: str
@@ -70,6 +74,8 @@ class Summary:
     reused: bool = False
     task: str = "classify"
     test: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data_wait: float | None = None
+    published: float | None = None
 
 
 def summarize(
@@ -78,6 +84,7 @@ def summarize(
     """The summary of a run, from its config, its log and its last state."""
     speeds = [record["images_per_s"] for record in records if record["kind"] == "train"]
     speed = statistics.median(speeds) if speeds else None
+    waits = [r["data_wait"] for r in records if r["kind"] == "train" and "data_wait" in r]
     tests = [record for record in records if record["kind"] == "eval"]
     test = tests[-1] if tests else {}
     return Summary(
@@ -99,6 +106,8 @@ def summarize(
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         task=config.task,
         test={metric.name: test.get(metric.name) for metric in METRICS[config.task]} if test else {},
+        data_wait=statistics.median(waits) if waits else None,
+        published=config.published,
     )
 
 
@@ -123,11 +132,8 @@ class RunFolder:
             stored = self._stored_config()
             summary = self.path / "summary.json"
             done = read_json(summary) if summary.exists() else None
-        if stored is not None and (differing := differing_fields(stored, config)):
-            raise ValueError(
-                f"`out_dir` {self.path} holds another run; it differs in {', '.join(differing)} "
-                "(there and here). Choose another folder, or remove that one"
-            )
+        if stored is not None:
+            self._check_same(stored, config)
         if stored is None or done is None:
             return None
         return Summary(**{**completed(done), "reused": True})
@@ -140,6 +146,12 @@ class RunFolder:
           OSError: no permission, or not a folder.
         """
         meet("folder looked at")  # no process may find what another one has just written
+        together("write to `out_dir`", lambda: self._write_claim(config, info))
+        found = together("find its own run in `out_dir`", lambda: self._read_own(config))
+        if found != info:
+            raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
+
+    def _write_claim(self, config: Config, info: Info) -> None:
         with _clear_os_error(self.path, "write to"):
             self.path.mkdir(parents=True, exist_ok=True)
             for name, text in (
@@ -148,9 +160,18 @@ class RunFolder:
             ):
                 if not (self.path / name).exists():
                     self._write(name, text)
-        meet("folder claimed")
-        if (found := self.read()[1]) != info:
-            raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
+
+    def _read_own(self, config: Config) -> Info:
+        stored, info = self.read()
+        self._check_same(stored, config)
+        return info
+
+    def _check_same(self, stored: Config, config: Config) -> None:
+        if differing := differing_fields(stored, config):
+            raise ValueError(
+                f"`out_dir` {self.path} holds another run; it differs in {', '.join(differing)} "
+                "(there and here). Choose another folder, or remove that one"
+            )
 
     def read(self) -> tuple[Config, Info]:
         """The config and the data set of the run that is here.
@@ -164,6 +185,12 @@ class RunFolder:
         config, info = ((self.path / name).read_text(encoding="utf-8") for name in names)
         config = from_json(config)
         return config, info_from_json(config.task, json.loads(info))
+
+    def scores(self, task: str) -> dict[int, float]:
+        """Step -> first number of the evaluation there, by which the best checkpoint is told."""
+        name = METRICS[task][0].name
+        evaluated = (r for r in read_records(self.metrics) if r["kind"] == "eval")
+        return {r["step"]: r[name] for r in evaluated if r.get(name) is not None}
 
     def finish(self, summary: Summary) -> None:
         """Writes the summary."""

@@ -3,9 +3,9 @@ lies.
 
 A batch is divided over both axes. Of the state, what the table calls DIVIDED is copied along `data` and
 divided along `fsdp`; what it calls COPIED lies whole on every device. The models carry no sharding;
-`jax.jit` inserts the communication. One process or many run the same program, which sees the whole batch: batch
-statistics are over the *global* batch, as with synchronised batch norm on several GPUs, unless the step is
-made with statistics of each device (`state.make_train_step`).
+`jax.jit` inserts the communication. One process or many run the same program, which sees the whole batch:
+batch statistics are over the *global* batch, as with synchronised batch norm on several GPUs, unless the step
+is made with statistics of each device (`state.make_train_step`).
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ DIVIDED = "divided along fsdp, by its largest axis that fsdp divides"
 COPIED = "a whole copy on every device"
 
 # Path in a `TrainState` -> where the array lies; the first match counts. The second row is every vector of
-# scales: of the optimizer's state (kilobytes, read by the update of all the parts of a kernel), those that a search trains,
-# and their momentum.
+# scales: of the optimizer's state (kilobytes, read by the update of all the parts of a kernel), those that a
+# search trains, and their momentum.
 STATE_TABLE: tuple[tuple[str, str], ...] = (
     (r"step|bad_step|window/.*|marks/.*", COPIED),
     (r"(.*/)?scales/.*", COPIED),
@@ -93,8 +93,8 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     parts = mesh.shape["fsdp"]
     if parts > 1 and all(sharding.is_fully_replicated for sharding in shardings.values()):
         raise ValueError(
-            f"`mesh.fsdp`={parts} divides no axis of any of the {len(named)} arrays of the state, so that every "
-            "device would hold all of it: use 1, or a number that divides the widths of the network"
+            f"`mesh.fsdp`={parts} divides no axis of any of the {len(named)} arrays of the state, so that "
+            "every device would hold all of it: use 1, or a number that divides the widths of the network"
         )
     return treedef.unflatten([shardings[name] for name in named])
 

@@ -148,9 +148,7 @@ def make_train_step(
         averages = state.ema
         if ema is not None:
             averages = _averaged(averages, {"params": params, "rest": rest}, ema, state.step)
-        state = TrainState(
-            state.step + 1, params, rest, opt_state, window, bad_step, state.marks, averages
-        )
+        state = TrainState(state.step + 1, params, rest, opt_state, window, bad_step, state.marks, averages)
         return state, means
 
     out_shardings = None if sharding is None else (sharding, None)
@@ -181,7 +179,8 @@ def _accumulated(gradients: Gradients, count: int) -> Gradients:
         return gradients
 
     def parts(value):
-        # Row i goes to part i % count, so that each part is divided over the devices as the batch is and no row moves.
+        # Row i goes to part i % count, so that each part is divided over the devices as the batch is and no
+        # row moves.
         return value.reshape(-1, count, *value.shape[1:]).swapaxes(0, 1)
 
     def accumulate(params, rest, batch):
@@ -205,7 +204,8 @@ def _on_each_device(gradients: Gradients, mesh: Mesh) -> Gradients:
 
     def local(params, rest, batch):
         grads, loss, sums, new_rest = gradients(params, rest, batch)
-        # The mean of the change: what does not change, as the constant scales, stays as it is to the last bit.
+        # The mean of the change: what does not change, as the constant scales, stays as it is to the last
+        # bit.
         new_rest = jax.tree.map(_mean_change, rest, new_rest)
         return jax.lax.pmean(grads, AXES), jax.lax.pmean(loss, AXES), jax.lax.psum(sums, AXES), new_rest
 
@@ -228,10 +228,13 @@ def _mean_change(old: jax.Array, new: jax.Array) -> jax.Array:
 def _averaged(averages: Any, values: Any, decay: float, step: jax.Array) -> Any:
     """e + (1 - d) (x - e), d = min(decay, (1 + t) / (10 + t)): early averages must not remember the first
     draw."""
-    d = jnp.minimum(decay, (1 + step) / (10 + step))
 
     def average(e, x):
-        return e + (1 - d).astype(x.dtype) * (x - e) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        t = step.astype(jnp.promote_types(x.dtype, jnp.float32))
+        d = jnp.minimum(decay, (1 + t) / (10 + t))
+        return e + (1 - d).astype(x.dtype) * (x - e)
 
     return jax.tree.map(average, averages, values)
 

@@ -9,22 +9,28 @@ from typing import Any
 import jax
 
 from repopt_jax.data import SOURCES
+from repopt_jax.data.randaugment import LARGEST_MAGNITUDE
 from repopt_jax.data.scenes import LEAST_SIZE
-from repopt_jax.models import DETECTORS, KINDS, VGG_VARIANTS
+from repopt_jax.models import DETECTORS, KINDS
 from repopt_jax.nn.blocks import ACTIVATIONS
 from repopt_jax.nn.csla import FORMS
-from repopt_jax.train.config import OPTIMIZERS, Config, DataConfig, OptimConfig
+from repopt_jax.train.config import OPTIMIZERS, Config, DataConfig, ModelConfig, OptimConfig
+from repopt_jax.train.networks import SCALED_KINDS, find_network, network_kinds, network_names
 from repopt_jax.train.sharding import mesh_problems
 
-# Task -> its networks, and where its images can come from.
-TASKS = {"classify": (VGG_VARIANTS, SOURCES), "detect": (DETECTORS, ("scenes", "coco"))}
+# Task -> where its images can come from.
+TASKS = {"classify": SOURCES, "detect": ("scenes", "coco")}
 DTYPES = ("float32", "bfloat16")
 DECAY_SCALINGS = ("none", "batch")
 NAMED_SCALES = ("ones", "depth")
 RULES = ("both", "init", "multiplier")
 STATISTICS = ("global", "device")
+COSINES = ("rest", "run")
+SCHEDULES = ("step", "epoch")
 # `detection.decode` looks at this many candidates of an image.
 MOST_DETECTIONS = 500
+# Fields of classification's images.
+OF_IMAGES = ("crop_padding", "area", "resize", "randaugment", "jitter", "erasing", "mixup", "cutmix")
 # Fields of source "coco" only.
 COCO_FIELDS = (
     *("train_annotations", "eval_annotations", "train_images", "eval_images"),
@@ -47,6 +53,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         *_choice_problems(config),
         *_range_problems(config),
         *_device_problems(config, devices),
+        *_kind_problems(config),
         *_optim_problems(config.optim),
         *_scales_problems(config),
         *_data_problems(config.data),
@@ -58,16 +65,19 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
 def _choice_problems(config: Config) -> list[str]:
     model = config.model
-    variants, sources = TASKS.get(config.task, TASKS["classify"])
+    detects = config.task == "detect"
+    sources = TASKS.get(config.task, TASKS["classify"])
     choices = (
         ("task", config.task, tuple(TASKS)),
-        ("model.variant", model.variant, tuple(variants)),
-        ("model.kind", model.kind, KINDS),
+        ("model.variant", model.variant, tuple(DETECTORS) if detects else network_names()),
+        ("model.kind", model.kind, KINDS if detects else network_kinds()),
         ("model.form", model.form, FORMS),
         ("model.dtype", model.dtype, DTYPES),
         ("model.activation", model.activation, tuple(ACTIVATIONS)),
         ("data.source", config.data.source, sources),
         ("optim.decay_scaling", config.optim.decay_scaling, DECAY_SCALINGS),
+        ("optim.cosine_over", config.optim.cosine_over, COSINES),
+        ("optim.schedule_by", config.optim.schedule_by, SCHEDULES),
         ("optim.name", config.optim.name, tuple(OPTIMIZERS)),
         ("rules", config.rules, RULES),
         ("mesh.statistics", config.mesh.statistics, STATISTICS),
@@ -82,6 +92,26 @@ def _choice_problems(config: Config) -> list[str]:
 def _closest(value: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(str(value), known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _kind_problems(config: Config) -> list[str]:
+    """A kind, or a field of the network, that its family has not."""
+    model, defaults = config.model, ModelConfig()
+    if config.task == "detect" or model.variant not in network_names():  # said where the choices are checked
+        return []
+    family, _ = find_network(model.variant)
+    problems = [
+        f"`model.{name}`={getattr(model, name)!r} does nothing with `model.variant`={model.variant!r}: "
+        f"leave it at {getattr(defaults, name)!r}"
+        for name in ("form", "post_se")
+        if name not in family.options and getattr(model, name) != getattr(defaults, name)
+    ]
+    if model.kind in network_kinds() and model.kind not in family.kinds:
+        problems.append(
+            f"`model.kind`={model.kind!r} with `model.variant`={model.variant!r}, which comes as "
+            f"{', '.join(family.kinds)} only"
+        )
+    return problems
 
 
 def _range_problems(config: Config) -> list[str]:
@@ -103,6 +133,12 @@ def _range_problems(config: Config) -> list[str]:
         ("freeze_scales", config.freeze_scales, 0, 1),
         ("data.image_size", data.image_size, 1, math.inf),
         ("data.crop_padding", data.crop_padding, 0, math.inf),
+        ("data.resize", data.resize, data.image_size, math.inf),
+        ("data.randaugment", data.randaugment, 1, LARGEST_MAGNITUDE),
+        ("data.jitter", data.jitter, 0, math.inf),
+        ("data.erasing", data.erasing, 0, 1),
+        ("data.mixup", data.mixup, 0, math.inf),
+        ("data.cutmix", data.cutmix, 0, math.inf),
         *(("data.scenes", count, 1, math.inf) for count in data.scenes),
         ("data.scenes_seed", data.scenes_seed, 0, math.inf),
         ("data.max_objects", data.max_objects, 1, math.inf),
@@ -113,6 +149,9 @@ def _range_problems(config: Config) -> list[str]:
         ("data.workers", data.workers, 0, math.inf),
         ("data.prefetch", data.prefetch, 0, math.inf),
         ("optim.learning_rate", optim.learning_rate, 0, math.inf),
+        ("optim.base_batch", optim.base_batch, 1, math.inf),
+        ("optim.warmup_start", optim.warmup_start, 0, optim.learning_rate),
+        ("optim.min_learning_rate", optim.min_learning_rate, 0, optim.learning_rate),
         ("optim.momentum", optim.momentum, 0, 1),
         ("optim.b1", optim.b1, 0, 1),
         ("optim.b2", optim.b2, 0, 1),
@@ -182,6 +221,16 @@ def _optim_problems(optim: OptimConfig) -> list[str]:
         for field in ("b1", "b2")
         if getattr(optim, field) == 1
     ]
+    if optim.schedule_by == "epoch" and optim.warmup_epochs and not optim.warmup_start:
+        problems.append(
+            "`optim.warmup_start`=0 with `optim.schedule_by`='epoch' is an epoch at rate 0: "
+            "give a small rate, such as 1e-4"
+        )
+    if optim.warmup_start and not optim.warmup_epochs:
+        problems.append(
+            f"`optim.warmup_start`={optim.warmup_start} does nothing without `optim.warmup_epochs`: "
+            "leave it at 0"
+        )
     own, defaults = OPTIMIZERS.get(optim.name), OptimConfig()
     if own is None:  # said where the choices are checked
         return problems
@@ -215,8 +264,8 @@ def _scales_problems(config: Config) -> list[str]:
         )
     if not scales:
         return problems
-    if kind == "repvgg":
-        problems.append(f"`scales`={scales!r} with kind 'repvgg', which takes none: leave it empty")
+    if kind in network_kinds() and kind not in SCALED_KINDS:
+        problems.append(f"`scales`={scales!r} with kind {kind!r}, which takes none: leave it empty")
     if scales not in NAMED_SCALES and not os.path.isdir(scales):
         problems.append(
             f"`scales`={scales!r} is neither {' nor '.join(NAMED_SCALES)} nor a directory: "
@@ -255,9 +304,8 @@ def _task_problems(config: Config) -> list[str]:
             ("model.post_se", config.model.post_se, False),
             ("model.dtype", config.model.dtype, "float32"),
             ("optim.label_smoothing", config.optim.label_smoothing, 0.0),
-            ("data.crop_padding", data.crop_padding, 0),
-            ("data.area", data.area, None),
             ("data.name", data.name, ""),
+            *((f"data.{name}", getattr(data, name), getattr(defaults.data, name)) for name in OF_IMAGES),
         ]
     else:
         foreign += [("model.activation", config.model.activation, "relu"), ("data.zoom", data.zoom, None)]

@@ -1,0 +1,90 @@
+"""Whether the input keeps up: images that one core makes ready a second, beside what a step takes."""
+
+import logging
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from repopt_jax import data
+from repopt_jax.bench.networks import title
+from repopt_jax.bench.results import Section
+from repopt_jax.bench.settings import Settings
+from repopt_jax.bench.step import add_speed, stepping
+from repopt_jax.bench.timing import Facts, measure, spread
+from repopt_jax.data.throughput import input_throughput, photographs
+
+LOG = logging.getLogger(__name__)
+
+# The step that is to be fed.
+FED = "repopt"
+PIPELINE = "input pipeline, one core"
+PHOTOGRAPHS = 128
+# Images of one measurement, and of a batch of it.
+IMAGES, BATCH = 128, 32
+
+
+def bench_input(settings: Settings) -> list[Section]:
+    """Decoding and augmenting as the ImageNet recipe does, and the cores that a step of the first batch and
+    dtype asks for.
+
+    Raises:
+      FileNotFoundError, ValueError: as `data.open_source`, of `settings.images`.
+    """
+    dtype, batch = settings.dtypes[0], settings.batches[0]
+    LOG.info("input: images of %d px", settings.size)
+    with tempfile.TemporaryDirectory() as folder:
+        source, what = open_images(settings, Path(folder))
+        found: dict[str, Facts] = {PIPELINE: pipeline_speed(settings, source)}
+    LOG.info("input: the step of %s", settings.told(dtype, batch))
+    name = f"training step, {title(FED)}"
+    step = measure({name: lambda: stepping(FED, settings, dtype, batch)}, settings.rounds, {})
+    add_speed(step[name], batch)
+    found |= step
+    notes = [f"Read and augmented: {what}."]
+    if "images_per_s" in step[name]:
+        need, supply = step[name]["images_per_s"], found[PIPELINE]["images_per_s"]
+        cores = need / supply
+        found[name]["cores"] = cores
+        notes.append(f"The step takes what {cores:.2g} cores make ready: {math.ceil(cores)} for each device.")
+    return [
+        Section(
+            part="input",
+            title=f"Input pipeline beside the step, {settings.told(dtype, batch)}",
+            settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32),
+            rounds=settings.rounds,
+            candidates=found,
+            notes=notes,
+        )
+    ]
+
+
+def open_images(settings: Settings, folder: Path) -> tuple[Any, str]:
+    """The images of `settings`, or made-up photographs in `folder`; and what they are."""
+    if settings.images:
+        return data.open_source("folder", data_dir=settings.images), f"images of {settings.images}"
+    source = data.open_source("folder", data_dir=photographs(folder / "images", PHOTOGRAPHS))
+    return source, f"{PHOTOGRAPHS} made-up photographs of 500 x 375 pixels (JPEG)"
+
+
+def recipe(settings: Settings) -> data.Transform:
+    """Training images of the published ImageNet recipe: area crop, mirrored, RandAugment of magnitude 15."""
+    return data.Transform(
+        image_size=settings.size,
+        area=(0.08, 1.0),
+        flip=True,
+        randaugment=15,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def pipeline_speed(settings: Settings, source: Any) -> Facts:
+    """Images that one core makes ready a second, the median of `rounds` measurements."""
+    found = [
+        input_throughput(source, recipe(settings), batch_size=BATCH, images=IMAGES, seed=seed)
+        for seed in range(settings.rounds)
+    ]
+    taken = spread([1e3 / one["images_per_s"] for one in found])
+    parts = {name: spread([one[name] for one in found])["median"] for name in ("decode_ms", "augment_ms")}
+    return {"ms_per_image": taken, "images_per_s": 1e3 / taken["median"], **parts}

@@ -1,0 +1,73 @@
+"""Inference with the deployed networks, beside the same networks before they are fused."""
+
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.bench.networks import new_model, precision, random_batch, title
+from repopt_jax.bench.results import Section
+from repopt_jax.bench.settings import Settings
+from repopt_jax.bench.step import add_speed
+from repopt_jax.bench.timing import Builder, Candidate, Facts, measure, memory
+from repopt_jax.fuse import fuse
+
+LOG = logging.getLogger(__name__)
+
+# The networks that are deployed: what RepOpt trains is the plain one.
+DEPLOYED = ("repopt", "repvgg")
+
+
+def bench_inference(settings: Settings) -> list[Section]:
+    """Logits of a batch of images, by fused networks and by those that they were made from."""
+    return [
+        _inference(settings, dtype, batch)
+        for dtype, batch in itertools.product(settings.dtypes, settings.batches)
+    ]
+
+
+def _inference(settings: Settings, dtype: str, batch: int) -> Section:
+    LOG.info("inference: %s", settings.told(dtype, batch))
+    names = [name for name in DEPLOYED if name in settings.networks]
+    if not names:
+        raise ValueError(f"`networks` must hold one of {', '.join(DEPLOYED)} for the part inference")
+    images = random_batch(settings, batch)["image"]
+    builders: dict[str, Builder] = {}
+    for name in names:
+        model = new_model(name, settings, dtype)
+        model.eval()
+        for form, make in (("fused", fuse), ("not fused", lambda model: model)):
+            builders[f"{title(name)}, {form}"] = lambda model=model, make=make: inferring(
+                make(model), images, dtype, settings.tf32
+            )
+    first = next(iter(builders))
+    found = measure(builders, settings.rounds, dict.fromkeys(builders, (first,)))
+    for facts in found.values():
+        add_speed(facts, batch)
+    return Section(
+        part="inference",
+        title=f"Inference, {settings.told(dtype, batch)}",
+        settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32),
+        rounds=settings.rounds,
+        candidates=found,
+    )
+
+
+def inferring(model: Any, images: jax.Array, dtype: str, tf32: bool) -> tuple[Candidate, Facts]:
+    """A network in evaluation mode on one batch, its weights in `dtype` as they would be deployed."""
+    graphdef, state = nnx.split(model)
+
+    def as_deployed(leaf: Any) -> Any:
+        # Vectors (batch statistics, biases) stay as they are: they weigh nothing.
+        return leaf.astype(dtype) if leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    state = jax.tree.map(as_deployed, state)
+    run: Callable[..., Any] = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+    with precision(tf32):
+        compiled = run.lower(state, images).compile()
+    facts = {"weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)), **memory(compiled)}
+    return Candidate(lambda: compiled(state, images)), facts

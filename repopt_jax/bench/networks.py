@@ -1,0 +1,103 @@
+"""The networks that are measured, and their training steps: those of the trainer, on one device."""
+
+import contextlib
+import dataclasses
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.bench.settings import NETWORKS, Settings
+from repopt_jax.data import DatasetInfo
+from repopt_jax.train.build import Feed, abstract_program, build_program, make_task
+from repopt_jax.train.config import Config, ModelConfig, OptimConfig
+from repopt_jax.train.sharding import batch_sharding, make_mesh
+
+# So many steps that the learning rate stays where it starts.
+STEPS = 10**6
+
+
+def title(name: str) -> str:
+    """What a network of `NETWORKS` is called in results."""
+    return NETWORKS[name][0]
+
+
+def config_of(name: str, settings: Settings, dtype: str, batch: int) -> Config:
+    """The run whose step is measured: SGD with Nesterov's momentum and decay."""
+    _, model, scales = NETWORKS[name]
+    return Config(
+        name=name,
+        batch_size=batch,
+        scales=scales,
+        rules="multiplier" if scales else "both",  # where the kernels start makes no difference to the time
+        model=dataclasses.replace(ModelConfig(variant=settings.variant, dtype=dtype), **model),
+        optim=OptimConfig(learning_rate=0.01),
+    )
+
+
+def info_of(settings: Settings) -> DatasetInfo:
+    names = tuple(map(str, range(settings.classes)))
+    shape = (settings.size, settings.size, 3)
+    return DatasetInfo(
+        name="random numbers",
+        class_names=names,
+        channels=3,
+        image_shape=shape,
+        num_train=STEPS,
+        num_eval=STEPS,
+    )
+
+
+def new_model(name: str, settings: Settings, dtype: str = "float32") -> Any:
+    return make_task(config_of(name, settings, dtype, 1)).new_model(info_of(settings), seed=0)
+
+
+def abstract_model(name: str, settings: Settings) -> tuple[Any, Any]:
+    """The network as shapes, and those of what is trained, as a plain dict."""
+    model = nnx.eval_shape(lambda: new_model(name, settings))
+    return model, nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def training(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Any, Any, Any]:
+    """A jitted training step, its state, and a batch of random numbers."""
+    source = types.SimpleNamespace(info=info_of(settings))
+    feed = Feed(source, train=None, eval=None, steps_per_epoch=STEPS)
+    program, state = build_program(config_of(name, settings, dtype, batch), feed, one_device())
+    return program.train_step, state, random_batch(settings, batch)
+
+
+def abstract_training(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Any, Any, Any]:
+    """`training`, with shapes in place of arrays."""
+    config = config_of(name, settings, dtype, batch)
+    program, state = abstract_program(config, info_of(settings), one_device(), steps_per_epoch=STEPS)
+    return program.train_step, state, abstract_batch(settings, batch)
+
+
+def abstract_batch(settings: Settings, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    place = batch_sharding(one_device())
+    shapes = {"image": (batch, settings.size, settings.size, 3), "label": (batch,)}
+    dtypes = {"image": jnp.float32, "label": jnp.int32}
+    return {name: jax.ShapeDtypeStruct(shape, dtypes[name], sharding=place) for name, shape in shapes.items()}
+
+
+def random_batch(settings: Settings, batch: int) -> dict[str, jax.Array]:
+    """Images (batch, size, size, 3) float32 and labels (batch,) int32."""
+    shape = (batch, settings.size, settings.size, 3)
+    values = {
+        "image": jax.random.normal(jax.random.key(0), shape),
+        "label": jnp.arange(batch, dtype=jnp.int32) % settings.classes,
+    }
+    return jax.device_put(values, batch_sharding(one_device()))
+
+
+def one_device() -> Any:
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
+@contextlib.contextmanager
+def precision(tf32: bool):
+    """TF32 for float32 where the device has it (JAX's default), or not."""
+    with contextlib.nullcontext() if tf32 else jax.default_matmul_precision("highest"):
+        yield

@@ -1,0 +1,96 @@
+"""What is measured: the network, its input, and how often."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from repopt_jax.models import VGG_VARIANTS
+
+# Name on the command line -> what it is called in results, its kind, its form, and its scales.
+NETWORKS: dict[str, tuple[str, dict[str, str], str]] = {
+    "plain": ("plain", {"kind": "target"}, ""),
+    "repopt": ("RepOpt", {"kind": "target"}, "depth"),
+    "csla": ("CSLA, merged in weight space", {"kind": "search"}, ""),
+    "csla-branches": ("CSLA, branch by branch", {"kind": "search", "form": "branches"}, ""),
+    "repvgg": ("RepVGG", {"kind": "repvgg"}, ""),
+}
+DTYPES = ("float32", "bfloat16")
+LEAST_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+      variant: a row of `models.VGG_VARIANTS`.
+      size: side of the square images, in pixels.
+      batches: images in a batch; each is measured.
+      dtypes: of the computation, "float32" or "bfloat16"; parameters stay float32. Each is measured.
+      rounds: measurements of each candidate, at least 3.
+      classes: of the classifier.
+      networks: which of `NETWORKS`, by name.
+      memory: limit for the largest batch, in units of 1e9 bytes; None for what the device has.
+      tf32: whether float32 convolutions and products may run in TF32, in JAX and in PyTorch. GPUs from
+        NVIDIA have it, others compute in float32 either way.
+      images: folder of images (`train/<class>/*`) that the input pipeline reads; "" for made-up
+        photographs.
+
+    Raises:
+      ValueError: values that cannot be measured, all of them.
+    """
+
+    variant: str = "B1"
+    size: int = 224
+    batches: tuple[int, ...] = (32,)
+    dtypes: tuple[str, ...] = ("float32",)
+    rounds: int = 15
+    classes: int = 1000
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    memory: float | None = None
+    tf32: bool = True
+    images: str = ""
+
+    def __post_init__(self):
+        counts = {"size": (self.size,), "batch": self.batches, "classes": (self.classes,)}
+        problems = [
+            f"`{name}` {value} must be at least 1"
+            for name, values in counts.items()
+            for value in values
+            if value < 1
+        ]
+        if self.rounds < LEAST_ROUNDS:
+            problems.append(f"`rounds` is {self.rounds}: medians with quartiles need at least {LEAST_ROUNDS}")
+        if self.memory is not None and not (math.isfinite(self.memory) and self.memory > 0):
+            problems.append(f"`memory` is {self.memory}: it must be a number of gigabytes above 0")
+        problems += _unknown("variant", (self.variant,), VGG_VARIANTS)
+        problems += _unknown("dtype", self.dtypes, DTYPES)
+        problems += _unknown("networks", self.networks, NETWORKS)
+        problems += [
+            f"`{name}` is empty: give at least one"
+            for name, values in (("batch", self.batches), ("dtype", self.dtypes), ("networks", self.networks))
+            if not values
+        ]
+        if problems:
+            raise ValueError("this cannot be measured: " + "; ".join(problems))
+
+    def told(self, dtype: str, batch: int) -> str:
+        """`B1, bfloat16, 32 images of 224 px`."""
+        return f"{self.variant}, {dtype}, {batch} images of {self.size} px"
+
+    def recorded(self, **more: Any) -> dict[str, Any]:
+        """What of this, and `more`, results say of one measurement."""
+        return {"variant": self.variant, "classes": self.classes, **more}
+
+
+def _unknown(name: str, values: Iterable[str], known: Iterable[str]) -> list[str]:
+    known = list(known)
+    problems = []
+    for value in values:
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            problems.append(f"`{name}` {value!r} is none of {', '.join(known)}{meant}")
+    return problems

@@ -1,0 +1,81 @@
+"""`repopt bench`: the parts by name, run one after the other, written after each."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from repopt_jax.bench import results
+from repopt_jax.bench.compiling import bench_compile
+from repopt_jax.bench.feeding import bench_input
+from repopt_jax.bench.inference import bench_inference
+from repopt_jax.bench.results import Section
+from repopt_jax.bench.settings import Settings
+from repopt_jax.bench.step import bench_largest, bench_step
+from repopt_jax.bench.update import bench_optimizers, bench_update
+
+LOG = logging.getLogger(__name__)
+
+
+def _bench_torch(settings: Settings) -> list[Section]:
+    from repopt_jax.bench.torch_step import bench_torch
+
+    return bench_torch(settings)
+
+
+# In the order in which "all" runs them.
+PARTS: dict[str, Callable[[Settings], list[Section]]] = {
+    "update": bench_update,
+    "optimizers": bench_optimizers,
+    "step": bench_step,
+    "largest": bench_largest,
+    "inference": bench_inference,
+    "torch": _bench_torch,
+    "compile": bench_compile,
+    "input": bench_input,
+}
+
+
+def bench(
+    parts: Sequence[str],
+    settings: Settings = Settings(),  # noqa: B008  (frozen)
+    *,
+    out: str | Path | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Measures, and returns the results of this call: {"machine": ..., "sections": [...]}.
+
+    Args:
+      parts: names of `PARTS`, or "all".
+      settings: what is measured.
+      out: path without ending. After each part OUT.json, OUT.md and OUT.png are written, with what is in
+        OUT.json already; what is measured again takes its earlier place.
+      command: what results say they come from.
+
+    Raises:
+      ValueError: unknown parts; OUT.json holds something else, or another machine's results; or as the parts.
+      ModuleNotFoundError: torch is the only part and not installed.
+    """
+    parts = list(PARTS) if "all" in parts else list(dict.fromkeys(parts))
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"`parts` {', '.join(unknown)}: they must be of {', '.join(PARTS)} or all")
+    if not parts:
+        raise ValueError(f"`parts` is empty: give some of {', '.join(PARTS)}, or all")
+    everything = results.read(out) if out else None
+    done: list[Section] = []
+    for part in parts:
+        busy = results.load()
+        try:
+            sections = PARTS[part](settings)
+        except ModuleNotFoundError as error:
+            if part != "torch" or error.name != "torch" or len(parts) == 1:
+                raise
+            LOG.warning("torch: not installed, not measured")
+            continue
+        for section in sections:
+            section.command, section.load = command, busy
+        done += sections
+        if out:
+            everything = results.joined(everything, sections)
+            results.write(out, everything)
+    return results.joined(None, done)

@@ -1,0 +1,165 @@
+"""How everything here is timed: candidates in turn, and each compared with another of its own round.
+
+In every round the candidates run in another order, and a ratio is that of two times of one round: the
+median of these ratios is little moved by a machine that has other things to do. A measurement waits for the
+device once, at its end; in between, calls are queued as a training loop queues them, so that a program that
+is shorter than its dispatch is not measured by it alone.
+"""
+
+import dataclasses
+import logging
+import math
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+LOG = logging.getLogger(__name__)
+
+# Seconds that one measurement lasts at least, and the calls that are queued for that at most.
+LEAST_S = 0.05
+MOST_CALLS = 50
+
+DOES_NOT_FIT = "does not fit in the memory"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Something that can be run again and again.
+
+    Attributes:
+      start: runs it once, or queues that, and returns what `wait` waits for.
+      wait: returns when everything that was started is done.
+      repeats: how often one call does what is timed.
+    """
+
+    start: Callable[[], Any]
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    repeats: int = 1
+
+
+# What is known of a candidate beside its times: name -> number, text, or None.
+Facts = dict[str, Any]
+Builder = Callable[[], tuple[Candidate, Facts]]
+
+
+def measure(
+    builders: Mapping[str, Builder], rounds: int, baselines: Mapping[str, Sequence[str]]
+) -> dict[str, Facts]:
+    """Builds and times candidates, and compares them.
+
+    Args:
+      builders: name -> what makes the candidate and its facts.
+      rounds: how often each is measured.
+      baselines: name -> the candidates that it is compared with.
+
+    Returns:
+      For each name its facts, "ms" (median, quartiles "low" and "high", and "best"; of one repetition) and
+      "ratios" (baseline -> median, low, high of the ratio of the times in the same round). For a candidate
+      that the memory has no room for {"failed": why}.
+    """
+    candidates, facts = {}, {}
+    for name, build in builders.items():
+        LOG.info("  preparing %s", name)
+        try:
+            candidates[name], facts[name] = build()
+        except Exception as error:
+            facts[name] = {"failed": _told(error)}
+    times, failed = interleave(candidates, rounds)
+    for name in builders:
+        if name in failed:
+            facts[name] = {"failed": failed[name]}
+        elif name in times:
+            ratios = {
+                base: spread([t / b for t, b in zip(times[name], times[base])])
+                for base in baselines.get(name, ())
+                if base in times
+            }
+            facts[name] |= {"ms": spread([1e3 * t for t in times[name]]), "ratios": ratios}
+    return {name: facts[name] for name in builders}
+
+
+def interleave(
+    candidates: Mapping[str, Candidate], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of one repetition of every candidate in every round, and why candidates dropped out."""
+    left = dict(candidates)
+    failed: dict[str, str] = {}
+
+    def seconds(name: str, calls: int) -> float | None:
+        try:
+            return _seconds(left[name], calls)
+        except Exception as error:
+            failed[name] = _told(error)
+            del left[name]
+            return None
+
+    # The first call pays for what happens once, the second says how many make a measurement.
+    calls = {}
+    for name in candidates:
+        if seconds(name, 1) is not None and (once := seconds(name, 1)) is not None:
+            one_call = once * candidates[name].repeats
+            calls[name] = min(max(1, math.ceil(LEAST_S / one_call)), MOST_CALLS)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(rounds):
+        LOG.info("  round %d of %d", i + 1, rounds)
+        order = list(left)
+        random.Random(i).shuffle(order)
+        for name in order:
+            if (taken := seconds(name, calls[name])) is not None:
+                times[name].append(taken)
+    return {name: values for name, values in times.items() if name in left}, failed
+
+
+def _seconds(candidate: Candidate, calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls - 1):
+        candidate.start()
+    candidate.wait(candidate.start())
+    return (time.perf_counter() - begin) / (calls * candidate.repeats)
+
+
+def _told(error: Exception) -> str:
+    """Why a candidate cannot be measured; errors that are not for lack of memory are raised."""
+    if not out_of_memory(error):
+        raise error
+    LOG.info("  %s", DOES_NOT_FIT)
+    return DOES_NOT_FIT
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether JAX or PyTorch, on whatever device, says that memory ran out."""
+    text = f"{type(error).__name__} {error}"
+    named = re.search(r"RESOURCE_EXHAUSTED|OutOfMemoryError|out of memory|can't allocate memory", text, re.I)
+    return isinstance(error, MemoryError) or named is not None
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and the least of at least two numbers."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high, "best": min(values)}
+
+
+def carrying(compiled: Any, carried: Sequence[Any], *arguments: Any) -> Callable[[], Any]:
+    """Calls `compiled(*carried, *arguments)`, whose first results are what the next call is given: for
+    programs that are given their state for good."""
+    state = list(carried)
+
+    def start() -> Any:
+        out = compiled(*state, *arguments)
+        state[:] = out[: len(state)]
+        return out
+
+    return start
+
+
+def memory(compiled: Any) -> Facts:
+    """Bytes that the compiler reserves: arguments, results and temporaries, of which what is donated counts
+    once."""
+    m = compiled.memory_analysis()
+    total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+    return {"temporary_bytes": m.temp_size_in_bytes, "peak_bytes": total}

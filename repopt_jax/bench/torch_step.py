@@ -1,0 +1,222 @@
+"""The same training step and update in PyTorch, on the same device. Only this file imports torch.
+
+The network is the plain one of the same variant, made from the same table: convolution, batch norm, ReLU. It
+runs as PyTorch is meant to be run: channels last, algorithms chosen by trial, autocast for bfloat16.
+"""
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import torch
+from torch import nn
+
+from repopt_jax.bench.networks import title
+from repopt_jax.bench.results import Section
+from repopt_jax.bench.settings import Settings
+from repopt_jax.bench.step import add_speed, stepping
+from repopt_jax.bench.timing import Builder, Candidate, Facts, measure
+from repopt_jax.bench.update import (
+    BYTES,
+    COPY,
+    add_bandwidth,
+    copying,
+    parameters,
+    random_like,
+    updating,
+)
+from repopt_jax.models import VGG_VARIANTS
+from repopt_jax.models.vgg import VGGVariant, block_specs
+from repopt_jax.train.config import OptimConfig
+from repopt_jax.train.optimizer import make_optimizer
+
+LOG = logging.getLogger(__name__)
+
+EAGER, COMPILED = "PyTorch", "PyTorch, torch.compile"
+FOREACH, FUSED = "PyTorch SGD, foreach", "PyTorch SGD, fused"
+DECAY = OptimConfig().weight_decay
+
+
+def bench_torch(settings: Settings) -> list[Section]:
+    """Training steps and updates of JAX and of PyTorch.
+
+    Raises:
+      ValueError: the variant has squeeze-and-excitation, or PyTorch does not see the device that JAX has.
+    """
+    check_same_device()
+    if VGG_VARIANTS[settings.variant].pre_se:
+        raise ValueError(
+            f"{settings.variant} has squeeze-and-excitation, which the part torch does not make: measure "
+            "another"
+        )
+    with as_fast_as_can_be(settings.tf32):
+        sections = [
+            _steps(settings, dtype, batch)
+            for dtype, batch in itertools.product(settings.dtypes, settings.batches)
+        ]
+        return [*sections, _updates(settings)]
+
+
+def _steps(settings: Settings, dtype: str, batch: int) -> Section:
+    LOG.info("torch: %s", settings.told(dtype, batch))
+    names = [name for name in ("plain", "repopt", "repvgg") if name in settings.networks]
+    builders: dict[str, Builder] = {
+        f"{title(name)}, JAX": (lambda name=name: stepping(name, settings, dtype, batch)) for name in names
+    }
+    builders[EAGER] = lambda: torch_stepping(settings, dtype, batch, compiled=False)
+    if torch.cuda.is_available():
+        builders[COMPILED] = lambda: torch_stepping(settings, dtype, batch, compiled=True)
+    found = measure(builders, settings.rounds, dict.fromkeys(builders, (EAGER,)))
+    for facts in found.values():
+        add_speed(facts, batch)
+    return Section(
+        part="torch",
+        title=f"Training step beside PyTorch, {settings.told(dtype, batch)}",
+        settings=settings.recorded(
+            size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32, torch=torch.__version__
+        ),
+        rounds=settings.rounds,
+        candidates=found,
+    )
+
+
+def _updates(settings: Settings) -> Section:
+    LOG.info("torch: update")
+    shapes, scales = parameters(settings)
+    values = random_like(shapes)
+    arrays = jax.tree.leaves(values)
+    count = sum(array.size for array in arrays)
+
+    def updating_by(scales: Any) -> Builder:
+        tx = make_optimizer(OptimConfig(), lambda _: 0.1, scales=scales, batch_size=1)
+        return lambda: updating(tx, values, {"moved_bytes": BYTES * count})
+
+    builders: dict[str, Builder] = {
+        "plain SGD, JAX": updating_by(None),
+        "repopt_mask, JAX": updating_by(scales),
+        FOREACH: lambda: torch_updating(arrays, {"moved_bytes": BYTES * count}, foreach=True),
+        FUSED: lambda: torch_updating(arrays, {"moved_bytes": BYTES * count}, fused=True),
+        COPY: lambda: copying(BYTES * count),
+    }
+    found = measure(builders, settings.rounds, dict.fromkeys(builders, (FOREACH, COPY)))
+    add_bandwidth(found)
+    return Section(
+        part="torch",
+        title=f"Optimizer update beside PyTorch, SGD, {settings.variant}, {count:,} parameters",
+        settings=settings.recorded(parameters=count, torch=torch.__version__),
+        rounds=settings.rounds,
+        candidates=found,
+    )
+
+
+def torch_stepping(settings: Settings, dtype: str, batch: int, *, compiled: bool) -> tuple[Candidate, Facts]:
+    """A training step: forward, backward, update; batch norm in training mode."""
+    device = torch_device()
+    network = plain_network(VGG_VARIANTS[settings.variant], settings.classes).to(device)
+    network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = sgd(network, foreach=True)
+    size = (batch, 3, settings.size, settings.size)
+    images = torch.randn(size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.arange(batch, device=device) % settings.classes
+
+    def loss_of() -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = network(images)
+        return nn.functional.cross_entropy(logits.float(), labels)
+
+    forward: Callable[[], Any] = torch.compile(loss_of) if compiled else loss_of
+
+    def start() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        forward().backward()
+        optimizer.step()
+
+    facts: Facts = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() - held_bytes(network, images)
+        start()
+        start()  # with the momentum
+        torch.cuda.synchronize()
+        facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return Candidate(start, wait), facts
+
+
+def torch_updating(arrays: Any, facts: Facts, **how: bool) -> tuple[Candidate, Facts]:
+    """Updates of the same arrays as `update.updating`, all of them decayed by the same rule.
+
+    `foreach` adds the momentum to gradients that no decay has copied, in place: the vectors' grow here, where
+    nothing makes them anew. That costs no time.
+    """
+    tensors = [nn.Parameter(torch.from_numpy(a).clone().to(torch_device())) for a in arrays]
+    for tensor in tensors:
+        tensor.grad = tensor.detach().clone()
+    return Candidate(sgd_of(tensors, **how).step, wait), facts
+
+
+def plain_network(variant: VGGVariant, classes: int) -> nn.Sequential:
+    """Convolution, batch norm, ReLU for each block; the mean over the map; a linear classifier."""
+    layers: list[nn.Module] = []
+    for spec in block_specs(variant):
+        layers += [
+            nn.Conv2d(
+                spec.inputs, spec.outputs, 3, stride=spec.stride, padding=1, groups=spec.groups, bias=False
+            ),
+            nn.BatchNorm2d(spec.outputs),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(variant.widths[-1], classes)
+    )
+
+
+def sgd(network: nn.Module, **how: bool) -> torch.optim.SGD:
+    return sgd_of(list(network.parameters()), **how)
+
+
+def sgd_of(tensors: list[nn.Parameter], **how: bool) -> torch.optim.SGD:
+    """Nesterov's SGD; kernels are decayed, vectors are not, as by the trainer's rule for plain networks."""
+    groups = [
+        {"params": [p for p in tensors if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in tensors if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, **how)
+
+
+def held_bytes(network: nn.Module, images: torch.Tensor) -> int:
+    held = [*network.parameters(), *network.buffers(), images]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def torch_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait(_: Any) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def check_same_device() -> None:
+    ours, theirs = jax.default_backend(), torch_device().type
+    if (ours == "gpu") != (theirs == "cuda"):
+        raise ValueError(
+            f"JAX runs on {ours} and PyTorch on {theirs}: a comparison of the two needs both on one device"
+        )
+
+
+@contextlib.contextmanager
+def as_fast_as_can_be(tf32: bool):
+    """cuDNN tries its algorithms, and TF32 is allowed for convolutions and products, or for neither."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    cudnn.benchmark, cudnn.allow_tf32 = True, tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = before[:2]
+        torch.set_float32_matmul_precision(before[2])

@@ -1,0 +1,189 @@
+"""Jobs of several processes on this machine: joining, failing together, and the command line in two processes."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import parallel
+import pytest
+from flax import nnx
+
+from repopt_jax import data, train
+from repopt_jax.train import processes
+from repopt_jax.train.metrics import read_records
+
+ROOT = Path(__file__).parent.parent
+# Two processes of two devices against four devices of one, float32, 12 steps. Measured: 2e-7.
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    data.open_source("digits", data_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def repopt(compiled):
+    """Starts `repopt ARGUMENTS` in two processes of two devices each."""
+
+    def start(*arguments, **environment):
+        variables = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **environment,
+        }
+        return parallel.start([sys.executable, "-m", "repopt_jax", *map(str, arguments)], 2, env=variables)
+
+    return start
+
+
+def training(digits, out, *more):
+    """A short run of the digits with a search's kind and every part of the loop."""
+    config = ROOT / "configs" / "digits.py"
+    fields = {"data.data_dir": digits, "epochs": 3, "batch_size": 64, "log_every": 4, "checkpoint_every": 4}
+    fields |= {"data.train_limit": 256, "data.eval_limit": 100, "eval_batch_size": 40, "optim.ema": 0.9}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["train", f"--config={config}:depth", *overrides, *more, f"--out={out}"]
+
+
+def arrays(run_dir):
+    return jax.device_get(nnx.to_pure_dict(nnx.state(train.load_trained(run_dir).model)))
+
+
+def sentences(error_text):
+    return [line for line in error_text.splitlines() if line.startswith("repopt: ")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("node0:1234", 2, None), "--process=None belong together"),
+        (("", 2, 0), "--coordinator=None, --processes=2 and --process=0 belong together"),
+        (("node0:1234", 2, 2), "--process=2 of --processes=2: they are counted from 0 to 1"),
+        (("node0", 2, 1), "--coordinator='node0' must be host:port"),
+    ],
+)
+def test_half_a_job_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        processes.join(*given)
+
+
+def test_one_process_needs_nothing(monkeypatch):
+    for name in ("SLURM_STEP_NODELIST", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    processes.join()
+    processes.join("localhost:1", 1, 0)
+    assert processes.is_first()
+    assert processes.exchange("a") == ["a"]
+    assert processes.together("count", lambda: 3) == 3
+
+
+def test_clusters_are_told_by_their_environment(tmp_path, monkeypatch):
+    step = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8"}
+    assert processes.cluster(step, devices=str(tmp_path)) == "slurm"
+    assert processes.cluster({**step, "SLURM_NTASKS": "1"}, devices=str(tmp_path)) is None
+    assert processes.cluster({}, devices=str(tmp_path)) is None
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio" / "0").touch()
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
+    assert processes.cluster({}, devices=str(tmp_path)) == "tpu"
+    assert processes.cluster({"JAX_PLATFORMS": "cpu"}, devices=str(tmp_path)) is None
+
+
+@pytest.fixture(scope="module")
+def in_one_process(digits, tmp_path_factory):
+    from repopt_jax.cli import main
+
+    out = tmp_path_factory.mktemp("one") / "run"
+    assert main(training(digits, out)) == 0
+    return out
+
+
+def test_two_processes_leave_the_run_of_one(digits, tmp_path, repopt, in_one_process):
+    out = tmp_path / "run"
+    (code, said, log), (other_code, other_said, other_log) = parallel.ends_of(repopt(*training(digits, out)))
+    assert (code, other_code) == (0, 0), log + other_log
+    assert "test accuracy" in said
+    assert "test accuracy" not in other_said
+    assert "epoch" not in other_log
+    for found, expected in zip(
+        jax.tree.leaves(arrays(out)), jax.tree.leaves(arrays(in_one_process)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=CLOSE, atol=CLOSE)
+    kinds = [(record["kind"], record["step"]) for record in read_records(out / "metrics.jsonl")]
+    assert kinds == [(r["kind"], r["step"]) for r in read_records(in_one_process / "metrics.jsonl")]
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["test_count"], summary["finished"]) == (12, 100, True)
+
+
+def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_process):
+    """SIGTERM to one of them; the run is finished by one process on four devices."""
+    from repopt_jax.cli import main
+
+    out = tmp_path / "run"
+    long = ["--config.epochs=400", "--config.checkpoint_every=10000", "--config.eval_every=400"]
+    running = repopt(*training(digits, out, *long))
+    wait_for(out / "metrics.jsonl", running)
+    running[1].send_signal(signal.SIGTERM)
+    ends = parallel.ends_of(running)
+    assert [code for code, *_ in ends] == [143, 143], ends
+    step = train.load_trained(out).step
+    assert step > 0
+    # Two epochs more than it had, so that it goes on with another number of processes.
+    stopped = train.RunFolder(out).read()[0]
+    assert stopped.epochs == 400
+    epochs = step // 4 + 2
+    text = (out / "config.json").read_text().replace('"epochs": 400', f'"epochs": {epochs}')
+    (out / "config.json").write_text(text)
+    assert main(training(digits, out, f"--config.epochs={epochs}", "--config.eval_every=400")) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == epochs * 4
+
+
+def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt):
+    running = repopt(*training(digits, tmp_path / "run", "--config.epochs=400"))
+    wait_for(tmp_path / "run" / "metrics.jsonl", running)
+    running[1].kill()
+    (code, _, log), _ = parallel.ends_of(running, timeout=60)
+    assert code not in (0, None)
+    assert "another process of the job has ended" in log or "another task died" in log, log
+    assert train.load_trained(tmp_path / "run").step % 4 == 0
+
+
+def wait_for(path, running):
+    """Until the file has a line; the processes must live."""
+    while not (path.exists() and path.read_text().count("\n")):
+        assert all(process.poll() is None for process in running), parallel.ends_of(running)
+
+
+def test_data_that_one_process_does_not_see(digits, tmp_path, repopt):
+    """The other one says so as well, and neither hangs."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import jax\nfrom repopt_jax.train import load_config\n\n\n"
+        "def get_config(arg):\n"
+        f"    config = load_config({str(ROOT / 'configs' / 'digits.py')!r} + ':plain')\n"
+        f"    here = {str(digits)!r}\n"
+        "    config.data.source = 'folder'\n"
+        "    config.data.data_dir = here + ('' if jax.process_index() == 0 else '/nowhere')\n"
+        "    return config\n"
+    )
+    (digits / "train").mkdir(exist_ok=True)
+    ends = parallel.ends_of(repopt("train", f"--config={config}", f"--out={tmp_path / 'run'}"))
+    assert [code for code, *_ in ends] == [1, 1], ends
+    for _, _, log in ends:
+        assert len(sentences(log)) == 1, log
+    assert "nowhere" in sentences(ends[0][2])[0] or "train" in sentences(ends[0][2])[0]
+    assert not (tmp_path / "run").exists()
