@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: BaseException) -> int | None:
-    """Says what a caller can do about `error` and gives the exit code; None for what is no caller's mistake."""
+    """Says what a caller can do about `error` and gives the exit code; None if it is no caller's mistake."""
     if isinstance(error, UsageError):
         return _fail(error, code=2)
     if isinstance(error, KeyboardInterrupt):
@@ -412,8 +412,8 @@ def _joined(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
 
 @contextlib.contextmanager
 def _in_job(arguments: Arguments) -> Iterator[None]:
-    """Joins the job of several processes that the flags or the environment tell of. Only the first of them writes to
-    standard output, and one that fails ends at once."""
+    """Joins the job of several processes that the flags or the environment tell of. Only the first of them
+    writes to standard output, and one that fails ends at once."""
     flags = arguments.flags
     count, index = (
         whole_number(name, flags[name]) if flags[name] else None for name in ("processes", "process")
@@ -430,8 +430,8 @@ def _in_job(arguments: Arguments) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO() if jax.process_index() else sys.stdout):
             yield
     except BaseException as error:
-        # Leaving by the interpreter's way would wait for the others, who wait for this one in an exchange: they
-        # learn of its end by its connections, which the system closes.
+        # Leaving by the interpreter's way would wait for the others, who wait for this one in an exchange:
+        # they learn of its end by its connections, which the system closes.
         os._exit(_end_of_process(error))
 
 
@@ -447,8 +447,8 @@ def _end_of_process(error: BaseException) -> int:
         code = _fail(
             error,
             code=1,
-            text=f"process {jax.process_index()} ends, as another process of the job has ended or cannot be reached "
-            f"({first}): see what the others say, then run the same command again",
+            text=f"process {jax.process_index()} ends, as another process of the job has ended or cannot be "
+            f"reached ({first}): see what the others say, then run the same command again",
         )
     elif code is None:
         traceback.print_exception(error)

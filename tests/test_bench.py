@@ -166,38 +166,46 @@ def test_what_does_not_run_is_made_smaller():
 
 
 @pytest.fixture(scope="module")
-def chains():
-    """The updates of the part "update", for the digits' network."""
+def updated():
+    """What the part "update" runs, for the digits' network: name -> (transformation, parameters after one
+    call, facts); and the parameters before."""
     model, shapes = abstract_model("plain", TINY)
     scales = model.depth_scales()
     sgd = optax.chain(optax.add_decayed_weights(4e-5), optax.sgd(0.1, 0.9, nesterov=True))
     params = jax.tree.map(lambda leaf: 100 * leaf, random_like(shapes))
-    firsts = {
-        "plain": optax.identity(),
-        "mask": repopt_jax.repopt_mask(scales),
-        "stored": stored_multiplier(scales),
-    }
-    return {name: optax.chain(first, sgd) for name, first in firsts.items()}, params
+    firsts = {"plain": optax.identity(), "mask": repopt_jax.repopt_mask(scales)}
+    found = {}
+    for name, first in firsts.items():
+        candidate, facts = updating(tx := optax.chain(first, sgd), params, {})
+        after, _ = candidate.start()
+        found[name] = tx, after, facts
+    return found, params, optax.chain(stored_multiplier(scales), sgd)
 
 
-def test_repeated_updates_are_those_of_a_loop(chains):
-    """Also says that mask and stored multiplier are the same rule, and the plain one is another."""
-    txs, params = chains
-    ends = {}
-    for name in ("plain", "mask", "stored"):
-        candidate, facts = updating(txs[name], params, {})
-        ends[name], state = candidate.start()
-        if name == "mask":
-            once = jax.jit(txs[name].update)
-            slow, slow_state = params, jax.jit(txs[name].init)(params)
-            for _ in range(UPDATES):
-                updates, slow_state = once(params, slow_state, slow)
-                slow = jax.tree.map(np.add, slow, updates)
-            assert furthest(ends["mask"], slow) < 1e-6  # 3e-7 measured
-            assert facts["largest_constant_bytes"] < 1000
-            assert facts["state_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    assert furthest(ends["mask"], ends["stored"]) < 1e-6
-    assert furthest(ends["mask"], ends["plain"]) > 1e-2
+def test_repeated_updates_are_those_of_a_loop(updated):
+    """The loop is of the stored multiplier: the same rule as the mask, and another than the plain one."""
+    found, params, stored = updated
+    once = jax.jit(stored.update)
+    slow, state = params, jax.jit(stored.init)(params)
+    for _ in range(UPDATES):
+        updates, state = once(params, state, slow)
+        slow = jax.tree.map(np.add, slow, updates)
+    _, after, facts = found["mask"]
+    assert furthest(after, slow) < 1e-6  # 2e-7 measured
+    assert furthest(after, found["plain"][1]) > 1e-2
+    assert facts["largest_constant_bytes"] < 1000
+    states = {name: facts["state_bytes"] for name, (_, _, facts) in found.items()}
+    kernels = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert states["plain"] < states["mask"] < states["plain"] + 0.05 * kernels
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > states["plain"] + 0.99 * kernels
+
+
+def test_no_multiplier_waits_before_the_loop(updated):
+    """The pass that would take it out of the loop is off: the temporaries are the plain update's (1.000 of
+    them measured; 1.14 with the pass on)."""
+    found, _, _ = updated
+    temporaries = {name: facts["temporary_bytes"] for name, (_, _, facts) in found.items()}
+    assert temporaries["mask"] <= 1.02 * temporaries["plain"]
 
 
 def furthest(a, b):
@@ -229,6 +237,7 @@ def test_share_of_bandwidth_is_that_of_bytes():
     assert found["update"]["share_of_copy"] == pytest.approx({"median": 0.6, "low": 0.5, "high": 0.8})
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_the_step_is_the_trainers():
     """One call is one step of training, from the state that the call before left."""
     candidate, facts = stepping("repopt", TINY, "float32", 4)

@@ -1,4 +1,4 @@
-"""Jobs of several processes on this machine: joining, failing together, and the command line in two processes."""
+"""Jobs of several processes on this machine: joining, failing together, and the command line in two."""
 
 import json
 import os
