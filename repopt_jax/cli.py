@@ -484,7 +484,9 @@ def _computing() -> Iterator[None]:
     ours = logging.getLogger("repopt_jax")
     level, propagate = ours.level, ours.propagate
     ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    # Of several processes one tells how it goes; warnings come from all.
+    jax = sys.modules.get("jax")
+    ours.setLevel(logging.INFO if jax is None or jax.process_index() == 0 else logging.WARNING)
     ours.propagate = False
     try:
         yield

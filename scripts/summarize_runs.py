@@ -67,7 +67,7 @@ def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
         if (folder / "summary.json").exists():
             name, _, seed = folder.name.rpartition("-")
             summary = json.loads((folder / "summary.json").read_text())
-            # Where scales lay is no result, and times depend on what else the machine did: see `repopt bench`.
+            # Where scales lay is no result, and times depend on what else the machine did.
             kept = {key: value for key, value in summary.items() if key not in LEFT_OUT}
             groups.setdefault(name, {})[int(seed)] = kept
     if not groups:

@@ -57,14 +57,19 @@ def killed_config(data_dir: str | Path, **changes) -> train.Config:
 
 
 def arrays(run_dir):
-    """Every array of a run's last checkpoint: what was trained and its moving averages, if there are any, as
-    the evaluation reads them, and the trainer's."""
+    """Every array of a run's last checkpoint: the network as the evaluation reads it, and all that is stored."""
     model = train.load_trained(run_dir).model
     with Checkpoints(Path(run_dir) / "checkpoints") as checkpoints:
-        stored = checkpoints.directory / str(checkpoints.latest)
-    others = ocp.load_checkpointables(str(stored), {"model": None, "trainer": None})
-    # The clock is in none of them.
-    return jax.tree.map(np.asarray, [jax.device_get(nnx.to_pure_dict(nnx.state(model))), others])
+        stored = str(checkpoints.directory / str(checkpoints.latest))
+    found = ocp.checkpointables_metadata(stored).metadata
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), found[name])
+        for name in ("model", "ema", "trainer")
+        if name in found
+    }
+    network = nnx.to_pure_dict(nnx.state(model))
+    return jax.device_get([network, ocp.load_checkpointables(stored, wanted)])
 
 
 def told(run_dir):
