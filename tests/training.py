@@ -57,7 +57,8 @@ def killed_config(data_dir: str | Path, **changes) -> train.Config:
 
 
 def arrays(run_dir):
-    """Every array of a run's last checkpoint: the network as the evaluation reads it, and all that is stored."""
+    """Every array of a run's last checkpoint: the network as the evaluation reads it, and all that is
+    stored."""
     model = train.load_trained(run_dir).model
     with Checkpoints(Path(run_dir) / "checkpoints") as checkpoints:
         stored = str(checkpoints.directory / str(checkpoints.latest))
