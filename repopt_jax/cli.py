@@ -93,7 +93,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _commands() -> dict[str, Command]:
-    run_flags: dict[str, str | None] = {"run": None, "data_dir": ""}
+    run_flags: dict[str, str | None] = {"run": None, "data_dir": "", "checkpoint": ""}
     job_flags: dict[str, str | None] = {"coordinator": "", "processes": "", "process": ""}
     return {
         "quickstart": Command(
@@ -205,8 +205,9 @@ def _eval(arguments: Arguments) -> int:
     with _computing():
         from repopt_jax.train import deploy, tasks
 
-        network = deploy.load_any(arguments.flags["run"])
-        found = deploy.evaluate(network, data_dir=arguments.flags["data_dir"] or None)
+        flags = arguments.flags
+        network = deploy.load_any(flags["run"], checkpoint=flags["checkpoint"] or None)
+        found = deploy.evaluate(network, data_dir=flags["data_dir"] or None)
     count = f"{found['count']} images"
     if "accuracy" in found:
         count = f"{round(found['accuracy'] * found['count'])} of {count}"
@@ -239,9 +240,9 @@ def _deploy(arguments: Arguments) -> int:
     with _computing():
         from repopt_jax.train import deploy, tasks
 
-        out = Path(arguments.flags["out"])
-        data_dir = arguments.flags["data_dir"] or None
-        done = deploy.deploy(arguments.flags["run"], out, data_dir=data_dir)
+        flags = arguments.flags
+        out, checkpoint = Path(flags["out"]), flags["checkpoint"] or "latest"
+        done = deploy.deploy(flags["run"], out, data_dir=flags["data_dir"] or None, checkpoint=checkpoint)
     task = done.config["task"]
     compared = f"{done.agreement:.2%} of {done.compared} test images"
     if task == "detect":
@@ -272,6 +273,7 @@ def _bench(arguments: Arguments) -> int:
     flags = arguments.flags
     with _computing():
         from repopt_jax import bench
+        from repopt_jax.bench import results
 
         parts = flags["parts"].split(",")
         if unknown := [part for part in parts if part not in (*bench.PARTS, "all")]:
@@ -285,7 +287,7 @@ def _bench(arguments: Arguments) -> int:
         command = shlex.join(["repopt", "bench", flags["parts"], *given])
         out = Path(flags["out"]).expanduser().absolute() if flags["out"] else None
         done = bench.bench(parts, settings, out=out, command=command)
-    _say(bench.results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
+    _say(results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
     return 0
 
 

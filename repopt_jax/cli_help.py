@@ -57,12 +57,13 @@ search wrote. Example:
 {_CONFIG}{_OUT}"""
 
 EVAL = """\
-repopt eval --run=DIR [--data_dir=DIR]
+repopt eval --run=DIR [--checkpoint=WHICH] [--data_dir=DIR]
 
-Accuracy and loss over the test images, each counted once, of the last checkpoint of a run or of a deployed
-network; of a detector COCO's average precision of boxes and of keypoints.
+Accuracy and loss over the test images, each counted once, of a checkpoint of a run or of a deployed network;
+of a detector COCO's average precision of boxes and of keypoints.
 
   --run=DIR               folder of a run, or of a deployment
+  --checkpoint=WHICH      of a run: latest (that is used otherwise), best, or the number of a step
   --data_dir=DIR          where the images are now, if not where the run found them
 """
 
@@ -78,12 +79,13 @@ Draws what a detector finds on an image file: boxes with class and score, and ke
 """
 
 DEPLOY = """\
-repopt deploy --run=DIR --out=DIR [--data_dir=DIR]
+repopt deploy --run=DIR --out=DIR [--checkpoint=WHICH] [--data_dir=DIR]
 
 Folds batch norm and branches into plain convolutions, compares the outputs with those of the trained network
 on test images, and saves the weights with what is needed to rebuild the network.
 
   --run=DIR               folder of the run
+  --checkpoint=WHICH      latest (that is used otherwise), best, or the number of a step
   --out=DIR               folder of the deployment; new or empty
   --data_dir=DIR          where the images are now, if not where the run found them
 """

@@ -1,8 +1,11 @@
 """Jobs of several processes on this machine: joining, failing together, and the command line in two."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,7 +139,7 @@ def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_pro
     out = tmp_path / "run"
     long = ["--config.epochs=400", "--config.checkpoint_every=10000", "--config.eval_every=400"]
     running = repopt(*training(digits, out, *long))
-    wait_for(out / "metrics.jsonl", running)
+    wait_for(running, lambda: read_records(out / "metrics.jsonl"))
     running[1].send_signal(signal.SIGTERM)
     ends = parallel.ends_of(running)
     assert [code for code, *_ in ends] == [143, 143], ends
@@ -146,25 +149,53 @@ def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_pro
     stopped = train.RunFolder(out).read()[0]
     assert stopped.epochs == 400
     epochs = step // 4 + 2
-    text = (out / "config.json").read_text().replace('"epochs": 400', f'"epochs": {epochs}')
-    (out / "config.json").write_text(text)
-    assert main(training(digits, out, f"--config.epochs={epochs}", "--config.eval_every=400")) == 0
+    rewrite(out, epochs=epochs)
+    assert main(training(digits, out, *long, f"--config.epochs={epochs}")) == 0
     assert json.loads((out / "summary.json").read_text())["steps"] == epochs * 4
 
 
-def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt):
-    running = repopt(*training(digits, tmp_path / "run", "--config.epochs=400"))
-    wait_for(tmp_path / "run" / "metrics.jsonl", running)
+def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_process):
+    """In a run that one process began, two went on with, and one finishes."""
+    from repopt_jax.cli import main
+
+    out, endless = tmp_path / "run", ("--config.checkpoint_every=10000", "--config.eval_every=400")
+    shutil.copytree(in_one_process, out)
+    (out / "summary.json").unlink()
+    rewrite(out, epochs=400, checkpoint_every=10000, eval_every=400)
+    running = repopt(*training(digits, out, *endless, "--config.epochs=400"))
+    wait_for(running, lambda: read_records(out / "metrics.jsonl")[-1]["step"] > 12)
     running[1].kill()
     (code, _, log), _ = parallel.ends_of(running, timeout=60)
     assert code not in (0, None)
     assert "another process of the job has ended" in log or "another task died" in log, log
-    assert train.load_trained(tmp_path / "run").step % 4 == 0
+    assert train.load_trained(out).step == 12
+    rewrite(out, epochs=4)
+    assert main(training(digits, out, *endless, "--config.epochs=4")) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 16
 
 
-def wait_for(path, running):
-    """Until the file has a line; the processes must live."""
-    while not (path.exists() and path.read_text().count("\n")):
+@pytest.mark.long
+def test_a_process_that_dies_in_a_save_ends_the_other(digits, tmp_path, repopt):
+    """There it is noticed by its heartbeats, which JAX misses for 100 seconds."""
+    running = repopt(*training(digits, tmp_path / "run", "--config.epochs=400", "--config.checkpoint_every=1"))
+    wait_for(running, lambda: any((tmp_path / "run").glob("checkpoints/*/manifest.json")))
+    running[1].kill()
+    (code, _, log), _ = parallel.ends_of(running, timeout=240)
+    assert code not in (0, None)
+    assert train.load_trained(tmp_path / "run").step > 0
+
+
+def rewrite(run_dir, **fields):
+    """Makes an unfinished run one of another config."""
+    path = run_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def wait_for(running, happened):
+    """Looks ten times a second; the processes must live."""
+    while not happened():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[0].wait(0.1)
         assert all(process.poll() is None for process in running), parallel.ends_of(running)
 
 

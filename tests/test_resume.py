@@ -3,6 +3,7 @@ ends."""
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import random
@@ -376,7 +377,7 @@ def test_no_checkpoint_that_can_be_used_is_an_error(digits, tmp_path, stopped):
     before = sorted(run_dir.rglob("*"))
     for _ in range(2):  # nor may the second attempt begin anew
         with pytest.raises(
-            ValueError, match=r"no checkpoint in .* step 9: .* step 4: .* Nothing was changed"
+            ValueError, match=r"no checkpoint in .*\(step 9: .* step 4: .*\)\. Nothing was changed"
         ):
             train.run(killed_config(digits), run_dir, progress=False)
     assert sorted(run_dir.rglob("*")) == before
@@ -497,7 +498,7 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path):
             jax.block_until_ready(params)
             assert not (tmp_path / str(number) / "manifest.json").exists()
             finished.set()
-        checkpoints.wait()
+            checkpoints.wait()
         for number in wanted:
             assert not np.array_equal(wanted[number]["w"], params["w"])
             target = jax.tree.map(jnp.zeros_like, params)
@@ -549,6 +550,21 @@ def test_full_disk_ends_with_one_sentence(digits, tmp_path, compiled_once, unbro
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@pytest.fixture
+def failed_saves_forgotten():
+    """What Orbax leaves undone when a save fails is collected here, not in the middle of another test."""
+    yield
+    gc.collect()
+
+
+# In the words of Python, which tells of work that nobody waited for.
+undone = pytest.mark.filterwarnings(
+    "ignore:.*was never awaited:RuntimeWarning", "ignore:.*was never awaited:pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@undone
+@pytest.mark.usefixtures("failed_saves_forgotten")
 def test_full_file_system_ends_with_one_sentence(tmp_path):
     place = tmp_path / "small"
     place.mkdir()
@@ -583,6 +599,8 @@ def without_privileges():
         os.seteuid(0)
 
 
+@undone
+@pytest.mark.usefixtures("failed_saves_forgotten")
 def test_folder_that_became_read_only(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", writing=True) as checkpoints:
         checkpoints.save(1, small_state(), Progress({}, 0.0), wait=True)
@@ -602,6 +620,7 @@ def test_folder_that_became_read_only(tmp_path):
 def test_log_that_cannot_be_written(digits, tmp_path, monkeypatch, unbroken):
     def fill(writer, record):
         if record["step"] == 9:
+            writer._file.close()
             writer._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
         return write(writer, record)
 
@@ -743,8 +762,14 @@ def clock(monkeypatch):
     class Clock:
         now = 0.0
 
+        def __init__(self):
+            self.then = []  # what happens right after the clock is read
+
         def perf_counter(self):
-            return self.now
+            read = self.now
+            while self.then:
+                self.then.pop()()
+            return read
 
     found = Clock()
     monkeypatch.setattr(feeding, "time", found)
@@ -761,12 +786,16 @@ def test_the_feeder_measures_what_the_device_waits(clock):
         assert feeder.take() == 1
         feeder.stepped(steps[0])
         assert feeder.position == {"next_index": 1}
-        # The step takes 2 seconds, the batch 5: the device waits for 3.
+        # The step takes 2 seconds, the batch, which is wanted by then, 5: the device waits for 3.
         clock.now = 2.0
         steps[0].done.set()
         assert feeder._done.result() == 2.0
-        clock.now = 5.0
-        batches.go.release()
+
+        def comes_at_five():
+            clock.now = 5.0
+            batches.go.release()
+
+        clock.then.append(comes_at_five)
         assert feeder.take() == 2
         feeder.stepped(steps[1])
         assert feeder.waited() == 3.0
@@ -814,7 +843,7 @@ def test_waiting_is_warned_of_once_an_epoch(caplog):
     for share, seconds, epoch in looks:
         warning.look(share, seconds=seconds, images_per_s=1234.5, epoch=epoch)
     said = warned(caplog)
-    assert [text[:27] for text in said] == ["run: 50 % of the time the de", "run: 25 % of the time the de"]
+    assert [text.partition(" of")[0] for text in said] == ["run: 50 %", "run: 25 %"]
     assert "1,234 images/s" in said[0]
     assert "`data.workers` (now 3; this machine has" in said[0]
 

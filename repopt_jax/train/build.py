@@ -160,25 +160,37 @@ def _cannot_evaluate(params: Any, rest: Any, batches: Any) -> Any:
     raise ValueError("an abstract program has no images to evaluate")
 
 
-def load_trained(run_dir: str | Path) -> Trained:
-    """The network of the newest checkpoint of a run, finished or not, on the first local device.
+def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Trained:
+    """The network of a run, finished or not, on the first local device: its moving average where there is one.
+
+    Args:
+      run_dir: folder of the run.
+      checkpoint: "latest", "best" (by the first number of its evaluations, see `tasks.METRICS`), or a step.
 
     Raises:
-      FileNotFoundError: no run, or no checkpoint, in `run_dir`.
+      FileNotFoundError: no run, or no such checkpoint, in `run_dir`.
+      ValueError: `checkpoint` is something else.
     """
     folder = RunFolder(run_dir)
     config, info = folder.read()
     network = split_model(nnx.eval_shape(lambda: make_task(config).new_model(info, seed=0)))
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     network = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network)
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        step = checkpoints.latest
-        if step is None:
-            raise FileNotFoundError(f"`run_dir` {folder.path} has no checkpoint yet: let it train")
-        params, rest = checkpoints.load_network(network.params, network.rest)
+    with open_checkpoints(folder, config) as checkpoints:
+        step = checkpoints.find(checkpoint)
+        params, rest = checkpoints.load_network(network.params, network.rest, step=step)
     model = merge_model(network.graphdef, params, rest)
     model.eval()
     return Trained(model, config, info, step)
+
+
+def open_checkpoints(folder: RunFolder, config: Config) -> Checkpoints:
+    """The checkpoints of a run, for reading, with the scores of its evaluations so far.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    return Checkpoints(folder.checkpoints, scores=folder.scores(config.task))
 
 
 def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:

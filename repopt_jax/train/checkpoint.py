@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -101,8 +102,10 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._quiet = contextlib.ExitStack()
         if writing:
-            self._quiet.enter_context(_orbax_quiet())
-            self._latest = _agreed(self._open_for_writing)
+            with contextlib.ExitStack() as quiet:
+                quiet.enter_context(_orbax_quiet())
+                self._latest = _agreed(self._open_for_writing)
+                self._quiet = quiet.pop_all()
 
     @property
     def latest(self) -> int | None:
@@ -161,6 +164,8 @@ class Checkpoints:
         self.wait()
         folder = self.directory / str(step)
         with _one_sentence(step), _items_of_json():
+            # Where no folder can be made, Orbax would leave its own work lying about, unfinished.
+            tempfile.TemporaryFile(dir=self.directory).close()
             response = ocp.save_checkpointables_async(str(folder), _items(state, progress))
         self._saving = self._thread.submit(self._complete, step, due, response)
         if wait:
@@ -255,7 +260,7 @@ class Checkpoints:
                 break
             wrong[step] = found
         # The first save of a run may have been killed: then, and only then, is there nothing to lose.
-        first_save = len(wrong) == 1 and not any(map(self._counted, wrong))
+        first_save = len(wrong) == 1 and not any(self._counted(s) or self._earlier(s) for s in wrong)
         if wrong and newest is None and not first_save:
             raise ValueError(_unusable(self.directory, wrong))
         for step, found in wrong.items():

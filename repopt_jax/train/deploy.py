@@ -17,8 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from repopt_jax._version import __version__
 from repopt_jax.fuse import fuse, output_difference
-from repopt_jax.train.build import Trained, build_model, load_trained, make_task
-from repopt_jax.train.checkpoint import Checkpoints
+from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import from_json
 from repopt_jax.train.records import read_json
@@ -68,24 +67,31 @@ class Deployed:
     reused: bool = False
 
 
-def deploy(run_dir: str | Path, out_dir: str | Path, *, data_dir: str | None = None) -> Deployed:
-    """Fuses the network of a run's newest checkpoint into plain convolutions and saves it in `out_dir`.
+def deploy(
+    run_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    data_dir: str | None = None,
+    checkpoint: str | int = "latest",
+) -> Deployed:
+    """Fuses the network of a run's checkpoint into plain convolutions and saves it in `out_dir`.
 
     Args:
       run_dir: the run, finished or not.
       out_dir: new, empty, or holding this very deployment, which is then returned as it is.
       data_dir: where the test images are now, if not where the run found them.
+      checkpoint: of the run, as `build.load_trained` takes it.
 
     Raises:
-      FileNotFoundError: no run, or no checkpoint, in `run_dir`.
-      ValueError: `out_dir` holds something else, or the data do not fit the network.
+      FileNotFoundError: no run, or no such checkpoint, in `run_dir`.
+      ValueError: `checkpoint` is none, `out_dir` holds something else, or the data do not fit the network.
       OSError: `out_dir` cannot be written.
     """
     out_dir = Path(out_dir).expanduser().absolute()
-    origin = _origin(run_dir)
+    origin = _origin(run_dir, checkpoint)
     if (stored := _stored(out_dir, origin)) is not None:
         return stored
-    trained = load_trained(run_dir)
+    trained = load_trained(run_dir, checkpoint=origin["step"])
     out_dir.mkdir(parents=True, exist_ok=True)
     part = out_dir / _PART  # from here on the folder is known as ours, should this be interrupted
     part.write_text(json.dumps(origin) + "\n", encoding="utf-8")
@@ -137,10 +143,22 @@ def load_deployed(directory: str | Path) -> Trained:
     )
 
 
-def load_any(directory: str | Path) -> Trained:
-    """The network of a deployment or, if `directory` is none, of a run."""
-    is_deployed = (Path(directory).expanduser() / "deploy.json").is_file()
-    return load_deployed(directory) if is_deployed else load_trained(directory)
+def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> Trained:
+    """The network of a deployment or, if `directory` is none, of a run: of its newest checkpoint, or as
+    `build.load_trained` takes it.
+
+    Raises:
+      FileNotFoundError: there is neither, or no such checkpoint.
+      ValueError: a `checkpoint` of a deployment, which has none.
+    """
+    if not (Path(directory).expanduser() / "deploy.json").is_file():
+        return load_trained(directory, checkpoint="latest" if checkpoint is None else checkpoint)
+    if checkpoint is not None:
+        raise ValueError(
+            f"`checkpoint`={checkpoint!r}, but {directory} holds a deployed network, which was made from one: "
+            "leave it out, or give the folder of the run"
+        )
+    return load_deployed(directory)
 
 
 def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]:
@@ -193,12 +211,12 @@ def _some_images(trained: Trained, data_dir: str | None) -> jax.Array:
     return jnp.asarray(np.concatenate(images)[:COMPARED_IMAGES])
 
 
-def _origin(run_dir: str | Path) -> dict[str, Any]:
+def _origin(run_dir: str | Path, checkpoint: str | int) -> dict[str, Any]:
     """What a deployment is made from, read without loading the network."""
     folder = RunFolder(run_dir)
     config, info = folder.read()
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        step = checkpoints.latest
+    with open_checkpoints(folder, config) as checkpoints:
+        step = checkpoints.find(checkpoint)
     return {"run": str(folder.path), "step": step, "config": _plain(config), "dataset": _plain(info)}
 
 

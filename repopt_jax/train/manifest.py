@@ -23,7 +23,7 @@ def write(folder: Path, **notes: Any) -> None:
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": _checksum(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != NAME + ".part"
+        if path.is_file() and path.name not in (NAME, NAME + ".part")
     }
     part = folder / (NAME + ".part")
     with open(part, "w", encoding="utf-8") as file:

@@ -1,7 +1,8 @@
 """The whole path once, on one command: search, extract scales, train, check, deploy, report.
 
     OUT/search/            the hyper-search; the scales that it found are in OUT/search/scales
-    OUT/runs/<way>-<seed>/ plain SGD, RepOpt with searched scales, RepVGG (classifiers also the depth rule)
+    OUT/runs/<way>-<seed>/ plain SGD, RepOpt with searched scales, RepVGG where the network has such blocks
+                           (classifiers also the depth rule)
     OUT/equivalence.json   training the CSLA network against training the plain one with `repopt_mask`
     OUT/deploy/<way>/      the first seed of each way as plain convolutions
     OUT/report.html, report.json, report/
@@ -30,6 +31,7 @@ from repopt_jax.train.config_io import differing_fields, from_json, to_json
 from repopt_jax.train.deploy import Deployed, deploy, load_deployed
 from repopt_jax.train.gallery import gallery
 from repopt_jax.train.loop import run
+from repopt_jax.train.networks import find_network
 from repopt_jax.train.rundir import Summary
 from repopt_jax.train.tasks import METRICS, told
 from repopt_jax.train.validation import validate
@@ -84,8 +86,8 @@ def quickstart(
       OSError, FloatingPointError: as `loop.run`.
     """
     _check(base, seeds)
-    ways, usual = COMPARED[base.task]
-    seeds = usual if seeds is None else seeds
+    ways = _ways(base)
+    seeds = COMPARED[base.task][1] if seeds is None else seeds
     out_dir = Path(out_dir).expanduser().absolute()
     _claim(out_dir, base)
 
@@ -139,7 +141,17 @@ def _check(base: Config, seeds: int | None) -> None:
         )
     if problems:
         raise ValueError("; ".join(problems))
-    validate(variant(base, "plain", "target", ""))
+    for way, kind in (("plain", "target"), ("search", "search")):
+        validate(variant(base, way, kind, ""))
+
+
+def _ways(base: Config) -> tuple[str, ...]:
+    """The ways of the task that the network can go: not every family has blocks with the branches of RepVGG."""
+    ways, _ = COMPARED[base.task]
+    if base.task == "detect":
+        return ways
+    family, _ = find_network(base.model.variant)
+    return tuple(way for way in ways if WAYS[way][0] in family.kinds)
 
 
 def _claim(out_dir: Path, base: Config) -> None:
