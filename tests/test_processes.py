@@ -177,10 +177,11 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
 @pytest.mark.long
 def test_a_process_that_dies_in_a_save_ends_the_other(digits, tmp_path, repopt):
     """There it is noticed by its heartbeats, which JAX misses for 100 seconds."""
-    running = repopt(*training(digits, tmp_path / "run", "--config.epochs=400", "--config.checkpoint_every=1"))
+    often = ("--config.epochs=400", "--config.checkpoint_every=1")
+    running = repopt(*training(digits, tmp_path / "run", *often))
     wait_for(running, lambda: any((tmp_path / "run").glob("checkpoints/*/manifest.json")))
     running[1].kill()
-    (code, _, log), _ = parallel.ends_of(running, timeout=240)
+    (code, *_), _ = parallel.ends_of(running, timeout=240)
     assert code not in (0, None)
     assert train.load_trained(tmp_path / "run").step > 0
 

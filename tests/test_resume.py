@@ -559,7 +559,8 @@ def failed_saves_forgotten():
 
 # In the words of Python, which tells of work that nobody waited for.
 undone = pytest.mark.filterwarnings(
-    "ignore:.*was never awaited:RuntimeWarning", "ignore:.*was never awaited:pytest.PytestUnraisableExceptionWarning"
+    "ignore:.*was never awaited:RuntimeWarning",
+    "ignore:.*was never awaited:pytest.PytestUnraisableExceptionWarning",
 )
 
 

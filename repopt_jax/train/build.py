@@ -161,7 +161,8 @@ def _cannot_evaluate(params: Any, rest: Any, batches: Any) -> Any:
 
 
 def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Trained:
-    """The network of a run, finished or not, on the first local device: its moving average where there is one.
+    """The network of a run, finished or not, on the first local device; its moving average where there is
+    one.
 
     Args:
       run_dir: folder of the run.

@@ -155,8 +155,8 @@ def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> T
         return load_trained(directory, checkpoint="latest" if checkpoint is None else checkpoint)
     if checkpoint is not None:
         raise ValueError(
-            f"`checkpoint`={checkpoint!r}, but {directory} holds a deployed network, which was made from one: "
-            "leave it out, or give the folder of the run"
+            f"`checkpoint`={checkpoint!r}, but {directory} holds a deployed network, which was made from "
+            "one: leave it out, or give the folder of the run"
         )
     return load_deployed(directory)
 

@@ -146,7 +146,7 @@ def _check(base: Config, seeds: int | None) -> None:
 
 
 def _ways(base: Config) -> tuple[str, ...]:
-    """The ways of the task that the network can go: not every family has blocks with the branches of RepVGG."""
+    """The ways of the task that the network can go: not every family has blocks of RepVGG's form."""
     ways, _ = COMPARED[base.task]
     if base.task == "detect":
         return ways
