@@ -1,8 +1,18 @@
-"""Four virtual CPU devices for every test, float64 where a test asks for it, and no silent rank promotion."""
+"""Four virtual CPU devices for every test, float64 where a test asks for it, no silent rank promotion, and
+one memory of compiled programs."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time of these tests is compilation, of the same small programs again and again. What one of them
+# compiles serves all, also in the other process and in those that tests start: they inherit these variables.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="repopt-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

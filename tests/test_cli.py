@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from PIL import Image
 
 from repopt_jax import interop, models
@@ -21,6 +20,7 @@ from repopt_jax.arguments import Arguments, read_config
 from repopt_jax.cli import main
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.scales import save_scales
+from repopt_jax.train import quickstart
 
 # A network that compiles in a moment, on a folder of made-up images; `smoke` is what the tests shorten.
 CONFIG = """
@@ -521,18 +521,29 @@ def test_convert_refuses_in_one_sentence(capsys, searched, tmp_path):
     assert file.read_bytes() == written
 
 
-@pytest.fixture
-def compilation_cache(monkeypatch):
-    """`quickstart` keeps what it compiles in its folder: for the length of a test."""
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+def test_quickstart_keeps_what_it_compiles(capsys, place, tmp_path, monkeypatch):
+    """In its folder, unless the user has another place for it."""
+    seen = []
+
+    def look(base, out, **options):
+        seen.append((jax.config.jax_compilation_cache_dir, str(out)))
+        raise ValueError("far enough")
+
     before = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
+    monkeypatch.setattr(quickstart, "quickstart", look)
+    try:
+        for name in ("here", "there"):
+            assert main(["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path / name}"]) == 1
+            monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    (first, _), (second, out) = seen
+    assert first == before["jax_compilation_cache_dir"]
+    assert second == f"{out}/compiled"
 
 
-def test_quickstart_does_it_all_and_reuses_it(capsys, place, tmp_path, compilation_cache):
+def test_quickstart_does_it_all_and_reuses_it(capsys, place, tmp_path):
     arguments = ["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}/out", "--seeds=1"]
     assert main(arguments) == 0
     said = capsys.readouterr().out

@@ -115,7 +115,7 @@ def test_recipes_that_are_told_in_words():
 
 @pytest.fixture
 def abstract():
-    """A config's step at full size, without an array, on four devices in two groups of two."""
+    """A config's program and state at full size, without an array, on four devices in two groups of two."""
 
     def trace(run):
         config = train.load_config(run)
@@ -135,8 +135,9 @@ def abstract():
     return trace
 
 
-def check_full_size(run, abstract):
-    config, info, program, state = abstract(run)
+@pytest.mark.parametrize("run", RUNS)
+def test_every_config_builds_at_full_size(run, abstract):
+    config, _, _, state = abstract(run)
     if run in PARAMETERS:
         assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[run]
     sizes = {leaf.dtype for leaf in jax.tree.leaves(state.params)}
@@ -144,6 +145,10 @@ def check_full_size(run, abstract):
     assert bool(state.ema) == (config.optim.ema is not None)
     divided = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
     assert sum(leaf.size for leaf in divided) > 0.9 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def check_step(run, abstract):
+    config, info, program, state = abstract(run)
     new_state, means = jax.eval_shape(program.train_step, state, batch_of(config, info))
     like = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
     assert like(new_state) == like(state)
@@ -162,19 +167,19 @@ def batch_of(config, info):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
 
 
-# The others, slower to trace, are long.
-FULL_SIZE = ("imagenet:B1",)
+# The steps of the others, slower to trace, are long.
+TRACED = ("imagenet:B1",)
 
 
-@pytest.mark.parametrize("run", FULL_SIZE)
-def test_full_size(run, abstract):
-    check_full_size(run, abstract)
+@pytest.mark.parametrize("run", TRACED)
+def test_step_at_full_size(run, abstract):
+    check_step(run, abstract)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("run", [run for run in RUNS if run not in FULL_SIZE])
-def test_full_size_of_every_other(run, abstract):
-    check_full_size(run, abstract)
+@pytest.mark.parametrize("run", [run for run in RUNS if run not in TRACED])
+def test_step_at_full_size_of_every_other(run, abstract):
+    check_step(run, abstract)
 
 
 # -- smokes -------------------------------------------------------------------------------------------------

@@ -31,23 +31,13 @@ def digits(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture
-def repopt(compiled):
+def repopt():
     """Starts `repopt ARGUMENTS` in two processes of two devices each."""
 
     def start(*arguments, **environment):
-        variables = {
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            **environment,
-        }
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        variables = {**os.environ, **devices, **environment}
         return parallel.start([sys.executable, "-m", "repopt_jax", *map(str, arguments)], 2, env=variables)
 
     return start

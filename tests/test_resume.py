@@ -22,7 +22,6 @@ import pytest
 import training
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
 from training import (
     STEPS,
@@ -39,8 +38,9 @@ from training import (
 from repopt_jax import data, save_scales, train
 from repopt_jax.cli import main
 from repopt_jax.train import feeding, loop, manifest, stopping
-from repopt_jax.train.checkpoint import Checkpoints, Progress, check_scales, kept
+from repopt_jax.train.checkpoint import Checkpoints, Progress, kept
 from repopt_jax.train.metrics import MetricsWriter
+from repopt_jax.train.same_scales import check_scales
 from repopt_jax.train.state import TrainState
 
 
@@ -52,24 +52,12 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """All runs here are of few programs: each is compiled once, quickly, in this process or in one that is to
-    be killed. What is computed must be the same bits, whatever they are."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    wanted = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
+def compiled_quickly():
+    """All runs here are of few programs, in this process or in one that is to be killed. What is computed
+    must be the same bits, whatever they are."""
     jax.config.update("jax_disable_most_optimizations", True)
-    compilation_cache.reset_cache()
-    yield folder
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +81,9 @@ def copied(run_dir, tmp_path):
     return tmp_path / "run"
 
 
-def killed(out, digits, compiled_once, *moment):
+def killed(out, digits, *moment):
     """Trains in a process of its own, which ends as `training` says."""
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": compiled_once,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     program = [sys.executable, training.__file__, out, digits, *map(str, moment)]
     return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -123,11 +106,11 @@ KILLS = (
 )
 
 
-def test_run_killed_again_and_again_ends_the_same(digits, tmp_path, unbroken, compiled_once, caplog):
+def test_run_killed_again_and_again_ends_the_same(digits, tmp_path, unbroken, caplog):
     run_dir = tmp_path / "run"
     expected = ""
     for moment, number, says in KILLS:
-        done = killed(run_dir, digits, compiled_once, moment, number)
+        done = killed(run_dir, digits, moment, number)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert checkpoints_in(run_dir) == [4], moment
         assert re.search(expected, done.stderr), (moment, done.stderr)
@@ -155,7 +138,7 @@ def test_run_whose_first_save_was_killed_begins_again(tmp_path, caplog):
 
 
 @pytest.mark.long
-def test_twenty_runs_killed_at_random_moments(digits, tmp_path, compiled_once):
+def test_twenty_runs_killed_at_random_moments(digits, tmp_path):
     seed = 20260101
     rng = random.Random(seed)
     config = killed_config(digits, checkpoint_every=1)
@@ -165,7 +148,7 @@ def test_twenty_runs_killed_at_random_moments(digits, tmp_path, compiled_once):
         out = tmp_path / f"run{number}"
         moment = rng.randrange(0, 3000)
         began = time.perf_counter()
-        done = killed(out, digits, compiled_once, "milliseconds", moment)
+        done = killed(out, digits, "milliseconds", moment)
         folder = out / "checkpoints"
         saving = any("tmp" in p.name or not (p / "manifest.json").exists() for p in folder.glob("[0-9]*"))
         landed.append((moment, max(checkpoints_in(out), default=0), saving))
@@ -541,8 +524,8 @@ def test_error_of_a_save_comes_out_once_and_keeps_the_one_before(digits, tmp_pat
     assert_same_run(tmp_path / "run", unbroken)
 
 
-def test_full_disk_ends_with_one_sentence(digits, tmp_path, compiled_once, unbroken):
-    done = killed(tmp_path / "run", digits, compiled_once, "limit", 8)
+def test_full_disk_ends_with_one_sentence(digits, tmp_path, unbroken):
+    done = killed(tmp_path / "run", digits, "limit", 8)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "File too large; the checkpoint of step 4 is kept in" in line

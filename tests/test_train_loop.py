@@ -9,7 +9,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from training import STEPS, arrays, assert_same_run, checkpoints_in, tiny_config, told
 
 from repopt_jax import data, train
@@ -24,21 +23,6 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     data.open_source("digits", data_dir=folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Many runs here are of one program: it is compiled once, in this process or in one to be killed."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from repopt_jax.scales import ScalesMetadata, save_scales
 from repopt_jax.surgery import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
-from repopt_jax.train.checkpoint import Checkpoints, Progress, check_scales
+from repopt_jax.train.checkpoint import Checkpoints, Progress
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import to_json
 from repopt_jax.train.feeding import Feeder, WaitWarning
@@ -36,6 +36,7 @@ from repopt_jax.train.metrics import (
 )
 from repopt_jax.train.processes import together
 from repopt_jax.train.rundir import RunFolder, Summary, summarize
+from repopt_jax.train.same_scales import check_scales
 from repopt_jax.train.sharding import make_mesh, meet, put_batch
 from repopt_jax.train.state import TrainState, all_finite, merge_model
 from repopt_jax.train.tasks import METRICS
