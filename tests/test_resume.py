@@ -33,6 +33,7 @@ from training import (
     stop_at,
     tiny_config,
     told,
+    without_privileges,
 )
 
 from repopt_jax import data, save_scales, train
@@ -568,19 +569,6 @@ def test_full_file_system_ends_with_one_sentence(tmp_path):
             assert checkpoints.latest == 1
     finally:
         subprocess.run(["umount", str(place)], check=True)
-
-
-@contextlib.contextmanager
-def without_privileges():
-    """Permissions do not bind the superuser, as whom tests may run in a container."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @undone

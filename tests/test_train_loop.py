@@ -1,15 +1,13 @@
 """Whole runs on the embedded digits: every kind, broken and resumed, refused, and gone wrong."""
 
-import contextlib
 import json
 import logging
-import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from training import STEPS, arrays, assert_same_run, checkpoints_in, tiny_config, told
+from training import STEPS, arrays, assert_same_run, checkpoints_in, tiny_config, told, without_privileges
 
 from repopt_jax import data, train
 from repopt_jax.scales import load_scales
@@ -179,19 +177,6 @@ def test_folder_with_other_files_is_refused(digits, tmp_path):
     with pytest.raises(ValueError, match="that this version did not write"):
         train.run(tiny_config("target", digits), tmp_path, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "thesis.tex"]
-
-
-@contextlib.contextmanager
-def without_privileges():
-    """Permissions do not bind the superuser, as whom tests may run in a container."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_folder_without_permission_is_one_sentence(digits, tmp_path):

@@ -5,6 +5,7 @@
 trains `killed_config` on four devices and kills itself at a moment: see `MOMENTS`.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -105,6 +106,19 @@ def stop_after_step(number: int, act: Callable[[], object] = lambda: True) -> Ca
     """As `stop_at`, without the questions of evaluations, which `tiny_config` makes at the end of an epoch: a
     step's own question is the first after its number of steps."""
     return stop_at(number + (number - 1) // 6 * 4, act)
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """Permissions do not bind the superuser, as whom tests may run in a container."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def _kill() -> None:
