@@ -35,6 +35,11 @@ EXTRAS = {
     "torch": "torch",
 }
 
+OUT_OF_MEMORY = (
+    "it does not fit in the memory of the device: lower `batch_size`, or raise `optim.accumulate` (parts of "
+    "a batch, one after the other) or `mesh.fsdp` (devices that share the state)"
+)
+
 # Flags of `repopt bench`, "" for the defaults of `bench.Settings`.
 BENCH_FLAGS: dict[str, str | None] = dict.fromkeys(
     (
@@ -65,6 +70,9 @@ def _report(error: BaseException) -> int | None:
         return _fail(error, code=130, text=str(error) or "interrupted; run the same command again")
     if isinstance(error, ValueError | TypeError | KeyError | OSError | FloatingPointError | ImportError):
         return _fail(error, code=1)
+    # What XLA raises, without importing JAX for an error of another kind.
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        return _fail(error, code=1, text=f"{_first_line(error)}: {OUT_OF_MEMORY}")
     return None
 
 
@@ -97,12 +105,16 @@ def _commands() -> dict[str, Command]:
     job_flags: dict[str, str | None] = {"coordinator": "", "processes": "", "process": ""}
     return {
         "quickstart": Command(
-            _quickstart, cli_help.QUICKSTART, {"out": "runs/quickstart", "seeds": ""}, "digits:plain", True
+            _alone(_quickstart),
+            cli_help.QUICKSTART,
+            {"out": "runs/quickstart", "seeds": ""},
+            "digits:plain",
+            True,
         ),
         "search": Command(_joined(_search), cli_help.SEARCH, {"out": None, **job_flags}, takes_config=True),
         "train": Command(_joined(_train), cli_help.TRAIN, {"out": None, **job_flags}, takes_config=True),
-        "eval": Command(_eval, cli_help.EVAL, run_flags),
-        "deploy": Command(_deploy, cli_help.DEPLOY, {**run_flags, "out": None}),
+        "eval": Command(_alone(_eval), cli_help.EVAL, run_flags),
+        "deploy": Command(_alone(_deploy), cli_help.DEPLOY, {**run_flags, "out": None}),
         "predict": Command(
             _predict,
             cli_help.PREDICT,
@@ -122,7 +134,7 @@ def _commands() -> dict[str, Command]:
             {"model": "", "kind": "", "classes": "0", "key": "", "to": ""},
             positional=("in", "out"),
         ),
-        "bench": Command(_bench, cli_help.BENCH, BENCH_FLAGS, positional=("parts",)),
+        "bench": Command(_alone(_bench), cli_help.BENCH, BENCH_FLAGS, positional=("parts",)),
     }
 
 
@@ -391,6 +403,10 @@ def _fail(error: BaseException, *, code: int, text: str | None = None) -> int:
     return code
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"cannot use {error.filename}: {error.strerror}"
@@ -410,6 +426,19 @@ def _joined(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
             return act(arguments)
 
     return act_in_job
+
+
+def _alone(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
+    """A command of one process, which several would do at once in the same folder."""
+
+    def act_alone(arguments: Arguments) -> int:
+        from repopt_jax.train import processes
+
+        if processes.cluster(os.environ) == "slurm":
+            raise UsageError("this command is one process, and this is a SLURM step of several: use srun -n1")
+        return act(arguments)
+
+    return act_alone
 
 
 @contextlib.contextmanager
@@ -445,12 +474,11 @@ def _end_of_process(error: BaseException) -> int:
 
     code = _report(error)
     if code is None and isinstance(error, jax.errors.JaxRuntimeError):
-        first = str(error).partition("\n")[0]
         code = _fail(
             error,
             code=1,
-            text=f"process {jax.process_index()} ends, as another process of the job has ended or cannot be "
-            f"reached ({first}): see what the others say, then run the same command again",
+            text=f"process {jax.process_index()} ends: {_first_line(error)}. Most often another process of "
+            "the job has ended or cannot be reached: see what the others say, then run the command again",
         )
     elif code is None:
         traceback.print_exception(error)

@@ -386,9 +386,16 @@ REPORTED = (
 )
 
 
+DESCRIBED = {
+    "wide": "3x3 convolutions 3 -> 512 -> 512 at 14 px",
+    "B1": "RepOpt-VGG B1 at 224 px",
+}
+
+
 def report(path: str, *networks: str) -> None:
     """Compiles `REPORTED`, or what of it is of the networks named, and writes a table."""
     chosen = [row for row in REPORTED if not networks or row[0] in networks]
+    chosen_names = {row[0]: None for row in chosen}
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu", "flax", "optax"))
     lines = [
         "# The training step, compiled for TPUs",
@@ -398,8 +405,7 @@ def report(path: str, *networks: str) -> None:
         f"{versions}, Python {platform.python_version()}. No TPU was used: these are the programs of",
         "one chip, with SGD (momentum, Nesterov, decay), without scales / with `repopt_mask`.",
         "",
-        "- `wide`: 3x3 convolutions 3 -> 512 -> 512 at 14 px; `B1`: RepOpt-VGG B1 at 224 px. 8 images a",
-        "  chip, computed in bfloat16.",
+        *(f"- `{name}`: {DESCRIBED[name]}; 8 images a chip, in bfloat16." for name in chosen_names),
         "- more, vectors: by how many bytes the arguments grow, and how many all scale vectors have.",
         "- update: bytes that are read and written, for one element of a kernel, to turn gradient, kernel",
         "  and momentum into the new kernel and momentum. 20 is the least in float32, three reads and two",

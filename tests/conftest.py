@@ -16,6 +16,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
+from jax._src.interpreters import partial_eval
+
+# NNX asks each array of a network that is being made under a trace where it lies. JAX answers by an error with
+# an account of the program so far, which nobody sees: two thirds of the time of such tests.
+if hasattr(partial_eval.DynamicJaxprTracer, "_origin_msg"):
+    partial_eval.DynamicJaxprTracer._origin_msg = lambda self: ""
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -18,9 +18,11 @@ import numpy as np
 from training import tiny_config
 
 from repopt_jax import paths
+from repopt_jax.detection import Detections
 from repopt_jax.train import processes
 from repopt_jax.train.build import build_program, open_feed
-from repopt_jax.train.sharding import make_mesh, put_batch, put_state
+from repopt_jax.train.detection import on_every_host
+from repopt_jax.train.sharding import AXES, make_mesh, put_batch, put_state
 
 STEPS = 20
 TESTS = Path(__file__).parent
@@ -107,6 +109,21 @@ def main() -> None:
         params = whole(train(data_dir, case).params)
         if processes.is_first():
             np.savez(Path(out_dir) / f"{k}.npz", **paths.named_leaves(params)[0])
+    rows = gathered_rows()
+    np.savez(Path(out_dir) / f"rows{index}.npz", **rows)
+
+
+def gathered_rows():
+    """What an evaluation of a detector gathers of a batch with numbered rows, on a mesh whose devices are
+    not in the order of the processes, as those of a TPU pod are not."""
+    a, b, c, d = jax.devices()
+    mesh = jax.sharding.Mesh(np.array([a, c, d, b]).reshape(4, 1), AXES)
+    mine = np.arange(4, dtype=np.int32) + 4 * jax.process_index()
+    images = put_batch({"image": mine}, mesh)["image"]
+    found = Detections(*[images] * len(Detections._fields))
+    found, real = on_every_host(found, {"index": mine}, mesh)
+    one_after_the_other = jax.experimental.multihost_utils.process_allgather(mine, tiled=True)
+    return {"found": found[0], "index": real["index"], "by_process": one_after_the_other}
 
 
 if __name__ == "__main__":

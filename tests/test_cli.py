@@ -310,6 +310,22 @@ def test_ctrl_c_before_the_first_step(capsys, train, monkeypatch):
     refused(capsys, train(), "interrupted", "run the same command again", code=130)
 
 
+def test_what_does_not_fit_in_memory(capsys, train, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore")
+
+    monkeypatch.setattr("repopt_jax.train.run", full)
+    refused(capsys, train(), "Out of memory allocating 8 bytes.: it does not fit", "lower `batch_size`")
+
+
+@pytest.mark.parametrize("command", ["eval", "deploy", "bench", "quickstart"])
+def test_a_command_of_one_process_in_a_job_of_several(capsys, monkeypatch, command, tmp_path):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    flags = {"eval": ["--run=x"], "deploy": ["--run=x", f"--out={tmp_path}/y"], "bench": ["update"]}
+    refused(capsys, [command, *flags.get(command, [])], "one process", "srun -n1", code=2)
+
+
 def test_the_traceback_can_be_asked_for(capsys, train, monkeypatch):
     monkeypatch.setenv("REPOPT_TRACEBACK", "1")
     assert main(train("--config.model.kind=x")) == 1
@@ -374,6 +390,26 @@ def test_train_eval_deploy_eval(capsys, searched, train, tmp_path):
     assert main(["eval", f"--run={deployed}"]) == 0
     of_deployed = capsys.readouterr().out
     assert of_deployed.split(", loss")[0] == of_run.split(", loss")[0]
+
+    # Another checkpoint than the last one: the best, or that of a step.
+    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert main(["eval", f"--run={run}", f"--checkpoint={steps[0]}"]) == 0
+    assert f"step {steps[0]}" in capsys.readouterr().out
+    for asked, parts in (
+        ("7777", (f"no checkpoint of step 7777; there are {steps[0]}",)),
+        ("newest", ("`checkpoint`='newest' must be latest, best or the number of a step",)),
+    ):
+        refused(capsys, ["eval", f"--run={run}", f"--checkpoint={asked}"], *parts)
+    refused(capsys, ["eval", f"--run={deployed}", "--checkpoint=best"], "holds a deployed network")
+    assert main(["deploy", f"--run={run}", f"--out={tmp_path}/best", "--checkpoint=best"]) == 0
+    capsys.readouterr()
+    accuracies = {
+        record["step"]: record["accuracy"]
+        for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if record["kind"] == "eval" and record["step"] in steps
+    }
+    best = json.loads((tmp_path / "best" / "deploy.json").read_text())
+    assert accuracies[best["step"]] == max(accuracies.values())
 
     before = files(deployed)
     assert main(["deploy", f"--run={run}", f"--out={deployed}"]) == 0

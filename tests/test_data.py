@@ -1,6 +1,10 @@
 """From a source to batches: the order of images, sharding, resuming, evaluation."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -279,6 +283,43 @@ def test_worker_processes_give_the_same_batches_and_the_same_state(tmp_path):
     second.set_state(state)
     assert_equal(list(itertools.islice(second, 4)), unbroken[4:])
     second.close()
+
+
+# Prints a line for each batch that its workers make, as long as it lives.
+READER = """
+import signal, sys
+from repopt_jax.data import Transform, open_source, train_batches
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    source = open_source("folder", data_dir=sys.argv[1])
+    for batch in train_batches(source, Transform(image_size=6), batch_size=4, seed=0, workers=2):
+        print(batch["label"].sum(), flush=True)
+"""
+
+
+def test_workers_end_with_their_parent_and_not_before(tmp_path):
+    """Signals that reach the whole group leave them at work; a parent that is killed takes them with it. They
+    hold its standard output, which ends with the last of them."""
+    folder_source(tmp_path)
+    program = tmp_path / "reader.py"
+    program.write_text(READER)
+    command = [sys.executable, str(program), str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as reader:
+        assert reader.stdout is not None
+        first = [reader.stdout.readline() for _ in range(3)]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(reader.pid, number)
+            # More than workers and pipe can hold ready.
+            more = [reader.stdout.readline() for _ in range(200)]
+            assert all(line.strip().isdigit() for line in first + more), reader.communicate(timeout=60)
+        reader.kill()
+        reader.communicate(timeout=60)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(reader.pid, 0)
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (0, 2), (1, 1)])

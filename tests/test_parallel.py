@@ -40,7 +40,8 @@ def in_two_processes(digits, tmp_path_factory):
     command = [sys.executable, parallel.__file__, str(folder), str(digits)]
     ends = parallel.ends_of(parallel.start(command, 2))
     assert [code for code, *_ in ends] == [0, 0], ends
-    return [dict(np.load(folder / f"{k}.npz")) for k in range(len(parallel.CASES))]
+    names = [*map(str, range(len(parallel.CASES))), "rows0", "rows1"]
+    return [dict(np.load(folder / f"{name}.npz")) for name in names]
 
 
 def named(params):
@@ -63,6 +64,14 @@ def test_four_devices_train_as_one(digits, on_one_device, case):
 def test_two_processes_train_as_one_device(in_two_processes, on_one_device, k):
     dtype = parallel.CASES[k].dtype
     assert difference(in_two_processes[k], on_one_device[dtype]) < TOLERANCES[dtype]
+
+
+def test_detections_stay_with_their_images_whatever_the_order_of_the_devices(in_two_processes):
+    """The control: the rows of the processes, one after the other, are in another order than the mesh's."""
+    for rows in in_two_processes[-2:]:
+        np.testing.assert_array_equal(rows["found"], rows["index"])
+        assert sorted(rows["index"]) == list(range(8))
+        assert list(rows["by_process"]) == list(range(8)) != list(rows["index"])
 
 
 def test_statistics_of_each_device_are_another_training(digits, on_one_device):

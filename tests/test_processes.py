@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def sentences(error_text):
 def test_half_a_job_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         processes.join(*given)
+
+
+def test_nobody_answers(monkeypatch):
+    monkeypatch.setattr(processes, "WAIT_S", 0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with pytest.raises(OSError, match=f"nobody answers at --coordinator=127.0.0.1:{port} .*start that one"):
+        processes.join(f"127.0.0.1:{port}", 2, 1)
 
 
 def test_one_process_needs_nothing(monkeypatch):

@@ -434,6 +434,16 @@ def test_best_and_last_are_kept_also_of_a_broken_run(digits, tmp_path):
             checkpoints.find("newest")
 
 
+def test_the_best_is_kept_also_where_no_checkpoint_would_fall_on_an_evaluation(digits, tmp_path):
+    config = killed_config(digits, checkpoint_every=4, keep_last=1, keep_best=1)
+    train.run(config, tmp_path / "run", progress=False)
+    scores = {r["step"]: r["accuracy"] for r in told(tmp_path / "run") if r["kind"] == "eval"}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert checkpoints_in(tmp_path / "run") == sorted({best, 18})
+    assert train.load_trained(tmp_path / "run", checkpoint="best").step == best
+    assert train.load_trained(tmp_path / "run", checkpoint=18).step == 18
+
+
 # -- saving while training goes on
 # ---
 
@@ -659,6 +669,22 @@ def test_other_devices_can_resume(digits, tmp_path, monkeypatch, some_scales, st
     last = [r["loss"] for r in told(run_dir) if r["kind"] == "train"][-1]
     assert last == pytest.approx(
         [r["loss"] for r in told(stopped_target / "whole") if r["kind"] == "train"][-1], abs=OTHER_DEVICES
+    )
+
+
+def test_other_devices_are_told_of_where_their_number_is_part_of_the_training(
+    digits, tmp_path, monkeypatch, caplog
+):
+    config = killed_config(digits, mesh__statistics="device")
+    train.run(config, tmp_path / "run", progress=False, stop=stop_after_step(2))
+    train.run(config, tmp_path / "run", progress=False, stop=stop_after_step(2))
+    assert warned(caplog) == []
+    mesh = loop.make_mesh(devices=jax.devices()[:2])
+    monkeypatch.setattr(loop, "make_mesh", lambda *args, **options: mesh)
+    train.run(config, tmp_path / "run", progress=False, stop=stop_after_step(2))
+    (message,) = warned(caplog)
+    assert (
+        "over the 2 images of each of 4 devices, and from here on takes them over 4 on each of 2" in message
     )
 
 

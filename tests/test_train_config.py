@@ -8,6 +8,7 @@ import pytest
 
 from repopt_jax import data, train
 from repopt_jax.detection import decode
+from repopt_jax.train import validation
 from repopt_jax.train.config import DetectConfig
 from repopt_jax.train.config_io import config_file, differing_fields
 from repopt_jax.train.detection import Detection
@@ -269,6 +270,18 @@ def test_differences_are_named_by_their_whole_path():
     assert differing_fields(train.Config(), other) == ["seed (0 and 1)", "optim.learning_rate (0.1 and 0.2)"]
 
 
+def test_urls_and_missing_packages_are_refused(tmp_path, monkeypatch):
+    config = train.Config(scales="gs://bucket/scales", tensorboard=True)
+    config.data = train.DataConfig(source="folder", data_dir="s3://bucket/images")
+    monkeypatch.setattr(validation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="cannot run") as error:
+        train.validate(config)
+    for part in ("`scales`='gs://bucket/scales' is a URL", "`data.data_dir`='s3", "mounted", "tensorboardX"):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match=r"`out_dir` gs://bucket/run is a URL: give a folder"):
+        train.RunFolder("gs://bucket/run")
+
+
 @pytest.mark.parametrize("file", ["digits", "cifar10_small", "scenes"])
 def test_runs_of_one_file_differ_only_in_network_and_scales(file):
     plain, repopt = (dataclasses.asdict(train.load_config(f"{file}:{arg}")) for arg in ("plain", "repopt"))
@@ -294,7 +307,9 @@ def test_a_config_file_must_return_a_config(tmp_path):
 
 
 def test_quickstart_refuses_before_its_search_what_a_later_run_would(tmp_path):
+    mobileone = train.ModelConfig(variant="mobileone-digits", kind="target")
     for base, message in (
+        (train.Config(model=mobileone), "comes as mobileone only"),
         (train.Config(optim=train.OptimConfig(name="lion")), "`optim.name` is 'lion': quickstart shows"),
         (train.Config(freeze_scales=0.5), "which trains no scales"),
     ):

@@ -13,6 +13,7 @@ from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.step import bench_largest, bench_step
 from repopt_jax.bench.update import bench_optimizers, bench_update
+from repopt_jax.models import VGG_VARIANTS
 
 LOG = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def bench(
       command: what results say they come from.
 
     Raises:
-      ValueError: unknown parts; OUT.json holds something else, or another machine's results; or as the parts.
+      ValueError: unknown parts; a variant that one of them does not make; OUT.json holds something else,
+        or another machine's results; or as the parts.
       ModuleNotFoundError: torch is the only part and not installed.
     """
     parts = list(PARTS) if "all" in parts else list(dict.fromkeys(parts))
@@ -61,6 +63,11 @@ def bench(
         raise ValueError(f"`parts` {', '.join(unknown)}: they must be of {', '.join(PARTS)} or all")
     if not parts:
         raise ValueError(f"`parts` is empty: give some of {', '.join(PARTS)}, or all")
+    if "torch" in parts and VGG_VARIANTS[settings.variant].pre_se:
+        raise ValueError(
+            f"{settings.variant} has squeeze-and-excitation, which the part torch does not make: name the "
+            "other parts, or measure another variant"
+        )
     everything = results.read(out) if out else None
     done: list[Section] = []
     for part in parts:

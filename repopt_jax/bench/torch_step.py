@@ -44,14 +44,9 @@ def bench_torch(settings: Settings) -> list[Section]:
     """Training steps and updates of JAX and of PyTorch.
 
     Raises:
-      ValueError: the variant has squeeze-and-excitation, or PyTorch does not see the device that JAX has.
+      ValueError: PyTorch does not see the device that JAX has.
     """
     check_same_device()
-    if VGG_VARIANTS[settings.variant].pre_se:
-        raise ValueError(
-            f"{settings.variant} has squeeze-and-excitation, which the part torch does not make: measure "
-            "another"
-        )
     with as_fast_as_can_be(settings.tf32):
         sections = [
             _steps(settings, dtype, batch)

@@ -5,6 +5,10 @@ workers can take up again. Here a run may be resumed with other workers, since a
 alone.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 import weakref
 from typing import Any
 
@@ -44,7 +48,8 @@ class Batches(grain.IterDataset):
                 flags.FLAGS.mark_as_parsed()
             buffer = max(1, self._prefetch)
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=buffer)
+                grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=buffer),
+                worker_init_fn=_follow_the_parent,
             ).map(_owned)
         return iter(dataset)
 
@@ -87,6 +92,20 @@ class BatchIterator(grain.DatasetIterator):
         if self._running is not None:
             self._end()
             self._running = None
+
+
+def _follow_the_parent(worker: int, count: int) -> None:
+    """In a worker: it ends when its parent does, however that ends, and not before. A Ctrl-C, and what a
+    cluster sends, reach all processes of a group, and the parent wants batches until its run has stopped in
+    order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _owned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

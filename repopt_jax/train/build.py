@@ -17,6 +17,7 @@ from repopt_jax.train.classification import Classification
 from repopt_jax.train.config import Config
 from repopt_jax.train.detection import Detection
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
+from repopt_jax.train.processes import together
 from repopt_jax.train.rundir import RunFolder
 from repopt_jax.train.sharding import put_state, state_sharding
 from repopt_jax.train.state import TrainState, init_state, make_train_step, merge_model, split_model
@@ -92,7 +93,8 @@ def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, Trai
       FileNotFoundError: the scales are missing.
     """
     steps, info = feed.steps_per_epoch, feed.source.info
-    scales = _scales(config, info)
+    # Not every host may see the same folders.
+    scales = together("load the scales", lambda: _scales(config, info))
     model = _at_once(lambda: _network(config, info, scales))
     scales = _multiplier(config, scales)
     return _program(config, model, scales, mesh, steps_per_epoch=steps, source=feed.source)

@@ -1,5 +1,5 @@
-"""Checkpoints of a run: state, position in the data and clock as one unit. The only training module that
-knows Orbax.
+"""Checkpoints of a run: state, position in the data and clock as one unit. The only module that knows
+how Orbax writes a run.
 
 checkpoints/8/                the checkpoint of step 8, one Orbax checkpoint of the items
   model, ema                  the network, and its moving average where there is one: read without the rest
@@ -48,11 +48,13 @@ class Progress(NamedTuple):
       data: state of the iterator whose next batch is that of the step after; the same in every process.
       seconds: training time so far.
       owed: whether the evaluation that belongs to this step is still to be made.
+      devices: of the job that wrote it; None where an earlier version did.
     """
 
     data: Any
     seconds: float
     owed: bool = False
+    devices: int | None = None
 
 
 class Checkpoints:

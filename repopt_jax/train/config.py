@@ -204,7 +204,8 @@ class MeshConfig:
       fsdp: devices that share one copy of the state; 1 keeps a copy on every device.
       statistics: what batch norm normalises by in training: "global", the whole batch (of an accumulated
         step, each of its parts), or "device", the part of it on one device, as the published recipes had it.
-        The running statistics are then the mean over the devices.
+        The running statistics are then the mean over the devices, each of which holds all parameters and
+        gradients while a step lasts, whatever `fsdp` is.
     """
 
     data: int | None = None
@@ -233,7 +234,8 @@ class Config:
       eval_every: epochs between evaluations; the last epoch is always evaluated.
       checkpoint_every: steps between checkpoints; 0 means at the end of each epoch.
       keep_last: checkpoints that are kept, at least 1; a damaged one is passed over for the one before.
-      keep_best: checkpoints that are kept besides, by the first number of the evaluation at their step.
+      keep_best: checkpoints that are kept besides, by the first number of the evaluation at their step; more
+        than 0 also writes one at every evaluation.
       log_every: steps that one line of `metrics.jsonl` averages over.
       published: test accuracy in [0, 1] that the authors of a recipe report; the summary tells it.
       tensorboard: also writes TensorBoard files (needs the `tensorboard` extra).

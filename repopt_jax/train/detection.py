@@ -121,7 +121,7 @@ class Detection(Task):
             for batch in batches:
                 images = put_batch({"image": batch["image"]}, mesh)["image"]
                 real = {name: batch[name] for name in ("index", "ratio", "mask")}
-                found, real = _on_every_host(detect(params, rest, images), real)
+                found, real = on_every_host(detect(params, rest, images), real, mesh)
                 chosen = np.flatnonzero(real["mask"])
                 found = Detections(*(part[chosen] for part in found))
                 predictions += to_predictions(found, real["index"][chosen], real["ratio"][chosen])
@@ -194,8 +194,12 @@ def make_detect(graphdef: Any, config: Config):
     return detect
 
 
-def _on_every_host(detections: Detections, real: dict[str, np.ndarray]) -> tuple[Detections, dict[str, Any]]:
+def on_every_host(
+    detections: Detections, real: dict[str, np.ndarray], mesh: Mesh
+) -> tuple[Detections, dict[str, Any]]:
     """Detections of a global batch, and what each process knows of its own part, whole in every process."""
     if jax.process_count() == 1:
         return jax.device_get(detections), real
-    return multihost_utils.process_allgather((detections, real), tiled=True)
+    # The rows of a global array come in the order of the mesh, which on a TPU pod is not that of the
+    # processes: what belongs to them must be a global array as well.
+    return multihost_utils.process_allgather((detections, put_batch(real, mesh)), tiled=True)

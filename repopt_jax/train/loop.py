@@ -12,6 +12,7 @@ makes it first when it goes on. State and log end as those of an unbroken run.
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ from repopt_jax.train.state import TrainState, all_finite, merge_model
 from repopt_jax.train.tasks import METRICS
 from repopt_jax.train.validation import validate
 
+logger = logging.getLogger(__name__)
+
 Stop = Callable[[], bool]
 
 
@@ -66,8 +69,8 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
       OSError: `out_dir`, the data or the scales cannot be read or written; the last checkpoint is kept.
       FloatingPointError: loss or parameters that are not finite; the checkpoint before is kept.
     """
-    # Everything that can be refused is refused before anything is written.
-    validate(config)
+    # What a config, its data and its scales can be refused for is said before anything is written.
+    together("run this config", lambda: validate(config))
     folder = RunFolder(out_dir)
     summary = together(
         "look at `out_dir`",
@@ -100,6 +103,7 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
             state, resumed = checkpoints.restore(fresh)
             check_scales(config.model.kind, fresh, state, source=config.scales)
             del fresh
+            _tell_of_other_devices(config, resumed, mesh)
             batches.set_state(resumed.data)
         feeder = stack.enter_context(contextlib.closing(Feeder(batches)))
         metrics = stack.enter_context(
@@ -121,6 +125,17 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
             return _finish(job, state, finished=False)
         state, finished = _train(job, state, start or 0)
         return _finish(job, state, finished=finished)
+
+
+def _tell_of_other_devices(config: Config, resumed: Progress, mesh: Mesh) -> None:
+    """With statistics of each device their number is part of what is computed."""
+    if config.mesh.statistics == "device" and resumed.devices not in (None, mesh.size):
+        before, now = (config.batch_size // count for count in (resumed.devices, mesh.size))
+        logger.warning(
+            "%s: batch norm took its statistics over the %d images of each of %d devices, and from here on "
+            "takes them over %d on each of %d: the training is another from here on",
+            *(config.name, before, resumed.devices, now, mesh.size),
+        )
 
 
 class _Asked:
@@ -208,7 +223,7 @@ def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool) ->
     if epoch_ends:
         state = _record_scales(job, state, step)
         epoch = step // job.feed.steps_per_epoch
-        due = epoch % job.config.eval_every == 0 or step == job.total
+        due = _evaluation_due(job, step)
         evaluation = _evaluate(job, state, step) if due else None
         owed = due and evaluation is None
         if not owed:
@@ -219,8 +234,16 @@ def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool) ->
     return state, stopping
 
 
+def _evaluation_due(job: _Job, step: int) -> bool:
+    epoch, rest = divmod(step, job.feed.steps_per_epoch)
+    return rest == 0 and (epoch % job.config.eval_every == 0 or step == job.total)
+
+
 def _save_due(job: _Job, step: int) -> bool:
-    return step % (job.config.checkpoint_every or job.feed.steps_per_epoch) == 0 or step == job.total
+    every = job.config.checkpoint_every or job.feed.steps_per_epoch
+    # The best ones can be kept only where there are evaluated ones.
+    best = job.config.keep_best > 0 and _evaluation_due(job, step)
+    return step % every == 0 or step == job.total or best
 
 
 def _log(job: _Job, means: dict[str, jax.Array], step: int, watch: Stopwatch) -> None:
@@ -289,7 +312,7 @@ def _save(job: _Job, state: TrainState, step: int, *, owed: bool, wait: bool) ->
         raise FloatingPointError(_not_finite(job, f"a parameter after step {step}"))
     with _nothing_lost(job):
         job.metrics.sync()
-        progress = Progress(job.feeder.position, job.seconds, owed)
+        progress = Progress(job.feeder.position, job.seconds, owed, job.mesh.size)
         job.checkpoints.save(step, state, progress, due=_save_due(job, step), wait=wait)
 
 
@@ -341,7 +364,7 @@ def _save_scales(job: _Job, state: TrainState, step: int) -> None:
         config=to_json(job.config),
         step=step,
     )
-    model = merge_model(job.program.graphdef, state.params, state.rest)
+    model = merge_model(job.program.graphdef, *state.network)
     save_scales(job.folder.scales, extract_scales(model, metadata=metadata))
 
 

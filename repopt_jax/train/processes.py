@@ -9,6 +9,8 @@ ends the others.
 import glob
 import importlib.util
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -20,6 +22,8 @@ T = TypeVar("T")
 
 # What a process can find wrong before training starts; everything else is a bug, and ends the process.
 FAILURES = (ValueError, TypeError, KeyError, OSError, ImportError)
+# So long a process waits for process 0; as long as JAX.
+WAIT_S = 300
 # At the end of the program a process waits this long for the others.
 SHUTDOWN_S = 60
 # What a process tells the others, encoded, is cut to this many bytes.
@@ -39,7 +43,9 @@ def join(coordinator: str = "", count: int | None = None, index: int | None = No
 
     Raises:
       ValueError: only some of the three are given, or they are out of range.
-      RuntimeError: the other processes did not come (JAX waits for 5 minutes), or JAX has already started.
+      OSError: nobody answers at `coordinator` for 5 minutes, or there is no such host. (Where process 0 waits
+        for others in vain, JAX itself ends it after these.)
+      RuntimeError: JAX has already started.
     """
     if not coordinator and count is None and index is None:
         if cluster(os.environ) is not None:
@@ -55,7 +61,26 @@ def join(coordinator: str = "", count: int | None = None, index: int | None = No
     if not coordinator.rpartition(":")[2].isdigit():
         raise ValueError(f"--coordinator={coordinator!r} must be host:port, for instance node0:1234")
     if count > 1:
+        if index > 0:
+            _reach(coordinator, WAIT_S)
         jax.distributed.initialize(coordinator, count, index, shutdown_timeout_seconds=SHUTDOWN_S)
+
+
+def _reach(coordinator: str, seconds: float) -> None:
+    """Waits until somebody listens there. JAX would wait as well, and then end the process with its stack."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or time.monotonic() > end:
+                raise OSError(
+                    f"nobody answers at --coordinator={coordinator} ({error.strerror or error}): give the "
+                    "host and a free port of process 0, the same to all, and start that one as well"
+                ) from error
+        time.sleep(0.2)
 
 
 def cluster(environment: Mapping[str, str], *, devices: str = "/dev") -> str | None:

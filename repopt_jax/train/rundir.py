@@ -32,6 +32,8 @@ from repopt_jax.train.tasks import METRICS
 
 Info = DatasetInfo | DetectionInfo
 
+MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -115,6 +117,9 @@ class RunFolder:
     """A folder that is to hold one run, or does."""
 
     def __init__(self, path: str | Path):
+        """Raises ValueError if `path` is a URL."""
+        if "://" in str(path):
+            raise ValueError(f"`out_dir` {path} is a URL: {MOUNTED}")
         self.path = Path(path).expanduser().absolute()
         self.checkpoints = self.path / "checkpoints"
         self.scales = self.path / "scales"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from repopt_jax import paths
@@ -46,9 +46,11 @@ def make_mesh(fsdp: int = 1, *, data: int | None = None, devices: Sequence[Any] 
     if problems := mesh_problems(data, fsdp, len(devices)):
         raise ValueError("; ".join(problems))
     shape = (len(devices) // fsdp, fsdp)
-    # Auto is given in words: without it `make_mesh` makes explicit axes, whose sharding is part of every
-    # type.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    # In the order in which they are connected. An axis of a TPU's torus may have to be split for it, which
+    # `jax.make_mesh` refuses on most of them.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # Auto is given in words: explicit axes would make the sharding part of every type.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def mesh_problems(data: int | None, fsdp: int, devices: int) -> list[str]:

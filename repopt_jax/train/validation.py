@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 from typing import Any
@@ -16,10 +17,11 @@ from repopt_jax.nn.blocks import ACTIVATIONS
 from repopt_jax.nn.csla import FORMS
 from repopt_jax.train.config import OPTIMIZERS, Config, DataConfig, ModelConfig, OptimConfig
 from repopt_jax.train.networks import SCALED_KINDS, find_network, network_kinds, network_names
+from repopt_jax.train.rundir import MOUNTED
 from repopt_jax.train.sharding import mesh_problems
 
 # Task -> where its images can come from.
-TASKS = {"classify": SOURCES, "detect": ("scenes", "coco")}
+SOURCES_OF = {"classify": SOURCES, "detect": ("scenes", "coco")}
 DTYPES = ("float32", "bfloat16")
 DECAY_SCALINGS = ("none", "batch")
 NAMED_SCALES = ("ones", "depth")
@@ -58,17 +60,26 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         *_scales_problems(config),
         *_data_problems(config.data),
         *_task_problems(config),
+        *_package_problems(config),
     ]
     if problems:
         raise ValueError("this config cannot run: " + "; ".join(problems))
 
 
+def _package_problems(config: Config) -> list[str]:
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        return [
+            "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
+        ]
+    return []
+
+
 def _choice_problems(config: Config) -> list[str]:
     model = config.model
     detects = config.task == "detect"
-    sources = TASKS.get(config.task, TASKS["classify"])
+    sources = SOURCES_OF.get(config.task, SOURCES_OF["classify"])
     choices = (
-        ("task", config.task, tuple(TASKS)),
+        ("task", config.task, tuple(SOURCES_OF)),
         ("model.variant", model.variant, tuple(DETECTORS) if detects else network_names()),
         ("model.kind", model.kind, KINDS if detects else network_kinds()),
         ("model.form", model.form, FORMS),
@@ -266,7 +277,9 @@ def _scales_problems(config: Config) -> list[str]:
         return problems
     if kind in network_kinds() and kind not in SCALED_KINDS:
         problems.append(f"`scales`={scales!r} with kind {kind!r}, which takes none: leave it empty")
-    if scales not in NAMED_SCALES and not os.path.isdir(scales):
+    if "://" in scales:
+        problems.append(f"`scales`={scales!r} is a URL: {MOUNTED}")
+    elif scales not in NAMED_SCALES and not os.path.isdir(scales):
         problems.append(
             f"`scales`={scales!r} is neither {' nor '.join(NAMED_SCALES)} nor a directory: "
             "run the search first, or give the directory that it wrote"
@@ -278,6 +291,8 @@ def _data_problems(data: DataConfig) -> list[str]:
     problems = []
     if data.source in ("folder", "coco") and not data.data_dir:
         problems.append("`data.data_dir` is empty: give the image folder")
+    if "://" in (data.data_dir or ""):
+        problems.append(f"`data.data_dir`={data.data_dir!r} is a URL: {MOUNTED}")
     if len(data.scenes) != 2:
         problems.append(f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation")
     if data.source == "scenes" and data.image_size < LEAST_SIZE:
