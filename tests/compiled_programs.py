@@ -167,6 +167,8 @@ def facts_of(devices: str, cases: Sequence[Case]) -> list[Facts]:
     """
     # libtpu must neither ask a cloud where it is, nor refuse to be loaded by two processes.
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    # Compiled as in use, and here: the tests' own settings are inherited.
+    env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     child = subprocess.run(
         [sys.executable, __file__, "check", devices],
         input=json.dumps([dataclasses.asdict(case) for case in cases]),

@@ -7,6 +7,9 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What is compiled here runs seldom, and what is computed does not hang on the optimizations; with the
+# variable at 0 everything is compiled as in use, which takes twice as long.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Most of the time of these tests is compilation, of the same small programs again and again. What one of them
 # compiles serves all, also in the other process and in those that tests start: they inherit these variables.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -18,8 +21,8 @@ import jax
 import pytest
 from jax._src.interpreters import partial_eval
 
-# NNX asks each array of a network that is being made under a trace where it lies. JAX answers by an error with
-# an account of the program so far, which nobody sees: two thirds of the time of such tests.
+# NNX asks each array of a network that is being made under a trace where it lies. JAX answers by an error
+# with an account of the program so far, which nobody sees and which takes two thirds of the time.
 if hasattr(partial_eval.DynamicJaxprTracer, "_origin_msg"):
     partial_eval.DynamicJaxprTracer._origin_msg = lambda self: ""
 
@@ -46,11 +49,3 @@ def x64():
 def counted():
     """For tests that count compiled programs: JAX keeps a bounded number, and full it forgets the newest."""
     jax.clear_caches()
-
-
-@pytest.fixture
-def quick_to_compile():
-    """For tests that compile much and run it seldom: what is computed does not hang on the optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

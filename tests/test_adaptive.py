@@ -53,9 +53,6 @@ def everything():
     return problem(LAYERS)
 
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
-
 @functools.cache
 def expected(rule):
     return everything().train_twin(RULES[rule][0]())

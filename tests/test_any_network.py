@@ -37,8 +37,6 @@ EQUIVALENT = 1e-10  # relative, float64, 3 steps; measured: 2e-14 at most
 WRONG = 1e-4  # what a missing multiplier or decay before it exceeds; measured: 2e-3 at least
 EXACT = 1e-10  # of the largest output, float64: deployed networks; measured: 1e-14 at most
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 def random_scales(branch_sets, seed=0):
     """Of both signs."""

@@ -236,7 +236,6 @@ def test_share_of_bandwidth_is_that_of_bytes():
     assert found["update"]["share_of_copy"] == pytest.approx({"median": 0.6, "low": 0.5, "high": 0.8})
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_the_step_is_the_trainers():
     """One call is one step of training, from the state that the call before left."""
     candidate, facts = stepping("repopt", TINY, "float32", 4)

@@ -144,7 +144,7 @@ def test_a_stack_says_what_one_layer_of_it_is():
     np.testing.assert_array_equal(alone.multiplier({}), np.stack([np.eye(4)] * 2))
 
 
-def test_the_layers_of_a_stack_are_drawn_apart(quick_to_compile):
+def test_the_layers_of_a_stack_are_drawn_apart():
     """Each within the bound of its own layer, which a fan-in that counts the stack would not be."""
     weights = jax.jit(STACKED.sample)(jax.random.key(0))
     assert {n: w.shape for n, w in weights.items()} == STACKED.shapes()

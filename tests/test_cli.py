@@ -421,7 +421,6 @@ def test_train_eval_deploy_eval(capsys, searched, train, tmp_path):
     assert files(deployed) == before
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_verify_a_config(capsys, place):
     """The optimizer of the config, clipping and schedule included, on its own data."""
     arguments = ["verify", f"--config={place}/tiny.py", "--config.scales=depth", "--config.batch_size=4"]
@@ -455,7 +454,6 @@ def get_check():
 """
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_verify_a_check_that_fails_says_why(capsys, tmp_path):
     (tmp_path / "my_check.py").write_text(CHECK)
     assert main(["verify", f"--check={tmp_path}/my_check.py", "--layers=all"]) == 1
@@ -468,7 +466,6 @@ def test_verify_a_check_that_fails_says_why(capsys, tmp_path):
     assert main(["verify", f"--check={tmp_path}/my_check.py", "--tolerance=0.01", "--steps=1"]) == 0
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_a_check_file_may_import_what_lies_beside_it(capsys, tmp_path):
     (tmp_path / "beside_the_check.py").write_text("STEPS = 3")
     example = (Path(__file__).parents[1] / "examples" / "verify_own_model.py").read_text()
@@ -501,7 +498,6 @@ def test_check_files_that_are_none(capsys, tmp_path):
         refused(capsys, ["verify", f"--check={file}"], "bad.py", part)
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_the_example_of_a_check(capsys):
     example = Path(__file__).parents[1] / "examples" / "verify_own_model.py"
     assert main(["verify", f"--check={example}", "--steps=3"]) == 0

@@ -232,13 +232,13 @@ def smallest(monkeypatch):
 
 
 @pytest.mark.parametrize("run", QUICK_SMOKES)
-def test_smoke(run, tmp_path, monkeypatch, smallest, quick_to_compile):
+def test_smoke(run, tmp_path, monkeypatch, smallest):
     check_smoke(run, tmp_path / "run", monkeypatch)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("run", [run for run in SMOKES.values() if run not in QUICK_SMOKES])
-def test_smoke_of_every_other(run, tmp_path, monkeypatch, quick_to_compile):
+def test_smoke_of_every_other(run, tmp_path, monkeypatch):
     check_smoke(run, tmp_path / "run", monkeypatch)
 
 
@@ -253,7 +253,7 @@ def test_a_smoke_leaves_the_config_as_it_is():
 
 
 @pytest.mark.long
-def test_ghost_from_search_to_deployment(tmp_path, monkeypatch, quick_to_compile):
+def test_ghost_from_search_to_deployment(tmp_path, monkeypatch):
     check_smoke("cifar100:ghost-0.5", tmp_path / "search", monkeypatch)
     config = train.load_config("imagenet:ghost-0.5,smoke")
     config.scales = str(tmp_path / "search" / "scales")

@@ -307,7 +307,7 @@ def test_a_stack_s_set_kernels_and_vectors(x64):
             np.testing.assert_array_equal(vectors[name][at], vector)
 
 
-def test_layers_of_a_stack_are_drawn_apart_and_start_where_told(quick_to_compile):
+def test_layers_of_a_stack_are_drawn_apart_and_start_where_told():
     given = {"1x1": jnp.arange(6.0).reshape(2, 3), "identity": -jnp.ones((2, 3))}
     layers = CSLAConv(
         default_branches((3, 3, 3, 3)), padding=((1, 1), (1, 1)), stack=(2,), scales=given, rngs=nnx.Rngs(0)

@@ -321,7 +321,7 @@ def loss_of(model, batch):
     )[0]
 
 
-def test_repopt_in_backbone_and_head_is_training_the_branches(trained, quick_to_compile):
+def test_repopt_in_backbone_and_head_is_training_the_branches(trained):
     batches = [batch_of(seed) for seed in range(2)]
     scales = Scales.ones(trained.branch_sets())
     report = verify_equivalence(trained, scales, batches, loss=loss_of, rngs=nnx.Rngs(1))
@@ -329,7 +329,7 @@ def test_repopt_in_backbone_and_head_is_training_the_branches(trained, quick_to_
     assert report.movement > WRONG
 
 
-def test_every_parameter_learns_and_all_gradients_are_finite(trained, quick_to_compile):
+def test_every_parameter_learns_and_all_gradients_are_finite(trained):
     batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else jnp.int32), batch_of())
     gradients = nnx.jit(nnx.grad(loss_of))(nnx.clone(trained), batch)
     for path, gradient in jax.tree.leaves_with_path(nnx.to_pure_dict(gradients)):
@@ -338,7 +338,7 @@ def test_every_parameter_learns_and_all_gradients_are_finite(trained, quick_to_c
 
 
 @pytest.mark.parametrize("form", [None, to_search, to_repvgg])
-def test_every_form_deploys_to_plain_convolutions(x64, quick_to_compile, form):
+def test_every_form_deploys_to_plain_convolutions(x64, form):
     model = randomised(tiny(SMALL, form=form))
     x = jnp.asarray(random_input(2, *SIZE, 1))
     deployed = fuse(model)

@@ -45,7 +45,7 @@ def guide():
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_a_framework(name, tmp_path, capsys, quick_to_compile):
+def test_a_framework(name, tmp_path, capsys):
     kernels, shape = FRAMEWORKS[name]
     result = load(name).main(search_steps=STEPS, steps=STEPS, folder=tmp_path)
     for losses in (result["search"], result["train"]):
@@ -60,14 +60,14 @@ def test_a_framework(name, tmp_path, capsys, quick_to_compile):
     assert "test accuracy" in capsys.readouterr().out
 
 
-def test_pmap(capsys, quick_to_compile):
+def test_pmap(capsys):
     result = load("with_pmap").main(steps=STEPS)
     assert len(result["losses"]) == STEPS
     assert np.mean(result["losses"][-5:]) < FALLS_TO * result["losses"][0]
     assert "4 devices" in capsys.readouterr().out
 
 
-def test_pmap_trains_as_one_device_does(x64, quick_to_compile, monkeypatch):
+def test_pmap_trains_as_one_device_does(x64, monkeypatch):
     """Against a loop on one device that multiplies its gradients itself. The controls: without the scales,
     and without the mean over the devices."""
     example = load("with_pmap")
@@ -110,7 +110,7 @@ def test_pmap_trains_as_one_device_does(x64, quick_to_compile, monkeypatch):
     assert distance(on_four(), found) > DIFFERENT
 
 
-def test_the_guide(tmp_path, capsys, quick_to_compile):
+def test_the_guide(tmp_path, capsys):
     deployed, accuracy = load("your_model").run(steps=STEPS, folder=tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     searched, trained = ((float(words[1]), float(words[3])) for words in lines if words[0] == "loss")

@@ -28,8 +28,6 @@ from repopt_jax.models.ghost import divisible, ghost_specs
 from repopt_jax.nn.modules import named_modules
 from repopt_jax.surgery import csla_twin, merge_weights, sample_weights
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 EXACT = 1e-12  # of the largest output, float64; measured: 2e-15 at most
 SINGLE = 1e-4  # of the largest output, float32; measured: 2e-6
 WRONG = 0.01  # of the largest output: what a mistake exceeds; measured: 0.03 at least

@@ -54,7 +54,7 @@ def test_repopt_sgd_is_that_chain(x64):
     np.testing.assert_array_equal(made["3x3+1x1+identity"], chain["3x3+1x1+identity"])
 
 
-def test_clipping_in_the_norm_of_the_branches_keeps_the_equivalence(x64, quick_to_compile):
+def test_clipping_in_the_norm_of_the_branches_keeps_the_equivalence(x64):
     """Several layers at once, a stack and average pooling included: one norm over everything that is
     trained."""
     p = problem(("3x3+1x1+identity", "PyTorch layout", "stacked", "average pooling", "stacked averages"))
@@ -71,7 +71,7 @@ def test_clipping_in_the_norm_of_the_branches_keeps_the_equivalence(x64, quick_t
     assert relative(wrong, expected) > WRONG
 
 
-def test_the_norm_is_that_of_the_branches_gradient(x64, quick_to_compile):
+def test_the_norm_is_that_of_the_branches_gradient(x64):
     """Against the Jacobians of the merges, made entry by entry: |J^T g| of every layer, |g| of the rest."""
     p = problem(LAYERS)
     rng = np.random.default_rng(0)

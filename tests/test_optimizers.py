@@ -40,7 +40,6 @@ WITH_A_NUMBER = OPTIMIZERS | {
 }
 PLACED_ONLY = ("repopt_adamw, published", "repopt_sign_mask")  # refuse branches that mix taps
 every = pytest.mark.parametrize("name", OPTIMIZERS)
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def setting(name, *, dtype=jnp.float32, width=4, window=(3, 3)):

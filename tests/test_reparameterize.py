@@ -75,7 +75,6 @@ LIGHT = (
     "fixed 1x1, then 3x3",
     "stacked averages",
 )
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @functools.cache

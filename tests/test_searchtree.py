@@ -92,7 +92,7 @@ def dict_tree(dict_scales):
 
 
 @pytest.fixture
-def model(x64, quick_to_compile):
+def model(x64):
     return Net(rngs=nnx.Rngs(0))
 
 

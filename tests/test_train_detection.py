@@ -41,14 +41,6 @@ def tiny(kind="target", scales="", **changes) -> train.Config:
     return config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Compiling is most of the time here, and nothing hangs on the optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A search and a RepOpt run with what it found, finished."""
@@ -104,7 +96,9 @@ def test_an_interrupted_run_continues_to_the_same_state(runs, tmp_path):
 DEPLOYED = 1e-4
 
 
-@pytest.mark.parametrize("kind", ["target", "search", "repvgg", "csla"])
+@pytest.mark.parametrize(
+    "kind", ["target", "search", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("repvgg", "csla"))]
+)
 def test_every_kind_trains_and_deploys_to_the_same_outputs(runs, tmp_path, kind):
     run = {"search": runs / "search", "target": runs / "repopt"}.get(kind, tmp_path / "run")
     if not run.exists():

@@ -21,9 +21,6 @@ EXACT = 1e-12  # relative, float64, 4 to 12 steps of any optimizer; measured: 2e
 WRONG = 1e-3  # relative; measured: 4e-3 for decay before the multiplier, 1.3 for steps made of rounding
 
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
-
 @pytest.fixture(scope="module")
 def setting():
     model = RepOptVGG(SMALL, num_classes=3, in_channels=2, rngs=nnx.Rngs(0))
