@@ -191,18 +191,22 @@ def _kill_before_manifest(when: int) -> None:
     manifest.write = watched
 
 
-def _kill_after_ms(number: int) -> None:
-    """`number` milliseconds after the first step is compiled."""
-
-    def kill_later():
-        time.sleep(number / 1000)
-        _kill()
+def _kill_at_random(number: int) -> None:
+    """In step `number` // 1000 of this process, after as many thousandths of the time that the step before
+    took as `number` % 1000 says: in the step, in a save, or between them, on a machine of any speed."""
+    which, share = divmod(number, 1000)
+    stepped, began = loop.Feeder.stepped, []
 
     def watched(*args, **options):
-        threading.Thread(target=kill_later, daemon=True).start()
-        return train_loop(*args, **options)
+        began.append(time.perf_counter())
+        if len(began) == which:
+            last = began[-1] - began[-2] if which > 1 else 0.0
+            timer = threading.Timer(last * share / 1000, _kill)
+            timer.daemon = True
+            timer.start()
+        return stepped(*args, **options)
 
-    train_loop, loop.Stopwatch = loop.Stopwatch, watched
+    loop.Feeder.stepped = watched
 
 
 def _limit_files(when: int) -> None:
@@ -225,7 +229,7 @@ MOMENTS = {
     "save": _kill_in_save,
     "renaming": _kill_before_renaming,
     "manifest": _kill_before_manifest,
-    "milliseconds": _kill_after_ms,
+    "random": _kill_at_random,
     "limit": _limit_files,
 }
 
@@ -234,7 +238,7 @@ def main(out_dir: str, data_dir: str, moment: str, number: str) -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     MOMENTS[moment](int(number))
     # Often, where the moment is any: then many of them are in a save.
-    changes = {"checkpoint_every": 1} if moment == "milliseconds" else {}
+    changes = {"checkpoint_every": 1} if moment == "random" else {}
     try:
         loop.run(killed_config(data_dir, **changes), out_dir, progress=False)
     except OSError as error:
