@@ -632,7 +632,7 @@ def stopped_target(digits, some_scales, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("count", "fsdp"), [(4, 1), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("count", "fsdp"), [(2, 1), (1, 1), pytest.param(4, 1, marks=pytest.mark.long)])
 def test_other_devices_can_resume(digits, tmp_path, monkeypatch, some_scales, stopped_target, count, fsdp):
     run_dir = copied(stopped_target / "stopped", tmp_path)
     mesh = loop.make_mesh(fsdp, devices=jax.devices()[:count])

@@ -237,6 +237,7 @@ def quick(tmp_path_factory):
         return quickstart.quickstart(tiny(epochs=1, eval_every=1), out), out
 
 
+@pytest.mark.long
 def test_quickstart_of_a_detector(quick):
     done, out = quick
     assert [row.label for row in done.rows] == [
