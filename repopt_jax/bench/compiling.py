@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import itertools
 import logging
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from repopt_jax.bench.networks import abstract_training, precision, title
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
+from repopt_jax.bench.step import section_of
 from repopt_jax.bench.timing import Facts, spread
 
 LOG = logging.getLogger(__name__)
@@ -25,10 +25,7 @@ ENOUGH_S = 120
 
 def bench_compile(settings: Settings) -> list[Section]:
     """Seconds to trace and lower, and to compile, a training step."""
-    return [
-        _compile(settings, dtype, batch)
-        for dtype, batch in itertools.product(settings.dtypes, settings.batches)
-    ]
+    return [_compile(settings, *pair) for pair in settings.pairs]
 
 
 def _compile(settings: Settings, dtype: str, batch: int) -> Section:
@@ -52,13 +49,8 @@ def _compile(settings: Settings, dtype: str, batch: int) -> Section:
             key: spread(values) if rounds > 1 else {"median": values[0]}
             for key, values in (("lower_s", lower), ("compile_s", compile_), ("total_s", sums))
         }
-    return Section(
-        part="compile",
-        title=f"Compile time of a training step, {settings.told(dtype, batch)}",
-        settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32),
-        rounds=rounds,
-        candidates=found,
-    )
+    heading = "Compile time of a training step"
+    return section_of("compile", heading, settings, dtype, batch, found, rounds=rounds)
 
 
 def seconds(name: str, settings: Settings, dtype: str, batch: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from repopt_jax import data
 from repopt_jax.bench.networks import title
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
-from repopt_jax.bench.step import add_speed, stepping
+from repopt_jax.bench.step import add_speed, section_of, stepping
 from repopt_jax.bench.timing import Facts, measure, spread
 from repopt_jax.data.throughput import input_throughput, photographs
 
@@ -39,7 +39,7 @@ def bench_input(settings: Settings) -> list[Section]:
     LOG.info("input: the step of %s", settings.told(dtype, batch))
     name = f"training step, {title(FED)}"
     step = measure({name: lambda: stepping(FED, settings, dtype, batch)}, settings.rounds, {})
-    add_speed(step[name], batch)
+    add_speed(step, batch)
     found |= step
     notes = [f"Read and augmented: {what}."]
     if "images_per_s" in step[name]:
@@ -47,16 +47,8 @@ def bench_input(settings: Settings) -> list[Section]:
         cores = need / supply
         found[name]["cores"] = cores
         notes.append(f"The step takes what {cores:.2g} cores make ready: {math.ceil(cores)} for each device.")
-    return [
-        Section(
-            part="input",
-            title=f"Input pipeline beside the step, {settings.told(dtype, batch)}",
-            settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32),
-            rounds=settings.rounds,
-            candidates=found,
-            notes=notes,
-        )
-    ]
+    heading = "Input pipeline beside the step"
+    return [section_of("input", heading, settings, dtype, batch, found, notes=notes)]
 
 
 def open_images(settings: Settings, folder: Path) -> tuple[Any, str]:

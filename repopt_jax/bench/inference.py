@@ -1,6 +1,5 @@
 """Inference with the deployed networks, beside the same networks before they are fused."""
 
-import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from flax import nnx
 from repopt_jax.bench.networks import new_model, precision, random_batch, title
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
-from repopt_jax.bench.step import add_speed
+from repopt_jax.bench.step import add_speed, section_of
 from repopt_jax.bench.timing import Builder, Candidate, Facts, measure, memory
 from repopt_jax.fuse import fuse
 
@@ -24,10 +23,7 @@ DEPLOYED = ("repopt", "repvgg")
 
 def bench_inference(settings: Settings) -> list[Section]:
     """Logits of a batch of images, by fused networks and by those that they were made from."""
-    return [
-        _inference(settings, dtype, batch)
-        for dtype, batch in itertools.product(settings.dtypes, settings.batches)
-    ]
+    return [_inference(settings, *pair) for pair in settings.pairs]
 
 
 def _inference(settings: Settings, dtype: str, batch: int) -> Section:
@@ -46,15 +42,8 @@ def _inference(settings: Settings, dtype: str, batch: int) -> Section:
             )
     first = next(iter(builders))
     found = measure(builders, settings.rounds, dict.fromkeys(builders, (first,)))
-    for facts in found.values():
-        add_speed(facts, batch)
-    return Section(
-        part="inference",
-        title=f"Inference, {settings.told(dtype, batch)}",
-        settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32),
-        rounds=settings.rounds,
-        candidates=found,
-    )
+    add_speed(found, batch)
+    return section_of("inference", "Inference", settings, dtype, batch, found)
 
 
 def inferring(model: Any, images: jax.Array, dtype: str, tf32: bool) -> tuple[Candidate, Facts]:

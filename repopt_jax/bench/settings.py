@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -75,6 +76,11 @@ class Settings:
         ]
         if problems:
             raise ValueError("this cannot be measured: " + "; ".join(problems))
+
+    @property
+    def pairs(self) -> list[tuple[str, int]]:
+        """Each dtype with each batch."""
+        return list(itertools.product(self.dtypes, self.batches))
 
     def told(self, dtype: str, batch: int) -> str:
         """`B1, bfloat16, 32 images of 224 px`."""

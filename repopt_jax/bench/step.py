@@ -1,9 +1,8 @@
 """A whole training step: forward, backward, update, batch norm in training mode; and the largest batch."""
 
-import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,7 @@ UNKNOWN = 2**60
 
 def bench_step(settings: Settings) -> list[Section]:
     """Training steps of the networks, at equal batch and dtype."""
-    return [
-        _step(settings, dtype, batch) for dtype, batch in itertools.product(settings.dtypes, settings.batches)
-    ]
+    return [_step(settings, *pair) for pair in settings.pairs]
 
 
 def _step(settings: Settings, dtype: str, batch: int) -> Section:
@@ -46,15 +43,8 @@ def _step(settings: Settings, dtype: str, batch: int) -> Section:
         title(name): (lambda name=name: stepping(name, settings, dtype, batch)) for name in settings.networks
     }
     found = measure(builders, settings.rounds, dict.fromkeys(builders, (PLAIN, REPVGG)))
-    for facts in found.values():
-        add_speed(facts, batch)
-    return Section(
-        part="step",
-        title=f"Training step, {settings.told(dtype, batch)}",
-        settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32),
-        rounds=settings.rounds,
-        candidates=found,
-    )
+    add_speed(found, batch)
+    return section_of("step", "Training step", settings, dtype, batch, found)
 
 
 def stepping(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Candidate, Facts]:
@@ -65,9 +55,34 @@ def stepping(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Can
     return Candidate(carrying(compiled, [state], images)), memory(compiled)
 
 
-def add_speed(facts: Facts, batch: int) -> None:
-    if "ms" in facts:
-        facts["images_per_s"] = 1e3 * batch / facts["ms"]["median"]
+def add_speed(found: dict[str, Facts], batch: int) -> None:
+    """Adds images/s to what was timed with batches of so many."""
+    for facts in found.values():
+        if "ms" in facts:
+            facts["images_per_s"] = 1e3 * batch / facts["ms"]["median"]
+
+
+def section_of(
+    part: str,
+    heading: str,
+    settings: Settings,
+    dtype: str,
+    batch: int,
+    found: dict[str, Facts],
+    *,
+    rounds: int | None = None,
+    notes: Sequence[str] = (),
+    **more: Any,
+) -> Section:
+    """What was found with one dtype and one batch; `more` is recorded beside these."""
+    return Section(
+        part=part,
+        title=f"{heading}, {settings.told(dtype, batch)}",
+        settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32, **more),
+        rounds=settings.rounds if rounds is None else rounds,
+        candidates=found,
+        notes=list(notes),
+    )
 
 
 def bench_largest(settings: Settings) -> list[Section]:

@@ -5,7 +5,6 @@ runs as PyTorch is meant to be run: channels last, algorithms chosen by trial, a
 """
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from repopt_jax.bench.networks import title
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
-from repopt_jax.bench.step import add_speed, stepping
+from repopt_jax.bench.step import add_speed, section_of, stepping
 from repopt_jax.bench.timing import Builder, Candidate, Facts, measure
 from repopt_jax.bench.update import (
     BYTES,
@@ -48,11 +47,7 @@ def bench_torch(settings: Settings) -> list[Section]:
     """
     check_same_device()
     with as_fast_as_can_be(settings.tf32):
-        sections = [
-            _steps(settings, dtype, batch)
-            for dtype, batch in itertools.product(settings.dtypes, settings.batches)
-        ]
-        return [*sections, _updates(settings)]
+        return [*(_steps(settings, *pair) for pair in settings.pairs), _updates(settings)]
 
 
 def _steps(settings: Settings, dtype: str, batch: int) -> Section:
@@ -65,17 +60,9 @@ def _steps(settings: Settings, dtype: str, batch: int) -> Section:
     if torch.cuda.is_available():
         builders[COMPILED] = lambda: torch_stepping(settings, dtype, batch, compiled=True)
     found = measure(builders, settings.rounds, dict.fromkeys(builders, (EAGER,)))
-    for facts in found.values():
-        add_speed(facts, batch)
-    return Section(
-        part="torch",
-        title=f"Training step beside PyTorch, {settings.told(dtype, batch)}",
-        settings=settings.recorded(
-            size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32, torch=torch.__version__
-        ),
-        rounds=settings.rounds,
-        candidates=found,
-    )
+    add_speed(found, batch)
+    heading = "Training step beside PyTorch"
+    return section_of("torch", heading, settings, dtype, batch, found, torch=torch.__version__)
 
 
 def _updates(settings: Settings) -> Section:
@@ -124,10 +111,12 @@ def torch_stepping(settings: Settings, dtype: str, batch: int, *, compiled: bool
 
     forward: Callable[[], Any] = torch.compile(loss_of) if compiled else loss_of
 
-    def start() -> None:
+    def start() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        forward().backward()
+        loss = forward()
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
     facts: Facts = {}
     if device.type == "cuda":
