@@ -5,12 +5,11 @@ wrong); Ctrl-C gives 130, SIGTERM 143. With REPOPT_TRACEBACK=1 the traceback is 
 """
 
 import contextlib
-import io
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,8 @@ from repopt_jax.arguments import (
     read_config,
     whole_number,
 )
-
-# Packages that are needed for some commands only -> the extra that brings them.
-EXTRAS = {
-    "matplotlib": "quickstart",
-    "sklearn": "quickstart",
-    "tensorboardX": "quickstart",
-    "pycocotools": "detect",
-    "torch": "torch",
-}
-
-OUT_OF_MEMORY = (
-    "it does not fit in the memory of the device: lower `batch_size`, or raise `optim.accumulate` (parts of "
-    "a batch, one after the other) or `mesh.fsdp` (devices that share the state)"
-)
+from repopt_jax.cli_errors import complain, report, sentence
+from repopt_jax.cli_jobs import alone, joined
 
 # Flags of `repopt bench`, "" for the defaults of `bench.Settings`.
 BENCH_FLAGS: dict[str, str | None] = dict.fromkeys(
@@ -56,24 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv)
     except BaseException as error:
-        code = _report(error)
+        code = report(error)
         if code is None:
             raise
         return code
-
-
-def _report(error: BaseException) -> int | None:
-    """Says what a caller can do about `error` and gives the exit code; None if it is no caller's mistake."""
-    if isinstance(error, UsageError):
-        return _fail(error, code=2)
-    if isinstance(error, KeyboardInterrupt):
-        return _fail(error, code=130, text=str(error) or "interrupted; run the same command again")
-    if isinstance(error, ValueError | TypeError | KeyError | OSError | FloatingPointError | ImportError):
-        return _fail(error, code=1)
-    # What XLA raises, without importing JAX for an error of another kind.
-    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
-        return _fail(error, code=1, text=f"{_first_line(error)}: {OUT_OF_MEMORY}")
-    return None
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -105,16 +78,16 @@ def _commands() -> dict[str, Command]:
     job_flags: dict[str, str | None] = {"coordinator": "", "processes": "", "process": ""}
     return {
         "quickstart": Command(
-            _alone(_quickstart),
+            alone(_quickstart),
             cli_help.QUICKSTART,
             {"out": "runs/quickstart", "seeds": ""},
             "digits:plain",
             True,
         ),
-        "search": Command(_joined(_search), cli_help.SEARCH, {"out": None, **job_flags}, takes_config=True),
-        "train": Command(_joined(_train), cli_help.TRAIN, {"out": None, **job_flags}, takes_config=True),
-        "eval": Command(_alone(_eval), cli_help.EVAL, run_flags),
-        "deploy": Command(_alone(_deploy), cli_help.DEPLOY, {**run_flags, "out": None}),
+        "search": Command(joined(_search), cli_help.SEARCH, {"out": None, **job_flags}, takes_config=True),
+        "train": Command(joined(_train), cli_help.TRAIN, {"out": None, **job_flags}, takes_config=True),
+        "eval": Command(alone(_eval), cli_help.EVAL, run_flags),
+        "deploy": Command(alone(_deploy), cli_help.DEPLOY, {**run_flags, "out": None}),
         "predict": Command(
             _predict,
             cli_help.PREDICT,
@@ -134,7 +107,7 @@ def _commands() -> dict[str, Command]:
             {"model": "", "kind": "", "classes": "0", "key": "", "to": ""},
             positional=("in", "out"),
         ),
-        "bench": Command(_alone(_bench), cli_help.BENCH, BENCH_FLAGS, positional=("parts",)),
+        "bench": Command(alone(_bench), cli_help.BENCH, BENCH_FLAGS, positional=("parts",)),
     }
 
 
@@ -186,7 +159,7 @@ def _search(arguments: Arguments) -> int:
 
         _say(f"How they moved: {', '.join(map(str, report.draw_search(history, out / 'report')))}")
     except ModuleNotFoundError as error:  # the search is done all the same
-        _say(f"No pictures: {_sentence(error)}")
+        _say(f"No pictures: {sentence(error)}")
     _say(f"Next: {_after_search(arguments, config, out)}")
     return 0
 
@@ -356,7 +329,7 @@ def _verify(arguments: Arguments) -> int:
         _say(f"Equivalent: no difference above {result.tolerance:g}")
         return 0
     _say("NOT equivalent")
-    _complain(
+    complain(
         f"not equivalent: the largest relative difference is {result.max_difference:.1e}, the tolerance "
         f"{result.tolerance:g}; likely reason: {'; and '.join(result.reasons)}"
     )
@@ -372,7 +345,7 @@ def _run(config: Any, arguments: Arguments) -> tuple[int, Path]:
         with stopping.stop_on_signals() as stop:
             done = run(config, out, stop=stop)
     if not done.finished:
-        _complain(f"stopped at step {done.steps}; {_how_to_continue(out)}")
+        complain(f"stopped at step {done.steps}; {_how_to_continue(out)}")
         return stop.exit_code, out
     published = "" if done.published is None else f" (published: {done.published:.2%})"
     speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
@@ -388,104 +361,6 @@ def _run(config: Any, arguments: Arguments) -> tuple[int, Path]:
 def _say(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
-
-
-def _complain(text: str) -> None:
-    sys.stderr.write(f"repopt: {' '.join(text.split())}\n")
-
-
-def _fail(error: BaseException, *, code: int, text: str | None = None) -> int:
-    if os.environ.get("REPOPT_TRACEBACK") == "1":
-        import traceback
-
-        traceback.print_exception(error)
-    _complain(text or _sentence(error))
-    return code
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"cannot use {error.filename}: {error.strerror}"
-    # The text of a KeyError is its argument's repr.
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        return f"{error.name} is not installed: pip install 'repopt_jax[{EXTRAS[error.name]}]'"
-    if isinstance(error, (KeyError, TypeError)):
-        # Seldom a caller's mistake: say how to see whose it is.
-        text = f"{type(error).__name__}: {text} (REPOPT_TRACEBACK=1 shows where)"
-    return text or type(error).__name__
-
-
-def _joined(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
-    def act_in_job(arguments: Arguments) -> int:
-        with _in_job(arguments):
-            return act(arguments)
-
-    return act_in_job
-
-
-def _alone(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
-    """A command of one process, which several would do at once in the same folder."""
-
-    def act_alone(arguments: Arguments) -> int:
-        from repopt_jax.train import processes
-
-        if processes.cluster(os.environ) == "slurm":
-            raise UsageError("this command is one process, and this is a SLURM step of several: use srun -n1")
-        return act(arguments)
-
-    return act_alone
-
-
-@contextlib.contextmanager
-def _in_job(arguments: Arguments) -> Iterator[None]:
-    """Joins the job of several processes that the flags or the environment tell of. Only the first of them
-    writes to standard output, and one that fails ends at once."""
-    flags = arguments.flags
-    count, index = (
-        whole_number(name, flags[name]) if flags[name] else None for name in ("processes", "process")
-    )
-    from repopt_jax.train import processes
-
-    processes.join(flags["coordinator"], count, index)
-    import jax
-
-    if jax.process_count() == 1:
-        yield
-        return
-    try:
-        with contextlib.redirect_stdout(io.StringIO() if jax.process_index() else sys.stdout):
-            yield
-    except BaseException as error:
-        # Leaving by the interpreter's way would wait for the others, who wait for this one in an exchange:
-        # they learn of its end by its connections, which the system closes.
-        os._exit(_end_of_process(error))
-
-
-def _end_of_process(error: BaseException) -> int:
-    """Says why this process of several ends, and gives its exit code."""
-    import traceback
-
-    import jax
-
-    code = _report(error)
-    if code is None and isinstance(error, jax.errors.JaxRuntimeError):
-        code = _fail(
-            error,
-            code=1,
-            text=f"process {jax.process_index()} ends: {_first_line(error)}. Most often another process of "
-            "the job has ended or cannot be reached: see what the others say, then run the command again",
-        )
-    elif code is None:
-        traceback.print_exception(error)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ import jax
 import pytest
 from jax._src.interpreters import partial_eval
 
+from repopt_jax import data
+
 # NNX asks each array of a network that is being made under a trace where it lies. JAX answers by an error
 # with an account of the program so far, which nobody sees and which takes two thirds of the time.
 if hasattr(partial_eval.DynamicJaxprTracer, "_origin_msg"):
@@ -36,6 +38,14 @@ def forget_what_was_compiled():
     neither that memory full nor gigabytes of other files' programs."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with the prepared digits, so that no test touches the user's cache. None writes there."""
+    folder = tmp_path_factory.mktemp("digits")
+    data.open_source("digits", data_dir=folder)
+    return folder
 
 
 @pytest.fixture

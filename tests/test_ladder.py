@@ -139,13 +139,6 @@ def test_rungs_have_one_recipe():
         ladder.get_config("plain")
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    data.open_source("digits", data_dir=folder)
-    return folder
-
-
 def test_frozen_scales_stay_also_in_a_run_that_goes_on(digits, tmp_path):
     """Steps 1 to 6 of 18 move the scales; the run is stopped after step 10, where they are held."""
     config = tiny_config("search", digits, freeze_scales=1 / 3, optim__clip_norm=1.0)

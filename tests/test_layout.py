@@ -41,9 +41,11 @@ LEVELS = {
     "bench": 8,
     "arguments": 8,
     "cli_help": 8,
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "cli_errors": 9,
+    "cli_jobs": 10,
+    "cli": 11,
+    "__init__": 12,
+    "__main__": 12,
 }
 
 # The half of the library that serves Linen, Equinox and plain dicts alike must not need Flax.

@@ -19,13 +19,6 @@ TOLERANCES = {"float32": 1e-5, "float64": 1e-11}
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    data.open_source("digits", data_dir=folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def on_one_device(digits):
     """Dtype -> parameters after the training on one device."""
     return {

@@ -15,14 +15,6 @@ from repopt_jax.train import loop
 from repopt_jax.train.rundir import RunFolder
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """A folder with the prepared digits, so that no test touches the user's cache."""
-    folder = tmp_path_factory.mktemp("digits")
-    data.open_source("digits", data_dir=folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def unbroken(digits, tmp_path_factory):
     """Kind -> folder of its whole run, trained when first asked for."""

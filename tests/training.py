@@ -8,6 +8,7 @@ trains `killed_config` on four devices and kills itself at a moment: see `MOMENT
 import contextlib
 import functools
 import json
+import logging
 import os
 import resource
 import signal
@@ -80,6 +81,10 @@ def told(run_dir):
         {name: value for name, value in record.items() if name not in CLOCK}
         for record in read_records(Path(run_dir) / "metrics.jsonl")
     ]
+
+
+def warned(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "repopt" in r.name]
 
 
 def assert_same_run(run_dir, other):

@@ -15,15 +15,11 @@ the shardings that the caller asks for: the number of devices and of processes m
 """
 
 import contextlib
-import errno
 import logging
-import os
 import re
 import shutil
-import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from repopt_jax.train import manifest
 from repopt_jax.train.processes import exchange, is_first, together
+from repopt_jax.train.save_errors import one_sentence, told_by_raising_only
 from repopt_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -101,7 +98,7 @@ class Checkpoints:
         self._quiet = contextlib.ExitStack()
         if writing:
             with contextlib.ExitStack() as quiet:
-                quiet.enter_context(_orbax_quiet())
+                quiet.enter_context(told_by_raising_only())
                 self._latest = _agreed(self._open_for_writing)
                 self._quiet = quiet.pop_all()
 
@@ -161,7 +158,7 @@ class Checkpoints:
         """
         self.wait()
         folder = self.directory / str(step)
-        with _one_sentence(step), _items_of_json():
+        with one_sentence(step), _items_of_json():
             # Where no folder can be made, Orbax would leave its own work lying about, unfinished.
             tempfile.TemporaryFile(dir=self.directory).close()
             response = ocp.save_checkpointables_async(str(folder), _items(state, progress))
@@ -227,7 +224,7 @@ class Checkpoints:
 
     def _complete(self, step: int, due: bool, response: Any) -> int:
         """In the thread: waits for the files, makes them count, and lets older ones go."""
-        with _one_sentence(step):
+        with one_sentence(step):
             response.result()
             if is_first():
                 manifest.write(self.directory / str(step), step=step, due=due)
@@ -370,33 +367,6 @@ def _items_of_json() -> ocp.Context:
     return context
 
 
-@contextlib.contextmanager
-def _orbax_quiet() -> Iterator[None]:
-    """A save that fails raises its error. The threads of Orbax that wrote its other files log theirs as well,
-    with tracebacks, and TensorStore prints that it has nobody left to tell: hundreds of lines around the one
-    that says what happened."""
-
-    def told_by_raising(record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised an exception" not in str(record.msg)
-
-    def print_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    log, before = logging.getLogger("absl"), sys.unraisablehook
-    log.addFilter(told_by_raising)
-    sys.unraisablehook = print_others
-    try:
-        yield
-    finally:
-        for thread in threading.enumerate():
-            if type(thread).__name__ == "_SignalingThread":
-                threading.Thread.join(thread)  # its own raises the error again
-        if sys.unraisablehook is print_others:
-            sys.unraisablehook = before
-        log.removeFilter(told_by_raising)
-
-
 def _unusable(directory: Path, wrong: Mapping[int, str]) -> str:
     found = "; ".join(f"step {step}: {why}" for step, why in wrong.items())
     return (
@@ -410,34 +380,6 @@ def _agreed(decide: Callable[[], int | None]) -> int | None:
     found = together("open the checkpoints", lambda: decide() if is_first() else None)
     first = exchange("" if found is None else str(found))[0]
     return int(first) if first else None
-
-
-@contextlib.contextmanager
-def _one_sentence(step: int) -> Iterator[None]:
-    """An error of the file system as one `OSError`, whatever Orbax made of it."""
-    try:
-        yield
-    except Exception as error:
-        reason = _file_error(error)
-        if reason is None:
-            raise
-        raise type(reason)(
-            f"cannot write the checkpoint of step {step}: {reason.strerror or reason}"
-        ) from error
-
-
-def _file_error(error: BaseException | None) -> OSError | None:
-    """The error of the file system behind `error`, if there is one. TensorStore has it in its text only."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        if found := re.search(r"os_error_code='(\d+)'", str(error)):
-            number = int(found[1])
-            return OSError(number, os.strerror(number))
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

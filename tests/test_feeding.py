@@ -1,0 +1,130 @@
+"""The next batch in a thread of its own, and the time that the device waits for it."""
+
+import contextlib
+import threading
+
+import pytest
+from training import warned
+
+from repopt_jax.train import feeding
+
+
+class Batches:
+    """An iterator that gives a batch when it is told to, at a time that is told."""
+
+    def __init__(self):
+        self.index, self.go = 0, threading.Semaphore(0)
+
+    def __next__(self):
+        assert self.go.acquire(timeout=60)
+        self.index += 1
+        if self.index == 4:
+            raise OSError("the disk is gone")
+        return self.index
+
+    def get_state(self):
+        return {"next_index": self.index}
+
+
+class Result:
+    """Of a step, that is done when it is told to."""
+
+    def __init__(self):
+        self.done = threading.Event()
+
+    def block_until_ready(self):
+        assert self.done.wait(60)
+        return self
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a test says so."""
+
+    class Clock:
+        now = 0.0
+
+        def __init__(self):
+            self.then = []  # what happens right after the clock is read
+
+        def perf_counter(self):
+            read = self.now
+            while self.then:
+                self.then.pop()()
+            return read
+
+    found = Clock()
+    monkeypatch.setattr(feeding, "time", found)
+    return found
+
+
+def test_the_feeder_measures_what_the_device_waits(clock):
+    batches, steps = Batches(), [Result() for _ in range(3)]
+    feeder = feeding.Feeder(batches)
+    with contextlib.closing(feeder):
+        feeder.ask()
+        assert feeder.position == {"next_index": 0}
+        batches.go.release()
+        assert feeder.take() == 1
+        feeder.stepped(steps[0])
+        assert feeder.position == {"next_index": 1}
+        # The step takes 2 seconds, the batch, which is wanted by then, 5: the device waits for 3.
+        clock.now = 2.0
+        steps[0].done.set()
+        assert feeder._done.result() == 2.0
+
+        def comes_at_five():
+            clock.now = 5.0
+            batches.go.release()
+
+        clock.then.append(comes_at_five)
+        assert feeder.take() == 2
+        feeder.stepped(steps[1])
+        assert feeder.waited() == 3.0
+        # The batch takes 1 second, the step 4: nobody waits.
+        clock.now = 6.0
+        batches.go.release()
+        feeder._asked.result()
+        clock.now = 9.0
+        steps[1].done.set()
+        feeder._done.result()
+        assert feeder.take() == 3
+        feeder.stepped(steps[2])
+        assert feeder.waited() == 0.0
+        # An error of the thread comes out where its batch is taken.
+        batches.go.release()
+        with pytest.raises(OSError, match="the disk is gone"):
+            feeder.take()
+        steps[2].done.set()
+    assert not [t for t in threading.enumerate() if t.name.startswith(("next-batch", "step-done"))]
+
+
+def test_a_pause_of_the_run_is_no_waiting(clock):
+    """An evaluation of 10 seconds, in which the batch comes after 4: the device had other work."""
+    batches, step = Batches(), Result()
+    with contextlib.closing(feeding.Feeder(batches)) as feeder:
+        feeder.ask()
+        batches.go.release()
+        feeder.take()
+        feeder.stepped(step)
+        clock.now = 1.0
+        step.done.set()
+        feeder._done.result()
+        clock.now = 4.0
+        batches.go.release()
+        feeder._asked.result()
+        clock.now = 10.0
+        feeder.take()
+        feeder.stepped(step, more=False)
+        assert feeder.waited() == 0.0
+
+
+def test_waiting_is_warned_of_once_an_epoch(caplog):
+    warning = feeding.WaitWarning("run", workers=3)
+    looks = [(0.5, 1.0, 0), (0.05, 1.0, 0), (0.5, 0.1, 0), (0.5, 1.0, 0), (0.6, 1.0, 0), (0.25, 1.0, 1)]
+    for share, seconds, epoch in looks:
+        warning.look(share, seconds=seconds, images_per_s=1234.5, epoch=epoch)
+    said = warned(caplog)
+    assert [text.partition(" of")[0] for text in said] == ["run: 50 %", "run: 25 %"]
+    assert "1,234 images/s" in said[0]
+    assert "`data.workers` (now 3; this machine has" in said[0]
