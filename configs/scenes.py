@@ -14,7 +14,7 @@ makes all of them. By hand:
 `,smoke` after the argument (`scenes.py:search,smoke`) runs two short epochs on a few scenes.
 """
 
-from repopt_jax.modes import Mode
+from repopt_jax.surgery.modes import Mode
 from repopt_jax.train.config import Config, DataConfig, DetectConfig, ModelConfig, OptimConfig
 from repopt_jax.train.recipes import parse_argument, smoke
 

@@ -13,9 +13,9 @@ import optax
 from flax import nnx
 
 from repopt_jax import Scales, default_branches
-from repopt_jax.adaptive import repopt_adamw
-from repopt_jax.optim import clip_by_repopt_global_norm
-from repopt_jax.verify import Check
+from repopt_jax.optim.adaptive import repopt_adamw
+from repopt_jax.optim.sgd import clip_by_repopt_global_norm
+from repopt_jax.verify.equivalence import Check
 
 
 class Model(nnx.Module):

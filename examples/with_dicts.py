@@ -19,12 +19,12 @@ from repopt_jax import (
     Scales,
     default_branches,
     load_scales,
-    paths,
     reinitialize,
     repopt_mask,
     save_scales,
     search_tree,
 )
+from repopt_jax.core import paths
 from repopt_jax.data import digits
 
 

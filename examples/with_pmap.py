@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax import Scales, default_branches, paths, reinitialize, repopt_mask
+from repopt_jax import Scales, default_branches, reinitialize, repopt_mask
+from repopt_jax.core import paths
 from repopt_jax.data import digits
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from repopt_jax.cli import main
+from repopt_jax.cli.main import main
 
 sys.exit(main())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 
 
 class BasicBlock(nnx.Module):

@@ -319,8 +319,8 @@ def _scattered_mask(scales: Any) -> Any:
     import jax.numpy as jnp
     import optax
 
-    from repopt_jax import paths
-    from repopt_jax.optim import repopt_mask
+    from repopt_jax.core import paths
+    from repopt_jax.optim.sgd import repopt_mask
 
     def multiplier(shape, vectors):
         m = jnp.broadcast_to(vectors["3x3"] ** 2, shape)
@@ -346,7 +346,7 @@ def _stored_mask(scales: Any) -> Any:
     import jax
     import optax
 
-    from repopt_jax.optim import gradient_multipliers
+    from repopt_jax.optim.sgd import gradient_multipliers
 
     def update(updates, state, params=None):
         return jax.tree.map(lambda g, m: g * m, updates, state.multiplier), state

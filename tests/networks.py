@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax import fuse, paths
-from repopt_jax.nn.modules import named_modules
+from repopt_jax import fuse
+from repopt_jax.core import paths
+from repopt_jax.surgery.modules import named_modules
 
 
 def abstract(build, *args, **options):

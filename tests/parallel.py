@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from training import tiny_config
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 from repopt_jax.detection import Detections
 from repopt_jax.train import processes
 from repopt_jax.train.build import build_program, open_feed

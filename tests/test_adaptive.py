@@ -12,9 +12,10 @@ import optax
 import pytest
 from twins import LAYERS, MIXING, problem, relative
 
-from repopt_jax import adaptive, optim
-from repopt_jax.branches import default_branches
-from repopt_jax.scales import LayerScales, Scales
+from repopt_jax.core.branches import default_branches
+from repopt_jax.core.scales import LayerScales, Scales
+from repopt_jax.optim import adaptive
+from repopt_jax.optim import sgd as optim
 
 EXACT = 1e-12  # relative, after 50 steps; measured: 1e-15 to 5e-15
 WRONG = 1e-2  # measured: 0.02 (eps in the wrong place) to 2

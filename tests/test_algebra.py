@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repopt_jax import algebra
-from repopt_jax.algebra import Taps
+from repopt_jax.core import algebra
+from repopt_jax.core.algebra import Taps
 
 
 def placed_by_loops(w, window, starts, steps):

@@ -12,16 +12,17 @@ from any_networks import NETWORKS, BasicBlock, drawn, squared_error
 from flax import nnx
 from networks import randomised, relative
 
-from repopt_jax import fuse, paths
-from repopt_jax.branches import Average, BranchSet, Identity, Kernel
-from repopt_jax.layers import find_branches, find_layers
+from repopt_jax import fuse
+from repopt_jax.core import paths
+from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel
+from repopt_jax.core.scales import LayerScales, Scales, load_scales, save_scales
 from repopt_jax.models import RepOptVGG, VGGVariant
-from repopt_jax.modes import Mode, prepare
 from repopt_jax.nn import CSLAConv, NormedBranches, PassThrough
-from repopt_jax.nn.modules import aliases, named_modules, replace_modules
-from repopt_jax.optim import repopt_mask
-from repopt_jax.scales import LayerScales, Scales, load_scales, save_scales
-from repopt_jax.surgery import (
+from repopt_jax.optim.sgd import repopt_mask
+from repopt_jax.surgery.layers import find_branches, find_layers
+from repopt_jax.surgery.modes import Mode, prepare
+from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
+from repopt_jax.surgery.search import (
     csla_twin,
     depth_scales,
     extract_scales,
@@ -31,7 +32,7 @@ from repopt_jax.surgery import (
     to_repvgg,
     to_search,
 )
-from repopt_jax.verify import verify_equivalence
+from repopt_jax.verify.equivalence import verify_equivalence
 
 EQUIVALENT = 1e-10  # relative, float64, 3 steps; measured: 2e-14 at most
 WRONG = 1e-4  # what a missing multiplier or decay before it exceeds; measured: 2e-3 at least

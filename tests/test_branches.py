@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from twins import jacobian
 
-from repopt_jax.branches import (
+from repopt_jax.core.branches import (
     AfterPointwise,
     Average,
     Branch,

@@ -9,11 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
-from repopt_jax import chains
-from repopt_jax.branches import default_branches
-from repopt_jax.optim import clip_by_repopt_global_norm, repopt_mask, repopt_sgd
-from repopt_jax.reparameterize import reparameterize
-from repopt_jax.scales import Scales
+from repopt_jax.core.branches import default_branches
+from repopt_jax.core.scales import Scales
+from repopt_jax.optim import chains
+from repopt_jax.optim.reparameterize import reparameterize
+from repopt_jax.optim.sgd import clip_by_repopt_global_norm, repopt_mask, repopt_sgd
 
 SCALES = Scales.ones({"conv/kernel": default_branches((3, 3, 2, 2))})
 PARAMS = {"conv": {"kernel": jnp.ones((3, 3, 2, 2))}, "head": {"bias": jnp.ones(2)}}

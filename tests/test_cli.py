@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from repopt_jax import interop, models
-from repopt_jax import scales as scales_module
-from repopt_jax.arguments import Arguments, read_config
-from repopt_jax.cli import main
+from repopt_jax.cli.arguments import Arguments, read_config
+from repopt_jax.cli.main import main
+from repopt_jax.core import scales as scales_module
+from repopt_jax.core.scales import save_scales
 from repopt_jax.models.vgg import block_specs
-from repopt_jax.scales import save_scales
-from repopt_jax.train import quickstart
+from repopt_jax.report import quickstart
 
 # A network that compiles in a moment, on a folder of made-up images; `smoke` is what the tests shorten.
 CONFIG = """

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from repopt_jax import algebra
-from repopt_jax.branches import (
+from repopt_jax.core import algebra
+from repopt_jax.core.branches import (
     AfterPointwise,
     Average,
     Branch,

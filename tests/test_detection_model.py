@@ -17,16 +17,16 @@ from networks import (
 from networks import run as run_model
 
 from repopt_jax import extract_scales, fuse, load_scales, save_scales, verify_equivalence
+from repopt_jax.core.scales import Scales
 from repopt_jax.detection import LossWeights, detection_loss
-from repopt_jax.layers import find_branches
 from repopt_jax.models import BACKBONES, DETECTORS, FCOS, BackboneVariant, DetectorVariant, EfficientRep
 from repopt_jax.models.efficientrep import SimSPPF, backbone_specs
 from repopt_jax.models.fcos import FPN, MAX_LOG_DISTANCE, PRIOR, FCOSHead
 from repopt_jax.models.mosaic import Mosaic
 from repopt_jax.nn.blocks import ACTIVATIONS, Activated
-from repopt_jax.nn.modules import named_modules
-from repopt_jax.scales import Scales
-from repopt_jax.surgery import to_repvgg, to_search
+from repopt_jax.surgery.layers import find_branches
+from repopt_jax.surgery.modules import named_modules
+from repopt_jax.surgery.search import to_repvgg, to_search
 
 EXACT = 1e-12  # of the largest output, float64; measured: 2e-15 at most
 WRONG = 1e-3  # of the largest output: what a mistake exceeds; measured: 0.02 at least

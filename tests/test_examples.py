@@ -10,8 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from repopt_jax import Scales, default_branches, load_scales, paths
-from repopt_jax.optim import gradient_multipliers
+from repopt_jax import Scales, default_branches, load_scales
+from repopt_jax.core import paths
+from repopt_jax.optim.sgd import gradient_multipliers
 
 ROOT = Path(__file__).parent.parent
 STEPS = 25

@@ -22,14 +22,14 @@ from repopt_jax import (
     default_branches,
     extract_scales,
     gradient_multipliers,
-    paths,
     reinitialize,
     repopt_mask,
     search_tree,
-    surgery,
 )
+from repopt_jax.core import paths
+from repopt_jax.core.scales import LayerScales
 from repopt_jax.nn.csla import convolve
-from repopt_jax.scales import LayerScales
+from repopt_jax.surgery import search as surgery
 
 STEPS = 5
 CLOSE = 1e-5  # float32, 5 steps through different convolution layouts; measured: 4e-7 at most

@@ -9,13 +9,14 @@ import pytest
 from flax import nnx
 from networks import abstract, random_input, randomised, relative
 
-from repopt_jax import fuse, paths
-from repopt_jax.branches import Average, BranchSet, Identity, Kernel, default_branches
-from repopt_jax.fuse import OutputDifference, fold_batch_norm, fuse_block, output_difference
+from repopt_jax import fuse
+from repopt_jax.core import paths
+from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel, default_branches
 from repopt_jax.models import KINDS, RepOptVGG, VGGVariant
 from repopt_jax.nn import ConvNorm, CSLAConv, FusedBlock, NormedBranches, PlainBlock, RepVGGBlock
 from repopt_jax.nn.blocks import batch_norm, conv
-from repopt_jax.nn.modules import named_modules
+from repopt_jax.surgery.fuse import OutputDifference, fold_batch_norm, fuse_block, output_difference
+from repopt_jax.surgery.modules import named_modules
 
 EXACT = 1e-12  # of the largest output, float64; measured: 8e-16 at most
 FORGOTTEN = 0.01  # of the largest output: what forgetting a part exceeds; measured: 0.035 at least

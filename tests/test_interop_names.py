@@ -12,24 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repopt_jax import fuse, interop, models
+from repopt_jax.core.paths import named_leaves
 from repopt_jax.interop import convert, networks
-from repopt_jax.interop.names import (
-    SCHEMES,
-    Scheme,
-    TorchName,
-    arrays_of,
-    own_scheme,
-    recognise,
-    torch_names,
-)
+from repopt_jax.interop.names import SCHEMES, Scheme, TorchName, arrays_of, own_scheme, recognise, torch_names
 from repopt_jax.interop.networks import Description, build, describe
 from repopt_jax.models.ghost import GhostRow, GhostVariant
 from repopt_jax.models.mobileone import MobileOneVariant
 from repopt_jax.models.vgg import VGGVariant
 from repopt_jax.nn import PlainBlock, RepGhostConv
 from repopt_jax.nn.blocks import batch_norm, conv
-from repopt_jax.nn.modules import named_modules
-from repopt_jax.paths import named_leaves
+from repopt_jax.surgery.modules import named_modules
 
 VGG = VGGVariant("tiny", (2, 1, 1, 1), (4, 4, 4, 6, 8))
 VGG_SE = VGGVariant("tiny-se", (1, 1, 1, 1), (16, 16, 16, 16, 16), pre_se=16)

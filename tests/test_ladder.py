@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from training import tiny_config
 
-from repopt_jax import data, paths, save_scales, train
-from repopt_jax.scales import LayerScales, Scales, ScalesMetadata
+from repopt_jax import data, save_scales, train
+from repopt_jax.core import paths
+from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata
 from repopt_jax.train import build
 from repopt_jax.train.metrics import read_records
 

@@ -10,12 +10,12 @@ from flax import nnx
 from networks import abstract as abstract_network
 from networks import count, deployed_count, parameter_shapes, relative
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 from repopt_jax.models import KINDS, VGG_VARIANTS, RepOptVGG, VGGVariant
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.nn import CSLAConv, FrozenScale, PlainBlock, RepVGGBlock, SqueezeExcite
 from repopt_jax.nn.blocks import batch_norm, conv
-from repopt_jax.nn.modules import named_modules
+from repopt_jax.surgery.modules import named_modules
 
 # RepVGG with 1000 classes, counted on the published code: (in training, deployed)
 REPVGG = {

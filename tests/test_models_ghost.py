@@ -22,11 +22,12 @@ from networks import (
     settled,
 )
 
-from repopt_jax import extract_scales, fuse, nn, paths, reinitialize, verify_equivalence
+from repopt_jax import extract_scales, fuse, nn, reinitialize, verify_equivalence
+from repopt_jax.core import paths
 from repopt_jax.models import GHOST_KINDS, GHOST_VARIANTS, GhostRow, GhostVariant, RepGhostNet
 from repopt_jax.models.ghost import divisible, ghost_specs
-from repopt_jax.nn.modules import named_modules
-from repopt_jax.surgery import csla_twin, merge_weights, sample_weights
+from repopt_jax.surgery.modules import named_modules
+from repopt_jax.surgery.search import csla_twin, merge_weights, sample_weights
 
 EXACT = 1e-12  # of the largest output, float64; measured: 2e-15 at most
 SINGLE = 1e-4  # of the largest output, float32; measured: 2e-6

@@ -22,11 +22,11 @@ from networks import (
 )
 
 from repopt_jax import fuse
-from repopt_jax.fuse import fuse_block
 from repopt_jax.models import MOBILEONE_VARIANTS, MobileOne, MobileOneVariant
 from repopt_jax.models.mobileone import mobileone_specs
 from repopt_jax.nn import FusedBlock, MobileOneBlock, SqueezeExcite
-from repopt_jax.nn.modules import named_modules
+from repopt_jax.surgery.fuse import fuse_block
+from repopt_jax.surgery.modules import named_modules
 
 EXACT = 1e-12  # of the largest output, float64; measured: 1e-15 at most
 SINGLE = 1e-4  # of the largest output, float32; measured: 8e-7

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from searches import EPOCHS, constant, cosine, full_rate_time, records, search, train_records
 
-from repopt_jax.train import monitor
+from repopt_jax.report import monitor
 from repopt_jax.train.records import history_of, read_history, read_run
 
 

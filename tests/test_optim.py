@@ -10,9 +10,10 @@ import optax
 import pytest
 from twins import LAYERS, MIXING, jacobian, problem, relative
 
-from repopt_jax import optim, paths
-from repopt_jax.branches import BranchSet, Identity, Kernel, default_branches
-from repopt_jax.scales import LayerScales, Scales
+from repopt_jax.core import paths
+from repopt_jax.core.branches import BranchSet, Identity, Kernel, default_branches
+from repopt_jax.core.scales import LayerScales, Scales
+from repopt_jax.optim import sgd as optim
 
 EXACT = 1e-12  # relative, after 50 steps; measured: 3e-15 to 9e-15
 WRONG = 1e-2  # what every wrong rule must exceed; measured: 0.02 (decay before the multiplier) to 1.2

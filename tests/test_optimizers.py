@@ -9,10 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
-from repopt_jax import adaptive, optim
-from repopt_jax.branches import Average, BranchSet, Identity, Kernel
-from repopt_jax.reparameterize import reparameterize
-from repopt_jax.scales import LayerScales, Scales
+from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel
+from repopt_jax.core.scales import LayerScales, Scales
+from repopt_jax.optim import adaptive
+from repopt_jax.optim import sgd as optim
+from repopt_jax.optim.reparameterize import reparameterize
 
 CLOSE = 1e-5  # relative, float32, the same arithmetic in another order; measured: 3e-7
 COARSE = 5e-2  # relative, bfloat16 against float32: 8 bits; measured: 8e-3

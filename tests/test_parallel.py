@@ -9,7 +9,8 @@ import parallel
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from repopt_jax import data, paths
+from repopt_jax import data
+from repopt_jax.core import paths
 from repopt_jax.train import sharding as shardings
 from repopt_jax.train.build import abstract_program, build_program, open_feed
 from repopt_jax.train.config import Config, MeshConfig, ModelConfig, OptimConfig

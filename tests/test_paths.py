@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 
 
 class Small(nnx.Module):

@@ -101,7 +101,7 @@ def test_clusters_are_told_by_their_environment(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def in_one_process(digits, tmp_path_factory):
-    from repopt_jax.cli import main
+    from repopt_jax.cli.main import main
 
     out = tmp_path_factory.mktemp("one") / "run"
     assert main(training(digits, out)) == 0
@@ -127,7 +127,7 @@ def test_two_processes_leave_the_run_of_one(digits, tmp_path, repopt, in_one_pro
 
 def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_process):
     """SIGTERM to one of them; the run is finished by one process on four devices."""
-    from repopt_jax.cli import main
+    from repopt_jax.cli.main import main
 
     out = tmp_path / "run"
     long = ["--config.epochs=400", "--config.checkpoint_every=10000", "--config.eval_every=400"]
@@ -149,7 +149,7 @@ def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_pro
 
 def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_process):
     """In a run that one process began, two went on with, and one finishes."""
-    from repopt_jax.cli import main
+    from repopt_jax.cli.main import main
 
     out, endless = tmp_path / "run", ("--config.checkpoint_every=10000", "--config.eval_every=400")
     shutil.copytree(in_one_process, out)

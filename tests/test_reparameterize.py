@@ -16,10 +16,12 @@ from optax import contrib
 from test_branches import branch_sets, draw_scales
 from twins import jacobian, problem, relative, slow_merge
 
-from repopt_jax import chains, optim, surgery
-from repopt_jax.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, default_branches
-from repopt_jax.reparameterize import reparameterize
-from repopt_jax.scales import LayerScales, Scales
+from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.core.scales import LayerScales, Scales
+from repopt_jax.optim import chains
+from repopt_jax.optim import sgd as optim
+from repopt_jax.optim.reparameterize import reparameterize
+from repopt_jax.surgery import search as surgery
 
 EXACT = 1e-10  # relative, after 50 steps; measured: 7e-16 to 3e-15
 WRONG = 1e-2  # measured: 0.06 (the Kronecker rule behind `repopt_mask`) to 1.1
@@ -223,7 +225,7 @@ def test_inner_sees_branches_by_path_and_extra_arguments():
 def test_two_steps_of_any_branch_set(branches, rule, seed):
     """Two steps of our rule, of `reparameterize` and of the branches themselves, for branch sets drawn at
     random."""
-    from repopt_jax.adaptive import repopt_adamw, repopt_lion
+    from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
 
     rng = np.random.default_rng(seed)
     vectors = draw_scales(branches, seed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from searches import cosine, records, search, train_records
 
-from repopt_jax.train import report
+from repopt_jax.report import report
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import to_json
 from repopt_jax.train.records import Run, read_run

@@ -36,7 +36,7 @@ from training import (
 )
 
 from repopt_jax import data, save_scales, train
-from repopt_jax.cli import main
+from repopt_jax.cli.main import main
 from repopt_jax.train import loop, manifest, stopping
 from repopt_jax.train.checkpoint import Checkpoints, Progress, kept
 from repopt_jax.train.metrics import MetricsWriter

@@ -23,7 +23,7 @@ from repopt_jax import (
     load_scales,
     save_scales,
 )
-from repopt_jax.scales import LayerScales, ScalesMetadata, check_finite, check_fit
+from repopt_jax.core.scales import LayerScales, ScalesMetadata, check_finite, check_fit
 
 BRANCHES = {
     "stem/conv/kernel": default_branches((3, 3, 3, 4), stride=2),
@@ -114,7 +114,7 @@ class TestFile:
             save_scales(tmp_path / "scales", scales)
         assert not (tmp_path / "scales").exists()
         with monkeypatch.context() as patch:
-            patch.setattr("repopt_jax.scales.check_finite", lambda scales: None)
+            patch.setattr("repopt_jax.core.scales.check_finite", lambda scales: None)
             save_scales(tmp_path / "scales", scales)
         with pytest.raises(ValueError, match=f"the scales in .*scales hold {named}"):
             load_scales(tmp_path / "scales")

@@ -24,13 +24,13 @@ from repopt_jax import (
     default_branches,
     extract_scales,
     load_scales,
-    paths,
     reinitialize,
     repopt_mask,
     save_scales,
 )
-from repopt_jax.searchtree import SearchTree, search_tree
-from repopt_jax.surgery import csla_twin
+from repopt_jax.core import paths
+from repopt_jax.surgery.search import csla_twin
+from repopt_jax.surgery.searchtree import SearchTree, search_tree
 
 STEPS = 10
 EXACT = 1e-12  # relative to a leaf's largest entry, float64, 10 steps; measured: 7e-16

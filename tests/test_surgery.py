@@ -7,24 +7,16 @@ import optax
 import pytest
 from flax import nnx
 
-from repopt_jax import (
-    BranchSet,
-    Identity,
-    Kernel,
-    Scales,
-    default_branches,
-    extract_scales,
-    paths,
-    reinitialize,
-)
-from repopt_jax.layers import explicit_padding
+from repopt_jax import BranchSet, Identity, Kernel, Scales, default_branches, extract_scales, reinitialize
+from repopt_jax.core import paths
+from repopt_jax.core.scales import LayerScales, ScalesMetadata
 from repopt_jax.models import RepOptVGG, VGGVariant
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.nn import ConvNorm, CSLAConv, NormedBranches
 from repopt_jax.nn.blocks import batch_norm, conv
-from repopt_jax.nn.modules import named_modules
-from repopt_jax.scales import LayerScales, ScalesMetadata
-from repopt_jax.surgery import csla_twin, merge_weights, sample_weights, to_repvgg, with_kernels
+from repopt_jax.surgery.layers import explicit_padding
+from repopt_jax.surgery.modules import named_modules
+from repopt_jax.surgery.search import csla_twin, merge_weights, sample_weights, to_repvgg, with_kernels
 
 EXACT = 1e-12  # of the largest output, float64; measured: 6e-16 at most
 WRONG = 0.1  # what another draw or a wrong twin exceeds; measured: 0.63 at least

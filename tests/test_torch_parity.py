@@ -8,7 +8,7 @@ from flax import nnx
 from repopt_jax.interop.names import recognise
 from repopt_jax.interop.torch_forward import torch_logits
 from repopt_jax.interop.weights import from_torch, to_torch
-from repopt_jax.nn.modules import named_modules
+from repopt_jax.surgery.modules import named_modules
 
 torch = pytest.importorskip("torch")
 

@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 
 from repopt_jax import repopt_mask
-from repopt_jax.branches import default_branches
+from repopt_jax.core.branches import default_branches
+from repopt_jax.core.paths import map_named
+from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.interop.names import torch_names
 from repopt_jax.interop.weights import from_torch, to_torch
 from repopt_jax.models.vgg import VGGVariant, block_specs
-from repopt_jax.nn.modules import named_modules
-from repopt_jax.paths import map_named
-from repopt_jax.scales import LayerScales, Scales
+from repopt_jax.surgery.modules import named_modules
 
 torch = pytest.importorskip("torch")
 

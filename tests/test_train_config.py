@@ -8,12 +8,12 @@ import pytest
 
 from repopt_jax import data, train
 from repopt_jax.detection import decode
+from repopt_jax.report.quickstart import quickstart
 from repopt_jax.train import validation
 from repopt_jax.train.config import DetectConfig
 from repopt_jax.train.config_io import config_file, differing_fields
 from repopt_jax.train.detection import Detection
 from repopt_jax.train.networks import network_names
-from repopt_jax.train.quickstart import quickstart
 from repopt_jax.train.validation import COCO_FIELDS, MOST_DETECTIONS, OF_IMAGES
 
 

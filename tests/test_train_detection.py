@@ -14,13 +14,15 @@ import pytest
 from PIL import Image
 
 from repopt_jax import Scales, cli, data, load_scales, save_scales, train
-from repopt_jax.arguments import Arguments
+from repopt_jax.cli.arguments import Arguments
+from repopt_jax.cli.main import _after_search
 from repopt_jax.data.pipeline import subset
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
 from repopt_jax.models import DETECTORS, DetectorVariant
 from repopt_jax.models.efficientrep import BackboneVariant
-from repopt_jax.train import build, checking, deploy, gallery, quickstart, records
+from repopt_jax.report import gallery, quickstart
+from repopt_jax.train import build, checking, deploy, records
 from repopt_jax.train.sharding import make_mesh
 
 DETECTORS["tiny"] = DetectorVariant(
@@ -206,10 +208,10 @@ def test_predict_refuses_scores_that_the_network_does_not_give(runs, tmp_path, c
 
 
 def test_the_command_after_a_search_leaves_a_detector_clipped():
-    command = cli._after_search(Arguments({}, "scenes:search", ()), tiny("search"), Path("out"))
+    command = _after_search(Arguments({}, "scenes:search", ()), tiny("search"), Path("out"))
     assert "--config.scales=out/scales" in command
     assert "clip_norm" not in command
-    assert "clip_norm=None" in cli._after_search(Arguments({}, "x", ()), train.Config(), Path("out"))
+    assert "clip_norm=None" in _after_search(Arguments({}, "x", ()), train.Config(), Path("out"))
 
 
 def test_deploying_a_detector_is_told_by_locations(runs, tmp_path, capsys):

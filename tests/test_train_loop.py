@@ -10,7 +10,7 @@ import pytest
 from training import STEPS, arrays, assert_same_run, checkpoints_in, tiny_config, told, without_privileges
 
 from repopt_jax import data, train
-from repopt_jax.scales import load_scales
+from repopt_jax.core.scales import load_scales
 from repopt_jax.train import loop
 from repopt_jax.train.rundir import RunFolder
 

@@ -14,10 +14,11 @@ import pytest
 from flax import nnx
 from training import VGG_VARIANTS
 
-from repopt_jax import default_branches, paths
+from repopt_jax import default_branches
+from repopt_jax.core import paths
+from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.data import DatasetInfo
 from repopt_jax.models import RepOptVGG
-from repopt_jax.scales import LayerScales, Scales
 from repopt_jax.train import Config, ModelConfig, OptimConfig
 from repopt_jax.train.classification import Classification
 from repopt_jax.train.optimizer import decay_mask, hold_scales, make_optimizer, make_schedule

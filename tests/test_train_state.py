@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from training import VGG_VARIANTS
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 from repopt_jax.models import RepOptVGG
 from repopt_jax.train import classification
 from repopt_jax.train import sharding as shardings

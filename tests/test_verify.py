@@ -8,13 +8,13 @@ import optax
 import pytest
 from flax import nnx
 
-from repopt_jax import verify
-from repopt_jax.adaptive import repopt_adamw, repopt_lion
-from repopt_jax.branches import default_branches
+from repopt_jax.core.branches import default_branches
+from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.models import RepOptVGG, VGGVariant
-from repopt_jax.optim import clip_by_repopt_global_norm, repopt_mask, repopt_sgd
-from repopt_jax.reparameterize import reparameterize
-from repopt_jax.scales import LayerScales, Scales
+from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
+from repopt_jax.optim.reparameterize import reparameterize
+from repopt_jax.optim.sgd import clip_by_repopt_global_norm, repopt_mask, repopt_sgd
+from repopt_jax.verify import equivalence as verify
 
 SMALL = VGGVariant("small", (2, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 2))
 EXACT = 1e-12  # relative, float64, 4 to 12 steps of any optimizer; measured: 2e-16 to 3e-15

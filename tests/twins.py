@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.nn.csla import convolve
-from repopt_jax.scales import LayerScales, Scales
 
 STEPS = 50
 BATCH = 3

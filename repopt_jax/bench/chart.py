@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from repopt_jax.bench.results import Section, short
-from repopt_jax.train.figures import DPI, INK, RC
+from repopt_jax.report.figures import DPI, INK, RC
 
 __all__ = ["DPI", "draw"]
 

@@ -13,7 +13,7 @@ from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.step import add_speed, section_of
 from repopt_jax.bench.timing import Builder, Candidate, Facts, measure, memory
-from repopt_jax.fuse import fuse
+from repopt_jax.surgery.fuse import fuse
 
 LOG = logging.getLogger(__name__)
 

@@ -18,15 +18,7 @@ from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.step import add_speed, section_of, stepping
 from repopt_jax.bench.timing import Builder, Candidate, Facts, measure
-from repopt_jax.bench.update import (
-    BYTES,
-    COPY,
-    add_bandwidth,
-    copying,
-    parameters,
-    random_like,
-    updating,
-)
+from repopt_jax.bench.update import BYTES, COPY, add_bandwidth, copying, parameters, random_like, updating
 from repopt_jax.models import VGG_VARIANTS
 from repopt_jax.models.vgg import VGGVariant, block_specs
 from repopt_jax.train.config import OptimConfig

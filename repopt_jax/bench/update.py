@@ -17,14 +17,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from repopt_jax.adaptive import repopt_adamw, repopt_lion
 from repopt_jax.bench.networks import abstract_model
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.timing import Builder, Candidate, Facts, carrying, measure, memory
-from repopt_jax.optim import gradient_multipliers, repopt_mask, repopt_sgd
-from repopt_jax.reparameterize import reparameterize
-from repopt_jax.scales import Scales
+from repopt_jax.core.scales import Scales
+from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
+from repopt_jax.optim.reparameterize import reparameterize
+from repopt_jax.optim.sgd import gradient_multipliers, repopt_mask, repopt_sgd
 from repopt_jax.train.config import OptimConfig
 from repopt_jax.train.optimizer import make_optimizer
 

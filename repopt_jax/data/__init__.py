@@ -26,12 +26,7 @@ from repopt_jax.data.detection import (
     train_detection_batches,
 )
 from repopt_jax.data.images import DatasetInfo, Record, Source, Split
-from repopt_jax.data.pipeline import (
-    eval_batches,
-    eval_steps,
-    steps_per_epoch,
-    train_batches,
-)
+from repopt_jax.data.pipeline import eval_batches, eval_steps, steps_per_epoch, train_batches
 from repopt_jax.data.reading import CACHE_BYTES
 from repopt_jax.data.scenes import open_scenes
 from repopt_jax.data.sources import SOURCES, open_source

@@ -27,7 +27,7 @@ from repopt_jax.interop.networks import (
 )
 from repopt_jax.interop.torch_forward import torch_logits
 from repopt_jax.interop.weights import from_torch, to_torch, write_tensors
-from repopt_jax.nn.modules import named_modules
+from repopt_jax.surgery.modules import named_modules
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt")
 SIZE, COUNT = 64, 2  # of the images on which logits are compared: the smallest on which no map is one pixel

@@ -21,14 +21,7 @@ import safetensors
 from numpy.typing import ArrayLike
 
 from repopt_jax.interop.checkpoints import select_tensors, without_wrappers
-from repopt_jax.interop.pickles import (
-    DTYPES,
-    STORAGES,
-    StorageRef,
-    TensorRef,
-    Unreadable,
-    load,
-)
+from repopt_jax.interop.pickles import DTYPES, STORAGES, StorageRef, TensorRef, Unreadable, load
 
 
 def read_tensors(path: str | os.PathLike[str], *, key: str | None = None) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 from repopt_jax.models import MobileOne, RepGhostNet, RepOptVGG
 from repopt_jax.nn import (
     ConvNorm,
@@ -29,7 +29,7 @@ from repopt_jax.nn import (
     RepGhostConv,
     RepVGGBlock,
 )
-from repopt_jax.nn.modules import join, named_modules
+from repopt_jax.surgery.modules import join, named_modules
 
 Moved = Literal["kernel", "vector"]
 Table = tuple[tuple[str, str], ...]

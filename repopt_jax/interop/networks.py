@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax._version import __version__
-from repopt_jax.fuse import fuse
 from repopt_jax.interop.names import arrays_of, recognise
 from repopt_jax.interop.weights import start_random
 from repopt_jax.models import (
@@ -35,6 +34,7 @@ from repopt_jax.models import (
 from repopt_jax.models.mobileone import mobileone_specs
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.nn import RepGhostConv
+from repopt_jax.surgery.fuse import fuse
 
 
 @dataclasses.dataclass(frozen=True)

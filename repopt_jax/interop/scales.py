@@ -23,13 +23,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from repopt_jax import paths
-from repopt_jax.branches import Branch, BranchSet, Identity, Kernel, Shape
-from repopt_jax.interop.files import read_tensors
-from repopt_jax.models.ghost import GHOST_VARIANTS, ghost_specs
-from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
-from repopt_jax.nn.ghost import ghost_branches
-from repopt_jax.scales import (
+from repopt_jax.core import paths
+from repopt_jax.core.branches import Branch, BranchSet, Identity, Kernel, Shape
+from repopt_jax.core.scales import (
     DeclaresBranches,
     LayerScales,
     Scales,
@@ -37,6 +33,10 @@ from repopt_jax.scales import (
     check_finite,
     check_fit,
 )
+from repopt_jax.interop.files import read_tensors
+from repopt_jax.models.ghost import GHOST_VARIANTS, ghost_specs
+from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
+from repopt_jax.nn.ghost import ghost_branches
 
 
 def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: str | None = None) -> Scales:

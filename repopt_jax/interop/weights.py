@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 from repopt_jax.interop.files import read_tensors, write_safetensors, write_torch
 from repopt_jax.interop.names import (
     COUNTER,

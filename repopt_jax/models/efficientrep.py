@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import BranchSet
+from repopt_jax.core.branches import BranchSet
 from repopt_jax.models.vgg import BlockSpec
 from repopt_jax.nn.blocks import Activated, conv_norm
 

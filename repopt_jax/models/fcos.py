@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import BranchSet, default_branches
+from repopt_jax.core.branches import BranchSet, default_branches
 from repopt_jax.detection.outputs import Locations, Outputs, grid_locations
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
 from repopt_jax.models.mosaic import Mosaic

@@ -37,19 +37,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import BranchSet
-from repopt_jax.nn.blocks import (
-    ConvNorm,
-    PlainBlock,
-    SqueezeExcite,
-    batch_norm,
-    bias_init,
-    conv,
-    kernel_init,
-)
+from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.scales import Scales, check_fit
+from repopt_jax.nn.blocks import ConvNorm, PlainBlock, SqueezeExcite, batch_norm, bias_init, conv, kernel_init
 from repopt_jax.nn.csla import CSLAConv, Form
 from repopt_jax.nn.ghost import GhostBottleneck, GhostModule, RepGhostConv, ghost_branches
-from repopt_jax.scales import Scales, check_fit
 
 GhostKind = Literal["target", "search", "csla", "repghost"]
 GHOST_KINDS: tuple[str, ...] = get_args(GhostKind)

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import BranchSet, default_branches
+from repopt_jax.core.branches import BranchSet, default_branches
+from repopt_jax.core.scales import Scales, check_fit
 from repopt_jax.nn.blocks import (
     PlainBlock,
     RepVGGBlock,
@@ -30,7 +31,6 @@ from repopt_jax.nn.blocks import (
     kernel_init,
 )
 from repopt_jax.nn.csla import CSLAConv, Form
-from repopt_jax.scales import Scales, check_fit
 
 Kind = Literal["target", "search", "csla", "repvgg"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Branch, BranchSet, Identity, Kernel
+from repopt_jax.core.branches import Branch, BranchSet, Identity, Kernel
 from repopt_jax.nn.csla import CSLAConv
 
 # Default initialisation of PyTorch's layers, uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)): all published recipes

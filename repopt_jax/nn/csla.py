@@ -21,8 +21,8 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
-from repopt_jax import algebra, paths
-from repopt_jax.branches import AfterPointwise, Average, Branch, BranchSet, Identity, Kernel
+from repopt_jax.core import algebra, paths
+from repopt_jax.core.branches import AfterPointwise, Average, Branch, BranchSet, Identity, Kernel
 
 Pads = tuple[tuple[int, int], ...]
 Form = Literal["merged", "branches"]

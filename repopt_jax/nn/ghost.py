@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from repopt_jax.branches import BranchSet, Identity, Kernel
+from repopt_jax.core.branches import BranchSet, Identity, Kernel
 from repopt_jax.nn.blocks import ConvNorm, SqueezeExcite, batch_norm, conv
 
 

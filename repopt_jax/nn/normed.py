@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from repopt_jax.branches import BranchSet
+from repopt_jax.core.branches import BranchSet
 from repopt_jax.nn.blocks import batch_norm
 from repopt_jax.nn.csla import (
     Branched,

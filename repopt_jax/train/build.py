@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data
-from repopt_jax.scales import Scales
-from repopt_jax.surgery import extract_scales, reinitialize
+from repopt_jax.core.scales import Scales
+from repopt_jax.surgery.search import extract_scales, reinitialize
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.classification import Classification
 from repopt_jax.train.config import Config

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data
-from repopt_jax.scales import Scales, load_scales
+from repopt_jax.core.scales import Scales, load_scales
 from repopt_jax.train.config import DataConfig
 from repopt_jax.train.networks import find_network
 from repopt_jax.train.sharding import put_batch, replicated

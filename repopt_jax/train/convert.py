@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from repopt_jax.core.scales import save_scales
 from repopt_jax.interop import load_torch_scales
 from repopt_jax.interop.convert import convert_file, export_weights, is_torch_file, refuse_existing
 from repopt_jax.interop.networks import RECORD, load_converted
-from repopt_jax.scales import save_scales
 from repopt_jax.train.deploy import load_any
 
 SCALES = "scales"

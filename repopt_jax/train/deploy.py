@@ -16,7 +16,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from repopt_jax._version import __version__
-from repopt_jax.fuse import fuse, output_difference
+from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import from_json

@@ -17,13 +17,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from repopt_jax import data
+from repopt_jax.core.scales import Scales, load_scales
 from repopt_jax.data.pipeline import subset
 from repopt_jax.detection import Detections, LossWeights, decode, detection_loss
 from repopt_jax.detection.evaluate import evaluate_detections, to_predictions
 from repopt_jax.models import DETECTORS, FCOS
 from repopt_jax.nn.blocks import ACTIVATIONS
-from repopt_jax.scales import Scales, load_scales
-from repopt_jax.surgery import csla_twin, depth_scales, sample_weights, to_repvgg, to_search
+from repopt_jax.surgery.search import csla_twin, depth_scales, sample_weights, to_repvgg, to_search
 from repopt_jax.train.config import Config, DataConfig
 from repopt_jax.train.sharding import put_batch
 from repopt_jax.train.state import merge_model

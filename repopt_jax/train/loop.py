@@ -21,20 +21,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from repopt_jax.scales import ScalesMetadata, save_scales
-from repopt_jax.surgery import extract_scales
+from repopt_jax.core.scales import ScalesMetadata, save_scales
+from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints, Progress
 from repopt_jax.train.config import Config
 from repopt_jax.train.config_io import to_json
 from repopt_jax.train.feeding import Feeder, WaitWarning
-from repopt_jax.train.metrics import (
-    MetricsWriter,
-    ProgressBar,
-    Stopwatch,
-    read_records,
-    scale_statistics,
-)
+from repopt_jax.train.metrics import MetricsWriter, ProgressBar, Stopwatch, read_records, scale_statistics
 from repopt_jax.train.processes import together
 from repopt_jax.train.rundir import RunFolder, Summary, summarize
 from repopt_jax.train.same_scales import check_scales

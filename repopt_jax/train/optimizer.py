@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from repopt_jax import paths
-from repopt_jax.adaptive import repopt_adamw, repopt_lion
-from repopt_jax.optim import clip_by_repopt_global_norm, repopt_sgd
-from repopt_jax.scales import Scales
+from repopt_jax.core import paths
+from repopt_jax.core.scales import Scales
+from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
+from repopt_jax.optim.sgd import clip_by_repopt_global_norm, repopt_sgd
 from repopt_jax.train.config import OPTIMIZERS, OptimConfig
 
 # Paths of the scales that a search trains.

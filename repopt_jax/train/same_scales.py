@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 from repopt_jax.train.state import TrainState
 
 # Equal scales may be computed by other versions of a library: relatively, this far apart is the same.

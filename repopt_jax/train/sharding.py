@@ -15,7 +15,7 @@ import jax
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from repopt_jax import paths
+from repopt_jax.core import paths
 
 AXES = ("data", "fsdp")
 

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from repopt_jax.scales import Scales
+from repopt_jax.core.scales import Scales
 from repopt_jax.train.config import Config, DataConfig
 
 Batch = dict[str, jax.Array]

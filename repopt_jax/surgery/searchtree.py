@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax import paths
-from repopt_jax.branches import BranchSet
-from repopt_jax.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit
-from repopt_jax.surgery import Weights, merge_weights, sample_weights
+from repopt_jax.core import paths
+from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit
+from repopt_jax.surgery.search import Weights, merge_weights, sample_weights
 
 P = TypeVar("P")
 

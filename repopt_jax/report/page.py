@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from repopt_jax.train import figures
+from repopt_jax.report import figures
 from repopt_jax.train.tasks import METRICS
 
 CSS = """

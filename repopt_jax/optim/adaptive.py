@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from repopt_jax import chains, paths
-from repopt_jax.optim import state_vectors
-from repopt_jax.reparameterize import reparameterize
-from repopt_jax.scales import LayerScales, Scales, check_finite
+from repopt_jax.core import paths
+from repopt_jax.core.scales import LayerScales, Scales, check_finite
+from repopt_jax.optim import chains
+from repopt_jax.optim.reparameterize import reparameterize
+from repopt_jax.optim.sgd import state_vectors
 
 Rule = Literal["exact", "published"]
 RULES: tuple[str, ...] = get_args(Rule)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax import chains, paths
-from repopt_jax.optim import state_vectors, visible_scales
-from repopt_jax.scales import Scales, check_finite, is_concrete
+from repopt_jax.core import paths
+from repopt_jax.core.scales import Scales, check_finite, is_concrete
+from repopt_jax.optim import chains
+from repopt_jax.optim.sgd import state_vectors, visible_scales
 
 # Largest relative distance of `weights` merged from the kernels that they are said to be the branches of:
 # rounding of half precision parameters passes, other kernels do not.

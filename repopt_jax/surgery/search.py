@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax import paths
-from repopt_jax.branches import BranchSet
-from repopt_jax.layers import (
+from repopt_jax.core import paths
+from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit, is_concrete
+from repopt_jax.nn.blocks import ConvNorm
+from repopt_jax.nn.csla import CSLAConv, Form
+from repopt_jax.nn.normed import NormedBranches
+from repopt_jax.surgery.layers import (
     Branches,
     Layer,
     Select,
@@ -26,11 +30,7 @@ from repopt_jax.layers import (
     find_layers,
     layers_at,
 )
-from repopt_jax.nn.blocks import ConvNorm
-from repopt_jax.nn.csla import CSLAConv, Form
-from repopt_jax.nn.modules import aliases, join, named_modules, own, replace_modules
-from repopt_jax.nn.normed import NormedBranches
-from repopt_jax.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit, is_concrete
+from repopt_jax.surgery.modules import aliases, join, named_modules, own, replace_modules
 
 M = TypeVar("M")
 Weights = dict[str, dict[str, jax.Array]]

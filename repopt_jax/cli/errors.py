@@ -3,7 +3,7 @@
 import os
 import sys
 
-from repopt_jax.arguments import UsageError
+from repopt_jax.cli.arguments import UsageError
 
 # Packages that are needed for some commands only -> the extra that brings them.
 EXTRAS = {

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from repopt_jax.arguments import Arguments, UsageError, whole_number
-from repopt_jax.cli_errors import fail, first_line, report
+from repopt_jax.cli.arguments import Arguments, UsageError, whole_number
+from repopt_jax.cli.errors import fail, first_line, report
 
 
 def joined(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repopt_jax.train import figures, monitor, page
+from repopt_jax.report import figures, monitor, page
 from repopt_jax.train.records import History, Run, history_of
 from repopt_jax.train.tasks import METRICS
 

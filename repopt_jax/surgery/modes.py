@@ -8,9 +8,9 @@ from typing import Any, assert_never
 
 from flax import nnx
 
-from repopt_jax.layers import Branches, Select, find_branches
-from repopt_jax.scales import Scales
-from repopt_jax.surgery import reinitialize, to_repvgg, to_search
+from repopt_jax.core.scales import Scales
+from repopt_jax.surgery.layers import Branches, Select, find_branches
+from repopt_jax.surgery.search import reinitialize, to_repvgg, to_search
 
 
 class Mode(enum.StrEnum):

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repopt_jax import cli_help
-from repopt_jax.arguments import (
+from repopt_jax.cli import help as cli_help
+from repopt_jax.cli.arguments import (
     Arguments,
     Command,
     UsageError,
@@ -24,8 +24,8 @@ from repopt_jax.arguments import (
     read_config,
     whole_number,
 )
-from repopt_jax.cli_errors import complain, report, sentence
-from repopt_jax.cli_jobs import alone, joined
+from repopt_jax.cli.errors import complain, report, sentence
+from repopt_jax.cli.jobs import alone, joined
 
 # Flags of `repopt bench`, "" for the defaults of `bench.Settings`.
 BENCH_FLAGS: dict[str, str | None] = dict.fromkeys(
@@ -123,7 +123,7 @@ def _quickstart(arguments: Arguments) -> int:
 
             jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        from repopt_jax.train.quickstart import quickstart, summary_lines
+        from repopt_jax.report.quickstart import quickstart, summary_lines
 
         source = " ".join([str(arguments.config), *arguments.overrides])
         done = quickstart(base, out, seeds=seeds, say=_say, source=source)
@@ -146,7 +146,8 @@ def _search(arguments: Arguments) -> int:
     stopped, out = _run(config, arguments)
     if stopped:
         return stopped
-    from repopt_jax.train import monitor, processes, records
+    from repopt_jax.report import monitor
+    from repopt_jax.train import processes, records
 
     if not processes.is_first():  # one draws and tells
         return 0
@@ -155,7 +156,7 @@ def _search(arguments: Arguments) -> int:
     verdict = monitor.verdict(history)
     _say(verdict.sentence, *verdict.notes, f"Scales: {out / 'scales'}")
     try:
-        from repopt_jax.train import report
+        from repopt_jax.report import report
 
         _say(f"How they moved: {', '.join(map(str, report.draw_search(history, out / 'report')))}")
     except ModuleNotFoundError as error:  # the search is done all the same
@@ -207,7 +208,8 @@ def _predict(arguments: Arguments) -> int:
     image = Path(flags["image"])
     out = Path(flags["out"]) if flags["out"] else image.with_name(f"{image.stem}-detected.png")
     with _computing():
-        from repopt_jax.train import deploy, gallery
+        from repopt_jax.report import gallery
+        from repopt_jax.train import deploy
 
         asked = number("threshold", flags["threshold"]) if flags["threshold"] else None
         network = deploy.load_any(flags["run"])
@@ -308,7 +310,7 @@ def _verify(arguments: Arguments) -> int:
             raise UsageError(f"--{name}={value} must be at least 1")
     with _computing():
         if flags["check"]:
-            from repopt_jax import verify
+            from repopt_jax.verify import equivalence as verify
 
             check = verify.load_check(flags["check"])
         else:

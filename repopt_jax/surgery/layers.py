@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 from flax import nnx
 from jax import lax
 
-from repopt_jax import paths
-from repopt_jax.branches import Branch, BranchSet, Shape, default_branches
+from repopt_jax.core import paths
+from repopt_jax.core.branches import Branch, BranchSet, Shape, default_branches
+from repopt_jax.core.scales import DeclaresBranches
 from repopt_jax.nn.csla import PadMode, Pads, per_axis, plain_convolution
-from repopt_jax.nn.modules import aliases, join, named_modules
-from repopt_jax.scales import DeclaresBranches
+from repopt_jax.surgery.modules import aliases, join, named_modules
 
 Select: TypeAlias = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nnx.Module], bool] | None
 Chosen: TypeAlias = Sequence[Branch] | BranchSet | None

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax import chains, paths
-from repopt_jax.nn.modules import join
-from repopt_jax.paths import listed
-from repopt_jax.scales import Scales
+from repopt_jax.core import paths
+from repopt_jax.core.paths import listed
+from repopt_jax.core.scales import Scales
+from repopt_jax.optim import chains
+from repopt_jax.surgery.modules import join
 
 Named = dict[str, np.ndarray]
 

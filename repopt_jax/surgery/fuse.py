@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax import algebra, paths
-from repopt_jax.branches import BranchSet
-from repopt_jax.layers import PAD_MODES, check_plain, explicit_padding
+from repopt_jax.core import algebra, paths
+from repopt_jax.core.branches import BranchSet
 from repopt_jax.nn.blocks import ConvNorm, FusedBlock, PlainBlock, RepVGGBlock
 from repopt_jax.nn.csla import CSLAConv, plain_convolution
 from repopt_jax.nn.ghost import RepGhostConv
 from repopt_jax.nn.mobileone import MobileOneBlock
-from repopt_jax.nn.modules import aliases, named_modules, replace_modules
 from repopt_jax.nn.normed import NormedBranches, PassThrough
+from repopt_jax.surgery.layers import PAD_MODES, check_plain, explicit_padding
+from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
 
 Foldable = nnx.Conv | nnx.Linear | CSLAConv | NormedBranches
 _FOLDABLE = (nnx.Conv, nnx.Linear, CSLAConv, NormedBranches)

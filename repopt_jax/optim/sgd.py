@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from repopt_jax import chains, paths
-from repopt_jax.scales import Scales, check_finite, check_fit, is_concrete
+from repopt_jax.core import paths
+from repopt_jax.core.scales import Scales, check_finite, check_fit, is_concrete
+from repopt_jax.optim import chains
 
 
 class RepOptMaskState(NamedTuple):

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repopt_jax import algebra
+from repopt_jax.core import algebra
 
 Shape = tuple[int, ...]
 T = TypeVar("T")

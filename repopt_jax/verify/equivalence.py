@@ -18,19 +18,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax import chains, paths, reasons, userfile
-from repopt_jax.layers import check_aliases, layers_at
+from repopt_jax import userfile
+from repopt_jax.core import paths
+from repopt_jax.core.scales import LayerScales, Scales, check_fit
 from repopt_jax.nn.csla import CSLAConv
-from repopt_jax.nn.modules import join, named_modules
-from repopt_jax.optim import repopt_mask
-from repopt_jax.scales import LayerScales, Scales, check_fit
-from repopt_jax.surgery import (
-    Weights,
-    csla_twin,
-    merge_weights,
-    sample_weights,
-    with_kernels,
-)
+from repopt_jax.optim import chains
+from repopt_jax.optim.sgd import repopt_mask
+from repopt_jax.surgery.layers import check_aliases, layers_at
+from repopt_jax.surgery.modules import join, named_modules
+from repopt_jax.surgery.search import Weights, csla_twin, merge_weights, sample_weights, with_kernels
+from repopt_jax.verify import reasons
 
 Loss = Callable[[Any, Any], jax.Array]
 MakeOptimizer = Callable[[Weights], optax.GradientTransformation]

@@ -12,9 +12,9 @@ import numpy as np
 from etils import epath
 from jax.core import Tracer
 
-from repopt_jax import paths
 from repopt_jax._version import __version__
-from repopt_jax.branches import BranchSet
+from repopt_jax.core import paths
+from repopt_jax.core.branches import BranchSet
 
 T = TypeVar("T")
 

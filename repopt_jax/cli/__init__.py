@@ -1,0 +1,3 @@
+"""The command line."""
+
+from repopt_jax.cli.main import main as main

@@ -1,0 +1,12 @@
+"""The method's algebra: kernel maps, branches, scales, and pytrees by path. Nothing here knows Flax."""
+
+from repopt_jax.core.branches import AfterPointwise as AfterPointwise
+from repopt_jax.core.branches import Average as Average
+from repopt_jax.core.branches import Branch as Branch
+from repopt_jax.core.branches import BranchSet as BranchSet
+from repopt_jax.core.branches import Identity as Identity
+from repopt_jax.core.branches import Kernel as Kernel
+from repopt_jax.core.branches import default_branches as default_branches
+from repopt_jax.core.scales import Scales as Scales
+from repopt_jax.core.scales import load_scales as load_scales
+from repopt_jax.core.scales import save_scales as save_scales

@@ -1,0 +1,14 @@
+"""Structural changes of NNX models, each of which returns a new model."""
+
+from repopt_jax.surgery.fuse import fuse as fuse
+from repopt_jax.surgery.layers import find_branches as find_branches
+from repopt_jax.surgery.layers import find_layers as find_layers
+from repopt_jax.surgery.modes import Mode as Mode
+from repopt_jax.surgery.modes import prepare as prepare
+from repopt_jax.surgery.search import depth_scales as depth_scales
+from repopt_jax.surgery.search import extract_scales as extract_scales
+from repopt_jax.surgery.search import reinitialize as reinitialize
+from repopt_jax.surgery.search import to_repvgg as to_repvgg
+from repopt_jax.surgery.search import to_search as to_search
+from repopt_jax.surgery.searchtree import SearchTree as SearchTree
+from repopt_jax.surgery.searchtree import search_tree as search_tree
