@@ -9,9 +9,13 @@ from repopt_jax.core import AfterPointwise as AfterPointwise
 from repopt_jax.core import Average as Average
 from repopt_jax.core import Branch as Branch
 from repopt_jax.core import BranchSet as BranchSet
+from repopt_jax.core import Geometry as Geometry
 from repopt_jax.core import Identity as Identity
 from repopt_jax.core import Kernel as Kernel
+from repopt_jax.core import Pool as Pool
 from repopt_jax.core import Scales as Scales
+from repopt_jax.core import Stage as Stage
+from repopt_jax.core import Structure as Structure
 from repopt_jax.core import default_branches as default_branches
 from repopt_jax.core import load_scales as load_scales
 from repopt_jax.core import paths as paths
@@ -38,4 +42,5 @@ from repopt_jax.surgery import reinitialize as reinitialize
 from repopt_jax.surgery import search_tree as search_tree
 from repopt_jax.surgery import to_repvgg as to_repvgg
 from repopt_jax.surgery import to_search as to_search
+from repopt_jax.surgery import to_structure as to_structure
 from repopt_jax.verify import verify_equivalence as verify_equivalence

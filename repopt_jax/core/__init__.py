@@ -6,7 +6,12 @@ from repopt_jax.core.branches import Branch as Branch
 from repopt_jax.core.branches import BranchSet as BranchSet
 from repopt_jax.core.branches import Identity as Identity
 from repopt_jax.core.branches import Kernel as Kernel
-from repopt_jax.core.branches import default_branches as default_branches
+from repopt_jax.core.branches import Pool as Pool
 from repopt_jax.core.scales import Scales as Scales
 from repopt_jax.core.scales import load_scales as load_scales
 from repopt_jax.core.scales import save_scales as save_scales
+from repopt_jax.core.structure import STRUCTURES as STRUCTURES
+from repopt_jax.core.structure import Geometry as Geometry
+from repopt_jax.core.structure import Stage as Stage
+from repopt_jax.core.structure import Structure as Structure
+from repopt_jax.core.structure import default_branches as default_branches

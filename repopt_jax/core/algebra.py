@@ -5,6 +5,7 @@ axes, and (in, out) for a dense layer. A *window* is a kernel's spatial shape. E
 first argument, so `jax.linear_transpose` gives its adjoint.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,22 +81,35 @@ def centre_tap(window: Sequence[int]) -> tuple[Taps, ...]:
     return centred_taps((1,) * len(window), window, (1,) * len(window))
 
 
-def diagonal(shape: Sequence[int]) -> jax.Array:
-    """True where a kernel of `shape` carries an output channel's own input channel to it, at the centre tap.
+def own_channel(shape: Sequence[int]) -> jax.Array:
+    """True where a kernel of `shape` carries an output channel's own input channel to it, at every tap.
 
     Output channel o of a layer with as many inputs as outputs reads its own input as input o mod (in/groups)
     of its group.
     """
-    *window, inputs, _ = shape
     i = lax.broadcasted_iota(jnp.int32, tuple(shape), len(shape) - 2)
     o = lax.broadcasted_iota(jnp.int32, tuple(shape), len(shape) - 1)
-    return covers(shape, centre_tap(window)) & (i == o % inputs)
+    return i == o % shape[-2]
+
+
+def diagonal(shape: Sequence[int]) -> jax.Array:
+    """`own_channel` at the centre tap alone: where the identity's kernel is not zero."""
+    return covers(shape, centre_tap(shape[:-2])) & own_channel(shape)
 
 
 def identity(v: jax.Array, shape: Sequence[int]) -> jax.Array:
     """The kernel that multiplies channel c by v[c]: (out,) -> `shape`."""
-    *_, out = shape
-    return jnp.where(diagonal(shape), v.reshape((1,) * (len(shape) - 1) + (out,)), 0)
+    return jnp.where(diagonal(shape), _along_outputs(v, shape), 0)
+
+
+def channel_average(v: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """The kernel that averages channel c over the window, padding counted in the mean, and multiplies it by
+    v[c]: (out,) -> `shape`."""
+    return jnp.where(own_channel(shape), _along_outputs(v, shape) / math.prod(shape[:-2]), 0)
+
+
+def _along_outputs(v: jax.Array, shape: Sequence[int]) -> jax.Array:
+    return v.reshape((1,) * (len(shape) - 1) + (shape[-1],))
 
 
 def average(w: jax.Array, window: Sequence[int]) -> jax.Array:
@@ -103,10 +117,7 @@ def average(w: jax.Array, window: Sequence[int]) -> jax.Array:
 
     w, (*ones, in/g, out) -> (*window, in/g, out): w / number of taps, at every tap.
     """
-    taps = 1
-    for n in window:
-        taps *= n
-    return jnp.broadcast_to(w / taps, (*window, *w.shape[-2:]))
+    return jnp.broadcast_to(w / math.prod(window), (*window, *w.shape[-2:]))
 
 
 def after_pointwise(w: jax.Array, c: jax.Array) -> jax.Array:
@@ -120,6 +131,39 @@ def after_pointwise(w: jax.Array, c: jax.Array) -> jax.Array:
     # TPUs and GPUs multiply in lower precision unless told: this is an identity, not a layer.
     merged = jnp.einsum("gim,...mgo->...igo", c, by_group, precision=lax.Precision.HIGHEST)
     return merged.reshape(*size, c.shape[1], out)
+
+
+def constant_response(kernel: jax.Array, c: jax.Array) -> jax.Array:
+    """What a kernel makes of an image that is constant in space: sum over taps and inputs of K * c.
+
+    kernel, (*spatial, in/groups, out), and c, (in,) -> (out,): output channel o of group g becomes
+    sum_{taps, i} K[..., i, o] * c[g * in/groups + i]. The number of groups is told by the two shapes. It is
+    how a shift (of a batch norm, say) in front of a convolution moves behind it; at the border it holds
+    where the padding continues the constant.
+
+    Raises:
+      ValueError: the channels of c are not a multiple of the kernel's inputs, or the groups do not divide
+        out.
+    """
+    *_, inputs, out = kernel.shape
+    groups, left_over = divmod(c.shape[0], inputs)
+    if left_over or not groups or out % groups:
+        raise ValueError(
+            f"a kernel of shape {kernel.shape} cannot be applied to {c.shape[0]} channels: they must be "
+            f"in/groups = {inputs} times a number of groups that divides {out}"
+        )
+    taps = kernel.sum(axis=tuple(range(kernel.ndim - 2)))
+    by_group = taps.reshape(inputs, groups, out // groups)
+    return jnp.einsum(
+        "igo,gi->go", by_group, c.reshape(groups, inputs), precision=lax.Precision.HIGHEST
+    ).reshape(out)
+
+
+def by_groups(pointwise: jax.Array, groups: int) -> jax.Array:
+    """A 1x1 kernel (*ones, in/groups, mid) as the matrix that `after_pointwise` takes, (groups, in/groups,
+    mid/groups)."""
+    *_, inputs, mid = pointwise.shape
+    return jnp.moveaxis(pointwise.reshape(inputs, groups, mid // groups), 1, 0)
 
 
 def scale_output(w: jax.Array, s: ArrayLike) -> jax.Array:

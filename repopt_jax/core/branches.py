@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -145,11 +145,35 @@ class Identity(Branch):
 
     def check(self, kernel, groups):
         algebra.centre_tap(kernel[:-2])
-        if kernel[-2] * groups != kernel[-1]:
-            inputs, outputs = kernel[-2] * groups, kernel[-1]
-            raise ValueError(
-                f"the identity needs as many input as output channels, not {inputs} and {outputs}"
-            )
+        _check_own_channels("the identity", kernel, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool(Branch):
+    """Average pooling over the layer's window, channel by channel, padding counted in the mean: y = v *
+    mean of x.
+
+    v is a vector like the identity's: ones in a structure that does not train it. Like the identity it
+    needs as many input as output channels. E E^T mixes the taps."""
+
+    has_scale: ClassVar[bool] = False
+    places: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "pool"
+
+    def shape(self, kernel):
+        return (kernel[-1],)
+
+    def embed(self, w, kernel):
+        return algebra.channel_average(w, kernel)
+
+    def sample(self, key, kernel, dtype):
+        return jnp.ones(self.shape(kernel), dtype)
+
+    def check(self, kernel, groups):
+        _check_own_channels("average pooling", kernel, groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -508,40 +532,11 @@ class BranchSet:
         return s if dtype is None else s.astype(dtype)
 
 
+def _check_own_channels(what: str, kernel: Shape, groups: int) -> None:
+    inputs, outputs = kernel[-2] * groups, kernel[-1]
+    if inputs != outputs:
+        raise ValueError(f"{what} needs as many input as output channels, not {inputs} and {outputs}")
+
+
 def _nested_tuples(x: Any) -> Any:
     return tuple(map(_nested_tuples, x)) if isinstance(x, list) else x
-
-
-def default_branches(
-    kernel: Sequence[int],
-    *,
-    groups: int = 1,
-    stride: Sequence[int] | int = 1,
-    layout: str = "...io",
-    stacked: int = 0,
-) -> BranchSet:
-    """The usual branches of a layer: its own kernel, a 1x1, and the identity where it is defined.
-
-    k x k -> kxk + 1x1 + identity; depthwise k x k -> kxk + 1x1; a 1x1 or dense layer -> full + identity. The
-    1x1 branch and the identity need odd sides; the identity also stride 1 and as many input as output
-    channels. A depthwise layer (in/groups = 1, several groups) gets no identity: its 1x1 branch is one factor
-    for each channel, which is the same map, and a set with both would count it twice. Whoever wants both, as
-    published depthwise blocks have them, makes the `BranchSet` with `Identity()`.
-
-    Args:
-      kernel: shape, (*stack, *spatial, in/groups, out), or as `layout` says.
-      groups, layout, stacked: as in `BranchSet`.
-      stride: of the layer, one number or one for each spatial axis.
-    """
-    shape = tuple(kernel)[stacked:]
-    *window, inputs, out = shape if layout == "...io" else (*shape[2:], shape[1], shape[0])
-    strides = (stride,) * len(window) if isinstance(stride, int) else tuple(stride)
-    odd = all(n % 2 for n in window)
-    several_taps = math.prod(window) > 1
-    depthwise = inputs == 1 and groups > 1 and several_taps
-    branches: list[Branch] = [Kernel(tuple(window))]
-    if odd and several_taps:
-        branches.append(Kernel((1,) * len(window)))
-    if odd and not depthwise and inputs * groups == out and all(s == 1 for s in strides):
-        branches.append(Identity())
-    return BranchSet(tuple(kernel), tuple(branches), groups, layout, stacked)

@@ -4,8 +4,7 @@ Stage 0 is the stem, one 3x3 block of stride 2. Stages 1 to 4 are each a 3x3 blo
 `repeats` 3x3 blocks of stride 1, so their maps have strides 4, 8, 16 and 32. Where `sppf` is set the last map
 goes through `SimSPPF`.
 
-Paths: block i of stage s is `stages/{s}/{i}`, its convolution `stages/{s}/{i}/linear/conv`; `sppf/{cv1,cv2}`.
-The network is always built plain; `to_search` and `to_repvgg` make its other forms.
+Paths: block i of stage s is `stages/{s}/{i}`, its kernel `stages/{s}/{i}/conv/kernel`; `sppf/{cv1,cv2}`.
 Source: YOLOv6 (arXiv 2209.02976), section 2.1; published code read for facts. Its batch norms have eps 1e-3
 and momentum 0.97, ours 1e-5 and 0.9.
 """
@@ -18,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.core.branches import BranchSet
+from repopt_jax.models.network import Network, Place, run_stages
 from repopt_jax.models.vgg import BlockSpec
-from repopt_jax.nn.blocks import Activated, conv_norm
+from repopt_jax.nn.block import block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ BACKBONES: dict[str, BackboneVariant] = {
 }
 
 
-class EfficientRep(nnx.Module):
+class EfficientRep(Network):
     """`__call__`: images (batch, height, width, in_channels) -> the maps of stages 1 to 4, each (batch,
     ceil(height / stride), ceil(width / stride), width of the stage), strides 4, 8, 16, 32.
 
@@ -76,9 +75,6 @@ class EfficientRep(nnx.Module):
       ValueError: an unknown activation.
     """
 
-    # Paths of the layers that are re-parameterized.
-    SELECT = r"stages/\d+/\d+/linear/conv"
-
     def __init__(
         self,
         variant: BackboneVariant,
@@ -92,26 +88,34 @@ class EfficientRep(nnx.Module):
         self.in_channels = in_channels
         stages: list[list[nnx.Module]] = [[] for _ in range(5)]
         for spec in backbone_specs(variant, in_channels):
-            linear = conv_norm(spec.inputs, spec.outputs, 3, stride=spec.stride, dtype=dtype, rngs=rngs)
-            stages[spec.stage].append(Activated(linear, activation))
+            stages[spec.stage].append(
+                block(
+                    spec.inputs,
+                    spec.outputs,
+                    3,
+                    stride=spec.stride,
+                    activation=activation,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+            )
         self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
         width = variant.widths[-1]
         sppf = SimSPPF(width, activation=activation, dtype=dtype, rngs=rngs) if variant.sppf else None
         self.sppf = nnx.data(sppf)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        maps = []
-        for stage in self.stages:
-            for block in stage:
-                x = block(x)
-            maps.append(x)
-        _, a, b, c, d = maps
+        _, a, b, c, d = run_stages(self.stages, x)
         return a, b, c, d if self.sppf is None else self.sppf(d)
 
-    def branch_sets(self) -> dict[str, BranchSet]:
-        """Path of each re-parameterized kernel of the plain network -> its branches."""
+    @property
+    def architecture(self) -> str:
+        return self.variant.name
+
+    def layers(self) -> dict[str, Place]:
+        """Every block's convolution."""
         return {
-            f"{spec.path}/linear/conv/kernel": spec.branch_set
+            f"{spec.path}/conv/kernel": Place(spec.geometry)
             for spec in backbone_specs(self.variant, self.in_channels)
         }
 
@@ -124,8 +128,9 @@ class SimSPPF(nnx.Module):
 
     def __init__(self, channels: int, *, activation: str = "relu", dtype: Any = None, rngs: nnx.Rngs):
         half = channels // 2
-        self.cv1 = Activated(conv_norm(channels, half, 1, dtype=dtype, rngs=rngs), activation)
-        self.cv2 = Activated(conv_norm(4 * half, channels, 1, dtype=dtype, rngs=rngs), activation)
+        options = {"activation": activation, "dtype": dtype, "rngs": rngs}
+        self.cv1 = block(channels, half, 1, **options)
+        self.cv2 = block(4 * half, channels, 1, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         maps = [self.cv1(x)]

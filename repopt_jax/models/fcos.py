@@ -1,8 +1,8 @@
 """FCOS with keypoints: a detector without anchors, every location of a feature pyramid predicting for itself.
 
 Backbone (`EfficientRep`) -> pyramid of maps of equal width (`FPN`) -> towers of 3x3 blocks shared by all
-levels (`FCOSHead`): class, box with centerness, and keypoints. The network is always built plain; RepOpt and
-RepVGG come to it by surgery on the layers that `FCOS.SELECT` names, `to_search(model, select=FCOS.SELECT)`.
+levels (`FCOSHead`): class, box with centerness, and keypoints. Re-parameterized are the 3x3 blocks of
+backbone and towers.
 
 Paths: `backbone/stages/{s}/{i}`, `pyramid/{laterals,outputs,extras}/{i}`,
 `head/{class,box,keypoint}_tower/{i}`, `head/{classes,boxes,centerness,keypoints}`,
@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.core.branches import BranchSet, default_branches
+from repopt_jax.core.structure import Geometry
 from repopt_jax.detection.outputs import Locations, Outputs, grid_locations
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
 from repopt_jax.models.mosaic import Mosaic
-from repopt_jax.nn.blocks import ACTIVATIONS, Activated, activation_named, conv, conv_norm
+from repopt_jax.models.network import Network, Place
+from repopt_jax.nn.block import ACTIVATIONS, block, check_activation, conv
 
 # A distance is exp of what the network says, cut here so that no step can make it infinite: at 1097 strides.
 MAX_LOG_DISTANCE = 7.0
@@ -82,7 +83,7 @@ DETECTORS: dict[str, DetectorVariant] = {
 }
 
 
-class FCOS(nnx.Module):
+class FCOS(Network):
     """`__call__`: images (batch, height, width, in_channels) -> `Outputs`, float32.
 
     Args:
@@ -97,9 +98,6 @@ class FCOS(nnx.Module):
     Raises:
       ValueError: an unknown activation, no class, or a negative number of keypoints.
     """
-
-    # Paths of the layers that are re-parameterized: the 3x3 convolutions of backbone and towers.
-    SELECT = rf"backbone/{EfficientRep.SELECT}|head/(class|box|keypoint)_tower/\d+/linear/conv"
 
     def __init__(
         self,
@@ -131,13 +129,16 @@ class FCOS(nnx.Module):
         sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in strides]
         return grid_locations(sizes, strides)
 
-    def branch_sets(self) -> dict[str, BranchSet]:
-        """Path of each re-parameterized kernel of the plain network -> its branches."""
-        backbone = {f"backbone/{path}": branches for path, branches in self.backbone.branch_sets().items()}
+    @property
+    def architecture(self) -> str:
+        return self.variant.name
+
+    def layers(self) -> dict[str, Place]:
+        """The 3x3 convolutions of backbone and towers."""
+        backbone = {f"backbone/{path}": place for path, place in self.backbone.layers().items()}
         channels = self.variant.channels
-        block = default_branches((3, 3, channels, channels))
         towers = {
-            f"head/{tower}/{i}/linear/conv/kernel": block
+            f"head/{tower}/{i}/conv/kernel": Place(Geometry((3, 3), channels, channels))
             for tower in self.head.towers
             for i in range(self.variant.tower)
         }
@@ -163,7 +164,7 @@ class FPN(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        activation_named(activation)
+        check_activation(activation)
         self.activation = activation
 
         def layer(width: int, size: int, stride: int = 1) -> nnx.Conv:
@@ -217,8 +218,8 @@ class FCOSHead(nnx.Module):
             raise ValueError(f"`num_keypoints` is {num_keypoints}: it must be 0 (boxes alone) or more")
 
         def blocks() -> nnx.List:
-            layers = [conv_norm(channels, channels, 3, dtype=dtype, rngs=rngs) for _ in range(tower)]
-            return nnx.List([Activated(layer, activation) for layer in layers])
+            options = {"activation": activation, "dtype": dtype, "rngs": rngs}
+            return nnx.List([block(channels, channels, 3, **options) for _ in range(tower)])
 
         def prediction(outputs: int, bias: float = 0.0) -> nnx.Conv:
             return nnx.Conv(
@@ -254,8 +255,8 @@ class FCOSHead(nnx.Module):
 
         def through(tower: nnx.List) -> jax.Array:
             y = x
-            for block in tower:
-                y = mosaic.clear(block(y))
+            for layer in tower:
+                y = mosaic.clear(layer(y))
             return y
 
         def predicted(layer: nnx.Conv, y: jax.Array) -> jax.Array:

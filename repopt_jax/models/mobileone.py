@@ -1,24 +1,23 @@
-"""MobileOne: blocks of summed copies in training, a plain chain of depthwise and 1x1 convolutions deployed.
+"""MobileOne: a chain of depthwise and 1x1 blocks, whose copies and branches are a structure (`mobileone`).
 
 Five stages. Stage 0 is one strided 3x3 block; the others are pairs of a depthwise 3x3 and a 1x1 block, the
-first pair of each strided. Then global average pooling and a linear classifier.
+first pair of each strided. Then global average pooling and a dense classifier.
 
-Paths: block i of stage s is `stages/{s}/{i}`, the depthwise block of pair u at 2u, its 1x1 block at 2u + 1.
-A block has `conv_kxk/{copy}/{conv,bn}`, and where it has those branches `conv_1x1/{conv,bn}`, `bn_identity`
-and `se/{down,up}`; deployed, `conv` and `se`. The classifier is `head`.
-Source: MobileOne (arXiv 2206.04040), section 3.3; published code read for facts.
+Paths: block i of stage s is `stages/{s}/{i}`, the depthwise block of pair u at 2u, its 1x1 block at 2u + 1;
+the classifier is `head`. Source: MobileOne (arXiv 2206.04040), section 3.3; published code read for facts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.nn.blocks import SqueezeExcite, bias_init, kernel_init
-from repopt_jax.nn.mobileone import MobileOneBlock
+from repopt_jax.core.structure import Geometry
+from repopt_jax.core.structure import mobileone as copied
+from repopt_jax.models.network import Classifier, Place
+from repopt_jax.nn.block import SqueezeExcite, block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,19 @@ class MobileOneVariant:
     pairs: tuple[int, int, int, int] = (2, 8, 10, 1)
     se_pairs: tuple[int, int, int, int] = (0, 0, 0, 0)
 
+    @property
+    def architecture(self) -> str:
+        return f"MobileOne-{self.name}"
+
+    def layers(self, in_channels: int = 3) -> dict[str, Place]:
+        """Every block's convolution; `mobileone` has as many copies of it as this variant says."""
+        return {
+            f"{spec.path}/conv/kernel": Place(
+                spec.geometry, structures={"mobileone": functools.partial(copied, copies=spec.copies)}
+            )
+            for spec in mobileone_specs(self, in_channels)
+        }
+
 
 def _imagenet(name: str, multipliers: tuple[float, float, float, float], **options: Any) -> MobileOneVariant:
     """Widths from the paper's multipliers of 64, 128, 256 and 512; stage 0 is never wider than 64."""
@@ -55,6 +67,8 @@ MOBILEONE_VARIANTS: dict[str, MobileOneVariant] = {
         _imagenet("s2", (1.5, 2, 2.5, 4)),
         _imagenet("s3", (2, 2.5, 3, 4)),
         _imagenet("s4", (3, 3.5, 3.5, 4), se_pairs=(0, 0, 5, 1)),
+        # Nobody publishes it: for the embedded digits, it compiles in seconds.
+        MobileOneVariant("digits", (8, 8, 8, 16, 16), copies=2, pairs=(1, 1, 1, 1)),
     )
 }
 
@@ -77,56 +91,51 @@ class MobileOneSpec:
     def path(self) -> str:
         return f"stages/{self.stage}/{self.index}"
 
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry((self.size, self.size), self.inputs, self.outputs, self.groups, strides=self.stride)
 
-class MobileOne(nnx.Module):
-    """MobileOne in its training form. `__call__`: images (batch, height, width, in_channels) -> logits
-    (batch, num_classes), float32.
+
+def mobileone(
+    variant: MobileOneVariant,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    activation: str = "relu",
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> Classifier:
+    """A plain MobileOne, as it is deployed but for its batch norms: images (batch, height, width,
+    in_channels) -> logits (batch, num_classes), float32. Its training form is `to_structure(model,
+    "mobileone", ...)`.
 
     Args:
       variant: a row of `MOBILEONE_VARIANTS`, or one of your own.
       num_classes: size of the classifier.
       in_channels: of the images.
+      activation: "relu" or "relu6".
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
     """
-
-    def __init__(
-        self,
-        variant: MobileOneVariant,
-        *,
-        num_classes: int,
-        in_channels: int = 3,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
-    ):
-        self.variant = variant
-        self.in_channels = in_channels
-        stages: list[list[nnx.Module]] = [[] for _ in range(5)]
-        for spec in mobileone_specs(variant, in_channels):
-            se = SqueezeExcite(spec.outputs, spec.outputs // 16, dtype=dtype, rngs=rngs) if spec.se else None
-            block = MobileOneBlock(
+    stages: list[list[nnx.Module]] = [[] for _ in range(5)]
+    for spec in mobileone_specs(variant, in_channels):
+        se = SqueezeExcite(spec.outputs, spec.outputs // 16, dtype=dtype, rngs=rngs) if spec.se else None
+        stages[spec.stage].append(
+            block(
                 spec.inputs,
                 spec.outputs,
                 spec.size,
                 stride=spec.stride,
                 groups=spec.groups,
-                copies=spec.copies,
                 se=se,
+                se_first=True,
+                activation=activation,
                 dtype=dtype,
                 rngs=rngs,
             )
-            stages[spec.stage].append(block)
-        self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
-        width = variant.widths[-1]
-        self.head = nnx.Linear(
-            width, num_classes, kernel_init=kernel_init, bias_init=bias_init(width), dtype=dtype, rngs=rngs
         )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for stage in self.stages:
-            for block in stage:
-                x = block(x)
-        return self.head(jnp.mean(x, axis=(1, 2))).astype(jnp.promote_types(x.dtype, jnp.float32))
+    options = {"num_classes": num_classes, "in_channels": in_channels, "dtype": dtype, "rngs": rngs}
+    return Classifier(variant, stages, variant.widths[-1], **options)
 
 
 def mobileone_specs(variant: MobileOneVariant, in_channels: int = 3) -> Iterator[MobileOneSpec]:

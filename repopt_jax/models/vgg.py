@@ -1,39 +1,20 @@
-"""VGG-style networks: RepOpt-VGG and RepVGG, one table of variants and one network for all kinds.
+"""VGG-style networks: what RepVGG and RepOptimizer train, one table of variants.
 
-Five stages of 3x3 blocks, the first a single block, then global average pooling and a linear classifier. The
-kind of block is an argument:
+Five stages of 3x3 blocks, the first a single block, then global average pooling and a dense classifier.
 
-    target   plain blocks: what RepOptimizer trains and what is deployed
-    search   CSLA blocks with trainable scales: what the hyper-search trains
-    csla     CSLA blocks with constant scales: the twin of `target` under RepOptimizer
-    repvgg   three normalised branches a block, merged for inference
-
-Sources: RepVGG (arXiv 2101.03697) tables 2 and 4, RepOptimizer (arXiv 2205.15242) section 4 and appendix B.
-"""
+Paths: block i of stage s is `stages/{s}/{i}`, its kernel `stages/{s}/{i}/conv/kernel`; the classifier is
+`head`. Sources: RepVGG (arXiv 2101.03697) tables 2 and 4, RepOptimizer (arXiv 2205.15242) section 4 and
+appendix B."""
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.core.branches import BranchSet, default_branches
-from repopt_jax.core.scales import Scales, check_fit
-from repopt_jax.nn.blocks import (
-    PlainBlock,
-    RepVGGBlock,
-    SqueezeExcite,
-    batch_norm,
-    bias_init,
-    conv,
-    kernel_init,
-)
-from repopt_jax.nn.csla import CSLAConv, Form
-
-Kind = Literal["target", "search", "csla", "repvgg"]
-KINDS: tuple[str, ...] = get_args(Kind)
+from repopt_jax.core.structure import Geometry
+from repopt_jax.models.network import Classifier, Place
+from repopt_jax.nn.block import SqueezeExcite, block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +37,17 @@ class VGGVariant:
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
     groups: int = 1
     pre_se: int = 0
+
+    @property
+    def architecture(self) -> str:
+        return self.name
+
+    def layers(self, in_channels: int = 3) -> dict[str, Place]:
+        """The depth rule counts the blocks of a stage: 0 for the one that opens it."""
+        return {
+            f"{spec.path}/conv/kernel": Place(spec.geometry, spec.index)
+            for spec in block_specs(self, in_channels)
+        }
 
 
 def _imagenet(
@@ -113,93 +105,59 @@ class BlockSpec:
         return f"stages/{self.stage}/{self.index}"
 
     @property
-    def branch_set(self) -> BranchSet:
-        """3x3 + 1x1, and the identity where width and resolution stay."""
-        kernel = (3, 3, self.inputs // self.groups, self.outputs)
-        return default_branches(kernel, groups=self.groups, stride=self.stride)
+    def geometry(self) -> Geometry:
+        return Geometry((3, 3), self.inputs, self.outputs, self.groups, strides=self.stride)
 
 
-class RepOptVGG(nnx.Module):
-    """RepOpt-VGG and RepVGG. `__call__`: images (batch, height, width, in_channels) -> logits (batch,
-    num_classes), float32.
+def vgg(
+    variant: VGGVariant,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    post_se: bool = False,
+    activation: str = "relu",
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> Classifier:
+    """A plain VGG: images (batch, height, width, in_channels) -> logits (batch, num_classes), float32.
 
     Args:
       variant: a row of `VGG_VARIANTS`, or one of your own.
-      kind: target, search, csla or repvgg; see the module's text.
       num_classes: size of the classifier.
       in_channels: of the images.
       post_se: squeeze-and-excitation (a quarter of the width) after every block's ReLU: the paper's "L2+SE".
-      form: how search and csla blocks compute, "merged" or "branches"; see `nn.CSLAConv`.
-      scales: for search and csla, where the scales start; the depth rule sqrt(2/l) if None.
+      activation: "relu" or "relu6".
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
 
     Raises:
-      ValueError: an unknown kind, `scales` that do not fit, or `post_se` with a variant that has its own.
+      ValueError: `post_se` with a variant that has its own; no class; an unknown activation.
     """
-
-    def __init__(
-        self,
-        variant: VGGVariant,
-        *,
-        kind: Kind = "target",
-        num_classes: int,
-        in_channels: int = 3,
-        post_se: bool = False,
-        form: Form = "merged",
-        scales: Scales | None = None,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
-    ):
-        if kind not in KINDS:
-            raise ValueError(f"`kind` is {kind!r}: it must be one of {', '.join(KINDS)}")
-        if post_se and variant.pre_se:
-            raise ValueError(
-                f"`post_se` is True, but every block of {variant.name} has squeeze-and-excitation before its "
-                "ReLU already"
-            )
-        se_divisor = 4 if post_se else variant.pre_se
-        self.variant = variant
-        self.kind = kind
-        self.in_channels = in_channels
-        if kind in ("search", "csla"):
-            scales = scales or self.depth_scales()
-            check_fit(scales, self)
-        stages: list[list[nnx.Module]] = [[] for _ in range(5)]
-        for spec in block_specs(variant, in_channels):
-            se = None
-            if se_divisor:
-                se = SqueezeExcite(spec.outputs, spec.outputs // se_divisor, dtype=dtype, rngs=rngs)
-            block = _block(spec, kind, se, variant.pre_se > 0, form, scales, dtype, rngs)
-            stages[spec.stage].append(block)
-        self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
-        width = variant.widths[-1]
-        self.head = nnx.Linear(
-            width, num_classes, kernel_init=kernel_init, bias_init=bias_init(width), dtype=dtype, rngs=rngs
+    if post_se and variant.pre_se:
+        raise ValueError(
+            f"`post_se` is True, but every block of {variant.name} has squeeze-and-excitation before its "
+            "ReLU already"
         )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for stage in self.stages:
-            for block in stage:
-                x = block(x)
-        return self.head(jnp.mean(x, axis=(1, 2))).astype(jnp.promote_types(x.dtype, jnp.float32))
-
-    def branch_sets(self) -> dict[str, BranchSet]:
-        """Path of each re-parameterized kernel of the target network -> its branches."""
-        return {
-            f"{spec.path}/conv/kernel": spec.branch_set
-            for spec in block_specs(self.variant, self.in_channels)
-        }
-
-    def depth_scales(self) -> Scales:
-        """Scales without a search by the depth rule: 1 for the block that opens a stage, then sqrt(2/l), l =
-        1, 2, ..."""
-        depths = {f"{s.path}/conv/kernel": s.index for s in block_specs(self.variant, self.in_channels)}
-        return Scales.depth_rule(self.branch_sets(), depths).with_metadata(architecture=self.variant.name)
-
-    def unit_scales(self) -> Scales:
-        """Scales without a search: all ones."""
-        return Scales.ones(self.branch_sets()).with_metadata(architecture=self.variant.name)
+    divisor = 4 if post_se else variant.pre_se
+    stages: list[list[nnx.Module]] = [[] for _ in range(5)]
+    for spec in block_specs(variant, in_channels):
+        se = SqueezeExcite(spec.outputs, spec.outputs // divisor, dtype=dtype, rngs=rngs) if divisor else None
+        stages[spec.stage].append(
+            block(
+                spec.inputs,
+                spec.outputs,
+                3,
+                stride=spec.stride,
+                groups=spec.groups,
+                se=se,
+                se_first=variant.pre_se > 0,
+                activation=activation,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        )
+    options = {"num_classes": num_classes, "in_channels": in_channels, "dtype": dtype, "rngs": rngs}
+    return Classifier(variant, stages, variant.widths[-1], **options)
 
 
 def block_specs(variant: VGGVariant, in_channels: int = 3) -> Iterator[BlockSpec]:
@@ -212,33 +170,3 @@ def block_specs(variant: VGGVariant, in_channels: int = 3) -> Iterator[BlockSpec
             groups = variant.groups if count and count % 2 == 0 else 1
             yield BlockSpec(stage, index, inputs, width, stride if index == 0 else 1, groups)
             inputs, count = width, count + 1
-
-
-def _block(spec, kind, se, se_first, form, scales, dtype, rngs) -> nnx.Module:
-    if kind == "repvgg":
-        return RepVGGBlock(
-            spec.inputs,
-            spec.outputs,
-            stride=spec.stride,
-            groups=spec.groups,
-            se=se,
-            se_first=se_first,
-            dtype=dtype,
-            rngs=rngs,
-        )
-    if kind == "target":
-        layer = conv(
-            spec.inputs, spec.outputs, 3, stride=spec.stride, groups=spec.groups, dtype=dtype, rngs=rngs
-        )
-    else:
-        layer = CSLAConv(
-            spec.branch_set,
-            strides=spec.stride,
-            padding=((1, 1), (1, 1)),
-            scales=scales.entries[f"{spec.path}/conv/kernel"].vectors,
-            trainable_scales=kind == "search",
-            form=form,
-            dtype=dtype,
-            rngs=rngs,
-        )
-    return PlainBlock(layer, batch_norm(spec.outputs, dtype=dtype, rngs=rngs), se, se_first=se_first)

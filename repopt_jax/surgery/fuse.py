@@ -1,9 +1,9 @@
 """Deploying: batch norm and branches folded into plain convolutions, as a new model.
 
-Batch norm with fixed statistics is y = s * x + b (`algebra.bn_affine`), so folding it is the merge of
-`branches` with s_b = gamma / sqrt(var + eps). What a block folds into is a function of its class; register
-one with `fuse_block.register` to make `fuse` work for a block of your own, or tell `fuse` in `pairs` which
-batch norm comes after which layer.
+Batch norm with fixed statistics is y = s * x + b (`algebra.bn_affine`), so folding it is the merge of a
+structure (`core.structure`) with a = gamma / sqrt(var + eps). What a block folds into is a function of its
+class; register one with `fuse_block.register` to make `fuse` work for a block of your own, or tell `fuse` in
+`pairs` which batch norm comes after which layer.
 Source: RepVGG (arXiv 2101.03697), section 3.3.
 """
 
@@ -19,17 +19,23 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.core import algebra, paths
-from repopt_jax.core.branches import BranchSet
-from repopt_jax.nn.blocks import ConvNorm, FusedBlock, PlainBlock, RepVGGBlock
-from repopt_jax.nn.csla import CSLAConv, plain_convolution
-from repopt_jax.nn.ghost import RepGhostConv
-from repopt_jax.nn.mobileone import MobileOneBlock
-from repopt_jax.nn.normed import NormedBranches, PassThrough
-from repopt_jax.surgery.layers import PAD_MODES, check_plain, explicit_padding
+from repopt_jax.core.branches import Shape
+from repopt_jax.nn.block import Block
+from repopt_jax.nn.branched import Branched, StructuredLayer, affine_of
+from repopt_jax.nn.geometry import check_plain, plain_layer
+from repopt_jax.nn.merged import Merged
 from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
 
-Foldable = nnx.Conv | nnx.Linear | CSLAConv | NormedBranches
-_FOLDABLE = (nnx.Conv, nnx.Linear, CSLAConv, NormedBranches)
+Foldable = nnx.Conv | nnx.Linear | StructuredLayer
+_FOLDABLE = (nnx.Conv, nnx.Linear, StructuredLayer)
+
+
+class FoldedNorm(nnx.Module):
+    """Gives back its first argument: stands where a batch norm was, which is now part of the layer before
+    it."""
+
+    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        return x
 
 
 def fuse(
@@ -38,7 +44,7 @@ def fuse(
     r"""A plain model that computes what `model` computes in evaluation mode; `model` is untouched.
 
     Blocks of this package, and of classes for which `fuse_block` is registered, fold by themselves, and so do
-    layers made of branches (`nn.CSLAConv`, `nn.NormedBranches`) anywhere. Batch norms in classes of your own
+    layers made of branches (`nn.Branched`, `nn.Merged`) anywhere. Batch norms in classes of your own
     fold by their paths:
 
         fuse(model, pairs={r"(.*/)?conv(\d*)": r"\1bn\2", r"(.*/)?downsample/0": r"\1downsample/1"})
@@ -46,11 +52,11 @@ def fuse(
     Args:
       model: the model, in evaluation mode.
       only: block classes; if given, blocks of other classes stay as they are, and so do batch norms that
-        nothing folds. `only=(nn.RepGhostConv,)` merges RepGhost's branches and keeps the batch norms
-        elsewhere: the deployed form that its authors publish.
+        nothing folds. `only=(nn.Branched,)` merges branches and keeps the batch norms elsewhere: the deployed
+        form of RepGhost that its authors publish.
       pairs: regular expression for the whole path of a convolution or dense layer -> path of the batch norm
         that reads its output, and nothing else does, with the groups of the expression; the first that
-        matches counts. The layer takes in the batch norm, in whose place stands `nn.PassThrough`. That
+        matches counts. The layer takes in the batch norm, in whose place stands a `FoldedNorm`. That
         nothing else reads the output, and nothing is between the two, is yours to know: `output_difference`
         tells.
 
@@ -71,6 +77,8 @@ def fuse(
         )
 
     def wanted(module: nnx.Module) -> bool:
+        if isinstance(module, Block) and not isinstance(module.conv, _FOLDABLE):
+            return False  # what it holds folds by itself, or is left and named below
         return isinstance(module, only) if only else fuse_block.dispatch(type(module)) is not default
 
     norm_of = _pair_up(model, pairs or {}, wanted)
@@ -80,7 +88,7 @@ def fuse(
         if path in norm_of:
             return fold_batch_norm(module, norms[norm_of[path]])
         if path in taken_in:
-            return PassThrough()
+            return FoldedNorm()
         return fuse_block(module) if wanted(module) else None
 
     fused = replace_modules(model, replace)
@@ -148,151 +156,51 @@ def fuse_block(block: nnx.Module) -> nnx.Module:
 
 
 @fuse_block.register
-def _(block: ConvNorm) -> nnx.Conv:
-    return fold_batch_norm(block.conv, block.bn)
+def _(block: Block) -> Block:
+    return block.replaced(
+        _plain(block.conv) if block.bn is None else fold_batch_norm(block.conv, block.bn), None
+    )
 
 
-@fuse_block.register
-def _(block: PlainBlock) -> FusedBlock:
-    return FusedBlock(fold_batch_norm(block.conv, block.bn), block.se, se_first=block.se_first)
-
-
-@fuse_block.register
-def _(block: RepVGGBlock) -> FusedBlock:
-    convs = {"3x3": [(block.conv_3x3, block.bn_3x3)], "1x1": [(block.conv_1x1, block.bn_1x1)]}
-    merged = merge_normalised(block.branches, convs, block.bn_identity)
-    return FusedBlock(merged, block.se, se_first=block.se_first)
-
-
-@fuse_block.register
-def _(block: RepGhostConv) -> nnx.Conv:
-    return merge_normalised(block.branches, {"3x3": [(block.conv, block.bn)]}, block.bn_identity)
-
-
-@fuse_block.register
-def _(block: MobileOneBlock) -> FusedBlock:
-    kxk, *_ = block.branches.names
-    convs = {kxk: [(layer.conv, layer.bn) for layer in block.conv_kxk]}
-    if block.conv_1x1 is not None:
-        convs["1x1"] = [(block.conv_1x1.conv, block.conv_1x1.bn)]
-    merged = merge_normalised(block.branches, convs, block.bn_identity)
-    return FusedBlock(merged, block.se, se_first=True)
-
-
-@fuse_block.register(CSLAConv)
-@fuse_block.register(NormedBranches)
-def _(block: CSLAConv | NormedBranches) -> nnx.Conv | nnx.Linear:
-    return _plain_like(block, *kernel_and_bias(block))
+@fuse_block.register(Branched)
+@fuse_block.register(Merged)
+def _(block: StructuredLayer) -> nnx.Conv | nnx.Linear:
+    return _plain(block)
 
 
 def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
     """One plain layer with a bias that computes bn(layer(x)): K * s and (bias * s) + b, with (s, b) of the
     batch norm. Of stacked layers, each with its own part of a stacked batch norm."""
-    return _plain_like(layer, *_folded(layer, bn))
-
-
-def merge_normalised(
-    branches: BranchSet,
-    convs: Mapping[str, Sequence[tuple[Foldable, nnx.BatchNorm]]],
-    bn_identity: nnx.BatchNorm | None = None,
-) -> Any:
-    """One layer with a bias that computes sum_bj bn_bj(conv_bj(x)) + bn_identity(x).
-
-    K = sum_b E_b(sum_j s_bj * w_bj), bias = sum b_bj, with (s, b) of each batch norm.
-
-    Args:
-      branches: how the branches' kernels enter the merged one.
-      convs: name of each branch with a kernel -> its convolutions with their batch norms. The first one of
-        all has the merged convolution's strides and padding.
-      bn_identity: of the branch "identity", where `branches` has it.
-    """
-    folded = {name: [_folded(conv, bn) for conv, bn in pairs] for name, pairs in convs.items()}
-    weights = {name: functools.reduce(jnp.add, [kernel for kernel, _ in f]) for name, f in folded.items()}
-    biases = [bias for f in folded.values() for _, bias in f]
-    if bn_identity is not None:
-        weights["identity"], bias = _affine(bn_identity)
-        biases.append(bias)
-    first, _ = next(iter(convs.values()))[0]
-    return _plain_like(first, *_merged(branches, weights, biases))
-
-
-def kernel_and_bias(layer: Foldable) -> tuple[jax.Array, jax.Array | None]:
-    """Kernel and bias, or None, of the plain layer that computes what `layer` does in evaluation mode."""
-    bias = None if layer.bias is None else layer.bias[...]
-    if isinstance(layer, CSLAConv):
-        return layer.merged_kernel(), bias
-    if not isinstance(layer, NormedBranches):
-        return layer.kernel[...], bias
-    weights, biases = {}, [] if bias is None else [bias]
-    for b in layer.branches.branches:
-        s, shift = _affine(layer.norms[b.name])
-        weights[b.name] = algebra.scale_output(layer.weights[b.name][...], s) if b.has_scale else s
-        biases.append(shift)
-    return _merged(layer.branches, weights, biases)
-
-
-def _merged(
-    branches: BranchSet, weights: Mapping[str, jax.Array], biases: Sequence[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of a sum of branches into whose weights their batch norms have been multiplied."""
-    scales = {name: jnp.ones((branches.out,), w.dtype) for name, w in weights.items()}
-    return branches.merge(weights, scales), functools.reduce(jnp.add, biases)
-
-
-def _folded(layer: Foldable, bn: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of bn(layer(x))."""
-    s, b = _affine(bn)
-    kernel, bias = kernel_and_bias(layer)
+    s, b = affine_of(bn)
+    kernel, bias = _kernel_and_bias(layer)
     scale_output = algebra.scale_output
     for _ in s.shape[:-1]:  # the axes of a stack
         scale_output = jax.vmap(scale_output)
-    return scale_output(kernel, s), b if bias is None else b + bias * s
+    return _plain_like(layer, scale_output(kernel, s), b if bias is None else b + bias * s)
 
 
-def _affine(bn: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
-    mean, var = bn.mean[...], bn.var[...]
-    gamma = jnp.ones_like(var) if bn.scale is None else bn.scale[...]
-    beta = jnp.zeros_like(var) if bn.bias is None else bn.bias[...]
-    return algebra.bn_affine(gamma, beta, mean, var, eps=bn.epsilon)
+def _plain(layer: Foldable) -> nnx.Conv | nnx.Linear:
+    """The plain layer that computes what `layer` does in evaluation mode."""
+    return _plain_like(layer, *_kernel_and_bias(layer))
+
+
+def _kernel_and_bias(layer: Foldable) -> tuple[jax.Array, jax.Array | None]:
+    if isinstance(layer, StructuredLayer):
+        return layer.kernel_and_bias()
+    return layer.kernel[...], None if layer.bias is None else layer.bias[...]
 
 
 def _plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> Any:
-    """A plain layer with the geometry of `layer` and this kernel and bias."""
-    if isinstance(layer, (CSLAConv, NormedBranches)):
-        plain = _plain_layer(layer)
-    else:
-        if isinstance(layer, nnx.Conv):
-            plain_convolution(layer)
-        plain = nnx.clone(layer)
+    """A plain layer that samples what `layer` does, with this kernel and bias."""
+    if isinstance(layer, StructuredLayer):
+        geometry = layer.structure.layer
+        return plain_layer(geometry, kernel, bias, dtype=layer.dtype, precision=layer.precision)
+    check_plain(layer)
+    plain = nnx.clone(layer)  # keeps what else it has: padding by name, precision
     plain.kernel.set_value(kernel)
     plain.bias = nnx.data(None if bias is None else nnx.Param(bias.astype(kernel.dtype)))
     plain.use_bias = bias is not None
     plain.param_dtype = kernel.dtype
-    return plain
-
-
-def _plain_layer(layer: CSLAConv | NormedBranches) -> nnx.Conv | nnx.Linear:
-    """A plain layer that samples what `layer` does, of any kernel."""
-    *window, inputs, outputs = layer.branches.kernel
-    zeros = {"kernel_init": nnx.initializers.zeros_init(), "use_bias": False, "rngs": nnx.Rngs(0)}
-    inputs *= layer.branches.groups
-    if not window:
-        return nnx.Linear(inputs, outputs, dtype=layer.dtype, **zeros)
-    options = {
-        "strides": layer.strides,
-        "padding": layer.padding,
-        "kernel_dilation": layer.dilation,
-        "feature_group_count": layer.branches.groups,
-        "dtype": layer.dtype,
-    }
-    if layer.pad_mode != "constant":
-        (options["padding"],) = (name for name, mode in PAD_MODES.items() if mode == layer.pad_mode)
-    plain = nnx.Conv(inputs, outputs, window, **options, **zeros)
-    if layer.pad_mode != "constant" and explicit_padding(plain) != layer.padding:
-        raise TypeError(
-            f"a layer with padding {layer.padding} in mode {layer.pad_mode!r} has no plain form: nnx.Conv "
-            f"pads by {explicit_padding(plain)} in that mode"
-        )
     return plain
 
 
@@ -366,12 +274,10 @@ def _norm_of(
     return norms[0]
 
 
-def _channels(layer: Foldable) -> tuple[int, ...]:
+def _channels(layer: Foldable) -> Shape:
     """Shape of what belongs to the output channels, with the axes of a stack in front."""
-    if isinstance(layer, CSLAConv):
-        return layer.stacked_branches().vector_shape
-    if isinstance(layer, NormedBranches):
-        return (layer.branches.out,)
+    if isinstance(layer, StructuredLayer):
+        return (*layer.stack, layer.out_features)
     axes = len(layer.kernel_size) if isinstance(layer, nnx.Conv) else 0
     return (*layer.kernel.shape[: -2 - axes], layer.out_features)
 

@@ -8,15 +8,15 @@ could take its place at all.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from flax import nnx
-from jax import lax
 
 from repopt_jax.core import paths
-from repopt_jax.core.branches import Branch, BranchSet, Shape, default_branches
+from repopt_jax.core.branches import Branch, BranchSet, Shape
 from repopt_jax.core.scales import DeclaresBranches
-from repopt_jax.nn.csla import PadMode, Pads, per_axis, plain_convolution
+from repopt_jax.core.structure import Geometry, repopt
+from repopt_jax.nn.geometry import geometry_of
 from repopt_jax.surgery.modules import aliases, join, named_modules
 
 Select: TypeAlias = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nnx.Module], bool] | None
@@ -62,7 +62,7 @@ def find_branches(
     Args:
       model: any NNX model.
       select: which layers, as in `find_layers`.
-      branches: None: what the model declares in `branch_sets()`, else `default_branches`. A sequence: these
+      branches: None: what the model declares in `branch_sets()`, else those of `repopt`. A sequence: these
         for every layer. A function of the `Layer`, or a mapping of regular expressions for a layer's whole
         path (the first that matches counts), that gives a sequence, a `BranchSet`, or None for the default,
         which layers that no expression matches take too.
@@ -93,23 +93,14 @@ class Layer:
 
     Attributes:
       path: of its kernel in the model, `encoder/0/conv/kernel`.
-      kernel: shape of the kernel, (*stack, *spatial, in/groups, out).
-      groups: feature groups.
-      strides, dilation: a number for each spatial axis.
-      padding: (before, after) for each spatial axis.
-      pad_mode: what stands in the padding: "constant" (zeros), "wrap" or "reflect".
-      stacked: number of leading axes of `kernel` along which equal layers are stacked.
-      has_bias: whether the layer adds a bias.
+      geometry: what it samples.
+      stack: leading axes of its arrays, along which equal layers are stacked; () for a layer of its own.
+      has_bias: whether it adds a bias.
     """
 
     path: str
-    kernel: Shape
-    groups: int = 1
-    strides: Shape = ()
-    dilation: Shape = ()
-    padding: Pads = ()
-    pad_mode: PadMode = "constant"
-    stacked: int = 0
+    geometry: Geometry
+    stack: Shape = ()
     has_bias: bool = False
 
     @property
@@ -118,40 +109,30 @@ class Layer:
         return self.path.rpartition("/")[0]
 
     @property
-    def inputs(self) -> int:
-        return self.kernel[-2] * self.groups
-
-    @property
-    def outputs(self) -> int:
-        return self.kernel[-1]
-
-    @property
-    def geometry(self) -> dict[str, Any]:
-        """Strides, padding and dilation, as arguments of `nn.CSLAConv` and `nn.NormedBranches`."""
-        return {
-            "strides": self.strides,
-            "padding": self.padding,
-            "pad_mode": self.pad_mode,
-            "dilation": self.dilation,
-        }
-
-    def default_branches(self) -> BranchSet:
-        """What `branches.default_branches` gives for this layer."""
-        return default_branches(self.kernel, groups=self.groups, stride=self.strides, stacked=self.stacked)
+    def kernel(self) -> Shape:
+        """Shape of the kernel, (*stack, *window, in/groups, out)."""
+        return (*self.stack, *self.geometry.kernel)
 
     def branch_set(self, branches: Chosen = None) -> BranchSet:
-        """The set of these branches for this layer; the default for None.
+        """The set of these branches for this layer; those of `repopt` for None.
 
         Raises:
           ValueError: a branch that is not defined for this layer, or a `BranchSet` of another kernel.
         """
         if branches is None:
-            return self.default_branches()
+            return repopt(self.geometry).branch_set(stack=self.stack)
         if not isinstance(branches, BranchSet):
             if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
                 raise ValueError(f"{branches!r} is neither a sequence of branches nor a `BranchSet`")
-            return BranchSet(self.kernel, tuple(branches), groups=self.groups, stacked=self.stacked)
-        expected = {"kernel": self.kernel, "groups": self.groups, "layout": "...io", "stacked": self.stacked}
+            return BranchSet(
+                self.kernel, tuple(branches), groups=self.geometry.groups, stacked=len(self.stack)
+            )
+        expected = {
+            "kernel": self.kernel,
+            "groups": self.geometry.groups,
+            "layout": "...io",
+            "stacked": len(self.stack),
+        }
         found = {name: getattr(branches, name) for name in expected}
         if difference := paths.describe_difference(expected, found, noun="attributes"):
             raise ValueError(f"the branch set is of another layer: {difference}")
@@ -164,86 +145,19 @@ def read_layer(path: str, module: nnx.Module) -> Layer:
     Raises:
       ValueError: it cannot be replaced by branches, with the reason.
     """
-    module = check_plain(module)
-    window, geometry = (), {}
-    if isinstance(module, nnx.Conv):
-        window = tuple(module.kernel_size)
-        geometry = {
-            "groups": module.feature_group_count,
-            "strides": per_axis(module.strides or 1, len(window)),
-            "dilation": per_axis(module.kernel_dilation or 1, len(window)),
-            "padding": explicit_padding(module),
-            "pad_mode": PAD_MODES.get(str(module.padding), "constant"),
-        }
-    shape, out = tuple(module.kernel.shape), module.out_features
-    one = (*window, module.in_features // geometry.get("groups", 1), out)
-    stacked = max(len(shape) - len(one), 0)
-    stack = shape[:stacked]
-    bias_shape = (*stack, out) if module.bias is None else module.bias.shape
-    if (shape, bias_shape) != ((*stack, *one), (*stack, out)):
+    geometry = geometry_of(module)  # pyright: ignore[reportArgumentType]  (refuses what it is not)
+    assert isinstance(module, (nnx.Conv, nnx.Linear))
+    shape, one = tuple(module.kernel.shape), geometry.kernel
+    stack = shape[: max(len(shape) - len(one), 0)]
+    out = (*stack, geometry.outputs)
+    bias_shape = out if module.bias is None else tuple(module.bias.shape)
+    if (shape, bias_shape) != ((*stack, *one), out):
         bias = f" and its bias {bias_shape}" if module.bias is not None else ""
         raise ValueError(
             f"its kernel has the shape {shape}{bias}, where {one} was expected, after the axes of a stack if "
             "there is one: layers must be stacked along the first axis"
         )
-    return Layer(join(path, "kernel"), shape, stacked=stacked, has_bias=module.bias is not None, **geometry)
-
-
-def check_plain(module: nnx.Module) -> nnx.Conv | nnx.Linear:
-    """`module`, an `nnx.Conv` or `nnx.Linear` that computes what its kernel says.
-
-    Raises:
-      ValueError: another class, or a function of its own, a mask, or dilated inputs.
-    """
-    if not isinstance(module, (nnx.Conv, nnx.Linear)):
-        raise ValueError("only nnx.Conv and nnx.Linear can be made of branches")
-    is_conv = isinstance(module, nnx.Conv)
-    base, function = (nnx.Conv, "conv_general_dilated") if is_conv else (nnx.Linear, "dot_general")
-    if type(module).__call__ is not base.__call__:
-        raise ValueError(f"its class has a __call__ of its own, in place of that of nnx.{base.__name__}")
-    if getattr(module, function) is not getattr(lax, function):
-        raise ValueError(f"it computes with a `{function}` of its own")
-    if isinstance(module, nnx.Conv):
-        try:
-            plain_convolution(module)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
-    return module
-
-
-def explicit_padding(layer: nnx.Conv) -> Pads:
-    """The padding of a convolution as pairs; with "CIRCULAR" and "REFLECT", of what is wrapped or reflected.
-
-    Raises:
-      ValueError: a padding that is not the same numbers for every input (`SAME` at a stride above 1), or
-        `CAUSAL`.
-    """
-    window = layer.kernel_size
-    axes = len(window)
-    padding = layer.padding
-    strides, dilation = per_axis(layer.strides or 1, axes), per_axis(layer.kernel_dilation or 1, axes)
-    reach = [(k - 1) * d for k, d in zip(window, dilation)]
-    centred = tuple((r // 2, r - r // 2) for r in reach)
-    if isinstance(padding, int):
-        return ((padding, padding),) * axes
-    if not isinstance(padding, str):
-        return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
-    if padding == "VALID":
-        return ((0, 0),) * axes
-    if padding in PAD_MODES:
-        return centred
-    if padding == "SAME":
-        if all(s == 1 or not r for s, r in zip(strides, reach)):
-            return centred
-        raise ValueError(
-            f"padding 'SAME' with strides {strides} depends on the input's size, so that a smaller branch "
-            "would sample other pixels than the centre of the kernel does; give the layer explicit pairs, "
-            f"such as {centred}"
-        )
-    raise ValueError(
-        f"padding {padding!r} shifts the window, so that its centre, where small branches are, is an earlier "
-        f"sample; if that is meant, give the layer explicit pairs, such as {tuple((r, 0) for r in reach)}"
-    )
+    return Layer(join(path, "kernel"), geometry, stack, module.bias is not None)
 
 
 def layers_at(model: nnx.Module, kernels: Iterable[str]) -> dict[str, Layer]:
@@ -273,10 +187,6 @@ def check_aliases(model: nnx.Module, kernels: Iterable[str]) -> None:
         if layer in others:
             pairs[kernel] = join(others[layer], last)
     _refuse_aliases(pairs)
-
-
-# Names of padding that only Flax knows -> what `jnp.pad` calls them.
-PAD_MODES: dict[str, PadMode] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 # Modules of Flax that change the kernel of the layer that they hold.

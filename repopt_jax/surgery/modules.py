@@ -33,9 +33,13 @@ def aliases(model: nnx.Module) -> dict[str, str]:
     return found
 
 
+class Removed(nnx.Module):
+    """What `replace` gives for a module in whose place `None` is to stand."""
+
+
 def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.Module | None]) -> nnx.Module:
     """A copy of `model` in which every module for which `replace(path, module)` gives another one has given
-    way to it.
+    way to it, or to `None` where that is a `Removed`.
 
     `model` is untouched; `replace` sees the copy's modules under the paths of `named_modules`, parents first,
     and is not asked about the inside of what it replaced. A module used in several places is replaced once,
@@ -74,7 +78,8 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
             else:
                 for name, child in sorted(_attributes(module), key=lambda item: _natural(item[0])):
                     if (changed := visit(join(path, name), child)) is not child:
-                        setattr(module, name, changed)
+                        removed = isinstance(changed, Removed)
+                        setattr(module, name, nnx.data(None) if removed else changed)
         return done[id(module)]
 
     result = visit("", copy)
@@ -87,8 +92,8 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
 
 
 def own(leaf: Any) -> Any:
-    """A copy of an array, so that a training step that is given one model's arrays to reuse leaves another's
-    alone; anything else as it is."""
+    """A copy of an array, so that donating one model's arrays to a training step cannot invalidate another's;
+    anything else as it is."""
     return leaf.copy() if isinstance(leaf, jax.Array) else leaf
 
 

@@ -24,7 +24,7 @@ from flax import nnx
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit
-from repopt_jax.surgery.search import Weights, merge_weights, sample_weights
+from repopt_jax.surgery.reinitialize import Weights, merge_weights, sample_weights
 
 P = TypeVar("P")
 

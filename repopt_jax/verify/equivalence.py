@@ -21,12 +21,13 @@ from flax import nnx
 from repopt_jax import userfile
 from repopt_jax.core import paths
 from repopt_jax.core.scales import LayerScales, Scales, check_fit
-from repopt_jax.nn.csla import CSLAConv
+from repopt_jax.nn.merged import Merged
 from repopt_jax.optim import chains
 from repopt_jax.optim.sgd import repopt_mask
 from repopt_jax.surgery.layers import check_aliases, layers_at
 from repopt_jax.surgery.modules import join, named_modules
-from repopt_jax.surgery.search import Weights, csla_twin, merge_weights, sample_weights, with_kernels
+from repopt_jax.surgery.reinitialize import Weights, merge_weights, sample_weights, with_kernels
+from repopt_jax.surgery.search import csla_twin
 from repopt_jax.verify import reasons
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -476,13 +477,13 @@ def _values(model: nnx.Module) -> dict[str, np.ndarray]:
     """Parameters and statistics by path; of a CSLA layer, its merged kernel under the plain layer's path."""
     leaves, _ = paths.named_leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     values = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-    layers = {path: layer for path, layer in named_modules(model) if isinstance(layer, CSLAConv)}
+    layers = {path: layer for path, layer in named_modules(model) if isinstance(layer, Merged)}
     entries, weights = {}, {}
     for path, layer in layers.items():
         inside = (join(path, "weights/"), join(path, "scales/"))
         values = {p: v for p, v in values.items() if not p.startswith(inside)}
         kernel = join(path, "kernel")
-        entries[kernel] = LayerScales(layer.stacked_branches(), layer.scale_vectors())
+        entries[kernel] = LayerScales(layer.branch_set(), layer.vectors())
         weights[kernel] = {name: w[...] for name, w in layer.weights.items()}
     kernels = _merge(Scales(entries), weights) if layers else {}
     return values | {path: np.asarray(kernel) for path, kernel in kernels.items()}

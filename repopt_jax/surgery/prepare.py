@@ -1,31 +1,40 @@
-"""The ways to train one network: plain, as a search, with scales in the optimizer, or with RepVGG's
-branches."""
+"""The ways to train one network, and making a network ready for one of them."""
 
 import dataclasses
 import difflib
 import enum
-from typing import Any, assert_never
+from typing import Any
 
 from flax import nnx
 
 from repopt_jax.core.scales import Scales
+from repopt_jax.core.structure import STRUCTURES
 from repopt_jax.surgery.layers import Branches, Select, find_branches
-from repopt_jax.surgery.search import reinitialize, to_repvgg, to_search
+from repopt_jax.surgery.reinitialize import reinitialize
+from repopt_jax.surgery.search import to_search
+from repopt_jax.surgery.structures import to_repvgg, to_structure
 
 
 class Mode(enum.StrEnum):
-    """How a network is trained.
+    """How a network is trained; everything that has a way of training takes one of these.
 
-    PLAIN: as it is. SEARCH: the hyper-search, every selected layer a CSLA layer with trainable scales.
-      REPOPT:
-    RepOptimizer, the plain network re-initialised, scales in the optimizer. REPVGG: every selected layer as
-    branches with batch norms.
+    PLAIN: as it is. SEARCH: the hyper-search, every selected layer a sum of branches with trainable scales.
+    REPOPT: RepOptimizer, the plain network re-initialised, with scales in the optimizer. The others: every
+    selected layer as the structure of this name in `STRUCTURES`.
     """
 
     PLAIN = "plain"
     SEARCH = "search"
     REPOPT = "repopt"
     REPVGG = "repvgg"
+    MOBILEONE = "mobileone"
+    REPGHOST = "repghost"
+    ACNET = "acnet"
+    DBB = "dbb"
+    REPLKNET = "replknet"
+    UNIREPLKNET = "unireplknet"
+    QAREPVGG = "qarepvgg"
+    QAREPVGG2 = "qarepvgg2"
 
     @classmethod
     def parse(cls, text: str) -> "Mode":
@@ -42,6 +51,11 @@ class Mode(enum.StrEnum):
             raise ValueError(
                 f"there is no mode {text!r}{meant}: it must be one of {', '.join(cls)}"
             ) from None
+
+    @property
+    def is_structure(self) -> bool:
+        """Whether the network is trained as a structure of `STRUCTURES`."""
+        return self.value in STRUCTURES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,21 +89,26 @@ def prepare(
       model: the plain network, freshly made.
       mode: a `Mode` or its name.
       scales: repopt: those of a search, needed. search: where the scales start, by default the depth rule.
-        plain and repvgg have none.
+        The other modes have none.
       select: which layers, as in `find_layers`. With mode repopt the scales say it; given all the same, they
         must be of exactly these.
-      branches: of which branches they are made, as in `find_branches`. Mode plain looks at neither.
+      branches: of which branches they are made, as in `find_branches`, in modes search, repopt and repvgg.
       allow_trained: mode repopt: discard the kernels of a trained model.
       rngs: source of the draws (stream `params`).
 
     Raises:
-      ValueError: an unknown mode; scales that the mode has no use for, or that it lacks; and what
-        `to_search`, `reinitialize` and `to_repvgg` raise.
+      ValueError: an unknown mode; scales or branches that the mode has no use for, or scales that it lacks;
+        and what `to_search`, `reinitialize` and `to_structure` raise.
     """
     mode = Mode.parse(mode)
+    if scales is not None and mode not in (Mode.SEARCH, Mode.REPOPT):
+        raise ValueError(
+            f"mode {mode} has no use for `scales`: leave them out, or train with them in mode {Mode.REPOPT}"
+        )
+    if branches is not None and mode.is_structure and mode is not Mode.REPVGG:
+        raise ValueError(f"mode {mode} says itself of which branches its layers are: leave `branches` out")
     match mode:
         case Mode.PLAIN:
-            _refuse(scales, mode)
             return Prepared(nnx.clone(model))
         case Mode.SEARCH:
             start = "depth" if scales is None else scales
@@ -109,13 +128,5 @@ def prepare(
             )
             return Prepared(fresh, scales)
         case Mode.REPVGG:
-            _refuse(scales, mode)
             return Prepared(to_repvgg(model, select, branches, rngs=rngs))
-    assert_never(mode)
-
-
-def _refuse(scales: Scales | None, mode: Mode) -> None:
-    if scales is not None:
-        raise ValueError(
-            f"mode {mode} has no use for `scales`: leave them out, or train with them in mode {Mode.REPOPT}"
-        )
+    return Prepared(to_structure(model, mode.value, select, rngs=rngs))

@@ -1,0 +1,591 @@
+"""Structures: a linear layer described as a sum of chains of linear maps.
+
+A *description* is a function from a layer's geometry to a `Structure`; every published block is one of these
+functions, a few lines each (`STRUCTURES`). A structure is data. It can be run branch by branch
+(`nn.Branched`), merged into one kernel before each use (`nn.Merged`), merged once and for all
+(`surgery.fuse`), or kept in the optimizer (`Structure.branch_set`): all of them read it from here.
+
+A chain is any number of 1x1 stages and then one stage over the layer's window. Stage j has a kernel k_j, and
+after it a batch norm, a scale or nothing, which is y = a_j * x + b_j for each channel. The chain is then one
+convolution
+
+    K = a_n * k_n o (a_{n-1} * k_{n-1} o ... (a_1 * k_1)),   b = c_n,   c_j = a_j * (k_j applied to c_{j-1})
+    + b_j,  c_0 = 0
+
+where o is `algebra.after_pointwise`, and c_j is what the first j stages make of an image of zeros
+(`algebra.constant_response`). The layer is the sum of its chains. At the border this is exact only if the
+map before the last stage is padded with c_{n-1} in place of zeros, as DBB does (arXiv 2103.13425, its
+`BNAndPad`) and `nn.Branched` does for every chain.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from repopt_jax.core import algebra
+from repopt_jax.core.branches import Branch, BranchSet, Identity, Kernel, Pool, Shape
+
+Pads = tuple[tuple[int, int], ...]
+PadMode = Literal["constant", "wrap", "reflect"]
+PAD_MODES: tuple[str, ...] = get_args(PadMode)
+Follower = Literal["norm", "scale", "constant", ""]
+FOLLOWERS: tuple[str, ...] = get_args(Follower)
+Affine = tuple[jax.Array, jax.Array | None]
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Geometry:
+    """What a convolution, or without spatial axes a dense layer, samples: all of a layer but its numbers.
+
+    Attributes:
+      window: spatial shape of the kernel; () for a dense layer.
+      inputs, outputs: channels.
+      groups: feature groups.
+      strides, dilation: a number for each spatial axis.
+      padding: (before, after) for each spatial axis.
+      pad_mode: what stands in the padding: "constant", zeros; "wrap", the other end of the input
+        (`padding="CIRCULAR"` of `nnx.Conv`); "reflect", its mirror image (`"REFLECT"`).
+
+    Args:
+      strides, dilation: one number for all spatial axes or one each.
+      padding: None for half of (window - 1) * dilation on each side, which keeps the resolution at stride 1
+        and is PyTorch's usual padding at any.
+
+    Raises:
+      ValueError: numbers that no layer has, or another count of them than there are spatial axes.
+    """
+
+    window: Shape
+    inputs: int
+    outputs: int
+    groups: int
+    strides: Shape
+    dilation: Shape
+    padding: Pads
+    pad_mode: PadMode
+
+    def __init__(
+        self,
+        window: Sequence[int],
+        inputs: int,
+        outputs: int,
+        groups: int = 1,
+        *,
+        strides: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        padding: Sequence[Sequence[int]] | None = None,
+        pad_mode: PadMode = "constant",
+    ):
+        window = tuple(int(n) for n in window)
+        strides = per_axis(strides, len(window), "strides")
+        dilation = per_axis(dilation, len(window), "dilation")
+        reach = [(n - 1) * d for n, d in zip(window, dilation)]
+        if padding is None:
+            padding = [(r // 2, r - r // 2) for r in reach]
+        pads = tuple((int(before), int(after)) for before, after in padding)
+        values = (window, int(inputs), int(outputs), int(groups), strides, dilation, pads, pad_mode)
+        for field, value in zip(dataclasses.fields(self), values):
+            object.__setattr__(self, field.name, value)
+        if min((*window, inputs, outputs, groups, *strides, *dilation)) < 1:
+            raise ValueError(f"{self}: sizes, channels, groups, strides and dilation must be at least 1")
+        if inputs % groups or outputs % groups:
+            raise ValueError(
+                f"`groups` is {groups}: it must divide the {inputs} inputs and the {outputs} outputs"
+            )
+        if len(pads) != len(window):
+            raise ValueError(
+                f"`padding` is {pads}: it needs a pair for each of the {len(window)} spatial axes"
+            )
+        if pad_mode not in PAD_MODES:
+            raise ValueError(f"`pad_mode` is {pad_mode!r}: it must be one of {', '.join(PAD_MODES)}")
+        if pad_mode != "constant" and any(n < 0 for pair in pads for n in pair):
+            raise ValueError(
+                f"`padding` is {pads}: with `pad_mode` {pad_mode!r} nothing can be cut off (n >= 0)"
+            )
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes."""
+        return len(self.window)
+
+    @property
+    def kernel(self) -> Shape:
+        """Shape of the merged kernel, (*window, inputs/groups, outputs)."""
+        return (*self.window, self.inputs // self.groups, self.outputs)
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.window)
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether the window has a middle tap."""
+        return all(n % 2 for n in self.window)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input channel a group, several groups, and a window of several taps."""
+        return self.inputs == self.groups > 1 and self.taps > 1
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether the layer could give its input back: as many outputs as inputs, stride 1, a middle tap."""
+        return self.inputs == self.outputs and set(self.strides) <= {1} and self.is_odd
+
+    @property
+    def has_pointwise(self) -> bool:
+        """Whether a 1x1 kernel is something smaller than the window that can be centred in it."""
+        return self.taps > 1 and self.is_odd
+
+    def pointwise(self, outputs: int) -> "Geometry":
+        """A 1x1 layer on the same input, to `outputs` channels."""
+        return Geometry((1,) * self.axes, self.inputs, outputs, self.groups)
+
+
+def per_axis(value: int | Sequence[int], axes: int, argument: str) -> Shape:
+    """One number for each spatial axis, from one number or a sequence.
+
+    Raises:
+      ValueError: a sequence of another length.
+    """
+    values = (value,) * axes if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(values) != axes:
+        raise ValueError(
+            f"`{argument}` is {value}: it must be one number or {axes}, one for each spatial axis"
+        )
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One linear map of a chain and what follows it.
+
+    Attributes:
+      map: the map; its tensor is trained unless `trained` is False.
+      then: "norm", a batch norm; "scale", a trainable factor for each channel; "constant", one that is not
+        trained; "", nothing.
+      channels: that it gives, of a stage before the last; the last one gives the layer's outputs.
+      trained: False for an identity or a pooling whose vector is fixed at ones.
+      residual: of a 1x1 stage that keeps the width: its kernel is the tensor plus the identity, and the
+        tensor starts at zero.
+      start: where the batch norm's scale or the factor starts.
+      decay: whether weight decay applies to the tensor.
+      decay_gain: whether it applies to the batch norm's scale or the factor.
+    """
+
+    map: Branch
+    then: Follower = "norm"
+    channels: int | None = None
+    trained: bool = True
+    residual: bool = False
+    start: float = 1.0
+    decay: bool = True
+    decay_gain: bool = False
+
+
+Chain = tuple[Stage, ...]
+
+
+class Part(NamedTuple):
+    """One stage at its place.
+
+    Attributes:
+      key: the name of its arrays: that of the chain, or of stage j of several `{chain}_{j}`.
+      stage: the stage.
+      layer: the geometry that the stage has by itself.
+    """
+
+    key: str
+    stage: Stage
+    layer: Geometry
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of its tensor."""
+        return self.stage.map.shape(self.layer.kernel)
+
+    def kernel(self, tensors: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
+        """k_j, of the shape `layer.kernel`."""
+        w = tensors[self.key] if self.stage.trained else jnp.ones(self.shape, dtype)
+        k = self.stage.map.embed(w, self.layer.kernel)
+        return k + algebra.diagonal(self.layer.kernel).astype(k.dtype) if self.stage.residual else k
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A layer as a sum of chains: hashable and static, the arrays are passed in.
+
+    Attributes:
+      layer: the geometry of the whole.
+      chains: name -> its stages, at least one; names are part of parameter paths. Given as a mapping, kept as
+        pairs.
+      norm: whether one more batch norm belongs to the structure, after the sum. It is not one of the
+        structure's arrays: a network has it already (`nn.Block.bn`), and surgery leaves it there; with a
+        structure that has none, it gives way.
+
+    Raises:
+      ValueError: no chain, a name with `/` or twice, or stages that are not defined for this layer, all
+        listed with the reasons.
+    """
+
+    layer: Geometry
+    chains: Any
+    norm: bool = False
+
+    def __post_init__(self):
+        pairs = self.chains.items() if isinstance(self.chains, Mapping) else self.chains
+        chains = tuple((name, tuple(chain)) for name, chain in pairs)
+        object.__setattr__(self, "chains", chains)
+        names = [name for name, _ in chains]
+        if not names or len(set(names)) != len(names) or any("/" in name for name in names):
+            raise ValueError(f"`chains` are named {names}: at least one, each name once and without `/`")
+        if problems := [f"{name}: {why}" for name, chain in chains for why in _problems(self.layer, chain)]:
+            raise ValueError(f"chains that are not defined for {self.layer}: {'; '.join(problems)}")
+        keys = [part.key for part in self.parts]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"`chains` give several stages the name of one: {keys}")
+
+    @functools.cached_property
+    def placed(self) -> dict[str, tuple[Part, ...]]:
+        """The stages of each chain, at their places."""
+        return {name: tuple(_parts(self.layer, name, chain)) for name, chain in self.chains}
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """All stages, chain after chain."""
+        for chain in self.placed.values():
+            yield from chain
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of each trained tensor, by key."""
+        return {part.key: part.shape for part in self.parts if part.stage.trained}
+
+    def followers(self, *kinds: Follower) -> dict[str, Part]:
+        """The stages that are followed by one of these, by key."""
+        return {part.key: part for part in self.parts if part.stage.then in kinds}
+
+    def merge(
+        self,
+        tensors: Mapping[str, jax.Array],
+        affines: Mapping[str, Affine],
+        *,
+        dtype: Any = jnp.float32,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The one convolution that the chains are: its kernel K, and its shift b, (out,), or None for none.
+
+        Args:
+          tensors: key -> tensor of each trained stage.
+          affines: key -> (a, b) of each stage that is followed by something, (channels,) each, b None for a
+            scale.
+          dtype: of the tensors that are not trained.
+        """
+        kernels, shifts = zip(*(_merged(chain, tensors, affines, dtype) for chain in self.placed.values()))
+        known = [shift for shift in shifts if shift is not None]
+        return functools.reduce(jnp.add, kernels), functools.reduce(jnp.add, known) if known else None
+
+    def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+        """Draws each trained tensor as its stage's own layer would be initialised."""
+        parts = [part for part in self.parts if part.stage.trained]
+        return {
+            part.key: jnp.zeros(part.shape, dtype)
+            if part.stage.residual
+            else part.stage.map.sample(k, part.layer.kernel, dtype)
+            for part, k in zip(parts, jax.random.split(key, len(parts)))
+        }
+
+    def branch_set(self, *, stack: Shape = ()) -> BranchSet:
+        """What is left of the structure when its scales are constants: what scales and optimizers are made
+        for.
+
+        Args:
+          stack: leading axes of the arrays, where equal layers are stacked.
+
+        Raises:
+          ValueError: chains that have no constant rule: of several stages, with a batch norm, or with a fixed
+            tensor.
+        """
+        wrong = [
+            name
+            for name, chain in self.chains
+            if len(chain) > 1
+            or not chain[0].trained
+            or chain[0].residual
+            or (chain[0].then in ("scale", "constant")) != chain[0].map.has_scale
+        ]
+        if wrong:
+            raise ValueError(
+                f"the chains {', '.join(wrong)} are not one trained map with a constant scale each: no "
+                "scales describe them"
+            )
+        maps = tuple(chain[0].map for _, chain in self.chains)
+        return BranchSet((*stack, *self.layer.kernel), maps, self.layer.groups, stacked=len(stack))
+
+    def with_constants(self) -> "Structure":
+        """The same with constant scales in place of trainable ones."""
+
+        def frozen(stage: Stage) -> Stage:
+            return dataclasses.replace(stage, then="constant") if stage.then == "scale" else stage
+
+        return dataclasses.replace(self, chains={n: tuple(map(frozen, chain)) for n, chain in self.chains})
+
+
+Description = Callable[[Geometry], Structure]
+
+
+def _parts(layer: Geometry, name: str, chain: Chain) -> Iterator[Part]:
+    for j, stage in enumerate(chain):
+        key = name if len(chain) == 1 else f"{name}_{j}"
+        if j + 1 < len(chain):
+            own = layer.pointwise(stage.channels or layer.inputs)
+            layer = dataclasses.replace(layer, inputs=own.outputs)
+        else:
+            own = layer
+        yield Part(key, stage, own)
+
+
+def _problems(layer: Geometry, chain: Chain) -> Iterator[str]:
+    """Why this chain cannot stand in this layer."""
+    if not chain:
+        yield "it has no stage"
+        return
+    for stage in chain[:-1]:
+        if (
+            not isinstance(stage.map, Kernel)
+            or set(stage.map.size) - {1}
+            or len(stage.map.size) != layer.axes
+        ):
+            yield f"{stage.map.name} stands before another stage, where only a 1x1 kernel can"
+            return
+    if chain[-1].channels not in (None, layer.outputs):
+        yield f"its last stage gives {chain[-1].channels} channels, the layer {layer.outputs}"
+    for stage in chain:
+        if stage.then not in FOLLOWERS:
+            yield f"`then` is {stage.then!r}: it must be one of {', '.join(map(repr, FOLLOWERS))}"
+        if not stage.trained and stage.map.has_scale:
+            yield f"{stage.map.name} is not trained, and only an identity or a pooling has a fixed tensor"
+    try:
+        for part in _parts(layer, "", chain):
+            part.stage.map.check(part.layer.kernel, layer.groups)
+            if part.stage.residual and (part.layer.taps > 1 or part.layer.inputs != part.layer.outputs):
+                yield "`residual` needs a 1x1 stage with as many outputs as inputs"
+    except ValueError as error:
+        yield str(error)
+
+
+def _merged(
+    chain: Sequence[Part], tensors: Mapping[str, jax.Array], affines: Mapping[str, Affine], dtype: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """Kernel and shift of one chain: K and c_n of the module's text."""
+    merged: jax.Array | None = None
+    constant: jax.Array | None = None  # c_j; None while it is zero
+    for part in chain:
+        kernel = part.kernel(tensors, dtype)
+        a, b = affines.get(part.key, (None, None))
+        # No product with ones where nothing follows: their dtype would widen a sum in half precision.
+        kernel = kernel if a is None else algebra.scale_output(kernel, a)
+        if constant is not None:
+            constant = algebra.constant_response(kernel, constant)
+        if b is not None:
+            constant = b if constant is None else constant + b
+        if merged is not None:
+            kernel = algebra.after_pointwise(kernel, algebra.by_groups(merged, part.layer.groups))
+        merged = kernel
+    assert merged is not None  # a chain has a stage
+    return merged, constant
+
+
+# --- Descriptions: what the literature calls blocks.
+
+
+def normed(*maps: Branch, decay_identity: bool = True) -> dict[str, Chain]:
+    """Each map followed by a batch norm of its own, under the map's name. Identities and poolings are not
+    trained: the norm's scale is their weight, and that of the identity is decayed with the kernels, unless
+    `decay_identity` is False."""
+    return {
+        m.name: (Stage(m, "norm", trained=m.has_scale, decay_gain=decay_identity and not m.has_scale),)
+        for m in maps
+    }
+
+
+def scaled(*maps: Branch) -> dict[str, Chain]:
+    """Each map with a trainable scale, under the map's name; an identity's vector is trained in its place."""
+    return {m.name: (Stage(m, "scale" if m.has_scale else ""),) for m in maps}
+
+
+def usual(layer: Geometry) -> list[Branch]:
+    """A layer's own kernel, a 1x1 where that is smaller, and the identity where it is defined."""
+    maps: list[Branch] = [Kernel(layer.window)]
+    maps += [Kernel((1,) * layer.axes)] if layer.has_pointwise else []
+    return [*maps, Identity()] if layer.has_identity else maps
+
+
+def of_branches(
+    branches: BranchSet | Sequence[Branch], layer: Geometry, *, then: Follower = "scale"
+) -> Structure:
+    """The structure of given branches, each followed by a batch norm (`then` "norm") or a scale."""
+    maps = branches.branches if isinstance(branches, BranchSet) else tuple(branches)
+    if then == "norm":
+        return Structure(layer, normed(*maps))
+    structure = Structure(layer, scaled(*maps), norm=True)
+    return structure.with_constants() if then == "constant" else structure
+
+
+def repopt(layer: Geometry) -> Structure:
+    """RepOptimizer's search (arXiv 2205.15242, section 3.1): the usual branches with scales and no norm
+    inside.
+
+    A depthwise layer gets no identity: its 1x1 branch is one factor for each channel, which is the same map,
+    and a structure with both would count it twice.
+    """
+    maps = [m for m in usual(layer) if not (layer.is_depthwise and isinstance(m, Identity))]
+    return Structure(layer, scaled(*maps), norm=True)
+
+
+def repopt_ghost(layer: Geometry) -> Structure:
+    """RepOpt-GhostNet's search (arXiv 2205.15242, appendix D): the kernel and the identity, without a 1x1."""
+    return Structure(
+        layer, scaled(Kernel(layer.window), *([Identity()] if layer.has_identity else [])), norm=True
+    )
+
+
+def repvgg(layer: Geometry) -> Structure:
+    """RepVGG (arXiv 2101.03697, section 3.2): k x k + 1x1 + identity, a batch norm each."""
+    return Structure(layer, normed(*usual(layer)))
+
+
+def mobileone(layer: Geometry, *, copies: int = 1) -> Structure:
+    """MobileOne (arXiv 2206.04040, section 3.3): RepVGG's branches, the first of them `copies` times."""
+    if copies < 1:
+        raise ValueError(f"`copies` is {copies}: a block has at least one convolution")
+    own, *others = usual(layer)
+    return Structure(
+        layer, {f"{own.name}_{j}": normed(own)[own.name] for j in range(copies)} | normed(*others)
+    )
+
+
+def repghost(layer: Geometry) -> Structure:
+    """RepGhost (arXiv 2211.06088, section 3): the kernel and the identity, a batch norm each.
+
+    As published the identity's batch norm is decayed like any other: not.
+    """
+    maps = [Kernel(layer.window), *([Identity()] if layer.has_identity else [])]
+    return Structure(layer, normed(*maps, decay_identity=False))
+
+
+def acnet(layer: Geometry) -> Structure:
+    """ACNet (arXiv 1908.03930, section 3): the square kernel and, for each axis, one that is 1 wide along
+    it."""
+    thin = [
+        Kernel(tuple(1 if i == axis else n for i, n in enumerate(layer.window))) for axis in range(layer.axes)
+    ]
+    return Structure(layer, normed(Kernel(layer.window), *reversed(thin)))
+
+
+def dbb(layer: Geometry, *, middle: int | None = None) -> Structure:
+    """Diverse Branch Block (arXiv 2103.13425, section 3.3): kernel, 1x1, 1x1 -> average, 1x1 -> kernel.
+
+    A depthwise layer has no 1x1 branch and averages its input itself. `middle`: channels of the last chain
+    between its stages, by default the inputs, twice as many in a depthwise layer. With as many as inputs its
+    1x1 starts at the identity.
+    """
+    own, point, average = Kernel(layer.window), Kernel((1,) * layer.axes), Stage(Pool(), trained=False)
+    middle = middle or (2 * layer.inputs if layer.is_depthwise else layer.inputs)
+    widen = Stage(point, channels=middle, residual=middle == layer.inputs)
+    chains = normed(own)
+    if layer.is_depthwise:
+        chains["average"] = (average,)
+    else:
+        chains |= normed(point) | {"average": (Stage(point, channels=layer.outputs), average)}
+    return Structure(layer, chains | {f"{point.name}_{own.name}": (widen, Stage(own))})
+
+
+def replknet(layer: Geometry, *, small: int = 5) -> Structure:
+    """RepLKNet (arXiv 2203.06717, section 3.2): a large kernel and one of `small` taps a side, a norm
+    each."""
+    return Structure(layer, normed(Kernel(layer.window), Kernel(tuple(min(small, n) for n in layer.window))))
+
+
+# UniRepLKNet's dilated kernels, (size, dilation), by the size of the large one.
+DILATED_KERNELS: dict[int, tuple[tuple[int, int], ...]] = {
+    17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    11: ((5, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    9: ((5, 1), (5, 2), (3, 3), (3, 4)),
+    7: ((5, 1), (3, 2), (3, 3)),
+    5: ((3, 1), (3, 2)),
+}
+
+
+def unireplknet(layer: Geometry) -> Structure:
+    """UniRepLKNet's dilated re-parameterization (arXiv 2311.15599, section 3.1): a large kernel and smaller
+    dilated ones, a norm each.
+
+    Raises:
+      ValueError: a window whose sides differ, or of a size for which no set is published.
+    """
+    size = layer.window[0] if layer.window else 0
+    if set(layer.window) != {size} or size not in DILATED_KERNELS:
+        sizes = ", ".join(map(str, sorted(DILATED_KERNELS)))
+        raise ValueError(f"the window is {layer.window}: all sides must be the same, one of {sizes}")
+    axes = layer.axes
+    return Structure(
+        layer,
+        normed(Kernel(layer.window), *(Kernel((k,) * axes, (d,) * axes) for k, d in DILATED_KERNELS[size])),
+    )
+
+
+def qarepvgg(layer: Geometry, *, pool: bool = False) -> Structure:
+    """QARepVGG (arXiv 2212.01593, section 4): RepVGG with a norm only in the first branch, and one after
+    the sum.
+
+    With `pool` its second version: an average pooling beside the identity.
+    """
+    own, *others = usual(layer)
+    others = [*others, Pool()] if pool and layer.has_identity else others
+    plain = {m.name: (Stage(m, "", trained=m.has_scale),) for m in others}
+    return Structure(layer, normed(own) | plain, norm=True)
+
+
+# Name of a structure -> its description.
+STRUCTURES: dict[str, Description] = {
+    "repvgg": repvgg,
+    "mobileone": mobileone,
+    "repghost": repghost,
+    "acnet": acnet,
+    "dbb": dbb,
+    "replknet": replknet,
+    "unireplknet": unireplknet,
+    "qarepvgg": qarepvgg,
+    "qarepvgg2": functools.partial(qarepvgg, pool=True),
+}
+
+
+def default_branches(
+    kernel: Sequence[int],
+    *,
+    groups: int = 1,
+    stride: Sequence[int] | int = 1,
+    layout: str = "...io",
+    stacked: int = 0,
+) -> BranchSet:
+    """The branches of `repopt` for a layer of which only the kernel is known, as a `BranchSet`.
+
+    k x k -> kxk + 1x1 + identity; depthwise k x k -> kxk + 1x1; a 1x1 or dense layer -> full + identity. The
+    1x1 branch and the identity need odd sides; the identity also stride 1 and as many input as output
+    channels.
+
+    Args:
+      kernel: shape, (*stack, *spatial, in/groups, out), or as `layout` says.
+      groups, layout, stacked: as in `BranchSet`.
+      stride: of the layer, one number or one for each spatial axis.
+    """
+    shape = tuple(kernel)[stacked:]
+    *window, inputs, out = shape if layout == "...io" else (*shape[2:], shape[1], shape[0])
+    layer = Geometry(tuple(window), inputs * groups, out, groups, strides=stride)
+    return BranchSet(tuple(kernel), repopt(layer).branch_set().branches, groups, layout, stacked)

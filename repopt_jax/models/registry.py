@@ -1,0 +1,106 @@
+"""Every network by name: `create` and `list`."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from flax import nnx
+
+from repopt_jax.models.fcos import DETECTORS, FCOS
+from repopt_jax.models.ghost import GHOST_VARIANTS, ghostnet
+from repopt_jax.models.mobileone import MOBILEONE_VARIANTS, mobileone
+from repopt_jax.models.network import Network
+from repopt_jax.models.vgg import VGG_VARIANTS, vgg
+
+Task = Literal["classification", "detection"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One network.
+
+    Attributes:
+      name: key in `NETWORKS`.
+      make: `make(num_classes=, rngs=, in_channels=, dtype=, **options)` gives it, plain.
+      variant: the row of its table.
+      mode: the way of training in which it is published, a `surgery.Mode`.
+      task: "classification" or "detection".
+    """
+
+    name: str
+    make: Callable[..., Network]
+    variant: Any
+    mode: str
+    task: Task = "classification"
+
+
+def create(
+    name: str, *, num_classes: int, in_channels: int = 3, dtype: Any = None, rngs: nnx.Rngs, **options: Any
+) -> Network:
+    """A network by name, built plain; `surgery.prepare` makes it ready for a way of training.
+
+        model = models.create("repopt-vgg-b1", num_classes=1000, rngs=nnx.Rngs(0))
+
+    Args:
+      name: one of `list()`; upper and lower case are the same.
+      num_classes: size of the classifier.
+      in_channels: of the images.
+      dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
+      rngs: `nnx.Rngs`.
+      options: what the family takes besides: `post_se` and `activation` of a VGG, `activation` of a
+        MobileOne, `dropout` of a GhostNet, `num_keypoints` and `activation` of a detector.
+
+    Raises:
+      ValueError: an unknown name, with the nearest one; and what the family refuses.
+      TypeError: an option that the family does not have.
+    """
+    entry = find(name)
+    return entry.make(num_classes=num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs, **options)
+
+
+def list(task: Task | None = None) -> tuple[str, ...]:
+    """Names of all networks, or of those for one task."""
+    return tuple(name for name, entry in NETWORKS.items() if task in (None, entry.task))
+
+
+def find(name: str) -> Entry:
+    """The entry of this name; ValueError for an unknown one."""
+    if name.lower() not in NETWORKS:
+        near = difflib.get_close_matches(name.lower(), NETWORKS, n=1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"there is no network {name!r}{meant}: it must be one of {', '.join(NETWORKS)}")
+    return NETWORKS[name.lower()]
+
+
+# Small networks for images of 32 pixels and fewer, which nobody publishes; the others of the table are
+# RepVGG's.
+_SMALL = ("cifar-small", "cifar-A0", "digits")
+# What RepOptimizer publishes of the same table.
+_REPOPT = ("B1", "B2", "L1", "L2")
+
+
+def _entries() -> Mapping[str, Entry]:
+    found: dict[str, Entry] = {}
+
+    def add(prefix: str, key: str, make: Callable[..., Network], row: Any, mode: str, task: Task) -> None:
+        name = (prefix + key).lower()
+        found[name] = Entry(name, functools.partial(make, row), row, mode, task)
+
+    for key in _REPOPT:
+        add("repopt-vgg-", key, vgg, VGG_VARIANTS[key], "repopt", "classification")
+    for key, row in VGG_VARIANTS.items():
+        prefix, mode = ("vgg-", "repopt") if key in _SMALL else ("repvgg-", "repvgg")
+        add(prefix, key, vgg, row, mode, "classification")
+    for key, row in GHOST_VARIANTS.items():
+        add("repopt-ghostnet-", key, ghostnet, row, "repopt", "classification")
+        add("repghost-", key, ghostnet, row, "repghost", "classification")
+    for key, row in MOBILEONE_VARIANTS.items():
+        add("mobileone-", key, mobileone, row, "mobileone", "classification")
+    for key, row in DETECTORS.items():
+        add("fcos-", key.removeprefix("fcos-"), FCOS, row, "repopt", "detection")
+    return found
+
+
+NETWORKS: Mapping[str, Entry] = _entries()

@@ -1,0 +1,158 @@
+"""The block that all networks are made of, and PyTorch's constants, on which all published recipes rely.
+
+    y = act(se(bn(conv(x))))        se and act in either order, each of the three but conv may be absent
+
+Networks are built of plain blocks. A way of training changes what `conv` is, and whether a batch norm comes
+after it: an `nnx.Conv` with `bn` is plain; `nn.Merged` with `bn` is RepOptimizer's search; `nn.Branched`
+without is RepVGG, which has its norms inside; an `nnx.Conv` without is what is deployed. The block is the
+same in all of them, so a scale that was searched with ReLU6 is used with ReLU6."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Default initialisation of PyTorch's layers, uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nnx.relu,
+    "relu6": nnx.relu6,
+    "none": lambda x: x,
+}
+
+
+class Block(nnx.Module):
+    """act(se(bn(conv(x)))): (batch, *spatial, in) -> (batch, *spatial', out).
+
+    Args:
+      conv: any module from maps to maps.
+      bn: the batch norm after it, or None.
+      se: squeeze-and-excitation, or None.
+      se_first: whether `se` comes before the activation, as in RepVGG-D2se and MobileOne, or after it, as in
+        RepOptimizer's networks.
+      activation: a key of `ACTIVATIONS`.
+
+    Raises:
+      ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        conv: nnx.Module,
+        bn: nnx.BatchNorm | None = None,
+        se: "SqueezeExcite | None" = None,
+        *,
+        se_first: bool = False,
+        activation: str = "relu",
+    ):
+        check_activation(activation)
+        self.conv: Any = conv
+        self.bn = nnx.data(bn)
+        self.se = nnx.data(se)
+        self.se_first = se_first
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv(x)
+        if self.bn is not None:
+            y = self.bn(y)
+        if self.se is not None and self.se_first:
+            y = self.se(y)
+        y = ACTIVATIONS[self.activation](y)
+        return self.se(y) if self.se is not None and not self.se_first else y
+
+    def replaced(self, conv: nnx.Module, bn: nnx.BatchNorm | None) -> "Block":
+        """The same block with another linear part."""
+        return Block(conv, bn, self.se, se_first=self.se_first, activation=self.activation)
+
+
+class SqueezeExcite(nnx.Module):
+    """Gates channels: x * gate(up(relu(down(mean of x over the map)))). `down` has `hidden` channels.
+
+    The gate is the sigmoid, or with `hard` its piecewise linear form min(max(z + 3, 0), 6) / 6.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, hard: bool = False, dtype: Any = None, rngs: nnx.Rngs):
+        self.down = conv(channels, hidden, 1, bias=True, dtype=dtype, rngs=rngs)
+        self.up = conv(hidden, channels, 1, bias=True, dtype=dtype, rngs=rngs)
+        self.hard = hard
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        z = self.up(nnx.relu(self.down(jnp.mean(x, axis=(1, 2), keepdims=True))))
+        return x * (nnx.hard_sigmoid(z) if self.hard else nnx.sigmoid(z))
+
+
+def block(
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    se: SqueezeExcite | None = None,
+    se_first: bool = False,
+    activation: str = "relu",
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> Block:
+    """A plain block: a 2-D convolution with odd sides, its batch norm, an activation."""
+    layer = conv(inputs, outputs, size, stride=stride, groups=groups, dtype=dtype, rngs=rngs)
+    norm = batch_norm(outputs, dtype=dtype, rngs=rngs)
+    return Block(layer, norm, se, se_first=se_first, activation=activation)
+
+
+def conv(
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A 2-D convolution with odd sides and PyTorch's padding and initialisation."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=stride,
+        padding=((size // 2, size // 2),) * 2,
+        feature_group_count=groups,
+        use_bias=bias,
+        kernel_init=kernel_init,
+        bias_init=bias_init(inputs // groups * size * size),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def batch_norm(channels: int, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """Batch norm with PyTorch's constants (its momentum 0.1 is 0.9 here) and a variance without
+    cancellation."""
+    return nnx.BatchNorm(
+        channels, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs
+    )
+
+
+def classifier(inputs: int, num_classes: int, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer with PyTorch's initialisation."""
+    return nnx.Linear(
+        inputs, num_classes, kernel_init=kernel_init, bias_init=bias_init(inputs), dtype=dtype, rngs=rngs
+    )
+
+
+def bias_init(fan_in: int) -> Callable[..., jax.Array]:
+    """PyTorch's default for biases: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def check_activation(name: str) -> None:
+    """Raises ValueError if `name` is no key of `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"`activation` is {name!r}: it must be one of {', '.join(ACTIVATIONS)}")

@@ -1,0 +1,334 @@
+"""A layer that runs every branch of a structure: in the network, the first of the three places for it.
+
+    y = sum over the chains of (f_n o k_n o ... o f_1 o k_1)(x)
+
+Each k is a convolution of its own and each f its batch norm, its scale, or nothing; any structure can be
+run so, at 1.4 to 1.9 times the cost of one convolution. In training a batch norm is not linear, so
+structures with a norm inside have no cheaper form until they are fused. `StructuredLayer` holds the arrays
+and says what the layer merges into; `nn.Merged` is the same layer that merges before it runs."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
+
+from repopt_jax.core import algebra, paths
+from repopt_jax.core.branches import AfterPointwise, Average, Branch, Identity, Kernel, Pool, Shape
+from repopt_jax.core.structure import Affine, Geometry, Part, Structure
+from repopt_jax.nn.block import batch_norm
+from repopt_jax.nn.geometry import along_channels, convolve, narrowed, one_batch_axis, padded, padded_with
+
+
+class FrozenScale(nnx.Variable):
+    """A scale that is not trained."""
+
+
+class StructuredLayer(nnx.Module):
+    """A convolution, or without spatial axes a dense layer, whose numbers are those of a structure.
+
+    It has the attributes that networks read of `nnx.Conv` and `nnx.Linear`: `in_features`, `out_features`,
+    `kernel_size`. Equal layers can be stacked in one, as in any other module, by building it under `nnx.vmap`
+    or, where the structure has no batch norm, with `stack`; it is then run under `nnx.scan` or `nnx.vmap`,
+    which hand `__call__` the arrays of one layer.
+
+    Attributes:
+      structure: of one layer.
+      weights: key of a stage -> its tensor, trainable.
+      scales: key -> the factor (channels,) after it: `nnx.Param`, or `FrozenScale` where it is constant.
+      norms: key -> the batch norm after it.
+      bias: (out,) added to the sum, or None.
+
+    Args:
+      structure: the structure, whose layer gives strides, padding and the rest.
+      values: key -> where a vector starts, (*stack, channels): the scale after a stage, or the tensor of an
+        identity that is trained itself. By default `Stage.start`, and ones.
+      stack: leading axes of all arrays, for that many equal layers, each with draws of its own.
+      bias: initial bias (*stack, out), or None for none.
+      dtype: computation dtype; by default that of inputs and parameters.
+      precision: of the products, as in `nnx.Conv`.
+      param_dtype: of weights, scales and bias.
+      rngs: source of the draws (stream `params`), each tensor as its stage's own layer would be drawn.
+
+    Raises:
+      ValueError: vectors or a bias of another shape, or of a stage that has none; a `stack` of a structure
+        with batch norms.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        *,
+        values: Mapping[str, jax.Array] | None = None,
+        stack: Shape = (),
+        bias: jax.Array | None = None,
+        dtype: Any = None,
+        precision: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        normed = structure.followers("norm")
+        if stack and normed:
+            raise ValueError(
+                f"`stack` is {stack}, and {paths.listed(list(normed))} have batch norms: build the layer "
+                "under nnx.vmap, which also makes the statistics of each"
+            )
+        self.structure = structure
+        self.dtype, self.precision, self.param_dtype = dtype, precision, param_dtype
+        draw = functools.partial(structure.sample, dtype=param_dtype)
+        for size in reversed(stack):
+            draw = jax.vmap(draw, axis_size=size)
+        keys = rngs.params()
+        tensors = draw(jax.random.split(keys, stack) if stack else keys)
+        given = dict(values or {})
+        _check_vectors(structure, stack, given, bias)
+        tensors |= {key: given[key] for key in given if key in _vectors(structure)}
+        self.weights = nnx.Dict({key: nnx.Param(jnp.asarray(w, param_dtype)) for key, w in tensors.items()})
+        self.scales = nnx.Dict({})
+        for key, part in structure.followers("scale", "constant").items():
+            start = jnp.full((*stack, part.layer.outputs), part.stage.start, param_dtype)
+            variable = nnx.Param if part.stage.then == "scale" else FrozenScale
+            self.scales[key] = variable(jnp.asarray(given.get(key, start), param_dtype))
+        self.norms = nnx.Dict({})
+        for key, part in normed.items():
+            norm = batch_norm(part.layer.outputs, dtype=dtype, rngs=rngs)
+            norm.scale.set_value(norm.scale[...] * part.stage.start)
+            self.norms[key] = norm
+        self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype)))
+
+    @property
+    def in_features(self) -> int:
+        return self.structure.layer.inputs
+
+    @property
+    def out_features(self) -> int:
+        return self.structure.layer.outputs
+
+    @property
+    def kernel_size(self) -> Shape:
+        return self.structure.layer.window
+
+    @property
+    def stack(self) -> Shape:
+        """The leading axes of the arrays; () for a layer of its own.
+
+        Raises:
+          ValueError: the arrays do not have the shapes of one structure (a stack along another axis than the
+            leading ones, say); all are listed.
+        """
+        expected = {f"weights/{key}": shape for key, shape in self.structure.shapes().items()}
+        expected |= {
+            f"scales/{key}": (part.layer.outputs,)
+            for key, part in self.structure.followers("scale", "constant").items()
+        }
+        found = {f"weights/{key}": tuple(w.shape) for key, w in self.weights.items()}
+        found |= {f"scales/{key}": tuple(s.shape) for key, s in self.scales.items()}
+        if not found:
+            return ()
+        first = next(iter(found))
+        stack = found[first][: max(len(found[first]) - len(expected[first]), 0)]
+        expected = {name: (*stack, *shape) for name, shape in expected.items()}
+        if difference := paths.describe_difference(expected, found, noun="arrays"):
+            raise ValueError(
+                f"the arrays of this layer do not fit its structure: {difference}. Layers are stacked along "
+                "leading axes, all arrays alike; where `nnx.StateAxes` names types, constant scales are "
+                "`nn.FrozenScale`"
+            )
+        return stack
+
+    def vectors(self) -> dict[str, jax.Array]:
+        """What a search finds: the scale after each stage, and the tensor of each identity that is trained
+        itself; (*stack, channels) each."""
+        own = {key: self.weights[key][...] for key in _vectors(self.structure)}
+        found = {key: scale[...] for key, scale in self.scales.items()} | own
+        return {part.key: found[part.key] for part in self.structure.parts if part.key in found}
+
+    def kernel_and_bias(self) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel and bias, or None, of the plain layer that computes what this one does in evaluation mode;
+        of stacked layers with the axes of the stack in front."""
+        merge = functools.partial(self.structure.merge, dtype=self.param_dtype)
+        for _ in self.stack:
+            merge = jax.vmap(merge)
+        kernel, shift = merge(self._tensors(), self._affines())
+        biases = [b for b in (shift, None if self.bias is None else self.bias[...]) if b is not None]
+        return kernel, functools.reduce(jnp.add, biases) if biases else None
+
+    def _tensors(self) -> dict[str, jax.Array]:
+        return {key: w[...] for key, w in self.weights.items()}
+
+    def _affines(self) -> dict[str, Affine]:
+        """(a, b) of what follows each stage, a batch norm with its running statistics."""
+        scales: dict[str, Affine] = {key: (scale[...], None) for key, scale in self.scales.items()}
+        return scales | {key: affine_of(norm) for key, norm in self.norms.items()}
+
+    def _check_one(self) -> None:
+        if self.stack:
+            raise ValueError(
+                f"this layer holds layers stacked along {self.stack}: run it under `nnx.scan` or `nnx.vmap`, "
+                "which give it the arrays of one"
+            )
+
+    def _finish(self, y: jax.Array, batch: Shape) -> jax.Array:
+        y = y.reshape(*batch, *y.shape[1:])
+        return y if self.bias is None else y + along_channels(self.bias[...], y)
+
+
+class Branched(StructuredLayer):
+    """A layer that runs every branch of its structure. See `StructuredLayer` for attributes and arguments."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(*batch, *spatial, in) -> (*batch, *spatial', out), any number of batch axes, none too.
+
+        Raises:
+          ValueError: the arrays are those of stacked layers.
+        """
+        self._check_one()
+        x, batch = one_batch_axis(x, self.structure.layer.axes)
+        outputs = [self._run_chain(chain, x) for chain in self.structure.placed.values()]
+        return self._finish(functools.reduce(jnp.add, outputs), batch)
+
+    def _run_chain(self, chain: tuple[Part, ...], x: jax.Array) -> jax.Array:
+        border: jax.Array | None = None  # what the stages so far make of zeros; None while that is zero
+        for part in chain:
+            layer = part.layer
+            if border is not None and layer.pad_mode == "constant" and any(map(any, layer.padding)):
+                x = padded_with(x, border, layer)
+                layer = _unpadded(layer)
+            x = self._follow(part, self._run(part, x, layer))
+            border = self._border(part, border)
+        return x
+
+    def _run(self, part: Part, x: jax.Array, layer: Geometry) -> jax.Array:
+        if part.stage.residual:
+            w = part.kernel(self._tensors(), self.param_dtype)
+            xb, w = promote_dtype((x, w), dtype=self.dtype)
+            return convolve(xb, w, layer, precision=self.precision)
+        w = self.weights[part.key][...] if part.stage.trained else jnp.ones(part.shape, x.dtype)
+        xb, w = promote_dtype((x, w), dtype=self.dtype)
+        return run_map(part.stage.map, xb, w, layer, self.precision)
+
+    def _follow(self, part: Part, y: jax.Array) -> jax.Array:
+        match part.stage.then:
+            case "norm":
+                return self.norms[part.key](y)
+            case "scale" | "constant":
+                return y * along_channels(self.scales[part.key][...], y)
+        return y
+
+    def _border(self, part: Part, border: jax.Array | None) -> jax.Array | None:
+        """What this stage and what follows it make of the constant `border`.
+
+        With the running statistics also in training, after this step has moved them, and without a
+        gradient: as in the published block, whose padding is not part of what is trained."""
+        norm = self.norms.get(part.key)
+        if border is None and norm is None:
+            return None
+        constant = jnp.zeros((part.layer.outputs,), self.param_dtype)
+        if border is not None:
+            constant = algebra.constant_response(part.kernel(self._tensors(), self.param_dtype), border)
+        if norm is not None:
+            a, b = affine_of(norm)
+            constant = constant * a + b
+        elif part.key in self.scales:
+            constant = constant * self.scales[part.key][...]
+        return lax.stop_gradient(constant)
+
+
+def affine_of(norm: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
+    """A batch norm with its running statistics as y = a * x + b: (a, b), (channels,) each."""
+    mean, var = norm.mean[...], norm.var[...]
+    gamma = jnp.ones_like(var) if norm.scale is None else norm.scale[...]
+    beta = jnp.zeros_like(var) if norm.bias is None else norm.bias[...]
+    return algebra.bn_affine(gamma, beta, mean, var, eps=norm.epsilon)
+
+
+@functools.singledispatch
+def run_map(m: Branch, x: jax.Array, w: jax.Array, layer: Geometry, precision: Any) -> jax.Array:
+    """What one linear map gives for x by itself. A kind of map that registers nothing is run by its kernel,
+    which takes the whole window's products."""
+    return convolve(x, m.embed(w, layer.kernel), layer, precision=precision)
+
+
+@run_map.register
+def _(m: Kernel, x, w, layer, precision):
+    return convolve(x, w, layer, taps=m.taps(layer.kernel), precision=precision)
+
+
+@run_map.register
+def _(m: Identity, x, w, layer, precision):
+    x, padding = padded(x, layer)
+    padding = narrowed(padding, algebra.centre_tap(layer.window), layer)
+    spatial = [(before, after, 0) for before, after in padding]
+    y = lax.pad(algebra.scale_output(x, w), jnp.zeros((), x.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
+    return y[(slice(None), *(slice(None, None, s) for s in layer.strides))]
+
+
+@run_map.register
+def _(m: Pool, x, w, layer, precision):
+    return _average(algebra.scale_output(x, w), layer)
+
+
+@run_map.register
+def _(m: Average, x, w, layer, precision):
+    # The 1x1 convolution commutes with every kind of padding, so it goes first, on the smaller map.
+    return _average(convolve(x, w, layer.pointwise(layer.outputs), precision=precision), layer)
+
+
+@run_map.register
+def _(m: AfterPointwise, x, w, layer, precision):
+    groups, c = layer.groups, m.pointwise(w.dtype)
+    c = jnp.broadcast_to(c, (groups, *c.shape[1:]))
+    c = jnp.moveaxis(c, 0, 1).reshape((1,) * layer.axes + (c.shape[1], groups * c.shape[2]))
+    y = convolve(x, c, layer.pointwise(c.shape[-1]), precision=precision)
+    taps = algebra.centred_taps(m.size, layer.window, (1,) * layer.axes)
+    return convolve(y, w, layer, taps=taps, precision=precision)
+
+
+def _average(y: jax.Array, layer: Geometry) -> jax.Array:
+    y, padding = padded(y, layer)
+    total = lax.reduce_window(
+        y,
+        np.zeros((), y.dtype),  # a constant also under jit, without which JAX has no gradient for this
+        lax.add,
+        (1, *layer.window, 1),
+        (1, *layer.strides, 1),
+        ((0, 0), *padding, (0, 0)),
+        window_dilation=(1, *layer.dilation, 1),
+    )
+    return total / layer.taps
+
+
+def _unpadded(layer: Geometry) -> Geometry:
+    return Geometry(
+        layer.window,
+        layer.inputs,
+        layer.outputs,
+        layer.groups,
+        strides=layer.strides,
+        dilation=layer.dilation,
+        padding=((0, 0),) * layer.axes,
+    )
+
+
+def _vectors(structure: Structure) -> dict[str, Part]:
+    """The stages whose tensor is a vector that is trained itself: identities without a norm."""
+    return {p.key: p for p in structure.parts if p.stage.trained and not p.stage.map.has_scale}
+
+
+def _check_vectors(
+    structure: Structure, stack: Shape, values: Mapping[str, jax.Array], bias: jax.Array | None
+) -> None:
+    """A vector of another shape would be broadcast, or fail in a convolution far from here."""
+    holders = structure.followers("scale", "constant") | _vectors(structure)
+    expected = {key: (*stack, part.layer.outputs) for key, part in holders.items()}
+    expected |= {"bias": (*stack, structure.layer.outputs)}
+    found = {name: tuple(jnp.shape(v)) for name, v in values.items()}
+    found |= {} if bias is None else {"bias": tuple(jnp.shape(bias))}
+    expected = {name: shape for name, shape in expected.items() if name in found}
+    if difference := paths.describe_difference(expected, found, noun="vectors"):
+        raise ValueError(f"`values` or `bias` do not fit the layer: {difference}")

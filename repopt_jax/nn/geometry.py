@@ -1,0 +1,226 @@
+"""The one place that knows how a layer samples its input: the convolution call, padding, and what
+`nnx.Conv` and `nnx.Linear` mean by their arguments.
+
+Maps are (batch, *spatial, channels), kernels (*spatial, in/groups, out), with any number of spatial axes,
+none too. Padding is explicit everywhere: "SAME" at stride 2 pads (0, 1) where PyTorch pads (1, 1), and a
+smaller branch would then sample other pixels than the centre of the kernel does."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from repopt_jax.core import algebra
+from repopt_jax.core.structure import Geometry, PadMode, Pads, per_axis
+
+Plain: TypeAlias = nnx.Conv | nnx.Linear
+
+# Names of padding that only Flax knows -> what `jnp.pad` calls them.
+FLAX_PAD_MODES: dict[str, PadMode] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    layer: Geometry,
+    *,
+    taps: Sequence[algebra.Taps] | None = None,
+    precision: Any = None,
+) -> jax.Array:
+    """The layer's cross-correlation of (batch, *spatial, in) with a kernel.
+
+    Args:
+      x: the map.
+      kernel: (*layer.window, in/groups, out); or, with `taps`, a smaller one that stands at these taps of the
+        window, and is convolved as such.
+      layer: strides, padding, dilation, groups. Its numbers of channels are not looked at.
+      taps: where in the window the kernel stands, for each spatial axis.
+      precision: of the products, as in `nnx.Conv`.
+    """
+    if not layer.axes:
+        return jnp.matmul(x, kernel, precision=precision)
+    x, padding = padded(x, layer)
+    dilation = layer.dilation
+    if taps is not None:
+        padding = narrowed(padding, taps, layer)
+        dilation = tuple(t.step * d for t, d in zip(taps, layer.dilation))
+    axes = layer.axes
+    spatial = tuple(range(1, axes + 1))
+    numbers = lax.ConvDimensionNumbers(
+        (0, axes + 1, *spatial), (axes + 1, axes, *range(axes)), (0, axes + 1, *spatial)
+    )
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        layer.strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=numbers,
+        feature_group_count=layer.groups,
+        precision=precision,
+    )
+
+
+def padded(x: jax.Array, layer: Geometry) -> tuple[jax.Array, Pads]:
+    """x with what `layer.pad_mode` puts at its borders, and the zeros that are left for the convolution to
+    add: `layer.padding` or none."""
+    if layer.pad_mode == "constant":
+        return x, layer.padding
+    return jnp.pad(x, ((0, 0), *layer.padding, (0, 0)), layer.pad_mode), ((0, 0),) * layer.axes
+
+
+def padded_with(x: jax.Array, border: jax.Array, layer: Geometry) -> jax.Array:
+    """x with the constant `border`, (channels,), in the layer's padding; negative padding cuts off."""
+    pads = [(0, 0, 0), *((before, after, 0) for before, after in layer.padding), (0, 0, 0)]
+    inside = lax.pad(jnp.ones(x.shape[1:-1], bool)[None, ..., None], False, pads)
+    return jnp.where(inside, lax.pad(x, jnp.zeros((), x.dtype), pads), along_channels(border, x))
+
+
+def narrowed(padding: Pads, taps: Sequence[algebra.Taps], layer: Geometry) -> Pads:
+    """Padding with which a smaller kernel at `taps` samples the pixels that it samples inside the layer's
+    window, which has `padding`."""
+    narrow = []
+    for (before, after), t, n, d in zip(padding, taps, layer.window, layer.dilation):
+        beyond = n - t.start - ((t.count - 1) * t.step + 1)
+        narrow.append((before - t.start * d, after - beyond * d))
+    return tuple(narrow)
+
+
+def one_batch_axis(x: jax.Array, axes: int) -> tuple[jax.Array, tuple[int, ...]]:
+    """x, (*batch, *spatial, in) with `axes` spatial axes, as (n, *spatial, in); and the batch axes it had."""
+    batch = x.shape[: x.ndim - axes - 1]
+    return x.reshape(math.prod(batch), *x.shape[len(batch) :]), batch
+
+
+def along_channels(v: jax.Array, y: jax.Array) -> jax.Array:
+    """v, (channels,), reshaped and cast to broadcast against y, so that it also multiplies where rank
+    promotion is an error."""
+    return jnp.asarray(v, y.dtype).reshape((1,) * (y.ndim - 1) + v.shape)
+
+
+def geometry_of(layer: Plain) -> Geometry:
+    """What an `nnx.Conv` or `nnx.Linear` samples.
+
+    Raises:
+      ValueError: a padding that is not the same numbers for every input, with the pairs to write instead; or
+        another way of computing than that of the two classes, see `check_plain`.
+    """
+    check_plain(layer)
+    if isinstance(layer, nnx.Linear):
+        return Geometry((), layer.in_features, layer.out_features)
+    return Geometry(
+        layer.kernel_size,
+        layer.in_features,
+        layer.out_features,
+        layer.feature_group_count,
+        strides=layer.strides or 1,
+        dilation=layer.kernel_dilation or 1,
+        padding=explicit_padding(layer),
+        pad_mode=FLAX_PAD_MODES.get(str(layer.padding), "constant"),
+    )
+
+
+def explicit_padding(layer: nnx.Conv) -> Pads:
+    """The padding of a convolution as pairs; with "CIRCULAR" and "REFLECT", of what is wrapped or reflected.
+
+    Raises:
+      ValueError: a padding that is not the same numbers for every input (`SAME` at a stride above 1), or
+        `CAUSAL`.
+    """
+    window, padding = layer.kernel_size, layer.padding
+    strides = per_axis(layer.strides or 1, len(window), "strides")
+    dilation = per_axis(layer.kernel_dilation or 1, len(window), "kernel_dilation")
+    reach = [(n - 1) * d for n, d in zip(window, dilation)]
+    centred = tuple((r // 2, r - r // 2) for r in reach)
+    if isinstance(padding, int):
+        return ((padding, padding),) * len(window)
+    if not isinstance(padding, str):
+        return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+    if padding == "VALID":
+        return ((0, 0),) * len(window)
+    if padding in FLAX_PAD_MODES:
+        return centred
+    if padding == "SAME":
+        if all(s == 1 or not r for s, r in zip(strides, reach)):
+            return centred
+        raise ValueError(
+            f"padding 'SAME' with strides {strides} depends on the input's size, so that a smaller branch "
+            "would sample other pixels than the centre of the kernel does; give the layer explicit pairs, "
+            f"such as {centred}"
+        )
+    raise ValueError(
+        f"padding {padding!r} shifts the window, so that its centre, where small branches are, is an earlier "
+        f"sample; if that is meant, give the layer explicit pairs, such as {tuple((r, 0) for r in reach)}"
+    )
+
+
+def plain_layer(
+    geometry: Geometry, kernel: jax.Array, bias: jax.Array | None, *, dtype: Any = None, precision: Any = None
+) -> Plain:
+    """An `nnx.Conv`, or `nnx.Linear` without spatial axes, with this geometry and these arrays, which may
+    have leading axes of a stack.
+
+    Raises:
+      TypeError: a padding that `nnx.Conv` has no name for (wrapped or reflected, but not by half of the
+        window).
+    """
+    options = {"dtype": dtype, "precision": precision, "param_dtype": kernel.dtype}
+    # Without values: drawing kernels to replace them costs more than all the rest.
+    made = nnx.eval_shape(lambda: _made(geometry, use_bias=bias is not None, **options))
+    if geometry.pad_mode != "constant" and explicit_padding(made) != geometry.padding:  # pyright: ignore
+        raise TypeError(
+            f"a layer with padding {geometry.padding} in mode {geometry.pad_mode!r} has no plain form: "
+            f"nnx.Conv pads by {explicit_padding(made)} in that mode"  # pyright: ignore[reportArgumentType]
+        )
+    made.kernel.set_value(kernel)
+    if made.bias is not None and bias is not None:
+        made.bias.set_value(bias.astype(kernel.dtype))
+    return made
+
+
+def check_plain(module: nnx.Module) -> Plain:
+    """`module`, an `nnx.Conv` or `nnx.Linear` that computes what its kernel says.
+
+    Raises:
+      ValueError: another class, or a function of its own, a mask, or dilated inputs.
+    """
+    if not isinstance(module, (nnx.Conv, nnx.Linear)):
+        raise ValueError("only nnx.Conv and nnx.Linear can be made of branches")
+    is_conv = isinstance(module, nnx.Conv)
+    base, function = (nnx.Conv, "conv_general_dilated") if is_conv else (nnx.Linear, "dot_general")
+    if type(module).__call__ is not base.__call__:
+        raise ValueError(f"its class has a __call__ of its own, in place of that of nnx.{base.__name__}")
+    if getattr(module, function) is not getattr(lax, function):
+        raise ValueError(f"it computes with a `{function}` of its own")
+    if isinstance(module, nnx.Conv):
+        dilation = module.input_dilation or 1
+        dilated = any(d != 1 for d in ((dilation,) if isinstance(dilation, int) else dilation))
+        if module.mask is not None or dilated:
+            raise ValueError(
+                "an nnx.Conv with `mask` or `input_dilation` can be neither re-parameterized nor fused"
+            )
+    return module
+
+
+def _made(geometry: Geometry, **options: Any) -> Plain:
+    rngs = nnx.Rngs(0)
+    if not geometry.axes:
+        return nnx.Linear(geometry.inputs, geometry.outputs, rngs=rngs, **options)
+    padding: Any = geometry.padding
+    if geometry.pad_mode != "constant":
+        (padding,) = (name for name, mode in FLAX_PAD_MODES.items() if mode == geometry.pad_mode)
+    return nnx.Conv(
+        geometry.inputs,
+        geometry.outputs,
+        geometry.window,
+        strides=geometry.strides,
+        padding=padding,
+        kernel_dilation=geometry.dilation,
+        feature_group_count=geometry.groups,
+        rngs=rngs,
+        **options,
+    )

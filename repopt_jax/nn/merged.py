@@ -1,0 +1,64 @@
+"""A layer that merges the branches of its structure and runs one convolution: in the weights, the second of
+the three places for it.
+
+    y = conv(x, K),  K = A(weights, scales)
+
+Where no norm stands inside the sum, the branches are linear, so merging them in weight space gives the
+function and the gradients of running every branch, at about the time and the activation memory of a plain
+layer. With scales it is the layer of RepOptimizer's search (ICLR 2023, section 3.1), whose published code
+runs every branch."""
+
+import jax
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from repopt_jax.core import paths
+from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.structure import Structure
+from repopt_jax.nn.branched import StructuredLayer
+from repopt_jax.nn.geometry import convolve, one_batch_axis
+
+
+class Merged(StructuredLayer):
+    """A layer that merges its structure into one kernel before each use.
+
+    See `nn.StructuredLayer` for attributes and arguments.
+
+    Raises:
+      ValueError: also a structure with a batch norm inside, which in training is not linear; `nn.Branched`
+        runs it.
+    """
+
+    def __init__(self, structure: Structure, *, rngs: nnx.Rngs, **options):
+        if normed := structure.followers("norm"):
+            raise ValueError(
+                f"{paths.listed(list(normed))} have batch norms, so that the branches cannot be merged "
+                "before they have been trained: use nn.Branched"
+            )
+        super().__init__(structure, rngs=rngs, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(*batch, *spatial, in) -> (*batch, *spatial', out), any number of batch axes, none too.
+
+        Raises:
+          ValueError: the arrays are those of stacked layers.
+        """
+        self._check_one()
+        layer = self.structure.layer
+        x, batch = one_batch_axis(x, layer.axes)
+        x, kernel = promote_dtype((x, self.merged_kernel()), dtype=self.dtype)
+        return self._finish(convolve(x, kernel, layer, precision=self.precision), batch)
+
+    def merged_kernel(self) -> jax.Array:
+        """K, of the shape of a plain layer's kernel; of stacked layers (*stack, *spatial, in/groups, out)."""
+        kernel, _ = self.kernel_and_bias()
+        return kernel
+
+    def branch_set(self) -> BranchSet:
+        """The branch set of the arrays as they are, the axes of a stack in front: what scales files and
+        optimizers need.
+
+        Raises:
+          ValueError: as `Structure.branch_set`, and as `stack`.
+        """
+        return self.structure.branch_set(stack=self.stack)
