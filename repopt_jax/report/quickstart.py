@@ -27,14 +27,12 @@ from repopt_jax.report import monitor, report
 from repopt_jax.report.gallery import gallery
 from repopt_jax.train import records
 from repopt_jax.train.checking import config_check
-from repopt_jax.train.config import Config
-from repopt_jax.train.config_io import differing_fields, from_json, to_json
+from repopt_jax.train.config import Config, differing_fields, from_json, to_json, validate
 from repopt_jax.train.deploy import Deployed, deploy, load_deployed
 from repopt_jax.train.loop import run
 from repopt_jax.train.networks import find_network
 from repopt_jax.train.rundir import Summary
 from repopt_jax.train.tasks import METRICS, told
-from repopt_jax.train.validation import validate
 from repopt_jax.verify import equivalence as verify
 
 Say = Callable[[str], None]

@@ -1,11 +1,19 @@
 """The trainer: a config in, a run's folder out. `run(load_config("digits:search"), "runs/search")`."""
 
 from repopt_jax.train.build import Trained, build_model, load_trained, open_data
-from repopt_jax.train.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
-from repopt_jax.train.config_io import from_json, load_config, to_json
+from repopt_jax.train.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    from_json,
+    load_config,
+    to_json,
+    validate,
+)
 from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import RunFolder, Summary
-from repopt_jax.train.validation import validate
 
 __all__ = [
     "Config",

@@ -4,9 +4,8 @@ from flax import nnx
 
 from repopt_jax import data
 from repopt_jax.train.build import build_model, make_task
-from repopt_jax.train.config import Config
+from repopt_jax.train.config import Config, validate
 from repopt_jax.train.optimizer import make_optimizer, make_schedule
-from repopt_jax.train.validation import validate
 from repopt_jax.verify.equivalence import Check
 
 

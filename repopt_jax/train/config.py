@@ -1,15 +1,59 @@
-"""What a run is: plain typed dataclasses, returned by the files of `configs/` and checked once by
-`validation.validate`.
+"""What a run is: plain typed dataclasses, how they are read and written, and whether they can run.
 
-A config file defines `get_config(arg="") -> Config`. The dataclasses are not frozen, because
-`ml_collections.config_flags` writes `--config.optim.learning_rate=0.05` into them; nothing changes one after
-that.
+A config file defines `get_config(arg="") -> Config`. Everything that is known of a field stands at the field:
+its default, what it means, its range or choices, and where it applies. `validate` checks all of that, and
+lists all problems at once. The dataclasses are not frozen, because `ml_collections.config_flags` writes
+`--config.optim.learning_rate=0.05` into them; nothing changes one after that.
 """
 
 import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import operator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-# Optimizer -> the fields of `OptimConfig` that are its own.
-OPTIMIZERS = {"sgd": ("momentum", "nesterov"), "adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2")}
+import jax
+
+from repopt_jax import userfile
+from repopt_jax.data import SOURCES
+from repopt_jax.data.randaugment import LARGEST_MAGNITUDE
+from repopt_jax.data.scenes import LEAST_SIZE
+from repopt_jax.models import DETECTORS, KINDS
+from repopt_jax.nn.blocks import ACTIVATIONS
+from repopt_jax.nn.csla import FORMS
+from repopt_jax.train.networks import SCALED_KINDS, find_network, network_kinds, network_names
+
+# Task -> where its images can come from.
+SOURCES_OF = {"classify": SOURCES, "detect": ("scenes", "coco")}
+NAMED_SCALES = ("ones", "depth")
+MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
+
+CLASSIFY = {"task": ("classify",)}
+DETECT = {"task": ("detect",)}
+COCO = {"data.source": ("coco",)}
+SCENES = {"data.source": ("scenes",)}
+
+
+def setting(default: Any, **rules: Any) -> Any:
+    """A field of a config with the rules for its value, by which `validate` checks it.
+
+    Args:
+      default: its value where none is given.
+      rules: any of
+        at_least, more_than, at_most, less_than: its range, of a tuple that of each entry; a string names
+          another field whose value is the bound. None is in every range.
+        choices: the values that it can take, or a function of the whole config that gives them.
+        only: path of another field -> the values of that field with which this one has a meaning; with others
+          it must keep its default.
+        changeable: True if it says how a run is carried out, not what it computes: an unfinished run may go
+          on with another value.
+    """
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass
@@ -30,12 +74,16 @@ class ModelConfig:
       activation: of a detector, "relu" or "relu6". Scales are searched with the one that trains with them.
     """
 
-    variant: str = "digits"
-    kind: str = "target"
-    form: str = "merged"
-    post_se: bool = False
-    dtype: str = "float32"
-    activation: str = "relu"
+    variant: str = setting(
+        "digits", choices=lambda config: tuple(DETECTORS) if config.task == "detect" else network_names()
+    )
+    kind: str = setting(
+        "target", choices=lambda config: KINDS if config.task == "detect" else network_kinds()
+    )
+    form: str = setting("merged", choices=FORMS)
+    post_se: bool = setting(False, only=CLASSIFY)
+    dtype: str = setting("float32", choices=("float32", "bfloat16"), only=CLASSIFY)
+    activation: str = setting("relu", choices=tuple(ACTIVATIONS), only=DETECT)
 
 
 @dataclasses.dataclass
@@ -85,35 +133,35 @@ class DataConfig:
       prefetch: batches prepared ahead.
     """
 
-    source: str = "digits"
-    name: str = ""
-    data_dir: str = ""
-    train_annotations: str = ""
-    eval_annotations: str = ""
-    train_images: str = ""
-    eval_images: str = ""
-    image_size: int = 8
-    crop_padding: int = 0
+    source: str = setting("digits", choices=lambda config: SOURCES_OF.get(config.task, SOURCES))
+    name: str = setting("", only=CLASSIFY)
+    data_dir: str = setting("", only={"data.source": ("digits", "folder", "tfds", "coco")})
+    train_annotations: str = setting("", only=COCO)
+    eval_annotations: str = setting("", only=COCO)
+    train_images: str = setting("", only=COCO)
+    eval_images: str = setting("", only=COCO)
+    image_size: int = setting(8, at_least=1)
+    crop_padding: int = setting(0, at_least=0, only=CLASSIFY)
     flip: bool = False
-    area: tuple[float, ...] | None = None
-    resize: int | None = None
-    randaugment: int | None = None
-    jitter: float = 0.0
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    zoom: tuple[float, ...] | None = None
-    scenes: tuple[int, ...] = (4096, 256)
-    scenes_seed: int = 0
-    max_objects: int | None = None
-    sigmas: tuple[float, ...] | None = None
-    flip_pairs: tuple[int, ...] | None = None
+    area: tuple[float, ...] | None = setting(None, only=CLASSIFY)
+    resize: int | None = setting(None, at_least="data.image_size", only=CLASSIFY)
+    randaugment: int | None = setting(None, at_least=1, at_most=LARGEST_MAGNITUDE, only=CLASSIFY)
+    jitter: float = setting(0.0, at_least=0, only=CLASSIFY)
+    erasing: float = setting(0.0, at_least=0, at_most=1, only=CLASSIFY)
+    mixup: float = setting(0.0, at_least=0, only=CLASSIFY)
+    cutmix: float = setting(0.0, at_least=0, only=CLASSIFY)
+    zoom: tuple[float, ...] | None = setting(None, only=DETECT)
+    scenes: tuple[int, ...] = setting((4096, 256), at_least=1, only=SCENES)
+    scenes_seed: int = setting(0, at_least=0, only=SCENES)
+    max_objects: int | None = setting(None, at_least=1, only=COCO)
+    sigmas: tuple[float, ...] | None = setting(None, at_least=0, only=COCO)
+    flip_pairs: tuple[int, ...] | None = setting(None, at_least=0, only=COCO)
     mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    train_limit: int | None = None
-    eval_limit: int | None = None
-    workers: int = 0
-    prefetch: int = 2
+    std: tuple[float, ...] = setting((1.0,), more_than=0)
+    train_limit: int | None = setting(None, at_least=1)
+    eval_limit: int | None = setting(None, at_least=1)
+    workers: int = setting(0, at_least=0, changeable=True)
+    prefetch: int = setting(2, at_least=0, changeable=True)
 
 
 @dataclasses.dataclass
@@ -149,25 +197,25 @@ class OptimConfig:
         what is evaluated and deployed.
     """
 
-    name: str = "sgd"
-    learning_rate: float = 0.1
-    base_batch: int | None = None
-    momentum: float = 0.9
-    nesterov: bool = True
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
-    weight_decay: float = 4e-5
-    decay_scaling: str = "none"
-    warmup_epochs: float = 0.0
-    warmup_start: float = 0.0
-    min_learning_rate: float = 0.0
-    cosine_over: str = "rest"
-    schedule_by: str = "step"
-    label_smoothing: float = 0.0
-    clip_norm: float | None = None
-    accumulate: int = 1
-    ema: float | None = None
+    name: str = setting("sgd", choices=("sgd", "adamw", "lion"))
+    learning_rate: float = setting(0.1, at_least=0)
+    base_batch: int | None = setting(None, at_least=1)
+    momentum: float = setting(0.9, at_least=0, at_most=1, only={"optim.name": ("sgd",)})
+    nesterov: bool = setting(True, only={"optim.name": ("sgd",)})
+    b1: float | None = setting(None, at_least=0, less_than=1, only={"optim.name": ("adamw", "lion")})
+    b2: float | None = setting(None, at_least=0, less_than=1, only={"optim.name": ("adamw", "lion")})
+    eps: float | None = setting(None, at_least=0, only={"optim.name": ("adamw",)})
+    weight_decay: float = setting(4e-5, at_least=0)
+    decay_scaling: str = setting("none", choices=("none", "batch"))
+    warmup_epochs: float = setting(0.0, at_least=0, at_most="epochs")
+    warmup_start: float = setting(0.0, at_least=0, at_most="optim.learning_rate")
+    min_learning_rate: float = setting(0.0, at_least=0, at_most="optim.learning_rate")
+    cosine_over: str = setting("rest", choices=("rest", "run"))
+    schedule_by: str = setting("step", choices=("step", "epoch"))
+    label_smoothing: float = setting(0.0, at_least=0, at_most=1, only=CLASSIFY)
+    clip_norm: float | None = setting(None, more_than=0)
+    accumulate: int = setting(1, at_least=1)
+    ema: float | None = setting(None, at_least=0, at_most=1)
 
 
 @dataclasses.dataclass
@@ -184,19 +232,19 @@ class DetectConfig:
       max_detections: in an image, at most 500.
     """
 
-    radius: float = 1.5
-    level_range: float = 8.0
-    box_weight: float = 1.0
-    centerness_weight: float = 1.0
-    keypoint_weight: float = 1.0
-    score_threshold: float = 0.05
-    iou_threshold: float = 0.6
-    max_detections: int = 100
+    radius: float = setting(1.5, more_than=0)
+    level_range: float = setting(8.0, more_than=0)
+    box_weight: float = setting(1.0, at_least=0)
+    centerness_weight: float = setting(1.0, at_least=0)
+    keypoint_weight: float = setting(1.0, at_least=0)
+    score_threshold: float = setting(0.05, at_least=0, at_most=1)
+    iou_threshold: float = setting(0.6, at_least=0, at_most=1)
+    max_detections: int = setting(100, at_least=1, at_most=500)
 
 
 @dataclasses.dataclass
 class MeshConfig:
-    """How the devices of the job are arranged; `train.sharding` has the table of what lies where.
+    """How the devices of the job are arranged; `train.state` has the table of what lies where.
 
     Attributes:
       data: groups of devices, each with a whole copy of the state and its part of a batch; None for all
@@ -208,9 +256,9 @@ class MeshConfig:
         gradients while a step lasts, whatever `fsdp` is.
     """
 
-    data: int | None = None
-    fsdp: int = 1
-    statistics: str = "global"
+    data: int | None = setting(None, at_least=1, changeable=True)
+    fsdp: int = setting(1, at_least=1, changeable=True)
+    statistics: str = setting("global", choices=("global", "device"))
 
 
 @dataclasses.dataclass
@@ -242,24 +290,330 @@ class Config:
     """
 
     name: str = "run"
-    task: str = "classify"
-    seed: int = 0
-    epochs: int = 1
-    batch_size: int = 64
-    eval_batch_size: int = 256
+    task: str = setting("classify", choices=tuple(SOURCES_OF))
+    seed: int = setting(0, at_least=0)
+    epochs: int = setting(1, at_least=1)
+    batch_size: int = setting(64, at_least=1)
+    eval_batch_size: int = setting(256, at_least=1)
     scales: str = ""
     scales_mean: bool = False
-    rules: str = "both"
-    freeze_scales: float | None = None
-    eval_every: int = 1
-    checkpoint_every: int = 0
-    keep_last: int = 2
-    keep_best: int = 0
-    log_every: int = 20
-    published: float | None = None
-    tensorboard: bool = False
+    rules: str = setting("both", choices=("both", "init", "multiplier"))
+    freeze_scales: float | None = setting(None, at_least=0, at_most=1, only={"model.kind": ("search",)})
+    eval_every: int = setting(1, at_least=1)
+    checkpoint_every: int = setting(0, at_least=0, changeable=True)
+    keep_last: int = setting(2, at_least=1, changeable=True)
+    keep_best: int = setting(0, at_least=0, changeable=True)
+    log_every: int = setting(20, at_least=1)
+    published: float | None = setting(None, at_least=0, at_most=1, changeable=True)
+    tensorboard: bool = setting(False, changeable=True)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    detect: DetectConfig = dataclasses.field(default_factory=DetectConfig)
+    detect: DetectConfig = dataclasses.field(default_factory=DetectConfig, metadata={"only": DETECT})
+
+
+# Optimizer -> the fields of `OptimConfig` that are its own.
+OPTIMIZERS = {
+    name: tuple(
+        f.name
+        for f in dataclasses.fields(OptimConfig)
+        if name in f.metadata.get("only", {}).get("optim.name", ())
+    )
+    for name in ("sgd", "adamw", "lion")
+}
+
+
+# -- files
+
+
+def load_config(file_and_arg: str) -> Config:
+    """The config of `path/to/file.py:arg`; a bare name such as `digits:search` means the file shipped with
+    the package.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is no Python file with a `get_config`.
+      TypeError: the file does not return a `Config`.
+    """
+    name, _, arg = file_and_arg.partition(":")
+    path = config_file(name)
+    config = userfile.call(path, "get_config", arg, noun="config")
+    if not isinstance(config, Config):
+        raise TypeError(f"`get_config` of {path} returned {type(config).__name__}, not `Config`")
+    return config
+
+
+def config_file(name: str) -> Path:
+    """The file that `name` means: itself where it exists, else a shipped one (with or without `.py`).
+
+    Raises:
+      FileNotFoundError: there is none; the shipped ones are listed.
+    """
+    folders = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+    candidates = [Path(name)]
+    if Path(name).parent in (Path("."), Path("configs")):  # another folder is meant as it is written
+        candidates += [folder / f"{Path(name).stem}.py" for folder in folders]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    shipped = sorted({path.stem for folder in folders for path in folder.glob("*.py")})
+    raise FileNotFoundError(f"no config file {name!r}; shipped ones are {', '.join(shipped)}")
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON; `from_json` gives an equal config back."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+      ValueError: an unknown field; all of them are listed.
+    """
+    unknown: list[str] = []
+    config = _from_dict(Config, json.loads(text), "", unknown)
+    if unknown:
+        raise ValueError(f"unknown config fields: {', '.join(unknown)}")
+    return config
+
+
+def _from_dict(cls: Any, values: dict[str, Any], prefix: str, unknown: list[str]) -> Any:
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    unknown += [prefix + name for name in values if name not in fields]
+    known = {name: value for name, value in values.items() if name in fields}
+    for name, value in known.items():
+        if dataclasses.is_dataclass(fields[name]):
+            known[name] = _from_dict(fields[name], value, f"{prefix}{name}.", unknown)
+        elif isinstance(value, list):  # JSON has no tuples
+            known[name] = tuple(value)
+    return cls(**known)
+
+
+def differing_fields(first: Config, second: Config) -> list[str]:
+    """The fields that make two configs different runs, each as `name (1 and 2)`."""
+    other = {setting.name: setting.value for setting in _settings(second)}
+    return [
+        f"{name} ({value!r} and {other[name]!r})"
+        for name, value, _, rules in _settings(first)
+        if value != other[name] and not rules.get("changeable")
+    ]
+
+
+# -- validation
+
+
+class _Setting(NamedTuple):
+    """A field of a config by its whole name, `optim.learning_rate`."""
+
+    name: str
+    value: Any
+    default: Any
+    rules: Mapping[str, Any]
+
+
+def _settings(section: Any, prefix: str = "", only: Mapping[str, Any] | None = None) -> Iterator[_Setting]:
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), prefix + field.name
+        rules = {**field.metadata, "only": {**(only or {}), **field.metadata.get("only", {})}}
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{name}.", rules["only"])
+        else:
+            yield _Setting(name, tuple(value) if isinstance(value, list) else value, field.default, rules)
+
+
+def validate(config: Config, *, device_count: int | None = None) -> None:
+    """Checks everything that can be checked before data are read.
+
+    Args:
+      config: the run.
+      device_count: devices that a batch is divided over; all of this job's when not given.
+
+    Raises:
+      ValueError: listing every problem, not only the first.
+    """
+    devices = jax.device_count() if device_count is None else device_count
+    problems = [
+        *_field_problems(config),
+        *_model_problems(config),
+        *_scales_problems(config),
+        *_data_problems(config.data),
+        *_schedule_problems(config.optim),
+        *_device_problems(config, devices),
+    ]
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        problems.append(
+            "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
+        )
+    if problems:
+        raise ValueError("this config cannot run: " + "; ".join(problems))
+
+
+def _field_problems(config: Config) -> Iterator[str]:
+    """What the rules of each field say of its value."""
+    settings = {setting.name: setting for setting in _settings(config)}
+
+    def choices(setting: _Setting) -> Any:
+        known = setting.rules.get("choices")
+        return known(config) if callable(known) else known
+
+    for setting in settings.values():
+        name, value, default, rules = setting
+        known = choices(setting)
+        if known is not None and value not in known:
+            yield f"`{name}`={value!r} must be one of {', '.join(known)}{_closest(value, known)}"
+        bounds = _bounds(rules, {name: setting.value for name, setting in settings.items()})
+        if bounds and value is not None and not all(_inside(entry, bounds) for entry in _entries(value)):
+            numbers = "hold finite numbers" if isinstance(value, tuple) else "be a finite number"
+            limits = " and ".join(f"{words} {limit}{source}" for words, limit, _, source in bounds)
+            yield f"`{name}`={value} must {numbers}, {limits}" + (", or None" if default is None else "")
+        for where, allowed in rules["only"].items():
+            # A wrong value of the other field is a problem of its own.
+            other = settings[where]
+            if value != default and other.value not in allowed and other.value in (choices(other) or ()):
+                yield (
+                    f"`{name}`={value!r} does nothing with `{where}`={other.value!r}, only with "
+                    f"{' or '.join(map(repr, allowed))}: leave it at {default!r}"
+                )
+                break
+
+
+_BOUNDS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
+    ("at_least", "at least", operator.ge),
+    ("more_than", "more than", operator.gt),
+    ("at_most", "at most", operator.le),
+    ("less_than", "less than", operator.lt),
+)
+
+
+def _bounds(rules: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
+    """(words, limit, comparison, which field the limit is) of every bound that a field has."""
+    bounds = []
+    for rule, words, holds in _BOUNDS:
+        limit, source = rules.get(rule), ""
+        if isinstance(limit, str):
+            limit, source = values[limit], f" (`{limit}`)"
+        if limit is not None and math.isfinite(limit):  # another field that is not is a problem of its own
+            bounds.append((words, limit, holds, source))
+    return bounds
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _inside(value: float, bounds: list[tuple[str, Any, Any, str]]) -> bool:
+    return math.isfinite(value) and all(holds(value, limit) for _, limit, holds, _ in bounds)
+
+
+def _closest(value: Any, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(value), known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    """A kind, or a field of the network, that its family does not have."""
+    model, defaults = config.model, ModelConfig()
+    if config.task == "detect" or model.variant not in network_names():
+        return
+    family, _ = find_network(model.variant)
+    for name in ("form", "post_se"):
+        if name not in family.options and getattr(model, name) != getattr(defaults, name):
+            yield (
+                f"`model.{name}`={getattr(model, name)!r} does nothing with "
+                f"`model.variant`={model.variant!r}: leave it at {getattr(defaults, name)!r}"
+            )
+    if model.kind in network_kinds() and model.kind not in family.kinds:
+        yield (
+            f"`model.kind`={model.kind!r} with `model.variant`={model.variant!r}, which comes as "
+            f"{', '.join(family.kinds)} only"
+        )
+
+
+def _scales_problems(config: Config) -> Iterator[str]:
+    scales, kind = config.scales, config.model.kind
+    if config.rules != "both" and (kind != "target" or not scales):
+        yield (
+            f"`rules`={config.rules!r} with kind {kind!r} and `scales`={scales!r}: only a target network "
+            "with scales follows the rules, leave it 'both'"
+        )
+    if config.scales_mean and scales in ("", *NAMED_SCALES):
+        yield (
+            f"`scales_mean` with `scales`={scales!r}, which are the same in all channels: give the directory "
+            "of searched ones"
+        )
+    if scales and kind in network_kinds() and kind not in SCALED_KINDS:
+        yield f"`scales`={scales!r} with kind {kind!r}, which takes none: leave it empty"
+    if "://" in scales:
+        yield f"`scales`={scales!r} is a URL: {MOUNTED}"
+    elif scales and scales not in NAMED_SCALES and not os.path.isdir(scales):
+        yield (
+            f"`scales`={scales!r} is neither {' nor '.join(NAMED_SCALES)} nor a directory: run the search "
+            "first, or give the directory that it wrote"
+        )
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if data.source in ("folder", "coco") and not data.data_dir:
+        yield "`data.data_dir` is empty: give the image folder"
+    if "://" in (data.data_dir or ""):
+        yield f"`data.data_dir`={data.data_dir!r} is a URL: {MOUNTED}"
+    if data.source == "tfds" and not data.name:
+        yield "`data.name` is empty: give the name of the TFDS dataset"
+    if len(data.scenes) != 2:
+        yield f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation"
+    if data.source == "scenes" and data.image_size < LEAST_SIZE:
+        yield f"`data.image_size`={data.image_size} must be at least {LEAST_SIZE} for scenes"
+    paired = data.flip_pairs or ()
+    if len(paired) % 2 or len(set(paired)) < len(paired):
+        yield (
+            f"`data.flip_pairs`={paired} must be pairs of different keypoints, one after another: 0, 1, 2, 3 "
+            "means that 0 and 1 trade places, and 2 and 3"
+        )
+
+
+def _schedule_problems(optim: OptimConfig) -> Iterator[str]:
+    if optim.schedule_by == "epoch" and optim.warmup_epochs and not optim.warmup_start:
+        yield (
+            "`optim.warmup_start`=0 with `optim.schedule_by`='epoch' is an epoch at rate 0: give a small "
+            "rate, such as 1e-4"
+        )
+    if optim.warmup_start and not optim.warmup_epochs:
+        yield (
+            f"`optim.warmup_start`={optim.warmup_start} does nothing without `optim.warmup_epochs`: leave it "
+            "at 0"
+        )
+
+
+def _device_problems(config: Config, devices: int) -> Iterator[str]:
+    accumulate = max(config.optim.accumulate, 1)
+    sharers = f"the {devices} devices"
+    parts = f"{sharers}, in {accumulate} parts (`optim.accumulate`)," if accumulate > 1 else sharers
+    for name, size, count, owners in (
+        ("batch_size", config.batch_size, devices * accumulate, parts),
+        ("eval_batch_size", config.eval_batch_size, devices, sharers),
+    ):
+        if size > 0 and size % count:
+            below = size // count * count
+            nearest = " and ".join(str(number) for number in (below, below + count) if number > 0)
+            yield (
+                f"`{name}`={size} is not divisible by {owners} that share it; the nearest sizes that are: "
+                f"{nearest}"
+            )
+    if config.mesh.fsdp >= 1 and (config.mesh.data is None or config.mesh.data >= 1):
+        yield from mesh_problems(config.mesh.data, config.mesh.fsdp, devices)
+
+
+def mesh_problems(data: int | None, fsdp: int, devices: int) -> list[str]:
+    """Why a mesh does not fit `devices` devices; nothing if it does."""
+    if fsdp < 1 or (data is not None and data < 1):
+        return [f"`mesh.data`={data} and `mesh.fsdp`={fsdp} must be at least 1"]
+    if data is None and devices % fsdp:
+        return [f"`mesh.fsdp`={fsdp} does not divide the {devices} devices"]
+    if data is not None and data * fsdp != devices:
+        return [
+            f"`mesh.data`={data} times `mesh.fsdp`={fsdp} is {data * fsdp}, but there are {devices} devices: "
+            "leave `mesh.data` out (None) for as many as there are"
+        ]
+    return []

@@ -18,8 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from repopt_jax._version import __version__
 from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
-from repopt_jax.train.config import Config
-from repopt_jax.train.config_io import from_json
+from repopt_jax.train.config import Config, from_json
 from repopt_jax.train.records import read_json
 from repopt_jax.train.rundir import RunFolder, info_from_json
 from repopt_jax.train.sharding import make_mesh

@@ -25,8 +25,7 @@ from repopt_jax.core.scales import ScalesMetadata, save_scales
 from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints, Progress
-from repopt_jax.train.config import Config
-from repopt_jax.train.config_io import to_json
+from repopt_jax.train.config import Config, to_json, validate
 from repopt_jax.train.feeding import Feeder, WaitWarning
 from repopt_jax.train.metrics import MetricsWriter, ProgressBar, Stopwatch, read_records, scale_statistics
 from repopt_jax.train.processes import together
@@ -35,7 +34,6 @@ from repopt_jax.train.same_scales import check_scales
 from repopt_jax.train.sharding import make_mesh, meet, put_batch
 from repopt_jax.train.state import TrainState, all_finite, merge_model
 from repopt_jax.train.tasks import METRICS
-from repopt_jax.train.validation import validate
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 
-from repopt_jax.train.config import Config, DataConfig
+from repopt_jax.train.config import NAMED_SCALES, Config, DataConfig
 from repopt_jax.train.networks import find_network
-from repopt_jax.train.validation import NAMED_SCALES
 
 # The variant of every family that stands for the others.
 SMALLEST = "digits"

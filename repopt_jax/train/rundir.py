@@ -21,8 +21,7 @@ import jax
 
 from repopt_jax._version import __version__
 from repopt_jax.data import DatasetInfo, DetectionInfo
-from repopt_jax.train.config import Config
-from repopt_jax.train.config_io import differing_fields, from_json, to_json
+from repopt_jax.train.config import MOUNTED, Config, differing_fields, from_json, to_json
 from repopt_jax.train.metrics import read_records
 from repopt_jax.train.processes import together
 from repopt_jax.train.records import completed, read_json
@@ -31,8 +30,6 @@ from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
 
 Info = DatasetInfo | DetectionInfo
-
-MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from repopt_jax.core import paths
+from repopt_jax.train.config import mesh_problems
 
 AXES = ("data", "fsdp")
 
@@ -51,20 +52,6 @@ def make_mesh(fsdp: int = 1, *, data: int | None = None, devices: Sequence[Any] 
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Auto is given in words: explicit axes would make the sharding part of every type.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
-
-
-def mesh_problems(data: int | None, fsdp: int, devices: int) -> list[str]:
-    """Why a mesh does not fit `devices` devices; nothing if it does."""
-    if fsdp < 1 or (data is not None and data < 1):
-        return [f"`mesh.data`={data} and `mesh.fsdp`={fsdp} must be at least 1"]
-    if data is None and devices % fsdp:
-        return [f"`mesh.fsdp`={fsdp} does not divide the {devices} devices"]
-    if data is not None and data * fsdp != devices:
-        return [
-            f"`mesh.data`={data} times `mesh.fsdp`={fsdp} is {data * fsdp}, but there are {devices} devices: "
-            "leave `mesh.data` out (None) for as many as there are"
-        ]
-    return []
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
