@@ -64,6 +64,10 @@ class DetectorVariant:
             )
 
     @property
+    def architecture(self) -> str:
+        return self.name
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Pixels from one location to the next, level by level."""
         first = BACKBONE_STRIDES[-self.maps]
@@ -131,7 +135,7 @@ class FCOS(Network):
 
     @property
     def architecture(self) -> str:
-        return self.variant.name
+        return self.variant.architecture
 
     def layers(self) -> dict[str, Place]:
         """The 3x3 convolutions of backbone and towers."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from repopt_jax.models.mobileone import MOBILEONE_VARIANTS, mobileone
 from repopt_jax.models.network import Network
 from repopt_jax.models.vgg import VGG_VARIANTS, vgg
 
-Task = Literal["classification", "detection"]
+Task = Literal["classify", "detect"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +22,17 @@ class Entry:
 
     Attributes:
       name: key in `NETWORKS`.
-      make: `make(num_classes=, rngs=, in_channels=, dtype=, **options)` gives it, plain.
+      family: `family(variant, num_classes=, rngs=, in_channels=, dtype=, **options)` gives it, plain.
       variant: the row of its table.
       mode: the way of training in which it is published, a `surgery.Mode`.
-      task: "classification" or "detection".
+      task: "classify" or "detect".
     """
 
     name: str
-    make: Callable[..., Network]
+    family: Callable[..., Network]
     variant: Any
     mode: str
-    task: Task = "classification"
+    task: Task = "classify"
 
 
 def create(
@@ -57,7 +56,8 @@ def create(
       TypeError: an option that the family does not have.
     """
     entry = find(name)
-    return entry.make(num_classes=num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs, **options)
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    return entry.family(entry.variant, **sizes, dtype=dtype, rngs=rngs, **options)
 
 
 def list(task: Task | None = None) -> tuple[str, ...]:
@@ -84,22 +84,22 @@ _REPOPT = ("B1", "B2", "L1", "L2")
 def _entries() -> Mapping[str, Entry]:
     found: dict[str, Entry] = {}
 
-    def add(prefix: str, key: str, make: Callable[..., Network], row: Any, mode: str, task: Task) -> None:
+    def add(prefix: str, key: str, family: Callable[..., Network], row: Any, mode: str, task: Task) -> None:
         name = (prefix + key).lower()
-        found[name] = Entry(name, functools.partial(make, row), row, mode, task)
+        found[name] = Entry(name, family, row, mode, task)
 
     for key in _REPOPT:
-        add("repopt-vgg-", key, vgg, VGG_VARIANTS[key], "repopt", "classification")
+        add("repopt-vgg-", key, vgg, VGG_VARIANTS[key], "repopt", "classify")
     for key, row in VGG_VARIANTS.items():
         prefix, mode = ("vgg-", "repopt") if key in _SMALL else ("repvgg-", "repvgg")
-        add(prefix, key, vgg, row, mode, "classification")
+        add(prefix, key, vgg, row, mode, "classify")
     for key, row in GHOST_VARIANTS.items():
-        add("repopt-ghostnet-", key, ghostnet, row, "repopt", "classification")
-        add("repghost-", key, ghostnet, row, "repghost", "classification")
+        add("repopt-ghostnet-", key, ghostnet, row, "repopt", "classify")
+        add("repghost-", key, ghostnet, row, "repghost", "classify")
     for key, row in MOBILEONE_VARIANTS.items():
-        add("mobileone-", key, mobileone, row, "mobileone", "classification")
+        add("mobileone-", key, mobileone, row, "mobileone", "classify")
     for key, row in DETECTORS.items():
-        add("fcos-", key.removeprefix("fcos-"), FCOS, row, "repopt", "detection")
+        add("fcos-", key.removeprefix("fcos-"), FCOS, row, "repopt", "detect")
     return found
 
 

@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from repopt_jax import data
 from repopt_jax.core.scales import Scales
-from repopt_jax.surgery.search import extract_scales, reinitialize
+from repopt_jax.surgery.decay import scale_paths, weight_decay_mask
+from repopt_jax.surgery.prepare import Mode, prepare
+from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.classification import Classification
 from repopt_jax.train.config import Config
@@ -121,12 +123,14 @@ def _program(
     schedule = make_schedule(
         optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
     )
-    tx = make_optimizer(optim, schedule, scales=scales, batch_size=config.batch_size)
+    decayed = weight_decay_mask(model)
+    tx = make_optimizer(optim, schedule, scales=scales, batch_size=config.batch_size, decayed=decayed)
     if config.freeze_scales is not None:
-        tx = hold_scales(tx, after=round(config.freeze_scales * config.epochs * steps_per_epoch))
+        after = round(config.freeze_scales * config.epochs * steps_per_epoch)
+        tx = hold_scales(tx, scale_paths(model), after=after)
     network = split_model(model)
     marks = None
-    if config.model.kind == "search":
+    if config.model.mode == Mode.SEARCH:
         find = lambda model: extract_scales(model).vectors  # noqa: E731
         marks = find(model) if source is not None else nnx.eval_shape(find, model)
 
@@ -176,7 +180,7 @@ def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Tr
     """
     folder = RunFolder(run_dir)
     config, info = folder.read()
-    network = split_model(nnx.eval_shape(lambda: make_task(config).new_model(info, seed=0)))
+    network = split_model(nnx.eval_shape(lambda: _network(config, info, None)))
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     network = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network)
     with open_checkpoints(folder, config) as checkpoints:
@@ -207,18 +211,14 @@ def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
 
 
 def _network(config: Config, info: Any, scales: Scales | None) -> Any:
-    task = make_task(config)
-    if scales is None:
-        return task.new_model(info, seed=config.seed)
-    if config.model.kind != "target":
-        # A search starts from these scales; the constants of a csla network are these scales.
-        return task.new_model(info, seed=config.seed, scales=scales)
-    model = task.new_model(info, seed=config.seed)
-    if config.rules == "multiplier":
-        return model
+    """The config's network, ready for its mode. Without scales a network of mode repopt is left plain."""
+    model = make_task(config).new_model(info, seed=config.seed)
+    mode = Mode.parse(config.model.mode)
+    if mode is Mode.REPOPT and (scales is None or config.rules == "multiplier"):
+        mode, scales = Mode.PLAIN, None
     # A key of its own: the branches' draws must not repeat the network's.
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return reinitialize(model, scales, rngs=nnx.Rngs(key))
+    return prepare(model, mode, scales=scales, rngs=nnx.Rngs(key)).model
 
 
 def _scales(config: Config, info: Any) -> Scales | None:
@@ -231,7 +231,7 @@ def _scales(config: Config, info: Any) -> Scales | None:
 
 def _multiplier(config: Config, scales: Scales | None) -> Scales | None:
     """Those of them that gradients are multiplied by."""
-    return scales if config.model.kind == "target" and config.rules != "init" else None
+    return scales if config.model.mode == Mode.REPOPT and config.rules != "init" else None
 
 
 def _at_once(make: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Classification: cross-entropy, of mixed images too, accuracy, and the networks of `train.networks`."""
+"""Classification: cross-entropy, of mixed images too, and accuracy."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -7,13 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data
-from repopt_jax.core.scales import Scales, load_scales
 from repopt_jax.train.config import DataConfig
-from repopt_jax.train.networks import find_network
 from repopt_jax.train.sharding import put_batch, replicated
 from repopt_jax.train.state import add_sums, merge_model, zero_sums
 from repopt_jax.train.tasks import Batch, Task
@@ -52,32 +49,10 @@ class Classification(Task):
     def eval_batches(self, source, transform, **options):
         return data.eval_batches(source, transform, **options)
 
-    def new_model(self, info: data.DatasetInfo, *, seed: int, scales: Scales | None = None) -> nnx.Module:
+    def model_options(self, info: data.DatasetInfo) -> dict[str, Any]:
         model = self.config.model
-        family, key = find_network(model.variant)
-        options: dict[str, Any] = {name: getattr(model, name) for name in family.options}
-        if scales is not None:
-            options["scales"] = scales
-        return family.make(
-            family.variants[key],
-            num_classes=info.num_classes,
-            in_channels=info.channels,
-            dtype=None if model.dtype == "float32" else jnp.dtype(model.dtype),
-            rngs=nnx.Rngs(seed),
-            **options,
-        )
-
-    def resolve_scales(self, name: str, info: data.DatasetInfo) -> Scales:
-        model: Any = nnx.eval_shape(lambda: self.new_model(info, seed=0))
-        if name == "ones":
-            return model.unit_scales()
-        if name == "depth":
-            return model.depth_scales()
-        return load_scales(name, model)
-
-    def architecture(self) -> str:
-        family, key = find_network(self.config.model.variant)
-        return family.architecture + key
+        dtype = None if model.dtype == "float32" else jnp.dtype(model.dtype)
+        return {"dtype": dtype, **({"post_se": True} if model.post_se else {})}
 
     def objective(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = model(batch["image"])

@@ -23,10 +23,9 @@ from repopt_jax import userfile
 from repopt_jax.data import SOURCES
 from repopt_jax.data.randaugment import LARGEST_MAGNITUDE
 from repopt_jax.data.scenes import LEAST_SIZE
-from repopt_jax.models import DETECTORS, KINDS
-from repopt_jax.nn.blocks import ACTIVATIONS
-from repopt_jax.nn.csla import FORMS
-from repopt_jax.train.networks import SCALED_KINDS, find_network, network_kinds, network_names
+from repopt_jax import models
+from repopt_jax.nn.block import ACTIVATIONS
+from repopt_jax.surgery.prepare import Mode
 
 # Task -> where its images can come from.
 SOURCES_OF = {"classify": SOURCES, "detect": ("scenes", "coco")}
@@ -61,26 +60,17 @@ class ModelConfig:
     """The network.
 
     Attributes:
-      variant: "B1" and the other rows of `models.VGG_VARIANTS`, "ghost-0.5" and the other widths of
-        `models.GHOST_VARIANTS`, "mobileone-s0" and so on; or a row of `models.DETECTORS` where the task is
-        "detect". `train.networks` has the table.
-      kind: "search" (scales are trained), "target" (plain kernels), "csla" (constant scales, the twin of a
-        target run), or branches with batch norms of their own: "repvgg"; "repghost" of Ghost networks, which
-        have no "repvgg"; "mobileone", the only kind of those.
-      form: how a search or csla layer computes: "merged" (one convolution) or "branches".
+      name: in `models.list()`, of the config's task.
+      mode: how it is trained, a `surgery.Mode`: "plain", "search" (scales are trained), "repopt" (scales in the
+        optimizer), or as a structure: "repvgg", "acnet" and so on.
       post_se: adds squeeze-and-excitation after every block (VGG-style networks).
       dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32. Detectors
         compute in float32.
       activation: of a detector, "relu" or "relu6". Scales are searched with the one that trains with them.
     """
 
-    variant: str = setting(
-        "digits", choices=lambda config: tuple(DETECTORS) if config.task == "detect" else network_names()
-    )
-    kind: str = setting(
-        "target", choices=lambda config: KINDS if config.task == "detect" else network_kinds()
-    )
-    form: str = setting("merged", choices=FORMS)
+    name: str = setting("vgg-digits", choices=lambda config: models.list(config.task))
+    mode: str = setting("plain", choices=tuple(Mode))
     post_se: bool = setting(False, only=CLASSIFY)
     dtype: str = setting("float32", choices=("float32", "bfloat16"), only=CLASSIFY)
     activation: str = setting("relu", choices=tuple(ACTIVATIONS), only=DETECT)
@@ -270,13 +260,12 @@ class Config:
       task: "classify" or "detect".
       seed: of the initial weights and of the order and augmentation of the images.
       epochs, batch_size, eval_batch_size: batch sizes are over all devices.
-      scales: "", "ones", "depth", or the path of a scales directory. For kind "target", "" is plain
-        SGD, and anything else re-initialises the network by the scales and multiplies its
-        gradients. For "search" they are where the scales start and for "csla" the constants; there
-        "" means "depth".
+      scales: "ones", "depth", or the path of a scales directory. In mode "repopt" the network is re-initialised
+        by them and its gradients are multiplied; in mode "search" they are where the scales start, "" being
+        "depth". The other modes have none, "".
       scales_mean: replaces each vector of searched scales by its mean over the channels.
-      rules: what scales do to a "target" network: "both", "init" (re-initialise it only) or
-        "multiplier" (multiply its gradients only).
+      rules: what scales do in mode "repopt": "both", "init" (re-initialise the network only) or "multiplier"
+        (multiply its gradients only).
       freeze_scales: share of the steps of a "search" after which its scales stay as they are; None
         for never.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
@@ -297,8 +286,8 @@ class Config:
     eval_batch_size: int = setting(256, at_least=1)
     scales: str = ""
     scales_mean: bool = False
-    rules: str = setting("both", choices=("both", "init", "multiplier"))
-    freeze_scales: float | None = setting(None, at_least=0, at_most=1, only={"model.kind": ("search",)})
+    rules: str = setting("both", choices=("both", "init", "multiplier"), only={"model.mode": ("repopt",)})
+    freeze_scales: float | None = setting(None, at_least=0, at_most=1, only={"model.mode": ("search",)})
     eval_every: int = setting(1, at_least=1)
     checkpoint_every: int = setting(0, at_least=0, changeable=True)
     keep_last: int = setting(2, at_least=1, changeable=True)
@@ -513,38 +502,28 @@ def _closest(value: Any, known: tuple[str, ...]) -> str:
 
 
 def _model_problems(config: Config) -> Iterator[str]:
-    """A kind, or a field of the network, that its family does not have."""
-    model, defaults = config.model, ModelConfig()
-    if config.task == "detect" or model.variant not in network_names():
-        return
-    family, _ = find_network(model.variant)
-    for name in ("form", "post_se"):
-        if name not in family.options and getattr(model, name) != getattr(defaults, name):
-            yield (
-                f"`model.{name}`={getattr(model, name)!r} does nothing with "
-                f"`model.variant`={model.variant!r}: leave it at {getattr(defaults, name)!r}"
-            )
-    if model.kind in network_kinds() and model.kind not in family.kinds:
-        yield (
-            f"`model.kind`={model.kind!r} with `model.variant`={model.variant!r}, which comes as "
-            f"{', '.join(family.kinds)} only"
-        )
+    """A field of the network that its family does not have."""
+    model = config.model
+    if model.post_se and model.name in models.list() and models.find(model.name).family is not models.vgg:
+        yield f"`model.post_se`=True does nothing with `model.name`={model.name!r}: leave it at False"
 
 
 def _scales_problems(config: Config) -> Iterator[str]:
-    scales, kind = config.scales, config.model.kind
-    if config.rules != "both" and (kind != "target" or not scales):
-        yield (
-            f"`rules`={config.rules!r} with kind {kind!r} and `scales`={scales!r}: only a target network "
-            "with scales follows the rules, leave it 'both'"
-        )
+    scales, mode = config.scales, config.model.mode
     if config.scales_mean and scales in ("", *NAMED_SCALES):
         yield (
             f"`scales_mean` with `scales`={scales!r}, which are the same in all channels: give the directory "
             "of searched ones"
         )
-    if scales and kind in network_kinds() and kind not in SCALED_KINDS:
-        yield f"`scales`={scales!r} with kind {kind!r}, which takes none: leave it empty"
+    if scales and mode in tuple(Mode) and mode not in (Mode.SEARCH, Mode.REPOPT):
+        yield (
+            f"`scales`={scales!r} with `model.mode`={mode!r}, which takes none: leave it empty, or train with "
+            "them in mode 'repopt'"
+        )
+    if not scales and mode == Mode.REPOPT:
+        yield (
+            "`model.mode`='repopt' needs `scales`: 'depth', 'ones', or the directory that a search wrote"
+        )
     if "://" in scales:
         yield f"`scales`={scales!r} is a URL: {MOUNTED}"
     elif scales and scales not in NAMED_SCALES and not os.path.isdir(scales):

@@ -1,8 +1,4 @@
-"""Detection: boxes, classes and keypoints of every object, by the networks of `models.FCOS`.
-
-The network is always built plain; what is searched or trained with branches is made of it by the surgery that
-any network gets.
-"""
+"""Detection: boxes, classes and keypoints of every object, by the networks of `models.FCOS`."""
 
 import importlib.util
 import os
@@ -12,18 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from repopt_jax import data
-from repopt_jax.core.scales import Scales, load_scales
 from repopt_jax.data.pipeline import subset
 from repopt_jax.detection import Detections, LossWeights, decode, detection_loss
 from repopt_jax.detection.evaluate import evaluate_detections, to_predictions
-from repopt_jax.models import DETECTORS, FCOS
-from repopt_jax.nn.blocks import ACTIVATIONS
-from repopt_jax.surgery.search import csla_twin, depth_scales, sample_weights, to_repvgg, to_search
+from repopt_jax.models import FCOS
 from repopt_jax.train.config import Config, DataConfig
 from repopt_jax.train.sharding import put_batch
 from repopt_jax.train.state import merge_model
@@ -63,34 +55,11 @@ class Detection(Task):
     def eval_batches(self, source, transform, **options):
         return data.eval_detection_batches(source, transform, **options)
 
-    def new_model(self, info: data.DetectionInfo, *, seed: int, scales: Scales | None = None) -> nnx.Module:
-        config, rngs = self.config.model, nnx.Rngs(seed)
-        plain = self._plain(info, rngs)
-        match config.kind:
-            case "target":
-                return plain
-            case "repvgg":
-                return to_repvgg(plain, FCOS.SELECT, rngs=rngs)
-            case "search":
-                return to_search(plain, FCOS.SELECT, scales=scales or "depth", form=config.form, rngs=rngs)  # pyright: ignore[reportArgumentType]
-            case "csla":
-                scales = scales or depth_scales(plain, FCOS.SELECT)
-                weights = sample_weights(scales, rngs.params())
-                return csla_twin(plain, scales, weights, form=config.form)  # pyright: ignore[reportArgumentType]
-            case kind:
-                raise ValueError(f"`model.kind` is {kind!r}: it must be target, search, csla or repvgg")
-
-    def resolve_scales(self, name: str, info: data.DetectionInfo) -> Scales:
-        plain = nnx.eval_shape(lambda: self._plain(info, nnx.Rngs(0)))
-        if name in ("ones", "depth"):
-            rule = Scales.ones(plain.branch_sets()) if name == "ones" else depth_scales(plain, FCOS.SELECT)
-            return rule.with_metadata(architecture=self.architecture())
-        scales = load_scales(name, plain)
-        self._check_activation(scales, name)
-        return scales
+    def model_options(self, info: data.DetectionInfo) -> dict[str, Any]:
+        return {"num_keypoints": info.num_keypoints, "activation": self.config.model.activation}
 
     def architecture(self) -> str:
-        return f"{self.config.model.variant}/{self.config.model.activation}"
+        return f"{super().architecture()}/{self.config.model.activation}"
 
     def objective(self, model: FCOS, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         settings, size = self.config.detect, batch["image"].shape[0]
@@ -133,16 +102,6 @@ class Detection(Task):
 
         return evaluate
 
-    def _plain(self, info: data.DetectionInfo, rngs: nnx.Rngs) -> FCOS:
-        return FCOS(
-            DETECTORS[self.config.model.variant],
-            num_classes=info.num_classes,
-            num_keypoints=info.num_keypoints,
-            in_channels=info.channels,
-            activation=self.config.model.activation,
-            rngs=rngs,
-        )
-
     def _check_truth(self, source: data.AnnotatedSource) -> None:
         """Without an object, average precision is not defined."""
         limit = self.config.data.eval_limit
@@ -151,15 +110,6 @@ class Detection(Task):
             raise ValueError(
                 f"no object is to be found on the {len(used)} test images, so that average precision is not "
                 f"defined: raise `data.eval_limit` (it is {limit}), or give other images"
-            )
-
-    def _check_activation(self, scales: Scales, name: str) -> None:
-        """Scales belong to the activation that they were searched with."""
-        searched = scales.metadata.architecture.rpartition("/")[2]
-        if searched in ACTIVATIONS and searched != self.config.model.activation:
-            raise ValueError(
-                f"the scales in {name} were searched with {searched}, and `model.activation` is "
-                f"{self.config.model.activation!r}: use the same in search and training"
             )
 
 

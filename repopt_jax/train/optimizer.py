@@ -1,12 +1,11 @@
-"""The optimizer of a run, and which of its parameters are decayed.
+"""The optimizer of a run.
 
 The order of its parts is the method. Clipping takes the plain gradient and comes first; what follows, and in
 which order, the ready-made optimizers with scales know (`repopt_sgd`: multiplier, decay, momentum).
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -19,28 +18,13 @@ from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
 from repopt_jax.optim.sgd import clip_by_repopt_global_norm, repopt_sgd
 from repopt_jax.train.config import OPTIMIZERS, OptimConfig
 
-# Paths of the scales that a search trains.
-SEARCHED = r"(.*/)?scales/[^/]+"
-
-# Whether a parameter is decayed, as published: kernels are, and of the vectors only those that stand for an
-# identity kernel, because in a plain network that kernel is part of the decayed one. The first match counts.
-DECAY_RULES: tuple[tuple[str, bool], ...] = (
-    # RepGhost's code has another name for it than RepVGG's, and so decays it as any other batch norm: not.
-    (r"(.*/)?cheap/bn_identity/scale", False),
-    (r"(.*/)?bn_identity/scale", True),
-    (r"(.*/)?weights/[^/]+", True),
-    (r"(.*/)?norms/identity/scale", True),
-    (r"(.*/)?kernel", True),
-    (SEARCHED, False),
-    (r"(.*/)?norms/[^/]+/(scale|bias)", False),
-    (r"head/(box|keypoint)_scale", False),
-    (r"(.*/)?bn[^/]*/(scale|bias)", False),
-    (r"(.*/)?bias", False),
-)
-
-
 def make_optimizer(
-    optim: OptimConfig, schedule: optax.Schedule, *, batch_size: int, scales: Scales | None = None
+    optim: OptimConfig,
+    schedule: optax.Schedule,
+    *,
+    batch_size: int,
+    decayed: Any,
+    scales: Scales | None = None,
 ) -> optax.GradientTransformation:
     """Clipping, where `optim` asks for it, then the optimizer that it names.
 
@@ -48,13 +32,15 @@ def make_optimizer(
       optim: the optimizer, its constants, decay and clipping.
       schedule: learning rate of each step.
       batch_size: over all devices; for `optim.decay_scaling`.
+      decayed: which parameters are decayed, as the mask of `optax.add_decayed_weights`:
+        `surgery.decay.weight_decay_mask` of the network.
       scales: the optimizer and the norm by which it clips become those of the network with branches:
         `repopt_sgd`, `repopt_adamw`, `repopt_lion`; `clip_by_repopt_global_norm`.
     """
     own: dict[str, Any] = {field: getattr(optim, field) for field in OPTIMIZERS[optim.name]}
     constants = {field: value for field, value in own.items() if value is not None}
     decay = optim.weight_decay * (decay_factor(batch_size) if optim.decay_scaling == "batch" else 1)
-    constants |= {"weight_decay": decay, "mask": decay_mask}
+    constants |= {"weight_decay": decay, "mask": decayed}
     plain, repopt = READY[optim.name]
     tx = plain(schedule, **constants) if scales is None else repopt(schedule, scales, **constants)
     if optim.clip_norm is None:
@@ -102,8 +88,10 @@ class HoldScalesState(NamedTuple):
     inner: Any
 
 
-def hold_scales(inner: optax.GradientTransformation, *, after: int) -> optax.GradientTransformation:
-    """`inner`, but after the first `after` updates the scales of a search stay as they are.
+def hold_scales(
+    inner: optax.GradientTransformation, scales: Collection[str], *, after: int
+) -> optax.GradientTransformation:
+    """`inner`, but after the first `after` updates the parameters with the paths `scales` stay as they are.
 
     From then on the network is the CSLA network of these scales: their gradient is 0 for `inner`, so that it
     counts for nothing in a clipping norm, and their update is 0 whatever momentum or decay would add. The
@@ -112,7 +100,7 @@ def hold_scales(inner: optax.GradientTransformation, *, after: int) -> optax.Gra
 
     def hold(tree, held):
         return paths.map_named(
-            lambda path, leaf: jnp.where(held, jnp.zeros_like(leaf), leaf) if _is_searched(path) else leaf,
+            lambda path, leaf: jnp.where(held, jnp.zeros_like(leaf), leaf) if path in scales else leaf,
             tree,
         )
 
@@ -125,22 +113,6 @@ def hold_scales(inner: optax.GradientTransformation, *, after: int) -> optax.Gra
         return hold(updates, held), HoldScalesState(state.count + 1, inner_state)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _is_searched(path: str) -> bool:
-    return re.fullmatch(SEARCHED, path) is not None
-
-
-def decay_mask(params: Any, rules: Sequence[tuple[str, bool]] = DECAY_RULES) -> Any:
-    """A tree like `params` that says of each leaf whether it is decayed.
-
-    Raises:
-      ValueError: parameters that no rule matches, all of them listed. There is no default: a new kind of
-        parameter needs a decision.
-    """
-    named, treedef = paths.named_leaves(params)
-    decayed = paths.match_rules(rules, named)
-    return treedef.unflatten([decayed[name] for name in named])
 
 
 def make_schedule(

@@ -9,11 +9,11 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 
+from repopt_jax import models
 from repopt_jax.train.config import NAMED_SCALES, Config, DataConfig
-from repopt_jax.train.networks import find_network
 
-# The variant of every family that stands for the others.
-SMALLEST = "digits"
+# The network that stands for the others made by the same function.
+SMALLEST = {models.vgg: "vgg-digits", models.ghostnet: "repghost-digits", models.mobileone: "mobileone-digits"}
 # Side of the images: the digits' own. Detectors need more.
 SIDE = 8
 
@@ -41,7 +41,7 @@ def smoke(config: Config) -> Config:
     """The same recipe as a run of seconds that needs no data: two epochs of a network of its family that
     fits the embedded digits, on a few of them; or on a few scenes.
 
-    Kind, optimizer, schedule, augmentation, mixing, dtype, accumulation, moving average and mesh stay as they
+    Mode, optimizer, schedule, augmentation, mixing, dtype, accumulation, moving average and mesh stay as they
     are. Scales from a folder become those of the depth rule, for there is no search to take them from;
     lengths in pixels and epochs shrink with the image and the run. A detector keeps its network. The given
     config is left as it is.
@@ -64,14 +64,14 @@ def smoke(config: Config) -> Config:
 
 
 def _few_digits(config: Config) -> Config:
-    data, (family, _) = config.data, find_network(config.model.variant)
-    of_digits = DataConfig()
+    data, of_digits = config.data, DataConfig()
+    smallest = SMALLEST[models.find(config.model.name).family]
     share = SIDE / data.image_size
     return dataclasses.replace(
         config,
         batch_size=16,
         eval_batch_size=32,
-        model=dataclasses.replace(config.model, variant=family.prefix + SMALLEST),
+        model=dataclasses.replace(config.model, name=smallest),
         data=dataclasses.replace(
             data,
             source="digits",

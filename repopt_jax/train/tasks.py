@@ -14,7 +14,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from repopt_jax.core.scales import Scales
+from repopt_jax import models
+from repopt_jax.core.scales import Scales, load_scales
+from repopt_jax.nn.block import ACTIVATIONS
+from repopt_jax.surgery.search import depth_scales
 from repopt_jax.train.config import Config, DataConfig
 
 Batch = dict[str, jax.Array]
@@ -74,21 +77,42 @@ class Task(abc.ABC):
         """As `data.eval_batches`."""
 
     @abc.abstractmethod
-    def new_model(self, info: Any, *, seed: int, scales: Scales | None = None) -> nnx.Module:
-        """A network of the config's kind for this data; `scales` are where a search starts and the constants
-        of a csla network."""
+    def model_options(self, info: Any) -> dict[str, Any]:
+        """What `models.create` is given besides the name and the numbers of classes and channels."""
 
-    @abc.abstractmethod
+    def new_model(self, info: Any, *, seed: int) -> models.Network:
+        """The config's network for this data, plain."""
+        return models.create(
+            self.config.model.name,
+            num_classes=info.num_classes,
+            in_channels=info.channels,
+            rngs=nnx.Rngs(seed),
+            **self.model_options(info),
+        )
+
     def resolve_scales(self, name: str, info: Any) -> Scales:
         """The scales that a config names, for its network on this data: "ones", "depth" or a directory.
 
         Raises:
-          FileNotFoundError, ValueError: the scales are missing or do not fit the network.
+          FileNotFoundError, ValueError: the scales are missing, do not fit the network, or were searched with
+            another activation.
         """
+        model = nnx.eval_shape(lambda: self.new_model(info, seed=0))
+        if name in ("ones", "depth"):
+            rule = depth_scales(model) if name == "depth" else Scales.ones(model.branch_sets())
+            return rule.with_metadata(architecture=self.architecture())
+        scales = load_scales(name, model)
+        searched, activation = scales.metadata.architecture.rpartition("/")[2], self.config.model.activation
+        if searched in ACTIVATIONS and searched != activation:
+            raise ValueError(
+                f"the scales in {name} were searched with {searched}, and `model.activation` is "
+                f"{activation!r}: use the same in search and training"
+            )
+        return scales
 
-    @abc.abstractmethod
     def architecture(self) -> str:
-        """What the network is called in a file of scales."""
+        """What files of scales call the network."""
+        return models.find(self.config.model.name).variant.architecture
 
     @abc.abstractmethod
     def objective(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
