@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from repopt_jax import interop, models
-from repopt_jax.cli.arguments import Arguments, read_config
-from repopt_jax.cli.main import main
+from repopt_jax.cli.config import read_config
+from repopt_jax.cli.main import main, parse
 from repopt_jax.core import scales as scales_module
 from repopt_jax.core.scales import save_scales
 from repopt_jax.models.vgg import block_specs
@@ -40,6 +40,7 @@ def get_config(arg=""):
 """
 
 
+COMMANDS = ("quickstart", "search", "train", "eval", "predict", "deploy", "verify", "convert", "bench")
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
@@ -110,47 +111,69 @@ def train(place, tmp_path):
 def test_help_is_short_and_names_every_command(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("quickstart", "search", "train", "eval", "deploy", "verify", "convert"):
-        assert f"repopt {command}" in overview
+    for command in COMMANDS:
+        assert command in overview.split()
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
-        assert text.startswith(f"repopt {command}")
-        assert len(text.splitlines()) < 20
+        assert text.startswith(f"usage: repopt {command} ")
+        assert len(text.splitlines()) < 40
+    assert len(overview.splitlines()) < 40
+    assert main(["train", "--out=x", "--nonsense", "-h"]) == 0  # help is given whatever else is
+    assert capsys.readouterr().out.startswith("usage: repopt train ")
+    assert main(["help"]) == 0
+    assert capsys.readouterr().out == overview
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip().count(".") == 2
 
 
 def test_no_command_shows_the_help_and_fails(capsys):
     assert main([]) == 2
-    assert "repopt quickstart" in capsys.readouterr().err
+    assert "quickstart" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["trian"], ["unknown command 'trian' (did you mean train?)"]),
-        (["train", "--confg=x"], ["unknown flag --confg (did you mean config?)"]),
-        (["train", "--out=x"], ["--config must be given"]),
-        (["train", "--config=digits"], ["--out must be given"]),
-        (["train", "--config=digits", "--out"], ["--out has no value"]),
+        (["--verson"], ["unknown option --verson (did you mean --version?)"]),
+        (["train", "--confg=x"], ["unknown option --confg (did you mean --config?)"]),
+        (["train", "--out=x"], ["required: --config"]),
+        (["train", "--config=digits"], ["required: --out"]),
+        (["train", "--config=digits", "--out"], ["--out", "expected one argument"]),
+        (["train", "--config=digits", "--out="], ["--out", "must not be empty"]),
         (["train", "--config=digits", "--out=a", "--out=b"], ["--out is given twice"]),
-        (["train", "digits"], ["unexpected argument 'digits'"]),
-        (["eval", "--run=x", "--config.seed=1"], ["unknown flag --config.seed"]),
-        (["quickstart", "--seeds=two"], ["--seeds=two must be a whole number"]),
+        (["train", "digits", "--config=digits", "--out=a"], ["unexpected argument 'digits'"]),
+        (["train", "--config=digits", "--out=a", "--config.seed"], ["option --config.seed has no value"]),
+        (["train", "--config=digits", "--out=a", "--processes=two"], ["--processes", "'two'"]),
+        (["eval", "--run=x", "--config.seed=1"], ["unknown option --config.seed"]),
+        (["quickstart", "--seeds=two"], ["--seeds", "invalid int value: 'two'"]),
         (["verify"], ["one of --config", "and --check", "must be given"]),
         (["verify", "--config=digits", "--check=a.py"], ["one of --config"]),
         (["verify", "--check=a.py", "--config.seed=1"], ["--config.seed=1 changes a config"]),
-        (["verify", "--config=digits", "--steps=0"], ["--steps=0 must be at least 1"]),
-        (["verify", "--config=digits", "--layers=few"], ["--layers=few must be a whole number"]),
-        (["verify", "--config=digits", "--tolerance=small"], ["--tolerance=small must be a number"]),
-        (["convert", "a.pth"], ["OUT must be given"]),
-        (["convert"], ["IN and OUT must be given"]),
+        (["verify", "--config=digits", "--steps=0"], ["--steps", "must be at least 1, not 0"]),
+        (["verify", "--config=digits", "--layers=few"], ["--layers", "'few'"]),
+        (["verify", "--config=digits", "--tolerance=small"], ["--tolerance", "invalid float value: 'small'"]),
+        (["convert", "a.pth"], ["required: OUT"]),
+        (["convert"], ["required: IN, OUT"]),
         (["convert", "a.pth", "b", "c"], ["unexpected argument 'c'"]),
-        (["convert", "a.pth", "b", "--classes=two"], ["--classes=two must be a whole number"]),
+        (["convert", "a.pth", "b", "--classes=two"], ["--classes", "invalid int value: 'two'"]),
     ],
 )
 def test_wrong_command_lines(capsys, arguments, parts):
     refused(capsys, arguments, *parts, code=2)
+
+
+def test_options_in_one_argument_or_in_two():
+    args = parse(
+        ["train", "--config", "digits", "--config.seed", "-1", "--config.name=my run", "--out", "a b"]
+    )
+    assert (args.config, args.out) == ("digits", "a b")
+    assert args.overrides == ["--config.seed=-1", "--config.name=my run"]
+    assert args.command_line == (
+        "repopt train --config digits --config.seed -1 '--config.name=my run' --out 'a b'"
+    )
+    args = parse(["bench", "--batch=8,16", "update,step", "--dtype", "bfloat16"])
+    assert (args.parts, args.batches, args.dtypes) == (("update", "step"), (8, 16), ("bfloat16",))
 
 
 def test_unknown_config_field_and_bad_value(capsys, train, tmp_path):
@@ -350,8 +373,12 @@ def test_search_tells_its_verdict_and_the_next_command(capsys, place, searched):
 
 
 def test_fields_that_may_be_none_are_set_to_none(place):
-    found = Arguments({}, f"{place}/tiny.py:search", ("--config.optim.clip_norm=None",))
-    assert read_config(found).optim.clip_norm is None
+    config = f"{place}/tiny.py:search"
+    assert read_config(config).optim.clip_norm == 5.0
+    assert read_config(config, ["--config.optim.clip_norm=None"]).optim.clip_norm is None
+    # The last one counts.
+    both = ["--config.optim.clip_norm=None", "--config.optim.clip_norm=2"]
+    assert read_config(config, both).optim.clip_norm == 2.0
 
 
 def test_quickstart_leaves_foreign_folders_alone(capsys, place, tmp_path):
@@ -613,7 +640,7 @@ def test_python_m_repopt_jax():
         check=False,
     )
     assert done.returncode == 2
-    assert_one_sentence(done.stderr, "did you mean config")
+    assert_one_sentence(done.stderr, "did you mean --config")
 
 
 def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
@@ -633,7 +660,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
     assert "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.startswith("repopt: stopped at step ")
-    assert "is whole: run the same command again to continue" in last
+    assert "is complete: run the same command again to continue" in last
     assert not (out / "summary.json").exists()
     assert (Path(out) / "checkpoints" / last.split("stopped at step ")[1].split(";")[0]).is_dir()
     assert main(["eval", f"--run={out}"]) == 0

@@ -1,6 +1,7 @@
 """Who may import whom: a module uses only what stands on a lower level than itself."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,13 @@ LEVELS = {
 # The half of the library that serves Linen, Equinox and plain dicts alike must not need Flax.
 NO_FLAX = ("core", "optim")
 
+# What only the trainer, the data and the models need.
+TRAINER = (
+    *("PIL", "chex", "etils", "flax", "grain", "ml_collections", "orbax", "rich", "safetensors"),
+    "tensorflow_datasets",
+)
+
+# Extras, which nothing imports before it is used.
 HEAVY = ("torch", "sklearn", "matplotlib", "tensorflow", "tensorboardX", "equinox")
 
 PUBLIC = (
@@ -127,10 +135,89 @@ def test_the_optimizer_half_does_not_import_flax(unit):
         assert not roots & {"flax", "equinox", "haiku"}, file
 
 
-def test_importing_the_package_imports_no_extra():
-    code = f"import sys, repopt_jax; sys.exit(' '.join(m for m in {HEAVY!r} if m in sys.modules) or 0)"
+def in_a_new_process(code: str) -> str:
+    """What `code` prints in an interpreter of its own."""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+# Prints the packages, without those of the standard library, that a statement imports.
+IMPORTED = """
+import sys
+{first}
+before = set(sys.modules)
+{then}
+roots = {{name.partition(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)
+print(*sorted(root for root in roots if not root.startswith("_")))
+"""
+
+
+def test_importing_the_package_imports_nothing_else():
+    assert in_a_new_process(IMPORTED.format(first="", then="import repopt_jax")) == "repopt_jax"
+
+
+@pytest.mark.parametrize("unit", ["core", "optim"])
+def test_the_optimizer_half_imports_jax_optax_and_numpy_only(unit):
+    code = IMPORTED.format(first="import jax, numpy, optax", then=f"import repopt_jax.{unit}")
+    assert set(in_a_new_process(code).split()) <= {"jax", "numpy", "optax", "repopt_jax"}
+
+
+def test_the_optimizer_half_works_where_nothing_else_is_installed():
+    """Also without what JAX itself imports where it is installed, such as etils."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({TRAINER!r}))  # importing one of them is an ImportError
+import jax, jax.numpy as jnp, optax
+import repopt_jax
+params = {{"conv": {{"kernel": jnp.ones((3, 3, 2, 2))}}}}
+scales = repopt_jax.Scales.ones({{"conv/kernel": repopt_jax.default_branches((3, 3, 2, 2))}})
+tx = optax.chain(repopt_jax.repopt_mask(scales), optax.sgd(1.0))
+updates, _ = tx.update(params, tx.init(params), params)
+print(float(-updates["conv"]["kernel"][1, 1, 0, 0]), float(-updates["conv"]["kernel"][0, 0, 0, 0]))
+"""
+    assert in_a_new_process(code) == "3.0 1.0"
+
+
+def test_importing_everything_imports_no_extra():
+    code = "import repopt_jax, sys\nfor name in dir(repopt_jax):\n    getattr(repopt_jax, name)\n"
+    code += f"print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    assert in_a_new_process(code) == ""
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["--version"], ["trian"], ["eval", "--rnu=x"]]
+)
+def test_the_command_line_reads_without_jax(argv):
+    code = f"""
+import contextlib, io, sys
+from repopt_jax.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    main({argv!r})
+print("jax" in sys.modules, "numpy" in sys.modules)
+"""
+    assert in_a_new_process(code) == "False False"
+
+
+def test_the_lazy_names_are_those_that_type_checkers_see():
+    seen = {}
+    for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module != "typing":
+            seen |= {alias.asname: node.module for alias in node.names}
+    del seen["__version__"]
+    subpackages = [name for name, home in seen.items() if home == "repopt_jax"]
+    assert subpackages == list(repopt_jax._SUBPACKAGES)
+    assert {n: f"repopt_jax.{home}" for n, home in repopt_jax._HOME.items()} == {
+        name: home for name, home in seen.items() if home != "repopt_jax"
+    }
+
+
+def test_the_lazy_names_are_listed_and_others_refused():
+    assert {"fuse", "optim", "verify", "repopt_mask", "__version__"} <= set(dir(repopt_jax))
+    assert inspect.isfunction(repopt_jax.fuse)
+    assert inspect.ismodule(repopt_jax.verify)
+    with pytest.raises(AttributeError, match="'repopt_jax' has no attribute 'repopt_msk'"):
+        repopt_jax.repopt_msk  # noqa: B018
 
 
 @pytest.mark.parametrize("name", PUBLIC)

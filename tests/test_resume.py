@@ -207,7 +207,7 @@ def test_command_line_tells_how_to_go_on(digits, tmp_path, monkeypatch, capfd, n
     told_at_once, *_, last = capfd.readouterr().err.splitlines()
     assert told_at_once.startswith("repopt: stopping after this step, with a checkpoint")
     assert last.startswith("repopt: stopped at step 4; the last checkpoint (step 4, in ")
-    assert last.endswith("is whole: run the same command again to continue from it")
+    assert last.endswith("is complete: run the same command again to continue from it")
 
 
 def test_second_signal_ends_at_once():

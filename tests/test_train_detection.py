@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from repopt_jax import Scales, cli, data, load_scales, save_scales, train
-from repopt_jax.cli.arguments import Arguments
-from repopt_jax.cli.main import _after_search
+from repopt_jax.cli.commands import command_after_search
 from repopt_jax.data.pipeline import subset
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
@@ -208,10 +207,10 @@ def test_predict_refuses_scores_that_the_network_does_not_give(runs, tmp_path, c
 
 
 def test_the_command_after_a_search_leaves_a_detector_clipped():
-    command = _after_search(Arguments({}, "scenes:search", ()), tiny("search"), Path("out"))
+    command = command_after_search(tiny("search"), Path("out"), "scenes:search", ())
     assert "--config.scales=out/scales" in command
     assert "clip_norm" not in command
-    assert "clip_norm=None" in _after_search(Arguments({}, "x", ()), train.Config(), Path("out"))
+    assert "clip_norm=None" in command_after_search(train.Config(), Path("out"), "x", ())
 
 
 def test_deploying_a_detector_is_told_by_locations(runs, tmp_path, capsys):
@@ -440,7 +439,7 @@ def test_predict_refuses_what_it_cannot_draw(runs, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"use a name that ends in \.png"):
         gallery.predict(trained, tmp_path / "in.png", tmp_path / "out.xyz")
     assert cli.main(["predict", f"--run={runs / 'repopt'}"]) == 2
-    assert "IMAGE must be given" in capsys.readouterr().err
+    assert "required: IMAGE" in capsys.readouterr().err
 
 
 def test_the_shipped_config_names_the_modes(capsys):

@@ -1,11 +1,10 @@
-"""How the command line tells what went wrong: one sentence on standard error, and an exit code."""
+"""Errors on the command line: one sentence on standard error, and an exit code."""
 
 import os
 import sys
+from collections.abc import Iterable
 
-from repopt_jax.cli.arguments import UsageError
-
-# Packages that are needed for some commands only -> the extra that brings them.
+# Packages that only some commands need -> the extra that installs them.
 EXTRAS = {
     "matplotlib": "quickstart",
     "sklearn": "quickstart",
@@ -16,36 +15,42 @@ EXTRAS = {
 
 OUT_OF_MEMORY = (
     "it does not fit in the memory of the device: lower `batch_size`, or raise `optim.accumulate` (parts of "
-    "a batch, one after the other) or `mesh.fsdp` (devices that share the state)"
+    "a batch, computed one after the other) or `mesh.fsdp` (devices over which the state is sharded)"
 )
 
 
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+
 def report(error: BaseException) -> int | None:
-    """Says what a caller can do about `error` and gives the exit code; None if it is no caller's mistake."""
+    """Prints what the user can do about `error` and returns the exit code; None for an error that is not the
+    user's mistake, of which nothing is printed."""
     if isinstance(error, UsageError):
         return fail(error, code=2)
     if isinstance(error, KeyboardInterrupt):
         return fail(error, code=130, text=str(error) or "interrupted; run the same command again")
     if isinstance(error, ValueError | TypeError | KeyError | OSError | FloatingPointError | ImportError):
         return fail(error, code=1)
-    # What XLA raises, without importing JAX for an error of another kind.
+    # The class is recognised by its name, so that other errors do not import JAX.
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         return fail(error, code=1, text=f"{first_line(error)}: {OUT_OF_MEMORY}")
     return None
 
 
 def fail(error: BaseException, *, code: int, text: str | None = None) -> int:
-    """Says `text`, or else the error's own sentence, and gives `code` back."""
+    """Prints `text`, by default the error's own sentence, and returns `code`. With REPOPT_TRACEBACK=1 in the
+    environment, the traceback is printed first."""
     if os.environ.get("REPOPT_TRACEBACK") == "1":
         import traceback
 
         traceback.print_exception(error)
-    complain(text or sentence(error))
+    print_error(text or sentence(error))
     return code
 
 
-def complain(text: str) -> None:
-    """One line on standard error."""
+def print_error(text: str) -> None:
+    """Writes `text` to standard error as one line."""
     sys.stderr.write(f"repopt: {' '.join(text.split())}\n")
 
 
@@ -54,7 +59,7 @@ def first_line(error: BaseException) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """An error in the words that a caller needs."""
+    """The message of an error for the user of the command line."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"cannot use {error.filename}: {error.strerror}"
     # The text of a KeyError is its argument's repr.
@@ -62,6 +67,18 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"{error.name} is not installed: pip install 'repopt_jax[{EXTRAS[error.name]}]'"
     if isinstance(error, (KeyError, TypeError)):
-        # Seldom a caller's mistake: say how to see whose it is.
+        # More often a bug than the user's mistake: say how to find where it was raised.
         text = f"{type(error).__name__}: {text} (REPOPT_TRACEBACK=1 shows where)"
     return text or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The hint " (did you mean X?)" with the known name that is most similar to `name`, or whose part after
+    the last dot is (`learning_rat`: `optim.learning_rate`); empty if none is similar."""
+    import difflib
+
+    known = list(known)
+    last = {one.rpartition(".")[2]: one for one in known}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    near = near or [last[n] for n in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]
+    return f" (did you mean {near[0]}?)" if near else ""

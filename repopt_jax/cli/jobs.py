@@ -1,49 +1,53 @@
-"""A command that several processes carry out together, and one that must be alone."""
+"""Commands of several processes, and commands that must run in one."""
 
+import argparse
 import contextlib
+import functools
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 
-from repopt_jax.cli.arguments import Arguments, UsageError, whole_number
-from repopt_jax.cli.errors import fail, first_line, report
+from repopt_jax.cli.errors import UsageError, fail, first_line, report
+
+Command = Callable[[argparse.Namespace], int]
 
 
-def joined(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
-    """A command of a job: of the processes that the flags or the environment tell of, or of this one."""
+def distributed(command: Command) -> Command:
+    """Joins the job of several processes, given by the options or found in the environment, before the
+    command runs; without one, the command runs in this process only."""
 
-    def act_in_job(arguments: Arguments) -> int:
-        with _in_job(arguments):
-            return act(arguments)
+    @functools.wraps(command)
+    def run(args: argparse.Namespace) -> int:
+        with _joined(args):
+            return command(args)
 
-    return act_in_job
+    return run
 
 
-def alone(act: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
-    """A command of one process, which several would do at once in the same folder."""
+def single_process(command: Command) -> Command:
+    """Refuses to run the command in a SLURM step of several tasks: each would do the same in one folder."""
 
-    def act_alone(arguments: Arguments) -> int:
+    @functools.wraps(command)
+    def run(args: argparse.Namespace) -> int:
         from repopt_jax.train import processes
 
         if processes.cluster(os.environ) == "slurm":
-            raise UsageError("this command is one process, and this is a SLURM step of several: use srun -n1")
-        return act(arguments)
+            raise UsageError(
+                "this command runs in one process, and this is a SLURM step of several: use srun -n1"
+            )
+        return command(args)
 
-    return act_alone
+    return run
 
 
 @contextlib.contextmanager
-def _in_job(arguments: Arguments) -> Iterator[None]:
-    """Joins the job of several processes that the flags or the environment tell of. Only the first of them
-    writes to standard output, and one that fails ends at once."""
-    flags = arguments.flags
-    count, index = (
-        whole_number(name, flags[name]) if flags[name] else None for name in ("processes", "process")
-    )
+def _joined(args: argparse.Namespace) -> Iterator[None]:
+    """In a job of several processes: only the first writes to standard output, and one that fails exits at
+    once."""
     from repopt_jax.train import processes
 
-    processes.join(flags["coordinator"], count, index)
+    processes.join(args.coordinator, args.processes, args.process)
     import jax
 
     if jax.process_count() == 1:
@@ -53,13 +57,13 @@ def _in_job(arguments: Arguments) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO() if jax.process_index() else sys.stdout):
             yield
     except BaseException as error:
-        # Leaving by the interpreter's way would wait for the others, who wait for this one in an exchange:
-        # they learn of its end by its connections, which the system closes.
-        os._exit(_end_of_process(error))
+        # The interpreter's ordinary exit would wait for the other processes, which wait for this one in a
+        # collective operation. They notice that its connections are closed.
+        os._exit(_exit_code(error))
 
 
-def _end_of_process(error: BaseException) -> int:
-    """Says why this process of several ends, and gives its exit code."""
+def _exit_code(error: BaseException) -> int:
+    """Prints why this process of several ends and returns its exit code."""
     import traceback
 
     import jax
@@ -70,7 +74,7 @@ def _end_of_process(error: BaseException) -> int:
             error,
             code=1,
             text=f"process {jax.process_index()} ends: {first_line(error)}. Most often another process of "
-            "the job has ended or cannot be reached: see what the others say, then run the command again",
+            "the job has ended or cannot be reached: see what the others print, then run the command again",
         )
     elif code is None:
         traceback.print_exception(error)

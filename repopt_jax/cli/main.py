@@ -1,47 +1,32 @@
-"""The command `repopt`.
+"""The program `repopt`: its command line, and the dispatch to the functions of `commands`.
 
-A caller's mistake becomes one sentence on standard error and exit code 1 (2 if the command line itself is
-wrong); Ctrl-C gives 130, SIGTERM 143. With REPOPT_TRACEBACK=1 the traceback is shown as well.
+A mistake of the user is one sentence on standard error, with exit code 2 if it is on the command line and 1
+otherwise; Ctrl-C gives 130, SIGTERM 143. Nothing here imports JAX, so that help and mistyped commands are
+answered at once.
 """
 
-import contextlib
-import logging
-import os
+import argparse
+import inspect
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from repopt_jax.cli import help as cli_help
-from repopt_jax.cli.arguments import (
-    Arguments,
-    Command,
-    UsageError,
-    closest,
-    number,
-    parse,
-    read_config,
-    whole_number,
-)
-from repopt_jax.cli.errors import complain, report, sentence
-from repopt_jax.cli.jobs import alone, joined
-
-# Flags of `repopt bench`, "" for the defaults of `bench.Settings`.
-BENCH_FLAGS: dict[str, str | None] = dict.fromkeys(
-    (
-        *("variant", "size", "batch", "dtype", "rounds", "classes", "networks", "memory", "tf32", "images"),
-        "out",
-    ),
-    "",
-)
+from repopt_jax._version import __version__
+from repopt_jax.cli import commands
+from repopt_jax.cli.errors import UsageError, did_you_mean, fail, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. `argv` is without the program's name."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command and returns its exit code. `argv` does not contain the program's name."""
     try:
-        return _dispatch(argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        return fail(error, code=2)
+    except SystemExit as done:  # argparse has printed help or the version
+        return int(done.code or 0)
+    try:
+        return args.command(args)
     except BaseException as error:
         code = report(error)
         if code is None:
@@ -49,355 +34,247 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _dispatch(argv: list[str]) -> int:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of the command in `argv`.
+
+    Besides its options, the namespace has `command`, the function that carries it out; `overrides`, each
+    `--config.FIELD=VALUE` as typed; and `command_line`, for a shell.
+
+    Raises:
+      UsageError: an unknown command or option; an option that is repeated, has no value or a bad one; too few
+        or too many arguments.
+      SystemExit: help or the version was asked for and has been printed.
+    """
+    program, parsers = _parsers()
     if not argv:
-        sys.stderr.write(cli_help.OVERVIEW)
-        return 2
-    name, *rest = argv
-    if name in ("-h", "--help", "help"):
-        _say(cli_help.OVERVIEW.rstrip())
-        return 0
-    if name == "--version":
-        from repopt_jax._version import __version__
-
-        _say(__version__)
-        return 0
-    command = _commands().get(name)
-    if command is None:
+        program.print_help(sys.stderr)
+        program.exit(2)
+    first, *rest = ("--help",) if argv[0] == "help" else argv
+    if first.startswith("-"):
+        program.check_options([first])
+    elif first not in parsers:
         raise UsageError(
-            f"unknown command {name!r}{closest(name, _commands())}; one of {', '.join(_commands())}"
+            f"unknown command {first!r}{did_you_mean(first, parsers)}; one of {', '.join(parsers)}"
         )
-    if any(argument in ("-h", "--help") for argument in rest):
-        _say(command.help.rstrip())
-        return 0
-    return command.act(parse(rest, command))
+    elif "-h" in rest or "--help" in rest:
+        rest = ["--help"]
+    else:
+        parsers[first].check_options(rest)
+    args, extras = program.parse_known_args([first, *rest])
+    args.overrides = _overrides(extras)
+    args.command_line = shlex.join(["repopt", *argv])
+    return args
 
 
-def _commands() -> dict[str, Command]:
-    run_flags: dict[str, str | None] = {"run": None, "data_dir": "", "checkpoint": ""}
-    job_flags: dict[str, str | None] = {"coordinator": "", "processes": "", "process": ""}
-    return {
-        "quickstart": Command(
-            alone(_quickstart),
-            cli_help.QUICKSTART,
-            {"out": "runs/quickstart", "seeds": ""},
-            "digits:plain",
-            True,
-        ),
-        "search": Command(joined(_search), cli_help.SEARCH, {"out": None, **job_flags}, takes_config=True),
-        "train": Command(joined(_train), cli_help.TRAIN, {"out": None, **job_flags}, takes_config=True),
-        "eval": Command(alone(_eval), cli_help.EVAL, run_flags),
-        "deploy": Command(alone(_deploy), cli_help.DEPLOY, {**run_flags, "out": None}),
-        "predict": Command(
-            _predict,
-            cli_help.PREDICT,
-            {"run": None, "out": "", "threshold": ""},
-            positional=("image",),
-        ),
-        "verify": Command(
-            _verify,
-            cli_help.VERIFY,
-            {"check": "", "steps": "", "tolerance": "", "layers": "5"},
-            config="",
-            takes_config=True,
-        ),
-        "convert": Command(
-            _convert,
-            cli_help.CONVERT,
-            {"model": "", "kind": "", "classes": "0", "key": "", "to": ""},
-            positional=("in", "out"),
-        ),
-        "bench": Command(alone(_bench), cli_help.BENCH, BENCH_FLAGS, positional=("parts",)),
-    }
+def _overrides(extras: Sequence[str]) -> list[str]:
+    """What argparse left over: `--config.FIELD=VALUE`, which may also be typed as two arguments."""
+    overrides = []
+    arguments = iter(extras)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise UsageError(f"unexpected argument {argument!r}: options are written --name=value")
+        if "=" not in argument:
+            value = next(arguments, "--")
+            if value.startswith("--"):
+                raise UsageError(f"option {argument} has no value: write {argument}=VALUE")
+            argument = f"{argument}={value}"
+        overrides.append(argument)
+    return overrides
 
 
-def _quickstart(arguments: Arguments) -> int:
-    asked = arguments.flags["seeds"]
-    seeds = whole_number("seeds", asked) if asked else None
-    base = read_config(arguments)
-    out = Path(arguments.flags["out"]).expanduser().absolute()
-    with _computing(), _kept(out):
-        # Many of the runs differ by their seed or their scales alone: what is compiled for one serves all.
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            import jax
+def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
+    """The parser of the program, and those of its commands by name. What a command does is described by the
+    docstring of its function."""
+    program = _Parser(
+        "repopt",
+        description="Gradient and structural re-parameterization for JAX.",
+        epilog="`repopt COMMAND --help` describes a command and its options.",
+    )
+    program.add_argument("--version", action="version", version=__version__)
+    program.options.append("--version")
+    added = program.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-            jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        from repopt_jax.report.quickstart import quickstart, summary_lines
+    def add(name: str, command: Callable[[argparse.Namespace], int]) -> _Parser:
+        description = inspect.getdoc(command) or ""
+        summary = description.partition("\n")[0].rstrip(".")
+        parser = added.add_parser(name, description=description, help=summary)
+        parser.set_defaults(command=command)
+        return parser
 
-        source = " ".join([str(arguments.config), *arguments.overrides])
-        done = quickstart(base, out, seeds=seeds, say=_say, source=source)
-    _say("", *summary_lines(done.rows), "", f"Report: {done.page}")
-    if not done.equivalence["equivalent"]:
-        raise ValueError(
-            "the CSLA network and the plain network with repopt_mask did NOT train to the same function: "
-            f"largest relative difference {done.equivalence['max_difference']:.1e}; see the report"
+    quickstart = add("quickstart", commands.quickstart)
+    quickstart.option(
+        "--out=DIR", "folder of all results (%(default)s)", type=path, default="runs/quickstart"
+    )
+    quickstart.option("--seeds=N", "trainings in each way (2; of a detector 1)", type=int)
+    quickstart.config_options(default="digits:plain")
+
+    for parser in (add("search", commands.search), add("train", commands.train)):
+        parser.config_options(required=True)
+        parser.option(
+            "--out=DIR",
+            "folder of the run. An unfinished run of the same config in it is continued, a finished one "
+            "reported again; a folder with another run is refused",
+            type=path,
+            required=True,
         )
-    return 0
-
-
-def _search(arguments: Arguments) -> int:
-    config = read_config(arguments)
-    if config.model.kind != "search":
-        raise ValueError(
-            f"`model.kind` is {config.model.kind!r}: `repopt search` needs a config of kind 'search'; use "
-            "`repopt train` for the others, or add --config.model.kind=search"
+        parser.option(
+            "--coordinator=HOST:PORT",
+            "address of process 0 of a job of several processes; SLURM and TPU pods need none of the three",
+            default="",
         )
-    stopped, out = _run(config, arguments)
-    if stopped:
-        return stopped
-    from repopt_jax.report import monitor
-    from repopt_jax.train import processes, records
+        parser.option("--processes=N", "number of processes of the job", type=int)
+        parser.option("--process=I", "index of this process, from 0", type=int)
 
-    if not processes.is_first():  # one draws and tells
-        return 0
+    evaluate = add("eval", commands.evaluate)
+    evaluate.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
+    evaluate.checkpoint_options()
 
-    history = records.read_history(out)
-    verdict = monitor.verdict(history)
-    _say(verdict.sentence, *verdict.notes, f"Scales: {out / 'scales'}")
-    try:
-        from repopt_jax.report import report
-
-        _say(f"How they moved: {', '.join(map(str, report.draw_search(history, out / 'report')))}")
-    except ModuleNotFoundError as error:  # the search is done all the same
-        _say(f"No pictures: {sentence(error)}")
-    _say(f"Next: {_after_search(arguments, config, out)}")
-    return 0
-
-
-def _after_search(arguments: Arguments, config: Any, out: Path) -> str:
-    """The command that trains a plain network with the scales that the search of `config` left in `out`, on
-    the same data."""
-    # Clipping steadies the search of a classifier, which needs it for nothing else; detectors are clipped in
-    # all trainings.
-    clipping = [] if config.task == "detect" else ["--config.optim.clip_norm=None"]
-    overrides = [
-        *arguments.overrides,
-        "--config.model.kind=target",
-        *clipping,
-        f"--config.name={config.name}-repopt",
-        f"--config.scales={out / 'scales'}",
-        f"--out={out}-repopt",
-    ]
-    return shlex.join(["repopt", "train", f"--config={arguments.config}", *overrides])
-
-
-def _train(arguments: Arguments) -> int:
-    stopped, _ = _run(read_config(arguments), arguments)
-    return stopped
-
-
-def _eval(arguments: Arguments) -> int:
-    with _computing():
-        from repopt_jax.train import deploy, tasks
-
-        flags = arguments.flags
-        network = deploy.load_any(flags["run"], checkpoint=flags["checkpoint"] or None)
-        found = deploy.evaluate(network, data_dir=flags["data_dir"] or None)
-    count = f"{found['count']} images"
-    if "accuracy" in found:
-        count = f"{round(found['accuracy'] * found['count'])} of {count}"
-    loss = "" if found["loss"] is None else f", loss {found['loss']:.4f}"
-    measured = tasks.told(network.config.task, found)
-    _say(f"{measured} ({count}){loss}; {network.config.name}, step {network.step}")
-    return 0
-
-
-def _predict(arguments: Arguments) -> int:
-    flags = arguments.flags
-    image = Path(flags["image"])
-    out = Path(flags["out"]) if flags["out"] else image.with_name(f"{image.stem}-detected.png")
-    with _computing():
-        from repopt_jax.report import gallery
-        from repopt_jax.train import deploy
-
-        asked = number("threshold", flags["threshold"]) if flags["threshold"] else None
-        network = deploy.load_any(flags["run"])
-        found = gallery.predict(network, image, out, threshold=asked)
-        threshold = gallery.least_score(network, asked)
-    width = max([len(one.name) for one in found], default=0)
-    for one in found:
-        x1, y1, x2, y2 = one.box
-        _say(f"{one.name:<{width}}  {one.score:.2f}  ({x1:.1f}, {y1:.1f}) to ({x2:.1f}, {y2:.1f})")
-    _say(f"{len(found)} found with a score of at least {threshold:g}. Picture: {out.absolute()}")
-    return 0
-
-
-def _deploy(arguments: Arguments) -> int:
-    with _computing():
-        from repopt_jax.train import deploy, tasks
-
-        flags = arguments.flags
-        out, checkpoint = Path(flags["out"]), flags["checkpoint"] or "latest"
-        done = deploy.deploy(flags["run"], out, data_dir=flags["data_dir"] or None, checkpoint=checkpoint)
-    task = done.config["task"]
-    compared = f"{done.agreement:.2%} of {done.compared} test images"
-    if task == "detect":
-        compared = f"{done.agreement:.2%} of the locations of {done.compared} test images"
-    _say(
-        *(["Already deployed; nothing was done."] if done.reused else []),
-        f"largest output difference {done.max_abs:.2e} ({done.max_rel:.2e} of the largest output), the same "
-        f"class for {compared}",
-        f"parameters {done.train_parameters:,} in training, {done.deploy_parameters:,} deployed",
-        f"deployed: {tasks.told(task, done.test)} of {done.test_count} images",
-        f"Network: {out.absolute()}",
-    )
-    return 0
-
-
-def _convert(arguments: Arguments) -> int:
-    flags = arguments.flags
-    classes = whole_number("classes", flags["classes"])
-    from repopt_jax.train.convert import convert
-
-    options = {name: flags[name] for name in ("model", "kind", "key", "to")}
-    lines = convert(flags["in"], flags["out"], classes=classes, **options)
-    _say(*lines, f"Written: {Path(flags['out']).expanduser().absolute()}")
-    return 0
-
-
-def _bench(arguments: Arguments) -> int:
-    flags = arguments.flags
-    with _computing():
-        from repopt_jax import bench
-        from repopt_jax.bench import results
-
-        parts = flags["parts"].split(",")
-        if unknown := [part for part in parts if part not in (*bench.PARTS, "all")]:
-            hint = closest(unknown[0], (*bench.PARTS, "all"))
-            raise UsageError(
-                f"unknown part {unknown[0]!r}{hint}; parts are {', '.join(bench.PARTS)} and all, and several "
-                "are joined by commas"
-            )
-        settings = bench.Settings(**_bench_settings(flags))
-        given = [f"--{name}={flags[name]}" for name in BENCH_FLAGS if flags[name]]
-        command = shlex.join(["repopt", "bench", flags["parts"], *given])
-        out = Path(flags["out"]).expanduser().absolute() if flags["out"] else None
-        done = bench.bench(parts, settings, out=out, command=command)
-    _say(results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
-    return 0
-
-
-def _bench_settings(flags: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of `bench.Settings` that the command line gives."""
-    fields: dict[str, Any] = {name: flags[name] for name in ("variant", "images") if flags[name]}
-    fields |= {name: whole_number(name, flags[name]) for name in ("size", "rounds", "classes") if flags[name]}
-    if flags["memory"]:
-        fields["memory"] = number("memory", flags["memory"])
-    if flags["batch"]:
-        fields["batches"] = tuple(whole_number("batch", value) for value in flags["batch"].split(","))
-    for flag, field in (("dtype", "dtypes"), ("networks", "networks")):
-        if flags[flag]:
-            fields[field] = tuple(flags[flag].split(","))
-    if flags["tf32"]:
-        if flags["tf32"] not in ("yes", "no"):
-            raise UsageError(f"--tf32={flags['tf32']} must be yes or no")
-        fields["tf32"] = flags["tf32"] == "yes"
-    return fields
-
-
-def _verify(arguments: Arguments) -> int:
-    flags = arguments.flags
-    if bool(arguments.config) == bool(flags["check"]):
-        raise UsageError("one of --config (a training config) and --check (a file of your own) must be given")
-    if flags["check"] and arguments.overrides:
-        raise UsageError(f"{arguments.overrides[0]} changes a config, and --check is none")
-    steps = whole_number("steps", flags["steps"]) if flags["steps"] else None
-    layers = None if flags["layers"] == "all" else whole_number("layers", flags["layers"])
-    tolerance = number("tolerance", flags["tolerance"]) if flags["tolerance"] else None
-    for name, value in (("steps", steps), ("layers", layers)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name}={value} must be at least 1")
-    with _computing():
-        if flags["check"]:
-            from repopt_jax.verify import equivalence as verify
-
-            check = verify.load_check(flags["check"])
-        else:
-            config = read_config(arguments)
-            from repopt_jax.train.checking import config_check
-
-            check, steps = config_check(config), steps or 10
-        result = check.run(steps=steps, tolerance=tolerance)
-    worst = result.worst(layers)
-    width = max(len(path) for path, _ in worst)
-    _say(
-        f"Compared: {result.compared}; kernels moved by {result.movement:.2%}",
-        f"Largest relative differences, of {len(result.differences)} parameters and statistics:",
-        *(f"  {path:<{width}}  {difference:.1e}" for path, difference in worst),
-        f"  {'loss':<{width}}  {result.loss_difference:.1e}",
-    )
-    if result.equivalent:
-        _say(f"Equivalent: no difference above {result.tolerance:g}")
-        return 0
-    _say("NOT equivalent")
-    complain(
-        f"not equivalent: the largest relative difference is {result.max_difference:.1e}, the tolerance "
-        f"{result.tolerance:g}; likely reason: {'; and '.join(result.reasons)}"
-    )
-    return 1
-
-
-def _run(config: Any, arguments: Arguments) -> tuple[int, Path]:
-    """Trains and tells what came of it; the first result is the exit code of what stopped it, or 0."""
-    out = Path(arguments.flags["out"]).expanduser().absolute()
-    with _computing(), _kept(out):
-        from repopt_jax.train import run, stopping, tasks
-
-        with stopping.stop_on_signals() as stop:
-            done = run(config, out, stop=stop)
-    if not done.finished:
-        complain(f"stopped at step {done.steps}; {_how_to_continue(out)}")
-        return stop.exit_code, out
-    published = "" if done.published is None else f" (published: {done.published:.2%})"
-    speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
-    _say(
-        f"{'Already finished: ' if done.reused else ''}{done.name}: {tasks.told(done.task, done.test)} "
-        f"of {done.test_count} images{published}, {done.train_parameters:,} parameters{speed}, "
-        f"{done.wall_s:.0f} s",
-        f"Run: {out}",
-    )
-    return 0, out
-
-
-def _say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def _kept(out: Path) -> Iterator[None]:
-    """Gives a Ctrl-C the words that say what is left of the work in `out`."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"interrupted; {_how_to_continue(out)}") from error
-
-
-def _how_to_continue(out: Path) -> str:
-    steps = [int(p.parent.name) for p in out.glob("checkpoints/*/manifest.json") if p.parent.name.isdigit()]
-    if not steps:
-        return "what is finished is kept: run the same command again to continue"
-    return (
-        f"the last checkpoint (step {max(steps)}, in {out / 'checkpoints'}) is whole: run the same command "
-        "again to continue from it"
+    predict = add("predict", commands.predict)
+    predict.add_argument("image", metavar="IMAGE", type=path, help="PNG, JPEG or another format of Pillow")
+    predict.option("--run=DIR", "folder of a detector's run or deployment", type=path, required=True)
+    predict.option("--out=FILE", "the picture (IMAGE with the ending -detected.png)")
+    predict.option(
+        "--threshold=X",
+        "least score of what is drawn (0.4), from detect.score_threshold of the config to 1",
+        type=float,
     )
 
+    deploy = add("deploy", commands.deploy)
+    deploy.option("--run=DIR", "folder of the run", type=path, required=True)
+    deploy.option("--out=DIR", "folder of the deployment; new or empty", type=path, required=True)
+    deploy.checkpoint_options()
 
-@contextlib.contextmanager
-def _computing() -> Iterator[None]:
-    """Shows the trainer's own log lines as they are, once, whatever libraries do to the root logger."""
-    handler = logging.StreamHandler()
-    ours = logging.getLogger("repopt_jax")
-    level, propagate = ours.level, ours.propagate
-    ours.addHandler(handler)
-    # Of several processes one tells how it goes; warnings come from all.
-    jax = sys.modules.get("jax")
-    ours.setLevel(logging.INFO if jax is None or jax.process_index() == 0 else logging.WARNING)
-    ours.propagate = False
-    try:
-        yield
-    finally:
-        ours.removeHandler(handler)
-        ours.setLevel(level)
-        ours.propagate = propagate
+    verify = add("verify", commands.verify)
+    verify.config_options()
+    verify.option(
+        "--check=FILE.py",
+        "in place of --config, your own network, loss and optimizers: a Python file whose get_check() "
+        "returns a repopt_jax.verify.Check; examples/verify_own_model.py is one",
+    )
+    verify.option("--steps=N", "steps of training (10; with --check, all of its batches)", type=positive)
+    verify.option("--tolerance=X", "largest relative difference that counts as equal (1e-10)", type=float)
+    verify.option("--layers=N", "how many of the worst layers are listed (5), or all", type=count, default=5)
+
+    convert = add("convert", commands.convert)
+    convert.add_argument(
+        "source", metavar="IN", type=path, help=".pth, .pt or .safetensors: a file; else a folder"
+    )
+    convert.add_argument("target", metavar="OUT", type=path, help="likewise; it must not exist")
+    convert.option(
+        "--model=NAME",
+        "of a file: repopt-vgg-B1, repvgg-A0, mobileone-s0, repghost-0.5, repopt-ghostnet-0.5 ...",
+        default="",
+    )
+    convert.option(
+        "--kind=KIND",
+        "of a file, where its keys leave it open: csla, which has the keys of a search",
+        default="",
+    )
+    convert.option("--classes=N", "number of classes that a file must have (any)", type=int, default=0)
+    convert.option("--key=ENTRY", "of a checkpoint: the entry with the weights, if it is unusual", default="")
+    convert.option(
+        "--to=NAMES",
+        "names in OUT: repopt, repvgg, mobileone, repghost, timm (those of the network's authors); or "
+        "scales: of a file, only its scales",
+        default="",
+    )
+
+    bench = add("bench", commands.bench)
+    bench.add_argument("parts", metavar="PARTS", type=words, help="what is measured, as above")
+    bench.option("--variant=NAME", "variant of RepOptVGG (B1)")
+    bench.option("--size=N", "side of the images in pixels (224)", type=int)
+    bench.option("--batch=N,...", "images in a batch (32); each is measured", type=integers, dest="batches")
+    bench.option(
+        "--dtype=NAME,...", "float32 or bfloat16 (float32); each is measured", type=words, dest="dtypes"
+    )
+    bench.option("--rounds=N", "measurements of each candidate (15), at least 3", type=int)
+    bench.option("--classes=N", "of the classifier (1000)", type=int)
+    bench.option(
+        "--networks=NAME,...",
+        "of step, largest, inference, torch and compile: plain, repopt, csla, csla-branches, repvgg (all)",
+        type=words,
+    )
+    bench.option("--memory=GB", "limit for the largest batch (what the device has)", type=float)
+    bench.option("--tf32=no", "no TF32 for float32, in JAX and in PyTorch (yes)", choices=("yes", "no"))
+    bench.option("--images=DIR", "folder of images for input (made-up photographs)")
+    bench.option(
+        "--out=PATH",
+        "writes PATH.json, PATH.md and PATH.png; results in PATH.json that are not measured again are kept",
+    )
+    return program, added.choices
+
+
+class _Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that raises `UsageError` and knows the names of its options."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.options = ["-h", "--help"]
+        self.takes_config = False
+        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(*args, **kwargs)
+
+    def option(self, spelling: str, description: str, **kwargs: Any) -> None:
+        """Adds the option that is spelled `--name=METAVAR`, with the keywords of `add_argument`."""
+        name, _, metavar = spelling.partition("=")
+        self.options.append(name)
+        self.add_argument(name, metavar=metavar, help=description, **kwargs)
+
+    def config_options(self, **kwargs: Any) -> None:
+        self.takes_config = True
+        self.option(
+            "--config=FILE[:ARG]",
+            "a Python file with get_config(arg), or the name of a shipped one, such as digits; "
+            "--config.FIELD=VALUE sets one of its fields, such as --config.optim.learning_rate=0.05",
+            **kwargs,
+        )
+
+    def checkpoint_options(self) -> None:
+        self.option("--checkpoint=WHICH", "of a run: latest (the default), best, or the number of a step")
+        self.option("--data_dir=DIR", "folder of the images, if not the one that the run used")
+
+    def check_options(self, arguments: Sequence[str]) -> None:
+        """Refuses unknown and repeated options: argparse reports missing ones first, and uses the last of
+        repeated ones."""
+        seen = set()
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if not name.startswith("--") or (self.takes_config and name.startswith("--config.")):
+                continue
+            if name not in self.options:
+                known = self.options[1:]
+                raise UsageError(
+                    f"unknown option {name}{did_you_mean(name, known)}; known are {', '.join(known)}"
+                )
+            if name in seen:
+                raise UsageError(f"option {name} is given twice")
+            seen.add(name)
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; see --help")
+
+
+# Types of options, by the names that argparse's messages use.
+
+
+def path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def count(text: str) -> int | None:
+    return None if text == "all" else positive(text)

@@ -3,13 +3,13 @@ branch."""
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.core import Tracer
 
 from repopt_jax._version import __version__
@@ -153,7 +153,7 @@ class Scales:
         return Scales(self.entries, dataclasses.replace(self.metadata, **fields))
 
 
-def save_scales(path: epath.PathLike, scales: Scales) -> None:
+def save_scales(path: str | os.PathLike[str], scales: Scales) -> None:
     """Writes `scales` as an Orbax checkpoint at `path`, a directory, with its branch sets and metadata
     inside.
 
@@ -161,6 +161,7 @@ def save_scales(path: epath.PathLike, scales: Scales) -> None:
       ValueError: a scale is NaN or infinite.
       FileExistsError: something is at `path`.
     """
+    from etils import epath
     from orbax.checkpoint import v1 as ocp
 
     check_finite(scales)
@@ -177,7 +178,7 @@ def save_scales(path: epath.PathLike, scales: Scales) -> None:
     ocp.save(location, _nested(scales), custom_metadata={"repopt_scales": json.dumps(description)})
 
 
-def load_scales(path: epath.PathLike, model: Any = None) -> Scales:
+def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
     """Reads what `save_scales` wrote.
 
     Args:
@@ -189,6 +190,7 @@ def load_scales(path: epath.PathLike, model: Any = None) -> Scales:
       ValueError: no scales file, or a damaged one; NaN or infinite values; or it does not fit `model`, with
         every missing, extra and misshapen path.
     """
+    from etils import epath
     from orbax.checkpoint import v1 as ocp
 
     location = epath.Path(path).absolute()

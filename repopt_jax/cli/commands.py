@@ -1,0 +1,342 @@
+"""The commands of `repopt`, each a function of the parsed options that returns the exit code.
+
+Their docstrings are what `repopt COMMAND --help` prints. The library is imported inside the functions, so
+that help does not wait for it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from repopt_jax.cli.config import read_config
+from repopt_jax.cli.errors import UsageError, did_you_mean, print_error, sentence
+from repopt_jax.cli.jobs import distributed, single_process
+
+
+@single_process
+def quickstart(args: argparse.Namespace) -> int:
+    """Search, train, deploy and report, on handwritten digits or (--config=scenes) with a detector.
+
+    Searches, extracts the scales, checks the equivalence, trains in each way with the same epochs and seeds
+    (plain SGD, RepOpt with searched scales, RepVGG; classifiers also RepOpt with the depth rule), deploys,
+    and writes a report. Run again, it reuses what is finished."""
+    base = read_config(args.config, args.overrides)
+    out = _absolute(args.out)
+    with _logging(), _interruptible(out):
+        # Many of the runs differ only in their seed or their scales, and use the same compiled programs.
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            import jax
+
+            jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        from repopt_jax.report.quickstart import quickstart, summary_lines
+
+        source = " ".join([args.config, *args.overrides])
+        done = quickstart(base, out, seeds=args.seeds, say=_print, source=source)
+    _print("", *summary_lines(done.rows), "", f"Report: {done.page}")
+    if not done.equivalence["equivalent"]:
+        raise ValueError(
+            "the CSLA network and the plain network with repopt_mask did NOT train to the same function: "
+            f"largest relative difference {done.equivalence['max_difference']:.1e}; see the report"
+        )
+    return 0
+
+
+@distributed
+def search(args: argparse.Namespace) -> int:
+    """Find scales by a hyper-search.
+
+    Trains a network of kind "search", says whether its scales have settled, and writes them to DIR/scales.
+    Example:
+
+      repopt search --config=digits:search --out=runs/digits/search"""
+    config = read_config(args.config, args.overrides)
+    if config.model.kind != "search":
+        raise ValueError(
+            f"`model.kind` is {config.model.kind!r}: `repopt search` needs a config of kind 'search'; use "
+            "`repopt train` for the others, or add --config.model.kind=search"
+        )
+    out = _absolute(args.out)
+    if exit_code := _run(config, out):
+        return exit_code
+    from repopt_jax.report import monitor
+    from repopt_jax.train import processes, records
+
+    if not processes.is_first():
+        return 0
+    history = records.read_history(out)
+    verdict = monitor.verdict(history)
+    _print(verdict.sentence, *verdict.notes, f"Scales: {out / 'scales'}")
+    try:
+        from repopt_jax.report import report
+
+        _print(f"How they moved: {', '.join(map(str, report.draw_search(history, out / 'report')))}")
+    except ModuleNotFoundError as error:  # the search has succeeded without pictures
+        _print(f"No pictures: {sentence(error)}")
+    _print(f"Next: {command_after_search(config, out, args.config, args.overrides)}")
+    return 0
+
+
+def command_after_search(config: Any, out: Path, file_and_arg: str, overrides: Sequence[str]) -> str:
+    """The command that trains a plain network on the same data, with the scales that the search of `config`
+    left in `out`."""
+    # Classifiers need clipping only in the search, detectors in every training.
+    clipping = [] if config.task == "detect" else ["--config.optim.clip_norm=None"]
+    changes = [
+        "--config.model.kind=target",
+        *clipping,
+        f"--config.name={config.name}-repopt",
+        f"--config.scales={out / 'scales'}",
+        f"--out={out}-repopt",
+    ]
+    return shlex.join(["repopt", "train", f"--config={file_and_arg}", *overrides, *changes])
+
+
+@distributed
+def train(args: argparse.Namespace) -> int:
+    """Train a network.
+
+    With --config.scales, a plain network is trained by RepOpt: ones, depth, or the folder that a search
+    wrote. Example:
+
+      repopt train --config=digits:repopt --config.scales=runs/digits/search/scales --out=runs/repopt"""
+    return _run(read_config(args.config, args.overrides), _absolute(args.out))
+
+
+@single_process
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure the test accuracy (or AP) of a run or of a deployed network.
+
+    Accuracy and loss over the test images, each counted once; of a detector, COCO's average precision of
+    boxes and of keypoints."""
+    with _logging():
+        from repopt_jax.train import deploy, tasks
+
+        network = deploy.load_any(args.run, checkpoint=args.checkpoint or None)
+        found = deploy.evaluate(network, data_dir=args.data_dir or None)
+    count = f"{found['count']} images"
+    if "accuracy" in found:
+        count = f"{round(found['accuracy'] * found['count'])} of {count}"
+    loss = "" if found["loss"] is None else f", loss {found['loss']:.4f}"
+    measured = tasks.told(network.config.task, found)
+    _print(f"{measured} ({count}){loss}; {network.config.name}, step {network.step}")
+    return 0
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Draw what a detector finds on an image, and list it.
+
+    The picture shows boxes with class and score, and keypoints."""
+    image = Path(args.image)
+    out = Path(args.out) if args.out else image.with_name(f"{image.stem}-detected.png")
+    with _logging():
+        from repopt_jax.report import gallery
+        from repopt_jax.train import deploy
+
+        network = deploy.load_any(args.run)
+        found = gallery.predict(network, image, out, threshold=args.threshold)
+        threshold = gallery.least_score(network, args.threshold)
+    width = max([len(one.name) for one in found], default=0)
+    for one in found:
+        x1, y1, x2, y2 = one.box
+        _print(f"{one.name:<{width}}  {one.score:.2f}  ({x1:.1f}, {y1:.1f}) to ({x2:.1f}, {y2:.1f})")
+    _print(f"{len(found)} found with a score of at least {threshold:g}. Picture: {out.absolute()}")
+    return 0
+
+
+@single_process
+def deploy(args: argparse.Namespace) -> int:
+    """Fuse a run into plain convolutions and save it.
+
+    Fuses batch norms and branches, compares the outputs with those of the trained network on test images, and
+    saves the weights with what is needed to rebuild the network."""
+    out = Path(args.out)
+    with _logging():
+        from repopt_jax.train import deploy, tasks
+
+        done = deploy.deploy(
+            args.run, out, data_dir=args.data_dir or None, checkpoint=args.checkpoint or "latest"
+        )
+    task = done.config["task"]
+    compared = f"{done.agreement:.2%} of {done.compared} test images"
+    if task == "detect":
+        compared = f"{done.agreement:.2%} of the locations of {done.compared} test images"
+    _print(
+        *(["Already deployed; nothing was done."] if done.reused else []),
+        f"largest output difference {done.max_abs:.2e} ({done.max_rel:.2e} of the largest output), the same "
+        f"class for {compared}",
+        f"parameters {done.train_parameters:,} in training, {done.deploy_parameters:,} deployed",
+        f"deployed: {tasks.told(task, done.test)} of {done.test_count} images",
+        f"Network: {out.absolute()}",
+    )
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Check that the training is that of the multi-branch network.
+
+    Trains a network with re-parameterized gradients and its multi-branch counterpart under the ordinary
+    optimizer, in float64 on the same batches, and compares them layer by layer. Exit code 0 if they stay
+    equal; 1 if not, with the likely reason. float64 is slow: --config.batch_size=16 is enough. Example:
+
+      repopt verify --config=digits:depth --config.batch_size=16"""
+    if bool(args.config) == bool(args.check):
+        raise UsageError("one of --config (a training config) and --check (a file of your own) must be given")
+    if args.check and args.overrides:
+        raise UsageError(f"{args.overrides[0]} changes a config, and --check has none")
+    steps = args.steps
+    with _logging():
+        if args.check:
+            from repopt_jax.verify.equivalence import load_check
+
+            check = load_check(args.check)
+        else:
+            config = read_config(args.config, args.overrides)
+            from repopt_jax.train.checking import config_check
+
+            check, steps = config_check(config), steps or 10
+        result = check.run(steps=steps, tolerance=args.tolerance)
+    worst = result.worst(args.layers)
+    width = max(len(path) for path, _ in worst)
+    _print(
+        f"Compared: {result.compared}; kernels moved by {result.movement:.2%}",
+        f"Largest relative differences, of {len(result.differences)} parameters and statistics:",
+        *(f"  {path:<{width}}  {difference:.1e}" for path, difference in worst),
+        f"  {'loss':<{width}}  {result.loss_difference:.1e}",
+    )
+    if result.equivalent:
+        _print(f"Equivalent: no difference above {result.tolerance:g}")
+        return 0
+    _print("NOT equivalent")
+    print_error(
+        f"not equivalent: the largest relative difference is {result.max_difference:.1e}, the tolerance "
+        f"{result.tolerance:g}; likely reason: {'; and '.join(result.reasons)}"
+    )
+    return 1
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert PyTorch and safetensors files from and to our folders.
+
+    Converts a PyTorch or safetensors file to a folder that interop.load_converted reads, or to such a file
+    with other names; a run, deployment or converted folder to a file; a file of scales to a folder. Checks
+    the number of parameters and, where PyTorch is installed, the outputs. Examples:
+
+      repopt convert RepVGG-A0-train.pth a0 --model=repvgg-A0
+      repopt convert runs/deployed b1.safetensors --to=timm"""
+    from repopt_jax.train.convert import convert
+
+    options = {name: getattr(args, name) for name in ("model", "kind", "classes", "key", "to")}
+    _print(*convert(args.source, args.target, **options), f"Written: {_absolute(args.target)}")
+    return 0
+
+
+@single_process
+def bench(args: argparse.Namespace) -> int:
+    """Measure the time and memory of updates, training steps and inference.
+
+    Measures the cost of re-parameterization, on the first device. In each round all candidates run, in
+    another order each time, and are compared within the round. PARTS are separated by commas, or "all":
+
+      update       SGD with decay: plain, repopt_mask, a stored multiplier; bytes/s beside those of a copy
+      optimizers   AdamW, Lion and reparameterize, beside their plain counterparts
+      step         training step and its memory: plain, RepOpt, CSLA, RepVGG
+      largest      the largest batch whose training step fits in the memory
+      inference    deployed networks, fused and not
+      torch        training step and update in PyTorch, on the same device
+      compile      compile time of a training step
+      input        images/s of one core of the input pipeline, and the cores that the step needs"""
+    with _logging():
+        from repopt_jax import bench
+        from repopt_jax.bench import results
+
+        parts = (*bench.PARTS, "all")
+        if unknown := [part for part in args.parts if part not in parts]:
+            raise UsageError(
+                f"unknown part {unknown[0]!r}{did_you_mean(unknown[0], parts)}; parts are "
+                f"{', '.join(bench.PARTS)} and all, and several are separated by commas"
+            )
+        names = [field.name for field in dataclasses.fields(bench.Settings)]
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if "tf32" in given:
+            given["tf32"] = given["tf32"] == "yes"
+        out = _absolute(args.out) if args.out else None
+        done = bench.bench(args.parts, bench.Settings(**given), out=out, command=args.command_line)
+    _print(results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
+    return 0
+
+
+def _run(config: Any, out: Path) -> int:
+    """Trains, prints the result, and returns the exit code: that of the signal if one stopped the run."""
+    with _logging(), _interruptible(out):
+        from repopt_jax.train import run, stopping, tasks
+
+        with stopping.stop_on_signals() as stop:
+            done = run(config, out, stop=stop)
+    if not done.finished:
+        print_error(f"stopped at step {done.steps}; {_how_to_continue(out)}")
+        return stop.exit_code
+    published = "" if done.published is None else f" (published: {done.published:.2%})"
+    speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
+    _print(
+        f"{'Already finished: ' if done.reused else ''}{done.name}: {tasks.told(done.task, done.test)} "
+        f"of {done.test_count} images{published}, {done.train_parameters:,} parameters{speed}, "
+        f"{done.wall_s:.0f} s",
+        f"Run: {out}",
+    )
+    return 0
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def _print(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """Gives a Ctrl-C a message that says what is kept in `out`."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; {_how_to_continue(out)}") from error
+
+
+def _how_to_continue(out: Path) -> str:
+    steps = [int(p.parent.name) for p in out.glob("checkpoints/*/manifest.json") if p.parent.name.isdigit()]
+    if not steps:
+        return "what is finished is kept: run the same command again to continue"
+    return (
+        f"the last checkpoint (step {max(steps)}, in {out / 'checkpoints'}) is complete: run the same "
+        "command again to continue from it"
+    )
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Prints the log lines of the package, as they are and once, whatever other libraries do to the root
+    logger."""
+    handler = logging.StreamHandler()
+    ours = logging.getLogger("repopt_jax")
+    level, propagate = ours.level, ours.propagate
+    ours.addHandler(handler)
+    # Of several processes, the first logs progress; warnings come from all.
+    jax = sys.modules.get("jax")
+    ours.setLevel(logging.INFO if jax is None or jax.process_index() == 0 else logging.WARNING)
+    ours.propagate = False
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        ours.propagate = propagate

@@ -1,0 +1,70 @@
+"""The config that a command line names: a file, and typed overrides of its fields."""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from repopt_jax.cli.errors import UsageError, did_you_mean
+
+
+def read_config(file_and_arg: str, overrides: Sequence[str] = ()) -> Any:
+    """The config of `file_and_arg`, changed by `overrides`.
+
+    Args:
+      file_and_arg: FILE or FILE:ARG, as `train.load_config` takes it.
+      overrides: `--config.a.b=value`, each parsed by the declared type of its field; None is accepted where
+        the field may be None.
+
+    Raises:
+      UsageError: unknown fields, or a value that is not of the field's type.
+      FileNotFoundError, TypeError: as `train.load_config`.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from repopt_jax.train import load_config
+
+    config = load_config(file_and_arg)
+    values = dict(override.removeprefix("--config.").split("=", 1) for override in overrides)
+    fields = dict(_fields(config))
+    if unknown := [name for name in values if name not in fields]:
+        raise UsageError(
+            f"unknown config field {', '.join(name + did_you_mean(name, fields) for name in unknown)}; "
+            f"known are {', '.join(_siblings(unknown[0], list(fields)))}"
+        )
+    # ml_collections does not know None: it would make a number or a text of it.
+    none = [name for name, value in values.items() if fields[name] and value in ("None", "none")]
+    argv = ["repopt", *(f"--config.{name}={value}" for name, value in values.items() if name not in none)]
+    # Not the flags of the process: a second call in it must not see those of the first.
+    flag_values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dataclass("config", config, flag_values=flag_values, sys_argv=argv)
+        flag_values(argv)
+    except flags.Error as error:
+        raise UsageError(str(error).replace("flag --", "--")) from error
+    config = flag_values["config"].value
+    for name in none:
+        *parts, last = name.split(".")
+        setattr(functools.reduce(getattr, parts, config), last, None)
+    return config
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The dotted name of each field that holds a value, and whether it may be None."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, type(None) in typing.get_args(hints[field.name])
+
+
+def _siblings(name: str, known: Sequence[str]) -> list[str]:
+    """The fields of the same part of the config as `name`, or of its top level if there is no such part."""
+    part = name.rpartition(".")[0]
+    inside = [field for field in known if field.rpartition(".")[0] == part] if part else []
+    top = dict.fromkeys(field.partition(".")[0] + (".*" if "." in field else "") for field in known)
+    return inside or list(top)
