@@ -1,6 +1,7 @@
 """A config that cannot run says everything that is wrong with it; one that can survives JSON."""
 
 import dataclasses
+import functools
 import inspect
 import json
 
@@ -14,7 +15,7 @@ from repopt_jax.train.config import DetectConfig
 from repopt_jax.train.config_io import config_file, differing_fields
 from repopt_jax.train.detection import Detection
 from repopt_jax.train.networks import network_names
-from repopt_jax.train.validation import COCO_FIELDS, MOST_DETECTIONS, OF_IMAGES
+from repopt_jax.train.validation import MOST_DETECTIONS, OF_IMAGES
 
 
 def test_all_problems_are_listed_at_once():
@@ -222,7 +223,7 @@ def test_detection_refuses_what_cannot_be(config, message):
 
 
 def test_what_detection_takes():
-    assert set(OF_COCO) == set(COCO_FIELDS)
+    assert set(OF_COCO) == set(data.SOURCES["coco"].options) - {"data_dir", "name"}
     assert inspect.signature(decode).parameters["pre"].default == MOST_DETECTIONS
     config = detecting("coco", **OF_COCO, detect={"max_detections": 500})
     train.validate(config, device_count=1)  # looks for no file
@@ -232,15 +233,16 @@ def test_what_detection_takes():
 
 
 def test_fields_of_coco_reach_its_reader(monkeypatch):
-    calls, source = [], data.open_scenes(num_train=1, num_eval=1)
-    monkeypatch.setattr(data, "open_coco", lambda *args, **options: calls.append((args, options)) or source)
+    calls = []
+
+    @functools.wraps(data.open_coco)
+    def opened(**options):
+        calls.append(options)
+
+    monkeypatch.setitem(data.SOURCES, "coco", data.SOURCES["coco"]._replace(open=opened))
     for config in (detecting("coco", **OF_COCO), detecting("coco")):
         Detection(config).open_data(config.data)
-    pairs = {"flip_pairs": ((0, 1), (3, 2))}
-    assert calls == [
-        (("not/there",), {**OF_COCO, **pairs}),
-        (("not/there",), {"max_objects": None, "sigmas": None, "flip_pairs": None}),
-    ]
+    assert calls == [{"data_dir": "not/there", **OF_COCO}, {"data_dir": "not/there"}]
 
 
 def test_json_of_a_run_before_the_newer_fields_is_read():

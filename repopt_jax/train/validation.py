@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from repopt_jax.data import SOURCES
-from repopt_jax.data.randaugment import LARGEST_MAGNITUDE
 from repopt_jax.data.scenes import LEAST_SIZE
+from repopt_jax.data.transforms import LARGEST_MAGNITUDE
 from repopt_jax.models import DETECTORS, KINDS
 from repopt_jax.nn.blocks import ACTIVATIONS
 from repopt_jax.nn.csla import FORMS
@@ -21,7 +21,10 @@ from repopt_jax.train.rundir import MOUNTED
 from repopt_jax.train.sharding import mesh_problems
 
 # Task -> where its images can come from.
-SOURCES_OF = {"classify": SOURCES, "detect": ("scenes", "coco")}
+SOURCES_OF = {
+    task: tuple(name for name, entry in SOURCES.items() if entry.task == task)
+    for task in ("classify", "detect")
+}
 DTYPES = ("float32", "bfloat16")
 DECAY_SCALINGS = ("none", "batch")
 NAMED_SCALES = ("ones", "depth")
@@ -33,11 +36,8 @@ SCHEDULES = ("step", "epoch")
 MOST_DETECTIONS = 500
 # Fields of classification's images.
 OF_IMAGES = ("crop_padding", "area", "resize", "randaugment", "jitter", "erasing", "mixup", "cutmix")
-# Fields of source "coco" only.
-COCO_FIELDS = (
-    *("train_annotations", "eval_annotations", "train_images", "eval_images"),
-    *("max_objects", "sigmas", "flip_pairs"),
-)
+# Fields that only some sources take; `image_size` is also that of the network's input.
+SOURCE_FIELDS = {option for entry in SOURCES.values() for option in entry.options} - {"image_size"}
 
 
 def validate(config: Config, *, device_count: int | None = None) -> None:
@@ -289,8 +289,12 @@ def _scales_problems(config: Config) -> list[str]:
 
 def _data_problems(data: DataConfig) -> list[str]:
     problems = []
-    if data.source in ("folder", "coco") and not data.data_dir:
-        problems.append("`data.data_dir` is empty: give the image folder")
+    required = SOURCES[data.source].required if data.source in SOURCES else ()
+    problems += [
+        f"`data.{name}` is empty: `data.source`={data.source!r} needs it"
+        for name in required
+        if not getattr(data, name)
+    ]
     if "://" in (data.data_dir or ""):
         problems.append(f"`data.data_dir`={data.data_dir!r} is a URL: {MOUNTED}")
     if len(data.scenes) != 2:
@@ -303,8 +307,6 @@ def _data_problems(data: DataConfig) -> list[str]:
             f"`data.flip_pairs`={paired} must be pairs of different keypoints, one after another: 0, 1, 2, 3 "
             "means that 0 and 1 trade places, and 2 and 3"
         )
-    if data.source == "tfds" and not data.name:
-        problems.append("`data.name` is empty: give the name of the TFDS dataset")
     if not all(value > 0 for value in data.std):
         problems.append(f"`data.std`={data.std} must be positive")
     return problems
@@ -319,7 +321,6 @@ def _task_problems(config: Config) -> list[str]:
             ("model.post_se", config.model.post_se, False),
             ("model.dtype", config.model.dtype, "float32"),
             ("optim.label_smoothing", config.optim.label_smoothing, 0.0),
-            ("data.name", data.name, ""),
             *((f"data.{name}", getattr(data, name), getattr(defaults.data, name)) for name in OF_IMAGES),
         ]
     else:
@@ -328,17 +329,9 @@ def _task_problems(config: Config) -> list[str]:
             (f"detect.{name}", value, getattr(defaults.detect, name))
             for name, value in dataclasses.asdict(config.detect).items()
         ]
-    if data.source != "coco":
-        foreign += [
-            (f"data.{name}", getattr(data, name), getattr(defaults.data, name)) for name in COCO_FIELDS
-        ]
-    if data.source == "scenes":
-        foreign += [("data.data_dir", data.data_dir, "")]
-    else:
-        foreign += [
-            ("data.scenes", tuple(data.scenes), defaults.data.scenes),
-            ("data.scenes_seed", data.scenes_seed, defaults.data.scenes_seed),
-        ]
+    if data.source in SOURCES:
+        unused = sorted(SOURCE_FIELDS - set(SOURCES[data.source].options))
+        foreign += [(f"data.{name}", getattr(data, name), getattr(defaults.data, name)) for name in unused]
     return [
         f"`{name}`={value!r} does nothing with `task`={config.task!r} and `data.source`={data.source!r}: "
         f"leave it at {default!r}"
