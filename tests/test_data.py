@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import repopt_jax
 from repopt_jax.data import (
     DatasetInfo,
     Source,
@@ -19,11 +20,13 @@ from repopt_jax.data import (
     eval_batches,
     eval_steps,
     open_source,
-    reading,
+    pipeline,
     steps_per_epoch,
     train_batches,
 )
-from repopt_jax.data.transforms import NUM_DRAWS, augment, fit, normalise
+from repopt_jax.data.augment import crop_and_flip
+from repopt_jax.data.rng import batch_rng
+from repopt_jax.data.transforms import fit, normalise
 
 SIZE = 6
 
@@ -153,23 +156,23 @@ def test_processes_share_each_batch_without_overlap(transform, count):
     assert_equal(joined, whole)
 
 
-def test_order_and_numbers_are_those_of_a_plain_grain_chain():
-    """Only its own rows are looked up by a process, but the batches are those of the whole chain."""
+def test_a_batch_is_a_function_of_seed_batch_size_and_number():
+    """The order is that of a plain Grain chain, although a process looks up its own rows only."""
     import grain
 
-    def augmented(rows, rng):
+    def augmented(number, rows):
         images = np.stack([source.train[row]["image"] for row in rows])
-        return rows, normalise(augment(images, rng.random((6, NUM_DRAWS)), AUGMENTED), AUGMENTED)
+        rng = batch_rng(5, number, 6)
+        return normalise(crop_and_flip(images, rng, padding=2, flip=True), AUGMENTED)
 
     source = make_source(20)
     chain = grain.MapDataset.range(20).seed(5).shuffle().batch(6, drop_remainder=True).repeat()
-    expected = chain.random_map(augmented)
     found = take(train_batches(source, AUGMENTED, batch_size=6, seed=5), 10)  # three an epoch
     for k in range(10):
-        rows, images = expected[k]
+        rows = chain[k]
         np.testing.assert_array_equal(found[k]["label"], [source.train[row]["label"] for row in rows])
-        np.testing.assert_array_equal(found[k]["image"], images)
-    assert (found[0]["image"] != expected[1][1]).any()
+        np.testing.assert_array_equal(found[k]["image"], augmented(k, rows))
+    assert (found[0]["image"] != augmented(1, chain[0])).any()
 
 
 def test_each_augmentation_leaves_the_numbers_of_the_others_alone():
@@ -367,11 +370,11 @@ def test_padding_is_black_before_normalisation():
     assert batch["image"].min() == -2  # (0 - 0.5) / 0.25
 
 
-# -- keeping images --------------------------------------------------------------------------------
+# -- caching ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transform", [AUGMENTED, Transform(image_size=4, flip=True)])
-def test_keeping_images_changes_nothing_and_reads_each_once(transform):
+def test_caching_changes_nothing_and_reads_each_image_once(transform):
     made = make_source()
     source = Source(made.info, Recording(made.train), Recording(made.eval))
     kept = take(train_batches(source, transform, batch_size=5, seed=0, prefetch=0), 12)
@@ -384,23 +387,23 @@ def test_keeping_images_changes_nothing_and_reads_each_once(transform):
     assert sorted(source.eval.read) == list(range(7))
 
 
-def test_what_is_too_large_or_cut_at_random_is_not_kept(monkeypatch):
+def test_what_is_too_large_or_cut_at_random_is_not_cached(monkeypatch):
     source = make_source()
     take(train_batches(source, Transform(image_size=SIZE, area=(0.5, 1.0)), batch_size=5, seed=0), 2)
-    monkeypatch.setattr(reading, "CACHE_BYTES", 20 * SIZE**2 - 1)
+    monkeypatch.setattr(pipeline, "CACHE_BYTES", 20 * SIZE**2 - 1)
     take(train_batches(source, PLAIN, batch_size=5, seed=0), 2)
-    assert not source.kept
+    assert not source.cache
     take(train_batches(source, PLAIN, batch_size=5, seed=0, cache=True), 2)
-    assert len(source.kept) == 1
-    monkeypatch.setattr(reading, "CACHE_BYTES", 20 * SIZE**2)
+    assert len(source.cache) == 1
+    monkeypatch.setattr(pipeline, "CACHE_BYTES", 20 * SIZE**2)
     take(train_batches(source, Transform(image_size=SIZE - 1), batch_size=5, seed=0), 1)
-    assert len(source.kept) == 2
+    assert len(source.cache) == 2
     # Fitted otherwise, they are other images.
     resized = Transform(image_size=SIZE - 1, resize=SIZE)
     (kept,) = take(train_batches(source, resized, batch_size=5, seed=0), 1)
     (read,) = take(train_batches(source, resized, batch_size=5, seed=0, cache=False), 1)
     assert_equal([kept], [read])
-    assert len(source.kept) == 3
+    assert len(source.cache) == 3
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -466,7 +469,7 @@ def test_evaluation_takes_a_limit():
     assert len(set(batches[0]["label"])) == 4
 
 
-# -- refusals --------------------------------------------------------------------------------------
+# -- refusals and imports --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -527,3 +530,15 @@ def test_a_sequence_of_the_wrong_kind_of_images_is_refused():
     source.train[:] = [{"image": np.zeros((SIZE, SIZE, 1)), "label": 0}] * 20
     with pytest.raises(ValueError, match=r"image \d+ is float64 \(6, 6, 1\); it must be uint8"):
         take(train_batches(source, PLAIN, batch_size=4, seed=0), 1)
+
+
+def test_importing_the_package_imports_no_reader_and_no_decoder():
+    """In a fresh interpreter, and without the `__init__` of `repopt_jax`, which imports the trainer."""
+    heavy = ("grain", "tensorflow_datasets", "tensorflow", "PIL", "etils", "sklearn", "torch", "jax", "flax")
+    program = (
+        "import sys, types; package = types.ModuleType('repopt_jax');"
+        f"package.__path__ = {list(repopt_jax.__path__)!r}; sys.modules['repopt_jax'] = package;"
+        f"import repopt_jax.data; sys.exit(' '.join(m for m in {heavy!r} if m in sys.modules) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from repopt_jax.data import distortion, mixing, randaugment
-from repopt_jax.data.chance import CROP, MIXING, draw, generator
-from repopt_jax.data.distortion import color_jitter, distort, erase, to_array, to_picture
-from repopt_jax.data.mixing import mix, random_box
+from repopt_jax.data import randaugment
+from repopt_jax.data.augment import color_jitter, distort, erase, mix, random_box
+from repopt_jax.data.images import from_pillow, to_pillow
 from repopt_jax.data.randaugment import NAMES, OPERATIONS, apply
+from repopt_jax.data.rng import CROP, ERASING, JITTER, MIXING, RANDAUGMENT, batch_rng, stream
 
 # Pillow blends images in float32 and cuts off the fraction: one grey value from the exact result at most.
 BLENDED = 1
@@ -28,7 +28,7 @@ def noise(shape=(9, 11, 3), seed=0):
 
 def change(name, array, amount, seed=0):
     rng = np.random.default_rng(seed)
-    return to_array(OPERATIONS[name].change(to_picture(array), amount, rng))
+    return from_pillow(OPERATIONS[name].change(to_pillow(array), amount, rng))
 
 
 # -- operations ------------------------------------------------------------------------------------
@@ -174,8 +174,8 @@ def test_operations_that_move_an_image(name, amount, matrix, channels, monkeypat
 def test_at_magnitude_0_nothing_moves(name, channels):
     array = noise((9, 11, channels))
     for seed in range(6):  # both interpolations, both signs
-        found = apply(to_picture(array), name, 0, np.random.default_rng(seed))
-        np.testing.assert_array_equal(to_array(found), array)
+        found = apply(to_pillow(array), name, 0, np.random.default_rng(seed))
+        np.testing.assert_array_equal(from_pillow(found), array)
 
 
 def test_cutout_is_a_square_that_scales_with_the_image():
@@ -224,7 +224,7 @@ def test_two_operations_of_random_magnitude_below_the_one_given(monkeypatch):
     )
     rng = np.random.default_rng(0)
     for _ in range(2000):
-        randaugment.randaugment(to_picture(noise()), 15, rng)
+        randaugment.randaugment(to_pillow(noise()), 15, rng)
     assert len(seen) == 4000
     for found, kinds in ((([n for n, _ in seen]), 16), (([m for _, m in seen]), 15)):
         values, counts = np.unique(found, return_counts=True)
@@ -234,7 +234,7 @@ def test_two_operations_of_random_magnitude_below_the_one_given(monkeypatch):
 
 
 def test_signs_are_even():
-    image = to_picture(noise())
+    image = to_pillow(noise())
     turned = [np.asarray(apply(image, "rotate", 10, np.random.default_rng(s))) for s in range(400)]
     # The two signs and the two interpolations.
     _, counts = np.unique(np.reshape(turned, (400, -1)), axis=0, return_counts=True)
@@ -246,7 +246,7 @@ def test_signs_are_even():
 
 
 def test_jitter_applies_the_three_factors_in_the_drawn_order():
-    image = to_picture(noise())
+    image = to_pillow(noise())
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     orders = set()
     for seed in range(30):
@@ -319,7 +319,7 @@ def slow_mix(batch, seeds, mixup, cutmix):
     out = images.copy()
     for i in range(len(seeds)):
         partner, first = i ^ 1, i & ~1
-        rng = generator(seeds[first], MIXING)
+        rng = stream(seeds[first], MIXING)
         if mixup and not (cutmix and rng.random() < 0.5):
             shares[i] = rng.beta(mixup, mixup)
             out[i] = shares[i] * images[i] + (1 - shares[i]) * images[partner]
@@ -393,15 +393,20 @@ def test_cutmix_boxes_have_the_area_that_was_drawn():
 # -- random numbers --------------------------------------------------------------------------------
 
 
-def test_uniform_numbers_come_before_the_seeds():
-    chance = draw(np.random.default_rng(3), 6, 7)
-    np.testing.assert_array_equal(chance.draws, np.random.default_rng(3).random((6, 7)))
-    assert len(set(chance.seeds.tolist())) == 6
+def test_the_numbers_of_a_batch_are_decided_by_seed_number_and_size():
+    rng, again = batch_rng(3, 7, 6), batch_rng(3, 7, 6)
+    for values, same in zip(rng, again, strict=True):
+        np.testing.assert_array_equal(values, same)
+        assert len(set(values.tolist())) == 6
+    uniform = np.stack([batch_rng(seed, batch, 6)[:4] for seed in (3, 4) for batch in (7, 8)])
+    assert len(np.unique(uniform)) == uniform.size  # seeds, batches, kinds and rows: all differ
+    assert ((uniform >= 0) & (uniform < 1)).all()
+    for values, part in zip(rng, rng.rows(slice(2, 5)), strict=True):
+        np.testing.assert_array_equal(part, values[2:5])
 
 
 def test_uses_and_rows_have_their_own_numbers():
-    streams = [generator(seed, use).random(4) for seed in (0, 1, 2**63 - 1) for use in range(5)]
+    streams = [stream(seed, use).random(4) for seed in (0, 1, 2**63 - 1) for use in range(5)]
     assert len(np.unique(np.round(streams, 12))) == 60
-    np.testing.assert_array_equal(generator(5, CROP).random(4), generator(5, CROP).random(4))
-    assert len({CROP, MIXING, distortion.JITTER, distortion.ERASING, distortion.RANDAUGMENT}) == 5
-    assert mixing.MIXING == MIXING
+    np.testing.assert_array_equal(stream(5, CROP).random(4), stream(5, CROP).random(4))
+    assert len({CROP, RANDAUGMENT, JITTER, ERASING, MIXING}) == 5

@@ -189,8 +189,9 @@ def test_every_side_in_a_name_changes_and_case_decides_where_it_can():
 def test_pairs_may_be_stated(tmp_path):
     write(tmp_path)
     assert open_coco(tmp_path, flip_pairs=[(1, 2)]).info.flip_pairs == ((1, 2),)
+    assert open_coco(tmp_path, flip_pairs=(1, 2)).info.flip_pairs == ((1, 2),)
     assert open_coco(tmp_path, flip_pairs=[]).info.flip_pairs == ()
-    for wrong in ([(0, 3)], [(0, 1, 2)]):
+    for wrong in ([(0, 3)], [(0, 1, 2)], (0, 1, 2)):
         with pytest.raises(ValueError, match="`flip_pairs` is"):
             open_coco(tmp_path, flip_pairs=wrong)  # pyright: ignore[reportArgumentType]
 
@@ -261,8 +262,11 @@ def changed(part, index, **changes):
         ({**TRAIN, "annotations": TRAIN["annotations"][2:3]}, "no annotation but crowds: there is nothing"),
         ({**TRAIN, "annotations": []}, "no annotation but crowds"),
         ({**TRAIN, "images": [], "annotations": []}, "it has no images"),
-        ({"images": [], "annotations": {}}, "is not COCO's format: it has no list annotations, categories"),
-        ([TRAIN], "is not COCO's format: it has no list images, annotations, categories"),
+        (
+            {"images": [], "annotations": {}},
+            "is not in COCO's format: it has no list annotations, categories",
+        ),
+        ([TRAIN], "is not in COCO's format: it has no list images, annotations, categories"),
         ("{'images': ", r"train.json is not JSON \("),
         (
             changed("categories", 0, name="head"),

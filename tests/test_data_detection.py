@@ -14,11 +14,11 @@ from repopt_jax.data import (
     eval_detection_batches,
     eval_steps,
     letterbox,
-    reading,
+    pipeline,
     steps_per_epoch,
     train_detection_batches,
 )
-from repopt_jax.data.detection import LEAST_SIDE, _moved
+from repopt_jax.data.detection import MIN_SIDE, objects_in_square
 
 SIZE = 32
 PLAIN = DetectionTransform(image_size=SIZE)
@@ -212,7 +212,7 @@ def test_what_is_small_because_the_image_was_shrunk_is_kept(zoom):
         assert batch["classes"].tolist() == [[0, 1, 2]]
         found = batch["boxes"][0, 0]
         np.testing.assert_allclose(found[2:] - found[:2], np.array([4, 3]) * ratio, atol=near)
-        assert (found[2:] - found[:2]).max() < LEAST_SIDE
+        assert (found[2:] - found[:2]).max() < MIN_SIDE
 
 
 def test_what_the_border_cuts_to_less_than_a_pixel_is_dropped():
@@ -220,7 +220,8 @@ def test_what_the_border_cuts_to_less_than_a_pixel_is_dropped():
     extent, classes = np.array([32, 32]), []
     for left in (-10, -11.6, -12.1, -13, -20.1):  # 3, 1.4, 0.9 and 0 pixels are left; then 0.6 of the second
         corner = np.array([left, 0])
-        classes.append(_moved(objects, np.ones(2), extent, corner, 32, 3)[1].tolist())  # pyright: ignore[reportArgumentType]
+        found = objects_in_square(objects, np.ones(2), extent, corner, 32, 3)  # pyright: ignore[reportArgumentType]
+        classes.append(found[1].tolist())
     assert classes == [[0, 1], [0, 1], [1], [1], []]  # the third has no size at all
 
 
@@ -304,16 +305,16 @@ def test_an_iterator_continues_where_its_state_was_taken():
     second.close()
 
 
-def test_images_are_kept_unless_they_are_zoomed_or_too_large(monkeypatch):
+def test_images_are_cached_unless_they_are_zoomed_or_too_large(monkeypatch):
     source = many()
     take(train_detection_batches(source, FLIPPED, batch_size=5, seed=0, prefetch=0), 12)
     assert sorted(source.train.read) == list(range(20))
     source = many()
     take(train_detection_batches(source, ZOOMED, batch_size=5, seed=0, prefetch=0), 12)
     assert len(source.train.read) == 60
-    monkeypatch.setattr(reading, "CACHE_BYTES", 20 * SIZE**2 - 1)
+    monkeypatch.setattr(pipeline, "CACHE_BYTES", 20 * SIZE**2 - 1)
     take(train_detection_batches(source, PLAIN, batch_size=5, seed=0), 2)
-    assert not source.kept
+    assert not source.cache
 
 
 @pytest.mark.parametrize("batch_size", [1, 6, 20, 24])

@@ -1,6 +1,5 @@
-"""The embedded digits, and what importing the data package costs."""
+"""The embedded digits."""
 
-import subprocess
 import sys
 from collections import Counter
 
@@ -109,26 +108,3 @@ def test_digits_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'repopt_jax\[digits\]'"):
         open_source("digits", data_dir=tmp_path)
-
-
-def test_importing_data_imports_nothing_slow():
-    code = (
-        "import sys, repopt_jax.data;"
-        "print([m for m in ('sklearn', 'torch', 'tensorflow', 'tensorflow_datasets', 'grain')"
-        " if m in sys.modules])"
-    )
-    # A fresh interpreter that has `repopt_jax` but runs none of its __init__.
-    bare = f"import sys, types; p = types.ModuleType('repopt_jax'); p.__path__ = {_package_path()!r};"
-    found = subprocess.run(
-        [sys.executable, "-c", f"{bare} sys.modules['repopt_jax'] = p; {code}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert found.stdout.strip() == "[]"
-
-
-def _package_path():
-    import repopt_jax
-
-    return list(repopt_jax.__path__)

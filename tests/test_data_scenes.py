@@ -88,7 +88,7 @@ def test_objects_and_image_are_those_of_the_example(source):
     example = source.train[7]
     assert same(source.train.objects(7), {name: example[name] for name in source.train.objects(7)})
     np.testing.assert_array_equal(source.train.image(7), example["image"])
-    with pytest.raises(IndexError, match="`index` 150 is outside a split of 150 scenes"):
+    with pytest.raises(IndexError, match="`index` 150 is outside a split of 150 images"):
         source.train[150]
 
 

@@ -1,5 +1,6 @@
-"""Where images come from: folders and prepared TFDS data sets."""
+"""The registry of data sets, folders of images and prepared TFDS data sets."""
 
+import dataclasses
 import io
 import os
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repopt_jax.data import DatasetInfo, Record, Split, open_source
+from repopt_jax.data import SOURCES, DatasetInfo, Record, Split, open_configured, open_scenes, open_source
 from repopt_jax.data.images import decode_image
+from repopt_jax.data.sources import SourceEntry
+from repopt_jax.train import DataConfig
 
 
 def write_image(path, pixels, **options):
@@ -189,15 +192,70 @@ def test_opening_reads_a_few_headers_only(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "photos"}, "`source` is 'photos'; it must be one of digits, folder, tfds"),
-        ({"source": "folder"}, "`data_dir` is missing"),
+        ({"source": "photos"}, "`source` is 'photos'; it must be one of digits, folder, tfds, scenes, coco"),
+        ({"source": "folder"}, "`data_dir` is missing: source 'folder' needs it"),
+        ({"source": "folder", "data_dir": ""}, "`data_dir` is missing"),
+        ({"source": "coco"}, "`data_dir` is missing"),
         ({"source": "tfds"}, "`name` is missing"),
-        ({"source": "digits", "name": "mnist"}, "`name` is 'mnist', but source 'digits' is one"),
+        ({"source": "digits", "name": "mnist"}, "`name` is 'mnist', but source 'digits' takes only data_dir"),
+        ({"source": "scenes", "sigmas": ()}, r"`sigmas` is \(\), but source 'scenes' takes only scenes, "),
+        ({"source": "tfds", "scenes_seed": 0}, "`name` is missing: .*; `scenes_seed` is 0"),
     ],
 )
 def test_arguments_that_do_not_fit_the_source(arguments, message):
     with pytest.raises(ValueError, match=message):
         open_source(**arguments)
+
+
+# -- the registry ----------------------------------------------------------------------------------
+
+
+def test_a_row_says_what_its_data_set_takes():
+    rows = {name: (entry.task, entry.options, entry.required) for name, entry in SOURCES.items()}
+    coco = rows.pop("coco")
+    assert rows == {
+        "digits": ("classify", ("data_dir",), ()),
+        "folder": ("classify", ("data_dir", "name"), ("data_dir",)),
+        "tfds": ("classify", ("name", "data_dir"), ("name",)),
+        "scenes": ("detect", ("scenes", "scenes_seed", "image_size"), ()),
+    }
+    assert (coco[0], coco[2]) == ("detect", ("data_dir",))
+
+
+def test_options_of_the_registry_are_fields_of_a_config():
+    fields = {field.name for field in dataclasses.fields(DataConfig)}
+    for name, entry in SOURCES.items():
+        assert set(entry.options) <= fields, name
+
+
+def test_scenes_are_opened_by_name():
+    source = open_source("scenes", scenes=(3, 2), scenes_seed=5, image_size=48)
+    expected = open_scenes(5, num_train=3, num_eval=2, size=48)
+    assert source.info == expected.info
+    np.testing.assert_array_equal(source.eval[1]["image"], expected.eval[1]["image"])
+
+
+def test_a_new_data_set_is_a_row(monkeypatch):
+    """A config opens it by its fields; those that are empty are left at the reader's defaults."""
+
+    def open_made(data_dir, *, name="made"):
+        return data_dir, name
+
+    monkeypatch.setitem(SOURCES, "made", SourceEntry("classify", open_made))
+    assert open_source("made", data_dir="here") == ("here", "made")
+    settings = DataConfig(source="made", data_dir="there", scenes_seed=3)
+    assert open_configured(settings) == ("there", "made")
+    assert open_configured(dataclasses.replace(settings, name="x")) == ("there", "x")
+    with pytest.raises(ValueError, match="`data_dir` is missing: source 'made' needs it"):
+        open_configured(DataConfig(source="made"))
+    with pytest.raises(ValueError, match="`source` is 'photos'"):
+        open_configured(DataConfig(source="photos"))
+
+
+def test_a_folder_in_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_folder(tmp_path / "pets")
+    assert open_source("folder", data_dir="~/pets").info.name == "pets"
 
 
 # -- TFDS ------------------------------------------------------------------------------------------

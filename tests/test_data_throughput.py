@@ -46,7 +46,7 @@ def test_throughput_counts_images_and_where_the_time_goes(folder):
     assert found["images"] == 12
     assert all(value > 0 for value in found.values())
     assert found["images_per_s"] == pytest.approx(1e3 / (found["decode_ms"] + found["augment_ms"]))
-    assert not source.kept
+    assert not source.cache
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,18 @@ import pytest
 from PIL import Image
 
 from repopt_jax.data import Transform
-from repopt_jax.data.transforms import NUM_DRAWS, augment, fit, normalise, random_part
+from repopt_jax.data.augment import crop_and_flip, random_part
+from repopt_jax.data.rng import RowRng
+from repopt_jax.data.transforms import fit, normalise
 
 
-def slow_augment(image, draws, padding, flip):
+def row_rng(draws):
+    """Random numbers of rows, of which (rows, 3) are given: y, x and flip."""
+    y, x, flip = draws.T
+    return RowRng(flip=flip, y=y, x=x, zoom=np.zeros(len(y)), seeds=np.zeros(len(y), int))
+
+
+def slow_crop_and_flip(image, draws, padding, flip):
     """Pixel by pixel: where output pixel (y, x) comes from in the unpadded image."""
     size, _, channels = image.shape
     top = int(draws[0] * (2 * padding + 1))
@@ -30,20 +38,19 @@ def slow_augment(image, draws, padding, flip):
 def test_crop_and_flip_are_those_of_a_slow_reference(padding, flip, channels):
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (40, 5, 5, channels), np.uint8)
-    draws = rng.random((40, NUM_DRAWS))
+    draws = rng.random((40, 3))
     draws[0], draws[1] = 0, np.nextafter(1, 0)  # the extremes of what is drawn
-    transform = Transform(image_size=5, crop_padding=padding, flip=flip)
-    expected = [slow_augment(image, d, padding, flip) for image, d in zip(images, draws, strict=True)]
+    expected = [slow_crop_and_flip(image, d, padding, flip) for image, d in zip(images, draws, strict=True)]
     before = images.copy()
-    np.testing.assert_array_equal(augment(images, draws, transform), expected)
+    found = crop_and_flip(images, row_rng(draws), padding=padding, flip=flip)
+    np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(images, before)
 
 
 def test_crops_reach_every_place_and_flips_are_even():
-    transform = Transform(image_size=6, crop_padding=1, flip=True)
-    draws = np.random.default_rng(0).random((2000, NUM_DRAWS))
+    rng = row_rng(np.random.default_rng(0).random((2000, 3)))
     image = np.random.default_rng(1).integers(1, 255, (6, 6, 1), np.uint8)
-    results = augment(np.broadcast_to(image, (2000, *image.shape)), draws, transform)
+    results = crop_and_flip(np.broadcast_to(image, (2000, *image.shape)), rng, padding=1, flip=True)
     _, counts = np.unique(results.reshape(2000, -1), axis=0, return_counts=True)
     assert len(counts) == 3 * 3 * 2
     assert counts.min() > 2000 / 18 * 0.6  # about 5 standard deviations

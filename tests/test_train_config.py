@@ -1,6 +1,7 @@
 """A config that cannot run says everything that is wrong with it; one that can survives JSON."""
 
 import dataclasses
+import functools
 import inspect
 
 import pytest
@@ -9,7 +10,7 @@ from repopt_jax import data, train
 from repopt_jax.detection import decode
 from repopt_jax.report.quickstart import quickstart
 from repopt_jax.train import config as configs
-from repopt_jax.train.config import CLASSIFY, COCO, DataConfig, DetectConfig, config_file, differing_fields
+from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields
 from repopt_jax.train.detection import Detection
 from repopt_jax.train.networks import network_names
 
@@ -224,8 +225,7 @@ def test_detection_refuses_what_cannot_be(config, message):
 
 
 def test_what_detection_takes():
-    rules = {field.name: field.metadata for field in dataclasses.fields(DataConfig)}
-    assert set(OF_COCO) == {name for name in rules if rules[name].get("only") == COCO}
+    assert set(OF_COCO) == set(data.SOURCES["coco"].options) - {"data_dir", "name"}
     most = DetectConfig.__dataclass_fields__["max_detections"].metadata["at_most"]
     assert inspect.signature(decode).parameters["pre"].default == most
     config = detecting("coco", **OF_COCO, detect={"max_detections": 500})
@@ -236,15 +236,16 @@ def test_what_detection_takes():
 
 
 def test_fields_of_coco_reach_its_reader(monkeypatch):
-    calls, source = [], data.open_scenes(num_train=1, num_eval=1)
-    monkeypatch.setattr(data, "open_coco", lambda *args, **options: calls.append((args, options)) or source)
+    calls = []
+
+    @functools.wraps(data.open_coco)
+    def opened(**options):
+        calls.append(options)
+
+    monkeypatch.setitem(data.SOURCES, "coco", data.SOURCES["coco"]._replace(open=opened))
     for config in (detecting("coco", **OF_COCO), detecting("coco")):
         Detection(config).open_data(config.data)
-    pairs = {"flip_pairs": ((0, 1), (3, 2))}
-    assert calls == [
-        (("not/there",), {**OF_COCO, **pairs}),
-        (("not/there",), {"max_objects": None, "sigmas": None, "flip_pairs": None}),
-    ]
+    assert calls == [{"data_dir": "not/there", **OF_COCO}, {"data_dir": "not/there"}]
 
 
 def test_json_gives_the_config_back():

@@ -1,8 +1,7 @@
-"""Iteration over a random-access sequence of batches, whose whole state is how many have been given.
+"""Iterates over a random-access sequence of batches; its whole state is the number of the next batch.
 
-Grain's own iterator over worker processes keeps a state for each worker, which only the same number of
-workers can take up again. Here a run may be resumed with other workers, since a batch depends on its index
-alone.
+Grain's own iterator over worker processes keeps a state for each worker, which can only be restored with the
+same number of workers. A batch here depends on its index alone, so that a run may be resumed with any number.
 """
 
 import multiprocessing
@@ -22,7 +21,7 @@ class Batches(grain.IterDataset):
 
     Args:
       batches: dicts of arrays.
-      workers: processes that make batches; 0: threads of this one do.
+      workers: number of processes that make batches; with 0, threads of this process do.
       prefetch: batches made ahead, by a thread each, or by each worker.
     """
 
@@ -37,8 +36,7 @@ class Batches(grain.IterDataset):
 
     def starting_at(self, index: int) -> Any:
         """Grain's iterator over the batches from `index` on."""
-        # Inside a worker batches are made one after the other; `prefetch` counts those that wait to be
-        # fetched.
+        # A worker makes its batches one after the other; `prefetch` is how many wait in it to be fetched.
         ahead = 0 if self._workers else self._prefetch
         options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         dataset = self._batches.slice(slice(index, None)).to_iter_dataset(options)
@@ -49,8 +47,8 @@ class Batches(grain.IterDataset):
             buffer = max(1, self._prefetch)
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=buffer),
-                worker_init_fn=_follow_the_parent,
-            ).map(_owned)
+                worker_init_fn=_live_as_long_as_parent,
+            ).map(_copy)
         return iter(dataset)
 
 
@@ -62,25 +60,25 @@ class BatchIterator(grain.DatasetIterator):
         self._dataset = dataset
         self._index = 0
         self._running: Any = None
-        self._end: Any = None
+        self._close_running: Any = None
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._closed:
             raise ValueError("the iterator has been closed; make a new one with iter(...)")
         if self._running is None:
             self._running = self._dataset.starting_at(self._index)
-            # Also at exit: worker processes that outlive the interpreter's modules end with noise.
-            self._end = weakref.finalize(self, self._running.close)
+            # Also at exit: worker processes that outlive the interpreter's modules end with a traceback.
+            self._close_running = weakref.finalize(self, self._running.close)
         batch = next(self._running)
         self._index += 1
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """{"next_index": number of batches given so far}."""
+        """Returns {"next_index": number of batches given so far}."""
         return {"next_index": self._index}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues where an iterator over equal batches was when it gave `state`."""
+        """Continues where an iterator over equal batches was when its `get_state` returned `state`."""
         self._stop()
         self._index = int(state["next_index"])
 
@@ -90,24 +88,26 @@ class BatchIterator(grain.DatasetIterator):
 
     def _stop(self) -> None:
         if self._running is not None:
-            self._end()
+            self._close_running()
             self._running = None
 
 
-def _follow_the_parent(worker: int, count: int) -> None:
-    """In a worker: it ends when its parent does, however that ends, and not before. A Ctrl-C, and what a
-    cluster sends, reach all processes of a group, and the parent wants batches until its run has stopped in
-    order."""
+def _live_as_long_as_parent(worker: int, count: int) -> None:
+    """Prepares a worker: it ends when its parent ends, for whatever reason, and not before.
+
+    Signals are ignored, because a Ctrl-C, and the signals of a cluster, reach all processes of a group, and
+    the parent needs batches until it has stopped its run in order.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_with(parent: Any) -> None:
+def _exit_after(parent: Any) -> None:
     parent.join()
     os._exit(1)
 
 
-def _owned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A copy: what workers send lies in shared memory, which must not be outlived by views of it."""
+def _copy(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Copies a worker's arrays out of shared memory: views into it would dangle once it is released."""
     return {name: np.array(array) for name, array in batch.items()}

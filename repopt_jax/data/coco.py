@@ -1,7 +1,7 @@
 """Annotations in COCO's format (boxes and keypoints) with their folders of images, as a data set.
 
-A file is checked as a whole when it is opened: whatever is wrong with it is said at once, each kind of
-mistake with the first few places where it is and how many more there are.
+A file is checked as a whole when it is opened. One error lists all that is wrong with it, each kind of
+mistake with its first few offenders and the number of the others.
 """
 
 import json
@@ -14,21 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.data.annotated import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
+from repopt_jax.data.dataset import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
 from repopt_jax.data.images import decode_image, image_header, read_encoded, sampled_shape
 
-# COCO's own constants for the 17 keypoints of a person, in its order, and what stands for those of others.
+# COCO's own constants for the 17 keypoints of a person, in its order, and the default for other keypoints.
 PERSON_SIGMAS = (
     *(0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072),
     *(0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089),
 )
 OTHER_SIGMA = 0.05
-# As many objects as COCO's evaluation looks at in an image.
+# The number of objects in an image that COCO's evaluation considers.
 MOST_OBJECTS = 100
+# The number of offenders of each kind that a message names.
 NAMED = 3
-# A narrower box, in pixels, is an empty one: float32 cannot tell its sides apart a pixel from the border.
+# A box narrower than this, in pixels, counts as empty: in float32 its sides may be equal.
 EMPTY = float(np.finfo(np.float32).eps)
-# The side in a keypoint's name: the word anywhere, the letter on its own, or a capital letter as a suffix.
+# The side in a keypoint's name: the word anywhere, a separate letter, or a capital letter as a suffix.
 SIDE = re.compile(
     r"(?P<left>(?i:left))|(?P<right>(?i:right))"
     r"|(?P<l>(?<![^\W_])[lL](?![^\W_])|(?<=[a-z0-9])L$)|(?P<r>(?<![^\W_])[rR](?![^\W_])|(?<=[a-z0-9])R$)"
@@ -40,7 +41,7 @@ PathLike = str | os.PathLike[str]
 
 
 def open_coco(
-    folder: PathLike,
+    data_dir: PathLike,
     *,
     train_annotations: PathLike = "train.json",
     eval_annotations: PathLike = "val.json",
@@ -49,41 +50,43 @@ def open_coco(
     name: str | None = None,
     max_objects: int | None = None,
     sigmas: Sequence[float] | None = None,
-    flip_pairs: Sequence[tuple[int, int]] | None = None,
+    flip_pairs: Sequence[tuple[int, int]] | Sequence[int] | None = None,
 ) -> AnnotatedSource:
     """Opens annotations in COCO's format. Every annotation is checked; no image is decoded yet.
 
     Classes are the categories in the order of their ids. Keypoints are those that the categories name
-    (`keypoints`). Two names that differ in their side only trade places in a mirrored image, whatever their
-    case: "left" and "right", or the letters l and r on their own (`l_eye`, `eye_r`, `eye.L`) or as capital
-    suffixes (`eyeL`). An object without keypoints has them all unlabelled. Boxes may reach over the border of
-    their image; crowds (`iscrowd`) are kept for the evaluation and not trained on. Images may be without
-    annotations. Coordinates are taken as they are, see `repopt_jax.data.annotated`.
+    (`keypoints`). Keypoints whose names differ in their side only trade places in a mirrored image, whatever
+    their case: "left" and "right", or the letters l and r if they are separate (`l_eye`, `eye_r`, `eye.L`) or
+    capital suffixes (`eyeL`). An object without keypoints has them all unlabelled. Boxes may extend beyond
+    the border of their image; crowds (`iscrowd`) are kept for the evaluation and not trained on. Images may
+    be without annotations. Coordinates are taken as they are, see `repopt_jax.data.dataset.Objects`.
 
     Args:
-      folder: what the other paths are relative to.
+      data_dir: the folder that the other paths are relative to.
       train_annotations: JSON of the training images.
       eval_annotations: JSON of the images that are kept for evaluation.
       train_images: folder of the training images, by default the one named as the JSON is, without its ending
         (`train`), or else `images`.
       eval_images: the same for evaluation (`val`, or else `images`).
-      name: what to call the data set, by default the folder's name.
+      name: of the data set, by default that of the folder.
       max_objects: objects of one image that a batch has room for; by default the largest number in a training
         image, but at most 100.
       sigmas: see `DetectionInfo`; by default COCO's own for its person of 17 keypoints, 0.05 for any other.
-      flip_pairs: see `DetectionInfo`; by default what the names of the keypoints say, as above. () for none.
+      flip_pairs: see `DetectionInfo`, as pairs or in one row, (0, 1, 2, 3) for (0, 1) and (2, 3); by default
+        those that the names of the keypoints give, as above. () for none.
 
     Raises:
       FileNotFoundError: a JSON file or a folder of images does not exist.
-      ValueError: a file is not COCO's format; an image is missing; an annotation refers to an image or a
-        category that is not there, has an empty, inverted or wholly outside box, or keypoints that do not
-        fit or that no category names; a category names a keypoint twice; a split has nothing to learn or to
-        find; the two files have other categories; `flip_pairs` or `sigmas` do not fit the keypoints.
+      ValueError: a file is not in COCO's format; an image is missing; an annotation refers to an image or a
+        category that is not listed, has an empty or inverted box or one wholly outside its image, or
+        keypoints that do not fit or that no category names; a category names a keypoint twice; a split has
+        nothing but crowds; the two files have different categories; `flip_pairs` or `sigmas` do not fit the
+        keypoints.
     """
-    root = Path(folder).expanduser()
-    files = [root / train_annotations, root / eval_annotations]
-    places = [_image_folder(root, file, given) for file, given in zip(files, (train_images, eval_images))]
-    train_file, eval_file = (_Annotations(file, place) for file, place in zip(files, places))
+    root = Path(data_dir).expanduser()
+    files = [root / Path(file).expanduser() for file in (train_annotations, eval_annotations)]
+    folders = [_image_folder(root, file, given) for file, given in zip(files, (train_images, eval_images))]
+    train_file, eval_file = (_Annotations(file, folder) for file, folder in zip(files, folders))
     _check_same_categories(train_file, eval_file)
     channels = sampled_shape(len(train_file.paths), train_file.paths.__getitem__)[1]
     train, evaluation = (CocoImages(file, channels) for file in (train_file, eval_file))
@@ -96,7 +99,7 @@ def open_coco(
         max_objects=min(train.most_objects, MOST_OBJECTS) if max_objects is None else max_objects,
         num_train=len(train),
         num_eval=len(evaluation),
-        flip_pairs=_flip_pairs(keypoint_names) if flip_pairs is None else tuple(flip_pairs),
+        flip_pairs=_flip_pairs(keypoint_names) if flip_pairs is None else _as_pairs(flip_pairs),
         sigmas=_default_sigmas(keypoint_names) if sigmas is None else tuple(map(float, sigmas)),
     )
     return AnnotatedSource(info, train, evaluation)
@@ -116,17 +119,17 @@ class CocoImages(AnnotatedSplit):
         return len(self._paths)
 
     def objects(self, index: int) -> Objects:
-        own = slice(self._starts[index], self._starts[index + 1])
-        return {name: array[own] for name, array in self._objects.items()}  # pyright: ignore[reportReturnType]
+        part = slice(self._starts[index], self._starts[index + 1])
+        return {name: array[part] for name, array in self._objects.items()}  # pyright: ignore[reportReturnType]
 
     def image(self, index: int) -> np.ndarray:
         path = self._paths[index]
         image = decode_image(read_encoded(path), channels=self._channels, name=path)
-        told = self._shapes[index]
-        if image.shape[:2] != told:
+        height, width = self._shapes[index]
+        if image.shape[:2] != (height, width):
             raise ValueError(
                 f"image {path} is {image.shape[1]} wide and {image.shape[0]} high, but its annotations are "
-                f"for {told[1]} by {told[0]}; use the image that was annotated, not turned and not resized"
+                f"for {width} by {height}; use the image that was annotated, not turned and not resized"
             )
         return image
 
@@ -135,21 +138,21 @@ class _Annotations:
     """One annotation file, checked.
 
     Attributes:
-      categories: id -> name, by id.
-      keypoint_names: of the categories that have keypoints.
+      categories: id -> name, sorted by id.
+      keypoint_names: those of the categories that have keypoints.
       paths: of the image files.
       shapes: (height, width) of each image.
-      rows: int (t,), which image each of the t annotations belongs to.
+      rows: int (t,), the position of the image that each of the t annotations belongs to.
       objects: the arrays of `Objects` for all annotations together.
     """
 
     def __init__(self, path: Path, folder: Path):
-        found = _load(path)
+        content = _load(path)
         self.path = path
         problems: list[str] = []
-        self._read_categories(found["categories"], problems)
-        self._read_images(found["images"], folder, problems)
-        self._read_annotations(found["annotations"], problems)
+        self._read_categories(content["categories"], problems)
+        self._read_images(content["images"], folder, problems)
+        self._read_annotations(content["annotations"], problems)
         if not problems and not (~self.objects["crowd"]).any():
             problems.append("it has no annotation but crowds: there is nothing to learn or to find")
         _refuse(path, problems)
@@ -159,14 +162,14 @@ class _Annotations:
         self.categories = {i: names[i] for i in sorted(names, key=lambda i: (isinstance(i, str), i))}
         if not categories:
             problems.append("it has no categories")
-        _tell(problems, "categories whose id occurs twice", _repeated(c["id"] for c in categories))
+        _add(problems, "categories whose id occurs twice", _repeated(c["id"] for c in categories))
         with_keypoints = [c for c in categories if c.get("keypoints")]
         named = {tuple(map(str, c["keypoints"])) for c in with_keypoints}
         if len(named) > 1:
-            who = [str(c["name"]) for c in with_keypoints]
-            _tell(problems, "categories with different keypoints, which must be the same", who)
+            differing = [str(c["name"]) for c in with_keypoints]
+            _add(problems, "categories with different keypoints, which must be the same", differing)
         twice = [name for names in sorted(named) for name in _repeated(names)]
-        _tell(problems, "keypoints that a category names twice", twice, "give each a name of its own")
+        _add(problems, "keypoints that a category names twice", twice, "give each a name of its own")
         self.keypoint_names = min(named) if named else ()
 
     def _read_images(self, images: list[dict], folder: Path, problems: list[str]) -> None:
@@ -175,26 +178,26 @@ class _Annotations:
         self.shapes: list[tuple[int, int]] = []
         if not images:
             problems.append("it has no images")
-        _tell(problems, "images whose id occurs twice", _repeated(image["id"] for image in images))
+        _add(problems, "images whose id occurs twice", _repeated(image["id"] for image in images))
         missing = _missing(self.paths)
-        _tell(problems, "images whose file is missing", missing, "put the files there or remove the entries")
-        gone = set(missing)
+        _add(problems, "images whose file is missing", missing, "put the files there or remove the entries")
+        without_file = set(missing)
         for image, path in zip(images, self.paths):
             size = image.get("height"), image.get("width")
             if not all(isinstance(n, int) and n > 0 for n in size):
-                size = (1, 1) if path in gone else image_header(path)[0]
+                size = (1, 1) if path in without_file else image_header(path)[0]
             self.shapes.append(size)  # pyright: ignore[reportArgumentType]
 
     def _read_annotations(self, annotations: list[dict], problems: list[str]) -> None:
-        lost = [a for a in annotations if a["image_id"] not in self.ids]
-        _tell(problems, "annotations of images that are not listed", self._names(lost))
+        unlisted = [a for a in annotations if a["image_id"] not in self.ids]
+        _add(problems, "annotations of images that are not listed", self._names(unlisted))
         unknown = [a for a in annotations if a["category_id"] not in self.categories]
-        _tell(problems, "annotations of an unknown category", self._names(unknown))
+        _add(problems, "annotations of an unknown category", self._names(unknown))
         without = [a for a in annotations if not _is_numbers(a["bbox"], 4)]
         what = "annotations whose bbox is not four numbers x, y, width, height"
-        _tell(problems, what, self._names(without))
+        _add(problems, what, self._names(without))
         count = 3 * len(self.keypoint_names)
-        other = [a for a in annotations if a.get("keypoints") and not _is_numbers(a["keypoints"], count)]
+        misshapen = [a for a in annotations if a.get("keypoints") and not _is_numbers(a["keypoints"], count)]
         if count:
             what = f"annotations whose keypoints are not {count} numbers, three for each that is named"
             remedy = ""
@@ -203,13 +206,13 @@ class _Annotations:
             remedy = (
                 "the categories name no keypoints: add `keypoints`, the list of their names, to a category"
             )
-        _tell(problems, what, self._names(other), remedy)
+        _add(problems, what, self._names(misshapen), remedy)
         _refuse(self.path, problems)
         self._make_arrays(annotations, problems)
 
     def _make_arrays(self, annotations: list[dict], problems: list[str]) -> None:
-        def named(bad: Any) -> list[str]:
-            return self._names([annotations[i] for i in np.flatnonzero(bad)])
+        def names(selected: Any) -> list[str]:
+            return self._names([annotations[i] for i in np.flatnonzero(selected)])
 
         corners = _numbers([a["bbox"] for a in annotations]).reshape(-1, 4)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -221,24 +224,24 @@ class _Annotations:
         sides = sides[:, 2:] - sides[:, :2]
         empty = ~(sides > EMPTY).all(1)
         remedy = "width and height must be positive, and all four finite"
-        _tell(problems, "annotations with an empty or inverted box", named(empty), remedy)
+        _add(problems, "annotations with an empty or inverted box", names(empty), remedy)
         sizes = np.array(self.shapes)[self.rows, ::-1]
         outside = ((boxes[:, :2] >= sizes) | (boxes[:, 2:] <= 0)).any(1) & ~empty
-        _tell(problems, "annotations with a box outside their image", named(outside))
+        _add(problems, "annotations with a box outside their image", names(outside))
         keypoints = _float32(self._keypoints(annotations))
         flags, labelled = keypoints[..., 2], keypoints[..., 2] != 0
-        odd = ~np.isin(flags, (0, 1, 2)) | (labelled & ~np.isfinite(keypoints).all(-1))
-        _tell(problems, "annotations with keypoints that are not x, y and 0, 1 or 2", named(odd.any(1)))
-        order = {category: label for label, category in enumerate(self.categories)}
+        wrong = ~np.isin(flags, (0, 1, 2)) | (labelled & ~np.isfinite(keypoints).all(-1))
+        _add(problems, "annotations with keypoints that are not x, y and 0, 1 or 2", names(wrong.any(1)))
+        labels = {category: label for label, category in enumerate(self.categories)}
         areas = (a.get("area") for a in annotations)
         areas = _float32(_numbers([area if isinstance(area, int | float) else 0 for area in areas]))
-        told = (areas > 0) & np.isfinite(areas)
+        usable = (areas > 0) & np.isfinite(areas)
         self.objects: dict[str, np.ndarray] = {
             "boxes": boxes,
-            "classes": np.array([order[a["category_id"]] for a in annotations], np.int32),
+            "classes": np.array([labels[a["category_id"]] for a in annotations], np.int32),
             "keypoints": np.where(labelled[..., None], keypoints, np.float32(0)),
             "crowd": np.array([bool(a.get("iscrowd")) for a in annotations], bool),
-            "area": np.where(told, areas, _float32(sides.prod(1))),
+            "area": np.where(usable, areas, _float32(sides.prod(1))),
         }
 
     def _keypoints(self, annotations: list[dict]) -> np.ndarray:
@@ -251,7 +254,7 @@ class _Annotations:
         return keypoints
 
     def _names(self, annotations: list[dict]) -> list[str]:
-        """How the annotations are called in messages."""
+        """The names of annotations in messages."""
         return [f"{a.get('id', '?')} (image {self._image_name(a['image_id'])})" for a in annotations]
 
     def _image_name(self, image_id: Any) -> str:
@@ -260,7 +263,7 @@ class _Annotations:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The JSON of `path`, in which images, annotations and categories have the fields that are needed."""
+    """Reads the JSON of `path`, and checks that images, annotations and categories have the needed fields."""
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no annotation file {path}; expected JSON in COCO's format: images, annotations and "
@@ -278,17 +281,17 @@ def _load(path: Path) -> dict[str, Any]:
     }
     lists = [name for name in fields if not isinstance(found, dict) or not isinstance(found.get(name), list)]
     if lists:
-        raise ValueError(f"{path} is not COCO's format: it has no list {', '.join(lists)}")
+        raise ValueError(f"{path} is not in COCO's format: it has no list {', '.join(lists)}")
     problems: list[str] = []
     for name, needed in fields.items():
         bad = [str(i) for i, entry in enumerate(found[name]) if not _has_fields(entry, needed)]
-        _tell(problems, f"{name} (counted from 0) without a usable {', '.join(needed)}", bad)
+        _add(problems, f"{name} (counted from 0) without a usable {', '.join(needed)}", bad)
     _refuse(path, problems)
     return found
 
 
 def _image_folder(root: Path, file: Path, given: PathLike | None) -> Path:
-    choices = [root / file.stem, root / "images"] if given is None else [root / given]
+    choices = [root / file.stem, root / "images"] if given is None else [root / Path(given).expanduser()]
     for folder in choices:
         if folder.is_dir():
             return folder
@@ -298,7 +301,7 @@ def _image_folder(root: Path, file: Path, given: PathLike | None) -> Path:
 
 
 def _missing(paths: list[str]) -> list[str]:
-    """Those that are not there; a folder is listed once, which is much faster than to ask for each file."""
+    """The files that do not exist. Each folder is listed once, much faster than a check of each file."""
     present: dict[str, set[str]] = {}
     for folder in {os.path.dirname(path) for path in paths}:
         present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -318,23 +321,33 @@ def _check_same_categories(one: _Annotations, other: _Annotations) -> None:
 
 
 def _flip_pairs(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Keypoints whose names differ in their sides only: with regard to case where that decides, else without.
+    """Pairs of keypoints whose names differ in their sides only; case counts first, and then is ignored.
 
     Every side in a name changes: the right corner of the left eye becomes the left corner of the right eye.
     """
     pairs: list[tuple[int, int]] = []
-    for same in (str, str.casefold):
-        places: dict[str, list[int]] = {}
-        for place, name in enumerate(names):
-            if all(place not in pair for pair in pairs):
-                places.setdefault(same(SIDE.sub(_side_sign, name)), []).append(place)
-        couples = [(own, places.get(key.translate(MIRRORED), [])) for key, own in places.items()]
-        pairs += [(a[0], b[0]) for a, b in couples if len(a) == len(b) == 1 and a < b]
+    for normalise in (str, str.casefold):
+        keypoints: dict[str, list[int]] = {}
+        for keypoint, name in enumerate(names):
+            if all(keypoint not in pair for pair in pairs):
+                keypoints.setdefault(normalise(SIDE.sub(_side_sign, name)), []).append(keypoint)
+        mirrored = [(own, keypoints.get(key.translate(MIRRORED), [])) for key, own in keypoints.items()]
+        pairs += [(a[0], b[0]) for a, b in mirrored if len(a) == len(b) == 1 and a < b]
     return tuple(sorted(pairs))
 
 
-def _side_sign(found: re.Match[str]) -> str:
-    return SIDES[found.lastgroup or ""]
+def _side_sign(match: re.Match[str]) -> str:
+    return SIDES[match.lastgroup or ""]
+
+
+def _as_pairs(flip_pairs: Sequence[tuple[int, int]] | Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Pairs from a row of numbers; what is no row of numbers is returned for `DetectionInfo` to check."""
+    row = list(flip_pairs)
+    if not all(isinstance(keypoint, int) for keypoint in row):
+        return tuple(row)  # pyright: ignore[reportReturnType]
+    if len(row) % 2:
+        raise ValueError(f"`flip_pairs` is {tuple(row)}; it must be pairs of keypoints, an even number")
+    return tuple(zip(row[::2], row[1::2]))  # pyright: ignore[reportReturnType]
 
 
 def _default_sigmas(names: tuple[str, ...]) -> tuple[float, ...]:
@@ -355,7 +368,7 @@ def _is_numbers(value: Any, count: int) -> bool:
 
 
 def _numbers(values: list) -> np.ndarray:
-    """Float64; an integer that is too large for it is infinite."""
+    """As float64; an integer that is too large for it becomes infinite."""
     try:
         return np.array(values, float)
     except OverflowError:
@@ -370,7 +383,7 @@ def _number(value: float) -> float:
 
 
 def _float32(values: np.ndarray) -> np.ndarray:
-    """What is too large for float32 is infinite."""
+    """As float32; what is too large for it becomes infinite."""
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
 
@@ -379,12 +392,12 @@ def _repeated(ids: Iterable[Any]) -> list[str]:
     return [str(i) for i, count in Counter(ids).items() if count > 1]
 
 
-def _tell(problems: list[str], what: str, who: list[str], remedy: str = "") -> None:
-    """Adds what is wrong with `who`, if any, to `problems`."""
-    if who:
-        more = f" and {len(who) - NAMED} more" if len(who) > NAMED else ""
+def _add(problems: list[str], what: str, offenders: list[str], remedy: str = "") -> None:
+    """Adds a problem to `problems` if there are any offenders."""
+    if offenders:
+        more = f" and {len(offenders) - NAMED} more" if len(offenders) > NAMED else ""
         how = f" ({remedy})" if remedy else ""
-        problems.append(f"{what}: {', '.join(who[:NAMED])}{more}{how}")
+        problems.append(f"{what}: {', '.join(offenders[:NAMED])}{more}{how}")
 
 
 def _refuse(path: Path, problems: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Batches of annotated images: letterboxed, augmented with their boxes and keypoints, padded to fixed shapes.
 
-The order of the images, sharding, resuming and prefetching are those of `repopt_jax.data.pipeline`.
+Their order, sharding and caching are those of `repopt_jax.data.pipeline`.
 """
 
 import math
@@ -10,39 +10,37 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from repopt_jax.data.annotated import AnnotatedSource, DetectionInfo, Objects
-from repopt_jax.data.chance import Chance
-from repopt_jax.data.pipeline import Options, Sharing, evaluation, filled, training
-from repopt_jax.data.reading import check_image
-from repopt_jax.data.transforms import Transform, normalise, resize
+from repopt_jax.data.dataset import AnnotatedSource, DetectionInfo, Objects
+from repopt_jax.data.images import resize
+from repopt_jax.data.pipeline import Options, Sharding, check_image, endless_batches, one_epoch, pad_rows
+from repopt_jax.data.rng import RowRng
+from repopt_jax.data.transforms import Transform, normalise
 
 if TYPE_CHECKING:  # imports Grain, which takes a second
     from repopt_jax.data.batches import Batches
 
-# Uniform numbers in [0, 1) that augmentation uses for one image, in this order.
-DRAWS = ("flip", "zoom", "y", "x")
-# What is left of an object that the border of the square cuts: with less than this many pixels on a side, or
-# less than this share of its box, it cannot be recognised and is dropped.
-LEAST_SIDE = 1.0
-LEAST_SHARE = 0.25
-# An object that loses no more pixels than this is not cut: float arithmetic moves a place by less.
+# An object that the border of the square cuts is dropped if less than this many pixels on a side, or less
+# than this share of its box, remains: it cannot be recognised.
+MIN_SIDE = 1.0
+MIN_SHARE = 0.25
+# An object that loses no more pixels than this is not cut: float arithmetic moves a coordinate by less.
 ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class DetectionTransform:
-    """How annotated images are made ready. Evaluation uses `image_size`, `mean` and `std` only.
+    """The settings of preprocessing annotated images. Evaluation uses `image_size`, `mean` and `std` only.
 
     An image is *letterboxed*: resized (bilinear) so that its longer side is `image_size`, and put in the
-    upper left corner of a square, of which the rest is black. Boxes and keypoints move along.
+    upper left corner of an otherwise black square. Boxes and keypoints are transformed with it.
 
     Attributes:
-      image_size: height and width that the network is given, in pixels.
-      flip: in training, mirror half of the images, at random; the `flip_pairs` of the data set trade places.
+      image_size: height and width of the network's input, in pixels.
+      flip: in training, mirror images with probability 1/2; the `flip_pairs` of the data set trade places.
       zoom: in training, make the letterboxed image larger or smaller by a factor whose logarithm is uniform
-        between those of this range, (low, high): a smaller one is put at a random place of the square, and of
-        a larger one a random part is shown. An object that the border of the square cuts is dropped where
-        less than a quarter of it, or less than a pixel on a side, is left; one that is as small because the
+        between those of this range, (low, high): a smaller image is put at a random place of the square, and
+        of a larger one a random part is shown. An object that the border of the square cuts is dropped if
+        less than a quarter of it, or less than a pixel on a side, remains; one that is as small because the
         whole image was made smaller is kept.
       mean: subtracted from pixel values that are scaled to [0, 1]; one number, or one for each channel.
       std: what the difference is divided by; one number, or one for each channel.
@@ -65,11 +63,11 @@ class DetectionTransform:
 
     @property
     def pixels(self) -> Transform:
-        """The part that does not move anything."""
+        """The part that labelled images share: size and normalisation."""
         return Transform(self.image_size, mean=self.mean, std=self.std)
 
     def check_channels(self, channels: int) -> None:
-        """Raises ValueError where `mean` or `std` does not fit images of `channels` channels."""
+        """Raises ValueError if `mean` or `std` does not fit images of `channels` channels."""
         self.pixels.check_channels(channels)
 
 
@@ -81,10 +79,10 @@ def train_detection_batches(
     seed: int,
     **options: Unpack[Options],
 ) -> "Batches":
-    """Training batches without end: each epoch in a new order, without its last partial batch.
+    """Makes training batches without end: each epoch in a new order, without its last partial batch.
 
-    Arguments are those of `data.train_batches`; `transform.zoom` is what needs whole images, so that "auto"
-    keeps none.
+    Arguments are those of `data.train_batches`. Images are not cached where `transform.zoom` is used, which
+    needs whole images.
 
     Returns:
       An iterable; `iter` of it has `get_state()` and `set_state(state)` (JSON-able, exact). Each element, for
@@ -92,9 +90,9 @@ def train_detection_batches(
 
         image: float32 (n, size, size, channels), normalised.
         boxes: float32 (n, M, 4): x1, y1, x2, y2.
-        classes: int32 (n, M), -1 where there is no object. Crowds are left out, and what zoom cut off (see
-          `DetectionTransform`), and of more than M objects the smallest. An object is not left out because
-          it is small.
+        classes: int32 (n, M), -1 where there is no object. Crowds are left out, objects that zoom has cut off
+          (see `DetectionTransform`), and of more than M objects the smallest. No object is left out only
+          because it is small.
         keypoints: float32 (n, M, K, 3): x, y and 0 (not labelled, or outside: x and y are 0), 1 (hidden) or 2
           (visible).
 
@@ -105,10 +103,10 @@ def train_detection_batches(
     """
     partners = _partners(source.info)
 
-    def finish(read: tuple[np.ndarray, ...], chance: Chance) -> dict[str, np.ndarray]:
-        images, boxes, classes, keypoints, widths, _ = read
+    def finish(arrays: tuple[np.ndarray, ...], rng: RowRng) -> dict[str, np.ndarray]:
+        images, boxes, classes, keypoints, widths, _ = arrays
         if transform.flip:
-            for row in np.flatnonzero(chance.draws[:, 0] < 0.5):
+            for row in np.flatnonzero(rng.flip < 0.5):
                 _mirror(images[row], boxes[row], classes[row], keypoints[row], widths[row], partners)
         return {
             "image": normalise(images, transform.pixels),
@@ -117,45 +115,48 @@ def train_detection_batches(
             "keypoints": keypoints,
         }
 
-    decode = _Decoding(source, "train", transform)
-    sharing = Sharing(batch_size=batch_size, **options)
-    return training(source, transform, decode, finish, num_draws=len(DRAWS), seed=seed, sharing=sharing)
+    reader = AnnotatedReader(source, "train", transform)
+    sharding = Sharding(batch_size=batch_size, **options)
+    return endless_batches(source, transform, reader, finish, seed=seed, sharding=sharding)
 
 
 def eval_detection_batches(
     source: AnnotatedSource, transform: DetectionTransform, *, batch_size: int, **options: Unpack[Options]
 ) -> "Batches":
-    """The eval split once, every image in exactly one row of one process; `iter` starts it again.
+    """Reads the eval split once, every image in exactly one row of one process; `iter` starts it again.
 
     Arguments, errors and elements are those of `train_detection_batches`, and each element also has
 
-      mask: float32 (n,): 1 for an image, 0 for a row that fills up the last batch (black before
-        normalisation, no objects).
+      mask: float32 (n,): 1 for an image, 0 for a row that pads the last batch (black before normalisation, no
+        objects).
       index: int32 (n,): position of the image in the split.
-      ratio: float32 (n,): pixels of the square for a pixel of the image; a place of the square divided by it
-        is the place in the image.
+      ratio: float32 (n,): pixels of the square for a pixel of the image; coordinates in the square divided by
+        it are coordinates in the image.
 
     Every process gets the same number of batches.
     """
-    sharing = Sharing(batch_size=batch_size, **options)
-    count = sharing.rows
+    sharding = Sharding(batch_size=batch_size, **options)
+    count = sharding.rows
 
-    def finish(read: tuple[np.ndarray, ...], rows: np.ndarray) -> dict[str, np.ndarray]:
-        images, boxes, classes, keypoints, _, ratios = read
+    def finish(arrays: tuple[np.ndarray, ...], rows: np.ndarray) -> dict[str, np.ndarray]:
+        images, boxes, classes, keypoints, _, ratios = arrays
         return {
-            "image": normalise(filled(images, count), transform.pixels),
-            "boxes": filled(boxes, count),
-            "classes": filled(classes, count, -1),
-            "keypoints": filled(keypoints, count),
-            "index": filled(rows.astype(np.int32), count),
-            "ratio": filled(ratios, count, 1),
+            "image": normalise(pad_rows(images, count), transform.pixels),
+            "boxes": pad_rows(boxes, count),
+            "classes": pad_rows(classes, count, -1),
+            "keypoints": pad_rows(keypoints, count),
+            "index": pad_rows(rows.astype(np.int32), count),
+            "ratio": pad_rows(ratios, count, 1),
         }
 
-    return evaluation(source, transform, _Decoding(source, "eval", transform), finish, sharing=sharing)
+    reader = AnnotatedReader(source, "eval", transform)
+    return one_epoch(source, transform, reader, finish, sharding=sharding)
 
 
 def eval_annotations(source: AnnotatedSource, indices: Iterable[int] | None = None) -> dict[str, Any]:
-    """The truth of the eval split in COCO's format, for `detection.evaluate_detections`; decodes no image.
+    """The ground truth of the eval split, in COCO's format, for `detection.evaluate_detections`.
+
+    No image is decoded.
 
     Args:
       source: its `eval` split is described.
@@ -185,7 +186,7 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, float]:
     """Resizes the longer side of a uint8 (height, width, channels) image to `size`; keeps its aspect.
 
     Returns:
-      uint8 (size, size, channels), the image in the upper left corner and the rest 0; `size` / longer side.
+      uint8 (size, size, channels), the image in the upper left corner and 0 elsewhere; `size` / longer side.
     """
     ratio = size / max(image.shape[:2])
     resized = _scaled(image, ratio)
@@ -210,91 +211,105 @@ def _annotation(objects: Objects, i: int) -> dict[str, Any]:
     return annotation
 
 
-class _Decoding:
-    """Reads, decodes and letterboxes (or zooms) images each time they are asked for.
+class AnnotatedReader:
+    """Reads and decodes annotated images, and letterboxes (or zooms) them.
 
-    It gives images, boxes, classes, keypoints, widths of the contents, ratios.
+    A `pipeline.Reader` of images, boxes, classes, keypoints, widths of the image in the square, and ratios.
     """
 
     def __init__(self, source: AnnotatedSource, split: str, transform: DetectionTransform):
         self.split = split
-        self.size = self.fitting = transform.image_size
+        self.size = self.cache_key = transform.image_size
         self.zoom = transform.zoom if split == "train" else None
-        self.whole = None if self.zoom is None else "zoom"
+        self.needs_whole_images = None if self.zoom is None else "zoom"
         self.examples = getattr(source, split)
         self.info = source.info
 
-    def __call__(self, rows: np.ndarray, chance: Chance | None) -> tuple[np.ndarray, ...]:
-        count, places, info = len(rows), self.info.max_objects, self.info
+    def __call__(self, rows: np.ndarray, rng: RowRng | None) -> tuple[np.ndarray, ...]:
+        count, most, info = len(rows), self.info.max_objects, self.info
         images = np.zeros((count, self.size, self.size, info.channels), np.uint8)
-        boxes = np.zeros((count, places, 4), np.float32)
-        classes = np.full((count, places), -1, np.int32)
-        keypoints = np.zeros((count, places, info.num_keypoints, 3), np.float32)
+        boxes = np.zeros((count, most, 4), np.float32)
+        classes = np.full((count, most), -1, np.int32)
+        keypoints = np.zeros((count, most, info.num_keypoints, 3), np.float32)
         widths, ratios = np.zeros(count, np.int32), np.zeros(count, np.float32)
         for i, row in enumerate(rows):
             example = self.examples[int(row)]
             image = example["image"]
             check_image(image, info.channels, row)
-            if self.zoom is None or chance is None:
+            if self.zoom is None or rng is None:
                 images[i], ratio = letterbox(image, self.size)
                 ratios[i] = ratio
                 widths[i], scale, corner = _side(image.shape[1], ratio), np.full(2, ratio), np.zeros(2)
             else:
-                images[i], scale, corner = _zoomed(image, self.size, self.zoom, chance.draws[i])
+                low, high = np.log(self.zoom)
+                factor = math.exp(low + rng.zoom[i] * (high - low))
+                images[i], scale, corner = zoomed(image, self.size, factor, (rng.y[i], rng.x[i]))
                 widths[i] = self.size
             extent = np.array(image.shape[1::-1]) * scale
-            found = _moved(example, scale, extent, corner, self.size, places)
-            n = len(found[1])
-            boxes[i, :n], classes[i, :n], keypoints[i, :n] = found
+            kept = objects_in_square(example, scale, extent, corner, self.size, most)
+            n = len(kept[1])
+            boxes[i, :n], classes[i, :n], keypoints[i, :n] = kept
         return images, boxes, classes, keypoints, widths, ratios
 
 
-def _zoomed(image, size: int, zoom: tuple[float, ...], draws: np.ndarray):
-    """A letterboxed image made larger or smaller; its scale (x, y), for whole pixels; its corner (x, y)."""
-    low, high = np.log(zoom)
-    ratio = size / max(image.shape[:2]) * math.exp(low + draws[1] * (high - low))
-    resized = _scaled(image, ratio)
-    # Where it does not fill the square there is room to move it, and where it is larger, a part to choose.
+def zoomed(
+    image: np.ndarray, size: int, factor: float, position: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Makes a letterboxed image larger or smaller, and places it in the square.
+
+    Args:
+      image: uint8 (height, width, channels).
+      size: side of the square.
+      factor: side of the result over that of the letterboxed image.
+      position: y and x, uniform in [0, 1), which choose the place of a smaller image, and the part of a
+        larger one.
+
+    Returns:
+      uint8 (size, size, channels); the scale (x, y), exact for the whole pixels of the result; the position
+      (x, y) of the upper left corner of the image in the square.
+    """
+    resized = _scaled(image, size / max(image.shape[:2]) * factor)
     top, left = (
         int(u * (abs(size - side) + 1)) * (1 if side < size else -1)
-        for u, side in zip(draws[2:], resized.shape)
+        for u, side in zip(position, resized.shape)
     )
     out = np.zeros((size, size, image.shape[-1]), np.uint8)
-    seen = resized[max(0, -top) : size - top, max(0, -left) : size - left]
+    visible = resized[max(0, -top) : size - top, max(0, -left) : size - left]
     y, x = max(0, top), max(0, left)
-    out[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
+    out[y : y + visible.shape[0], x : x + visible.shape[1]] = visible
     scale = np.array(resized.shape[1::-1]) / image.shape[1::-1]
     return out, scale, np.array([left, top])
 
 
-def _moved(objects: Objects, scale: np.ndarray, extent, corner, size: int, places: int):
-    """Boxes, classes and keypoints in the square, without crowds, what is lost, and what is too many.
+def objects_in_square(
+    objects: Objects, scale: np.ndarray, extent: np.ndarray, corner: np.ndarray, size: int, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes, classes and keypoints in the square, without crowds, lost objects, and more than `most` objects.
 
-    The image, made `scale` (x, y) times as large and now `extent` (x, y) large, lies with its upper left
-    corner at `corner` (x, y). An object that the border does not cut is kept however small it is, unless it
-    has no size at all.
+    The image, resized by `scale` (x, y) to `extent` (x, y), has its upper left corner at `corner` (x, y).
+    An object that the border does not cut is kept however small it is, unless it has no size at all.
     """
     whole = np.clip(objects["boxes"] * np.tile(scale, 2), 0, np.tile(extent, 2)) + np.tile(corner, 2)
     boxes = np.clip(whole, 0, size)
-    least = np.minimum(*_sides(boxes))
+    shorter = np.minimum(*_sides(boxes))
     cut = (abs(boxes - whole) > ROUNDING).any(1)
-    enough = (least > 0) & (_area(boxes) >= LEAST_SHARE * _area(whole)) & (~cut | (least >= LEAST_SIDE))
+    enough = (shorter > 0) & (_area(boxes) >= MIN_SHARE * _area(whole)) & (~cut | (shorter >= MIN_SIDE))
     kept = np.flatnonzero(enough & ~objects["crowd"])
-    if len(kept) > places:
-        kept = np.sort(kept[np.argsort(-_area(boxes[kept]), kind="stable")[:places]])
+    if len(kept) > most:
+        kept = np.sort(kept[np.argsort(-_area(boxes[kept]), kind="stable")[:most]])
     keypoints = objects["keypoints"][kept]
     points, flags = keypoints[..., :2] * scale, keypoints[..., 2:]
     inside = (points >= 0) & (points <= extent) & (points + corner >= 0) & (points + corner <= size)
-    seen = inside.all(-1, keepdims=True) & (flags > 0)
-    keypoints = np.where(seen, np.concatenate([points + corner, flags], -1), 0)
+    visible = inside.all(-1, keepdims=True) & (flags > 0)
+    keypoints = np.where(visible, np.concatenate([points + corner, flags], -1), 0)
     return boxes[kept], objects["classes"][kept], keypoints
 
 
 def _mirror(image, boxes, classes, keypoints, width: int, partners: np.ndarray) -> None:
-    """Mirrors one image of a batch and its objects in place; `width` columns of it are the image's own."""
+    """Mirrors one image of a batch and its objects in place; its first `width` columns hold the image."""
     image[:, :width] = image[:, :width][:, ::-1].copy()
     real = classes >= 0
-    # The image's own width may be a fraction of a pixel more than its columns.
+    # The image may be a fraction of a pixel wider than its columns.
     boxes[real, 0], boxes[real, 2] = (np.maximum(width - boxes[real, side], 0) for side in (2, 0))
     keypoints[:] = keypoints[:, partners]
     labelled = keypoints[..., 2] > 0

@@ -1,11 +1,11 @@
-"""The embedded data set: real handwritten digits, which prepare themselves as a TFDS data set in seconds.
+"""The embedded data set: real handwritten digits, prepared as a TFDS data set when they are first opened.
 
 They are the 1,797 digits that scikit-learn carries (the test part of "Optical Recognition of Handwritten
 Digits", E. Alpaydin and C. Kaynak, UCI, 1998, https://doi.org/10.24432/C50P49): 8x8 pixels, 17 grey levels,
 13 writers.
 
 The split is fixed and stratified: of each digit, in scikit-learn's order, every fifth image (the 5th, 10th,
-...) is for testing. Writers are not recorded, so the same hand is found in both parts.
+...) is for testing. Writers are not recorded, so that the same writer occurs in both parts.
 """
 
 import contextlib
@@ -18,24 +18,32 @@ from typing import Any
 
 import numpy as np
 
+from repopt_jax.data.dataset import Source
+from repopt_jax.data.tfds import open_tfds_directory
+
 NAME = "digits"
 VERSION = "1.0.0"
 TEST_EVERY = 5
 # Grey levels 0..16 are stretched to 0..255, so that "pixel / 255" means what it does elsewhere.
 LEVELS = 16
-# Keeps the builder out of TFDS's list of names, which belongs to the user.
+# Keeps the builder out of TFDS's registry of names, which belongs to the user.
 UNREGISTERED: dict[str, Any] = {"skip_registration": True}
 
 
+def open_digits(*, data_dir: str | os.PathLike[str] | None = None) -> Source:
+    """Opens the digits, which it prepares in `data_dir` if they are not there yet; see `prepare`."""
+    return open_tfds_directory(prepare(data_dir))
+
+
 def prepare(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Returns the folder of the prepared data set, which it makes if need be.
+    """Prepares the data set if it is not there yet, and returns its folder.
 
     Args:
       data_dir: where prepared data sets are kept; the folder returned is `<data_dir>/digits/1.0.0`. By
         default `$XDG_CACHE_HOME/repopt_jax` or `~/.cache/repopt_jax`.
 
     Raises:
-      ImportError: it has to be made and scikit-learn is not installed.
+      ImportError: it is not there yet and scikit-learn is not installed.
       OSError: `data_dir` cannot be written.
     """
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
@@ -46,7 +54,7 @@ def prepare(data_dir: str | os.PathLike[str] | None = None) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=".preparing_", dir=root)
     except OSError as error:
-        # `OSError` picks the subclass, `PermissionError` for one, by the number.
+        # From the number `OSError` selects the subclass, such as `PermissionError`.
         raise OSError(
             error.errno,
             f"cannot write {root} to prepare the digits: {error.strerror}; name another `data_dir` "
@@ -61,7 +69,7 @@ def prepare(data_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def default_data_dir() -> Path:
-    """`repopt_jax` in the user's cache folder."""
+    """The folder `repopt_jax` in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "repopt_jax"
 
@@ -74,19 +82,19 @@ def load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise ImportError(
             "the digits come with scikit-learn, which is not installed; pip install 'repopt_jax[digits]'"
         ) from error
-    loaded: Any = load_digits()
-    images = np.rint(loaded.images * (255 / LEVELS)).astype(np.uint8)
-    labels = loaded.target
+    dataset: Any = load_digits()
+    images = np.rint(dataset.images * (255 / LEVELS)).astype(np.uint8)
+    labels = dataset.target
     is_test = np.zeros(len(labels), bool)
     for digit in range(10):
         is_test[np.flatnonzero(labels == digit)[TEST_EVERY - 1 :: TEST_EVERY]] = True
     return images, labels, is_test
 
 
-def _publish(made: Path, final: Path) -> None:
-    """Moves the finished folder to its place in one step; if another process was first, its folder stands."""
+def _publish(prepared: Path, final: Path) -> None:
+    """Renames the finished folder to its final path; if another process was first, its folder is kept."""
     try:
-        os.rename(made, final)
+        os.rename(prepared, final)
     except OSError:
         if not final.is_dir():
             raise
@@ -120,14 +128,14 @@ def _build(data_dir: str) -> None:
             )
 
         def _split_generators(self, dl_manager):
-            del dl_manager  # there is nothing to download
+            del dl_manager  # nothing is downloaded
             return {"train": self._generate_examples(~is_test), "test": self._generate_examples(is_test)}
 
-        def _generate_examples(self, chosen: np.ndarray):
-            for index in np.flatnonzero(chosen):
+        def _generate_examples(self, selected: np.ndarray):
+            for index in np.flatnonzero(selected):
                 yield int(index), {"image": _png(images[index]), "label": int(labels[index])}
 
-    # TFDS writes to the screen; a library call must not.
+    # TFDS prints its progress; a library call must not.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         Digits(data_dir=data_dir, file_format="array_record").download_and_prepare()
 

@@ -4,24 +4,29 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from repopt_jax.data.images import DatasetInfo, Record, Source, Split, read_encoded, sampled_shape
+from repopt_jax.data.dataset import DatasetInfo, Source
+from repopt_jax.data.images import Record, Split, read_encoded, sampled_shape
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-def open_folder(folder: str | os.PathLike[str], *, name: str | None = None) -> Source:
+def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) -> Source:
     """Opens `train/<class>/*` and `test/<class>/*` (or `val`, `validation`), JPEG or PNG files.
 
-    Classes are the folders of `train`, sorted by name; hidden files and files with other endings are passed
-    over. The files are listed, and a few headers read, but no image is decoded before it is asked for. The
-    images have one channel if all the sampled ones are grey, else three.
+    Classes are the folders of `train`, sorted by name; hidden files and files with other suffixes are
+    ignored. The files are listed and a few headers are read, but no image is decoded before it is asked for.
+    The images have one channel if all the sampled ones are grey, else three.
+
+    Args:
+      data_dir: the folder that holds `train` and the others.
+      name: of the data set, by default that of the folder.
 
     Raises:
-      FileNotFoundError: `folder`, its `train` or its test folder is missing.
+      FileNotFoundError: `data_dir`, its `train` or its test folder is missing.
       ValueError: no classes or only one, classes without images, or test classes that `train` does not
         have.
     """
-    root = Path(folder)
+    root = Path(data_dir).expanduser()
     train_dir, eval_dir = _split_folders(root)
     class_names = _class_folders(train_dir)
     if len(class_names) < 2:
@@ -102,8 +107,8 @@ def _check_eval_classes(train_dir: Path, eval_dir: Path, class_names: Sequence[s
 
 
 def _check_not_empty(records: _FolderRecords, class_names: Sequence[str]) -> None:
-    counted = set(records.labels)
-    empty = [name for label, name in enumerate(class_names) if label not in counted]
+    present = set(records.labels)
+    empty = [name for label, name in enumerate(class_names) if label not in present]
     if empty:
         raise ValueError(
             f"{records.root} has classes without a JPEG or PNG image: {', '.join(empty)}; "

@@ -1,80 +1,35 @@
-"""A labelled image data set: a train and an eval split, each a random-access sequence of decoded images."""
+"""Encoded images: reading and decoding image files, and the conversions between arrays and Pillow images."""
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-# Modes that hold one grey value a pixel; `1` and `LA` become `L` without loss that matters.
+from repopt_jax.data.dataset import Example, RandomAccess
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Pillow's modes that hold one grey value for each pixel; converting `1` and `LA` to `L` loses nothing that
+# matters.
 GREY_MODES = ("1", "L", "LA")
-# Headers looked at when a folder is opened, to learn its colour mode and size: enough to notice a mixed
-# folder, few enough to be free on a million images.
+# Headers that are read when a folder is opened, to learn its colour mode and size: enough to notice a mixed
+# folder, few enough to cost nothing on a million images.
 SAMPLED_HEADERS = 64
-# More than 8 bits a channel: Pillow would clip these when converting, so they are refused.
+# Modes of more than 8 bits a channel: Pillow would clip them when converting, so they are refused.
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """What is known of a data set without decoding it.
-
-    Attributes:
-      name: for people and for the metadata of runs.
-      class_names: label `i` means `class_names[i]`.
-      channels: 1 (grey) or 3 (RGB); images of other modes are converted to it.
-      image_shape: (height, width, channels) of the stored images, or None where they are known to vary.
-      num_train: images in the train split.
-      num_eval: images in the eval split.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    channels: int
-    image_shape: tuple[int, int, int] | None
-    num_train: int
-    num_eval: int
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-
-class Example(TypedDict):
-    """One decoded example: `image` is uint8 (height, width, channels), `label` an int."""
-
-    image: np.ndarray
-    label: int
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A data set to train on. `train` and `eval` may be any sequences of `Example`, a list included.
-
-    Attributes:
-      info: names, counts and shapes.
-      train: random access to the training images.
-      eval: random access to the images that are kept for evaluation.
-    """
-
-    info: DatasetInfo
-    train: Sequence[Example]
-    eval: Sequence[Example]
-    # Decoded images, kept by the pipeline from one evaluation to the next; see `pipeline.train_batches`.
-    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
-
-
 class Record(NamedTuple):
-    """An image as it is stored: encoded bytes, the label, and a name for error messages."""
+    """A labelled image as it is stored: encoded bytes, the label, and a name for error messages."""
 
     encoded: bytes
     label: int
     name: str
 
 
-class Split(Sequence[Example]):
+class Split(RandomAccess[Example]):
     """Decodes the records of `records` (random access to `Record`) as they are asked for."""
 
     def __init__(self, records: Sequence[Record], *, channels: int):
@@ -84,16 +39,8 @@ class Split(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Example:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The example at `index`.
-
-        Raises:
-          IndexError: no such example.
-          ValueError: the image cannot be decoded; the message names it.
-        """
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"`index` {index} is outside a split of {len(self)} images")
-        record = self._records[index % len(self)]
+    def example(self, index: int) -> Example:
+        record = self._records[index]
         image = decode_image(record.encoded, channels=self._channels, name=record.name)
         return {"image": image, "label": record.label}
 
@@ -101,14 +48,16 @@ class Split(Sequence[Example]):
 def decode_image(encoded: bytes, *, channels: int, name: str) -> np.ndarray:
     """Decodes PNG, JPEG or any other format that Pillow reads, to uint8 (height, width, `channels`).
 
-    With one channel colours are reduced to their luminance, with three grey is repeated; palettes are
-    resolved and transparency is dropped. Orientation tags are not applied, as in torchvision's image
+    With one channel, colours are reduced to their luminance; with three, grey values are repeated. Palettes
+    are resolved and transparency is dropped. Orientation tags are not applied, as in torchvision's image
     folder.
 
     Raises:
       ValueError: not an image, a damaged one, or one with more than 8 bits a channel; `name` is in the
         message.
     """
+    from PIL import Image
+
     try:
         with Image.open(io.BytesIO(encoded)) as opened:
             _refuse_deep(opened.mode)
@@ -138,8 +87,8 @@ def sampled_shape(count: int, path: Callable[[int], str]) -> tuple[tuple[int, in
 
     They have one channel if all the sampled ones are grey, else three.
     """
-    looked_at = min(SAMPLED_HEADERS, count)
-    headers = [image_header(path(i * count // looked_at)) for i in range(looked_at)]
+    sampled = min(SAMPLED_HEADERS, count)
+    headers = [image_header(path(i * count // sampled)) for i in range(sampled)]
     channels = 1 if all(mode in GREY_MODES for _, mode in headers) else 3
     sizes = {size for size, _ in headers}
     return ((*sizes.pop(), channels) if len(sizes) == 1 else None), channels
@@ -151,6 +100,8 @@ def image_header(path: str) -> tuple[tuple[int, int], str]:
     Raises:
       ValueError: not an image; the message names the file.
     """
+    from PIL import Image
+
     try:
         with Image.open(path) as opened:
             _refuse_deep(opened.mode)
@@ -159,12 +110,34 @@ def image_header(path: str) -> tuple[tuple[int, int], str]:
         raise _unreadable(path, error) from error
 
 
+def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resizes a uint8 (height, width, channels) image to `shape`, (height, width); bilinear, antialiased."""
+    from PIL import Image
+
+    return from_pillow(to_pillow(image).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def to_pillow(image: np.ndarray) -> "Image.Image":
+    """A uint8 (height, width, 1 or 3) array as a Pillow image, mode L or RGB."""
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
+
+
+def from_pillow(image: "Image.Image") -> np.ndarray:
+    """A Pillow image, mode L or RGB, as a uint8 (height, width, 1 or 3) array."""
+    array = np.asarray(image)
+    return array[..., None] if image.mode == "L" else array
+
+
 def _refuse_deep(mode: str) -> None:
     if mode in DEEP_MODES:
         raise ValueError(f"more than 8 bits a channel, Pillow mode {mode}")
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
+    from PIL import UnidentifiedImageError
+
     if isinstance(error, UnidentifiedImageError):
         reason = "not an image in a known format"
     else:

@@ -1,7 +1,7 @@
 """RandAugment as the recipes of RepVGG and RepOptimizers use it: two random operations on an image.
 
 RandAugment is arXiv:1909.13719 (CVPR Workshops 2020). Those recipes (their preset "raug15" is magnitude 15)
-depart from the paper, and what is here follows their code, `train/randaug.py` and `train/cutout.py` of
+depart from the paper, and this module follows their code, `train/randaug.py` and `train/cutout.py` of
 github.com/DingXiaoH/RepVGG:
 
 - The magnitude of an operation is not fixed: it is drawn anew, an integer in [0, M).
@@ -22,24 +22,22 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 OPERATIONS_PER_IMAGE = 2
-# Three times the customary range: beyond it hardly an operation leaves anything of an image.
-LARGEST_MAGNITUDE = 30
-# What comes into view where the image has been moved away, and what cutout leaves.
+# The colours of the area that a moved image leaves empty, and of the area that cutout fills.
 FILL = {"L": 128, "RGB": (128, 128, 128)}
 CUTOUT_FILL = {"L": 122, "RGB": (125, 122, 113)}
-# Side of the images for which the side of the cutout is given.
+# Side of the images for which the published code gives the side of the cutout.
 CUTOUT_AT = 224
-# Moving an image takes one of these, at random.
+# An operation that moves an image uses one of these, at random.
 INTERPOLATIONS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
 def randaugment(image: Image.Image, magnitude: int, rng: np.random.Generator) -> Image.Image:
-    """Two operations, drawn with replacement, each of its own strength.
+    """Applies two operations, drawn with replacement, each of its own strength.
 
     Args:
       image: mode L or RGB. Grey images have no colour to strengthen, so `color` leaves them as they are.
-      magnitude: strengths are integers in [0, `magnitude`); in [1, LARGEST_MAGNITUDE].
-      rng: decides.
+      magnitude: in [1, `transforms.LARGEST_MAGNITUDE`]; strengths are integers in [0, `magnitude`).
+      rng: draws the operations, their strengths and what else is random.
 
     Returns:
       An image of the same mode and size.
@@ -51,7 +49,7 @@ def randaugment(image: Image.Image, magnitude: int, rng: np.random.Generator) ->
 
 
 def apply(image: Image.Image, name: str, magnitude: int, rng: np.random.Generator) -> Image.Image:
-    """The operation `name` at `magnitude`; `rng` draws what the operation leaves to chance."""
+    """Applies the operation `name` at `magnitude`; `rng` draws what is random in it."""
     operation = OPERATIONS[name]
     amount = operation.amount(magnitude / 10)
     if operation.signed and rng.random() < 0.5:
@@ -84,7 +82,7 @@ def _rotate(image, degrees, rng):
 
 
 def _posterize(image, bits, rng):
-    """Keeps the `bits` highest bits of every value: none of them, where `bits` is 0, so that it is black."""
+    """Keeps the `bits` highest bits of every value; with 0 bits the image becomes black."""
     lost = 2 ** max(0, 8 - int(bits)) - 1
     return _mapped(image, [value & ~lost for value in range(256)])
 
@@ -134,20 +132,20 @@ def _translate_y(image, share, rng):
 def _cutout(image, side, rng):
     """Fills a square around a random pixel, as far as it lies in the image."""
     x, y = int(rng.integers(image.width)), int(rng.integers(image.height))
-    reach = [int(side * length / CUTOUT_AT) // 2 for length in image.size]
+    half = [int(side * length / CUTOUT_AT) // 2 for length in image.size]
     image = image.copy()
-    # Pillow keeps to the image by itself.
-    image.paste(CUTOUT_FILL[image.mode], (x - reach[0], y - reach[1], x + reach[0], y + reach[1]))
+    # Pillow cuts the square at the border of the image.
+    image.paste(CUTOUT_FILL[image.mode], (x - half[0], y - half[1], x + half[0], y + half[1]))
     return image
 
 
 def _mapped(image, table):
-    """Every value v becomes table[v]."""
+    """Replaces every value v by table[v]."""
     return image.point(table * len(image.getbands()))
 
 
 def _affine(image, matrix, rng):
-    """Pixel (x, y) of the result is the image at (a x + b y + c, d x + e y + f), in `matrix`' order."""
+    """Pixel (x, y) is taken from (a x + b y + c, d x + e y + f) of the image; `matrix` is (a, ..., f)."""
     return image.transform(
         image.size,
         Image.Transform.AFFINE,

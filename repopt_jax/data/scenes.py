@@ -1,13 +1,13 @@
 """The embedded detection data set: scenes composed of real handwritten digits, with boxes and five keypoints.
 
 The digits are those of `repopt_jax.data.digits`: training scenes show its training digits only, evaluation
-scenes its test digits only. A scene is a function of (seed, split, index) alone. It is made when it is asked
-for, in about half a millisecond, and nothing is stored.
+scenes its test digits only. A scene is a function of (seed, split, index) alone. It is composed when it is
+asked for, in about half a millisecond, and nothing is stored.
 
 A digit's *stroke* is its pixels above 40 % of full ink. The box is tight around the stroke after scaling. The
-keypoints are the uppermost, lowest, leftmost and rightmost place of the stroke of the 8x8 image (of several
-pixels in the extreme row or column their mean, weighted by ink) and its centroid, moved by the map that
-scales the digit and puts it in its place.
+keypoints are the uppermost, lowest, leftmost and rightmost point of the stroke of the 8x8 image (of several
+pixels in the extreme row or column their mean, weighted by ink) and its centroid, mapped with the digit into
+the scene.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from repopt_jax.data import digits
-from repopt_jax.data.annotated import (
+from repopt_jax.data.dataset import (
     AnnotatedExample,
     AnnotatedSource,
     AnnotatedSplit,
@@ -25,22 +25,25 @@ from repopt_jax.data.annotated import (
 )
 
 KEYPOINTS = ("top", "bottom", "left", "right", "centroid")
-# One pixel of the 8x8 image is an eighth of the digit's side: an extreme place is exact to about that, as a
+# One pixel of the 8x8 image is an eighth of the digit's side: an extreme point is exact to about that, as a
 # hip is in COCO (0.107), and the centroid, a mean over the stroke, to half of it (COCO: shoulder 0.079, nose
 # 0.026).
 SIGMAS = (0.1, 0.1, 0.1, 0.1, 0.05)
 STROKE = 0.4
-# Side of the smallest scene, in pixels: in a smaller one a digit has too few to be told.
+# Side of the smallest scene, in pixels: in a smaller one a digit has too few to be recognised.
 LEAST_SIZE = 32
-# A rim of one empty pixel lets the stroke end softly where it touches the border of the 8x8 image.
+# Side of the 8x8 image with a rim of one empty pixel, which makes the stroke fade out where it touches the
+# border of the image.
 RIMMED = 8 + 2
 # Side of the 8x8 digit, as a share of the scene's, and its further stretch in x and in y.
 SIDE = (0.22, 0.44)
 STRETCH = (0.88, 1.12)
-# Two boxes share at most this much of the smaller one, and a digit for which no place is found is left out.
+# Two boxes share at most this much of the smaller one; a digit that finds no room in so many attempts is left
+# out.
 OVERLAP = 0.25
-TRIES = 12
-# Brightness, of 1: of the background (level, rise over the scene), ink above the background's level, noise.
+ATTEMPTS = 12
+# Brightness, in [0, 1]: ranges of the background's level, its rise over the scene, ranges of the ink above
+# that level and of the noise.
 BACKGROUND = (0.0, 0.35)
 RISE = 0.2
 INK = (0.35, 0.65)
@@ -53,22 +56,26 @@ def open_scenes(
     """Opens the scenes: grey, `size` by `size`, with 1 to `max_objects` digits.
 
     Args:
-      seed: of the scenes; the same seed gives the same scenes, and `num_train` and `num_eval` only say how
-        many of an endless row are used.
+      seed: the same seed gives the same scenes; `num_train` and `num_eval` are how many of an endless
+        sequence are used.
       num_train: scenes in the train split.
       num_eval: scenes in the eval split.
       size: side of a scene in pixels, at least 32.
       max_objects: the largest number of digits in a scene.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: arguments out of their ranges; it lists all of them.
       ImportError: scikit-learn, which carries the digits, is not installed.
     """
     least = {"seed": 0, "num_train": 1, "num_eval": 1, "size": LEAST_SIZE, "max_objects": 1}
     given = (seed, num_train, num_eval, size, max_objects)
-    for (name, smallest), value in zip(least.items(), given, strict=True):
-        if value < smallest:
-            raise ValueError(f"`{name}` is {value}; it must be at least {smallest}")
+    problems = [
+        f"`{name}` is {value}; it must be at least {smallest}"
+        for (name, smallest), value in zip(least.items(), given, strict=True)
+        if value < smallest
+    ]
+    if problems:
+        raise ValueError(", and ".join(problems))
     info = DetectionInfo(
         name=f"scenes{size}",
         class_names=tuple(str(digit) for digit in range(10)),
@@ -92,10 +99,10 @@ class Scenes(AnnotatedSplit):
     """The scenes of one split.
 
     Args:
-      images: uint8 (n, 8, 8), the digits that may be shown.
+      images: uint8 (n, 8, 8), the digits to choose from.
       labels: int (n,).
-      seed: the numbers that, with the index of a scene, decide it.
-      count: scenes.
+      seed: numbers that, with the index of a scene, determine it.
+      count: number of scenes.
       size: side in pixels.
       max_objects: the largest number of digits in a scene.
     """
@@ -115,29 +122,27 @@ class Scenes(AnnotatedSplit):
     def image(self, index: int) -> np.ndarray:
         return _paint(*self._compose(index), self._size)
 
-    def __getitem__(self, index: int) -> AnnotatedExample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"`index` {index} is outside a split of {len(self)} scenes")
-        placed, rng = self._compose(index % len(self))
+    def example(self, index: int) -> AnnotatedExample:
+        placed, rng = self._compose(index)  # once for both
         return {**_annotate(placed, self._size), "image": _paint(placed, rng, self._size)}
 
     def _compose(self, index: int) -> tuple[list["Placed"], np.random.Generator]:
-        """The digits of a scene in the order in which they are painted; the rest of its random numbers."""
+        """Places the digits of a scene, in the order of painting; also returns the generator for that."""
         rng = np.random.default_rng((*self._seed, index))
         placed: list[Placed] = []
         for _ in range(rng.integers(1, self._max_objects + 1)):
-            chosen = rng.integers(len(self._labels))
+            digit = rng.integers(len(self._labels))
             side = rng.uniform(*SIDE) * self._size * RIMMED / 8
             height, width = np.rint(side * rng.uniform(*STRETCH, 2)).astype(int)
-            ink = _resizing(height) @ self._ink[chosen] @ _resizing(width).T
+            ink = _resizing(height) @ self._ink[digit] @ _resizing(width).T
             box = _stroke_box(ink)
-            corner = _free_corner(box, [digit.box for digit in placed], rng.random((TRIES, 2)), self._size)
+            corner = _free_corner(box, [other.box for other in placed], rng.random((ATTEMPTS, 2)), self._size)
             if corner is None:
                 continue
             box = box + np.tile(corner, 2)
-            points = self._keypoints[chosen] * (width, height) / RIMMED + corner
+            points = self._keypoints[digit] * (width, height) / RIMMED + corner
             points = np.minimum(np.maximum(points, box[:2]), box[2:])
-            placed.append(Placed(ink, corner, box, points, self._labels[chosen]))
+            placed.append(Placed(ink, corner, box, points, self._labels[digit]))
         return placed, rng
 
 
@@ -145,7 +150,7 @@ class Placed(NamedTuple):
     """A digit in a scene.
 
     ink: float32 (height, width) in [0, 1], rim included.
-    corner: int (2,): x and y in the scene of its upper left corner. A part of the rim may lie outside.
+    corner: int (2,): x and y of its upper left corner in the scene. A part of the rim may lie outside.
     box: int (4,), around the stroke.
     points: float64 (5, 2).
     """
@@ -164,10 +169,13 @@ def _stroke_box(ink: np.ndarray) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 
-def _free_corner(box, others: list[np.ndarray], tries: np.ndarray, size: int) -> np.ndarray | None:
-    """By how much to move `box` to the first place among `tries` in the scene that `others` leave free."""
+def _free_corner(box, others: list[np.ndarray], attempts: np.ndarray, size: int) -> np.ndarray | None:
+    """The first of the offsets of `box` that `attempts` give at which it is clear of `others`, or None.
+
+    `attempts` are uniform numbers in [0, 1), (attempts, 2), which become positions in the scene.
+    """
     room = size - (box[2:] - box[:2]) + 1
-    for corner in np.floor(tries * room).astype(int) - box[:2]:
+    for corner in np.floor(attempts * room).astype(int) - box[:2]:
         moved = box + np.tile(corner, 2)
         if all(_overlap(moved.tolist(), other.tolist()) <= OVERLAP for other in others):
             return corner
@@ -198,7 +206,7 @@ def _keypoints(ink: np.ndarray) -> np.ndarray:
 
 
 def _middle(weight: np.ndarray) -> np.ndarray:
-    """(n, m) -> (n,): the weighted mean of the middles of m pixels."""
+    """(n, m) -> (n,): the weighted mean of the centres of m pixels."""
     return weight @ (np.arange(weight.shape[1]) + 0.5) / weight.sum(1)
 
 
@@ -227,7 +235,7 @@ def _annotate(placed: list[Placed], size: int) -> Objects:
 
 
 def _covers(digit: Placed, points: np.ndarray) -> np.ndarray:
-    """Bool (n,): which points lie under the digit's stroke."""
+    """Bool (n,): whether each point lies under the digit's stroke."""
     columns, rows = np.floor(points - digit.corner).astype(int).T
     height, width = digit.ink.shape
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
@@ -235,7 +243,7 @@ def _covers(digit: Placed, points: np.ndarray) -> np.ndarray:
 
 
 def _paint(placed: list[Placed], rng: np.random.Generator, size: int) -> np.ndarray:
-    """The scene, uint8 (size, size, 1): background that rises in one direction, digits, noise."""
+    """Paints the scene, uint8 (size, size, 1): background with a gradient of brightness, digits, noise."""
     level, angle, noise = rng.uniform(*BACKGROUND), rng.uniform(0, 2 * np.pi), rng.uniform(*NOISE)
     ramp = np.linspace(-RISE / 2, RISE / 2, size, dtype=np.float32)
     scene = level + np.float32(np.cos(angle)) * ramp + np.float32(np.sin(angle)) * ramp[:, None]

@@ -1,4 +1,4 @@
-"""How many images a second one core reads, decodes and augments, and photographs to measure it with."""
+"""Measures how many images a second one core reads, decodes and augments, on generated photographs."""
 
 import itertools
 import os
@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from repopt_jax.data.images import Example, Source
-from repopt_jax.data.pipeline import train_batches
+from repopt_jax.data.classification import train_batches
+from repopt_jax.data.dataset import Example, RandomAccess, Source
 from repopt_jax.data.transforms import Transform
 
-# A smaller split is read round and round: finding the order of a few images takes Grain longer than of many.
+# A smaller split is read again and again, as if it had this many images: the order of the first epochs costs
+# Grain more time for few images than for many.
 LEAST_IMAGES = 2**17
-# Batches that are made before the clock starts: imports, and memory that is taken for the first time.
+# Batches that are made before the clock starts, for imports and first allocations of memory.
 WARM_UP = 1
-# Side in pixels and strength of the smooth noise of a photograph, and its shapes with edges.
+# A photograph: side in pixels and strength of its smooth noise, number of its shapes with edges, standard
+# deviation of its grain, and the quality of its JPEG file.
 OCTAVES = ((256, 60.0), (96, 40.0), (32, 25.0), (12, 15.0), (4, 12.0), (2, 12.0))
 SHAPES = 12
 GRAIN = 6.5
@@ -28,17 +30,17 @@ QUALITY = 95
 def input_throughput(
     source: Source, transform: Transform, *, batch_size: int, images: int, seed: int = 0
 ) -> dict[str, float]:
-    """Makes training batches in this thread alone, and measures how fast.
+    """Makes training batches in the calling thread only, and measures how fast.
 
-    Nothing is kept between images, and nothing runs beside it, so that `images_per_s` is what each worker
-    process with a core of its own gives. It counts the processor's time, which other programs do not
+    Nothing is cached, and no other thread works on the batches, so that `images_per_s` is the rate of a
+    worker process that has a core of its own. It counts the processor's time, which other programs do not
     change; waiting for the disk is in `wall_images_per_s` only.
 
     Args:
       source: its `train` split is read.
-      transform: what is done to the images; with mixing, `batch_size` is even.
+      transform: the preprocessing; with mixing, `batch_size` is even.
       batch_size: images in a batch.
-      images: how many to measure, rounded up to whole batches.
+      images: number of images to measure, rounded up to whole batches.
       seed: of the order and the augmentation.
 
     Returns:
@@ -49,14 +51,13 @@ def input_throughput(
       augment_ms: the same for everything after it.
 
     Raises:
-      ValueError: `images` less than 1, or what `train_batches` refuses.
+      ValueError: `images` is less than 1, or as in `train_batches`.
     """
     if images < 1:
         raise ValueError(f"`images` is {images}; it must be at least 1")
-    timed = _Timed(source.train)
-    many = max(source.info.num_train, batch_size, LEAST_IMAGES)
+    timed = _Timed(source.train, max(source.info.num_train, batch_size, LEAST_IMAGES))
     batches = train_batches(
-        Source(replace(source.info, num_train=many), timed, source.eval),
+        Source(replace(source.info, num_train=len(timed)), timed, source.eval),
         transform,
         batch_size=batch_size,
         seed=seed,
@@ -88,12 +89,12 @@ def photographs(
 ) -> Path:
     """Writes JPEG files that cost as much to decode as photographs do, for `open_source("folder", ...)`.
 
-    Light and colour that change smoothly at several scales, shapes with edges, and grain; at 500 x 375 pixels
-    they have the bytes of an image of ImageNet, about 110 kB. There are two classes, without a meaning.
+    Light and colour change smoothly at several scales; there are shapes with edges, and grain. At 500 x 375
+    pixels a file has about the size of an image of ImageNet, 110 kB. The two classes have no meaning.
 
     Args:
-      folder: it is made; `train/` and `test/` in it must not exist.
-      count: training images, at least 2; as many as an eighth of it, but at least 2, are for the test.
+      folder: created if it does not exist; `train/` and `test/` in it must not exist.
+      count: training images, at least 2; an eighth as many, but at least 2, are test images.
       size: (width, height) in pixels.
       seed: of the images.
 
@@ -101,7 +102,7 @@ def photographs(
       `folder`.
 
     Raises:
-      ValueError: `count` less than 2, or a side less than 1.
+      ValueError: `count` is less than 2, or a side less than 1.
       FileExistsError: there are images already.
     """
     if count < 2 or min(size) < 1:
@@ -118,10 +119,10 @@ def photographs(
 
 
 def photograph(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """One RGB image of `size`, (width, height), as `photographs` describes them."""
+    """Makes one RGB image of `size`, (width, height), as `photographs` describes them."""
     light = np.full((size[1], size[0], 3), 128, np.float32)
     for side, strength in OCTAVES:
-        # Mostly of light and less of colour, as in photographs.
+        # More variation of light than of colour, as in photographs.
         cells = (size[1] // side + 2, size[0] // side + 2)
         noise = 0.8 * rng.normal(size=(*cells, 1)) + 0.4 * rng.normal(size=(*cells, 3))
         light += strength * _smooth(noise.astype(np.float32), size)
@@ -144,17 +145,18 @@ def _smooth(noise: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.asarray(channel) for channel in channels], -1)
 
 
-class _Timed(Sequence[Example]):
-    """The examples of `examples`, round and round, and the processor time that getting them has taken."""
+class _Timed(RandomAccess[Example]):
+    """The examples of `examples`, again and again, and the processor time that reading them has taken."""
 
-    def __init__(self, examples: Sequence[Example]):
+    def __init__(self, examples: Sequence[Example], count: int):
         self.examples = examples
+        self.length = count
         self.seconds = 0.0
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return self.length
 
-    def __getitem__(self, index: int) -> Example:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def example(self, index: int) -> Example:
         start = time.thread_time()
         example = self.examples[index % len(self.examples)]
         self.seconds += time.thread_time() - start

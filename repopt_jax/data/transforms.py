@@ -1,43 +1,37 @@
-"""What is done to images between decoding and the network, in numpy.
+"""The preprocessing of labelled images: its settings, and the part of it that is not random.
 
 An image is *fitted* to a square (a plain function of the image) or a random part of it is cut out, then
-augmented, then normalised, then erased from and mixed with another. The random numbers come from outside:
-an image and its numbers always give the same result.
+augmented (`repopt_jax.data.augment`), then normalised, then boxes are erased and images mixed in pairs.
 """
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from repopt_jax.data.distortion import to_array, to_picture
-from repopt_jax.data.randaugment import LARGEST_MAGNITUDE
+from repopt_jax.data.images import resize
 
-# Uniform numbers in [0, 1) of one image: those of the top and the left of the crop, of the flip, and four
-# that are not used any more. They are still drawn, for with fewer every crop of a run would be another one.
-NUM_DRAWS = 7
-# The random part of `area`, as torchvision's RandomResizedCrop: aspect (width / height), and tries.
-PART_ASPECT = (3 / 4, 4 / 3)
-PART_TRIES = 10
+# The largest magnitude of RandAugment, three times the customary range: beyond it hardly an operation leaves
+# anything of an image.
+LARGEST_MAGNITUDE = 30
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How images are made ready. Evaluation uses `image_size`, `resize`, `mean` and `std` only.
+    """The settings of preprocessing. Evaluation uses `image_size`, `resize`, `mean` and `std` only.
 
-    In training: cut out (`area`, or `resize` and `crop_padding`), `flip`, `randaugment`, `jitter`, normalise,
-    `erasing`, and `mixup` or `cutmix`, in this order. Everything but `image_size` is off by default. Images
-    may be grey or of any size; strengths that are given in pixels elsewhere are shares of the image here.
+    The order in training: cut out (`area`, or `resize` and `crop_padding`), `flip`, `randaugment`, `jitter`,
+    normalise, `erasing`, and `mixup` or `cutmix`. Everything but `image_size` is off by default. Images may
+    be grey or of any size; strengths that are given in pixels elsewhere are shares of the image here.
 
     Attributes:
-      image_size: height and width that the network is given, in pixels. Images of another size are resized,
-        the shorter side to `image_size` (bilinear), and the centre is cut out.
+      image_size: height and width of the network's input, in pixels. Images of another size are resized, the
+        shorter side to `image_size` (bilinear), and the centre is cut out.
       crop_padding: in training, pad with this many black pixels on each side and cut out a random square.
-      flip: in training, mirror half of the images, at random.
+      flip: in training, mirror images with probability 1/2.
       area: in training, instead of fitting the whole image, resize a random part of it: the part's share of
         the image's area is drawn from this range and its aspect from [3/4, 4/3] (the crop of ImageNet
-        recipes, which have (0.08, 1.0); see `random_part`).
+        recipes, which use (0.08, 1.0); see `augment.random_part`).
       resize: resize the shorter side to this instead of `image_size` before the centre is cut out, as in 256
         for an `image_size` of 224, in evaluation, and in training where `area` is None. With it sizes are
         rounded as torchvision's Resize and CenterCrop do; without, to the nearest pixel.
@@ -47,14 +41,14 @@ class Transform:
         [1 - jitter, 1 + jitter].
       erasing: in training, the probability that a random box (0.02 to 1/3 of the area) of an image is set to
         0 after normalisation.
-      mixup: in training, mix images in pairs, by shares of the distribution Beta(mixup, mixup).
-      cutmix: in training, paste a box of one image of a pair into the other, of an area by Beta(cutmix,
-        cutmix). Where both are given, each pair takes one of them, at even odds.
+      mixup: in training, mix images in pairs, by shares drawn from Beta(mixup, mixup).
+      cutmix: in training, paste a box of one image of a pair into the other, of an area drawn from
+        Beta(cutmix, cutmix). Where both are given, each pair takes one of them, with equal probability.
       mean: subtracted from pixel values that are scaled to [0, 1]; one number, or one for each channel.
       std: what the difference is divided by; one number, or one for each channel.
 
     Raises:
-      ValueError: values out of their ranges; it names all of them.
+      ValueError: values out of their ranges; it lists all of them.
     """
 
     image_size: int
@@ -102,7 +96,7 @@ class Transform:
         return bool(self.mixup or self.cutmix)
 
     def check_channels(self, channels: int) -> None:
-        """Raises ValueError where `mean` or `std` does not fit images of `channels` channels."""
+        """Raises ValueError if `mean` or `std` does not fit images of `channels` channels."""
         for name in ("mean", "std"):
             value = getattr(self, name)
             if len(value) not in (1, channels):
@@ -112,40 +106,10 @@ class Transform:
                 )
 
 
-def augment(images: np.ndarray, draws: np.ndarray, transform: Transform) -> np.ndarray:
-    """Random crop after zero padding, and random flip.
-
-    Args:
-      images: uint8 (batch, size, size, channels).
-      draws: uniform numbers in [0, 1), (batch, NUM_DRAWS).
-      transform: `crop_padding` and `flip` say what is done.
-
-    Returns:
-      uint8, the shape of `images`.
-    """
-    padding, size = transform.crop_padding, images.shape[1]
-    if not padding and not transform.flip:
-        return images
-    padded = images
-    if padding:
-        padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    corners = np.floor(draws[:, :2] * (2 * padding + 1)).astype(int)
-    flips = (draws[:, 2] < 0.5) & transform.flip
-    out = np.empty_like(images)
-    for row, ((top, left), flip) in enumerate(zip(corners, flips, strict=True)):
-        window = padded[row, top : top + size, left : left + size]
-        if flip:
-            for channel in range(images.shape[-1]):  # six times as fast as all of them at once
-                out[row, ..., channel] = window[:, ::-1, channel]
-        else:
-            out[row] = window
-    return out
-
-
 def normalise(images: np.ndarray, transform: Transform) -> np.ndarray:
     """(images / 255 - mean) / std, as float32, of uint8 (batch, height, width, channels)."""
     count, height, width, channels = images.shape
-    # Whole rows of pixels, image by image: numpy is slow where the last axis is three channels, and a batch
+    # Whole rows of pixels, image by image: NumPy is slow where the last axis is three channels, and a batch
     # does not stay in the processor's cache from the product to the difference.
     mean, std = (
         np.resize(np.asarray(v, np.float64), width * channels) for v in (transform.mean, transform.std)
@@ -163,11 +127,11 @@ def fit(image: np.ndarray, size: int, resized: int | None = None) -> np.ndarray:
     """Resizes the shorter side of a uint8 (height, width, channels) image, and cuts out the centre.
 
     Args:
-      image: one that is `size` by `size` is returned as it is, unless `resized` is given.
+      image: one that is `size` by `size` is returned unchanged, unless `resized` is given.
       size: height and width of the result.
-      resized: what the shorter side becomes, at least `size`; the longer one is rounded down and the place
-        of the centre to the nearest even pixel, as in torchvision. None: it becomes `size`, the longer one
-        is rounded to the nearest pixel and the place of the centre down.
+      resized: length of the shorter side after resizing, at least `size`; the longer side is rounded down,
+        and the position of the centre to the nearest even pixel, as in torchvision. None: the shorter side
+        becomes `size`, the longer one is rounded to the nearest pixel and the position of the centre down.
     """
     height, width, _ = image.shape
     if resized is None:
@@ -181,42 +145,6 @@ def fit(image: np.ndarray, size: int, resized: int | None = None) -> np.ndarray:
         height, width = (int(resized * side / shorter) for side in (height, width))
         top, left = round((height - size) / 2), round((width - size) / 2)
     return resize(image, (height, width))[top : top + size, left : left + size]
-
-
-def random_part(
-    image: np.ndarray, size: int, area: tuple[float, ...], rng: np.random.Generator
-) -> np.ndarray:
-    """Resizes a random part of a uint8 (height, width, channels) image to (size, size, channels).
-
-    The rule of torchvision's RandomResizedCrop: the part's share of the area is uniform in `area` and the
-    logarithm of width/height uniform in log [3/4, 4/3]; a part that does not fit into the image is drawn
-    again, ten times at most, and then the central part is taken: the whole image, but for what makes it wider
-    or higher than these aspects.
-    """
-    top, left, height, width = _part(image.shape[0], image.shape[1], area, rng)
-    return resize(image[top : top + height, left : left + width], (size, size))
-
-
-def _part(
-    height: int, width: int, area: tuple[float, ...], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of `random_part`."""
-    (low, high), (narrowest, widest) = area, PART_ASPECT
-    for _ in range(PART_TRIES):
-        pixels = height * width * rng.uniform(low, high)
-        aspect = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
-        part_height, part_width = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
-        if 0 < part_height <= height and 0 < part_width <= width:
-            top, left = rng.integers((height - part_height + 1, width - part_width + 1))
-            return int(top), int(left), part_height, part_width
-    part_height = min(height, round(width / narrowest))
-    part_width = min(width, round(height * widest))
-    return (height - part_height) // 2, (width - part_width) // 2, part_height, part_width
-
-
-def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resizes a uint8 (height, width, channels) image to `shape`, (height, width); bilinear, antialiased."""
-    return to_array(to_picture(image).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
 def _is_share_range(area: tuple[float, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Detection without networks: boxes, targets, losses, decoding, evaluation and drawing."""
+"""All of detection but the networks: boxes, targets, losses, decoding, evaluation and drawing."""
 
 from repopt_jax.detection.boxes import area as area
 from repopt_jax.detection.boxes import giou as giou

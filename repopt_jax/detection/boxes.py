@@ -14,19 +14,18 @@ def area(boxes: jax.Array) -> jax.Array:
 
 
 def iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Intersection over union of boxes that stand at the same place of two arrays, which may broadcast; 0
-    where the union is empty."""
+    """Intersection over union, element by element, of two arrays of boxes that broadcast; 0 if empty."""
     overlap, union = _overlap_and_union(a, b)
     return _ratio(overlap, union)
 
 
 def pairwise_iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """(..., n, 4), (..., m, 4) -> (..., n, m): `iou` of each with each."""
+    """(..., n, 4), (..., m, 4) -> (..., n, m): `iou` of each box of one array with each of the other."""
     return iou(a[..., :, None, :], b[..., None, :, :])
 
 
 def giou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Generalized IoU, in [-1, 1], of boxes at the same place of two arrays, which may broadcast.
+    """Generalized IoU, in [-1, 1], element by element, of two arrays of boxes that broadcast.
 
     iou - (hull - union) / hull, hull being the area of the smallest box around both (arXiv 1902.09630).
     """
@@ -39,17 +38,18 @@ def giou(a: jax.Array, b: jax.Array) -> jax.Array:
 def nms(boxes: jax.Array, scores: jax.Array, classes: jax.Array, iou_threshold: float) -> jax.Array:
     """Greedy suppression of duplicates within each class; fixed shapes, so it runs under jit.
 
-    Boxes are visited from the best score to the worst, of equal ones the first one first; one that overlaps a
-    kept box of its class by more than `iou_threshold` is dropped.
+    Boxes are visited from the highest score to the lowest, equal scores in the order of the input; a box that
+    overlaps a kept box of its class by more than `iou_threshold` is dropped.
 
     Args:
       boxes: (..., D, 4).
       scores: (..., D).
-      classes: (..., D) integers; a negative class is padding, never kept and never in the way.
+      classes: (..., D) integers; boxes of a negative class are padding, which is not kept and suppresses
+        nothing.
       iou_threshold: in [0, 1].
 
     Returns:
-      (..., D) bool: which are kept, in the order of the input.
+      (..., D) bool: whether each box is kept, in the order of the input.
     """
     order = jnp.argsort(-scores, axis=-1, stable=True)
     boxes = jnp.take_along_axis(boxes, order[..., None], axis=-2)
@@ -58,15 +58,16 @@ def nms(boxes: jax.Array, scores: jax.Array, classes: jax.Array, iou_threshold: 
     better = jnp.tri(boxes.shape[-2], k=-1, dtype=bool)  # [i, j]: j comes before i
     drops = same & better[(None,) * (same.ndim - 2)] & (pairwise_iou(boxes, boxes) > iou_threshold)
 
-    # "Kept unless a kept one before drops it" has one solution, and repeating it finds it: what is right for
-    # the first n boxes stays right, and makes the next one right. It settles after as many rounds as the
-    # longest chain of boxes that drop one another has members, a few, where a loop over boxes would take D.
-    def again(state):
+    # "A box is kept unless a kept box before it drops it" has one solution, which is the fixed point of this
+    # iteration: once the first n boxes are right they stay right, and make the next one right. The number of
+    # iterations is the length of the longest chain of boxes that drop one another, a few, where a loop over
+    # the boxes would take D.
+    def iterate(state):
         kept, _ = state
         new = (classes >= 0) & ~jnp.any(drops & kept[..., None, :], axis=-1)
         return new, jnp.any(new != kept)
 
-    kept, _ = jax.lax.while_loop(lambda state: state[1], again, (classes >= 0, jnp.array(True)))
+    kept, _ = jax.lax.while_loop(lambda state: state[1], iterate, (classes >= 0, jnp.array(True)))
     return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
 
 
@@ -77,6 +78,6 @@ def _overlap_and_union(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
-    """part / whole, 0 where the whole is not positive, also in gradients."""
+    """part / whole; 0, with gradients of 0, where the whole is not positive."""
     positive = whole > 0
     return jnp.where(positive, part / jnp.where(positive, whole, 1), 0)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Colours that can be told apart on dark and on light images, also with colour-blindness: those of Okabe and
-# Ito without black, and three lighter ones of Paul Tol. Class `c` has COLOURS[c % 10], keypoint `k` the same.
+# Colours that can be distinguished on dark and on light images, also with colour blindness: those of Okabe
+# and Ito without black, and three lighter ones of Paul Tol. Class `c` is drawn in COLOURS[c % 10], and so is
+# keypoint `c`.
 COLOURS = (
     "#e69f00",
     "#56b4e9",
@@ -20,7 +21,7 @@ COLOURS = (
     "#99ddff",
 )
 DARK, LIGHT = "#101010", "#ffffff"
-# Sizes in the picture that is made: at least so many pixels, and so many for each of its shorter side.
+# Sizes in the drawing: the least number of pixels, and the share of the shorter side.
 TEXT, TEXT_SHARE = 12, 1 / 50
 DOT, DOT_SHARE = 3, 1 / 150
 LINE, LINE_SHARE = 2, 1 / 300
@@ -36,23 +37,24 @@ def draw_detections(
     *,
     zoom: int = 1,
 ) -> Image.Image:
-    """Draws the objects of one image: a box with class and score for each, and its keypoints.
+    """Draws each object of one image: its box with class and score, and its keypoints.
 
     Args:
       image: uint8 (height, width, 1 or 3).
       boxes: (n, 4) x1, y1, x2, y2 in pixels of `image`.
       classes: int (n,); objects of class -1 are left out.
-      scores: (n,) in [0, 1]; None: not written, as for the truth.
-      keypoints: (n, K, 2) x, y, or (n, K, 3) with 0 (not drawn), 1 (hidden: a ring) or 2 (a dot); None: none.
-        The colour says which keypoint it is.
-      class_names: what is written for each class.
-      zoom: each pixel of `image` becomes a square of so many, and the lines stay thin: for small images.
+      scores: (n,) in [0, 1]; None to write no scores, as for the ground truth.
+      keypoints: (n, K, 2) x, y, or (n, K, 3) with a flag: 0 (not drawn), 1 (hidden: a ring) or 2 (a dot);
+        None for none. Each keypoint has a colour of its own.
+      class_names: the text for each class.
+      zoom: side in pixels of the square that each pixel of `image` becomes; lines stay thin. For small
+        images.
 
     Returns:
       An RGB image, `zoom` times as large.
 
     Raises:
-      ValueError: `image` is no image, or `zoom` is not positive.
+      ValueError: `image` is not an image, or `zoom` is not positive.
     """
     if image.ndim != 3 or image.shape[-1] not in (1, 3) or image.dtype != np.uint8:
         raise ValueError(
@@ -60,33 +62,33 @@ def draw_detections(
         )
     if zoom < 1:
         raise ValueError(f"`zoom` is {zoom}; it must be at least 1")
-    picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy())
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
+    drawing = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy())
+    drawing = drawing.resize((drawing.width * zoom, drawing.height * zoom), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(drawing)
     labels: list[int] = np.asarray(classes).tolist()
-    shorter = min(picture.size)
+    shorter = min(drawing.size)
     line = max(LINE, round(shorter * LINE_SHARE))
     radius = max(DOT, round(shorter * DOT_SHARE))
     font = ImageFont.load_default(max(TEXT, round(shorter * TEXT_SHARE)))
-    # The best come first and are drawn last; labels stay above all boxes, and dots above labels.
+    # The best detections come first and are drawn last; labels lie above all boxes, and dots above labels.
     order = [i for i in range(len(labels)) if labels[i] >= 0][::-1]
     for i in order:
         draw.rectangle([v * zoom for v in boxes[i].tolist()], outline=_colour(labels[i]), width=line)
     for i in order:
         score = "" if scores is None else f" {scores[i]:.2f}"
         text = f"{class_names[labels[i]]}{score}"
-        _label(draw, boxes[i] * zoom, text, font, _colour(labels[i]), picture.size)
+        _label(draw, boxes[i] * zoom, text, font, _colour(labels[i]), drawing.size)
     points = np.zeros((len(labels), 0, 2)) if keypoints is None else keypoints
     for i in order:
         for k, point in enumerate(points[i]):
             _dot(draw, point[:2] * zoom, radius, _colour(k), point[2] if len(point) > 2 else 2)
-    return picture
+    return drawing
 
 
 def contact_sheet(
     images: Sequence[Image.Image], columns: int, *, gap: int = 6, background: str = LIGHT
 ) -> Image.Image:
-    """Images side by side, `columns` in a row, each in a cell as large as the largest.
+    """Arranges images in rows of `columns`, each in a cell of the size of the largest.
 
     Raises:
       ValueError: no images, or `columns` is not positive.
@@ -105,7 +107,7 @@ def contact_sheet(
 
 
 def _label(draw, box: np.ndarray, text: str, font, colour: str, size: tuple[int, int]) -> None:
-    """Writes on a plate above the box, below it where there is no room above, else in its upper corner."""
+    """Writes a label above the box, below it where there is no room above, or else in its upper corner."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = min(max(0, box[0]), max(0, size[0] - width))
@@ -122,18 +124,18 @@ def _dot(draw, point: np.ndarray, radius: int, colour: str, flag: float) -> None
     if not flag:
         return
     x, y = point.tolist()
-    around = [x - radius - 1, y - radius - 1, x + radius + 1, y + radius + 1]
+    bounds = [x - radius - 1, y - radius - 1, x + radius + 1, y + radius + 1]
     if flag == 1:
-        draw.ellipse(around, outline=colour, width=2)
+        draw.ellipse(bounds, outline=colour, width=2)
     else:
-        draw.ellipse(around, fill=colour, outline=DARK)
+        draw.ellipse(bounds, fill=colour, outline=DARK)
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
 
 
 def _ink(colour: str) -> str:
-    """The text colour that can be read on `colour`."""
+    """The colour of text that is readable on `colour`."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return DARK if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else LIGHT

@@ -16,16 +16,16 @@ def evaluate_detections(
     """Average precision, the mean over classes, of boxes (by intersection over union) and keypoints (by OKS).
 
     Args:
-      ground_truth: COCO's format, from `data.eval_annotations`. Neither it nor `predictions` is changed.
-      predictions: COCO's results, from `to_predictions`. Of one image and class the best 100 count for boxes,
-        the best 20 for keypoints.
+      ground_truth: in COCO's format, from `data.eval_annotations`. Neither it nor `predictions` is changed.
+      predictions: in COCO's format of results, from `to_predictions`. Of each image and class the best 100
+        are considered for boxes, and the best 20 for keypoints.
       sigmas: of each keypoint, see `data.DetectionInfo`: the object keypoint similarity (OKS) is the mean
         over the labelled keypoints of exp(-d^2 / (8 area sigma^2)), d the distance. Empty: no keypoints.
 
     Returns:
       Numbers in [0, 1]: "ap", the mean over the thresholds 0.50, 0.55 ... 0.95; "ap50" and "ap75", at one
-      threshold; "keypoint_ap" and "keypoint_ap50". None where nothing is there to be found: without objects,
-      or without labelled keypoints.
+      threshold; "keypoint_ap" and "keypoint_ap50". None where they are not defined: without objects, or
+      without labelled keypoints.
 
     Raises:
       ModuleNotFoundError: pycocotools is not installed; pip install 'repopt_jax[detect]'.
@@ -49,17 +49,17 @@ def evaluate_detections(
 
 
 def to_predictions(detections: Detections, index: np.ndarray, ratio: np.ndarray) -> list[dict[str, Any]]:
-    """Detections of a batch as COCO's results, in pixels of the images as they are stored.
+    """Converts the detections of a batch to COCO's format of results, in pixels of the images as stored.
 
-    Boxes end where the network's square does, not where the image does: a batch does not say how large its
-    images are, so what a box has in the padding beside an image that is no square stays part of it.
+    Boxes are clipped to the network's square, not to the image: a batch does not hold the sizes of its
+    images, so that the part of a box in the padding of an image that is not square stays part of it.
 
     Args:
       detections: NumPy arrays, N images, in pixels of the network's letterboxed image. Those of class -1 are
         left out.
       index: int (N,), positions of the images in their split; ids are index + 1, as `data.eval_annotations`
         has them.
-      ratio: float (N,), network pixels for one pixel of the image.
+      ratio: float (N,), network pixels for one pixel of the image, as in a batch.
 
     Returns:
       For each detection {"image_id", "category_id" (class + 1), "bbox" (x, y, width, height), "score"} and,
@@ -96,7 +96,7 @@ def _summary(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    # It prints what it does, and notes things in the dicts that it is given.
+    # pycocotools prints its progress, and writes into the dicts that it is given.
     with contextlib.redirect_stdout(io.StringIO()):
         truth: Any = COCO()
         truth.dataset = {**ground_truth, "annotations": [dict(a) for a in ground_truth["annotations"]]}
@@ -113,11 +113,11 @@ def _summary(
 
 def _check(ground_truth: dict[str, Any], predictions: Sequence[dict[str, Any]], num_keypoints: int) -> None:
     images = {image["id"] for image in ground_truth["images"]}
-    strange = sorted({p["image_id"] for p in predictions} - images)
-    if strange:
-        raise ValueError(f"`predictions` are of images that `ground_truth` does not have: ids {strange[:5]}")
-    for name, found in (("ground_truth", ground_truth["annotations"]), ("predictions", predictions)):
-        counts = {len(entry.get("keypoints", ())) // 3 for entry in found} - {num_keypoints}
+    unknown = sorted({p["image_id"] for p in predictions} - images)
+    if unknown:
+        raise ValueError(f"`predictions` are of images that `ground_truth` does not have: ids {unknown[:5]}")
+    for name, entries in (("ground_truth", ground_truth["annotations"]), ("predictions", predictions)):
+        counts = {len(entry.get("keypoints", ())) // 3 for entry in entries} - {num_keypoints}
         if num_keypoints and counts:
             raise ValueError(
                 f"`sigmas` has {num_keypoints} numbers, but `{name}` has objects of {min(counts)} keypoints"

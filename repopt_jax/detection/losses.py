@@ -14,8 +14,8 @@ from repopt_jax.detection.boxes import giou
 from repopt_jax.detection.outputs import Locations, Outputs
 from repopt_jax.detection.targets import assign
 
-# Of the focal loss, alpha_t (1 - p_t)^gamma * -log p_t: the weight of what is there against what is not, and
-# how much less a location counts that is right already.
+# Of the focal loss, alpha_t (1 - p_t)^gamma * -log p_t: the weight of positive against negative examples, and
+# the exponent by which examples that are classified well count less.
 ALPHA, GAMMA = 0.25, 2.0
 
 
@@ -38,21 +38,23 @@ def detection_loss(
     radius: float = 1.5,
     level_range: float = 8.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a batch, and its parts.
+    """Computes the loss of a batch, and its parts.
 
-    Sums over the whole batch are divided by the number of locations that have an object, by that of labelled
-    keypoints in the keypoint part; by 1 where there are none, and the part is then 0, as are its gradients.
+    Sums over the whole batch are divided by the number of locations that have an object, or in the part of
+    the keypoints by the number of labelled keypoints. Where there are none the part is 0, as are its
+    gradients.
 
     Args:
       outputs: of the network.
       batch: `boxes` (N, M, 4), `classes` (N, M) with -1 for padding, `keypoints` (N, M, K, 3).
-      locations: where the outputs are.
+      locations: of the outputs.
       weights: factors of the parts.
       radius: see `assign`.
       level_range: see `assign`.
 
     Returns:
-      () the weighted sum, and the parts without their weights: `classes`, `boxes`, `centerness`, `keypoints`.
+      The weighted sum, (), and the parts without their weights: `classes`, `boxes`, `centerness`,
+      `keypoints`.
     """
     wide = jnp.promote_types(outputs.classes.dtype, jnp.float32)
     outputs = Outputs(*(jnp.asarray(x, wide) for x in outputs))
@@ -64,17 +66,17 @@ def detection_loss(
         radius=radius,
         level_range=level_range,
     )
-    found = targets.classes >= 0
-    count = jnp.maximum(jnp.sum(found), 1)
-    wanted = jax.nn.one_hot(targets.classes, outputs.classes.shape[-1], dtype=wide)
-    focal = optax.sigmoid_focal_loss(outputs.classes, wanted, alpha=ALPHA, gamma=GAMMA)
+    positive = targets.classes >= 0
+    count = jnp.maximum(jnp.sum(positive), 1)
+    labels = jax.nn.one_hot(targets.classes, outputs.classes.shape[-1], dtype=wide)
+    focal = optax.sigmoid_focal_loss(outputs.classes, labels, alpha=ALPHA, gamma=GAMMA)
     box_loss = 1 - giou(around_origin(outputs.boxes), around_origin(targets.boxes))
     centerness = optax.sigmoid_binary_cross_entropy(outputs.centerness, targets.centerness)
     offsets = smooth_l1(outputs.keypoints - targets.keypoints).sum(-1)
     parts = {
         "classes": jnp.sum(focal) / count,
         "boxes": jnp.sum(targets.centerness * box_loss) / count,
-        "centerness": jnp.sum(jnp.where(found, centerness, 0)) / count,
+        "centerness": jnp.sum(jnp.where(positive, centerness, 0)) / count,
         "keypoints": jnp.sum(jnp.where(targets.labelled, offsets, 0))
         / jnp.maximum(jnp.sum(targets.labelled), 1),
     }
@@ -83,14 +85,14 @@ def detection_loss(
 
 
 def smooth_l1(difference: jax.Array, *, beta: float = 1 / 9) -> jax.Array:
-    """d^2 / (2 beta) below beta, abs(d) - beta / 2 above: the absolute value with a rounded tip.
+    """The smooth L1 loss: d^2 / (2 beta) where abs(d) < beta, else abs(d) - beta / 2.
 
-    In strides, where a keypoint that is off by half a stride is often a wrong one, beta must be far below 1.
+    Differences in strides need a beta far below 1: a keypoint that is off by half a stride is often wrong.
     """
-    size = jnp.abs(difference)
-    return jnp.where(size < beta, difference**2 / (2 * beta), size - beta / 2)
+    absolute = jnp.abs(difference)
+    return jnp.where(absolute < beta, difference**2 / (2 * beta), absolute - beta / 2)
 
 
 def around_origin(distances: jax.Array) -> jax.Array:
-    """Distances (..., 4) left, top, right, bottom -> the box of a location at (0, 0)."""
+    """Distances (..., 4) to the left, top, right and bottom -> the box of a location at (0, 0)."""
     return jnp.concatenate([-distances[..., :2], distances[..., 2:]], axis=-1)

@@ -1,4 +1,4 @@
-"""What a detector computes, where its locations are, and what is decoded from it: plain arrays with names.
+"""The outputs of a detector, their locations, and the detections decoded from them: named tuples of arrays.
 
 Pixels are those of the network's image (resized and padded); x goes to the right, y down.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Outputs(NamedTuple):
-    """Raw outputs at L locations: all levels one after the other, each row by row.
+    """Raw outputs at L locations: those of all levels one after the other, each row by row.
 
     Attributes:
       classes: (N, L, C) logits.
@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
 
 
 class Locations(NamedTuple):
-    """Where the outputs are: static NumPy arrays.
+    """The locations of the outputs: static NumPy arrays.
 
     Attributes:
       points: (L, 2) float32, x and y in pixels.
@@ -40,12 +40,12 @@ class Locations(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """D detections for each image, best first.
+    """D detections for each image, best first, padded where there are fewer.
 
     Attributes:
       boxes: (N, D, 4) x1, y1, x2, y2 in pixels.
-      scores: (N, D) in [0, 1]; 0 where there is none.
-      classes: (N, D) int32; -1 where there is none.
+      scores: (N, D) in [0, 1]; 0 in padding.
+      classes: (N, D) int32; -1 in padding.
       keypoints: (N, D, K, 2) x and y in pixels.
     """
 
@@ -56,8 +56,10 @@ class Detections(NamedTuple):
 
 
 def grid_locations(sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Locations:
-    """Locations of levels with maps of these (height, width): pixel (i, j) of stride s is at x = (j + 1/2) s,
-    y = (i + 1/2) s."""
+    """The locations of levels whose feature maps have these sizes (height, width).
+
+    Pixel (i, j) of a level of stride s is at x = (j + 1/2) s, y = (i + 1/2) s.
+    """
     points, steps, levels = [], [], []
     for level, ((height, width), stride) in enumerate(zip(sizes, strides, strict=True)):
         y, x = np.mgrid[:height, :width]

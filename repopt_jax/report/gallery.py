@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from repopt_jax.data import letterbox
-from repopt_jax.data.images import decode_image
-from repopt_jax.data.transforms import normalise, resize
+from repopt_jax.data.images import decode_image, resize
+from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
 from repopt_jax.detection.drawing import contact_sheet, draw_detections
 from repopt_jax.train.build import Trained

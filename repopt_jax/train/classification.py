@@ -1,6 +1,5 @@
 """Classification: cross-entropy, of mixed images too, and accuracy."""
 
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,11 +21,7 @@ class Classification(Task):
     sums = {"accuracy": jnp.int32}  # noqa: RUF012  (constant)
 
     def open_data(self, settings: DataConfig) -> tuple[data.Source, data.Transform]:
-        source = data.open_source(
-            settings.source,
-            name=settings.name or None,
-            data_dir=os.path.expanduser(settings.data_dir) or None,
-        )
+        source = data.open_configured(settings)
         transform = data.Transform(
             image_size=settings.image_size,
             crop_padding=settings.crop_padding,

@@ -21,21 +21,27 @@ import jax
 
 from repopt_jax import userfile
 from repopt_jax.data import SOURCES
-from repopt_jax.data.randaugment import LARGEST_MAGNITUDE
 from repopt_jax.data.scenes import LEAST_SIZE
+from repopt_jax.data.transforms import LARGEST_MAGNITUDE
 from repopt_jax import models
 from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.surgery.prepare import Mode
 
 # Task -> where its images can come from.
-SOURCES_OF = {"classify": SOURCES, "detect": ("scenes", "coco")}
+SOURCES_OF = {
+    task: tuple(name for name, entry in SOURCES.items() if entry.task == task)
+    for task in ("classify", "detect")
+}
 NAMED_SCALES = ("ones", "depth")
 MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
 
 CLASSIFY = {"task": ("classify",)}
 DETECT = {"task": ("detect",)}
-COCO = {"data.source": ("coco",)}
-SCENES = {"data.source": ("scenes",)}
+
+
+def sources_with(option: str) -> dict[str, tuple[str, ...]]:
+    """The rule `only` of a field that opens data sets: those that take it, by the registry of `data`."""
+    return {"data.source": tuple(name for name, entry in SOURCES.items() if option in entry.options)}
 
 
 def setting(default: Any, **rules: Any) -> Any:
@@ -124,12 +130,12 @@ class DataConfig:
     """
 
     source: str = setting("digits", choices=lambda config: SOURCES_OF.get(config.task, SOURCES))
-    name: str = setting("", only=CLASSIFY)
-    data_dir: str = setting("", only={"data.source": ("digits", "folder", "tfds", "coco")})
-    train_annotations: str = setting("", only=COCO)
-    eval_annotations: str = setting("", only=COCO)
-    train_images: str = setting("", only=COCO)
-    eval_images: str = setting("", only=COCO)
+    name: str = setting("", only=sources_with("name"))
+    data_dir: str = setting("", only=sources_with("data_dir"))
+    train_annotations: str = setting("", only=sources_with("train_annotations"))
+    eval_annotations: str = setting("", only=sources_with("eval_annotations"))
+    train_images: str = setting("", only=sources_with("train_images"))
+    eval_images: str = setting("", only=sources_with("eval_images"))
     image_size: int = setting(8, at_least=1)
     crop_padding: int = setting(0, at_least=0, only=CLASSIFY)
     flip: bool = False
@@ -141,11 +147,11 @@ class DataConfig:
     mixup: float = setting(0.0, at_least=0, only=CLASSIFY)
     cutmix: float = setting(0.0, at_least=0, only=CLASSIFY)
     zoom: tuple[float, ...] | None = setting(None, only=DETECT)
-    scenes: tuple[int, ...] = setting((4096, 256), at_least=1, only=SCENES)
-    scenes_seed: int = setting(0, at_least=0, only=SCENES)
-    max_objects: int | None = setting(None, at_least=1, only=COCO)
-    sigmas: tuple[float, ...] | None = setting(None, at_least=0, only=COCO)
-    flip_pairs: tuple[int, ...] | None = setting(None, at_least=0, only=COCO)
+    scenes: tuple[int, ...] = setting((4096, 256), at_least=1, only=sources_with("scenes"))
+    scenes_seed: int = setting(0, at_least=0, only=sources_with("scenes_seed"))
+    max_objects: int | None = setting(None, at_least=1, only=sources_with("max_objects"))
+    sigmas: tuple[float, ...] | None = setting(None, at_least=0, only=sources_with("sigmas"))
+    flip_pairs: tuple[int, ...] | None = setting(None, at_least=0, only=sources_with("flip_pairs"))
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = setting((1.0,), more_than=0)
     train_limit: int | None = setting(None, at_least=1)
@@ -534,12 +540,11 @@ def _scales_problems(config: Config) -> Iterator[str]:
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
-    if data.source in ("folder", "coco") and not data.data_dir:
-        yield "`data.data_dir` is empty: give the image folder"
+    for name in SOURCES[data.source].required if data.source in SOURCES else ():
+        if not getattr(data, name):
+            yield f"`data.{name}` is empty: `data.source`={data.source!r} needs it"
     if "://" in (data.data_dir or ""):
         yield f"`data.data_dir`={data.data_dir!r} is a URL: {MOUNTED}"
-    if data.source == "tfds" and not data.name:
-        yield "`data.name` is empty: give the name of the TFDS dataset"
     if len(data.scenes) != 2:
         yield f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation"
     if data.source == "scenes" and data.image_size < LEAST_SIZE:

@@ -1,7 +1,6 @@
 """Detection: boxes, classes and keypoints of every object, by the networks of `models.FCOS`."""
 
 import importlib.util
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,24 +29,7 @@ class Detection(Task):
     sums = {f"{part}_loss": jnp.float32 for part in PARTS}  # noqa: RUF012  (constant)
 
     def open_data(self, settings: DataConfig) -> tuple[data.AnnotatedSource, data.DetectionTransform]:
-        if settings.source == "scenes":
-            count, eval_count = settings.scenes
-            source = data.open_scenes(
-                settings.scenes_seed, num_train=count, num_eval=eval_count, size=settings.image_size
-            )
-        else:
-            names = ("train_annotations", "eval_annotations", "train_images", "eval_images")
-            given = {name: os.path.expanduser(getattr(settings, name)) for name in names}
-            paths: dict[str, Any] = {name: path for name, path in given.items() if path}
-            flat = settings.flip_pairs
-            source = data.open_coco(
-                os.path.expanduser(settings.data_dir),
-                max_objects=settings.max_objects,
-                sigmas=settings.sigmas,
-                flip_pairs=None if flat is None else tuple(zip(flat[::2], flat[1::2], strict=True)),
-                **paths,
-            )
-        return source, detection_transform(settings)
+        return data.open_configured(settings), detection_transform(settings)
 
     def train_batches(self, source, transform, **options):
         return data.train_detection_batches(source, transform, **options)

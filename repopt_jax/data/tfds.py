@@ -4,11 +4,16 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from repopt_jax.data.images import DatasetInfo, Record, Source, Split
+from repopt_jax.data.dataset import DatasetInfo, Source
+from repopt_jax.data.images import Record, Split
 
 
 def open_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Source:
     """Opens a TFDS data set that has been prepared as ArrayRecord.
+
+    Args:
+      name: `cifar10`, `name/config` or `name:1.2.0`.
+      data_dir: TFDS's directory, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
 
     Raises:
       FileNotFoundError: it is not prepared in `data_dir`.
@@ -16,8 +21,8 @@ def open_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> S
     """
     import tensorflow_datasets as tfds
 
-    core: Any = tfds.core  # loads its modules as they are asked for, unseen by a type checker
-    directory = None if data_dir is None else os.fspath(data_dir)
+    core: Any = tfds.core  # loads its modules lazily, which a type checker does not see
+    directory = None if data_dir is None else os.path.expanduser(data_dir)
     try:
         builder = core.read_only_builder.builder_from_files(name, data_dir=directory)
     except core.registered.DatasetNotFoundError as error:
@@ -37,7 +42,7 @@ def open_tfds_directory(directory: str | os.PathLike[str]) -> Source:
 
 
 class _TfdsRecords(Sequence[Record]):
-    """A split of a prepared data set, its images left encoded: Pillow decodes them as it does a folder's."""
+    """A split of a prepared data set. Its images stay encoded: Pillow decodes them, as those of a folder."""
 
     def __init__(self, builder: Any, split: str, image_key: str, label_key: str):
         import tensorflow_datasets as tfds
@@ -81,7 +86,7 @@ def _from_builder(builder: Any) -> Source:
 
 
 def _feature_keys(builder: Any) -> tuple[str, str]:
-    """Names of the image and of the label feature."""
+    """The names of the image and of the label feature."""
     keys, features = builder.info.supervised_keys, builder.info.features
     kinds = [type(features[key]).__name__ for key in keys] if keys and len(keys) == 2 else []
     if kinds != ["Image", "ClassLabel"]:
@@ -99,7 +104,7 @@ def _feature_keys(builder: Any) -> tuple[str, str]:
 
 
 def _eval_records(builder: Any, image_key: str, label_key: str) -> _TfdsRecords:
-    """Split test, else validation. A test split without labels (-1, as ImageNet's) is passed over."""
+    """The split test, else validation. A test split without labels (-1, such as ImageNet's) is skipped."""
     for split in ("test", "validation"):
         if split in builder.info.splits:
             records = _TfdsRecords(builder, split, image_key, label_key)
