@@ -146,8 +146,8 @@ def _search(arguments: Arguments) -> int:
     stopped, out = _run(config, arguments)
     if stopped:
         return stopped
-    from repopt_jax.report import monitor
-    from repopt_jax.train import processes, records
+    from repopt_jax.report import monitor, records
+    from repopt_jax.train import processes
 
     if not processes.is_first():  # one draws and tells
         return 0
