@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from repopt_jax.train.records import history_of
+from repopt_jax.report.records import history_of
 
 EPOCHS = 20
 STEPS = 100  # in an epoch

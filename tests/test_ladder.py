@@ -17,7 +17,7 @@ from repopt_jax import data, save_scales, train
 from repopt_jax.core import paths
 from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata
 from repopt_jax.train import build
-from repopt_jax.train.metrics import read_records
+from repopt_jax.train.rundir import read_records
 
 ROOT = Path(__file__).parents[1]
 INFO = data.DatasetInfo(

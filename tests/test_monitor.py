@@ -7,7 +7,7 @@ import pytest
 from searches import EPOCHS, constant, cosine, full_rate_time, records, search, train_records
 
 from repopt_jax.report import monitor
-from repopt_jax.train.records import history_of, read_history, read_run
+from repopt_jax.report.records import history_of, read_history, read_run
 
 
 @pytest.mark.parametrize(

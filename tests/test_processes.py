@@ -18,7 +18,7 @@ from flax import nnx
 
 from repopt_jax import train
 from repopt_jax.train import processes
-from repopt_jax.train.metrics import read_records
+from repopt_jax.train.rundir import read_records
 
 ROOT = Path(__file__).parent.parent
 # Two processes of two devices against four devices of one, float32, 12 steps. Measured: 2e-7.

@@ -9,8 +9,8 @@ import pytest
 from searches import cosine, records, search, train_records
 
 from repopt_jax.report import report
+from repopt_jax.report.records import Run, read_run
 from repopt_jax.train.config import Config, to_json
-from repopt_jax.train.records import Run, read_run
 from repopt_jax.train.rundir import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -20,7 +20,6 @@ import pytest
 import training
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orbax.checkpoint import v1 as ocp
 from training import (
     STEPS,
     arrays,
@@ -37,9 +36,9 @@ from training import (
 
 from repopt_jax import data, save_scales, train
 from repopt_jax.cli.main import main
-from repopt_jax.train import loop, manifest, stopping
+from repopt_jax.train import checkpoint, loop, stopping
 from repopt_jax.train.checkpoint import Checkpoints, Progress, kept
-from repopt_jax.train.metrics import MetricsWriter
+from repopt_jax.train.rundir import MetricsWriter
 from repopt_jax.train.same_scales import check_scales
 from repopt_jax.train.state import TrainState
 
@@ -324,9 +323,9 @@ def test_a_manifest_tells_what_the_folder_holds(tmp_path, stopped):
     run_dir = copied(stopped, tmp_path)
     folder = run_dir / "checkpoints" / "9"
     flip(folder)
-    assert manifest.problem(folder) is not None
-    manifest.write(folder)
-    assert manifest.problem(folder) is None
+    assert checkpoint.manifest_problem(folder) is not None
+    checkpoint.write_manifest(folder)
+    assert checkpoint.manifest_problem(folder) is None
 
 
 def test_no_checkpoint_that_can_be_used_is_an_error(digits, tmp_path, stopped):
@@ -348,23 +347,6 @@ def test_folder_of_checkpoints_all_without_manifest_is_an_error(tmp_path, stoppe
         path.unlink()
     with pytest.raises(ValueError, match="can be used"):
         Checkpoints(run_dir / "checkpoints", writing=True)
-
-
-def test_checkpoints_of_an_earlier_version(tmp_path):
-    """They had no manifest; readers use them, but no run goes on from them."""
-    params, rest = {"w": jnp.arange(3.0)}, {"n": jnp.ones(2)}
-    items = {
-        "model": {"params": params, "rest": rest},
-        "trainer": {"t": jnp.ones(())},
-        "clock": {"seconds": 1.0},
-    }
-    ocp.save_checkpointables(str(tmp_path / "7"), items)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest == 7
-        found = checkpoints.load_network(*jax.tree.map(jnp.zeros_like, (params, rest)))
-    jax.tree.map(np.testing.assert_array_equal, found, (params, rest))
-    with pytest.raises(ValueError, match="step 7: an earlier version wrote it"):
-        Checkpoints(tmp_path, writing=True)
 
 
 # -- which stay
@@ -438,7 +420,7 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path):
         "key": jax.random.normal(jax.random.key(1), (7,)),
     }
     finished = threading.Event()
-    write = manifest.write
+    write = checkpoint.write_manifest
 
     def late(folder, **notes):
         assert finished.wait(60)
@@ -448,7 +430,7 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path):
         pytest.MonkeyPatch.context() as patch,
         Checkpoints(tmp_path, writing=True, keep_last=9) as checkpoints,
     ):
-        patch.setattr(manifest, "write", late)
+        patch.setattr(checkpoint, "write_manifest", late)
         wanted = {}
         for number in range(1, 4):
             wanted[number] = jax.tree.map(lambda x: np.array(x, copy=True), params)
@@ -473,16 +455,16 @@ def test_random_keys_and_position_come_back(tmp_path):
         ema={"params": {"w": jnp.ones((2, 2))}, "rest": {}},
     )
     with Checkpoints(tmp_path, writing=True) as checkpoints:
-        checkpoints.save(5, state, Progress({"next_index": 6}, 2.5, owed=True), wait=True)
+        checkpoints.save(5, state, Progress({"next_index": 6}, 2.5, evaluation_pending=True), wait=True)
         found, progress = checkpoints.restore(state)
         assert checkpoints.latest == 5
-    assert progress == Progress({"next_index": 6}, 2.5, owed=True)
+    assert progress == Progress({"next_index": 6}, 2.5, evaluation_pending=True)
     assert jax.random.bits(found.rest["rngs"]["key"]) == jax.random.bits(jax.random.key(3))
     assert found.ema["params"]["w"].shape == (2, 2)
 
 
 def test_error_of_a_save_comes_out_once_and_keeps_the_one_before(digits, tmp_path, monkeypatch, unbroken):
-    write = manifest.write
+    write = checkpoint.write_manifest
 
     def full(folder, **notes):
         if folder.name == "8":
@@ -490,7 +472,7 @@ def test_error_of_a_save_comes_out_once_and_keeps_the_one_before(digits, tmp_pat
         write(folder, **notes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write", full)
+        patch.setattr(checkpoint, "write_manifest", full)
         with pytest.raises(
             OSError,
             match=r"^cannot write the checkpoint of step 8: No space left on device; the checkpoint of "

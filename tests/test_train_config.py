@@ -124,7 +124,7 @@ def test_clipping_goes_with_every_kind():
         ("target", {"rules": "intt", "scales": "ones"}, "did you mean 'init'"),
         ("target", {"scales_mean": True}, "`scales_mean` with `scales`=''"),
         ("target", {"scales_mean": True, "scales": "depth"}, "which are the same in all channels"),
-        ("target", {"freeze_scales": 0.1}, "`freeze_scales`=0.1 does nothing with `model.kind`='target', only"),
+        ("target", {"freeze_scales": 0.1}, "`freeze_scales`=0.1 does nothing with `model.kind`='target'"),
         ("search", {"freeze_scales": 1.5}, "`freeze_scales`=1.5 must be a finite number, at least 0"),
     ],
 )  # fmt: skip

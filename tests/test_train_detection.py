@@ -20,8 +20,8 @@ from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
 from repopt_jax.models import DETECTORS, DetectorVariant
 from repopt_jax.models.efficientrep import BackboneVariant
-from repopt_jax.report import gallery, quickstart
-from repopt_jax.train import build, checking, deploy, records
+from repopt_jax.report import gallery, quickstart, records
+from repopt_jax.train import build, checking, deploy
 from repopt_jax.train.sharding import make_mesh
 
 DETECTORS["tiny"] = DetectorVariant(

@@ -25,9 +25,9 @@ from orbax.checkpoint import v1 as ocp
 
 from repopt_jax import train
 from repopt_jax.models import VGG_VARIANTS, VGGVariant
-from repopt_jax.train import loop, manifest
+from repopt_jax.train import checkpoint, loop
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.metrics import read_records
+from repopt_jax.train.rundir import read_records
 
 STEPS = 18  # of a whole run of `tiny_config`
 # Numbers of a record that depend on the clock.
@@ -186,14 +186,14 @@ def _kill_before_renaming(when: int) -> None:
 
 def _kill_before_manifest(when: int) -> None:
     """When the checkpoint of step `when` is in its place, before it counts."""
-    write = manifest.write
+    write = checkpoint.write_manifest
 
     def watched(folder, **notes):
         if folder.name == str(when):
             _kill()
         write(folder, **notes)
 
-    manifest.write = watched
+    checkpoint.write_manifest = watched
 
 
 def _kill_at_random(number: int) -> None:

@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from repopt_jax.train.records import History
+from repopt_jax.report.records import History
 
 DPI = 160  # of the files; sharp on screens of high density
 INK = "#333333"

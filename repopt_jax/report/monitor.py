@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from repopt_jax.train.records import History
+from repopt_jax.report.records import History
 
 LAST_PART = 0.2  # the stretch at the end that is judged, as a share of the search
 LATE_SHARE = 0.10  # of the whole path; steady motion would give LAST_PART

@@ -23,15 +23,14 @@ import optax
 
 from repopt_jax._version import __version__
 from repopt_jax.optim.sgd import repopt_mask
-from repopt_jax.report import monitor, report
+from repopt_jax.report import monitor, records, report
 from repopt_jax.report.gallery import gallery
-from repopt_jax.train import records
 from repopt_jax.train.checking import config_check
 from repopt_jax.train.config import Config, differing_fields, from_json, to_json, validate
 from repopt_jax.train.deploy import Deployed, deploy, load_deployed
 from repopt_jax.train.loop import run
 from repopt_jax.train.networks import find_network
-from repopt_jax.train.rundir import Summary
+from repopt_jax.train.rundir import PART, Summary, read_json, replace_file
 from repopt_jax.train.tasks import METRICS, told
 from repopt_jax.verify import equivalence as verify
 
@@ -156,27 +155,20 @@ def _ways(base: Config) -> tuple[str, ...]:
 def _claim(out_dir: Path, base: Config) -> None:
     """Marks the folder as ours; refuses one that is neither new, empty nor of a quickstart like this."""
     mark = out_dir / "quickstart.json"
-    stored = records.read_json(mark)
+    stored = read_json(mark)
     if stored is None:
-        if strangers := [p.name for p in sorted(out_dir.glob("*")) if p.name != mark.name + ".part"]:
+        if strangers := [p.name for p in sorted(out_dir.glob("*")) if p.name != mark.name + PART]:
             raise ValueError(
                 f"`out_dir` {out_dir} is not empty and holds no quickstart "
                 f"(it has {', '.join(strangers[:3])}); choose an empty or a new folder"
             )
         out_dir.mkdir(parents=True, exist_ok=True)
-        _write(mark, to_json(base))
+        replace_file(mark, to_json(base) + "\n")
     elif differing := differing_fields(from_json(json.dumps(stored)), base):
         raise ValueError(
             f"`out_dir` {out_dir} holds another quickstart; it differs in {', '.join(differing)} (there and "
             "here). Choose another folder, or remove that one"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    """Renamed into place, so that a file is either whole or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _train(
@@ -237,7 +229,7 @@ def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
       `reused`.
     """
     inputs = {"config": to_json(config), "version": __version__}
-    stored = records.read_json(path, default={})
+    stored = read_json(path, default={})
     if stored.get("inputs") == inputs:
         return stored | {"reused": True}
     right = _verify(config, verify.nesterov_with_decay)
@@ -250,7 +242,7 @@ def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
         "inputs": inputs,
         "reused": False,
     }
-    _write(path, json.dumps(found, indent=2))
+    replace_file(path, json.dumps(found, indent=2) + "\n")
     return found
 
 

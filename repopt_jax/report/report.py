@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from repopt_jax.report import figures, monitor, page
-from repopt_jax.train.records import History, Run, history_of
+from repopt_jax.report.records import History, Run, history_of
 from repopt_jax.train.tasks import METRICS
 
 NAMED_SCALES = {"": "plain SGD", "ones": "RepOpt, all ones", "depth": "RepOpt, depth rule"}

@@ -1,25 +1,37 @@
-"""Checkpoints of a run: state, position in the data and clock as one unit. The only module that knows
-how Orbax writes a run.
+"""Checkpoints of a run: state, position in the data and clock as one unit. The only module that knows how
+Orbax writes a run.
 
 checkpoints/8/                the checkpoint of step 8, one Orbax checkpoint of the items
-  model, ema                  the network, and its moving average where there is one: read without the rest
+  model, ema                  the network, and its moving average where there is one: each can be read alone
   trainer                     the optimizer's state and what else a step reads
-  progress                    where the data are, the clock, and what is still owed
-  manifest.json               written last: from now on it counts
-checkpoints/damaged/          what was found damaged or half-written, as it was found
+  progress                    the position in the data, the clock, and whether an evaluation is still to be
+  made manifest.json               size and checksum of every file; written last: with it the checkpoint is
+  complete
+checkpoints/damaged/          checkpoints that were found damaged or incomplete, as they were found
 
-Files are written beside their final place while training goes on, renamed when they are complete, and
-counted when their manifest is there; only then older checkpoints go. So a process killed at any moment
-leaves one that is whole, and a file that is damaged later is found by its checksum. What is restored goes to
-the shardings that the caller asks for: the number of devices and of processes may be another one.
+Orbax writes the files beside their final place while training goes on and renames them when they are
+complete. Then the manifest is written, and only then older checkpoints are removed. So a process killed at
+any moment leaves a complete checkpoint, and a file that a disk or a copy damages later is found by its
+checksum. This order is why older checkpoints are removed here and not by Orbax's own `Checkpointer`: it
+removes them before the manifest is there, and file by file, so that a process killed meanwhile would leave
+what looks damaged.
+
+Restored arrays go to the shardings that the caller asks for: the number of devices and of processes may
+differ from those that wrote them.
 """
 
 import contextlib
+import errno
+import hashlib
+import json
 import logging
+import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +39,15 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from repopt_jax.train import manifest
 from repopt_jax.train.processes import exchange, is_first, together
-from repopt_jax.train.save_errors import one_sentence, told_by_raising_only
+from repopt_jax.train.rundir import replace_file
 from repopt_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = "damaged"
-_REMOVED = ".removed"  # suffix of what is being deleted
+MANIFEST = "manifest.json"
+_REMOVED = ".removed"  # suffix of a checkpoint that is being deleted
 
 
 class Progress(NamedTuple):
@@ -44,13 +56,13 @@ class Progress(NamedTuple):
     Attributes:
       data: state of the iterator whose next batch is that of the step after; the same in every process.
       seconds: training time so far.
-      owed: whether the evaluation that belongs to this step is still to be made.
-      devices: of the job that wrote it; None where an earlier version did.
+      evaluation_pending: whether the evaluation that belongs to this step is still to be made.
+      devices: of the job that wrote it.
     """
 
     data: Any
     seconds: float
-    owed: bool = False
+    evaluation_pending: bool = False
     devices: int | None = None
 
 
@@ -69,14 +81,14 @@ class Checkpoints:
         """Opens `directory`, for the run that writes it or for reading.
 
         The writer makes it if it is missing, removes what an interrupted save left, and moves checkpoints
-        that are half-written or damaged aside, newest first, until it finds one that is whole; each is named
-        in a warning. With several processes the first one does this and tells the others. A reader passes
-        them over, with the same warning, and changes nothing.
+        that are incomplete or damaged aside, newest first, until it finds one that is whole; each is named in
+        a warning. With several processes the first one does this for all. A reader skips them, with the same
+        warning, and changes nothing.
 
         Args:
           directory: of the checkpoints.
           writing: whether this is the run that writes them.
-          keep_last: of those saved with `due`, how many of the newest stay.
+          keep_last: how many of the newest scheduled checkpoints are kept.
           keep_best: and how many of those with the highest score.
           scores: step -> number, higher is better; may grow while the run goes on.
 
@@ -91,28 +103,28 @@ class Checkpoints:
         self._writing = writing
         self._keep_last, self._keep_best = keep_last, keep_best
         self._scores = {} if scores is None else scores
-        self._whole: dict[int, bool] = {}
+        self._checked: dict[int, bool] = {}
         self._latest: int | None = None
         self._saving: Future | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._quiet = contextlib.ExitStack()
         if writing:
             with contextlib.ExitStack() as quiet:
-                quiet.enter_context(told_by_raising_only())
-                self._latest = _agreed(self._open_for_writing)
+                quiet.enter_context(_no_duplicate_tracebacks())
+                self._latest = _of_first_process(self._open_for_writing)
                 self._quiet = quiet.pop_all()
 
     @property
     def latest(self) -> int | None:
         """The step of the newest checkpoint that is whole, None if there is none."""
-        return self._latest if self._writing else self._first_whole(sorted(self._steps(), reverse=True))
+        return self._latest if self._writing else self._first_whole(sorted(self._complete(), reverse=True))
 
     @property
     def best(self) -> int | None:
         """The step of the checkpoint with the highest score of those that are whole, None if none has a
         score."""
-        scored = [step for step in self._steps() if step in self._scores]
-        return self._first_whole(sorted(scored, key=self._rank, reverse=True))
+        scored = [step for step in self._complete() if step in self._scores]
+        return self._first_whole(sorted(scored, key=lambda step: (self._scores[step], step), reverse=True))
 
     def find(self, asked: str | int) -> int:
         """The step that "latest", "best" or a number of steps means.
@@ -123,46 +135,50 @@ class Checkpoints:
         """
         if asked in ("latest", "best"):
             if (step := getattr(self, str(asked))) is None:
-                why = "an evaluation at its step" if asked == "best" and self._steps() else "been written yet"
+                unscored = asked == "best" and self._complete()
+                why = "an evaluation at its step" if unscored else "been written yet"
                 raise FileNotFoundError(
                     f"{self.directory.parent} has no checkpoint that is whole and has {why}: let it train"
                 )
             return step
         if not str(asked).isdecimal():
             raise ValueError(f"`checkpoint`={asked!r} must be latest, best or the number of a step")
-        step, steps = int(asked), sorted(self._steps())
+        step, steps = int(asked), sorted(self._complete())
         if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(
-                f"{self.directory.parent} has no checkpoint of step {step}; there are {there}"
+                f"{self.directory.parent} has no checkpoint of step {step}; there are "
+                f"{', '.join(map(str, steps)) or 'none'}"
             )
         if not self._is_whole(step):
             raise FileNotFoundError(f"the checkpoint of step {step} in {self.directory} is damaged")
         return step
 
     def save(
-        self, step: int, state: TrainState, progress: Progress, *, due: bool = True, wait: bool = False
+        self, step: int, state: TrainState, progress: Progress, *, scheduled: bool = True, wait: bool = False
     ) -> None:
         """Starts to write one checkpoint, after the one before is complete. When this returns, the state may
-        be given away: nothing reads its buffers any more.
+        be
+        donated: nothing reads its buffers any more.
 
         Args:
           step: its number.
           state: the state after `step` steps.
           progress: what belongs to it.
-          due: False for a checkpoint that an unbroken run would not have; it stays until the next one.
+          scheduled: False for an extra checkpoint, written only because the run is stopping; it is removed at
+            the next one.
           wait: return when it is complete.
 
         Raises:
           OSError: it cannot be written; or the one before could not.
         """
         self.wait()
-        folder = self.directory / str(step)
-        with one_sentence(step), _items_of_json():
-            # Where no folder can be made, Orbax would leave its own work lying about, unfinished.
+        with _clear_write_error(step), _progress_as_json():
+            # Where no folder can be made, Orbax would leave its own tasks unfinished.
             tempfile.TemporaryFile(dir=self.directory).close()
-            response = ocp.save_checkpointables_async(str(folder), _items(state, progress))
-        self._saving = self._thread.submit(self._complete, step, due, response)
+            response = ocp.save_checkpointables_async(
+                str(self.directory / str(step)), _items(state, progress)
+            )
+        self._saving = self._thread.submit(self._finalize, step, scheduled, response)
         if wait:
             self.wait()
 
@@ -185,18 +201,17 @@ class Checkpoints:
         """Reads the newest checkpoint.
 
         Args:
-          state: says which shapes, dtypes and shardings to restore to; its values are not used.
+          state: its shapes, dtypes and shardings are those to restore to; its values are not used.
         """
-        items = _items(jax.tree.map(_abstract, state), None)
-        loaded = self._load(self.latest, items)
+        loaded = self._load(self.latest, _items(jax.tree.map(_abstract, state), None))
         fields = {**loaded["model"], "ema": loaded.get("ema", {}), **loaded["trainer"]}
         return TrainState(**fields), Progress(**loaded["progress"])
 
     def load_network(self, params: Any, rest: Any, *, step: int | None = None) -> tuple[Any, Any]:
-        """The network alone: its moving average where there is one, else what was trained.
+        """Reads the network alone: its moving average where there is one, else what was trained.
 
         Args:
-          params, rest: say which shapes, dtypes and shardings to read to.
+          params, rest: their shapes, dtypes and shardings are those to read to.
           step: of the checkpoint, as `find` gives it; the newest when None.
         """
         step = self.latest if step is None else step
@@ -206,69 +221,71 @@ class Checkpoints:
         return loaded["params"], loaded["rest"]
 
     def close(self) -> None:
-        """Waits for the last save, without telling whether it failed."""
+        """Waits for the last save; does not raise its error."""
         self._thread.shutdown(wait=True)
         self._quiet.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         try:
             if kind is None:
                 self.wait()
         finally:
             self.close()
 
-    # -- writing
-
-    def _complete(self, step: int, due: bool, response: Any) -> int:
-        """In the thread: waits for the files, makes them count, and lets older ones go."""
-        with one_sentence(step):
+    def _finalize(self, step: int, scheduled: bool, response: Any) -> int:
+        """In the thread: waits for the files, writes the manifest, and removes older checkpoints."""
+        with _clear_write_error(step):
             response.result()
             if is_first():
-                manifest.write(self.directory / str(step), step=step, due=due)
-                self._remove_others()
+                write_manifest(self.directory / str(step), scheduled=scheduled)
+                self._remove_old()
         return step
 
-    def _remove_others(self) -> None:
-        due = {step: manifest.notes(self.directory / str(step)).get("due", True) for step in self._steps()}
-        for step in set(due) - kept(due, self._scores, last=self._keep_last, best=self._keep_best):
+    def _remove_old(self) -> None:
+        manifests = {step: read_manifest(self.directory / str(step)) for step in self._complete()}
+        scheduled = {step: manifest.get("scheduled", True) for step, manifest in manifests.items()}
+        keep = kept(scheduled, self._scores, last=self._keep_last, best=self._keep_best)
+        for step in set(scheduled) - keep:
             folder = self.directory / str(step)
             # Renamed first: killed in the middle, it leaves nothing that looks like a damaged checkpoint.
-            doomed = folder.with_name(folder.name + _REMOVED)
+            removed = folder.with_name(folder.name + _REMOVED)
             try:
-                folder.replace(doomed)
+                folder.replace(removed)
             except OSError as error:
                 logger.warning("cannot remove the old checkpoint %s: %s", folder, error.strerror or error)
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(removed, ignore_errors=True)
 
     def _open_for_writing(self) -> int | None:
-        """Puts the folder in order; the step to go on from."""
+        """Moves what cannot be used aside and removes leftovers; returns the step to go on from."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        numbered = self._numbered()
-        wrong: dict[int, str] = {}
+        problems: dict[int, str] = {}
         newest = None
-        for step in sorted(numbered, reverse=True):
-            if (found := self._problem(step)) is None:
+        for step in sorted(self._numbered(), reverse=True):
+            if (problem := manifest_problem(self.directory / str(step))) is None:
                 newest = step
                 break
-            wrong[step] = found
-        # The first save of a run may have been killed: then, and only then, is there nothing to lose.
-        first_save = len(wrong) == 1 and not any(self._counted(s) or self._earlier(s) for s in wrong)
-        if wrong and newest is None and not first_save:
-            raise ValueError(_unusable(self.directory, wrong))
-        for step, found in wrong.items():
-            aside = self._move_aside(step)
+            problems[step] = problem
+        # If the first save of a run was killed, and only then, there is nothing to lose.
+        first_save = len(problems) == 1 and not self._complete()
+        if problems and newest is None and not first_save:
+            found = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+            raise ValueError(
+                f"no checkpoint in {self.directory} can be used ({found}). Nothing was changed. Put a copy "
+                "of one of them in its place, or train from the beginning in another `out_dir`"
+            )
+        for step, problem in problems.items():
             logger.warning(
                 "the checkpoint of step %d in %s cannot be used: %s. It was moved to %s; the run goes on "
                 "from %s",
-                *(step, self.directory, found, aside),
+                *(step, self.directory, problem, self._move_aside(step)),
                 "its beginning" if newest is None else f"the checkpoint of step {newest}",
             )
-        self._clear_leftovers()
+        self._remove_leftovers()
         if newest is not None:
-            self._remove_others()
+            self._remove_old()
         return newest
 
     def _move_aside(self, step: int) -> Path:
@@ -279,75 +296,54 @@ class Checkpoints:
         (self.directory / str(step)).rename(aside)
         return aside
 
-    def _clear_leftovers(self) -> None:
-        """Removes what is no checkpoint: files of a save, or of a removal, that was interrupted."""
+    def _remove_leftovers(self) -> None:
+        """Removes the files of a save or of a removal that was interrupted."""
         for path in self.directory.iterdir():
-            if re.fullmatch(r"\d+\.orbax-checkpoint-tmp.*", path.name):
-                step = path.name.partition(".")[0]
-                logger.warning("a save of step %s was interrupted; its unfinished files are removed", step)
+            interrupted = re.fullmatch(r"(\d+)\.orbax-checkpoint-tmp.*", path.name)
+            if interrupted:
+                logger.warning(
+                    "a save of step %s was interrupted; its unfinished files are removed", interrupted[1]
+                )
+            if interrupted or path.name.endswith(_REMOVED):
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name.endswith(_REMOVED):
-                shutil.rmtree(path, ignore_errors=True)
-
-    # -- reading
 
     def _load(self, step: int | None, items: dict[str, Any]) -> dict[str, Any]:
         if step is None:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint that is whole")
-        with _items_of_json():
+        with _progress_as_json():
             return ocp.load_checkpointables(str(self.directory / str(step)), items)
 
     def _numbered(self) -> list[int]:
         return [int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir()]
 
-    def _steps(self) -> list[int]:
-        """Of the checkpoints that count, whole or not."""
-        return [step for step in self._numbered() if self._counted(step)]
-
-    def _counted(self, step: int) -> bool:
-        return manifest.written(self.directory / str(step)) or (not self._writing and self._earlier(step))
-
-    def _earlier(self, step: int) -> bool:
-        """Whether a version without manifests wrote it: there the renaming alone made it count, and where the
-        data were was an item of its own."""
-        folder = self.directory / str(step)
-        return not (folder / "progress").exists() and (folder / "clock").is_dir()
-
-    def _problem(self, step: int) -> str | None:
-        folder = self.directory / str(step)
-        if not manifest.written(folder) and self._earlier(step):
-            if not self._writing:
-                return None
-            return "an earlier version wrote it, which kept other things; its network can be read"
-        return manifest.problem(folder)
+    def _complete(self) -> list[int]:
+        """Steps of the checkpoints that were written to their end, damaged since or not."""
+        return [step for step in self._numbered() if (self.directory / str(step) / MANIFEST).is_file()]
 
     def _first_whole(self, steps: list[int]) -> int | None:
         return next((step for step in steps if self._is_whole(step)), None)
 
     def _is_whole(self, step: int) -> bool:
-        if step not in self._whole:
-            found = self._problem(step)
-            self._whole[step] = found is None
-            # Where it is gone, the run that writes here has removed it.
-            if found is not None and (self.directory / str(step)).is_dir():
+        if step not in self._checked:
+            folder = self.directory / str(step)
+            problem = manifest_problem(folder)
+            self._checked[step] = problem is None
+            if problem is not None and folder.is_dir():  # else the run that writes here has removed it
                 logger.warning(
-                    "the checkpoint of step %d in %s is passed over: %s", step, self.directory, found
+                    "the checkpoint of step %d in %s is skipped: %s", step, self.directory, problem
                 )
-        return self._whole[step]
-
-    def _rank(self, step: int) -> tuple[float, int]:
-        return self._scores[step], step
+        return self._checked[step]
 
 
-def kept(due: Mapping[int, bool], scores: Mapping[int, float], *, last: int, best: int) -> set[int]:
-    """Which checkpoints stay: of those that were `due` the `last` newest and the `best` highest (the later of
-    equals), and the newest of all.
+def kept(scheduled: Mapping[int, bool], scores: Mapping[int, float], *, last: int, best: int) -> set[int]:
+    """Which checkpoints are kept: of the scheduled ones the `last` newest and the `best` with the highest
+    scores (the later of equals), and the newest of all.
 
-    Of the due ones, this gives the same set at the end of a run wherever the run was broken.
+    Of the scheduled ones, this gives the same set at the end of a run wherever the run was interrupted.
     """
-    regular = sorted(step for step in due if due[step])
+    regular = sorted(step for step in scheduled if scheduled[step])
     scored = sorted((s for s in regular if s in scores), key=lambda s: (scores[s], s), reverse=True)
-    return {*regular[-last:], *scored[:best], *sorted(due)[-1:]}
+    return {*regular[-last:], *scored[:best], *sorted(scheduled)[-1:]}
 
 
 def _items(state: TrainState, progress: Progress | None) -> dict[str, Any]:
@@ -359,7 +355,7 @@ def _items(state: TrainState, progress: Progress | None) -> dict[str, Any]:
     return {**items, "trainer": fields, "progress": progress and progress._asdict()}
 
 
-def _items_of_json() -> ocp.Context:
+def _progress_as_json() -> ocp.Context:
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="progress")
     context = ocp.Context()
@@ -367,15 +363,7 @@ def _items_of_json() -> ocp.Context:
     return context
 
 
-def _unusable(directory: Path, wrong: Mapping[int, str]) -> str:
-    found = "; ".join(f"step {step}: {why}" for step, why in wrong.items())
-    return (
-        f"no checkpoint in {directory} can be used ({found}). Nothing was changed. Put a copy of one of them "
-        "in its place, or train from the beginning in another `out_dir`"
-    )
-
-
-def _agreed(decide: Callable[[], int | None]) -> int | None:
+def _of_first_process(decide: Callable[[], int | None]) -> int | None:
     """What the first process decides, in every process; its error is raised in all."""
     found = together("open the checkpoints", lambda: decide() if is_first() else None)
     first = exchange("" if found is None else str(found))[0]
@@ -384,3 +372,115 @@ def _agreed(decide: Callable[[], int | None]) -> int | None:
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+# -- the manifest of a folder: size and checksum of every file in it
+
+
+def write_manifest(folder: Path, **notes: Any) -> None:
+    """Writes the manifest of all files in `folder`, with `notes`.
+
+    Raises:
+      OSError: a file cannot be read, or the manifest not be written.
+    """
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": _checksum(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(MANIFEST)
+    }
+    replace_file(folder / MANIFEST, json.dumps({**notes, "files": files}, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`; empty if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("files"), dict):
+            return values
+    return {}
+
+
+def manifest_problem(folder: Path) -> str | None:
+    """What is wrong with `folder` according to its manifest, None if nothing is. Reads every file."""
+    if not (folder / MANIFEST).is_file():
+        return f"its {MANIFEST} is missing: it was not written to the end"
+    if not (manifest := read_manifest(folder)):
+        return f"its {MANIFEST} cannot be read"
+    for name, expected in manifest["files"].items():
+        if problem := _file_problem(folder / name, expected):
+            return f"its file {name} {problem}"
+    return None
+
+
+def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"has {size} bytes, not {expected['bytes']}"
+        return None if _checksum(path) == expected["blake2b"] else "does not hold what was written to it"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+# -- errors of a disk that is full or read-only
+
+
+@contextlib.contextmanager
+def _clear_write_error(step: int) -> Iterator[None]:
+    """Raises an error of the file system as one `OSError` that says so, whatever Orbax made of it."""
+    try:
+        yield
+    except Exception as error:
+        reason = _file_error(error)
+        if reason is None:
+            raise
+        raise type(reason)(
+            f"cannot write the checkpoint of step {step}: {reason.strerror or reason}"
+        ) from error
+
+
+def _file_error(error: BaseException | None) -> OSError | None:
+    """The error of the file system behind `error`, if there is one. TensorStore has it in its text only."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            number = int(found[1])
+            return OSError(number, os.strerror(number))
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def _no_duplicate_tracebacks() -> Iterator[None]:
+    """Silences the duplicate tracebacks that Orbax logs and TensorStore prints when a save fails: the error
+    is still raised, once."""
+
+    def is_no_duplicate(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised an exception" not in str(record.msg)
+
+    def print_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    log, before = logging.getLogger("absl"), sys.unraisablehook
+    log.addFilter(is_no_duplicate)
+    sys.unraisablehook = print_others
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if type(thread).__name__ == "_SignalingThread":
+                threading.Thread.join(thread)  # its own `join` raises the error again
+        if sys.unraisablehook is print_others:
+            sys.unraisablehook = before
+        log.removeFilter(is_no_duplicate)

@@ -19,13 +19,12 @@ from repopt_jax._version import __version__
 from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
 from repopt_jax.train.config import Config, from_json
-from repopt_jax.train.records import read_json
-from repopt_jax.train.rundir import RunFolder, info_from_json
+from repopt_jax.train.rundir import PART, RunFolder, info_from_json, read_json, replace_file
 from repopt_jax.train.sharding import make_mesh
 from repopt_jax.train.state import split_model
 from repopt_jax.train.tasks import METRICS, Task
 
-_PART = "deploy.json.part"
+RECORD = "deploy.json"
 COMPARED_IMAGES = 1024  # test images on which outputs are compared; more would say the same
 
 
@@ -92,8 +91,8 @@ def deploy(
         return stored
     trained = load_trained(run_dir, checkpoint=origin["step"])
     out_dir.mkdir(parents=True, exist_ok=True)
-    part = out_dir / _PART  # from here on the folder is known as ours, should this be interrupted
-    part.write_text(json.dumps(origin) + "\n", encoding="utf-8")
+    # From here on the folder is known as ours, should this be interrupted.
+    (out_dir / (RECORD + PART)).write_text(json.dumps(origin), encoding="utf-8")
     fused = fuse(trained.model)
     difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
     test = evaluate(trained._replace(model=fused), data_dir=data_dir)
@@ -112,8 +111,7 @@ def deploy(
         test_count=test["count"],
         test={metric.name: test[metric.name] for metric in METRICS[trained.config.task]},
     )
-    part.write_text(json.dumps(dataclasses.asdict(deployed), indent=2) + "\n", encoding="utf-8")
-    part.replace(out_dir / "deploy.json")
+    replace_file(out_dir / RECORD, json.dumps(dataclasses.asdict(deployed), indent=2) + "\n")
     return deployed
 
 
@@ -124,7 +122,7 @@ def load_deployed(directory: str | Path) -> Trained:
       FileNotFoundError: no deployment in `directory`.
     """
     directory = Path(directory).expanduser().absolute()
-    record = read_json(directory / "deploy.json")
+    record = read_json(directory / RECORD)
     if record is None:
         raise FileNotFoundError(f"{directory} has no deploy.json: it holds no deployed network")
     config = from_json(json.dumps(record["config"]))
@@ -150,7 +148,7 @@ def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> T
       FileNotFoundError: there is neither, or no such checkpoint.
       ValueError: a `checkpoint` of a deployment, which has none.
     """
-    if not (Path(directory).expanduser() / "deploy.json").is_file():
+    if not (Path(directory).expanduser() / RECORD).is_file():
         return load_trained(directory, checkpoint="latest" if checkpoint is None else checkpoint)
     if checkpoint is not None:
         raise ValueError(
@@ -220,7 +218,7 @@ def _origin(run_dir: str | Path, checkpoint: str | int) -> dict[str, Any]:
 
 
 def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
-    record = read_json(out_dir / "deploy.json")
+    record = read_json(out_dir / RECORD)
     if record is not None:
         differing = _differing(record, origin)
         if not differing:
@@ -233,7 +231,7 @@ def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
             "that one"
         )
     # Beside its mark, weights are the remains of a deployment that was interrupted; else they are not ours.
-    known = ("weights", _PART) if (out_dir / _PART).exists() else ()
+    known = ("weights", RECORD + PART) if (out_dir / (RECORD + PART)).exists() else ()
     strangers = [p.name for p in sorted(out_dir.glob("*")) if not p.name.startswith(known)]
     if strangers:
         raise ValueError(

@@ -27,9 +27,9 @@ from repopt_jax.train.build import Feed, Program, build_program, make_task, open
 from repopt_jax.train.checkpoint import Checkpoints, Progress
 from repopt_jax.train.config import Config, to_json, validate
 from repopt_jax.train.feeding import Feeder, WaitWarning
-from repopt_jax.train.metrics import MetricsWriter, ProgressBar, Stopwatch, read_records, scale_statistics
+from repopt_jax.train.metrics import ProgressBar, Stopwatch, scale_statistics
 from repopt_jax.train.processes import together
-from repopt_jax.train.rundir import RunFolder, Summary, summarize
+from repopt_jax.train.rundir import MetricsWriter, RunFolder, Summary, read_records, summarize
 from repopt_jax.train.same_scales import check_scales
 from repopt_jax.train.sharding import make_mesh, meet, put_batch
 from repopt_jax.train.state import TrainState, all_finite, merge_model
@@ -100,7 +100,10 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
         feeder = stack.enter_context(contextlib.closing(Feeder(batches)))
         metrics = stack.enter_context(
             MetricsWriter(
-                folder.path, resume_step=start, evaluated=not resumed.owed, tensorboard=config.tensorboard
+                folder.path,
+                resume_step=start,
+                evaluated=not resumed.evaluation_pending,
+                tensorboard=config.tensorboard,
             )
         )
         total = config.epochs * feed.steps_per_epoch
@@ -113,7 +116,7 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
             stop=_Asked(stop or _never),
             waiting=WaitWarning(config.name, workers=config.data.workers),
         )
-        if resumed.owed and _evaluate(job, state, start or 0) is None:
+        if resumed.evaluation_pending and _evaluate(job, state, start or 0) is None:
             return _finish(job, state, finished=False)
         state, finished = _train(job, state, start or 0)
         return _finish(job, state, finished=finished)
@@ -305,7 +308,7 @@ def _save(job: _Job, state: TrainState, step: int, *, owed: bool, wait: bool) ->
     with _nothing_lost(job):
         job.metrics.sync()
         progress = Progress(job.feeder.position, job.seconds, owed, job.mesh.size)
-        job.checkpoints.save(step, state, progress, due=_save_due(job, step), wait=wait)
+        job.checkpoints.save(step, state, progress, scheduled=_save_due(job, step), wait=wait)
 
 
 def _not_finite(job: _Job, what: str) -> str:

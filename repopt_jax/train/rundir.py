@@ -1,16 +1,18 @@
-"""The folder of a run: who may write into it, and the small files that say what it holds.
+"""The folder of a run: which run may write into it, its log, and the small files that say what it holds.
 
 config.json, dataset.json    what is trained on what; written first, never changed
-metrics.jsonl, tensorboard/  how it goes
+metrics.jsonl, tensorboard/  the log
 checkpoints/                 state; `checkpoint` says what is in there
 scales/                      what a search found
-summary.json                 written last: its presence means that the run is finished
+summary.json                 written last: with it the run is finished
 """
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +24,14 @@ import jax
 from repopt_jax._version import __version__
 from repopt_jax.data import DatasetInfo, DetectionInfo
 from repopt_jax.train.config import MOUNTED, Config, differing_fields, from_json, to_json
-from repopt_jax.train.metrics import read_records
-from repopt_jax.train.processes import together
-from repopt_jax.train.records import completed, read_json
+from repopt_jax.train.processes import is_first, together
 from repopt_jax.train.sharding import meet
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
 
 Info = DatasetInfo | DetectionInfo
+
+PART = ".part"  # suffix of a file that is being written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +132,14 @@ class RunFolder:
           ValueError: another run, or files that are no run.
           OSError: the folder cannot be looked at.
         """
-        with _clear_os_error(self.path, "read"):
+        with self._os_errors("read"):
             stored = self._stored_config()
-            summary = self.path / "summary.json"
-            done = read_json(summary) if summary.exists() else None
+            done = read_json(self.path / "summary.json")
         if stored is not None:
             self._check_same(stored, config)
         if stored is None or done is None:
             return None
-        return Summary(**{**completed(done), "reused": True})
+        return Summary(**done, reused=True)
 
     def claim(self, config: Config, info: Info) -> None:
         """Makes the folder that of this run. Call after `finished`.
@@ -154,7 +155,7 @@ class RunFolder:
             raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
 
     def _write_claim(self, config: Config, info: Info) -> None:
-        with _clear_os_error(self.path, "write to"):
+        with self._os_errors("write to"):
             self.path.mkdir(parents=True, exist_ok=True)
             for name, text in (
                 ("config.json", to_json(config)),
@@ -198,8 +199,11 @@ class RunFolder:
         """Writes the summary."""
         values: dict[str, Any] = dataclasses.asdict(summary)
         values.pop("reused")
-        with _clear_os_error(self.path, "write to"):
+        with self._os_errors("write to"):
             self._write("summary.json", json.dumps(values, indent=2))
+
+    def _os_errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
+        return _os_errors(f"{verb} `out_dir` {self.path}", "; choose another folder")
 
     def _stored_config(self) -> Config | None:
         path = self.path / "config.json"
@@ -211,7 +215,7 @@ class RunFolder:
                     f"`out_dir` {self.path} has a config.json that this version did not write ({error}); "
                     "choose another folder"
                 ) from error
-        if self.path.exists() and (strangers := [p.name for p in self.path.iterdir() if p.suffix != _PART]):
+        if self.path.exists() and (strangers := [p.name for p in self.path.iterdir() if p.suffix != PART]):
             raise ValueError(
                 f"`out_dir` {self.path} is not empty and holds no run "
                 f"(it has {', '.join(sorted(strangers)[:3])}); choose an empty or a new folder"
@@ -219,12 +223,8 @@ class RunFolder:
         return None
 
     def _write(self, name: str, text: str) -> None:
-        if jax.process_index() != 0:
-            return
-        # Renamed into place, so that a file is either whole or not there.
-        part = self.path / (name + _PART)
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(self.path / name)
+        if is_first():
+            replace_file(self.path / name, text + "\n")
 
 
 def info_from_json(task: str, fields: Mapping[str, Any]) -> Info:
@@ -238,9 +238,6 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-_PART = ".part"
-
-
 def _versions() -> dict[str, str]:
     names = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
     found = {"python": platform.python_version(), "repopt_jax": __version__}
@@ -252,10 +249,155 @@ def _versions() -> dict[str, str]:
     return found
 
 
+# -- files
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it, so that it is either whole and on disk or not there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    part = path.with_name(path.name + PART)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        _sync(file.fileno())
+    part.replace(path)
+
+
+def read_json(path: Path, *, default: Any = None) -> Any:
+    """The content of a JSON file, or `default` where there is no such file.
+
+    Raises:
+      ValueError: the file is not JSON.
+    """
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _sync(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:  # os.devnull and some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+
+
 @contextlib.contextmanager
-def _clear_os_error(path: Path, verb: str) -> Iterator[None]:
+def _os_errors(doing: str, advice: str = "") -> Iterator[None]:
+    """Raises an `OSError` again with what could not be done, and what to do."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise type(error)(f"cannot {verb} `out_dir` {path}: {reason}; choose another folder") from error
+        raise type(error)(f"cannot {doing}: {error.strerror or error}{advice}") from error
+
+
+# -- the log
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl`, one JSON object a line, and to TensorBoard. A context manager."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        resume_step: int | None,
+        evaluated: bool = True,
+        tensorboard: bool = False,
+    ):
+        """Opens the file for a run that starts after `resume_step`, or anew for None.
+
+        Lines past that step were written by a run that was killed after its last checkpoint. They are
+        dropped, so that the file ends as that of an unbroken run; and so is the evaluation of that step,
+        unless it counts as `evaluated`.
+
+        Raises:
+          ImportError: TensorBoard is asked for and tensorboardX is not installed.
+          OSError: the file cannot be written.
+        """
+        # The first process writes; the others hold the same numbers and drop them.
+        path = Path(directory) / "metrics.jsonl"
+        self._path = path if is_first() else Path(os.devnull)
+        with _os_errors(f"write to {self._path}"):
+            if is_first():
+                _drop_after(path, resume_step, evaluated)
+            # Without a buffer: what could not be written is not tried again when the file is closed.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+        self._board = None
+        if tensorboard and is_first():
+            self._board = _open_board(Path(directory), resume_step)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes one record; it has a "kind" and a "step".
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        with _os_errors(f"write to {self._path}"):
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def sync(self) -> None:
+        """Waits until all records are on disk: a checkpoint promises the lines up to its step.
+
+        Raises:
+          OSError: they cannot be written.
+        """
+        with _os_errors(f"write to {self._path}"):
+            _sync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without a half-written last one; none if there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_after(path: Path, step: int | None, evaluated: bool) -> None:
+    kept = [] if step is None else [r for r in read_records(path) if r["step"] <= step]
+    if not evaluated:
+        kept = [r for r in kept if not (r["kind"] == "eval" and r["step"] == step)]
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _open_board(directory: Path, resume_step: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
+        ) from error
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name not in ("step", "kind"):
+            yield prefix + name, value

@@ -1,4 +1,4 @@
-"""A run's folder, read back for people: its summary, its curves, and how its scales moved."""
+"""A run's folder read back: its summary, its curves, and how its scales moved."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.train.metrics import read_records
+from repopt_jax.train.rundir import read_json, read_records
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,7 @@ def read_run(run_dir: str | Path) -> Run:
         records = tuple(read_records(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} has a line that is not JSON: {error}") from error
-    summary = read_json(directory / "summary.json", default={})
-    return Run(directory, completed(summary) if summary else {}, records)
-
-
-def completed(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What a summary.json holds, with the fields that those of an older version lack.
-
-    They were written when there was nothing but classification, and waiting for data was not measured.
-    """
-    former = {"task": "classify", "test": {"accuracy": summary["test_accuracy"]}, "data_wait": None}
-    return {**former, **summary}
+    return Run(directory, read_json(directory / "summary.json", default={}), records)
 
 
 def read_history(run_dir: str | Path) -> History:
@@ -115,20 +105,6 @@ def history_of(scales: Sequence[Mapping], train: Sequence[Mapping] = ()) -> Hist
     }
     epochs = np.array([float(r["epoch"]) for r in scales])
     return History(epochs, _rates([r["step"] for r in scales], train), vectors)
-
-
-def read_json(path: Path, *, default: Any = None) -> Any:
-    """The content of a JSON file, or `default` where there is no such file.
-
-    Raises:
-      ValueError: the file is not JSON.
-    """
-    if not path.is_file():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _natural(item: tuple[str, Any]) -> list[Any]:
