@@ -1,4 +1,4 @@
-"""Python files that a caller names on the command line: run as a module, and one function of it called."""
+"""Python files named on the command line, configs and checks: imported, and one function of them called."""
 
 import importlib.util
 import sys
@@ -7,27 +7,27 @@ from typing import Any
 
 
 def call(path: Path, function: str, *args: Any, noun: str) -> Any:
-    """What `function(*args)` of the Python file `path` returns.
+    """Imports the Python file `path` and returns `function(*args)` of it.
 
-    The file may import what lies beside it, as a script may.
+    Like a script, the file may import modules of its own folder.
 
     Args:
       path: the file.
-      function: its name in the file.
-      noun: what such a file is, for the messages ("config").
+      function: name of the function in the file.
+      noun: what such a file is called in messages ("config").
 
     Raises:
-      ValueError: it is no Python file, or not valid Python, or has no such function.
+      ValueError: `path` is not a Python file, is not valid Python, or has no such function.
     """
     what = f"a {noun} is a file NAME.py with a function `{function}`"
     name = f"repopt_{noun}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file: {what}")
+        raise ValueError(f"{path} is not a Python file: {what}")
     module = importlib.util.module_from_spec(spec)
     folder = str(path.absolute().parent)
     before = sys.modules.get(name)
-    sys.modules[name] = module  # dataclasses look their own module up
+    sys.modules[name] = module  # dataclasses look up their module by name
     sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
