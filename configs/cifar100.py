@@ -22,6 +22,10 @@ from repopt_jax.train.recipes import parse_argument, smoke
 # Network -> top-1 of the search itself, where it is told: paper (arXiv 2205.15242), table 6. It is no measure
 # of the scales: other strides give a better search and worse scales.
 RUNS = {"B1": 0.5453, "B2": None, "L1": None, "L2": None, "ghost-0.5": None}
+NETWORKS = {
+    **{key: f"repopt-vgg-{key.lower()}" for key in ("B1", "B2", "L1", "L2")},
+    "ghost-0.5": "repopt-ghostnet-0.5",
+}
 
 
 def get_config(arg: str = "") -> Config:
@@ -35,7 +39,7 @@ def get_config(arg: str = "") -> Config:
         eval_every=10,
         published=RUNS[network],
         mesh=MeshConfig(statistics="device"),
-        model=ModelConfig(variant=network, kind="search"),
+        model=ModelConfig(name=NETWORKS[network], mode="search"),
         data=DataConfig(
             source="tfds",
             name="cifar100",

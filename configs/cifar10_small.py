@@ -15,26 +15,20 @@ argument (`cifar10_small.py:search,smoke`) runs two short epochs on a few embedd
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
 from repopt_jax.train.recipes import parse_argument, smoke
 
-# Argument -> kind of network, scales.
-RUNS = {
-    "plain": ("target", ""),
-    "search": ("search", ""),
-    "repopt": ("target", "runs/cifar10_small/search/scales"),
-    "repvgg": ("repvgg", ""),
-}
+# Mode -> scales.
+RUNS = {"plain": "", "search": "", "repopt": "runs/cifar10_small/search/scales", "repvgg": ""}
 
 
 def get_config(arg: str = "") -> Config:
-    run, small = parse_argument(arg, RUNS)
-    kind, scales = RUNS[run]
+    mode, small = parse_argument(arg, RUNS)
     config = Config(
-        name=f"cifar10_small-{run}",
+        name=f"cifar10_small-{mode}",
         epochs=8,
         batch_size=128,
         eval_batch_size=1000,
-        scales=scales,
+        scales=RUNS[mode],
         log_every=20,
-        model=ModelConfig(variant="cifar-small", kind=kind),
+        model=ModelConfig(name="vgg-cifar-small", mode=mode),
         data=DataConfig(
             source="folder",
             image_size=32,
@@ -46,6 +40,6 @@ def get_config(arg: str = "") -> Config:
             eval_limit=5_000,
         ),
         # Clipping steadies a search, as published; the other runs need none.
-        optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, clip_norm=5.0 if kind == "search" else None),
+        optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, clip_norm=5.0 if mode == "search" else None),
     )
     return smoke(config) if small else config

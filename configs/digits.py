@@ -13,19 +13,19 @@
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
 from repopt_jax.train.recipes import parse_argument, smoke
 
-# Argument -> kind of network, scales.
+# Argument -> mode, scales.
 RUNS = {
-    "plain": ("target", ""),
+    "plain": ("plain", ""),
     "search": ("search", ""),
-    "repopt": ("target", "runs/digits/search/scales"),
-    "depth": ("target", "depth"),
+    "repopt": ("repopt", "runs/digits/search/scales"),
+    "depth": ("repopt", "depth"),
     "repvgg": ("repvgg", ""),
 }
 
 
 def get_config(arg: str = "") -> Config:
     run, small = parse_argument(arg, RUNS)
-    kind, scales = RUNS[run]
+    mode, scales = RUNS[run]
     config = Config(
         name=f"digits-{run}",
         epochs=20,
@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> Config:
         eval_batch_size=256,
         scales=scales,
         log_every=10,
-        model=ModelConfig(variant="digits", kind=kind),
+        model=ModelConfig(name="vgg-digits", mode=mode),
         data=DataConfig(source="digits", image_size=8, crop_padding=1, mean=(0.3,), std=(0.37,)),
         # Half of a few hundred steps would be too long a warm-up; one epoch keeps the first steps small.
         optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, warmup_epochs=1),

@@ -70,8 +70,8 @@ def _recipes() -> dict[str, Config]:
 
 
 def _repopt(network: str, way: str, published: float | None) -> Config:
-    kind = "target" if way in ("", "-plain") else way.removeprefix("-")
-    config = _base(network, kind, published)
+    name = f"repopt-vgg-{network}" if network in ("B1", "B2", "L1", "L2") else "repopt-ghostnet-0.5"
+    config = _base(name, way.removeprefix("-") or "repopt", published)
     config.scales = "" if way else f"runs/cifar100/{network}/scales"
     config.optim = OptimConfig(
         learning_rate=0.1,
@@ -93,14 +93,14 @@ def _repopt(network: str, way: str, published: float | None) -> Config:
 
 
 def _repvgg(variant: str, published: float) -> Config:
-    config = _base(variant, "repvgg", published)
+    config = _base(f"repvgg-{variant}", "repvgg", published)
     config.data.resize = 256
     config.optim = OptimConfig(learning_rate=0.1, base_batch=256, nesterov=False, weight_decay=1e-4)
     return config
 
 
 def _repghost(width: str, published: float) -> Config:
-    config = _base(f"ghost-{width}", "repghost", published)
+    config = _base(f"repghost-{width}", "repghost", published)
     config.epochs, config.batch_size = 300, 8 * 128
     config.model.dtype = "bfloat16"
     config.data.resize, config.data.jitter, config.data.erasing = 256, 0.4, 0.2
@@ -121,7 +121,7 @@ def _repghost(width: str, published: float) -> Config:
     return config
 
 
-def _base(variant: str, kind: str, published: float | None) -> Config:
+def _base(name: str, mode: str, published: float | None) -> Config:
     """What all have in common: 8 devices of 32 images, 120 epochs, random crops."""
     return Config(
         epochs=120,
@@ -132,7 +132,7 @@ def _base(variant: str, kind: str, published: float | None) -> Config:
         keep_best=1,
         published=published,
         mesh=MeshConfig(statistics="device"),
-        model=ModelConfig(variant=variant, kind=kind),
+        model=ModelConfig(name=name.lower(), mode=mode),
         data=DataConfig(
             source="folder",
             image_size=224,

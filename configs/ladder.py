@@ -29,12 +29,12 @@ SEARCHED = "runs/ladder/search-0/scales"
 RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
     "search": ("search", {}),
     "1-plain": ("plain", {}),
-    "2-init": ("plain", {"scales": SEARCHED, "rules": "init"}),
-    "3-multiplier": ("plain", {"scales": SEARCHED, "rules": "multiplier"}),
-    "4-ones": ("plain", {"scales": "ones"}),
-    "5-depth": ("plain", {"scales": "depth"}),
-    "6-means": ("plain", {"scales": SEARCHED, "scales_mean": True}),
-    "7-full": ("plain", {"scales": SEARCHED}),
+    "2-init": ("repopt", {"scales": SEARCHED, "rules": "init"}),
+    "3-multiplier": ("repopt", {"scales": SEARCHED, "rules": "multiplier"}),
+    "4-ones": ("repopt", {"scales": "ones"}),
+    "5-depth": ("repopt", {"scales": "depth"}),
+    "6-means": ("repopt", {"scales": SEARCHED, "scales_mean": True}),
+    "7-full": ("repopt", {"scales": SEARCHED}),
     "8-direct": ("search", {}),
     "9-frozen": ("search", {"freeze_scales": 0.1}),
 }

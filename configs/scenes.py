@@ -14,32 +14,25 @@ makes all of them. By hand:
 `,smoke` after the argument (`scenes.py:search,smoke`) runs two short epochs on a few scenes.
 """
 
-from repopt_jax.surgery.modes import Mode
 from repopt_jax.train.config import Config, DataConfig, DetectConfig, ModelConfig, OptimConfig
 from repopt_jax.train.recipes import parse_argument, smoke
 
-# Mode -> kind of network, scales.
-RUNS = {
-    Mode.PLAIN: ("target", ""),
-    Mode.SEARCH: ("search", ""),
-    Mode.REPOPT: ("target", "runs/scenes/search/scales"),
-    Mode.REPVGG: ("repvgg", ""),
-}
+# Mode -> scales.
+RUNS = {"plain": "", "search": "", "repopt": "runs/scenes/search/scales", "repvgg": ""}
 
 
 def get_config(arg: str = "") -> Config:
     mode, small = parse_argument(arg, RUNS)
-    kind, scales = RUNS[Mode(mode)]
     config = Config(
         name=f"scenes-{mode}",
         task="detect",
         epochs=10,
         batch_size=16,
         eval_batch_size=32,
-        scales=scales,
+        scales=RUNS[mode],
         log_every=20,
         eval_every=2,
-        model=ModelConfig(variant="scenes", kind=kind, activation="relu6"),
+        model=ModelConfig(name="fcos-scenes", mode=mode, activation="relu6"),
         data=DataConfig(source="scenes", image_size=64, mean=(0.3,), std=(0.25,)),
         optim=OptimConfig(learning_rate=0.04, weight_decay=1e-4, warmup_epochs=1, clip_norm=10.0),
         detect=DetectConfig(level_range=4.0),

@@ -1,7 +1,6 @@
 """The networks that are measured, and their training steps: those of the trainer, on one device."""
 
 import contextlib
-import dataclasses
 import types
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax import nnx
 
 from repopt_jax.bench.settings import NETWORKS, Settings
 from repopt_jax.data import DatasetInfo
-from repopt_jax.train.build import Feed, abstract_program, build_program, make_task
+from repopt_jax.train.build import Feed, abstract_program, build_model, build_program
 from repopt_jax.train.config import Config, ModelConfig, OptimConfig
 from repopt_jax.train.sharding import batch_sharding, make_mesh
 
@@ -26,13 +25,13 @@ def title(name: str) -> str:
 
 def config_of(name: str, settings: Settings, dtype: str, batch: int) -> Config:
     """The run whose step is measured: SGD with Nesterov's momentum and decay."""
-    _, model, scales = NETWORKS[name]
+    _, mode, scales = NETWORKS[name]
     return Config(
         name=name,
         batch_size=batch,
         scales=scales,
         rules="multiplier" if scales else "both",  # where the kernels start makes no difference to the time
-        model=dataclasses.replace(ModelConfig(variant=settings.variant, dtype=dtype), **model),
+        model=ModelConfig(name=settings.model, mode=mode, dtype=dtype),
         optim=OptimConfig(learning_rate=0.01),
     )
 
@@ -51,7 +50,8 @@ def info_of(settings: Settings) -> DatasetInfo:
 
 
 def new_model(name: str, settings: Settings, dtype: str = "float32") -> Any:
-    return make_task(config_of(name, settings, dtype, 1)).new_model(info_of(settings), seed=0)
+    model, _ = build_model(config_of(name, settings, dtype, 1), info_of(settings))
+    return model
 
 
 def abstract_model(name: str, settings: Settings) -> tuple[Any, Any]:

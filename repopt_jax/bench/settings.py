@@ -7,15 +7,14 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from repopt_jax.models import VGG_VARIANTS
+from repopt_jax import models
 
-# Name on the command line -> what it is called in results, its kind, its form, and its scales.
-NETWORKS: dict[str, tuple[str, dict[str, str], str]] = {
-    "plain": ("plain", {"kind": "target"}, ""),
-    "repopt": ("RepOpt", {"kind": "target"}, "depth"),
-    "csla": ("CSLA, merged in weight space", {"kind": "search"}, ""),
-    "csla-branches": ("CSLA, branch by branch", {"kind": "search", "form": "branches"}, ""),
-    "repvgg": ("RepVGG", {"kind": "repvgg"}, ""),
+# Name on the command line -> what it is called in results, its mode, and its scales.
+NETWORKS: dict[str, tuple[str, str, str]] = {
+    "plain": ("plain", "plain", ""),
+    "repopt": ("RepOpt", "repopt", "depth"),
+    "search": ("search, merged in weight space", "search", ""),
+    "repvgg": ("RepVGG", "repvgg", ""),
 }
 DTYPES = ("float32", "bfloat16")
 LEAST_ROUNDS = 3
@@ -26,7 +25,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-      variant: a row of `models.VGG_VARIANTS`.
+      model: a classifier of `models.list()`.
       size: side of the square images, in pixels.
       batches: images in a batch; each is measured.
       dtypes: of the computation, "float32" or "bfloat16"; parameters stay float32. Each is measured.
@@ -43,7 +42,7 @@ class Settings:
       ValueError: values that cannot be measured, all of them.
     """
 
-    variant: str = "B1"
+    model: str = "repopt-vgg-b1"
     size: int = 224
     batches: tuple[int, ...] = (32,)
     dtypes: tuple[str, ...] = ("float32",)
@@ -66,7 +65,7 @@ class Settings:
             problems.append(f"`rounds` is {self.rounds}: medians with quartiles need at least {LEAST_ROUNDS}")
         if self.memory is not None and not (math.isfinite(self.memory) and self.memory > 0):
             problems.append(f"`memory` is {self.memory}: it must be a number of gigabytes above 0")
-        problems += _unknown("variant", (self.variant,), VGG_VARIANTS)
+        problems += _unknown("model", (self.model,), models.list("classify"))
         problems += _unknown("dtype", self.dtypes, DTYPES)
         problems += _unknown("networks", self.networks, NETWORKS)
         problems += [
@@ -83,12 +82,12 @@ class Settings:
         return list(itertools.product(self.dtypes, self.batches))
 
     def told(self, dtype: str, batch: int) -> str:
-        """`B1, bfloat16, 32 images of 224 px`."""
-        return f"{self.variant}, {dtype}, {batch} images of {self.size} px"
+        """`repopt-vgg-b1, bfloat16, 32 images of 224 px`."""
+        return f"{self.model}, {dtype}, {batch} images of {self.size} px"
 
     def recorded(self, **more: Any) -> dict[str, Any]:
         """What of this, and `more`, results say of one measurement."""
-        return {"variant": self.variant, "classes": self.classes, **more}
+        return {"model": self.model, "classes": self.classes, **more}
 
 
 def _unknown(name: str, values: Iterable[str], known: Iterable[str]) -> list[str]:

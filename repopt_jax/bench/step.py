@@ -107,7 +107,7 @@ def _largest(settings: Settings, dtype: str, limit: int, where: str) -> Section:
             facts["of_repvgg"] = facts["batch"] / base
     return Section(
         part="largest",
-        title=f"Largest batch, {settings.variant}, {dtype}, {settings.size} px, in {limit / 1e9:.1f} GB",
+        title=f"Largest batch, {settings.model}, {dtype}, {settings.size} px, in {limit / 1e9:.1f} GB",
         settings=settings.recorded(size=settings.size, dtype=dtype, limit_bytes=limit, limit_is=where),
         candidates=found,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from repopt_jax import models
 from repopt_jax.bench import results
 from repopt_jax.bench.compiling import bench_compile
 from repopt_jax.bench.feeding import bench_input
@@ -13,7 +14,6 @@ from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.step import bench_largest, bench_step
 from repopt_jax.bench.update import bench_optimizers, bench_update
-from repopt_jax.models import VGG_VARIANTS
 
 LOG = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def bench(
       command: what results say they come from.
 
     Raises:
-      ValueError: unknown parts; a variant that one of them does not make; OUT.json holds something else,
+      ValueError: unknown parts; a network that one of them does not make; OUT.json holds something else,
         or another machine's results; or as the parts.
       ModuleNotFoundError: torch is the only part and not installed.
     """
@@ -63,10 +63,11 @@ def bench(
         raise ValueError(f"`parts` {', '.join(unknown)}: they must be of {', '.join(PARTS)} or all")
     if not parts:
         raise ValueError(f"`parts` is empty: give some of {', '.join(PARTS)}, or all")
-    if "torch" in parts and VGG_VARIANTS[settings.variant].pre_se:
+    network = models.find(settings.model)
+    if "torch" in parts and (network.family is not models.vgg or network.variant.pre_se):
         raise ValueError(
-            f"{settings.variant} has squeeze-and-excitation, which the part torch does not make: name the "
-            "other parts, or measure another variant"
+            f"the part torch makes VGG-style networks without squeeze-and-excitation only, not "
+            f"{settings.model}: name the other parts, or measure another network"
         )
     everything = results.read(out) if out else None
     done: list[Section] = []

@@ -13,13 +13,22 @@ import jax
 import torch
 from torch import nn
 
+from repopt_jax import models
 from repopt_jax.bench.networks import title
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.step import add_speed, section_of, stepping
 from repopt_jax.bench.timing import Builder, Candidate, Facts, measure
-from repopt_jax.bench.update import BYTES, COPY, add_bandwidth, copying, parameters, random_like, updating
-from repopt_jax.models import VGG_VARIANTS
+from repopt_jax.bench.update import (
+    BYTES,
+    COPY,
+    add_bandwidth,
+    copying,
+    kernels,
+    parameters,
+    random_like,
+    updating,
+)
 from repopt_jax.models.vgg import VGGVariant, block_specs
 from repopt_jax.train.config import OptimConfig
 from repopt_jax.train.optimizer import make_optimizer
@@ -65,7 +74,7 @@ def _updates(settings: Settings) -> Section:
     count = sum(array.size for array in arrays)
 
     def updating_by(scales: Any) -> Builder:
-        tx = make_optimizer(OptimConfig(), lambda _: 0.1, scales=scales, batch_size=1)
+        tx = make_optimizer(OptimConfig(), lambda _: 0.1, scales=scales, batch_size=1, decayed=kernels)
         return lambda: updating(tx, values, {"moved_bytes": BYTES * count})
 
     builders: dict[str, Builder] = {
@@ -79,7 +88,7 @@ def _updates(settings: Settings) -> Section:
     add_bandwidth(found)
     return Section(
         part="torch",
-        title=f"Optimizer update beside PyTorch, SGD, {settings.variant}, {count:,} parameters",
+        title=f"Optimizer update beside PyTorch, SGD, {settings.model}, {count:,} parameters",
         settings=settings.recorded(parameters=count, torch=torch.__version__),
         rounds=settings.rounds,
         candidates=found,
@@ -89,7 +98,7 @@ def _updates(settings: Settings) -> Section:
 def torch_stepping(settings: Settings, dtype: str, batch: int, *, compiled: bool) -> tuple[Candidate, Facts]:
     """A training step: forward, backward, update; batch norm in training mode."""
     device = torch_device()
-    network = plain_network(VGG_VARIANTS[settings.variant], settings.classes).to(device)
+    network = plain_network(models.find(settings.model).variant, settings.classes).to(device)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = sgd(network, foreach=True)
     size = (batch, 3, settings.size, settings.size)

@@ -25,6 +25,7 @@ from repopt_jax.core.scales import Scales
 from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
 from repopt_jax.optim.reparameterize import reparameterize
 from repopt_jax.optim.sgd import gradient_multipliers, repopt_mask, repopt_sgd
+from repopt_jax.surgery.search import depth_scales
 from repopt_jax.train.config import OptimConfig
 from repopt_jax.train.optimizer import make_optimizer
 
@@ -46,7 +47,7 @@ def bench_update(settings: Settings) -> list[Section]:
     shapes, scales = parameters(settings)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     plain, repopt = (
-        make_optimizer(OptimConfig(), optax.constant_schedule(0.1), scales=s, batch_size=1)
+        make_optimizer(OptimConfig(), optax.constant_schedule(0.1), scales=s, batch_size=1, decayed=kernels)
         for s in (None, scales)
     )
     chains = {
@@ -69,7 +70,7 @@ def bench_update(settings: Settings) -> list[Section]:
     return [
         Section(
             part="update",
-            title=f"Optimizer update, SGD, {settings.variant}, {count:,} parameters",
+            title=f"Optimizer update, SGD, {settings.model}, {count:,} parameters",
             settings=settings.recorded(parameters=count),
             rounds=settings.rounds,
             candidates=found,
@@ -113,7 +114,7 @@ def bench_optimizers(settings: Settings) -> list[Section]:
     return [
         Section(
             part="optimizers",
-            title=f"Optimizer update, other optimizers, {settings.variant}, {count:,} parameters",
+            title=f"Optimizer update, other optimizers, {settings.model}, {count:,} parameters",
             settings=settings.recorded(parameters=count),
             rounds=settings.rounds,
             candidates=found,
@@ -124,7 +125,12 @@ def bench_optimizers(settings: Settings) -> list[Section]:
 def parameters(settings: Settings) -> tuple[Any, Scales]:
     """Shapes of the variant's trained arrays, and scales by the depth rule for them."""
     model, shapes = abstract_model("plain", settings)
-    return shapes, model.depth_scales()
+    return shapes, depth_scales(model)
+
+
+def kernels(params: Any) -> Any:
+    """The mask of weight decay for a plain network: everything but vectors."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def random_like(shapes: Any) -> Any:

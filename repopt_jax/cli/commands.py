@@ -53,21 +53,21 @@ def quickstart(args: argparse.Namespace) -> int:
 def search(args: argparse.Namespace) -> int:
     """Find scales by a hyper-search.
 
-    Trains a network of kind "search", says whether its scales have settled, and writes them to DIR/scales.
+    Trains a network in mode "search", says whether its scales have settled, and writes them to DIR/scales.
     Example:
 
       repopt search --config=digits:search --out=runs/digits/search"""
     config = read_config(args.config, args.overrides)
-    if config.model.kind != "search":
+    if config.model.mode != "search":
         raise ValueError(
-            f"`model.kind` is {config.model.kind!r}: `repopt search` needs a config of kind 'search'; use "
-            "`repopt train` for the others, or add --config.model.kind=search"
+            f"`model.mode` is {config.model.mode!r}: `repopt search` needs a config of mode 'search'; use "
+            "`repopt train` for the others, or add --config.model.mode=search"
         )
     out = _absolute(args.out)
     if exit_code := _run(config, out):
         return exit_code
-    from repopt_jax.report import monitor
-    from repopt_jax.train import processes, records
+    from repopt_jax.report import monitor, records
+    from repopt_jax.train import processes
 
     if not processes.is_first():
         return 0
@@ -90,7 +90,7 @@ def command_after_search(config: Any, out: Path, file_and_arg: str, overrides: S
     # Classifiers need clipping only in the search, detectors in every training.
     clipping = [] if config.task == "detect" else ["--config.optim.clip_norm=None"]
     changes = [
-        "--config.model.kind=target",
+        "--config.model.mode=repopt",
         *clipping,
         f"--config.name={config.name}-repopt",
         f"--config.scales={out / 'scales'}",
@@ -103,8 +103,8 @@ def command_after_search(config: Any, out: Path, file_and_arg: str, overrides: S
 def train(args: argparse.Namespace) -> int:
     """Train a network.
 
-    With --config.scales, a plain network is trained by RepOpt: ones, depth, or the folder that a search
-    wrote. Example:
+    --config.model.mode says in which way; mode repopt takes --config.scales: ones, depth, or the folder that
+    a search wrote. Example:
 
       repopt train --config=digits:repopt --config.scales=runs/digits/search/scales --out=runs/repopt"""
     return _run(read_config(args.config, args.overrides), _absolute(args.out))

@@ -181,7 +181,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
 
     bench = add("bench", commands.bench)
     bench.add_argument("parts", metavar="PARTS", type=words, help="what is measured, as above")
-    bench.option("--variant=NAME", "variant of RepOptVGG (B1)")
+    bench.option("--model=NAME", "a classifier of this library (repopt-vgg-b1)")
     bench.option("--size=N", "side of the images in pixels (224)", type=int)
     bench.option("--batch=N,...", "images in a batch (32); each is measured", type=integers, dest="batches")
     bench.option(
@@ -191,7 +191,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     bench.option("--classes=N", "of the classifier (1000)", type=int)
     bench.option(
         "--networks=NAME,...",
-        "of step, largest, inference, torch and compile: plain, repopt, csla, csla-branches, repvgg (all)",
+        "of step, largest, inference, torch and compile: plain, repopt, search, repvgg (all)",
         type=words,
     )
     bench.option("--memory=GB", "limit for the largest batch (what the device has)", type=float)

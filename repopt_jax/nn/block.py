@@ -131,11 +131,17 @@ def conv(
     )
 
 
-def batch_norm(channels: int, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """Batch norm with PyTorch's constants (its momentum 0.1 is 0.9 here) and a variance without
-    cancellation."""
+def batch_norm(channels: int, *, start: float = 1.0, dtype: Any = None, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """Batch norm with PyTorch's constants (its momentum 0.1 is 0.9 here) and a variance without cancellation;
+    its scale starts at `start`."""
     return nnx.BatchNorm(
-        channels, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs
+        channels,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_fast_variance=False,
+        scale_init=nnx.initializers.constant(start),
+        dtype=dtype,
+        rngs=rngs,
     )
 
 

@@ -96,9 +96,7 @@ class StructuredLayer(nnx.Module):
             self.scales[key] = variable(jnp.asarray(given.get(key, start), param_dtype))
         self.norms = nnx.Dict({})
         for key, part in normed.items():
-            norm = batch_norm(part.layer.outputs, dtype=dtype, rngs=rngs)
-            norm.scale.set_value(norm.scale[...] * part.stage.start)
-            self.norms[key] = norm
+            self.norms[key] = batch_norm(part.layer.outputs, start=part.stage.start, dtype=dtype, rngs=rngs)
         self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype)))
 
     @property

@@ -1,8 +1,7 @@
 """The whole path once, on one command: search, extract scales, train, check, deploy, report.
 
     OUT/search/            the hyper-search; the scales that it found are in OUT/search/scales
-    OUT/runs/<way>-<seed>/ plain SGD, RepOpt with searched scales, RepVGG where the network has such blocks
-                           (classifiers also the depth rule)
+    OUT/runs/<way>-<seed>/ plain SGD, RepOpt with searched scales, RepVGG (classifiers also the depth rule)
     OUT/equivalence.json   training the CSLA network against training the plain one with `repopt_mask`
     OUT/deploy/<way>/      the first seed of each way as plain convolutions
     OUT/report.html, report.json, report/
@@ -29,18 +28,17 @@ from repopt_jax.train.checking import config_check
 from repopt_jax.train.config import Config, differing_fields, from_json, to_json, validate
 from repopt_jax.train.deploy import Deployed, deploy, load_deployed
 from repopt_jax.train.loop import run
-from repopt_jax.train.networks import find_network
 from repopt_jax.train.rundir import PART, Summary, read_json, replace_file
 from repopt_jax.train.tasks import METRICS, told
 from repopt_jax.verify import equivalence as verify
 
 Say = Callable[[str], None]
 
-# Way -> kind of network, scales; None stands for what the search finds.
+# Way -> mode, scales; None stands for what the search finds.
 WAYS: dict[str, tuple[str, str | None]] = {
-    "plain": ("target", ""),
-    "repopt": ("target", None),
-    "depth": ("target", "depth"),
+    "plain": ("plain", ""),
+    "repopt": ("repopt", None),
+    "depth": ("repopt", "depth"),
     "repvgg": ("repvgg", ""),
 }
 # Task -> the ways that are compared, and how often each is trained where the caller does not say.
@@ -70,7 +68,7 @@ def quickstart(
     """Runs the whole path in `out_dir`.
 
     Args:
-      base: what all runs share: network, data, epochs, optimizer. Kind, scales, name and seed are set here.
+      base: what all runs share: network, data, epochs, optimizer. Mode, scales, name and seed are set here.
       out_dir: new, empty, or that of an earlier quickstart with an equal `base`, which is continued or
         reused.
       seeds: how often each way of training is repeated, with seeds `base.seed`, `base.seed` + 1, ...; by
@@ -84,8 +82,8 @@ def quickstart(
       OSError, FloatingPointError: as `loop.run`.
     """
     _check(base, seeds)
-    ways = _ways(base)
-    seeds = COMPARED[base.task][1] if seeds is None else seeds
+    ways, usual_seeds = COMPARED[base.task]
+    seeds = usual_seeds if seeds is None else seeds
     out_dir = Path(out_dir).expanduser().absolute()
     _claim(out_dir, base)
 
@@ -100,7 +98,7 @@ def quickstart(
 
     steps, _ = CHECKED[base.task]
     say(f"Check in float64: CSLA network against plain network with repopt_mask, {steps} steps")
-    check = variant(base, "check", "target", str(scales))
+    check = variant(base, "check", "repopt", str(scales))
     equivalence = check_equivalence(check, out_dir / "equivalence.json")
     say(_told_equivalence(equivalence))
 
@@ -127,10 +125,10 @@ def _check(base: Config, seeds: int | None) -> None:
     problems = []
     if seeds is not None and seeds < 1:
         problems.append(f"`seeds` is {seeds}; it must be at least 1")
-    if base.model.kind != "target" or base.scales:
+    if base.model.mode != "plain" or base.scales:
         problems.append(
-            f"`base` has kind {base.model.kind!r} and scales {base.scales!r}, which quickstart sets itself: "
-            "give the config of a plain run (kind 'target', no scales)"
+            f"`base` has mode {base.model.mode!r} and scales {base.scales!r}, which quickstart sets itself: "
+            "give the config of a plain run (mode 'plain', no scales)"
         )
     if base.optim.name != "sgd":
         problems.append(
@@ -139,17 +137,8 @@ def _check(base: Config, seeds: int | None) -> None:
         )
     if problems:
         raise ValueError("; ".join(problems))
-    for way, kind in (("plain", "target"), ("search", "search")):
-        validate(variant(base, way, kind, ""))
-
-
-def _ways(base: Config) -> tuple[str, ...]:
-    """The ways of the task that the network can go: not every family has blocks of RepVGG's form."""
-    ways, _ = COMPARED[base.task]
-    if base.task == "detect":
-        return ways
-    family, _ = find_network(base.model.variant)
-    return tuple(way for way in ways if WAYS[way][0] in family.kinds)
+    for mode in ("plain", "search"):
+        validate(variant(base, mode, mode, ""))
 
 
 def _claim(out_dir: Path, base: Config) -> None:
@@ -177,9 +166,9 @@ def _train(
     """Trains every way with every seed; run folder -> config, the first seed of all ways first."""
     runs: dict[Path, Config] = {}
     for seed, way in itertools.product(range(base.seed, base.seed + seeds), ways):
-        kind, named = WAYS[way]
-        config = variant(base, way, kind, str(scales) if named is None else named, seed=seed)
-        say(f"Train: {report.label_of(kind, config.scales)}, seed {seed}")
+        mode, named = WAYS[way]
+        config = variant(base, way, mode, str(scales) if named is None else named, seed=seed)
+        say(f"Train: {report.label_of(mode, config.scales)}, seed {seed}")
         runs[folder / f"{way}-{seed}"] = config
         say(_told(run(config, folder / f"{way}-{seed}")))
     return runs
@@ -196,11 +185,11 @@ def _deploy(runs: dict[str, Path], folder: Path, say: Say) -> dict[Path, dict[st
     return deployed
 
 
-def variant(base: Config, way: str, kind: str, scales: str, *, seed: int | None = None) -> Config:
+def variant(base: Config, way: str, mode: str, scales: str, *, seed: int | None = None) -> Config:
     """A copy of `base` for one run."""
     config = copy.deepcopy(base)
     config.name = f"quickstart-{way}" if seed is None else f"quickstart-{way}-{seed}"
-    config.model.kind, config.scales = kind, scales
+    config.model.mode, config.scales = mode, scales
     config.seed = base.seed if seed is None else seed
     return config
 
@@ -318,9 +307,9 @@ def _told_equivalence(found: dict[str, Any]) -> str:
 
 
 def _command(config: Config, folder: Path, source: str) -> str:
-    verb = "search" if config.model.kind == "search" else "train"
+    verb = "search" if config.model.mode == "search" else "train"
     fields = {
-        "model.kind": config.model.kind,
+        "model.mode": config.model.mode,
         "scales": config.scales,
         "seed": config.seed,
         "name": config.name,

@@ -19,9 +19,9 @@ from repopt_jax.report.records import History, Run, history_of
 from repopt_jax.train.tasks import METRICS
 
 NAMED_SCALES = {"": "plain SGD", "ones": "RepOpt, all ones", "depth": "RepOpt, depth rule"}
-KINDS = {
-    **{"search": "search network", "csla": "CSLA"},
-    **{"repvgg": "RepVGG", "repghost": "RepGhost", "mobileone": "MobileOne"},
+MODES = {
+    **{"plain": "plain SGD", "search": "search network", "repvgg": "RepVGG", "repghost": "RepGhost"},
+    **{"mobileone": "MobileOne", "acnet": "ACNet", "dbb": "DBB", "qarepvgg": "QARepVGG"},
 }
 
 
@@ -118,10 +118,10 @@ def draw_search(history: History, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in pictures]
 
 
-def label_of(kind: str, scales: str) -> str:
-    """What a way of training is called: by its kind, and for plain networks by where the scales come from."""
-    if kind != "target":
-        return KINDS.get(kind, kind)
+def label_of(mode: str, scales: str) -> str:
+    """What a way of training is called: by its mode, and for RepOpt by where the scales come from."""
+    if mode != "repopt":
+        return MODES.get(mode, mode)
     return NAMED_SCALES.get(scales, "RepOpt, searched scales")
 
 
@@ -139,7 +139,7 @@ def noise(rows: Sequence[Row]) -> dict[str, float]:
     as they share the images too. Both in [0, 1]. The search network is left out: it is not an alternative to
     the others.
     """
-    compared = [row for row in rows if row.label != KINDS["search"]] or list(rows)
+    compared = [row for row in rows if row.label != MODES["search"]] or list(rows)
     means = [row.score for row in compared if row.score is not None]
     errors = [row.standard_error for row in compared if row.standard_error is not None]
     if not errors:
@@ -207,12 +207,12 @@ def _png(figure: Any) -> bytes:
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(label_of(run.summary["kind"], run.summary["scales"]), []).append(run)
+        groups.setdefault(label_of(run.summary["mode"], run.summary["scales"]), []).append(run)
     return groups
 
 
 def _searches(runs: Sequence[Run]) -> Iterator[Run]:
-    return (run for run in runs if run.summary["kind"] == "search" and run.of_kind("scales"))
+    return (run for run in runs if run.summary["mode"] == "search" and run.of_kind("scales"))
 
 
 def _check(runs: Sequence[Run]) -> None:

@@ -1,10 +1,9 @@
-"""Which parameters of a model are decayed, as published: kernels are, and of the vectors only those that stand for
-a kernel.
+"""Which parameters of a model are decayed, as published: kernels are, and of the vectors only those that
+stand for a kernel.
 
-A plain layer says it by what its parameters are; a layer of a structure by its stages (`core.structure.Stage`):
-the identity's vector is decayed with the kernels, because in a plain network that kernel is part of the decayed
-one, and scales are not.
-"""
+A plain layer says it by what its parameters are; a layer of a structure by its stages
+(`core.structure.Stage`): the identity's vector is decayed with the kernels, because in a plain network that
+kernel is part of the decayed one, and scales are not."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,8 @@ from repopt_jax.surgery.modules import join, named_modules
 
 
 def weight_decay_mask(model: nnx.Module) -> Callable[[Any], Any]:
-    """The mask for `optax.add_decayed_weights` and its like: a function from parameters to a tree of booleans.
+    """The mask for `optax.add_decayed_weights` and its like: a function from parameters to a tree of
+    booleans.
 
         optax.add_decayed_weights(4e-5, weight_decay_mask(model))
 
@@ -25,8 +25,8 @@ def weight_decay_mask(model: nnx.Module) -> Callable[[Any], Any]:
     vectors and scalars are not.
 
     Raises:
-      ValueError: parameters of more than one axis that are neither a layer's kernel nor in a structure, all of
-        them listed: there is no default for them, so give a mask of your own.
+      ValueError: parameters of more than one axis that are neither a layer's kernel nor in a structure, all
+        of them listed: there is no default for them, so give a mask of your own.
     """
     decayed: dict[str, bool] = {}
     for path, module in named_modules(model):

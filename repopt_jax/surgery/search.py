@@ -6,7 +6,7 @@ Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from flax import nnx
 
 from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit
 from repopt_jax.core.structure import of_branches
+from repopt_jax.models.network import Network
 from repopt_jax.nn.merged import Merged
 from repopt_jax.surgery.layers import (
     Branches,
@@ -93,15 +94,6 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
     return Scales(entries, metadata or ScalesMetadata())
 
 
-@runtime_checkable
-class DeclaresDepths(Protocol):
-    """A model that says with which numbers the depth rule is published for it."""
-
-    def depths(self) -> Mapping[str, int]:
-        """Path of a re-parameterized kernel -> l."""
-        ...
-
-
 def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = None) -> Scales:
     """Scales without a search for any network: sqrt(2 / l) for the l-th layer of a row of equal ones, 1 for
     the first (l = 0); u = 1.
@@ -122,7 +114,7 @@ def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = 
       ValueError: as `find_layers` and `find_branches`.
     """
     depths: dict[str, np.ndarray] = {}
-    published = model.depths() if isinstance(model, DeclaresDepths) else {}
+    published = model.depths() if isinstance(model, Network) else {}
     width, following = 0, 0  # of the layer before; l of the next layer of the same row
     for path, layer in find_layers(model, select).items():
         g = layer.geometry
@@ -132,9 +124,8 @@ def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = 
         counted = first + along if repeats else np.zeros(layer.stack, int)
         depths[path] = np.asarray(published[path]) if path in published else counted
         width, following = g.outputs, int(counted.max()) + 1
-    architecture = getattr(model, "architecture", "")
     scales = Scales.depth_rule(find_branches(model, select, branches), depths)
-    return scales.with_metadata(architecture=architecture if isinstance(architecture, str) else "")
+    return scales.with_metadata(architecture=model.architecture if isinstance(model, Network) else "")
 
 
 def csla_twin(

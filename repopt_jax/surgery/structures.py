@@ -13,6 +13,7 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.structure import STRUCTURES, Description, Structure, of_branches
+from repopt_jax.models.network import Network
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged
@@ -153,8 +154,7 @@ def _describer(model: nnx.Module, structure: Described) -> Callable[[Layer], Des
     """Layer -> its description."""
     if isinstance(structure, str):
         general = find_structure(structure)
-        own = getattr(model, "descriptions", None)
-        particular: Mapping[str, Description] = own(structure) if callable(own) else {}
+        particular = model.descriptions(structure) if isinstance(model, Network) else {}
         return lambda layer: particular.get(layer.path, general)
     if isinstance(structure, Mapping):
         rules = [

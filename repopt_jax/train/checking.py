@@ -3,9 +3,9 @@
 from flax import nnx
 
 from repopt_jax import data
+from repopt_jax.surgery.decay import weight_decay_mask
 from repopt_jax.train.build import build_model, make_task
 from repopt_jax.train.config import Config, validate
-from repopt_jax.surgery.decay import weight_decay_mask
 from repopt_jax.train.optimizer import make_optimizer, make_schedule
 from repopt_jax.verify.equivalence import Check
 
@@ -15,8 +15,8 @@ def config_check(config: Config) -> Check:
     scales for the twin. The batches are endless.
 
     Raises:
-      ValueError: the config is wrong, or trains nothing that could be equivalent: its mode is not "repopt", or
-        its rules leave the multiplier out.
+      ValueError: the config is wrong, or trains nothing that could be equivalent: its mode is not "repopt",
+        or its rules leave the multiplier out.
       FileNotFoundError: as `build.open_data` and `build.build_model`.
     """
     validate(config, device_count=1)
@@ -25,8 +25,8 @@ def config_check(config: Config) -> Check:
     model, scales = build_model(config, source.info)
     if scales is None:
         raise ValueError(
-            f"`model.mode` is {config.model.mode!r} and `rules` {config.rules!r}: what is checked is a network "
-            "whose gradients are multiplied by scales, so add --config.model.mode=repopt "
+            f"`model.mode` is {config.model.mode!r} and `rules` {config.rules!r}: what is checked is a "
+            "network whose gradients are multiplied by scales, so add --config.model.mode=repopt "
             "--config.scales=depth (or the folder of a search) --config.rules=both"
         )
     model.train()

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from repopt_jax import userfile
+from repopt_jax import models, userfile
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import LEAST_SIZE
 from repopt_jax.data.transforms import LARGEST_MAGNITUDE
-from repopt_jax import models
 from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.surgery.prepare import Mode
 
@@ -67,8 +66,8 @@ class ModelConfig:
 
     Attributes:
       name: in `models.list()`, of the config's task.
-      mode: how it is trained, a `surgery.Mode`: "plain", "search" (scales are trained), "repopt" (scales in the
-        optimizer), or as a structure: "repvgg", "acnet" and so on.
+      mode: how it is trained, a `surgery.Mode`: "plain", "search" (scales are trained), "repopt" (scales in
+        the optimizer), or as a structure: "repvgg", "acnet" and so on.
       post_se: adds squeeze-and-excitation after every block (VGG-style networks).
       dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32. Detectors
         compute in float32.
@@ -266,9 +265,9 @@ class Config:
       task: "classify" or "detect".
       seed: of the initial weights and of the order and augmentation of the images.
       epochs, batch_size, eval_batch_size: batch sizes are over all devices.
-      scales: "ones", "depth", or the path of a scales directory. In mode "repopt" the network is re-initialised
-        by them and its gradients are multiplied; in mode "search" they are where the scales start, "" being
-        "depth". The other modes have none, "".
+      scales: "ones", "depth", or the path of a scales directory. In mode "repopt" the network is
+        re-initialised by them and its gradients are multiplied; in mode "search" they are where the scales
+        start, "" being "depth". The other modes have none, "".
       scales_mean: replaces each vector of searched scales by its mean over the channels.
       rules: what scales do in mode "repopt": "both", "init" (re-initialise the network only) or "multiplier"
         (multiply its gradients only).
@@ -523,13 +522,11 @@ def _scales_problems(config: Config) -> Iterator[str]:
         )
     if scales and mode in tuple(Mode) and mode not in (Mode.SEARCH, Mode.REPOPT):
         yield (
-            f"`scales`={scales!r} with `model.mode`={mode!r}, which takes none: leave it empty, or train with "
-            "them in mode 'repopt'"
+            f"`scales`={scales!r} with `model.mode`={mode!r}, which takes none: leave it empty, or train "
+            "with them in mode 'repopt'"
         )
     if not scales and mode == Mode.REPOPT:
-        yield (
-            "`model.mode`='repopt' needs `scales`: 'depth', 'ones', or the directory that a search wrote"
-        )
+        yield ("`model.mode`='repopt' needs `scales`: 'depth', 'ones', or the directory that a search wrote")
     if "://" in scales:
         yield f"`scales`={scales!r} is a URL: {MOUNTED}"
     elif scales and scales not in NAMED_SCALES and not os.path.isdir(scales):

@@ -93,7 +93,7 @@ def run(config: Config, out_dir: str | Path, *, progress: bool = True, stop: Sto
         if start is not None:
             fresh = state
             state, resumed = checkpoints.restore(fresh)
-            check_scales(config.model.kind, fresh, state, source=config.scales)
+            check_scales(fresh, state, source=config.scales)
             del fresh
             _tell_of_other_devices(config, resumed, mesh)
             batches.set_state(resumed.data)
@@ -265,7 +265,7 @@ def _write(job: _Job, record: dict[str, Any]) -> None:
 
 def _record_scales(job: _Job, state: TrainState, step: int) -> TrainState:
     """In a search, writes the statistics of the scale vectors and remembers them for the next record."""
-    if job.config.model.kind != "search":
+    if job.config.model.mode != "search":
         return state
     model = merge_model(job.program.graphdef, state.params, state.rest)
     vectors = jax.device_get(extract_scales(model).vectors)
@@ -351,7 +351,7 @@ def _finish(job: _Job, state: TrainState, *, finished: bool) -> Summary:
 
 def _save_scales(job: _Job, state: TrainState, step: int) -> None:
     # They are there already if the run was killed between this and its summary; the same state wrote them.
-    if job.config.model.kind != "search" or job.folder.scales.exists():
+    if job.config.model.mode != "search" or job.folder.scales.exists():
         return
     metadata = ScalesMetadata(
         architecture=make_task(job.config).architecture(),

@@ -18,6 +18,7 @@ from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
 from repopt_jax.optim.sgd import clip_by_repopt_global_norm, repopt_sgd
 from repopt_jax.train.config import OPTIMIZERS, OptimConfig
 
+
 def make_optimizer(
     optim: OptimConfig,
     schedule: optax.Schedule,

@@ -13,7 +13,11 @@ from repopt_jax import models
 from repopt_jax.train.config import NAMED_SCALES, Config, DataConfig
 
 # The network that stands for the others made by the same function.
-SMALLEST = {models.vgg: "vgg-digits", models.ghostnet: "repghost-digits", models.mobileone: "mobileone-digits"}
+SMALLEST = {
+    models.vgg: "vgg-digits",
+    models.ghostnet: "repghost-digits",
+    models.mobileone: "mobileone-digits",
+}
 # Side of the images: the digits' own. Detectors need more.
 SIDE = 8
 

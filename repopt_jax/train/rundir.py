@@ -39,7 +39,7 @@ class Summary:
     """What a run came to; `summary.json` holds the same fields.
 
     Attributes:
-      name, kind, scales, seed, epochs: as in the config.
+      name, mode, scales, seed, epochs: as in the config.
       steps: training steps done.
       test_accuracy, test_loss, test_count: of the last evaluation (accuracy in [0, 1]); None before the
         first, and what a task does not have.
@@ -57,7 +57,7 @@ class Summary:
     """
 
     name: str
-    kind: str
+    mode: str
     scales: str
     seed: int
     epochs: int
@@ -90,7 +90,7 @@ def summarize(
     test = tests[-1] if tests else {}
     return Summary(
         name=config.name,
-        kind=config.model.kind,
+        mode=config.model.mode,
         scales=config.scales,
         seed=config.seed,
         epochs=config.epochs,

@@ -12,23 +12,18 @@ from repopt_jax.train.state import TrainState
 SAME_SCALES = 1e-6
 
 
-def check_scales(kind: str, fresh: TrainState, restored: TrainState, *, source: str) -> None:
+def check_scales(fresh: TrainState, restored: TrainState, *, source: str) -> None:
     """Refuses to go on with other scales than those that a run began with.
 
     Args:
-      kind: of the network: the scales of a target are in its optimizer's state, those of a csla network
-        among its arrays; others have none that stay as they are.
-      fresh: the state as the config's scales give it.
+      fresh: the state as the config's scales give it; constant scales are in the optimizer's state.
       restored: the state of the checkpoint.
       source: what the config calls its scales.
 
     Raises:
       ValueError: naming the layers and branches whose scales differ.
     """
-    field = {"target": "opt_state", "csla": "rest"}.get(kind)
-    if field is None:
-        return
-    here, there = (_scales_in(getattr(state, field)) for state in (fresh, restored))
+    here, there = (_scales_in(state.opt_state) for state in (fresh, restored))
     differing = [
         f"{name} (channel {channel}: {here[name][channel]:.6g} there, {there[name][channel]:.6g} in the "
         "checkpoint)"
