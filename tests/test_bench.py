@@ -20,12 +20,12 @@ from repopt_jax.bench.networks import abstract_model, config_of
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.step import confirmed, largest_batch, stepping
 from repopt_jax.bench.timing import DOES_NOT_FIT, Candidate, measure, spread
-from repopt_jax.bench.update import UPDATES, add_bandwidth, random_like, stored_multiplier, updating
+from repopt_jax.bench.update import UPDATES, add_bandwidth, kernels, random_like, stored_multiplier, updating
 from repopt_jax.core.branches import default_branches
 from repopt_jax.train.config import OptimConfig
 from repopt_jax.train.optimizer import make_optimizer
 
-TINY = Settings(variant="digits", size=8, batches=(4,), rounds=3, classes=10)
+TINY = Settings(model="vgg-digits", size=8, batches=(4,), rounds=3, classes=10)
 
 
 class Clock:
@@ -248,12 +248,11 @@ def test_the_step_is_the_trainers():
 
 
 def test_what_is_compared_differs_in_what_it_says():
-    """RepOpt is the plain network with scales; each of the others is a network of another kind or form."""
+    """RepOpt is the plain network with scales; each of the others is trained in another mode."""
     configs = {name: config_of(name, TINY, "bfloat16", 4) for name in TINY.networks}
-    assert configs["repopt"].model == configs["plain"].model
     assert (configs["repopt"].scales, configs["plain"].scales) == ("depth", "")
-    kinds = {(c.model.kind, c.model.form) for c in configs.values()}
-    assert len(kinds) == len(configs) - 1
+    assert len({c.model.mode for c in configs.values()}) == len(configs)
+    assert len({c.model.name for c in configs.values()}) == 1
     assert {c.model.dtype for c in configs.values()} == {"bfloat16"}
     assert len({(c.batch_size, str(c.optim)) for c in configs.values()}) == 1
 
@@ -267,7 +266,7 @@ def test_the_recipe_of_the_input_is_the_published_one():
     ("changes", "words"),
     [
         ({"rounds": 2}, "`rounds` is 2.*at least 3"),
-        ({"variant": "B11"}, "'B11'.*did you mean B1"),
+        ({"model": "repopt-vgg-b11"}, "'repopt-vgg-b11'.*did you mean repopt-vgg-b1"),
         ({"dtypes": ("float16",)}, "'float16' is none of float32, bfloat16"),
         ({"networks": ("repvg",)}, "did you mean repvgg"),
         ({"batches": (0,)}, "`batch` 0 must be at least 1"),
@@ -351,7 +350,7 @@ def test_without_torch_the_rest_goes_on(monkeypatch, caplog):
         (["update", "--rounds=1"], "at least 3"),
         (["update", "--batch=a"], "argument --batch: invalid integers value: 'a'"),
         (["update", "--tf32=maybe"], "argument --tf32: invalid choice: 'maybe'"),
-        (["update", "--varient=B1"], "did you mean --variant?"),
+        (["update", "--modle=repopt-vgg-b1"], "did you mean --model?"),
         ([], "required: PARTS"),
     ],
 )
@@ -371,9 +370,17 @@ def test_the_command_reports_what_it_was(capsys, monkeypatch, tmp_path):
         return [made_up()]
 
     monkeypatch.setitem(suite.PARTS, "step", fake)
-    options = ["--variant=B2", "--batch=32,64", "--dtype=float32,bfloat16", "--tf32=no", "--memory=80"]
+    options = [
+        "--model=repopt-vgg-b2",
+        "--batch=32,64",
+        "--dtype=float32,bfloat16",
+        "--tf32=no",
+        "--memory=80",
+    ]
     assert cli.main(["bench", "step", *options, f"--out={tmp_path / 'x'}"]) == 0
-    expected = Settings("B2", batches=(32, 64), dtypes=("float32", "bfloat16"), tf32=False, memory=80.0)
+    expected = Settings(
+        "repopt-vgg-b2", batches=(32, 64), dtypes=("float32", "bfloat16"), tf32=False, memory=80.0
+    )
     assert seen == [expected]
     command = f"repopt bench step {' '.join(options)} --out={tmp_path / 'x'}"
     there = json.loads((tmp_path / "x.json").read_text())["sections"][0]["command"]
@@ -396,14 +403,14 @@ def torch_step():
     return torch_step
 
 
-@pytest.mark.parametrize("variant", ["digits", "A0", "B1g4"])
-def test_the_network_of_pytorch_has_the_parameters_of_ours(torch_step, variant):
+@pytest.mark.parametrize("name", ["vgg-digits", "repvgg-a0", "repvgg-b1g4"])
+def test_the_network_of_pytorch_has_the_parameters_of_ours(torch_step, name):
     import torch
 
-    ours = dataclasses.replace(TINY, variant=variant)
+    ours = dataclasses.replace(TINY, model=name)
     _, shapes = abstract_model("plain", ours)
     with torch.device("meta"):
-        theirs = torch_step.plain_network(repopt_jax.models.VGG_VARIANTS[variant], ours.classes)
+        theirs = torch_step.plain_network(repopt_jax.models.find(name).variant, ours.classes)
     counts = sorted(leaf.size for leaf in jax.tree.leaves(shapes))
     assert sorted(p.numel() for p in theirs.parameters()) == counts
 
@@ -417,7 +424,7 @@ def test_the_update_of_pytorch_is_ours(torch_step, how):
     values["b"] = {"bias": np.ones(3, np.float32)}
     tensors = [torch.nn.Parameter(torch.tensor(leaf)) for leaf in jax.tree.leaves(values)]
     optimizer = torch_step.sgd_of(tensors, **how)
-    tx = make_optimizer(OptimConfig(), optax.constant_schedule(0.01), batch_size=1)
+    tx = make_optimizer(OptimConfig(), optax.constant_schedule(0.01), batch_size=1, decayed=kernels)
     params, state = values, tx.init(values)
     for _ in range(4):
         for tensor, leaf in zip(tensors, jax.tree.leaves(values)):

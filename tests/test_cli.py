@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from repopt_jax import interop, models
@@ -19,21 +20,21 @@ from repopt_jax.cli.config import read_config
 from repopt_jax.cli.main import main, parse
 from repopt_jax.core import scales as scales_module
 from repopt_jax.core.scales import save_scales
-from repopt_jax.models.vgg import block_specs
+from repopt_jax.models import registry
 from repopt_jax.report import quickstart
 
 # A network that compiles in a moment, on a folder of made-up images; `smoke` is what the tests shorten.
 CONFIG = """
-from repopt_jax.models import VGG_VARIANTS
-from repopt_jax.models.vgg import VGGVariant
+from repopt_jax import models
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
 
-VGG_VARIANTS["cli-tiny"] = VGGVariant("cli-tiny", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1))
+TINY = models.VGGVariant("cli-tiny", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1))
+models.register(models.Entry("cli-tiny", models.vgg, TINY))
 
 def get_config(arg=""):
     return Config(
         name="tiny", epochs=5, batch_size=8, eval_batch_size=8, log_every=1,
-        model=ModelConfig(variant="cli-tiny", kind=arg or "target"),
+        model=ModelConfig(name="cli-tiny", mode=arg or "plain"),
         data=DataConfig(source="folder", data_dir={data!r}, image_size=8),
         optim=OptimConfig(learning_rate=0.05, clip_norm=5.0 if arg == "search" else None),
     )
@@ -62,7 +63,7 @@ def place(tmp_path_factory):
     data = write_images(folder / "data")
     (folder / "tiny.py").write_text(CONFIG.format(data=str(data)))
     yield folder
-    models.VGG_VARIANTS.pop("cli-tiny", None)
+    registry.NETWORKS.pop("cli-tiny", None)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,9 @@ def assert_one_sentence(err, *parts):
 def train(place, tmp_path):
     """`train(...)`: arguments of a run into a new folder, with further ones."""
 
-    def arguments(*more, kind="target", out=None):
-        return ["train", f"--config={place}/tiny.py:{kind}", f"--out={out or tmp_path / 'out'}", *more]
+    def arguments(*more, mode="", out=None):
+        mode = mode or ("repopt" if any(arg.startswith("--config.scales=") for arg in more) else "plain")
+        return ["train", f"--config={place}/tiny.py:{mode}", f"--out={out or tmp_path / 'out'}", *more]
 
     return arguments
 
@@ -201,11 +203,15 @@ def test_config_files_that_are_none(capsys, tmp_path):
 # -- runs that cannot be
 
 
-def test_unknown_kind_and_variant(capsys, train, tmp_path):
+def test_unknown_mode_and_network(capsys, train, tmp_path):
     refused(
-        capsys, train("--config.model.kind=target2"), "`model.kind`='target2' must be one of target, search"
+        capsys,
+        train("--config.model.mode=repvg"),
+        "`model.mode`='repvg' must be one of plain, search, repopt",
     )
-    refused(capsys, train("--config.model.variant=B9"), "`model.variant`='B9' must be one of A0, A1")
+    refused(
+        capsys, train("--config.model.name=repvgg-b9"), "`model.name`='repvgg-b9'", "did you mean 'repvgg-b"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -215,7 +221,7 @@ def test_batch_that_the_devices_cannot_share(capsys, train):
 
 def test_search_wants_a_search_config(capsys, place):
     arguments = ["search", f"--config={place}/tiny.py", f"--out={place}/no"]
-    refused(capsys, arguments, "`model.kind` is 'target'", "--config.model.kind=search")
+    refused(capsys, arguments, "`model.mode` is 'plain'", "--config.model.mode=search")
 
 
 @pytest.mark.parametrize(
@@ -242,9 +248,8 @@ def test_an_unreadable_image_is_named(capsys, train, tmp_path):
 
 
 def test_scales_of_another_architecture(capsys, train, tmp_path):
-    other = block_specs(models.VGG_VARIANTS["digits"], 1)
-    branch_sets = {f"{block.path}/conv/kernel": block.branch_set for block in other}
-    save_scales(tmp_path / "scales", scales_module.Scales.ones(branch_sets))
+    other = models.create("vgg-digits", num_classes=2, in_channels=1, rngs=nnx.Rngs(0))
+    save_scales(tmp_path / "scales", other.unit_scales())
     before = files(tmp_path / "scales")
     refused(
         capsys,
@@ -351,7 +356,7 @@ def test_a_command_of_one_process_in_a_job_of_several(capsys, monkeypatch, comma
 
 def test_the_traceback_can_be_asked_for(capsys, train, monkeypatch):
     monkeypatch.setenv("REPOPT_TRACEBACK", "1")
-    assert main(train("--config.model.kind=x")) == 1
+    assert main(train("--config.model.mode=x")) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -450,7 +455,12 @@ def test_train_eval_deploy_eval(capsys, searched, train, tmp_path):
 
 def test_verify_a_config(capsys, place):
     """The optimizer of the config, clipping and schedule included, on its own data."""
-    arguments = ["verify", f"--config={place}/tiny.py", "--config.scales=depth", "--config.batch_size=4"]
+    arguments = [
+        "verify",
+        f"--config={place}/tiny.py:repopt",
+        "--config.scales=depth",
+        "--config.batch_size=4",
+    ]
     assert main([*arguments, "--steps=2", "--config.optim.clip_norm=0.5", "--layers=3"]) == 0
     said = capsys.readouterr().out
     assert "Compared: 2 steps in float64, batch norm in training mode (5 layers)" in said
@@ -459,7 +469,12 @@ def test_verify_a_config(capsys, place):
 
 
 def test_verify_what_has_no_scales(capsys, place):
-    refused(capsys, ["verify", f"--config={place}/tiny.py"], "`scales` ''", "add --config.model.kind=target")
+    refused(
+        capsys,
+        ["verify", f"--config={place}/tiny.py"],
+        "`model.mode` is 'plain'",
+        "add --config.model.mode=repopt",
+    )
 
 
 # A dense layer whose optimizer decays before the multiplier.

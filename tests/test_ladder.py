@@ -41,7 +41,7 @@ def module(path):
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """A directory of scales of both signs for the tiny network, and what is in it."""
-    model, _ = build.build_model(tiny_config("target", ""), INFO)
+    model, _ = build.build_model(tiny_config("plain", ""), INFO)
     rng = np.random.default_rng(0)
     entries = {
         path: LayerScales(bs, {n: rng.normal(size=bs.out).astype(np.float32) for n in bs.names})
@@ -66,9 +66,9 @@ def same(a, b):
 
 def test_each_rule_alone_and_both(searched):
     folder, entries = searched
-    fresh = kernels(build.build_model(tiny_config("target", ""), INFO)[0])
+    fresh = kernels(build.build_model(tiny_config("plain", ""), INFO)[0])
     built = {
-        rules: build.build_model(tiny_config("target", "", scales=folder, rules=rules), INFO)
+        rules: build.build_model(tiny_config("repopt", "", scales=folder, rules=rules), INFO)
         for rules in ("both", "init", "multiplier")
     }
     scaled = kernels(built["both"][0])
@@ -86,7 +86,7 @@ def test_each_rule_alone_and_both(searched):
 
 def test_means_keep_one_signed_number_of_each_vector(searched):
     folder, entries = searched
-    config = tiny_config("target", "", scales=folder, scales_mean=True)
+    config = tiny_config("repopt", "", scales=folder, scales_mean=True)
     _, scales = build.build_model(config, INFO)
     assert scales is not None
     negative = 0
@@ -110,29 +110,29 @@ def test_rungs_have_one_recipe():
     ladder = module(ROOT / "configs" / "ladder.py")
     assert [rung for rung in ladder.RUNGS if rung != "search"] == RUNGS
     flat = {
-        rung: dataclasses.asdict(ladder.get_config(rung)) | {"kind": ladder.get_config(rung).model.kind}
+        rung: dataclasses.asdict(ladder.get_config(rung)) | {"mode": ladder.get_config(rung).model.mode}
         for rung in RUNGS
     }
-    own = {"name", "scales", "rules", "scales_mean", "freeze_scales", "model", "kind"}
+    own = {"name", "scales", "rules", "scales_mean", "freeze_scales", "model", "mode"}
     for rung, values in flat.items():
-        model = values["model"] | {"kind": "target"}
+        model = values["model"] | {"mode": "plain"}
         assert model == flat["1-plain"]["model"], rung
         assert {k: v for k, v in values.items() if k not in own} == {
             k: v for k, v in flat["1-plain"].items() if k not in own
         }, rung
     searched = ladder.SEARCHED
     table = {
-        rung: tuple(values[k] for k in ("kind", "scales", "rules", "scales_mean", "freeze_scales"))
+        rung: tuple(values[k] for k in ("mode", "scales", "rules", "scales_mean", "freeze_scales"))
         for rung, values in flat.items()
     }
     assert table == {
-        "1-plain": ("target", "", "both", False, None),
-        "2-init": ("target", searched, "init", False, None),
-        "3-multiplier": ("target", searched, "multiplier", False, None),
-        "4-ones": ("target", "ones", "both", False, None),
-        "5-depth": ("target", "depth", "both", False, None),
-        "6-means": ("target", searched, "both", True, None),
-        "7-full": ("target", searched, "both", False, None),
+        "1-plain": ("plain", "", "both", False, None),
+        "2-init": ("repopt", searched, "init", False, None),
+        "3-multiplier": ("repopt", searched, "multiplier", False, None),
+        "4-ones": ("repopt", "ones", "both", False, None),
+        "5-depth": ("repopt", "depth", "both", False, None),
+        "6-means": ("repopt", searched, "both", True, None),
+        "7-full": ("repopt", searched, "both", False, None),
         "8-direct": ("search", "", "both", False, None),
         "9-frozen": ("search", "", "both", False, 0.1),
     }
@@ -161,7 +161,7 @@ def test_frozen_scales_stay_also_in_a_run_that_goes_on(digits, tmp_path):
 )
 def test_each_optimizer_trains_with_scales_and_clipping(digits, tmp_path, searched, name, constants):
     folder, _ = searched
-    config = tiny_config("target", digits, scales=folder, epochs=1, batch_size=24, checkpoint_every=0)
+    config = tiny_config("repopt", digits, scales=folder, epochs=1, batch_size=24, checkpoint_every=0)
     config.optim = train.OptimConfig(name=name, learning_rate=0.01, clip_norm=1.0, **constants)
     summary = train.run(config, tmp_path / "run", progress=False)
     assert (summary.finished, summary.steps) == (True, 2)

@@ -20,6 +20,7 @@ from repopt_jax.models.registry import Entry as Entry
 from repopt_jax.models.registry import create as create
 from repopt_jax.models.registry import find as find
 from repopt_jax.models.registry import list as list
+from repopt_jax.models.registry import register as register
 from repopt_jax.models.vgg import VGG_VARIANTS as VGG_VARIANTS
 from repopt_jax.models.vgg import VGGVariant as VGGVariant
 from repopt_jax.models.vgg import vgg as vgg

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 from flax import nnx
@@ -31,7 +31,7 @@ class Entry:
     name: str
     family: Callable[..., Network]
     variant: Any
-    mode: str
+    mode: str = "plain"
     task: Task = "classify"
 
 
@@ -65,6 +65,17 @@ def list(task: Task | None = None) -> tuple[str, ...]:
     return tuple(name for name, entry in NETWORKS.items() if task in (None, entry.task))
 
 
+def register(entry: Entry) -> None:
+    """Adds a network of your own: configs, the command line and `create` then know it by its name.
+
+    Raises:
+      ValueError: a name that is taken by another network, or that is not in lower case.
+    """
+    if entry.name != entry.name.lower() or NETWORKS.get(entry.name, entry) != entry:
+        raise ValueError(f"`entry` is named {entry.name!r}: it must be in lower case and not taken yet")
+    NETWORKS[entry.name] = entry
+
+
 def find(name: str) -> Entry:
     """The entry of this name; ValueError for an unknown one."""
     if name.lower() not in NETWORKS:
@@ -81,7 +92,7 @@ _SMALL = ("cifar-small", "cifar-A0", "digits")
 _REPOPT = ("B1", "B2", "L1", "L2")
 
 
-def _entries() -> Mapping[str, Entry]:
+def _entries() -> dict[str, Entry]:
     found: dict[str, Entry] = {}
 
     def add(prefix: str, key: str, family: Callable[..., Network], row: Any, mode: str, task: Task) -> None:
@@ -103,4 +114,4 @@ def _entries() -> Mapping[str, Entry]:
     return found
 
 
-NETWORKS: Mapping[str, Entry] = _entries()
+NETWORKS: dict[str, Entry] = _entries()
