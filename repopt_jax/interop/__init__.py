@@ -4,6 +4,7 @@ from repopt_jax.interop.files import read_tensors as read_tensors
 from repopt_jax.interop.files import write_safetensors as write_safetensors
 from repopt_jax.interop.files import write_torch as write_torch
 from repopt_jax.interop.names import SCHEMES as SCHEMES
+from repopt_jax.interop.names import Layout as Layout
 from repopt_jax.interop.names import Scheme as Scheme
 from repopt_jax.interop.names import recognise as recognise
 from repopt_jax.interop.networks import load_converted as load_converted

@@ -27,6 +27,7 @@ from repopt_jax.interop.networks import (
 )
 from repopt_jax.interop.torch_forward import torch_logits
 from repopt_jax.interop.weights import from_torch, to_torch, write_tensors
+from repopt_jax.models import Network
 from repopt_jax.surgery.modules import named_modules
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -66,13 +67,13 @@ class Check:
 
 
 def import_weights(
-    path: str | os.PathLike[str], model: str, *, kind: str = "", classes: int = 0, key: str | None = None
+    path: str | os.PathLike[str], model: str, *, classes: int = 0, key: str | None = None
 ) -> tuple[Any, Description, Check]:
     """The network that a PyTorch or safetensors file holds.
 
     Args:
       path: the file, as `read_tensors` takes it with `key`.
-      model, kind, classes: as `describe` takes them.
+      model, classes: as `describe` takes them.
 
     Returns:
       The model in evaluation mode, its description, and the check.
@@ -81,19 +82,24 @@ def import_weights(
       As `read_tensors`, `describe` and `from_torch`; ValueError also if the check fails.
     """
     tensors = read_tensors(path, key=key)
-    description = describe(tensors, model, kind=kind, classes=classes)
+    description = describe(tensors, model, classes=classes)
     network = from_torch(tensors, build(description))
-    return network, description, check(network, tensors, recognise(tensors).scheme)
+    return network, description, check(network, tensors, recognise(tensors).scheme.name)
 
 
-def export_weights(path: str | os.PathLike[str], model: nnx.Module, *, names: str = "") -> Check:
-    """Writes `model`, in evaluation mode, to a PyTorch or safetensors file in a scheme's names ("": its own
-    authors'), after checking.
+def export_weights(path: str | os.PathLike[str], model: Network, *, names: str = "", mode: str = "") -> Check:
+    """Writes `model`, in evaluation mode, to a PyTorch or safetensors file, after checking.
+
+    Args:
+      path: the file.
+      model: the network.
+      names: a key of `SCHEMES`; "" for the network's own authors' names.
+      mode: as `own_scheme` takes it, where `names` is "".
 
     Raises:
       As `to_torch` and `write_tensors`; ValueError also if the check fails, and then nothing is written.
     """
-    scheme = find_scheme(names).name if names else own_scheme(model)
+    scheme = find_scheme(names).name if names else own_scheme(model, mode)
     tensors = to_torch(model, scheme)
     checked = check(model, tensors, scheme)
     write_tensors(path, tensors)
@@ -105,7 +111,6 @@ def convert_file(
     out: str | os.PathLike[str],
     model: str,
     *,
-    kind: str = "",
     classes: int = 0,
     key: str | None = None,
     names: str = "",
@@ -117,14 +122,14 @@ def convert_file(
     if names and not is_torch_file(out):
         endings = ", ".join(TORCH_SUFFIXES)
         raise ValueError(f"`to` is {names!r}, but {out} is a folder of ours, not a file ending in {endings}")
-    network, description, checked = import_weights(source, model, kind=kind, classes=classes, key=key)
+    network, description, checked = import_weights(source, model, classes=classes, key=key)
     if is_torch_file(out):
-        return export_weights(out, network, names=names)
+        return export_weights(out, network, names=names, mode=description.mode)
     save_converted(out, network, description)
     return checked
 
 
-def check(model: nnx.Module, tensors: Mapping[str, np.ndarray], scheme: str) -> Check:
+def check(model: Network, tensors: Mapping[str, np.ndarray], scheme: str) -> Check:
     """Compares `model`, in evaluation mode, with a state dict that is said to be the same network.
 
     Raises:

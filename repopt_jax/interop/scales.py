@@ -4,8 +4,8 @@ Where the published code keeps them, and where they go: to the layer whose kerne
 
     RepOpt-VGG       stage0, stageN.i       .scale_conv, .scale_1x1, .scale_identity
                      stages/N/i/conv/kernel
-    RepOpt-GhostNet  blocks.a.b.ghost1      .cheap_operation.1, .fusion_scale
-                     blocks/a/b/ghost1/cheap/conv/kernel
+    RepOpt-GhostNet  blocks.A.b.ghost1      .cheap_operation.1, .fusion_scale
+                     stages/a/b/ghost1/cheap/conv/kernel, a = A + 1
     YOLOv6, others   any.module             .scale_conv, .scale_1x1, .scale_identity
                      any/module/conv/kernel
 
@@ -33,10 +33,9 @@ from repopt_jax.core.scales import (
     check_finite,
     check_fit,
 )
+from repopt_jax.core.structure import Geometry, repopt
 from repopt_jax.interop.files import read_tensors
-from repopt_jax.models.ghost import GHOST_VARIANTS, ghost_specs
-from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
-from repopt_jax.nn.ghost import ghost_branches
+from repopt_jax.models import GHOST_VARIANTS, VGG_VARIANTS
 
 
 def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: str | None = None) -> Scales:
@@ -106,6 +105,8 @@ class _Block:
     def path(self) -> str:
         if self.place:
             return "stages/{}/{}/conv/kernel".format(*self.place)
+        if found := re.fullmatch(r"blocks\.(\d+)\.(\d+)\.(ghost\d)", self.name):
+            return f"stages/{int(found[1]) + 1}/{found[2]}/{found[3]}/cheap/conv/kernel"
         return f"{self.name.replace('.', '/')}/{'cheap/conv' if self.ghost else 'conv'}/kernel".lstrip("/")
 
     @property
@@ -185,7 +186,7 @@ def _known(model: Any, names: list[str]) -> tuple[dict[str, BranchSet], dict[str
     if isinstance(model, DeclaresBranches):
         model = model.branch_sets()
     if isinstance(model, Mapping) and model and all(isinstance(bs, BranchSet) for bs in model.values()):
-        return dict(model), {path: _canonical(bs) for path, bs in model.items()}
+        return dict(model), {path: bs.canonical for path, bs in model.items()}
     leaves, _ = paths.named_leaves(model)
     return {}, {path: tuple(leaves[path].shape) for path in names if path in leaves}
 
@@ -238,16 +239,8 @@ def _kernel(block: _Block, known: Shape | None, inputs: int) -> Shape | None:
     if known is not None and known[-1] == block.out:
         return known
     if block.ghost:
-        return ghost_branches(block.out).kernel
+        return Geometry((3, 3), block.out, block.out, block.out).kernel
     return (3, 3, inputs, block.out) if block.place else None
-
-
-def _canonical(branches: BranchSet) -> Shape:
-    """The kernel's shape with its axes as (*spatial, in/groups, out)."""
-    if branches.layout == "...io":
-        return branches.kernel
-    out, inputs, *spatial = branches.kernel
-    return (*spatial, inputs, out)
 
 
 def _layer(block: _Block, branches: BranchSet) -> LayerScales:
@@ -264,19 +257,14 @@ def _layer(block: _Block, branches: BranchSet) -> LayerScales:
 
 
 def _architecture(branch_sets: Mapping[str, BranchSet]) -> str:
-    """The variant whose re-parameterized kernels are these, or ""."""
+    """The variant whose search has these branches, or ""."""
     first = branch_sets.get("stages/0/0/conv/kernel")
-    if first is not None:
-        in_channels = first.kernel[-2] * first.groups
-        for name, variant in VGG_VARIANTS.items():
-            specs = block_specs(variant, in_channels)
-            if branch_sets == {f"{spec.path}/conv/kernel": spec.branch_set for spec in specs}:
-                return name
-    for name, variant in GHOST_VARIANTS.items():
-        modules = [(spec, module) for spec in ghost_specs(variant) for module in spec.modules]
-        if branch_sets == {
-            f"{spec.path}/{module}/cheap/conv/kernel": ghost_branches(out)
-            for spec, (module, _, out, _) in modules
-        }:
-            return f"GhostNet-{name}"
+    in_channels = 3 if first is None else first.canonical[-2] * first.groups
+    for variant in (*VGG_VARIANTS.values(), *GHOST_VARIANTS.values()):
+        layers = variant.layers(in_channels)
+        if set(layers) == set(branch_sets) and all(
+            place.structures.get("search", repopt)(place.geometry).branch_set() == branch_sets[path]
+            for path, place in layers.items()
+        ):
+            return variant.architecture
     return ""

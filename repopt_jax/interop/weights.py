@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 _log = logging.getLogger(__name__)
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: "str | Scheme" = "auto") -> Model:
+def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Scheme = "auto") -> Model:
     """A copy of `model` with the values of a PyTorch state dict.
 
     Args:
@@ -42,7 +42,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: "str | Sc
       model: says which arrays there are, their shapes and dtypes; its values are not used, so that an
         abstract model (`nnx.eval_shape`) serves as well. Deployed weights go into a model that was given to
         `fuse`.
-      names: whose names the keys are, a key of `SCHEMES`; "auto" tells it from the keys and logs which.
+      names: whose names the keys are, a key of `SCHEMES` or a `Scheme`; "auto" recognises it by the keys and
+        logs which it is.
 
     Returns:
       A new model; values have the dtype of the model's arrays, so that half precision is widened.
@@ -57,10 +58,10 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: "str | Sc
     ours, _ = paths.named_leaves(arrays_of(model))
     expected = {name.key: name.shape_in_torch(tuple(ours[path].shape)) for path, name in places.items()}
     found = {key: tuple(value.shape) for key, value in given.items()}
-    # A counter whose batch norm is there is told by that one's own keys.
+    # Of a batch norm that is there and should not be, its other keys say so.
     found |= {
         key: tuple(tensors[key].shape)
-        for key in set(tensors) - set(given) - set(counters(model, places))
+        for key in set(tensors) - set(given) - set(counters(places))
         if key.removesuffix(COUNTER) + "running_mean" not in given
     }
     if difference := paths.describe_difference(expected, found, noun="tensors"):
@@ -84,13 +85,13 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: "str | Sc
     return nnx.merge(graph, paths.map_named(value, state), copy=True)
 
 
-def to_torch(model: nnx.Module, names: "str | Scheme" = "auto") -> dict[str, np.ndarray]:
+def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.ndarray]:
     """A PyTorch state dict with the values of `model`, in its dtype.
 
     Args:
       model: the model; `fuse` it first for the deployed form.
-      names: whose names, a key of `SCHEMES`; "auto" takes the network's own authors', the first of `SCHEMES`
-        that fit.
+      names: whose names, a key of `SCHEMES` or a `Scheme`; "auto" takes the network's own authors', as
+        `own_scheme` finds them.
 
     Returns:
       key -> array, in PyTorch's order of axes; batch counters are 0, int64.
@@ -101,17 +102,17 @@ def to_torch(model: nnx.Module, names: "str | Scheme" = "auto") -> dict[str, np.
     places = torch_names(model, own_scheme(model) if names == "auto" else names)
     arrays, _ = paths.named_leaves(arrays_of(model))
     tensors = {name.key: name.to_torch(arrays[path]) for path, name in places.items()}
-    return tensors | {key: np.zeros((), np.int64) for key in counters(model, places)}
+    return tensors | {key: np.zeros((), np.int64) for key in counters(places)}
 
 
 def load_torch(
-    path: str | os.PathLike[str], model: Model, names: "str | Scheme" = "auto", *, key: str | None = None
+    path: str | os.PathLike[str], model: Model, names: str | Scheme = "auto", *, key: str | None = None
 ) -> Model:
     """`from_torch` of a file's tensors; `path` and `key` as `read_tensors` takes them, errors as of both."""
     return from_torch(read_tensors(path, key=key), model, names)
 
 
-def save_torch(path: str | os.PathLike[str], model: nnx.Module, names: "str | Scheme" = "auto") -> None:
+def save_torch(path: str | os.PathLike[str], model: nnx.Module, names: str | Scheme = "auto") -> None:
     """Writes `to_torch(model, names)`: as safetensors where `path` ends in `.safetensors`, and where it ends
     in `.pth` or `.pt`, as a file that `torch.load(path, weights_only=True)` reads.
 
@@ -143,29 +144,34 @@ def start_random(leaf: Any) -> Any:
 
 
 def _scheme_of(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> Scheme:
-    layout = recognise(tensors)
-    scheme = find_scheme(layout.scheme)
-    _log.info("the state dict has the names of %s", layout)
+    found = recognise(tensors)
+    _log.info("the state dict has the names of %s", found)
     try:
-        torch_names(model, scheme)
+        torch_names(model, found.scheme)
     except ValueError as error:
         raise ValueError(
             f"the state dict does not fit {_described(model)}: {error}{_hint(tensors)}"
         ) from error
-    return scheme
+    return found.scheme
 
 
 def _hint(tensors: Mapping[str, np.ndarray]) -> str:
     """Which model the state dict is for, as far as its keys tell."""
     try:
-        layout = recognise(tensors)
+        found = recognise(tensors)
     except ValueError:
         return ""
-    kind = f" of kind {layout.kind!r}" if layout.kind else ""
-    fused = ", deployed by `fuse`" if layout.fused else ", not deployed"
-    return f". Its keys are those of {layout}: they fit a network{kind}{fused}"
+    made = {
+        "training": "",
+        "deployed": " and given to `fuse`",
+        "merged": " and given to `fuse(model, only=(nn.Branched,))`",
+    }
+    return (
+        f". Its keys are those of {found}: they fit a network prepared in mode '{found.layout.mode}'"
+        f"{made[found.layout.form]}"
+    )
 
 
 def _described(model: nnx.Module) -> str:
-    kind = getattr(model, "kind", "")
-    return f"the {type(model).__name__}{f' of kind {kind}' if kind else ''}"
+    name = getattr(model, "architecture", "")
+    return f"the {type(model).__name__}{f' {name}' if isinstance(name, str) and name else ''}"

@@ -1,0 +1,164 @@
+"""The known schemes: which of them a state dict has, which is a network's own, and what it calls arrays."""
+
+import collections
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from repopt_jax.core import paths
+from repopt_jax.interop.names import mobileone, repghost, repopt, repvgg, timm
+from repopt_jax.interop.names.scheme import NETWORKS, Layout, Scheme, TorchName
+from repopt_jax.nn.block import Block
+from repopt_jax.surgery.modules import named_modules
+from repopt_jax.surgery.prepare import Mode
+
+SCHEMES: dict[str, Scheme] = {
+    module.SCHEME.name: module.SCHEME for module in (repvgg, repopt, mobileone, repghost, timm)
+}
+COUNTER = "num_batches_tracked"
+
+
+class Recognised(NamedTuple):
+    """What a state dict holds, as far as its keys tell."""
+
+    scheme: Scheme
+    layout: Layout
+
+    def __str__(self) -> str:
+        form = "" if self.layout.form == "training" else f", {self.layout.form}"
+        return f"{self.scheme.name} ({self.layout.network}, mode {self.layout.mode}{form})"
+
+
+def torch_names(model: nnx.Module, scheme: str | Scheme) -> dict[str, TorchName]:
+    """What `scheme` calls every array of `model`: our path -> `TorchName`. The state of random number
+    generators has no counterpart and is left out.
+
+    Args:
+      model: an NNX model, also an abstract one from `nnx.eval_shape`.
+      scheme: a key of `SCHEMES`, or a scheme of your own.
+
+    Raises:
+      ValueError: an unknown scheme; layers that the code base has no name for, all of them listed; or a
+        scheme that gives several arrays one name.
+    """
+    _, names = _fit(model, find_scheme(scheme))
+    return names
+
+
+def counters(names: Mapping[str, TorchName]) -> list[str]:
+    """Keys of the batch counters (`num_batches_tracked`) that PyTorch's batch norms have beside `names`."""
+    found = (name.key.rpartition(".") for name in names.values())
+    return [f"{layer}.{COUNTER}" for layer, _, array in found if array == "running_mean"]
+
+
+def find_scheme(scheme: str | Scheme) -> Scheme:
+    """The scheme of that name; ValueError for an unknown one."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{s.name} ({s.about})" for s in SCHEMES.values())
+        raise ValueError(f"`names` is {scheme!r}: it must be 'auto' or one of {known}")
+    return SCHEMES[scheme]
+
+
+def own_scheme(model: nnx.Module, mode: str = "") -> str:
+    """The scheme of the network's own authors, of those that have a name for every array.
+
+    Args:
+      model: the network.
+      mode: the `surgery.Mode` in which it was trained. A deployed network does not tell: without it, a VGG
+        has RepVGG's names.
+
+    Raises:
+      ValueError: there is none, with what each one lacks.
+    """
+    fitting, complaints = [], []
+    mode = Mode.PLAIN if mode == Mode.REPOPT else mode
+    for scheme in SCHEMES.values():
+        if not _layouts(model, scheme):
+            continue
+        try:
+            layout, _ = _fit(model, scheme)
+        except ValueError as error:
+            complaints.append(str(error).partition(". Others:")[0])
+        else:
+            # Code bases also have other authors' networks, as baselines.
+            fitting.append((layout.mode != mode, layout.mode != scheme.name, len(fitting), scheme.name))
+    if fitting:
+        return min(fitting)[-1]
+    raise ValueError(
+        "; ".join(complaints)
+        or f"no scheme names a {type(model).__name__}: give `names` a `Scheme` with tables of your own"
+    )
+
+
+def recognise(tensors: Mapping[str, Any]) -> Recognised:
+    """Whose names a state dict has, and which form of which network it is, from keys that only they have.
+
+    Args:
+      tensors: key -> anything with a `shape`.
+
+    Raises:
+      ValueError: no scheme's; the known ones are listed.
+    """
+    lines = [f"{key} {','.join(map(str, tensor.shape))}" for key, tensor in tensors.items()]
+    for scheme in SCHEMES.values():
+        for layout in scheme.layouts:
+            if any(re.match(layout.mark, line) for line in lines):
+                return Recognised(scheme, layout)
+    some = ", ".join(list(tensors)[:5]) or "no tensors"
+    known = "; ".join(f"{s.name}, {s.about}" for s in SCHEMES.values())
+    raise ValueError(f"these names are of no known scheme: {some} ... Known are: {known}")
+
+
+def arrays_of(model: nnx.Module) -> Any:
+    """The model's state without its random number generators."""
+    return nnx.state(model, nnx.Not(nnx.RngState))
+
+
+def _layouts(model: nnx.Module, scheme: Scheme) -> list[Layout]:
+    """Those that are for this network."""
+    variant = getattr(model, "variant", None)
+    return [
+        layout
+        for layout in scheme.layouts
+        if not layout.network or isinstance(variant, NETWORKS[layout.network])
+    ]
+
+
+def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName]]:
+    """The layout that has a name for every array of `model`, and the names; errors as of `torch_names`."""
+    arrays, _ = paths.named_leaves(arrays_of(model))
+    tables = [(layout, {path: layout.key(path) for path in arrays}) for layout in _layouts(model, scheme)]
+    # Of tables that do not fit, the one that lacks the least says the most.
+    layout, keys = min(
+        tables or [(Layout(), dict.fromkeys(arrays))], key=lambda table: list(table[1].values()).count(None)
+    )
+    problems = []
+    if nameless := dict.fromkeys(_layer(path) for path, key in keys.items() if key is None):
+        problems.append(f"the layers {', '.join(nameless)}")
+    for path, block in named_modules(model):
+        if not isinstance(block, Block) or block.se is None or scheme.se_first in (None, block.se_first):
+            continue
+        ours, theirs = ("before", "after") if block.se_first else ("after", "before")
+        problems.append(f"{path}: its squeeze-and-excitation comes {ours} the ReLU, there it comes {theirs}")
+    if problems:
+        others = ", ".join(name for name in SCHEMES if name != scheme.name)
+        raise ValueError(
+            f"names {scheme.name!r} ({scheme.about}) have no place for {'; '.join(problems)}. "
+            f"Others: {others}"
+        )
+    uses = collections.Counter(keys.values())
+    if twice := sorted(str(key) for key, count in uses.items() if count > 1):
+        raise ValueError(f"names {scheme.name!r} call several arrays {', '.join(twice)}: correct its tables")
+    return layout, {
+        path: TorchName(str(key), "kernel" if len(arrays[path].shape) > 1 else "vector")
+        for path, key in keys.items()
+    }
+
+
+def _layer(path: str) -> str:
+    """The path of the layer that an array belongs to."""
+    return re.sub(r"/(kernel|bias|scale|mean|var|(weights|scales|norms)/.*)$", "", path)
