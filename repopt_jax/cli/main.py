@@ -126,7 +126,7 @@ def _quickstart(arguments: Arguments) -> int:
         from repopt_jax.report.quickstart import quickstart, summary_lines
 
         source = " ".join([str(arguments.config), *arguments.overrides])
-        done = quickstart(base, out, seeds=seeds, say=_say, source=source)
+        done = quickstart(base, out, seeds=seeds, log=_say, source=source)
     _say("", *summary_lines(done.rows), "", f"Report: {done.page}")
     if not done.equivalence["equivalent"]:
         raise ValueError(
