@@ -1,13 +1,13 @@
-"""A table of finished runs, grouped by name, with mean, spread and what the spread allows to be said.
+"""Writes a table of finished runs, grouped by name, with means, spreads and confidence intervals.
 
     python scripts/summarize_runs.py RUNS --compare plain repopt --out scripts/results/NAME
 
 RUNS holds a folder for each run, called NAME-SEED. `--compare A B [C ...]` adds the differences of the groups
-B, C, ... to A, seed by seed (runs of one seed see the images in the same order), each with a 95 % interval
-from Student's t; groups that have no finished run yet are left out. `--metrics` are the numbers to tell, of a
+B, C, ... to A, seed by seed (runs of one seed use the images in the same order), each with a 95 % interval
+from Student's t; groups without a finished run are left out. `--metrics` are the metrics to report, for a
 detector for instance `ap50 keypoint_ap50`, each in a table of its own; those that no run has are left out.
-`--deployed DIR`, with a folder of `repopt deploy` for each name, adds what deploying changed. Writes OUT.md,
-OUT.json, OUT.png.
+`--deployed DIR`, with a folder of `repopt deploy` for each name, adds the effect of deploying. Writes OUT.md,
+OUT.json and OUT.png.
 """
 
 import argparse
@@ -18,18 +18,14 @@ import pathlib
 import statistics
 from typing import Any
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-# Metric -> what people call it.
-LABELS = {
-    "accuracy": "test accuracy",
-    "ap50": "AP50",
-    "ap": "AP",
-    "keypoint_ap50": "keypoint AP50",
-    "keypoint_ap": "keypoint AP",
-}
+from scipy.stats import t as student_t
+
+from repopt_jax.train.tasks import METRICS
+
+# Metric -> its name in tables.
+LABELS = {metric.name: metric.label for task in METRICS.values() for metric in task}
+# Fields of a summary that are not results: the path of the scales, and times, which depend on other programs.
 LEFT_OUT = ("scales", "step_ms_median", "images_per_s", "wall_s")
-MANY = 2.262  # for more degrees of freedom: a little too wide
 
 
 def main() -> None:
@@ -40,8 +36,8 @@ def main() -> None:
     parser.add_argument("--deployed", type=pathlib.Path, metavar="DIR", help="deployments, by name")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="path without suffix")
     parser.add_argument("--title", default="CIFAR-10 at a small size")
-    parser.add_argument("--command", default="", help="what made the runs, for the results file")
-    parser.add_argument("--hardware", default="", help="what they ran on, likewise")
+    parser.add_argument("--command", default="", help="the command that made the runs, for the results file")
+    parser.add_argument("--hardware", default="", help="the machine that they ran on, for the results file")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     groups = read_groups(args.runs)
@@ -61,13 +57,12 @@ def main() -> None:
 
 
 def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Group name -> seed -> summary, of the runs that are finished."""
+    """Group name -> seed -> summary, for the runs that are finished."""
     groups: dict[str, dict[int, dict[str, Any]]] = {}
     for folder in sorted(runs.iterdir()):
         if (folder / "summary.json").exists():
             name, _, seed = folder.name.rpartition("-")
             summary = json.loads((folder / "summary.json").read_text())
-            # Where scales lay is no result, and times depend on what else the machine did.
             kept = {key: value for key, value in summary.items() if key not in LEFT_OUT}
             groups.setdefault(name, {})[int(seed)] = kept
     if not groups:
@@ -76,7 +71,7 @@ def read_groups(runs: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def read_deployed(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Name -> what deploying changed."""
+    """Name -> the effect of deploying."""
     records = {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("*/deploy.json"))}
     if not records:
         raise SystemExit(f"no deployment in {folder}")
@@ -85,49 +80,44 @@ def read_deployed(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def measured(group: dict[int, dict[str, Any]], metric: str) -> dict[int, float]:
-    """Seed -> the number, in percent, of the runs that have it."""
-    # Runs of the time when there were classifiers only have no "test".
-    found = {
-        seed: summary.get("test", {"accuracy": summary["test_accuracy"]}).get(metric)
-        for seed, summary in group.items()
-    }
-    return {seed: 100 * value for seed, value in found.items() if value is not None}
+    """Seed -> the metric in percent, for the runs that have it."""
+    values = {seed: summary["test"].get(metric) for seed, summary in group.items()}
+    return {seed: 100 * value for seed, value in values.items() if value is not None}
 
 
 def compare_all(groups, metric: str, base: str, *others: str) -> list[dict[str, Any]]:
-    """`compare` of `base` with each of `others` that has finished runs of the same seeds."""
+    """Compares `base` with each of `others` that has finished runs of the same seeds."""
     if base not in groups:
         raise SystemExit(f"no finished run of {base}, to which the others are to be compared")
     first = measured(groups[base], metric).keys()
-    known = [b for b in others if first & measured(groups.get(b, {}), metric).keys()]
-    return [compare(groups, metric, base, b) for b in known]
+    finished = [b for b in others if first & measured(groups.get(b, {}), metric).keys()]
+    return [compare(groups, metric, base, b) for b in finished]
 
 
 def compare(groups, metric: str, a: str, b: str) -> dict[str, Any]:
-    """Difference b - a over the seeds that both have, in points, with its 95 % interval."""
+    """The difference b - a over the seeds that both have, in points, with its 95 % interval."""
     first, second = measured(groups[a], metric), measured(groups[b], metric)
     differences = [second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())]
     mean = statistics.mean(differences)
     out = {"a": a, "b": b, "differences": differences, "mean": mean}
-    if len(differences) > 1:
-        half = (
-            T95.get(len(differences) - 1, MANY) * statistics.stdev(differences) / math.sqrt(len(differences))
-        )
+    if (n := len(differences)) > 1:
+        quantile = float(student_t.ppf(0.975, n - 1))
+        half = quantile * statistics.stdev(differences) / math.sqrt(n)
         out |= {"low": mean - half, "high": mean + half}
     return out
 
 
 def markdown(title: str, result: dict[str, Any]) -> str:
-    some = next(iter(next(iter(result["groups"].values())).values()))
-    versions = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
+    first = next(iter(next(iter(result["groups"].values())).values()))
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     lines = [
         f"# {title}",
         "",
         f"`{result['command']}`",
         "",
-        f"{result['hardware'] or some['device']}; {versions}. "
-        f"{some['epochs']} epochs, {some['steps']} steps, {some['test_count']:,} test images"
-        f"{binomial_error(some)}.",
+        f"{result['hardware'] or first['device']}; {versions}. "
+        f"{first['epochs']} epochs, {first['steps']} steps, {first['test_count']:,} test images"
+        f"{binomial_error(first)}.",
     ]
     for metric, comparisons in zip(result["metrics"], result["comparisons"], strict=True):
         lines += ["", *table(result["groups"], metric)]
@@ -141,7 +131,7 @@ def markdown(title: str, result: dict[str, Any]) -> str:
 
 
 def table(groups, metric: str) -> list[str]:
-    """A line for each group."""
+    """A table with a line for each group."""
     lines = [
         f"| | seeds | {LABELS[metric]}, % | mean | standard deviation | parameters in training |",
         "|---|---|---|---|---|---|",
@@ -160,7 +150,7 @@ def table(groups, metric: str) -> list[str]:
 
 
 def difference_table(comparisons: list[dict[str, Any]]) -> list[str]:
-    """Many groups against one, a line each."""
+    """A table of many groups against one, with a line for each."""
     lines = [
         f"Points more than {comparisons[0]['a']}, seed by seed:",
         "",
@@ -183,7 +173,7 @@ def difference_table(comparisons: list[dict[str, Any]]) -> list[str]:
 
 
 def deployed_table(deployed: dict[str, dict[str, Any]]) -> list[str]:
-    """How far the outputs of a deployed network are from those of the trained one."""
+    """A table of how far the outputs of each deployed network are from those of the trained one."""
     lines = ["| | largest difference of an output | parameters deployed |", "|---|---|---|"]
     for name, found in deployed.items():
         lines.append(f"| {name} | {found['max_abs']:.1e} | {found['deploy_parameters']:,} |")
@@ -191,7 +181,7 @@ def deployed_table(deployed: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def verdict(c: dict[str, Any]) -> str:
-    """What the numbers allow to be said, in a sentence."""
+    """The conclusion that a comparison allows, in a sentence."""
     differences = ", ".join(f"{d:+.2f}" for d in c["differences"])
     text = f"{c['b']} minus {c['a']}, seed by seed: {differences} points, mean {c['mean']:+.2f}"
     if "low" not in c:
@@ -210,15 +200,15 @@ def verdict(c: dict[str, Any]) -> str:
 
 
 def binomial_error(summary: dict[str, Any]) -> str:
-    """Of an accuracy, in parentheses; an average precision is no share of images."""
-    p = summary["test_accuracy"]
+    """The error of an accuracy, in parentheses; an average precision, no share of images, has none."""
+    p = summary["test"].get("accuracy")
     if p is None:
         return ""
     return f" (binomial standard error {100 * math.sqrt(p * (1 - p) / summary['test_count']):.1f} points)"
 
 
 def draw(title: str, groups, runs: pathlib.Path, metric: str, path: pathlib.Path) -> None:
-    """The metric of every run: against epochs, or as points where it was measured at the end only."""
+    """Draws the metric of every run: over epochs, or as points if it was measured at the end only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -238,7 +228,7 @@ def draw(title: str, groups, runs: pathlib.Path, metric: str, path: pathlib.Path
 
 
 def draw_curves(axes: Any, curves: dict[str, list[dict[float, float]]], metric: str) -> None:
-    """Every run as a thin line, the group's mean as a thick one."""
+    """Draws every run as a thin line, and the mean of a group as a thick one."""
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
     for colour, (name, group) in zip(itertools.cycle(colours), curves.items()):
         for curve in group:
@@ -252,7 +242,7 @@ def draw_curves(axes: Any, curves: dict[str, list[dict[float, float]]], metric: 
 
 
 def draw_points(axes: Any, values: dict[str, dict[int, float]], metric: str) -> None:
-    """A row for each group, the first on top: every run as a point, the mean as a bar across the row."""
+    """Draws a row for each group, the first on top: every run as a point, the mean as a bar."""
     for row, group in enumerate(values.values()):
         axes.plot(group.values(), [row] * len(group), "o", color="#0072B2", alpha=0.6)
         mean = statistics.mean(group.values())

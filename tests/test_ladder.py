@@ -225,7 +225,7 @@ def finished_runs(tmp_path):
             folder = tmp_path / f"{rung}-{seed}"
             folder.mkdir()
             summary = {
-                "test_accuracy": accuracy, "test_count": 5000, "epochs": 5, "steps": 500, "seed": seed,
+                "test": {"accuracy": accuracy}, "test_count": 5000, "epochs": 5, "steps": 500, "seed": seed,
                 "train_parameters": 1000, "versions": {"jax": "0"}, "device": "1 x cpu", "wall_s": 3.0,
             }  # fmt: skip
             (folder / "summary.json").write_text(json.dumps(summary))
@@ -270,7 +270,7 @@ def test_metrics_that_a_run_lacks_are_skipped_and_deployments_have_a_table(
         folder = finished_runs / f"3-detector-{seed}"
         folder.mkdir()
         summary = json.loads((finished_runs / "1-plain-0" / "summary.json").read_text())
-        summary |= {"task": "detect", "test_accuracy": None, "test": {"ap50": ap50, "ap": None}}
+        summary |= {"task": "detect", "test": {"ap50": ap50, "ap": None}}
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "metrics.jsonl").write_text(json.dumps({"kind": "eval", "epoch": 5.0, "ap50": ap50}) + "\n")
     place = tmp_path_factory.mktemp("summary")

@@ -39,7 +39,7 @@ def quickstart(args: argparse.Namespace) -> int:
         from repopt_jax.report.quickstart import quickstart, summary_lines
 
         source = " ".join([args.config, *args.overrides])
-        done = quickstart(base, out, seeds=args.seeds, say=_print, source=source)
+        done = quickstart(base, out, seeds=args.seeds, log=_print, source=source)
     _print("", *summary_lines(done.rows), "", f"Report: {done.page}")
     if not done.equivalence["equivalent"]:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""What is shown of runs: pictures, the report's page, and the quickstart that ends in one."""
+"""Reports of runs: figures, an HTML page, drawings of detections, and the quickstart."""

@@ -1,10 +1,11 @@
-"""The pictures of a report, one function each: numbers in, a Matplotlib figure out.
+"""The figures of a report, one function each, from numbers to a Matplotlib figure.
 
-Figures are built without pyplot: no global state, no display, and several threads may draw. Colours
-are from the palette of Okabe and Ito, which stays readable with colour-blindness, and every line
-has a style of its own for print.
+Figures are built without pyplot: no global state, no display, and several threads may draw. Colours are from
+the palette of Okabe and Ito, which stays readable with colour blindness, and every line has a style of its
+own for print.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from repopt_jax.report.records import History
 
-DPI = 160  # of the files; sharp on screens of high density
+DPI = 160  # of the files: sharp on high-density screens
 INK = "#333333"
 RC: dict[Any, Any] = {
     "font.size": 10,
@@ -40,33 +41,36 @@ RC: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Look:
-    """How one way of training is drawn everywhere."""
+class LineStyle:
+    """The colour and the style of line of one way of training, in all figures."""
 
     colour: str
-    style: Any
+    line: Any
 
 
-LOOKS = {
-    "plain SGD": Look("#4d4d4d", "-"),
-    "RepOpt, searched scales": Look("#0072B2", "-"),
-    "RepOpt, depth rule": Look("#E69F00", "--"),
-    "RepOpt, all ones": Look("#CC79A7", (0, (5, 1, 1, 1))),
-    "RepVGG": Look("#D55E00", "-."),
-    "search network": Look("#009E73", ":"),
-    "CSLA": Look("#56B4E9", (0, (1, 1))),
+STYLES = {
+    "plain SGD": LineStyle("#4d4d4d", "-"),
+    "RepOpt, searched scales": LineStyle("#0072B2", "-"),
+    "RepOpt, depth rule": LineStyle("#E69F00", "--"),
+    "RepOpt, all ones": LineStyle("#CC79A7", (0, (5, 1, 1, 1))),
+    "RepVGG": LineStyle("#D55E00", "-."),
+    "search network": LineStyle("#009E73", ":"),
+    "CSLA": LineStyle("#56B4E9", (0, (1, 1))),
 }
-OTHER = Look("#000000", (0, (3, 1, 1, 1, 1, 1)))
+OTHER_STYLE = LineStyle("#000000", (0, (3, 1, 1, 1, 1, 1)))
 
 
 def accuracy(
     curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], name: str = "test accuracy"
 ) -> Figure:
-    """Test accuracy over epochs, or what else `name` says. `curves`: label -> one (epochs, value in [0, 1])
-    for each seed.
+    """Test accuracy, or another metric called `name`, over epochs.
 
-    The right half shows the last part again, on an axis of its own: curves that end close together
-    cannot be told apart on the left. A thick line is the mean over the seeds.
+    The right half enlarges the second half of training: curves that end close together cannot be
+    distinguished on the left. A thick line is the mean over the seeds.
+
+    Args:
+      curves: label -> one (epochs, values in [0, 1]) for each seed.
+      name: of the metric, for the axis.
     """
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(9.2, 4.4), layout="constrained")
@@ -74,19 +78,19 @@ def accuracy(
         last = max(epochs[-1] for seeds in curves.values() for epochs, _ in seeds)
         late: list[float] = []
         for label, seeds in curves.items():
-            look = LOOKS.get(label, OTHER)
+            style = STYLES.get(label, OTHER_STYLE)
             epochs = min((epochs for epochs, _ in seeds), key=len)
             values = np.stack([100 * value[: len(epochs)] for _, value in seeds])
             late += list(values[:, epochs >= last / 2].ravel())
             for axes in (left, right):
                 if len(seeds) > 1:
-                    axes.plot(epochs, values.T, color=look.colour, linewidth=0.6, alpha=0.35)
+                    axes.plot(epochs, values.T, color=style.colour, linewidth=0.6, alpha=0.35)
                 mean = values.mean(axis=0)
-                axes.plot(epochs, mean, color=look.colour, linestyle=look.style, linewidth=2, label=label)
+                axes.plot(epochs, mean, color=style.colour, linestyle=style.line, linewidth=2, label=label)
         left.set(title="Whole training", ylabel=f"{name} (%)", ylim=(0, 102))
-        room = 0.05 * (max(late) - min(late)) + 0.1
+        margin = 0.05 * (max(late) - min(late)) + 0.1
         right.set(title="Second half, enlarged", xlim=(last / 2, last))
-        right.set_ylim(max(min(late) - room, 0), max(late) + room)
+        right.set_ylim(max(min(late) - margin, 0), max(late) + margin)
         for axes in (left, right):
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -96,10 +100,10 @@ def accuracy(
 
 
 def scales(history: History) -> Figure:
-    """Mean and spread of each layer's scales over epochs, over the mean that they began with.
+    """Mean and spread of each layer's scales over epochs, relative to the mean at the start.
 
-    A column for each kind of branch. Layers begin at different values (the depth rule), which would hide how
-    they move.
+    There is a column for each kind of branch. Layers start at different values (the depth rule), which would
+    hide how they change.
     """
     layers = list(dict.fromkeys(layer for layer, _ in history.vectors))
     branches = list(dict.fromkeys(branch for _, branch in history.vectors))
@@ -134,17 +138,17 @@ def scales(history: History) -> Figure:
 
 
 def movement(history: History) -> Figure:
-    """How far scales move in an epoch, relative to their size, above the learning rate."""
+    """How far scales move in an epoch, relative to their size, and below it the learning rate."""
     branches = list(dict.fromkeys(branch for _, branch in history.vectors))
-    looks = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", "-.", ":")))
+    styles = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", "-.", ":")))
     epochs = history.epochs[1:]
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(7.2, 4.8), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        for (colour, style), branch in zip(looks, branches):
-            chosen = [s for (_, name), s in history.vectors.items() if name == branch]
-            pace = np.stack([100 * s["rms_change"][1:] / s["rms"][1:] for s in chosen])
-            low, middle, high = np.quantile(pace / np.diff(history.epochs), (0.1, 0.5, 0.9), axis=0)
+        for (colour, style), branch in zip(styles, branches):
+            vectors = [s for (_, name), s in history.vectors.items() if name == branch]
+            change = np.stack([100 * s["rms_change"][1:] / s["rms"][1:] for s in vectors])
+            low, middle, high = np.quantile(change / np.diff(history.epochs), (0.1, 0.5, 0.9), axis=0)
             upper.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
             upper.plot(epochs, middle, color=colour, linestyle=style, linewidth=2, label=branch)
         upper.set(title="Movement of the scales in one epoch", ylim=(0, None))
@@ -157,16 +161,23 @@ def movement(history: History) -> Figure:
 
 
 def step_time(times: Mapping[str, float]) -> Figure:
-    """Bars of the time that one training step takes. `times`: label -> milliseconds."""
+    """Bars of the time of one training step. `times`: label -> milliseconds."""
     labels = list(times)[::-1]
     values = [times[label] for label in labels]
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(7.2, 0.42 * len(labels) + 1.3), layout="constrained")
         axes = figure.subplots()
-        colours = [LOOKS.get(label, OTHER).colour for label in labels]
+        colours = [STYLES.get(label, OTHER_STYLE).colour for label in labels]
         bars = axes.barh(labels, values, color=colours, height=0.62)
         axes.bar_label(bars, [f"{value:.3g} ms" for value in values], padding=4)
         axes.set(title="Time of one training step", xlabel="median (ms)", xlim=(0, 1.16 * max(values)))
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
     return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file of `DPI`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What detectors find, as pictures: on the test images of a run, and on any image file."""
+"""Drawings of what detectors find: on the test images of a run, and on any image file."""
 
 import io
 from collections.abc import Callable
@@ -18,42 +18,51 @@ from repopt_jax.train.deploy import open_test
 from repopt_jax.train.detection import detection_transform, make_detect
 from repopt_jax.train.state import split_model
 
-# Drawn are detections that are rather right than wrong; the evaluation takes all above
-# `detect.score_threshold`.
+# Detections from this score on are drawn, which are more often right than wrong; the evaluation takes all
+# above `detect.score_threshold`.
 THRESHOLD = 0.4
 COLUMNS = 6
-# Longer side of the pictures on a sheet, about, in pixels: smaller images are enlarged, larger ones shrunk.
+# Approximate longer side of the drawings on a sheet, in pixels: smaller images are enlarged, larger ones
+# shrunk.
 SIDE = 256
 
 
 def gallery(
     trained: Trained, *, count: int = 12, annotated: bool = False, data_dir: str | None = None
 ) -> bytes:
-    """A sheet of the first `count` test images with what the network finds, or with `annotated` what there is
-    to find; PNG."""
+    """Draws the first `count` test images with the objects that the network finds, on one sheet.
+
+    Args:
+      trained: a detector, of a run or deployed.
+      count: number of images, or all if there are fewer.
+      annotated: draw the annotated objects instead of those that are found.
+      data_dir: of the images, where it is another one than in the config.
+
+    Returns:
+      A PNG file.
+    """
     _, source, batches = open_test(trained, data_dir)
     detect = None if annotated else _detector(trained)
     threshold = least_score(trained)
-    pictures = []
+    drawings = []
     for batch in batches:
-        found = None if detect is None else detect(batch["image"])
+        detections = None if detect is None else detect(batch["image"])
         for row in np.flatnonzero(batch["mask"]):
             example = source.eval[int(batch["index"][row])]
             image = example["image"]
-            if found is None:
+            if detections is None:
                 objects = {name: example[name] for name in ("boxes", "classes", "keypoints")}
                 objects["scores"] = None
             else:
-                objects = _objects(found, int(row), batch["ratio"][row], threshold, image.shape)
-            pictures.append(_drawn(*_shrunk(image, objects), trained.info.class_names))
-            if len(pictures) == count:
-                return _png(contact_sheet(pictures, columns=COLUMNS))
-    return _png(contact_sheet(pictures, columns=COLUMNS))
+                objects = _objects(detections, int(row), batch["ratio"][row], threshold, image.shape)
+            drawings.append(_draw(*_shrunk(image, objects), trained.info.class_names))
+            if len(drawings) == count:
+                return _png(contact_sheet(drawings, columns=COLUMNS))
+    return _png(contact_sheet(drawings, columns=COLUMNS))
 
 
 class Found(NamedTuple):
-    """An object on an image: class, score, box (x1, y1, x2, y2) and keypoints (x, y), in pixels of the
-    file."""
+    """An object that was found: its class, score, box (x1, y1, x2, y2) and keypoints (x, y), in pixels."""
 
     name: str
     score: float
@@ -66,18 +75,18 @@ def predict(
 ) -> list[Found]:
     """Finds the objects of an image file, draws them on a copy of it at `out`, and returns them, best first.
 
-    Boxes end at the borders of the image. Small images are enlarged for the picture, none is shrunk.
+    Boxes are clipped to the image. Small images are enlarged for the drawing; large ones keep their size.
 
     Args:
       trained: a detector, of a run or deployed.
-      image: PNG, JPEG or what else Pillow reads.
-      out: a name ending as Pillow writes it (.png, .jpg ...); replaced if it is there.
+      image: PNG, JPEG or any other format that Pillow reads.
+      out: a path with a suffix that Pillow can write (.png, .jpg ...); an existing file is replaced.
       threshold: the least score, see `least_score`.
 
     Raises:
       FileNotFoundError: no such image.
-      ValueError: the network is no detector, `threshold` is out of its range, the file is no image, or `out`
-        has an unknown ending.
+      ValueError: the network is not a detector, `threshold` is out of its range, the file is not an image, or
+        `out` has an unknown suffix.
     """
     if trained.config.task != "detect":
         raise ValueError(
@@ -91,11 +100,11 @@ def predict(
     pixels = decode_image(path.read_bytes(), channels=trained.info.channels, name=str(path))
     transform = detection_transform(trained.config.data)
     fitted, ratio = letterbox(pixels, transform.image_size)
-    found = _detector(trained)(normalise(fitted[None], transform.pixels))
-    objects = _objects(found, 0, ratio, threshold, pixels.shape)
-    picture = _drawn(pixels, objects, trained.info.class_names)
+    detections = _detector(trained)(normalise(fitted[None], transform.pixels))
+    objects = _objects(detections, 0, ratio, threshold, pixels.shape)
+    drawing = _draw(pixels, objects, trained.info.class_names)
     try:
-        picture.save(out)
+        drawing.save(out)
     except ValueError as error:
         raise ValueError(f"cannot write a picture to {out}: use a name that ends in .png or .jpg") from error
     boxes, points = objects["boxes"].tolist(), objects["keypoints"].tolist()
@@ -105,53 +114,53 @@ def predict(
     ]
 
 
-def least_score(trained: Trained, asked: float | None = None) -> float:
-    """The least score of what is drawn: `asked`, or `THRESHOLD` where the network gives such scores.
+def least_score(trained: Trained, threshold: float | None = None) -> float:
+    """The least score of objects that are drawn: `threshold`, or by default `THRESHOLD`.
 
     Raises:
-      ValueError: `asked` is not between `detect.score_threshold` of the network's config, below which it
+      ValueError: `threshold` is not between `detect.score_threshold` of the network's config, below which it
         finds nothing, and 1.
     """
     least = trained.config.detect.score_threshold
-    if asked is None:
+    if threshold is None:
         return max(THRESHOLD, least)
-    if not least <= asked <= 1:  # nan neither
+    if not least <= threshold <= 1:  # also refuses nan
         raise ValueError(
-            f"`threshold` is {asked:g}; it must be between {least:g}, the config's `detect.score_threshold`, "
-            "and 1"
+            f"`threshold` is {threshold:g}; it must be between {least:g}, the config's "
+            "`detect.score_threshold`, and 1"
         )
-    return asked
+    return threshold
 
 
 def _detector(trained: Trained) -> Callable[[np.ndarray], Detections]:
-    """Images -> detections as NumPy arrays; compiled once for all batches of a size."""
+    """A function from images to detections as NumPy arrays, compiled once for all batches of a size."""
     network = split_model(trained.model)
     detect = make_detect(network.graphdef, trained.config)
     return lambda images: jax.device_get(detect(network.params, network.rest, images))
 
 
 def _objects(
-    found: Detections, row: int, ratio: float, threshold: float, shape: tuple[int, ...]
+    detections: Detections, row: int, ratio: float, threshold: float, shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The detections of one image from `threshold` on, in pixels of the original, which is `shape` large.
+    """The detections of one image from `threshold` on, in pixels of the original, which has this shape.
 
-    The network sees a square, and its boxes may reach into the padding: they are cut at the image, and what
-    lies in the padding alone is left out.
+    The network's input is a square, and its boxes may extend into the padding: they are clipped to the image,
+    and those that lie in the padding only are left out.
     """
     height, width = shape[:2]
-    boxes = np.clip(found.boxes[row] / ratio, 0, np.array([width, height, width, height], np.float32))
-    seen = (boxes[:, 2:] > boxes[:, :2]).all(-1)
-    chosen = (found.scores[row] >= threshold) & (found.classes[row] >= 0) & seen
+    boxes = np.clip(detections.boxes[row] / ratio, 0, np.array([width, height, width, height], np.float32))
+    in_image = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+    drawn = (detections.scores[row] >= threshold) & (detections.classes[row] >= 0) & in_image
     return {
-        "boxes": boxes[chosen],
-        "classes": found.classes[row][chosen],
-        "scores": found.scores[row][chosen],
-        "keypoints": found.keypoints[row][chosen] / ratio,
+        "boxes": boxes[drawn],
+        "classes": detections.classes[row][drawn],
+        "scores": detections.scores[row][drawn],
+        "keypoints": detections.keypoints[row][drawn] / ratio,
     }
 
 
 def _shrunk(image: np.ndarray, objects: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """An image whose longer side is at most `SIDE`, and its objects there."""
+    """Shrinks an image to a longer side of at most `SIDE`, and its objects with it."""
     height, width = image.shape[:2]
     if (longer := max(height, width)) <= SIDE:
         return image, objects
@@ -162,12 +171,12 @@ def _shrunk(image: np.ndarray, objects: dict[str, Any]) -> tuple[np.ndarray, dic
     return fitted, {**objects, "boxes": objects["boxes"] * np.tile(scale, 2), "keypoints": points}
 
 
-def _drawn(image: np.ndarray, objects: dict[str, Any], class_names: tuple[str, ...]) -> Any:
+def _draw(image: np.ndarray, objects: dict[str, Any], class_names: tuple[str, ...]) -> Any:
     zoom = max(1, round(SIDE / max(image.shape[:2])))
     return draw_detections(image, **objects, class_names=class_names, zoom=zoom)
 
 
-def _png(picture: Any) -> bytes:
+def _png(drawing: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    drawing.save(buffer, format="PNG")
     return buffer.getvalue()

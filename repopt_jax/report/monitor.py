@@ -1,14 +1,14 @@
 """Have the scales of a search settled? An answer in plain language, from each epoch's statistics.
 
-A *vector* is the scale of one branch of one layer. Between two records it travels
-rms(s_t - s_{t-1}); over its rms(s) at the end this has no unit, and summed over a stretch of the
-search it is that stretch's *path*.
+A *vector* is the scale of one branch of one layer. Between two records it moves by rms(s_t - s_{t-1}).
+Divided by its rms(s) at the end this has no unit, and its sum over a part of the search is the *path* of that
+part.
 
-A vector has settled when its path over the last fifth of the search is at most 10 % of its whole
-path (steady motion would give 20 %) or at most 2 % of its own size. Under a decaying learning rate
-everything stops in the end, so the last fifth is taken on two clocks: epochs, and full-rate epochs
-tau_t = sum_i lr_i / max(lr), which tick slower as the rate decays. Settled on both: the scales have
-arrived. Settled in epochs only: the learning rate stopped them.
+A vector has settled when its path over the last fifth of the search is at most 10 % of its whole path (steady
+motion would give 20 %) or at most 2 % of its own size. Under a decaying learning rate everything stops in the
+end, so the last fifth is taken on two clocks: epochs, and full-rate epochs tau_t = sum_i lr_i / max(lr),
+which advance more slowly as the rate decays. A vector that has settled on both has converged; if it has
+settled in epochs only, the learning rate stopped it.
 """
 
 from collections import Counter
@@ -19,22 +19,26 @@ import numpy as np
 
 from repopt_jax.report.records import History
 
-LAST_PART = 0.2  # the stretch at the end that is judged, as a share of the search
+LAST_PART = 0.2  # the part at the end that is judged, as a share of the search
 LATE_SHARE = 0.10  # of the whole path; steady motion would give LAST_PART
 LATE_SIZE = 0.02  # of the vector's own size: an absolute change that no longer matters
 UNMOVED = 0.01  # of the vector's own size, over the whole search
-RETURNING = 0.5  # net way over path, of mean and spread: steady drift has 1, n random steps 1/sqrt(n)
-QUORUM = 0.9  # share of the vectors that must be at rest
+RETURNING = 0.5  # net distance over path, of mean and spread: steady drift has 1, n random steps 1/sqrt(n)
+QUORUM = 0.9  # share of the vectors that must have settled or swing
 DECAYED = 0.1  # of the highest learning rate: below it the rate counts as decayed
-FEWEST_RECORDS = 5
+MIN_RECORDS = 5
 
 
 @dataclass(frozen=True)
 class VectorVerdict:
-    """One vector: `state` is unmoved, settled, swinging, stopped (by the learning rate) or moving.
+    """The verdict on one vector.
 
-    `path` is in units of the vector's size; `late_epochs` and `late_rate` are the shares of it in
-    the last fifth on the two clocks; `done_by` is the epoch at which nine tenths of it were done.
+    Attributes:
+      layer, branch: which vector.
+      state: "unmoved", "settled", "swinging", "stopped" (by the learning rate) or "moving".
+      path: over the whole search, in units of the vector's size.
+      late_epochs, late_rate: the share of the path in the last fifth, on the two clocks.
+      done_by: the epoch at which nine tenths of the path were done.
     """
 
     layer: str
@@ -48,7 +52,7 @@ class VectorVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer: `sentence` for people, `notes` that explain it, and what each vector did."""
+    """The answer: `sentence` in plain language, `notes` that explain it, and the verdict on each vector."""
 
     settled: bool
     state: str
@@ -58,13 +62,13 @@ class Verdict:
 
 
 def verdict(history: History) -> Verdict:
-    """Says whether the scales have settled; the criterion is in the module's text.
+    """Decides whether the scales have settled, by the criterion in the module's docstring.
 
     Raises:
       ValueError: a statistic that is not finite; the vectors are named.
     """
     _check_finite(history)
-    if len(history.epochs) < FEWEST_RECORDS:
+    if len(history.epochs) < MIN_RECORDS:
         return Verdict(False, "too short", _sentence("too short", history, ()), (), ())
     vectors = tuple(judge(history, key) for key in history.vectors)
     state, settled = _overall(history, vectors)
@@ -74,42 +78,45 @@ def verdict(history: History) -> Verdict:
 
 
 def judge(history: History, key: tuple[str, str]) -> VectorVerdict:
-    """What one vector did, by the criterion in the module's text."""
+    """The verdict on one vector, by the criterion in the module's docstring."""
     series = history.vectors[key]
     size = max(float(series["rms"][-1]), np.finfo(float).tiny)
     steps = series["rms_change"][1:] / size
     path = float(steps.sum())
-    way = np.concatenate([[0.0], np.cumsum(steps)])
-    late = {name: _late(clock, way) for name, clock in _clocks(history).items()}
-    done_by = float(np.interp(0.9 * path, way, history.epochs))
-    rest = {name: part <= max(LATE_SHARE * path, LATE_SIZE) for name, part in late.items()}
+    so_far = np.concatenate([[0.0], np.cumsum(steps)])
+    clocks = _clocks(history)
+    late = {name: _late(clock, so_far) for name, clock in clocks.items()}
+    done_by = float(np.interp(0.9 * path, so_far, history.epochs))
+    settled = {name: part <= max(LATE_SHARE * path, LATE_SIZE) for name, part in late.items()}
     if path <= UNMOVED:
         state = "unmoved"
-    elif all(rest.values()):
+    elif all(settled.values()):
         state = "settled"
-    elif _returns(series, _clocks(history)["rate"]):
+    elif _returns(series, clocks["rate"]):
         state = "swinging"
     else:
-        state = "stopped" if rest["epochs"] else "moving"
+        state = "stopped" if settled["epochs"] else "moving"
     share = {name: part / path if path else 0.0 for name, part in late.items()}
     return VectorVerdict(*key, state, path, share["epochs"], share["rate"], done_by)
 
 
 def _clocks(history: History) -> dict[str, np.ndarray]:
+    """The time of each record in epochs, and in full-rate epochs ("rate")."""
     ticks = np.diff(history.epochs)
     clocks = {"epochs": ticks, "rate": ticks * history.rates[1:]}
     return {name: np.concatenate([[0.0], np.cumsum(tick)]) for name, tick in clocks.items()}
 
 
-def _late(clock: np.ndarray, way: np.ndarray) -> float:
+def _late(clock: np.ndarray, so_far: np.ndarray) -> float:
+    """The path in the last part of the search."""
     start = (1 - LAST_PART) * clock[-1]
-    return float(way[-1] - np.interp(start, clock, way))
+    return float(so_far[-1] - np.interp(start, clock, so_far))
 
 
 def _returns(series: Mapping[str, np.ndarray], clock: np.ndarray) -> bool:
-    """Whether mean and spread went to and fro in the last fifth, rather than somewhere else."""
+    """Whether mean and spread oscillated in the last fifth, rather than drifted."""
     late = clock >= (1 - LAST_PART) * clock[-1]
-    late[:-1] |= late[1:]  # the record before the stretch is where its first step starts
+    late[:-1] |= late[1:]  # the first step of the part starts at the record before it
     points = np.stack([series["mean"], series["std"]], axis=1)[late]
     lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
     net = np.linalg.norm(points[-1] - points[0])
@@ -136,7 +143,7 @@ def _sentence(state: str, history: History, vectors: Sequence[VectorVerdict]) ->
     }
     name = "swinging, decayed" if state == "swinging" and history.rates[-1] <= DECAYED else state
     return SENTENCES[name].format(
-        rest=sum(v.state == "settled" for v in moved),
+        settled=sum(v.state == "settled" for v in moved),
         moved=len(moved),
         total=len(vectors),
         last=history.epochs[-1],
@@ -145,47 +152,47 @@ def _sentence(state: str, history: History, vectors: Sequence[VectorVerdict]) ->
 
 
 SENTENCES = {
-    "settled": "The scales have settled: {rest} of {moved} scale vectors hardly moved in the last "
-    "fifth of the search, the falling learning rate allowed for; nine tenths of the movement were done by "
-    "epoch {done_by:.1f} of {last:.3g}, and a longer search would change little.",
-    "swinging": "The scales swing about a level without drifting, the ordinary noise of SGD: let "
-    "the learning rate decay to 0 at the end of the search, which averages it out.",
-    "swinging, decayed": "The scales swing about a level without drifting, the ordinary noise of "
-    "SGD, and the decayed learning rate has averaged it out: they can be used, and a longer search "
-    "would change little.",
-    "stopped": "The scales stopped because the learning rate decayed, not because they had "
-    "arrived: the last fifth of the learning rate's budget made {late_rate:.0%} of their movement "
-    "(steady motion makes 20 %), the last fifth of the epochs {late_epochs:.1%}; they can be used, "
-    "and a search of twice the {last:.3g} epochs shows whether more movement helps.",
-    "moving": "The scales are still moving: only {rest} of {moved} scale vectors have settled, and "
-    "the last fifth of the {last:.3g} epochs made {late_epochs:.0%} of the movement; search "
-    "longer, twice as many epochs as a next step.",
+    "settled": "The scales have settled: {settled} of {moved} scale vectors hardly moved in the last fifth "
+    "of the search, the falling learning rate allowed for; nine tenths of the movement were done by epoch "
+    "{done_by:.1f} of {last:.3g}, and a longer search would change little.",
+    "swinging": "The scales swing about a level without drifting, the ordinary noise of SGD: let the "
+    "learning rate decay to 0 at the end of the search, which averages it out.",
+    "swinging, decayed": "The scales swing about a level without drifting, the ordinary noise of SGD, and "
+    "the decayed learning rate has averaged it out: they can be used, and a longer search would change "
+    "little.",
+    "stopped": "The scales stopped because the learning rate decayed, not because they had arrived: the "
+    "last fifth of the learning rate's budget made {late_rate:.0%} of their movement (steady motion makes "
+    "20 %), the last fifth of the epochs {late_epochs:.1%}; they can be used, and a search of twice the "
+    "{last:.3g} epochs shows whether more movement helps.",
+    "moving": "The scales are still moving: only {settled} of {moved} scale vectors have settled, and the "
+    "last fifth of the {last:.3g} epochs made {late_epochs:.0%} of the movement; search longer, twice as "
+    "many epochs as a next step.",
     "unmoved": "Only {moved} of {total} scale vectors moved by more than 1 % of their size: the search was "
     "too short, its learning rate too small, or the scales are not trained.",
-    "too short": "Too short to say whether the scales have settled: {last:.3g} epochs are "
-    "recorded, and at least four records after the first are needed.",
+    "too short": "Too short to say whether the scales have settled: {last:.3g} epochs are recorded, and at "
+    "least four records after the first are needed.",
 }
 
 NEAR_START = (
-    "{count} of {total} scale vectors end with a mean within 5 % of where they began. That is a "
-    "valid result, not a failed search: RepOpt uses the differences between channels, branches and "
-    "layers, and even constants that were never searched bring about half of its gain (published "
-    "for RepOpt-VGG-B1 on ImageNet: 76.9 % with plain SGD, 77.6 with all ones, 77.7 with the depth "
-    "rule, 78.5 searched). The test accuracy of the target network decides."
+    "{count} of {total} scale vectors end with a mean within 5 % of where they began. That is a valid "
+    "result, not a failed search: RepOpt uses the differences between channels, branches and layers, and "
+    "even constants that were never searched bring about half of its gain (published for RepOpt-VGG-B1 on "
+    "ImageNet: 76.9 % with plain SGD, 77.6 with all ones, 77.7 with the depth rule, 78.5 searched). The "
+    "test accuracy of the target network decides."
 )
 OSCILLATION = (
-    "{count} scale vectors go up and down without drifting ({names}). While the learning rate is "
-    "high this is normal, and no reason to search longer."
+    "{count} scale vectors go up and down without drifting ({names}). While the learning rate is high this "
+    "is normal, and no reason to search longer."
 )
 STILL = (
-    "{count} scale vectors did not move by more than 1 % of their size ({names}). Where a layer "
-    "sees a map of 1x1 pixels this is expected: every tap but the centre meets zero padding, so "
-    "that there is nothing to choose between the branches (the last stage of the published "
-    "RepOpt-VGG scales stays within 0.01 of 1). On larger maps, see that the layer gets gradients."
+    "{count} scale vectors did not move by more than 1 % of their size ({names}). Where a layer sees a map "
+    "of 1x1 pixels this is expected: every tap but the centre meets zero padding, so that there is nothing "
+    "to choose between the branches (the last stage of the published RepOpt-VGG scales stays within 0.01 of "
+    "1). On larger maps, see that the layer gets gradients."
 )
 NEGATIVE = (
-    "{count} channels have a negative scale ({names}). That is harmless: SGD uses squares, AdamW "
-    "and Lion absolute values; the published scale files hold 150 to 1,500 of them."
+    "{count} channels have a negative scale ({names}). That is harmless: SGD uses squares, AdamW and Lion "
+    "absolute values; the published scale files hold 150 to 1,500 of them."
 )
 
 
@@ -209,7 +216,7 @@ def _notes(history: History, vectors: Sequence[VectorVerdict]) -> Iterator[str]:
 
 
 def _short(layer: str) -> str:
-    """stages/1/0 for stages/1/0/conv/kernel: what a reader needs."""
+    """The part of a path that a reader needs: stages/1/0 for stages/1/0/conv/kernel."""
     return layer.removesuffix("/kernel").removesuffix("/conv")
 
 

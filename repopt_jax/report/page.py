@@ -1,6 +1,6 @@
-"""The HTML of a report: one page without anything from outside, readable on light and dark screens.
+"""The HTML page of a report: self-contained, readable on light and dark screens.
 
-Whatever comes from a run (names, paths, versions) is escaped; only the words of this file are markup.
+Whatever comes from a run (names, paths, versions) is escaped; only text of this file is markup.
 """
 
 import base64
@@ -56,17 +56,22 @@ CAPTIONS = {
 def render(
     content: Mapping[str, Any], pictures: Mapping[str, bytes], galleries: Mapping[str, bytes] | None = None
 ) -> str:
-    """The page. `content` is what report.json holds; `pictures` are PNG files by name, `galleries` by
-    caption."""
+    """Renders the page.
+
+    Args:
+      content: the content of report.json.
+      pictures: PNG files of the figures, by the names of `CAPTIONS`.
+      galleries: PNG files of drawings on test images, by caption.
+    """
     label = METRICS[content["task"]][0].label
     captions = CAPTIONS | {"accuracy": CAPTIONS["accuracy"].format(label=label[0].upper() + label[1:])}
     images = {name: _figure(captions[name], picture) for name, picture in pictures.items()}
-    found = [_figure(caption, picture) for caption, picture in (galleries or {}).items()]
+    drawings = [_figure(caption, picture) for caption, picture in (galleries or {}).items()]
     sections = (
         _header(content),
-        _section("Result", _results(content), _honesty(content), images.get("accuracy", "")),
+        _section("Result", _results(content), _uncertainty(content), images.get("accuracy", "")),
         _search(content["search"], images) if content["search"] else "",
-        _section("What the networks find", *found) if found else "",
+        _section("What the networks find", *drawings) if drawings else "",
         _equivalence(content["equivalence"]) if content["equivalence"] else "",
         _section("Deploying", _deploying(content)),
         _section("Speed", _speed(), images["step_time"]) if "step_time" in images else "",
@@ -134,18 +139,19 @@ def _percent_or_dash(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _honesty(content: Mapping[str, Any]) -> str:
+def _uncertainty(content: Mapping[str, Any]) -> str:
+    """Whether the results rank the ways of training."""
     rows, noise = content["rows"], content["noise"]
     if not noise:
         return (
             f"<p>Measured on {rows[0]['test_count']:,} images by COCO's evaluation: AP50 counts a detection "
             "as right where its box (for keypoint AP50: its keypoints) agrees with the object by at least "
-            f"0.5, AP averages over 0.5 to 0.95. {_seeds_say(content)} The search network finds the scales "
-            "and is not used after.</p>"
+            f"0.5, AP averages over 0.5 to 0.95. {_spread_of_seeds(content)} The search network finds the "
+            "scales and is not used after.</p>"
         )
     two, largest = 100 * noise["two_errors"], 100 * noise["largest_difference"]
     seeds = max(len(row["measured"]["accuracy"]) for row in rows)
-    says = (
+    conclusion = (
         "so these runs do not rank the ways of training"
         if largest <= two
         else "so the best and the worst of them differ by more than the choice of test images explains"
@@ -153,14 +159,14 @@ def _honesty(content: Mapping[str, Any]) -> str:
     return (
         f"<p>The test set has {rows[0]['test_count']:,} images. Two accuracies on that many differ by chance "
         f"by up to about {two:.1f} points (two standard errors of a difference); the largest difference "
-        f"between ways of training here is {largest:.1f} points, {says}. "
+        f"between ways of training here is {largest:.1f} points, {conclusion}. "
         + ("More seeds do not help against that, as all share the test images. " if seeds > 1 else "")
         + "The search network is shown for completeness: it finds the scales and is not used after.</p>"
     )
 
 
-def _seeds_say(content: Mapping[str, Any]) -> str:
-    """What repetitions allow to be said of the metric that runs are compared by."""
+def _spread_of_seeds(content: Mapping[str, Any]) -> str:
+    """The differences between seeds of the metric that runs are compared by."""
     metric = METRICS[content["task"]][0]
     seeds = [row["measured"].get(metric.name, ()) for row in content["rows"]]
     spreads = [100 * (max(values) - min(values)) for values in seeds if len(values) > 1]
@@ -183,17 +189,17 @@ def _search(search: Mapping[str, Any], images: Mapping[str, str]) -> str:
     )
 
 
-def _equivalence(found: Mapping[str, Any]) -> str:
-    outcome = "the same function" if found["equivalent"] else "<strong>not</strong> the same function"
+def _equivalence(result: Mapping[str, Any]) -> str:
+    outcome = "the same function" if result["equivalent"] else "<strong>not</strong> the same function"
     return _section(
         "Is the plain network the multi-branch one?",
         f"<p>The multi-branch network with constant scales (CSLA) under SGD, and the plain network under "
-        f"<code>repopt_mask</code>, were trained side by side in float64 for {found['steps']} steps of "
+        f"<code>repopt_mask</code>, were trained side by side in float64 for {result['steps']} steps of "
         f"Nesterov momentum with weight decay, from the same start on the same images. They are {outcome}: "
         "the largest relative difference of any kernel, statistic or loss is "
-        f"<strong>{found['max_difference']:.1e}</strong>, while the kernels moved by "
-        f"{found['movement']:.0%}. With weight decay put before the mask, which is wrong, it is "
-        f"{found['wrong_order_difference']:.2g}.</p>",
+        f"<strong>{result['max_difference']:.1e}</strong>, while the kernels moved by "
+        f"{result['movement']:.0%}. With weight decay put before the mask, which is wrong, it is "
+        f"{result['wrong_order_difference']:.2g}.</p>",
     )
 
 
@@ -265,15 +271,14 @@ def _commands(commands: Sequence[str]) -> str:
 def _figure(caption: str, picture: bytes) -> str:
     data = base64.b64encode(picture).decode()
     caption = escape(caption)
-    width = round(
-        int.from_bytes(picture[16:20], "big") / figures.DPI * 100
-    )  # the width is in the PNG's header
+    pixels = int.from_bytes(picture[16:20], "big")  # the width, in the header of a PNG file
+    width = round(pixels / figures.DPI * 100)
     image = f'<img width="{width}" alt="{caption}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are markup already; heads are text."""
+    """A table; `heads` are text, and the cells of `rows` markup."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (

@@ -1,12 +1,12 @@
-"""The whole path once, on one command: search, extract scales, train, check, deploy, report.
+"""The whole method on one command: search, extract scales, train, check, deploy, report.
 
     OUT/search/            the hyper-search; the scales that it found are in OUT/search/scales
     OUT/runs/<way>-<seed>/ plain SGD, RepOpt with searched scales, RepVGG (classifiers also the depth rule)
-    OUT/equivalence.json   training the CSLA network against training the plain one with `repopt_mask`
+    OUT/equivalence.json   training the CSLA network compared with training the plain one with `repopt_mask`
     OUT/deploy/<way>/      the first seed of each way as plain convolutions
     OUT/report.html, report.json, report/
 
-Everything that is there already and was made from the same inputs is kept.
+Results that exist already and were made from the same inputs are reused.
 """
 
 import copy
@@ -32,7 +32,7 @@ from repopt_jax.train.rundir import PART, Summary, read_json, replace_file
 from repopt_jax.train.tasks import METRICS, told
 from repopt_jax.verify import equivalence as verify
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 # Way -> mode, scales; None stands for what the search finds.
 WAYS: dict[str, tuple[str, str | None]] = {
@@ -41,15 +41,15 @@ WAYS: dict[str, tuple[str, str | None]] = {
     "depth": ("repopt", "depth"),
     "repvgg": ("repvgg", ""),
 }
-# Task -> the ways that are compared, and how often each is trained where the caller does not say.
+# Task -> the ways that are compared, and the default number of seeds of each.
 COMPARED = {"classify": (tuple(WAYS), 2), "detect": (("plain", "repopt", "repvgg"), 1)}
-# Task -> steps and batch size of the check: float64 is slow, and the claim holds for every size.
+# Task -> steps and batch size of the check: float64 is slow, and the equivalence holds for every size.
 CHECKED = {"classify": (50, 16), "detect": (10, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """What `quickstart` came to: table, check, verdict on the scales, and the path of the report."""
+    """The results of `quickstart`: table, check, verdict on the scales, and the path of the report."""
 
     rows: tuple[report.Row, ...]
     equivalence: dict[str, Any]
@@ -62,20 +62,21 @@ def quickstart(
     out_dir: str | Path,
     *,
     seeds: int | None = None,
-    say: Say = lambda line: None,
+    log: Log = lambda line: None,
     source: str = "digits",
 ) -> Quickstart:
-    """Runs the whole path in `out_dir`.
+    """Runs the whole method in `out_dir`.
 
     Args:
-      base: what all runs share: network, data, epochs, optimizer. Mode, scales, name and seed are set here.
-      out_dir: new, empty, or that of an earlier quickstart with an equal `base`, which is continued or
-        reused.
-      seeds: how often each way of training is repeated, with seeds `base.seed`, `base.seed` + 1, ...; by
-        default twice, a detector once.
-      say: called with each line of progress.
-      source: config file and overrides, as on the command line; the report tells how to repeat the runs with
-        them.
+      base: the config that all runs share: network, data, epochs, optimizer. Mode, scales, name and seed are
+        set here.
+      out_dir: a new or empty folder, or that of an earlier quickstart with an equal `base`, which is
+        continued or reused.
+      seeds: number of runs of each way of training, with seeds `base.seed`, `base.seed` + 1, ...; by default
+        2, or 1 for a detector.
+      log: called with each line of progress.
+      source: config file and overrides, as on the command line, for the commands in the report that repeat
+        the runs.
 
     Raises:
       ValueError: `seeds` below 1, or as `loop.run`, `deploy.deploy`.
@@ -87,41 +88,41 @@ def quickstart(
     out_dir = Path(out_dir).expanduser().absolute()
     _claim(out_dir, base)
 
-    say(f"Search: {base.epochs} epochs with trainable scales")
+    log(f"Search: {base.epochs} epochs with trainable scales")
     search_dir = out_dir / "search"
     search = variant(base, "search", "search", "")
-    say(_told(run(search, search_dir)))
+    log(_summary_line(run(search, search_dir)))
     scales = search_dir / "scales"
     verdict = monitor.verdict(records.read_history(search_dir))
-    say(f"  scales in {scales}")
-    say(f"  {verdict.sentence}")
+    log(f"  scales in {scales}")
+    log(f"  {verdict.sentence}")
 
     steps, _ = CHECKED[base.task]
-    say(f"Check in float64: CSLA network against plain network with repopt_mask, {steps} steps")
+    log(f"Check in float64: CSLA network against plain network with repopt_mask, {steps} steps")
     check = variant(base, "check", "repopt", str(scales))
     equivalence = check_equivalence(check, out_dir / "equivalence.json")
-    say(_told_equivalence(equivalence))
+    log(_equivalence_line(equivalence))
 
-    runs = _train(base, out_dir / "runs", scales, ways, seeds, say)
+    runs = _train(base, out_dir / "runs", scales, ways, seeds, log)
     firsts = {"search": search_dir} | {way: out_dir / "runs" / f"{way}-{base.seed}" for way in ways}
-    deployed = _deploy(firsts, out_dir / "deploy", say)
+    deployed = _deploy(firsts, out_dir / "deploy", log)
 
     ordered = [records.read_run(folder) for folder in [*runs, search_dir]]
-    made = {search_dir: search, **runs}
+    configs = {search_dir: search, **runs}
     page = report.write_report(
         ordered,
         out_dir,
         title=f"RepOpt quickstart: {deployed[search_dir]['dataset']['name']}",
         deployed=deployed,
         equivalence=equivalence,
-        commands=[_command(config, folder, source) for folder, config in made.items()],
+        commands=[_command(config, folder, source) for folder, config in configs.items()],
         galleries=_galleries(base, out_dir / "deploy"),
     )
     return Quickstart(tuple(report.table(ordered, deployed)), equivalence, verdict, page)
 
 
 def _check(base: Config, seeds: int | None) -> None:
-    """What would fail only after the search is refused before it."""
+    """Refuses before the search what would fail only after it."""
     problems = []
     if seeds is not None and seeds < 1:
         problems.append(f"`seeds` is {seeds}; it must be at least 1")
@@ -142,17 +143,17 @@ def _check(base: Config, seeds: int | None) -> None:
 
 
 def _claim(out_dir: Path, base: Config) -> None:
-    """Marks the folder as ours; refuses one that is neither new, empty nor of a quickstart like this."""
-    mark = out_dir / "quickstart.json"
-    stored = read_json(mark)
+    """Writes `base` to the folder; refuses one that is neither new, empty nor of an equal `base`."""
+    path = out_dir / "quickstart.json"
+    stored = read_json(path)
     if stored is None:
-        if strangers := [p.name for p in sorted(out_dir.glob("*")) if p.name != mark.name + PART]:
+        if others := [p.name for p in sorted(out_dir.glob("*")) if p.name != path.name + PART]:
             raise ValueError(
                 f"`out_dir` {out_dir} is not empty and holds no quickstart "
-                f"(it has {', '.join(strangers[:3])}); choose an empty or a new folder"
+                f"(it has {', '.join(others[:3])}); choose an empty or a new folder"
             )
         out_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(mark, to_json(base) + "\n")
+        replace_file(path, to_json(base) + "\n")
     elif differing := differing_fields(from_json(json.dumps(stored)), base):
         raise ValueError(
             f"`out_dir` {out_dir} holds another quickstart; it differs in {', '.join(differing)} (there and "
@@ -161,27 +162,27 @@ def _claim(out_dir: Path, base: Config) -> None:
 
 
 def _train(
-    base: Config, folder: Path, scales: Path, ways: Sequence[str], seeds: int, say: Say
+    base: Config, folder: Path, scales: Path, ways: Sequence[str], seeds: int, log: Log
 ) -> dict[Path, Config]:
     """Trains every way with every seed; run folder -> config, the first seed of all ways first."""
     runs: dict[Path, Config] = {}
     for seed, way in itertools.product(range(base.seed, base.seed + seeds), ways):
-        mode, named = WAYS[way]
-        config = variant(base, way, mode, str(scales) if named is None else named, seed=seed)
-        say(f"Train: {report.label_of(mode, config.scales)}, seed {seed}")
+        mode, rule = WAYS[way]
+        config = variant(base, way, mode, str(scales) if rule is None else rule, seed=seed)
+        log(f"Train: {report.label_of(mode, config.scales)}, seed {seed}")
         runs[folder / f"{way}-{seed}"] = config
-        say(_told(run(config, folder / f"{way}-{seed}")))
+        log(_summary_line(run(config, folder / f"{way}-{seed}")))
     return runs
 
 
-def _deploy(runs: dict[str, Path], folder: Path, say: Say) -> dict[Path, dict[str, Any]]:
-    """Deploys the runs, given by way; run folder -> what it came to."""
+def _deploy(runs: dict[str, Path], folder: Path, log: Log) -> dict[Path, dict[str, Any]]:
+    """Deploys the runs, given by way; run folder -> the fields of `deploy.Deployed`."""
     deployed = {}
     for way, run_dir in runs.items():
-        say(f"Deploy: {way}")
-        found = deploy(run_dir, folder / way)
-        say(_told_deployed(found))
-        deployed[run_dir] = dataclasses.asdict(found)
+        log(f"Deploy: {way}")
+        done = deploy(run_dir, folder / way)
+        log(_deploy_line(done))
+        deployed[run_dir] = dataclasses.asdict(done)
     return deployed
 
 
@@ -195,23 +196,23 @@ def variant(base: Config, way: str, mode: str, scales: str, *, seed: int | None 
 
 
 def _galleries(base: Config, deployed: Path) -> dict[str, tuple[str, bytes]]:
-    """Of detectors, pictures of what the RepOpt network finds, and of what there is to find."""
+    """For detectors, drawings of what the RepOpt network finds, and of the annotated objects."""
     if base.task != "detect":
         return {}
     network = load_deployed(deployed / "repopt")
-    found = "What the deployed RepOpt network finds on test images: boxes with class and score, keypoints."
+    caption = "What the deployed RepOpt network finds on test images: boxes with class and score, keypoints."
     return {
-        "found": (found, gallery(network)),
+        "found": (caption, gallery(network)),
         "annotated": ("The same images as they are annotated.", gallery(network, annotated=True)),
     }
 
 
 def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
-    """The check of CSLA against `repopt_mask` with the config's scales on the first training images, kept at
-    `path`.
+    """Compares CSLA with `repopt_mask`, with the config's scales on the first training images.
 
-    Beside it the same check with weight decay in the wrong place, which must fail: a check that cannot fail
-    says nothing.
+    The result is written to `path`, and reused if it is there. The same check is made with weight decay in
+    the
+    wrong place, which must fail: a check that cannot fail shows nothing.
 
     Returns:
       The fields of `verify.Equivalence` with its two properties, `wrong_order_difference`, `inputs` and
@@ -223,7 +224,7 @@ def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
         return stored | {"reused": True}
     right = _verify(config, verify.nesterov_with_decay)
     wrong = _verify(config, _wrong_order)
-    found = {
+    result = {
         **dataclasses.asdict(right),
         "max_difference": right.max_difference,
         "equivalent": right.equivalent,
@@ -231,8 +232,8 @@ def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
         "inputs": inputs,
         "reused": False,
     }
-    replace_file(path, json.dumps(found, indent=2) + "\n")
-    return found
+    replace_file(path, json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def _verify(
@@ -271,8 +272,8 @@ def summary_lines(rows: Sequence[report.Row]) -> Iterator[str]:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     for line in cells:
         first = line[0].ljust(widths[0])
-        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))
-        yield "  ".join([first, *rest])
+        others = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))
+        yield "  ".join([first, *others])
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -282,14 +283,14 @@ def _percent(values: Sequence[float]) -> str:
     return f"{100 * sum(values) / len(values):.2f} %{each}"
 
 
-def _told(summary: Summary) -> str:
+def _summary_line(summary: Summary) -> str:
     reused = "reused: " if summary.reused else ""
     measured = f"{told(summary.task, summary.test)} of {summary.test_count} images"
     speed = "" if summary.step_ms_median is None else f", {summary.step_ms_median:.1f} ms a step"
     return f"  {reused}{measured}{speed}, {summary.wall_s:.0f} s"
 
 
-def _told_deployed(deployed: Deployed) -> str:
+def _deploy_line(deployed: Deployed) -> str:
     reused = "reused: " if deployed.reused else ""
     return (
         f"  {reused}largest output difference {deployed.max_abs:.1e} ({deployed.max_rel:.1e} relative), "
@@ -297,12 +298,13 @@ def _told_deployed(deployed: Deployed) -> str:
     )
 
 
-def _told_equivalence(found: dict[str, Any]) -> str:
-    reused = "reused: " if found["reused"] else ""
-    verdict = "the same function" if found["equivalent"] else "NOT the same function"
+def _equivalence_line(result: dict[str, Any]) -> str:
+    reused = "reused: " if result["reused"] else ""
+    verdict = "the same function" if result["equivalent"] else "NOT the same function"
     return (
-        f"  {reused}{verdict}: largest relative difference {found['max_difference']:.1e} while kernels moved "
-        f"by {found['movement']:.0%}; with weight decay misplaced {found['wrong_order_difference']:.2g}"
+        f"  {reused}{verdict}: largest relative difference {result['max_difference']:.1e} while kernels "
+        f"moved by {result['movement']:.0%}; with weight decay misplaced "
+        f"{result['wrong_order_difference']:.2g}"
     )
 
 

@@ -1,12 +1,11 @@
-"""One report of several runs: a self-contained HTML page, its pictures as files, and the numbers as JSON.
+"""A report of several runs, written to a folder.
 
-report.html     everything, pictures embedded
+report.html     the page, with its figures embedded
 report.json     the numbers
-report/*.png    the pictures
+report/*.png    the figures
 """
 
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -31,14 +30,14 @@ class Row:
 
     Attributes:
       label: what it is called in tables and legends.
-      measured: metric -> its value in [0, 1] for each seed, the metric that runs are compared by first;
-        without those that are not defined (None) for a seed.
-      standard_error: of an accuracy, from the number of test images alone, in [0, 1]; None for what is no
-        share of images.
-      test_count: test images.
+      measured: metric -> its value in [0, 1] for each seed. The metric that runs are compared by comes first;
+        metrics that are not defined (None) for a seed are left out.
+      standard_error: of an accuracy, from the number of test images alone, in [0, 1]; None for metrics that
+        are not a share of images.
+      test_count: number of test images.
       step_ms: median over the seeds of the time of a training step, in ms; None if it was not timed.
-      train_parameters: trained numbers.
-      deployed: the fields of `deploy.Deployed` for the first seed that was deployed, else None.
+      train_parameters: number of trained parameters.
+      deployed: the fields of `deploy.Deployed` for the first seed that was deployed, or None.
     """
 
     label: str
@@ -51,7 +50,7 @@ class Row:
 
     @property
     def score(self) -> float | None:
-        """The mean over the seeds of what runs are compared by; None where nothing was measured."""
+        """The mean over the seeds of the metric that runs are compared by; None if nothing was measured."""
         values = next(iter(self.measured.values()), None)
         return None if values is None else statistics.fmean(values)
 
@@ -69,25 +68,26 @@ def write_report(
     """Writes the report of finished runs and returns the path of its page.
 
     Args:
-      runs: finished runs, in the order of the table; those of one kind and source of scales
-        (none, ones, depth rule, searched) are taken for repetitions and share a row.
-      out_dir: where report.html, report.json and report/ go; earlier ones are replaced.
+      runs: finished runs, in the order of the table; those of one kind and source of scales (none, ones,
+        depth rule, searched) count as repetitions and share a row.
+      out_dir: the folder for report.html, report.json and report/; existing ones are replaced.
       title: heading of the page.
-      deployed: run folder -> what deploying it came to.
-      equivalence: what the check of CSLA against `repopt_mask` found.
-      commands: how to make the runs again, one shell command each.
-      galleries: pictures of what networks find on test images: name of the file -> (caption, PNG).
+      deployed: run folder -> the fields of `deploy.Deployed`.
+      equivalence: the result of the check of CSLA against `repopt_mask`.
+      commands: shell commands that repeat the runs, one for each.
+      galleries: drawings of what networks find on test images: name of the file -> (caption, PNG).
 
     Raises:
-      ValueError: no runs, runs of different tasks, or one that has no summary or no evaluation; all of them
-      are named. OSError: `out_dir` cannot be written.
+      ValueError: no runs, runs of different tasks, or runs without a summary or an evaluation; all of them
+        are listed.
+      OSError: `out_dir` cannot be written.
     """
     _check(runs)
     out_dir = Path(out_dir)
     rows = table(runs, deployed or {})
     history = next((history_of(r.of_kind("scales"), r.of_kind("train")) for r in _searches(runs)), None)
     verdict = monitor.verdict(history) if history else None
-    pictures = dict(_draw(runs, rows, history))
+    drawn = dict(_draw(runs, rows, history))
     content = {
         "title": title,
         "task": _task(runs),
@@ -98,46 +98,37 @@ def write_report(
         "runs": [{"directory": str(run.directory), **run.summary} for run in runs],
         "commands": list(commands),
     }
-    folder = out_dir / "report"
-    folder.mkdir(parents=True, exist_ok=True)
     galleries = galleries or {}
-    for name, picture in {**pictures, **{name: png for name, (_, png) in galleries.items()}}.items():
-        (folder / f"{name}.png").write_bytes(picture)
+    _write_pngs(out_dir / "report", {**drawn, **{name: png for name, (_, png) in galleries.items()}})
     (out_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     path = out_dir / "report.html"
-    path.write_text(page.render(content, pictures, dict(galleries.values())), encoding="utf-8")
+    path.write_text(page.render(content, drawn, dict(galleries.values())), encoding="utf-8")
     return path
 
 
 def draw_search(history: History, folder: Path) -> list[Path]:
-    """Writes how the scales of a search moved as two pictures in `folder`, and returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = dict(_draw_scales(history))
-    for name, picture in pictures.items():
-        (folder / f"{name}.png").write_bytes(picture)
-    return [folder / f"{name}.png" for name in pictures]
+    """Draws how the scales of a search moved as two figures in `folder`, and returns their paths."""
+    return _write_pngs(folder, dict(_draw_scales(history)))
 
 
 def label_of(mode: str, scales: str) -> str:
-    """What a way of training is called: by its mode, and for RepOpt by where the scales come from."""
+    """The name of a way of training: of its mode, or for RepOpt of the source of the scales."""
     if mode != "repopt":
         return MODES.get(mode, mode)
     return NAMED_SCALES.get(scales, "RepOpt, searched scales")
 
 
 def table(runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> list[Row]:
-    """One row for each way of training, in the order in which they first come."""
+    """One row for each way of training, in the order of their first runs."""
     return [_row(label, group, deployed) for label, group in _groups(runs).items()]
 
 
 def noise(rows: Sequence[Row]) -> dict[str, float]:
-    """What chance alone does: two standard errors of a difference of accuracies, and the largest difference.
+    """Two standard errors of a difference of accuracies, and the largest difference, both in [0, 1].
 
-    Empty where the runs are compared by something else than an accuracy.
-
-    The networks see the same test images, which makes the true error of a difference smaller; seeds do not,
-    as they share the images too. Both in [0, 1]. The search network is left out: it is not an alternative to
-    the others.
+    Empty if the runs are not compared by an accuracy. All networks are tested on the same images, so that the
+    true error of a difference is smaller; more seeds do not reduce it, as they share the images too.
+    The search network is left out: it is not an alternative to the others.
     """
     compared = [row for row in rows if row.label != MODES["search"]] or list(rows)
     means = [row.score for row in compared if row.score is not None]
@@ -151,10 +142,10 @@ def noise(rows: Sequence[Row]) -> dict[str, float]:
 def standard_error(accuracy: float, count: int) -> float:
     """Binomial standard error of an accuracy on `count` images, 2 hits and 2 misses added (Agresti, Coull).
 
-    Without those it would be 0 for a network that makes no mistake on a small test set.
+    Without these it would be 0 for a network that makes no mistake on a small test set.
     """
-    share = (accuracy * count + 2) / (count + 4)
-    return math.sqrt(share * (1 - share) / (count + 4))
+    adjusted = (accuracy * count + 2) / (count + 4)
+    return math.sqrt(adjusted * (1 - adjusted) / (count + 4))
 
 
 def _row(label: str, runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> Row:
@@ -183,28 +174,31 @@ def _draw(runs: Sequence[Run], rows: Sequence[Row], history: History | None) -> 
     metric = METRICS[_task(runs)][0]
     curves = {}
     for label, group in _groups(runs).items():
-        if found := [c for c in (run.curve("eval", metric.name) for run in group) if c[0].size]:
-            curves[label] = found
+        if seeds := [c for c in (run.curve("eval", metric.name) for run in group) if c[0].size]:
+            curves[label] = seeds
     if curves:
-        yield "accuracy", _png(figures.accuracy(curves, metric.label))
+        yield "accuracy", figures.png(figures.accuracy(curves, metric.label))
     if history:
         yield from _draw_scales(history)
     if times := {row.label: row.step_ms for row in rows if row.step_ms is not None}:
-        yield "step_time", _png(figures.step_time(times))
+        yield "step_time", figures.png(figures.step_time(times))
 
 
 def _draw_scales(history: History) -> Iterator[tuple[str, bytes]]:
-    yield "scales", _png(figures.scales(history))
-    yield "movement", _png(figures.movement(history))
+    yield "scales", figures.png(figures.scales(history))
+    yield "movement", figures.png(figures.movement(history))
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figures.DPI)
-    return buffer.getvalue()
+def _write_pngs(folder: Path, pngs: Mapping[str, bytes]) -> list[Path]:
+    """Writes NAME.png in `folder` for each name, and returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in pngs.items():
+        (folder / f"{name}.png").write_bytes(png)
+    return [folder / f"{name}.png" for name in pngs]
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Label -> the runs of that way of training."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(label_of(run.summary["mode"], run.summary["scales"]), []).append(run)
@@ -218,9 +212,11 @@ def _searches(runs: Sequence[Run]) -> Iterator[Run]:
 def _check(runs: Sequence[Run]) -> None:
     if not runs:
         raise ValueError("`runs` is empty: a report needs at least one finished run")
-    unfit = [str(run.directory) for run in runs if not run.summary or not run.of_kind("eval")]
-    if unfit:
-        raise ValueError(f"not finished, or never evaluated: {', '.join(unfit)}; let these runs end first")
+    unfinished = [str(run.directory) for run in runs if not run.summary or not run.of_kind("eval")]
+    if unfinished:
+        raise ValueError(
+            f"not finished, or never evaluated: {', '.join(unfinished)}; let these runs end first"
+        )
     if len(tasks := sorted({run.summary["task"] for run in runs})) > 1:
         raise ValueError(f"the runs are of different tasks, {' and '.join(tasks)}: make a report of each")
 
