@@ -22,7 +22,7 @@ from repopt_jax.detection import Detections
 from repopt_jax.train import processes
 from repopt_jax.train.build import build_program, open_feed
 from repopt_jax.train.detection import on_every_host
-from repopt_jax.train.sharding import AXES, make_mesh, put_batch, put_state
+from repopt_jax.train.state import AXES, make_mesh, put_batch, put_state
 
 STEPS = 20
 TESTS = Path(__file__).parent

@@ -23,7 +23,7 @@ from repopt_jax.models import DETECTORS, DetectorVariant
 from repopt_jax.models.efficientrep import BackboneVariant
 from repopt_jax.report import gallery, quickstart, records
 from repopt_jax.train import build, checking, deploy
-from repopt_jax.train.sharding import make_mesh
+from repopt_jax.train.state import make_mesh
 
 DETECTORS["tiny"] = DetectorVariant(
     "tiny", BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)), channels=6, maps=2, levels=2, tower=1

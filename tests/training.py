@@ -138,14 +138,14 @@ def _save_in_the_foreground() -> None:
 def _kill_in_step(number: int) -> None:
     """While the `number`-th step of this process runs, and no save."""
     _save_in_the_foreground()
-    stepped, steps = loop.Feeder.stepped, iter(range(1, STEPS + 1))
+    stepped, steps = loop.Feeder.step_started, iter(range(1, STEPS + 1))
 
     def watched(*args, **options):
         if next(steps) == number:
             _kill()
         stepped(*args, **options)
 
-    loop.Feeder.stepped = watched
+    loop.Feeder.step_started = watched
 
 
 def _kill_in_evaluation(number: int) -> None:
@@ -200,7 +200,7 @@ def _kill_at_random(number: int) -> None:
     """In step `number` // 1000 of this process, after as many thousandths of the time that the step before
     took as `number` % 1000 says: in the step, in a save, or between them, on a machine of any speed."""
     which, share = divmod(number, 1000)
-    stepped, began = loop.Feeder.stepped, []
+    stepped, began = loop.Feeder.step_started, []
 
     def watched(*args, **options):
         began.append(time.perf_counter())
@@ -211,7 +211,7 @@ def _kill_at_random(number: int) -> None:
             timer.start()
         return stepped(*args, **options)
 
-    loop.Feeder.stepped = watched
+    loop.Feeder.step_started = watched
 
 
 def _limit_files(when: int) -> None:

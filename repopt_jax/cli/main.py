@@ -198,7 +198,7 @@ def _eval(arguments: Arguments) -> int:
     if "accuracy" in found:
         count = f"{round(found['accuracy'] * found['count'])} of {count}"
     loss = "" if found["loss"] is None else f", loss {found['loss']:.4f}"
-    measured = tasks.told(network.config.task, found)
+    measured = tasks.format_metrics(network.config.task, found)
     _say(f"{measured} ({count}){loss}; {network.config.name}, step {network.step}")
     return 0
 
@@ -239,7 +239,7 @@ def _deploy(arguments: Arguments) -> int:
         f"largest output difference {done.max_abs:.2e} ({done.max_rel:.2e} of the largest output), the same "
         f"class for {compared}",
         f"parameters {done.train_parameters:,} in training, {done.deploy_parameters:,} deployed",
-        f"deployed: {tasks.told(task, done.test)} of {done.test_count} images",
+        f"deployed: {tasks.format_metrics(task, done.test)} of {done.test_count} images",
         f"Network: {out.absolute()}",
     )
     return 0
@@ -342,17 +342,18 @@ def _run(config: Any, arguments: Arguments) -> tuple[int, Path]:
     """Trains and tells what came of it; the first result is the exit code of what stopped it, or 0."""
     out = Path(arguments.flags["out"]).expanduser().absolute()
     with _computing(), _kept(out):
-        from repopt_jax.train import run, stopping, tasks
+        from repopt_jax.train import processes, run, tasks
 
-        with stopping.stop_on_signals() as stop:
+        with processes.stop_on_signals() as stop:
             done = run(config, out, stop=stop)
     if not done.finished:
         complain(f"stopped at step {done.steps}; {_how_to_continue(out)}")
         return stop.exit_code, out
     published = "" if done.published is None else f" (published: {done.published:.2%})"
     speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
+    measured = tasks.format_metrics(done.task, done.test)
     _say(
-        f"{'Already finished: ' if done.reused else ''}{done.name}: {tasks.told(done.task, done.test)} "
+        f"{'Already finished: ' if done.reused else ''}{done.name}: {measured} "
         f"of {done.test_count} images{published}, {done.train_parameters:,} parameters{speed}, "
         f"{done.wall_s:.0f} s",
         f"Run: {out}",

@@ -127,7 +127,7 @@ def _detector(trained: Trained) -> Callable[[np.ndarray], Detections]:
     """Images -> detections as NumPy arrays; compiled once for all batches of a size."""
     network = split_model(trained.model)
     detect = make_detect(network.graphdef, trained.config)
-    return lambda images: jax.device_get(detect(network.params, network.rest, images))
+    return lambda images: jax.device_get(detect(network.params, network.non_trainable, images))
 
 
 def _objects(

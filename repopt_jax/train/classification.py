@@ -14,8 +14,7 @@ from repopt_jax import data
 from repopt_jax.core.scales import Scales, load_scales
 from repopt_jax.train.config import DataConfig
 from repopt_jax.train.networks import find_network
-from repopt_jax.train.sharding import put_batch, replicated
-from repopt_jax.train.state import add_sums, merge_model, zero_sums
+from repopt_jax.train.state import add_sums, merge_model, put_batch, replicated, zero_sums
 from repopt_jax.train.tasks import Batch, Task
 
 

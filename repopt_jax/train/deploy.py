@@ -20,8 +20,7 @@ from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
 from repopt_jax.train.config import Config, from_json
 from repopt_jax.train.rundir import PART, RunFolder, info_from_json, read_json, replace_file
-from repopt_jax.train.sharding import make_mesh
-from repopt_jax.train.state import split_model
+from repopt_jax.train.state import make_mesh, split_model
 from repopt_jax.train.tasks import METRICS, Task
 
 RECORD = "deploy.json"
@@ -97,7 +96,11 @@ def deploy(
     difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
     test = evaluate(trained._replace(model=fused), data_dir=data_dir)
     weights = split_model(fused)
-    ocp.save(str(out_dir / "weights"), {"params": weights.params, "rest": weights.rest}, overwrite=True)
+    ocp.save(
+        str(out_dir / "weights"),
+        {"params": weights.params, "non_trainable": weights.non_trainable},
+        overwrite=True,
+    )
     deployed = Deployed(
         **origin,
         max_abs=difference.max_abs,
@@ -132,11 +135,11 @@ def load_deployed(directory: str | Path) -> Trained:
     model.eval()
     network = split_model(fuse(model))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = {"params": network.params, "rest": network.rest}
+    arrays = {"params": network.params, "non_trainable": network.non_trainable}
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), arrays)
     loaded = ocp.load(str(directory / "weights"), target)
     return Trained(
-        nnx.merge(network.graphdef, loaded["params"], loaded["rest"]), config, info, record["step"]
+        nnx.merge(network.graphdef, loaded["params"], loaded["non_trainable"]), config, info, record["step"]
     )
 
 
@@ -168,7 +171,7 @@ def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]
     task, source, batches = open_test(trained, data_dir)
     network = split_model(trained.model)
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    return task.make_evaluator(network.graphdef, source, mesh)(network.params, network.rest, batches)
+    return task.make_evaluator(network.graphdef, source, mesh)(network.params, network.non_trainable, batches)
 
 
 def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any, Any]:

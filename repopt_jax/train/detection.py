@@ -25,8 +25,7 @@ from repopt_jax.models import DETECTORS, FCOS
 from repopt_jax.nn.blocks import ACTIVATIONS
 from repopt_jax.surgery.search import csla_twin, depth_scales, sample_weights, to_repvgg, to_search
 from repopt_jax.train.config import Config, DataConfig
-from repopt_jax.train.sharding import put_batch
-from repopt_jax.train.state import merge_model
+from repopt_jax.train.state import merge_model, put_batch
 from repopt_jax.train.tasks import METRICS, Batch, Task
 
 PARTS = ("classes", "boxes", "centerness", "keypoints")

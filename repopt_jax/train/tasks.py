@@ -16,10 +16,7 @@ from jax.sharding import Mesh
 
 from repopt_jax.core.scales import Scales
 from repopt_jax.train.config import Config, DataConfig
-
-Batch = dict[str, jax.Array]
-# (model, batch) -> (mean loss over the batch's images, sums over them of what the log averages)
-Objective = Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+from repopt_jax.train.state import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 }
 
 
-def told(task: str, measured: Mapping[str, Any]) -> str:
+def format_metrics(task: str, measured: Mapping[str, Any]) -> str:
     """The numbers of an evaluation in a line: `test accuracy 97.20%`; a number that is None is left out."""
     values = [(metric.label, measured.get(metric.name)) for metric in METRICS[task]]
     return ", ".join(f"{label} {value:.2%}" for label, value in values if value is not None)
