@@ -11,10 +11,10 @@ from training import VGG_VARIANTS
 
 from repopt_jax.core import paths
 from repopt_jax.models import RepOptVGG
-from repopt_jax.train import classification
 from repopt_jax.train import state as states
-from repopt_jax.train.classification import Classification
+from repopt_jax.train import tasks
 from repopt_jax.train.config import Config, OptimConfig
+from repopt_jax.train.tasks import Classification
 
 RNG = np.random.default_rng(7)
 IMAGES = RNG.normal(size=(24, 8, 8, 1)).astype(np.float32)
@@ -50,15 +50,12 @@ def start(network, tx, mesh):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_equals_numpy(x64, smoothing):
     logits = RNG.normal(size=(6, 5)) * 4
-    loss = classification.cross_entropy(jnp.array(logits), jnp.array(LABELS[:6]), label_smoothing=smoothing)
+    loss = tasks.cross_entropy(jnp.array(logits), jnp.array(LABELS[:6]), label_smoothing=smoothing)
     np.testing.assert_allclose(loss, numpy_cross_entropy(logits, LABELS[:6], smoothing), rtol=1e-12)
 
 
 def test_half_precision_logits_give_a_float32_loss():
-    assert (
-        classification.cross_entropy(jnp.ones((2, 5), jnp.bfloat16), jnp.zeros(2, jnp.int32)).dtype
-        == jnp.float32
-    )
+    assert tasks.cross_entropy(jnp.ones((2, 5), jnp.bfloat16), jnp.zeros(2, jnp.int32)).dtype == jnp.float32
 
 
 def test_step_reports_smoothed_loss_and_means_of_the_window(network):
@@ -129,7 +126,7 @@ def test_first_bad_step_is_remembered(network):
 
 def evaluate(network, mesh, batch_size):
     """Means over the 24 images in batches of `batch_size`, the last one padded with rows of NaN."""
-    step = classification.make_eval_step(network.graphdef)
+    step = tasks.make_eval_step(network.graphdef)
     params, rest = jax.device_put((network.params, network.non_trainable), states.replicated(mesh))
     sums = jax.device_put(states.zero_sums(Classification.sums), states.replicated(mesh))
     for first in range(0, 24, batch_size):
@@ -139,7 +136,7 @@ def evaluate(network, mesh, batch_size):
         batch["mask"] = np.pad(np.ones(len(batch["label"]), np.float32), (0, missing))
         batch["label"] = np.pad(batch["label"], (0, missing))
         sums = step(params, rest, sums, states.put_batch(batch, mesh))
-    return classification.sums_to_means(sums)
+    return tasks.sums_to_means(sums)
 
 
 @pytest.mark.parametrize("devices", [1, 4])

@@ -248,7 +248,7 @@ def _deploy(arguments: Arguments) -> int:
 def _convert(arguments: Arguments) -> int:
     flags = arguments.flags
     classes = whole_number("classes", flags["classes"])
-    from repopt_jax.train.convert import convert
+    from repopt_jax.train.deploy import convert
 
     options = {name: flags[name] for name in ("model", "kind", "key", "to")}
     lines = convert(flags["in"], flags["out"], classes=classes, **options)

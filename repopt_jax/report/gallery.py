@@ -15,8 +15,8 @@ from repopt_jax.detection import Detections
 from repopt_jax.detection.drawing import contact_sheet, draw_detections
 from repopt_jax.train.build import Trained
 from repopt_jax.train.deploy import open_test
-from repopt_jax.train.detection import detection_transform, make_detect
 from repopt_jax.train.state import split_model
+from repopt_jax.train.tasks import detection_transform, make_detect
 
 # Drawn are detections that are rather right than wrong; the evaluation takes all above
 # `detect.score_threshold`.

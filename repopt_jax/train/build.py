@@ -13,9 +13,7 @@ from repopt_jax import data
 from repopt_jax.core.scales import Scales
 from repopt_jax.surgery.search import extract_scales, reinitialize
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.classification import Classification
 from repopt_jax.train.config import Config
-from repopt_jax.train.detection import Detection
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
 from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rundir import RunFolder
@@ -28,7 +26,7 @@ from repopt_jax.train.state import (
     split_model,
     state_sharding,
 )
-from repopt_jax.train.tasks import Task
+from repopt_jax.train.tasks import Classification, Detection, Task
 
 TASKS: dict[str, type[Task]] = {"classify": Classification, "detect": Detection}
 
