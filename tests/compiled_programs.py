@@ -184,7 +184,7 @@ def facts_of(devices: str, cases: Sequence[Case]) -> list[Facts]:
 
 def compile_case(case: Case, devices: Sequence[Any]) -> Facts:
     """The facts of one program, in this process."""
-    from repopt_jax.train import sharding
+    from repopt_jax.train import state as sharding
 
     network, info, config = _settings(case, len(devices))
     with _rule(case.rule):
@@ -225,7 +225,8 @@ def _lowered(case: Case, network: Network, info: Any, config: Any, mesh: Any) ->
     import jax.numpy as jnp
     import optax
 
-    from repopt_jax.train import build, optimizer, sharding
+    from repopt_jax.train import build, optimizer
+    from repopt_jax.train import state as sharding
 
     program, state = build.abstract_program(config, info, mesh, steps_per_epoch=100)
     if case.whole:
@@ -294,12 +295,13 @@ def _is_moved(name: str, kernel: str) -> bool:
 @contextlib.contextmanager
 def _rule(rule: str) -> Iterator[None]:
     """What stands for `repopt_sgd` and for the table of places while a program is made."""
-    from repopt_jax.train import optimizer, sharding
+    from repopt_jax.train import optimizer
+    from repopt_jax.train import state as sharding
 
     if rule in ("plain", "repopt"):
         yield
     elif rule == "divided":
-        table = [(p, sharding.DIVIDED if "scales" in p else place) for p, place in sharding.STATE_TABLE]
+        table = [(p, sharding.SHARDED if "scales" in p else place) for p, place in sharding.STATE_TABLE]
         with mock.patch.object(sharding, "STATE_TABLE", tuple(table)):
             yield
     else:

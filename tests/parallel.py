@@ -21,8 +21,8 @@ from repopt_jax.core import paths
 from repopt_jax.detection import Detections
 from repopt_jax.train import processes
 from repopt_jax.train.build import build_program, open_feed
-from repopt_jax.train.detection import on_every_host
-from repopt_jax.train.sharding import AXES, make_mesh, put_batch, put_state
+from repopt_jax.train.state import AXES, make_mesh, put_batch, put_state
+from repopt_jax.train.tasks import allgather_detections
 
 STEPS = 20
 TESTS = Path(__file__).parent
@@ -121,7 +121,7 @@ def gathered_rows():
     mine = np.arange(4, dtype=np.int32) + 4 * jax.process_index()
     images = put_batch({"image": mine}, mesh)["image"]
     found = Detections(*[images] * len(Detections._fields))
-    found, real = on_every_host(found, {"index": mine}, mesh)
+    found, real = allgather_detections(found, {"index": mine}, mesh)
     one_after_the_other = jax.experimental.multihost_utils.process_allgather(mine, tiled=True)
     return {"found": found[0], "index": real["index"], "by_process": one_after_the_other}
 

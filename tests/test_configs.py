@@ -16,11 +16,11 @@ from flax import nnx
 from repopt_jax import data, train
 from repopt_jax.models import DETECTORS, VGG_VARIANTS, GhostRow, GhostVariant, VGGVariant
 from repopt_jax.train import build, recipes
-from repopt_jax.train.classification import cross_entropy, mixed_cross_entropy
 from repopt_jax.train.deploy import deploy
 from repopt_jax.train.networks import FAMILIES, find_network
 from repopt_jax.train.optimizer import make_schedule
-from repopt_jax.train.sharding import make_mesh
+from repopt_jax.train.state import make_mesh
+from repopt_jax.train.tasks import cross_entropy, mixed_cross_entropy
 
 FILES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from repopt_jax import data
 from repopt_jax.core import paths
-from repopt_jax.train import sharding as shardings
+from repopt_jax.train import state as shardings
 from repopt_jax.train.build import abstract_program, build_program, open_feed
 from repopt_jax.train.config import Config, MeshConfig, ModelConfig, OptimConfig
 
@@ -139,7 +139,7 @@ def test_b1_divides(fsdp):
 
 def test_an_array_is_divided_along_its_largest_axis_that_can_be():
     mesh = shardings.make_mesh(2)
-    specs = {shape: shardings.divided(mesh, shape).spec for shape in ((3, 3, 4, 8), (3, 5), (), (6, 2))}
+    specs = {shape: shardings.fsdp_sharding(mesh, shape).spec for shape in ((3, 3, 4, 8), (3, 5), (), (6, 2))}
     assert specs == {(3, 3, 4, 8): P(None, None, None, "fsdp"), (3, 5): P(), (): P(), (6, 2): P("fsdp")}
 
 

@@ -83,8 +83,8 @@ def test_one_process_needs_nothing(monkeypatch):
     processes.join()
     processes.join("localhost:1", 1, 0)
     assert processes.is_first()
-    assert processes.exchange("a") == ["a"]
-    assert processes.together("count", lambda: 3) == 3
+    assert processes.gather_texts("a") == ["a"]
+    assert processes.in_all_processes("count", lambda: 3) == 3
 
 
 def test_clusters_are_told_by_their_environment(tmp_path, monkeypatch):

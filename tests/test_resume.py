@@ -36,10 +36,9 @@ from training import (
 
 from repopt_jax import data, save_scales, train
 from repopt_jax.cli.main import main
-from repopt_jax.train import checkpoint, loop, stopping
+from repopt_jax.train import checkpoint, loop, processes
 from repopt_jax.train.checkpoint import Checkpoints, Progress, kept
 from repopt_jax.train.rundir import MetricsWriter
-from repopt_jax.train.same_scales import check_scales
 from repopt_jax.train.state import TrainState
 
 
@@ -170,7 +169,7 @@ def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path, unb
     """In a step: see the command line's tests."""
     asked = []
 
-    with stopping.stop_on_signals() as request:
+    with processes.stop_on_signals() as request:
 
         def stop():
             asked.append(time.perf_counter())
@@ -210,7 +209,7 @@ def test_command_line_tells_how_to_go_on(digits, tmp_path, monkeypatch, capfd, n
 
 
 def test_second_signal_ends_at_once():
-    with stopping.stop_on_signals() as request:
+    with processes.stop_on_signals() as request:
         assert not request()
         os.kill(os.getpid(), signal.SIGINT)
         assert request()
@@ -222,7 +221,7 @@ def test_outside_the_main_thread_nothing_is_caught():
     found = []
 
     def look():
-        with stopping.stop_on_signals() as request:
+        with processes.stop_on_signals() as request:
             found.append(request())
 
     thread = threading.Thread(target=look)
@@ -401,12 +400,12 @@ def small_state(value=0.0, size=8, **changes):
     fields = {
         "step": jnp.zeros((), jnp.int32),
         "params": {"w": jnp.full((size, size), value)},
-        "rest": {"m": jnp.zeros(size)},
+        "non_trainable": {"m": jnp.zeros(size)},
         "ema": {},
         "opt_state": (),
-        "window": {"loss": jnp.zeros(())},
+        "metric_sums": {"loss": jnp.zeros(())},
         "bad_step": jnp.full((), -1, jnp.int32),
-        "marks": {},
+        "previous_scales": {},
     }
     return TrainState(**{**fields, **changes})
 
@@ -451,15 +450,15 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path):
 
 def test_random_keys_and_position_come_back(tmp_path):
     state = small_state(
-        rest={"rngs": {"key": jax.random.key(3), "count": jnp.uint32(4)}},
-        ema={"params": {"w": jnp.ones((2, 2))}, "rest": {}},
+        non_trainable={"rngs": {"key": jax.random.key(3), "count": jnp.uint32(4)}},
+        ema={"params": {"w": jnp.ones((2, 2))}, "non_trainable": {}},
     )
     with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(5, state, Progress({"next_index": 6}, 2.5, evaluation_pending=True), wait=True)
         found, progress = checkpoints.restore(state)
         assert checkpoints.latest == 5
     assert progress == Progress({"next_index": 6}, 2.5, evaluation_pending=True)
-    assert jax.random.bits(found.rest["rngs"]["key"]) == jax.random.bits(jax.random.key(3))
+    assert jax.random.bits(found.non_trainable["rngs"]["key"]) == jax.random.bits(jax.random.key(3))
     assert found.ema["params"]["w"].shape == (2, 2)
 
 
@@ -574,7 +573,7 @@ OTHER_DEVICES = 1e-5
 
 
 def scaled_config(digits, scales_dir, **changes):
-    return tiny_config("target", digits, scales=str(scales_dir), optim__ema=0.9, **changes)
+    return tiny_config("repopt", digits, scales=str(scales_dir), optim__ema=0.9, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -584,7 +583,7 @@ def some_scales(digits, tmp_path_factory):
 
 
 def write_scales(folder, digits, factor):
-    config = tiny_config("target", digits, scales="depth")
+    config = tiny_config("repopt", digits, scales="depth")
     info = data.open_source("digits", data_dir=digits).info
     scales = train.build.make_task(config).resolve_scales("depth", info)
     save_scales(folder, jax.tree.map(lambda vector: factor * vector, scales))
@@ -609,7 +608,7 @@ def test_other_devices_can_resume(digits, tmp_path, monkeypatch, some_scales, st
     monkeypatch.setattr(loop, "make_mesh", lambda *args, **options: mesh)
     seen = []
     monkeypatch.setattr(
-        loop, "_tell_of_other_devices", lambda _, resumed, mesh: seen.append((resumed.devices, mesh.size))
+        loop, "_warn_of_other_devices", lambda _, resumed, mesh: seen.append((resumed.devices, mesh.size))
     )
     assert train.run(scaled_config(digits, some_scales, mesh__fsdp=fsdp), run_dir, progress=False).finished
 
@@ -631,11 +630,11 @@ def test_other_devices_are_told_of_where_their_number_is_part_of_the_training(di
     for before, now, said in ((4, 4, 0), (None, 4, 0), (4, 2, 1)):
         caplog.clear()
         mesh = loop.make_mesh(devices=jax.devices()[:now])
-        loop._tell_of_other_devices(config, Progress({}, 0.0, devices=before), mesh)
+        loop._warn_of_other_devices(config, Progress({}, 0.0, devices=before), mesh)
         assert len(warned(caplog)) == said
     assert "2 images of each of 4 devices, and from here on takes them over 4 on each of 2" in caplog.text
     caplog.clear()
-    loop._tell_of_other_devices(killed_config(digits), Progress({}, 0.0, devices=4), mesh)
+    loop._warn_of_other_devices(killed_config(digits), Progress({}, 0.0, devices=4), mesh)
     assert warned(caplog) == []
 
 
@@ -660,16 +659,14 @@ def test_other_scales_than_the_run_began_with_are_refused(digits, tmp_path, stop
         shutil.move(kept_aside, some_scales)
 
 
-def test_scales_are_compared_where_they_are():
-    for kind, field, tree in (
-        ("target", "opt_state", lambda s: ({"scales": {"a/kernel": {"3x3": jnp.array([1.0, s])}}},)),
-        ("csla", "rest", lambda s: {"a": {"scales": {"3x3": jnp.array([1.0, s])}}}),
-    ):
-        fresh = small_state(**{field: tree(2.0)})
-        check_scales(kind, fresh, small_state(**{field: tree(2.0 + 1e-7)}), source="x")
-        with pytest.raises(ValueError, match=r"1 of 1 vectors .* 3x3 \(channel 1: 2 there, 2.001 in"):
-            check_scales(kind, fresh, small_state(**{field: tree(2.001)}), source="x")
-        check_scales("search", fresh, small_state(**{field: tree(3.0)}), source="")
+def test_scales_are_compared_in_the_optimizers_state():
+    def state_with(s):
+        return small_state(opt_state=({"scales": {"a/kernel": {"3x3": jnp.array([1.0, s])}}},))
+
+    fresh = state_with(2.0)
+    loop.check_scales(fresh, state_with(2.0 + 1e-7), source="x")
+    with pytest.raises(ValueError, match=r"1 of 1 vectors .* 3x3 \(channel 1: 2 there, 2.001 in"):
+        loop.check_scales(fresh, state_with(2.001), source="x")
 
 
 def test_the_share_is_recorded(unbroken):

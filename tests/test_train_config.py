@@ -5,14 +5,12 @@ import functools
 import inspect
 
 import pytest
-from repopt_jax.train.networks import network_names
-
 from repopt_jax import data, train
 from repopt_jax.detection import decode
 from repopt_jax.report.quickstart import quickstart
 from repopt_jax.train import config as configs
 from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields
-from repopt_jax.train.detection import Detection
+from repopt_jax.train.tasks import Detection
 
 
 def test_all_problems_are_listed_at_once():

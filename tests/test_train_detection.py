@@ -22,7 +22,7 @@ from repopt_jax.models import DETECTORS, DetectorVariant
 from repopt_jax.models.efficientrep import BackboneVariant
 from repopt_jax.report import gallery, quickstart, records
 from repopt_jax.train import build, checking, deploy
-from repopt_jax.train.sharding import make_mesh
+from repopt_jax.train.state import make_mesh
 
 DETECTORS["tiny"] = DetectorVariant(
     "tiny", BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)), channels=6, maps=2, levels=2, tower=1
@@ -217,13 +217,10 @@ def test_deploying_a_detector_is_told_by_locations(runs, tmp_path, capsys):
     command = ["deploy", f"--run={runs / 'repopt'}", f"--out={tmp_path / 'deployed'}"]
     assert cli.main(command) == 0
     assert "the same class for 100.00% of the locations of 6 test images" in capsys.readouterr().out
-    # As an older version left it: without a field that came later.
-    path = tmp_path / "deployed" / "deploy.json"
-    record = json.loads(path.read_text())
-    del record["config"]["detect"]["level_range"]
-    path.write_text(json.dumps(record))
     assert cli.main(command) == 0
     assert "Already deployed" in capsys.readouterr().out
+    path = tmp_path / "deployed" / "deploy.json"
+    record = json.loads(path.read_text())
     record["config"]["seed"] = 7
     path.write_text(json.dumps(record))
     assert cli.main(command) == 1
@@ -351,7 +348,7 @@ def test_a_network_that_finds_the_truth_is_measured_as_perfect(larger_scenes, mo
     measured = []
     for shift in (0, 1):
         found = truth_of(source, transform, shift)
-        monkeypatch.setattr("repopt_jax.train.detection.make_detect", lambda *_, found=found: found)
+        monkeypatch.setattr("repopt_jax.train.tasks.make_detect", lambda *_, found=found: found)
         evaluate = task.make_evaluator(None, source, make_mesh(devices=jax.local_devices()[:1]))
         measured.append(evaluate(None, None, batches))
     right, shifted = measured

@@ -69,7 +69,7 @@ def test_scales_of_a_search_train_a_target(digits, tmp_path, unbroken):
     metadata = scales.metadata
     assert (metadata.architecture, metadata.step) == ("tiny", STEPS)
     assert train.from_json(metadata.config).model.kind == "search"
-    config = tiny_config("target", digits, scales=str(folder))
+    config = tiny_config("repopt", digits, scales=str(folder))
     summary = train.run(config, tmp_path / "run", progress=False, stop=lambda: True)
     assert (summary.scales, summary.steps, summary.finished) == (str(folder), 1, False)
 
@@ -117,7 +117,7 @@ def test_run_killed_before_its_summary_only_writes_it(digits, tmp_path, unbroken
 
 def test_finished_run_is_reused(digits, unbroken):
     before = (unbroken("target") / "metrics.jsonl").read_bytes()
-    summary = train.run(tiny_config("target", digits, scales="depth"), unbroken("target"), progress=False)
+    summary = train.run(tiny_config("repopt", digits, scales="depth"), unbroken("target"), progress=False)
     assert (summary.reused, summary.steps) == (True, STEPS)
     assert (unbroken("target") / "metrics.jsonl").read_bytes() == before
 
@@ -138,7 +138,7 @@ def test_not_finite_loss_stops_and_keeps_the_checkpoint(digits, tmp_path, monkey
     with pytest.raises(
         FloatingPointError, match=r"the loss of step 7 is not finite; the checkpoint of step 4 is kept"
     ):
-        train.run(tiny_config("target", digits), tmp_path / "run", progress=False)
+        train.run(tiny_config("plain", digits), tmp_path / "run", progress=False)
     assert checkpoints_in(tmp_path / "run") == [4]
     assert np.isfinite(np.concatenate([a.ravel() for a in jax.tree.leaves(arrays(tmp_path / "run"))])).all()
 
@@ -153,7 +153,7 @@ def test_parameters_that_are_not_finite_are_not_saved(digits, tmp_path):
 
 def test_folder_of_another_run_is_refused(digits, unbroken):
     before = sorted(unbroken("target").rglob("*"))
-    config = tiny_config("target", digits, scales="ones", seed=3)
+    config = tiny_config("repopt", digits, scales="ones", seed=3)
     with pytest.raises(
         ValueError, match=r"holds another run; it differs in seed \(0 and 3\), scales \('depth' and 'ones'\)"
     ):
@@ -164,10 +164,10 @@ def test_folder_of_another_run_is_refused(digits, unbroken):
 def test_folder_with_other_files_is_refused(digits, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match=r"is not empty and holds no run \(it has thesis.tex\)"):
-        train.run(tiny_config("target", digits), tmp_path, progress=False)
+        train.run(tiny_config("plain", digits), tmp_path, progress=False)
     (tmp_path / "config.json").write_text('{"layers": 3}')
     with pytest.raises(ValueError, match="that this version did not write"):
-        train.run(tiny_config("target", digits), tmp_path, progress=False)
+        train.run(tiny_config("plain", digits), tmp_path, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "thesis.tex"]
 
 
@@ -182,11 +182,11 @@ def test_folder_without_permission_is_one_sentence(digits, tmp_path):
 def test_out_dir_below_a_file_is_one_sentence(digits, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"`out_dir` .*Not a directory"):
-        train.run(tiny_config("target", digits), tmp_path / "file" / "run", progress=False)
+        train.run(tiny_config("plain", digits), tmp_path / "file" / "run", progress=False)
 
 
 def test_other_data_than_the_run_began_on_are_refused(digits, tmp_path):
-    config = tiny_config("target", digits)
+    config = tiny_config("plain", digits)
     asked = iter(range(STEPS))
     train.run(config, tmp_path / "run", progress=False, stop=lambda: next(asked) == 0)
     path = tmp_path / "run" / "dataset.json"
@@ -197,12 +197,12 @@ def test_other_data_than_the_run_began_on_are_refused(digits, tmp_path):
 
 def test_batch_that_devices_do_not_divide_is_refused(digits, tmp_path):
     with pytest.raises(ValueError, match=r"`batch_size`=10 is not divisible by the 4 devices .* 8 and 12"):
-        train.run(tiny_config("target", digits, batch_size=10), tmp_path / "run", progress=False)
+        train.run(tiny_config("plain", digits, batch_size=10), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_scales_that_do_not_fit_leave_no_folder(digits, tmp_path, unbroken):
-    config = tiny_config("target", digits, scales=str(unbroken("search") / "scales"))
+    config = tiny_config("repopt", digits, scales=str(unbroken("search") / "scales"))
     config.model.variant = "tiny-wider"
     with pytest.raises(ValueError, match=r"searched on tiny.* stages/4/0/conv/kernel \(expected"):
         train.run(config, tmp_path / "run", progress=False)
@@ -215,7 +215,7 @@ def test_scales_that_do_not_fit_leave_no_folder(digits, tmp_path, unbroken):
 
 def test_without_a_terminal_one_line_an_epoch(digits, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="repopt_jax"):
-        train.run(tiny_config("target", digits, eval_every=2), tmp_path / "run")
+        train.run(tiny_config("plain", digits, eval_every=2), tmp_path / "run")
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("repopt_jax")]
     assert [line.split(",")[0] for line in lines] == [f"tiny: epoch {n}" for n in (1, 2, 3)]
     assert ["test accuracy" in line for line in lines] == [False, True, True]
@@ -224,6 +224,6 @@ def test_without_a_terminal_one_line_an_epoch(digits, tmp_path, caplog):
 def test_tensorboard_files_are_written_when_asked(digits, tmp_path):
     pytest.importorskip("tensorboardX")
     asked = iter(range(1, STEPS + 1))
-    config = tiny_config("target", digits, tensorboard=True)
+    config = tiny_config("plain", digits, tensorboard=True)
     train.run(config, tmp_path / "run", progress=False, stop=lambda: next(asked) == 3)
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

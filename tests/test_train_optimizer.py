@@ -20,8 +20,8 @@ from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.data import DatasetInfo
 from repopt_jax.models import RepOptVGG
 from repopt_jax.train import Config, ModelConfig, OptimConfig
-from repopt_jax.train.classification import Classification
 from repopt_jax.train.optimizer import decay_mask, hold_scales, make_optimizer, make_schedule
+from repopt_jax.train.tasks import Classification
 
 
 def abstract_model(kind="target", **options):
@@ -381,8 +381,8 @@ def test_the_forms_of_a_schedule_are_told_apart():
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_the_default_schedule_is_to_the_bit_what_it_was(warmup):
-    """A run that was begun with an older version goes on as it was."""
+def test_the_default_schedule_is_that_of_optax(warmup):
+    """To the last bit: the warm-up, then the cosine."""
     optim = OptimConfig(learning_rate=0.1, warmup_epochs=warmup / STEPS)
     fall = optax.cosine_decay_schedule(0.1, EPOCHS * STEPS - warmup)
     rise = optax.linear_schedule(0.1 / 3, 0.1, 2)

@@ -24,7 +24,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from repopt_jax import train
-from repopt_jax.models import VGG_VARIANTS, VGGVariant
+from repopt_jax import models
 from repopt_jax.train import checkpoint, loop
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.rundir import read_records
@@ -34,15 +34,16 @@ STEPS = 18  # of a whole run of `tiny_config`
 CLOCK = ("images_per_s", "data_wait")
 
 for name, last_width in (("tiny", 8), ("tiny-wider", 12)):
-    VGG_VARIANTS[name] = VGGVariant(name, (2, 1, 1, 1), (4, 4, 4, 8, last_width), (1, 1, 2, 1, 1))
+    row = models.VGGVariant(name, (2, 1, 1, 1), (4, 4, 4, 8, last_width), (1, 1, 2, 1, 1))
+    models.register(models.Entry(name, models.vgg, row))
 
 
-def tiny_config(kind: str, data_dir: str | Path, **changes) -> train.Config:
+def tiny_config(mode: str, data_dir: str | Path, **changes) -> train.Config:
     """Three epochs of six steps; checkpoints every four, inside epochs and inside windows of the log."""
     config = train.Config(
         name="tiny", epochs=3, batch_size=8, eval_batch_size=12, log_every=3, checkpoint_every=4
     )
-    config.model = train.ModelConfig(variant="tiny", kind=kind)
+    config.model = train.ModelConfig(name="tiny", mode=mode)
     config.data = train.DataConfig(
         source="digits", data_dir=str(data_dir), image_size=8, crop_padding=1, train_limit=50, eval_limit=37
     )
@@ -138,14 +139,14 @@ def _save_in_the_foreground() -> None:
 def _kill_in_step(number: int) -> None:
     """While the `number`-th step of this process runs, and no save."""
     _save_in_the_foreground()
-    stepped, steps = loop.Feeder.stepped, iter(range(1, STEPS + 1))
+    stepped, steps = loop.Feeder.step_started, iter(range(1, STEPS + 1))
 
     def watched(*args, **options):
         if next(steps) == number:
             _kill()
         stepped(*args, **options)
 
-    loop.Feeder.stepped = watched
+    loop.Feeder.step_started = watched
 
 
 def _kill_in_evaluation(number: int) -> None:
@@ -200,7 +201,7 @@ def _kill_at_random(number: int) -> None:
     """In step `number` // 1000 of this process, after as many thousandths of the time that the step before
     took as `number` % 1000 says: in the step, in a save, or between them, on a machine of any speed."""
     which, share = divmod(number, 1000)
-    stepped, began = loop.Feeder.stepped, []
+    stepped, began = loop.Feeder.step_started, []
 
     def watched(*args, **options):
         began.append(time.perf_counter())
@@ -211,7 +212,7 @@ def _kill_at_random(number: int) -> None:
             timer.start()
         return stepped(*args, **options)
 
-    loop.Feeder.stepped = watched
+    loop.Feeder.step_started = watched
 
 
 def _limit_files(when: int) -> None:

@@ -12,7 +12,7 @@ from repopt_jax.bench.settings import NETWORKS, Settings
 from repopt_jax.data import DatasetInfo
 from repopt_jax.train.build import Feed, abstract_program, build_model, build_program
 from repopt_jax.train.config import Config, ModelConfig, OptimConfig
-from repopt_jax.train.sharding import batch_sharding, make_mesh
+from repopt_jax.train.state import batch_sharding, make_mesh
 
 # So many steps that the learning rate stays where it starts.
 STEPS = 10**6

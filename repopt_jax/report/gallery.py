@@ -15,8 +15,8 @@ from repopt_jax.detection import Detections
 from repopt_jax.detection.drawing import contact_sheet, draw_detections
 from repopt_jax.train.build import Trained
 from repopt_jax.train.deploy import open_test
-from repopt_jax.train.detection import detection_transform, make_detect
 from repopt_jax.train.state import split_model
+from repopt_jax.train.tasks import detection_transform, make_detect
 
 # Detections from this score on are drawn, which are more often right than wrong; the evaluation takes all
 # above `detect.score_threshold`.
@@ -136,7 +136,7 @@ def _detector(trained: Trained) -> Callable[[np.ndarray], Detections]:
     """A function from images to detections as NumPy arrays, compiled once for all batches of a size."""
     network = split_model(trained.model)
     detect = make_detect(network.graphdef, trained.config)
-    return lambda images: jax.device_get(detect(network.params, network.rest, images))
+    return lambda images: jax.device_get(detect(network.params, network.non_trainable, images))
 
 
 def _objects(

@@ -29,7 +29,7 @@ from repopt_jax.train.config import Config, differing_fields, from_json, to_json
 from repopt_jax.train.deploy import Deployed, deploy, load_deployed
 from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import PART, Summary, read_json, replace_file
-from repopt_jax.train.tasks import METRICS, told
+from repopt_jax.train.tasks import METRICS, format_metrics
 from repopt_jax.verify import equivalence as verify
 
 Log = Callable[[str], None]
@@ -285,7 +285,7 @@ def _percent(values: Sequence[float]) -> str:
 
 def _summary_line(summary: Summary) -> str:
     reused = "reused: " if summary.reused else ""
-    measured = f"{told(summary.task, summary.test)} of {summary.test_count} images"
+    measured = f"{format_metrics(summary.task, summary.test)} of {summary.test_count} images"
     speed = "" if summary.step_ms_median is None else f", {summary.step_ms_median:.1f} ms a step"
     return f"  {reused}{measured}{speed}, {summary.wall_s:.0f} s"
 

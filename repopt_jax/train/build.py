@@ -15,15 +15,20 @@ from repopt_jax.surgery.decay import scale_paths, weight_decay_mask
 from repopt_jax.surgery.prepare import Mode, prepare
 from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.classification import Classification
 from repopt_jax.train.config import Config
-from repopt_jax.train.detection import Detection
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
-from repopt_jax.train.processes import together
+from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rundir import RunFolder
-from repopt_jax.train.sharding import put_state, state_sharding
-from repopt_jax.train.state import TrainState, init_state, make_train_step, merge_model, split_model
-from repopt_jax.train.tasks import Task
+from repopt_jax.train.state import (
+    TrainState,
+    init_state,
+    make_train_step,
+    merge_model,
+    put_state,
+    split_model,
+    state_sharding,
+)
+from repopt_jax.train.tasks import Classification, Detection, Task
 
 TASKS: dict[str, type[Task]] = {"classify": Classification, "detect": Detection}
 
@@ -96,7 +101,7 @@ def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, Trai
     """
     steps, info = feed.steps_per_epoch, feed.source.info
     # Not every host may see the same folders.
-    scales = together("load the scales", lambda: _scales(config, info))
+    scales = in_all_processes("load the scales", lambda: _scales(config, info))
     model = _at_once(lambda: _network(config, info, scales))
     scales = _multiplier(config, scales)
     return _program(config, model, scales, mesh, steps_per_epoch=steps, source=feed.source)
@@ -135,10 +140,10 @@ def _program(
         marks = find(model) if source is not None else nnx.eval_shape(find, model)
 
     def first_state(params: Any, rest: Any, marks: Any) -> TrainState:
-        network_of = network._replace(params=params, rest=rest)
-        return init_state(network_of, tx, sums=task.sums, marks=marks, ema=optim.ema is not None)
+        network_of = network._replace(params=params, non_trainable=rest)
+        return init_state(network_of, tx, sums=task.sums, previous_scales=marks, ema=optim.ema is not None)
 
-    arrays = network.params, network.rest, marks
+    arrays = network.params, network.non_trainable, marks
     sharding = state_sharding(mesh, jax.eval_shape(first_state, *arrays))
     train_step = make_train_step(
         network.graphdef,
@@ -185,7 +190,7 @@ def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Tr
     network = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network)
     with open_checkpoints(folder, config) as checkpoints:
         step = checkpoints.find(checkpoint)
-        params, rest = checkpoints.load_network(network.params, network.rest, step=step)
+        params, rest = checkpoints.load_network(network.params, network.non_trainable, step=step)
     model = merge_model(network.graphdef, params, rest)
     model.eval()
     return Trained(model, config, info, step)

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from repopt_jax.train.processes import exchange, is_first, together
+from repopt_jax.train.processes import gather_texts, in_all_processes, is_first
 from repopt_jax.train.rundir import replace_file
 from repopt_jax.train.state import TrainState
 
@@ -207,18 +207,18 @@ class Checkpoints:
         fields = {**loaded["model"], "ema": loaded.get("ema", {}), **loaded["trainer"]}
         return TrainState(**fields), Progress(**loaded["progress"])
 
-    def load_network(self, params: Any, rest: Any, *, step: int | None = None) -> tuple[Any, Any]:
+    def load_network(self, params: Any, non_trainable: Any, *, step: int | None = None) -> tuple[Any, Any]:
         """Reads the network alone: its moving average where there is one, else what was trained.
 
         Args:
-          params, rest: their shapes, dtypes and shardings are those to read to.
+          params, non_trainable: their shapes, dtypes and shardings are those to read to.
           step: of the checkpoint, as `find` gives it; the newest when None.
         """
         step = self.latest if step is None else step
         item = "ema" if (self.directory / str(step) / "ema").is_dir() else "model"
-        target = jax.tree.map(_abstract, {"params": params, "rest": rest})
+        target = jax.tree.map(_abstract, {"params": params, "non_trainable": non_trainable})
         loaded = self._load(step, {item: target})[item]
-        return loaded["params"], loaded["rest"]
+        return loaded["params"], loaded["non_trainable"]
 
     def close(self) -> None:
         """Waits for the last save; does not raise its error."""
@@ -349,7 +349,7 @@ def kept(scheduled: Mapping[int, bool], scores: Mapping[int, float], *, last: in
 def _items(state: TrainState, progress: Progress | None) -> dict[str, Any]:
     """The items of a checkpoint. What JSON keeps is asked for as None."""
     fields = state._asdict()
-    items = {"model": {name: fields.pop(name) for name in ("params", "rest")}}
+    items = {"model": {name: fields.pop(name) for name in ("params", "non_trainable")}}
     if ema := fields.pop("ema"):
         items["ema"] = ema
     return {**items, "trainer": fields, "progress": progress and progress._asdict()}
@@ -365,8 +365,8 @@ def _progress_as_json() -> ocp.Context:
 
 def _of_first_process(decide: Callable[[], int | None]) -> int | None:
     """What the first process decides, in every process; its error is raised in all."""
-    found = together("open the checkpoints", lambda: decide() if is_first() else None)
-    first = exchange("" if found is None else str(found))[0]
+    found = in_all_processes("open the checkpoints", lambda: decide() if is_first() else None)
+    first = gather_texts("" if found is None else str(found))[0]
     return int(first) if first else None
 
 

@@ -1,4 +1,4 @@
-"""From a run to a plain network on disk, and back: fuse, measure, save, load, evaluate.
+"""From a run to a plain network on disk, and back: fuse, measure, save, load, evaluate, convert.
 
 weights/       the fused network's arrays, an Orbax checkpoint
 deploy.json    how to rebuild it, and what deploying changed; written last: its presence means all is whole
@@ -16,12 +16,16 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from repopt_jax._version import __version__
+from repopt_jax.core.scales import save_scales
+from repopt_jax.interop import load_torch_scales
+from repopt_jax.interop.convert import convert_file, export_weights, is_torch_file, refuse_existing
+from repopt_jax.interop.networks import RECORD as CONVERTED
+from repopt_jax.interop.networks import load_converted
 from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
 from repopt_jax.train.config import Config, from_json
 from repopt_jax.train.rundir import PART, RunFolder, info_from_json, read_json, replace_file
-from repopt_jax.train.sharding import make_mesh
-from repopt_jax.train.state import split_model
+from repopt_jax.train.state import make_mesh, split_model
 from repopt_jax.train.tasks import METRICS, Task
 
 RECORD = "deploy.json"
@@ -97,7 +101,11 @@ def deploy(
     difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
     test = evaluate(trained._replace(model=fused), data_dir=data_dir)
     weights = split_model(fused)
-    ocp.save(str(out_dir / "weights"), {"params": weights.params, "rest": weights.rest}, overwrite=True)
+    ocp.save(
+        str(out_dir / "weights"),
+        {"params": weights.params, "non_trainable": weights.non_trainable},
+        overwrite=True,
+    )
     deployed = Deployed(
         **origin,
         max_abs=difference.max_abs,
@@ -132,11 +140,11 @@ def load_deployed(directory: str | Path) -> Trained:
     model.eval()
     network = split_model(fuse(model))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = {"params": network.params, "rest": network.rest}
+    arrays = {"params": network.params, "non_trainable": network.non_trainable}
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), arrays)
     loaded = ocp.load(str(directory / "weights"), target)
     return Trained(
-        nnx.merge(network.graphdef, loaded["params"], loaded["rest"]), config, info, record["step"]
+        nnx.merge(network.graphdef, loaded["params"], loaded["non_trainable"]), config, info, record["step"]
     )
 
 
@@ -168,7 +176,7 @@ def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]
     task, source, batches = open_test(trained, data_dir)
     network = split_model(trained.model)
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    return task.make_evaluator(network.graphdef, source, mesh)(network.params, network.rest, batches)
+    return task.make_evaluator(network.graphdef, source, mesh)(network.params, network.non_trainable, batches)
 
 
 def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any, Any]:
@@ -220,11 +228,9 @@ def _origin(run_dir: str | Path, checkpoint: str | int) -> dict[str, Any]:
 def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
     record = read_json(out_dir / RECORD)
     if record is not None:
-        differing = _differing(record, origin)
+        differing = [name for name in origin if record.get(name) != origin[name]]
         if not differing:
-            # An older version knew fewer fields of a config, and no numbers but the accuracy.
-            test = {"accuracy": record["test_accuracy"]}
-            return Deployed(**{"test": test, **record, **origin, "reused": True})
+            return Deployed(**{**record, "reused": True})
         raise ValueError(
             f"`out_dir` {out_dir} holds another deployment (of {record.get('run')}, step "
             f"{record.get('step')}; it differs in {', '.join(differing)}): choose another folder, or remove "
@@ -241,18 +247,6 @@ def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
     return None
 
 
-def _differing(record: dict[str, Any], origin: dict[str, Any]) -> list[str]:
-    """The fields of `origin` that are others in a stored record; what an older version left out has its
-    default."""
-    try:
-        config = from_json(json.dumps(record["config"]))
-        dataset = info_from_json(config.task, record["dataset"])
-        record = {**record, "config": _plain(config), "dataset": _plain(dataset)}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        pass  # no record of this version's: it differs as it is
-    return [name for name in origin if record.get(name) != origin[name]]
-
-
 def _plain(value: Any) -> dict[str, Any]:
     """A dataclass as what JSON gives back, so that stored and fresh values compare."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
@@ -260,3 +254,70 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def _count(model: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+# -- other forms
+
+SCALES = "scales"
+
+
+def convert(
+    source: str,
+    out: str,
+    *,
+    model: str = "",
+    kind: str = "",
+    classes: int = 0,
+    key: str = "",
+    to: str = "",
+) -> tuple[str, ...]:
+    """Converts `source` to `out` and says what came of it, line by line.
+
+    | source | out | what |
+    |---|---|---|
+    | PyTorch or safetensors file | folder | a converted folder, which `interop.load_converted` reads |
+    | the same | `.pth`, `.pt`, `.safetensors` | the same weights under the names of `to` |
+    | the same, `to="scales"` | folder | the scales alone, as `load_scales` reads them |
+    | our run, deployed or converted folder | `.pth`, `.pt`, `.safetensors` | its weights, names of `to` |
+
+    Args:
+      source, out: as above; nothing may be at `out`.
+      model: the architecture of a file, such as "repopt-vgg-B1".
+      kind, classes: of a file's network; where they are given, the file must say the same (a "csla" network
+        has the keys of a search).
+      key: the entry of a checkpoint that holds the weights, as `interop.read_tensors` takes it.
+      to: whose names PyTorch's keys are to be (a key of `interop.SCHEMES`), "" for the network's own
+        authors'; or "scales".
+
+    Raises:
+      FileNotFoundError: nothing at `source`.
+      FileExistsError: something is at `out`.
+      ValueError: what the file or the folder holds cannot be converted so.
+    """
+    refuse_existing(out)
+    given, target = Path(source).expanduser(), Path(out).expanduser()
+    if not given.exists():
+        raise FileNotFoundError(f"no file or folder at {source}")
+    if given.is_dir():
+        if model or kind or classes or key or to == SCALES:
+            raise ValueError(
+                f"{source} is a folder of ours, which says itself what it holds: give `to` alone"
+            )
+        if not is_torch_file(target):
+            raise ValueError(f"{source} is a folder of ours: `out` must end in .safetensors, .pth or .pt")
+        network = load_converted(given) if (given / CONVERTED).is_file() else load_any(given).model
+        return export_weights(target, network, names=to).lines
+    if to == SCALES:
+        if is_torch_file(target):
+            raise ValueError(f"scales go into a folder of ours, not a file such as {out}")
+        scales = load_torch_scales(given, key=key or None)
+        save_scales(target, scales)
+        vectors = sum(len(entry) for entry in scales.vectors.values())
+        known = f" of {scales.metadata.architecture}" if scales.metadata.architecture else ""
+        return (f"scales{known}: {vectors} vectors for {len(scales.entries)} layers",)
+    if not model:
+        raise ValueError(
+            "`model` must name the file's architecture, such as repopt-vgg-B1 or repvgg-A0; of a file of "
+            "scales alone, `to` must be scales"
+        )
+    return convert_file(given, target, model, kind=kind, classes=classes, key=key or None, names=to).lines

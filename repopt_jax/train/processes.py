@@ -1,18 +1,22 @@
-"""A job of several processes: joining it, and doing together what may fail in one of them.
+"""A job of one or several processes: joining it, doing what may fail in one of them, and stopping it from
+outside.
 
-All processes run the same program, and meet whenever arrays are exchanged. What one of them alone finds out,
-that a folder is not there, say, it must tell the others, or they wait for it for ever: `together` does.
-A process that dies is noticed by its connections (CPU, at once) or by its missing heartbeats, after which JAX
-ends the others.
+All processes run the same program and wait for each other whenever arrays are exchanged. What one of them
+finds out
+alone, for instance that a folder is missing, it must pass on, or the others wait for ever: `in_all_processes`
+does that. A process that dies is noticed by its connections (CPU, at once) or by its missing heartbeats,
+after which JAX ends the others.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
+import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,16 +26,13 @@ T = TypeVar("T")
 
 # What a process can find wrong before training starts; everything else is a bug, and ends the process.
 FAILURES = (ValueError, TypeError, KeyError, OSError, ImportError)
-# So long a process waits for process 0; as long as JAX.
-WAIT_S = 300
-# At the end of the program a process waits this long for the others.
-SHUTDOWN_S = 60
-# What a process tells the others, encoded, is cut to this many bytes.
-MESSAGE_BYTES = 4096
+WAIT_S = 300  # for process 0 to answer; as long as JAX waits
+SHUTDOWN_S = 60  # for the other processes at the end of the program
+MESSAGE_BYTES = 4096  # a message to the other processes, encoded, is cut to this length
 
 
 def join(coordinator: str = "", count: int | None = None, index: int | None = None) -> None:
-    """Makes this process one of a job of several, before JAX looks at its devices; nothing to do in a job of
+    """Makes this process one of a job of several, before JAX looks at its devices. Does nothing in a job of
     one.
 
     Args:
@@ -84,8 +85,9 @@ def _reach(coordinator: str, seconds: float) -> None:
 
 
 def cluster(environment: Mapping[str, str], *, devices: str = "/dev") -> str | None:
-    """What kind of job an environment tells of: "slurm", a step of several tasks, "tpu", a host with TPUs and
-    libtpu, which may be one of a pod, or None. JAX itself then finds the address, the count and the index."""
+    """The kind of job that the environment shows: "slurm", a step of several tasks, "tpu", a host with TPUs
+    and libtpu, which may be one of a pod, or None. JAX itself then finds the address, the count and the
+    index."""
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return "slurm"
     chips = glob.glob(f"{devices}/accel[0-9]*") + glob.glob(f"{devices}/vfio/[0-9]*")
@@ -93,39 +95,38 @@ def cluster(environment: Mapping[str, str], *, devices: str = "/dev") -> str | N
     return "tpu" if chips and usable else None
 
 
-def together(doing: str, act: Callable[[], T], *, seen: Callable[[T], str] | None = None) -> T:
-    """`act()` in every process, and its result; where it fails in one of them, an error in all.
+def in_all_processes(doing: str, act: Callable[[], T], *, describe: Callable[[T], str] | None = None) -> T:
+    """Calls `act()` in every process and returns its result; where it fails in one of them, raises in all.
 
     Args:
       doing: what `act` does, for messages: "open the data".
       act: works on this process alone; it must not exchange arrays.
-      seen: a text of the result that must be the same in all processes.
+      describe: gives a text of the result that must be the same in all processes.
 
     Raises:
       Exception: what `act` raised here.
-      ValueError: `act` failed in another process, which is named with its message; or what the processes have
-        `seen` is not the same.
+      ValueError: `act` failed in another process, which is named with its message; or the results differ.
     """
     if jax.process_count() == 1:
         return act()
-    mine, error = None, None
+    result, error = None, None
     try:
-        mine = act()
-        told = "=" + (seen(mine) if seen is not None else "")
+        result = act()
+        message = "=" + (describe(result) if describe is not None else "")
     except FAILURES as raised:
-        error, told = raised, f"!{raised}"
-    texts = exchange(told)
+        error, message = raised, f"!{raised}"
+    messages = gather_texts(message)
     if error is not None:
         raise error
-    if failed := [f"process {i}: {text[1:]}" for i, text in enumerate(texts) if text.startswith("!")]:
-        raise ValueError(f"{len(failed)} of {len(texts)} processes cannot {doing}: {'; '.join(failed)}")
-    if len(set(texts)) > 1:
-        different = "; ".join(f"process {i} sees {text[1:]}" for i, text in enumerate(texts))
+    if failed := [f"process {i}: {text[1:]}" for i, text in enumerate(messages) if text.startswith("!")]:
+        raise ValueError(f"{len(failed)} of {len(messages)} processes cannot {doing}: {'; '.join(failed)}")
+    if len(set(messages)) > 1:
+        different = "; ".join(f"process {i} sees {text[1:]}" for i, text in enumerate(messages))
         raise ValueError(
             f"the processes do not {doing} alike: {different}. Every host needs the same files at the same "
             "place"
         )
-    return mine  # pyright: ignore[reportReturnType]
+    return result  # pyright: ignore[reportReturnType]
 
 
 def is_first() -> bool:
@@ -133,7 +134,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def exchange(text: str) -> list[str]:
+def barrier(name: str) -> None:
+    """Waits until every process of the job is here; returns at once in a job of one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather_texts(text: str) -> list[str]:
     """The texts of all processes, in their order, each cut to MESSAGE_BYTES."""
     if jax.process_count() == 1:
         return [text]
@@ -142,3 +149,71 @@ def exchange(text: str) -> list[str]:
     encoded[: len(written)] = written
     rows = np.asarray(multihost_utils.process_allgather(encoded)).reshape(-1, MESSAGE_BYTES)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+# -- stopping
+
+
+class StopRequest:
+    """Says whether the run is to stop. `train.run` calls it, equally often in every process.
+
+    Attributes:
+      signal: what asked for it, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._calls = 0
+
+    def __call__(self) -> bool:
+        """True from the moment on at which all processes of the job know that one of them is to stop."""
+        if not jax.distributed.is_initialized():
+            return self.signal is not None
+        # JAX carries a SIGTERM of one process to all, and answers True to the same call in each of them.
+        self._calls += 1
+        if multihost_utils.reached_preemption_sync_point(self._calls):
+            self.signal = self.signal or signal.SIGTERM
+            return True
+        return False
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell gives for a program that the signal ended: 143 for SIGTERM, 130 for Ctrl-C."""
+        return 128 + (self.signal or signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catches SIGTERM, which clusters send before they take a machine, and Ctrl-C: the first asks the run to
+    stop after its step, with a checkpoint; the second ends it at once.
+
+    Outside the main thread no signal can be caught, and the run is never asked to stop. In a job of several
+    processes JAX itself catches SIGTERM (`jax.distributed` must be initialised before), and a Ctrl-C is
+    turned into one.
+    """
+    request = StopRequest()
+    several = jax.distributed.is_initialized()
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        request.signal = number
+        restore()
+        # Not `sys.stderr`: the signal may have come in the middle of a write to it.
+        os.write(2, b"repopt: stopping after this step, with a checkpoint; a second time stops at once\n")
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.getsignal(number)
+            signal.signal(number, note)
+    except ValueError:  # not the main thread
+        before.clear()
+    try:
+        yield request
+    finally:
+        restore()

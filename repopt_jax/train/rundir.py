@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from repopt_jax._version import __version__
 from repopt_jax.data import DatasetInfo, DetectionInfo
 from repopt_jax.train.config import MOUNTED, Config, differing_fields, from_json, to_json
-from repopt_jax.train.processes import is_first, together
-from repopt_jax.train.sharding import meet
+from repopt_jax.train.processes import barrier, in_all_processes, is_first
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
 
@@ -148,9 +148,9 @@ class RunFolder:
           ValueError: the run began on other data.
           OSError: no permission, or not a folder.
         """
-        meet("folder looked at")  # no process may find what another one has just written
-        together("write to `out_dir`", lambda: self._write_claim(config, info))
-        found = together("find its own run in `out_dir`", lambda: self._read_own(config))
+        barrier("folder looked at")  # no process may find what another one has just written
+        in_all_processes("write to `out_dir`", lambda: self._write_claim(config, info))
+        found = in_all_processes("find its own run in `out_dir`", lambda: self._read_own(config))
         if found != info:
             raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
 
@@ -401,3 +401,36 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name not in ("step", "kind"):
             yield prefix + name, value
+
+
+def scale_statistics(
+    scales: Mapping[str, Mapping[str, Any]], previous: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Statistics of each scale vector, and how far it moved.
+
+    Args:
+      scales: layer path -> branch -> (out,) vector.
+      previous: the same at the record before; pass `scales` again for the first one.
+
+    Returns:
+      Layer path -> branch -> mean, std, min, max, rms (root mean square), negative (a count) and rms_change
+      (root mean square of the difference from `previous`).
+    """
+    return {
+        path: {name: _vector_statistics(v, previous[path][name]) for name, v in vectors.items()}
+        for path, vectors in scales.items()
+    }
+
+
+def _vector_statistics(vector: Any, previous: Any) -> dict[str, float]:
+    v = np.asarray(vector, np.float64)
+    moved = v - np.asarray(previous, np.float64)
+    return {
+        "mean": float(v.mean()),
+        "std": float(v.std()),
+        "min": float(v.min()),
+        "max": float(v.max()),
+        "rms": float(np.sqrt((v**2).mean())),
+        "negative": int((v < 0).sum()),
+        "rms_change": float(np.sqrt((moved**2).mean())),
+    }

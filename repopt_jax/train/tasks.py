@@ -1,28 +1,35 @@
-"""What a run is about, classification or detection: what the trainer asks of either, and how they are
-measured.
+"""What a run learns, classification or detection: its data, networks, loss and evaluation.
 
-The loop, the state and the checkpoints know this interface only; `classification` and `detection` are the two
-that there are.
+The loop, the state and the checkpoints know the interface `Task` only.
 """
 
 import abc
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from repopt_jax import models
+from repopt_jax import data, models
 from repopt_jax.core.scales import Scales, load_scales
+from repopt_jax.data.pipeline import subset
+from repopt_jax.detection import Detections, LossWeights, decode, detection_loss
+from repopt_jax.detection.evaluate import evaluate_detections, to_predictions
+from repopt_jax.models import FCOS
 from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.surgery.search import depth_scales
 from repopt_jax.train.config import Config, DataConfig
+from repopt_jax.train.state import Batch, add_sums, merge_model, put_batch, replicated, zero_sums
 
-Batch = dict[str, jax.Array]
-# (model, batch) -> (mean loss over the batch's images, sums over them of what the log averages)
-Objective = Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+# `evaluate(params, non_trainable, batches) -> numbers`: those of `METRICS`, "loss" (or None) and "count".
+Evaluator = Callable[[Any, Any, Iterable[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +52,14 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 }
 
 
-def told(task: str, measured: Mapping[str, Any]) -> str:
+def format_metrics(task: str, measured: Mapping[str, Any]) -> str:
     """The numbers of an evaluation in a line: `test accuracy 97.20%`; a number that is None is left out."""
     values = [(metric.label, measured.get(metric.name)) for metric in METRICS[task]]
     return ", ".join(f"{label} {value:.2%}" for label, value in values if value is not None)
 
 
 class Task(abc.ABC):
-    """One kind of run, for one config."""
+    """What one config learns."""
 
     # What the log averages beside the loss, and the dtype in which it is summed.
     sums: ClassVar[Mapping[str, Any]]
@@ -119,7 +126,243 @@ class Task(abc.ABC):
         """The training loss of a network in training mode, and the sums that `sums` declares."""
 
     @abc.abstractmethod
-    def make_evaluator(
-        self, graphdef: Any, source: Any, mesh: Mesh
-    ) -> Callable[[Any, Any, Iterable[dict[str, Any]]], dict[str, Any]]:
-        """`evaluate(params, rest, batches) -> numbers`: those of `METRICS`, "loss" (or None) and "count"."""
+    def make_evaluator(self, graphdef: Any, source: Any, mesh: Mesh) -> Evaluator:
+        """The evaluation of such a network on all test images."""
+
+
+# -- classification
+
+
+class Classification(Task):
+    """One label an image: cross-entropy, of mixed images too, and accuracy."""
+
+    sums = {"accuracy": jnp.int32}  # noqa: RUF012  (constant)
+
+    def open_data(self, settings: DataConfig) -> tuple[data.Source, data.Transform]:
+        source = data.open_configured(settings)
+        transform = data.Transform(
+            image_size=settings.image_size,
+            crop_padding=settings.crop_padding,
+            flip=settings.flip,
+            area=settings.area,
+            resize=settings.resize,
+            randaugment=settings.randaugment,
+            jitter=settings.jitter,
+            erasing=settings.erasing,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
+            mean=settings.mean,
+            std=settings.std,
+        )
+        return source, transform
+
+    def train_batches(self, source, transform, **options):
+        return data.train_batches(source, transform, **options)
+
+    def eval_batches(self, source, transform, **options):
+        return data.eval_batches(source, transform, **options)
+
+    def model_options(self, info: data.DatasetInfo) -> dict[str, Any]:
+        model = self.config.model
+        dtype = None if model.dtype == "float32" else jnp.dtype(model.dtype)
+        return {"dtype": dtype, **({"post_se": True} if model.post_se else {})}
+
+    def objective(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = model(batch["image"])
+        losses, label = mixed_cross_entropy(logits, batch, label_smoothing=self.config.optim.label_smoothing)
+        return losses.mean(), {"accuracy": count_correct(logits, label)}
+
+    def make_evaluator(self, graphdef: Any, source: Any, mesh: Mesh) -> Evaluator:
+        step = make_eval_step(graphdef)
+
+        def evaluate(params: Any, non_trainable: Any, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
+            sums = jax.device_put(zero_sums(self.sums), replicated(mesh))
+            for batch in batches:
+                sums = step(params, non_trainable, sums, put_batch(batch, mesh))
+            return sums_to_means(sums)
+
+        return evaluate
+
+
+def make_eval_step(
+    graphdef: Any,
+) -> Callable[[Any, Any, dict[str, jax.Array], Batch], dict[str, jax.Array]]:
+    """The jitted evaluation step, with running batch statistics.
+
+    Returns:
+      `step(params, non_trainable, sums, batch) -> sums`, which adds a batch to the sums of loss, correct
+      answers ("accuracy") and images. Images whose "mask" is 0 are padding and count for nothing. The loss is
+      the plain cross-entropy, whatever smoothing training used.
+    """
+
+    def eval_step(params, non_trainable, sums, batch):
+        model = merge_model(graphdef, params, non_trainable)
+        model.eval()
+        logits, real = model(batch["image"]), batch["mask"] > 0
+        # Selected, not multiplied: padding may give any number, and 0 * nan is nan.
+        loss = jnp.where(real, cross_entropy(logits, batch["label"]), 0).sum()
+        correct = count_correct(logits, batch["label"], real=real)
+        return add_sums(sums, {"loss": loss, "accuracy": correct, "count": real.sum(dtype=jnp.int32)})
+
+    return jax.jit(eval_step, donate_argnums=2)
+
+
+def sums_to_means(sums: dict[str, jax.Array]) -> dict[str, Any]:
+    """Loss, accuracy and count as Python numbers."""
+    host = jax.device_get(sums)
+    count = int(host["count"])
+    return {
+        "loss": float(host["loss"]) / max(count, 1),
+        "accuracy": int(host["accuracy"]) / max(count, 1),
+        "count": count,
+    }
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
+    """Softmax cross-entropy of each image, (N, classes) and (N,) -> (N,), computed in float32 or wider."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+
+
+def mixed_cross_entropy(
+    logits: jax.Array, batch: Batch, *, label_smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """share * CE(label) + (1 - share) * CE(other) of each image, (N,), and the label of the larger share,
+    (N,) int32: "label" where they are equal.
+
+    A batch of images that are not mixed has no "other" and no "share"; then CE(label) and its label.
+    """
+    label = batch["label"]
+    losses = cross_entropy(logits, label, label_smoothing=label_smoothing)
+    if "other" not in batch:
+        return losses, label
+    other, share = batch["other"], batch["share"].astype(losses.dtype)
+    losses_of_other = cross_entropy(logits, other, label_smoothing=label_smoothing)
+    return share * losses + (1 - share) * losses_of_other, jnp.where(share < 0.5, other, label)
+
+
+def count_correct(logits: jax.Array, labels: jax.Array, *, real: jax.Array | bool = True) -> jax.Array:
+    """How many images, of those that are `real`, have their largest logit at the label; () int32."""
+    return ((logits.argmax(-1) == labels) & real).sum(dtype=jnp.int32)
+
+
+# -- detection
+
+PARTS = ("classes", "boxes", "centerness", "keypoints")
+
+
+class Detection(Task):
+    """Any number of objects an image, each with a box, a class and keypoints, by the networks of
+    `models.FCOS`."""
+
+    sums = {f"{part}_loss": jnp.float32 for part in PARTS}  # noqa: RUF012  (constant)
+
+    def open_data(self, settings: DataConfig) -> tuple[data.AnnotatedSource, data.DetectionTransform]:
+        return data.open_configured(settings), detection_transform(settings)
+
+    def train_batches(self, source, transform, **options):
+        return data.train_detection_batches(source, transform, **options)
+
+    def eval_batches(self, source, transform, **options):
+        return data.eval_detection_batches(source, transform, **options)
+
+    def model_options(self, info: data.DetectionInfo) -> dict[str, Any]:
+        return {"num_keypoints": info.num_keypoints, "activation": self.config.model.activation}
+
+    def architecture(self) -> str:
+        return f"{super().architecture()}/{self.config.model.activation}"
+
+    def objective(self, model: FCOS, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        settings, size = self.config.detect, batch["image"].shape[0]
+        weights = LossWeights(
+            boxes=settings.box_weight,
+            centerness=settings.centerness_weight,
+            keypoints=settings.keypoint_weight,
+        )
+        loss, parts = detection_loss(
+            model(batch["image"]),
+            batch,
+            model.locations(self.config.data.image_size),
+            weights,
+            radius=settings.radius,
+            level_range=settings.level_range,
+        )
+        return loss, {f"{part}_loss": parts[part] * size for part in PARTS}
+
+    def make_evaluator(self, graphdef: Any, source: data.AnnotatedSource, mesh: Mesh) -> Evaluator:
+        # Before anything is trained, not at the first evaluation.
+        if importlib.util.find_spec("pycocotools") is None:
+            raise ModuleNotFoundError("the evaluation needs pycocotools", name="pycocotools")
+        self._check_truth(source)
+        detect = make_detect(graphdef, self.config)
+
+        def evaluate(params: Any, non_trainable: Any, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
+            predictions, seen = [], []
+            for batch in batches:
+                images = put_batch({"image": batch["image"]}, mesh)["image"]
+                real = {name: batch[name] for name in ("index", "ratio", "mask")}
+                found, real = allgather_detections(detect(params, non_trainable, images), real, mesh)
+                chosen = np.flatnonzero(real["mask"])
+                found = Detections(*(part[chosen] for part in found))
+                predictions += to_predictions(found, real["index"][chosen], real["ratio"][chosen])
+                seen += real["index"][chosen].tolist()
+            truth = data.eval_annotations(source, seen)
+            measured = evaluate_detections(truth, predictions, sigmas=source.info.sigmas)
+            numbers = {metric.name: measured[metric.name] for metric in METRICS["detect"]}
+            return {"loss": None, **numbers, "count": len(seen)}
+
+        return evaluate
+
+    def _check_truth(self, source: data.AnnotatedSource) -> None:
+        """Without an object, average precision is not defined."""
+        limit = self.config.data.eval_limit
+        used = subset(source.info.num_eval, limit, "eval")
+        if all(source.eval.objects(int(index))["crowd"].all() for index in used):
+            raise ValueError(
+                f"no object is to be found on the {len(used)} test images, so that average precision is not "
+                f"defined: raise `data.eval_limit` (it is {limit}), or give other images"
+            )
+
+
+def detection_transform(settings: DataConfig) -> data.DetectionTransform:
+    """What is done to the images, as the config says."""
+    return data.DetectionTransform(
+        image_size=settings.image_size,
+        flip=settings.flip,
+        zoom=settings.zoom,
+        mean=settings.mean,
+        std=settings.std,
+    )
+
+
+def make_detect(graphdef: Any, config: Config):
+    """The jitted `detect(params, non_trainable, images) -> Detections` of a network, with running batch
+    statistics."""
+    settings, size = config.detect, config.data.image_size
+
+    @jax.jit
+    def detect(params, non_trainable, images):
+        model = merge_model(graphdef, params, non_trainable)
+        model.eval()
+        return decode(
+            model(images),
+            model.locations(size),
+            size,
+            score_threshold=settings.score_threshold,
+            iou_threshold=settings.iou_threshold,
+            count=settings.max_detections,
+        )
+
+    return detect
+
+
+def allgather_detections(
+    detections: Detections, real: dict[str, np.ndarray], mesh: Mesh
+) -> tuple[Detections, dict[str, Any]]:
+    """Detections of a global batch, and what each process knows of its own part, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(detections), real
+    # The rows of a global array come in the order of the mesh, which on a TPU pod is not that of the
+    # processes: what belongs to them must be a global array as well.
+    return multihost_utils.process_allgather((detections, put_batch(real, mesh)), tiled=True)

@@ -6,7 +6,7 @@ import threading
 import pytest
 from training import warned
 
-from repopt_jax.train import feeding
+from repopt_jax.train import progress
 
 
 class Batches:
@@ -54,19 +54,19 @@ def clock(monkeypatch):
             return read
 
     found = Clock()
-    monkeypatch.setattr(feeding, "time", found)
+    monkeypatch.setattr(progress, "time", found)
     return found
 
 
 def test_the_feeder_measures_what_the_device_waits(clock):
     batches, steps = Batches(), [Result() for _ in range(3)]
-    feeder = feeding.Feeder(batches)
+    feeder = progress.Feeder(batches)
     with contextlib.closing(feeder):
-        feeder.ask()
+        feeder.request()
         assert feeder.position == {"next_index": 0}
         batches.go.release()
         assert feeder.take() == 1
-        feeder.stepped(steps[0])
+        feeder.step_started(steps[0])
         assert feeder.position == {"next_index": 1}
         # The step takes 2 seconds, the batch, which is wanted by then, 5: the device waits for 3.
         clock.now = 2.0
@@ -79,17 +79,17 @@ def test_the_feeder_measures_what_the_device_waits(clock):
 
         clock.then.append(comes_at_five)
         assert feeder.take() == 2
-        feeder.stepped(steps[1])
+        feeder.step_started(steps[1])
         assert feeder.waited() == 3.0
         # The batch takes 1 second, the step 4: nobody waits.
         clock.now = 6.0
         batches.go.release()
-        feeder._asked.result()
+        feeder._requested.result()
         clock.now = 9.0
         steps[1].done.set()
         feeder._done.result()
         assert feeder.take() == 3
-        feeder.stepped(steps[2])
+        feeder.step_started(steps[2])
         assert feeder.waited() == 0.0
         # An error of the thread comes out where its batch is taken.
         batches.go.release()
@@ -102,28 +102,28 @@ def test_the_feeder_measures_what_the_device_waits(clock):
 def test_a_pause_of_the_run_is_no_waiting(clock):
     """An evaluation of 10 seconds, in which the batch comes after 4: the device had other work."""
     batches, step = Batches(), Result()
-    with contextlib.closing(feeding.Feeder(batches)) as feeder:
-        feeder.ask()
+    with contextlib.closing(progress.Feeder(batches)) as feeder:
+        feeder.request()
         batches.go.release()
         feeder.take()
-        feeder.stepped(step)
+        feeder.step_started(step)
         clock.now = 1.0
         step.done.set()
         feeder._done.result()
         clock.now = 4.0
         batches.go.release()
-        feeder._asked.result()
+        feeder._requested.result()
         clock.now = 10.0
         feeder.take()
-        feeder.stepped(step, more=False)
+        feeder.step_started(step, more=False)
         assert feeder.waited() == 0.0
 
 
 def test_waiting_is_warned_of_once_an_epoch(caplog):
-    warning = feeding.WaitWarning("run", workers=3)
+    warning = progress.WaitWarning("run", workers=3)
     looks = [(0.5, 1.0, 0), (0.05, 1.0, 0), (0.5, 0.1, 0), (0.5, 1.0, 0), (0.6, 1.0, 0), (0.25, 1.0, 1)]
     for share, seconds, epoch in looks:
-        warning.look(share, seconds=seconds, images_per_s=1234.5, epoch=epoch)
+        warning.check({"epoch": epoch, "data_wait": share, "images_per_s": 1234.5}, seconds=seconds)
     said = warned(caplog)
     assert [text.partition(" of")[0] for text in said] == ["run: 50 %", "run: 25 %"]
     assert "1,234 images/s" in said[0]

@@ -1,0 +1,192 @@
+"""How a run goes: batches made ahead of their step, the time that steps and batches take, and what is shown
+of it."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from repopt_jax.train.tasks import format_metrics
+
+logger = logging.getLogger(__name__)
+
+# A device that waits for data for more than this share of the time is worth a warning; but not where the
+# log's line spans fewer seconds than this, in which a single slow file is already that much.
+WORTH_A_WARNING = 0.1
+LEAST_SECONDS = 0.5
+
+
+class Feeder:
+    """Makes batches in a thread of its own, one ahead of the training step, and measures how long the device
+    waits for them.
+
+    The order of calls is `request()`, `take()` for the first batch, and for each step: start it,
+    `step_started(its result)`, and `take()` the batch of the next one.
+    """
+
+    def __init__(self, batches: Any):
+        """`batches` is an iterator with `get_state`. Until `close` only the feeder may use it."""
+        self._batches = batches
+        self._batch_thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
+        self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="step-done")
+        self._requested: Future | None = None
+        self._done: Future | None = None  # when the step that was started last is done
+        # When the last batch was ready, and when it was wanted.
+        self._taken: tuple[float, float] | None = None
+        self._waited = 0.0
+        self.position: Any = batches.get_state()
+
+    def request(self) -> None:
+        """Starts to make the next batch. `position` is that of this batch until the one after is
+        requested."""
+        self.position = self._batches.get_state()
+        self._requested = self._batch_thread.submit(lambda: (next(self._batches), time.perf_counter()))
+
+    def take(self) -> dict[str, Any]:
+        """Returns the batch that was requested; waits for it, and raises what making it raised."""
+        wanted = time.perf_counter()
+        if self._requested is None:
+            raise RuntimeError("`take` without `request`: no batch is being made")
+        requested, self._requested = self._requested, None
+        batch, ready = requested.result()
+        self._taken = (ready, wanted)
+        return batch
+
+    def step_started(self, result: Any, *, more: bool = True) -> None:
+        """Takes note that the step was started which gives `result` (arrays), and requests the next batch if
+        there is to be `more`.
+
+        Waits until the step before is done: two at a time keep a device busy, and more would only hold
+        batches in its memory and delay a stop.
+        """
+        if more:
+            self.request()
+        if self._done is not None:
+            done = self._done.result()
+            if self._taken is not None:
+                ready, wanted = self._taken
+                self._waited += max(0.0, ready - max(done, wanted))
+        self._done = self._step_thread.submit(lambda: (jax.block_until_ready(result), time.perf_counter())[1])
+
+    def waited(self) -> float:
+        """Seconds since the last reading in which the device had nothing to do but wait for a batch."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        """Ends the threads, after the batch that is being made."""
+        for thread in (self._batch_thread, self._step_thread):
+            thread.shutdown(wait=True, cancel_futures=True)
+
+
+class Stopwatch:
+    """Measures seconds and steps of training since the last reading, without the pauses."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._steps = time.perf_counter(), 0
+
+    def tick(self) -> None:
+        """Counts a step."""
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time inside."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def read(self) -> tuple[float, int]:
+        """Seconds and steps since the last reading, at least one step; starts again."""
+        seconds, steps = time.perf_counter() - self._since, max(self._steps, 1)
+        self._restart()
+        return seconds, steps
+
+
+class WaitWarning:
+    """Warns, at most once an epoch, that the device waits for data."""
+
+    def __init__(self, name: str, *, workers: int):
+        """`name` of the run; `workers` that it has."""
+        self._name, self._workers = name, workers
+        self._first = True
+        self._warned_in: int | None = None
+
+    def check(self, record: Mapping[str, Any], *, seconds: float) -> None:
+        """Looks at a "train" record that spans `seconds`. The first does not count: in it the workers
+        start."""
+        first, self._first = self._first, False
+        epoch, wait = int(record["epoch"]), record["data_wait"]
+        if first or wait <= WORTH_A_WARNING or seconds < LEAST_SECONDS or self._warned_in == epoch:
+            return
+        self._warned_in = epoch
+        logger.warning(
+            "%s: %.0f %% of the time the device waits for data (%s images/s): raise `data.workers` "
+            "(now %d; this machine has %d cores), or make the images smaller beforehand",
+            *(self._name, 100 * wait, f"{record['images_per_s']:,.0f}", self._workers, os.cpu_count() or 1),
+        )
+
+
+class ProgressBar:
+    """A bar with loss, images/s and remaining time; without a terminal, one logged line an epoch."""
+
+    def __init__(self, name: str, task: str, *, total: int, start: int, shown: bool):
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and console.is_terminal),
+        )
+        self._name, self._task = name, task
+        self._bar = self._progress.add_task(name, total=total, completed=start, text="compiling")
+        self._last: Mapping[str, Any] = {}
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Shows a "train" record."""
+        self._last = record
+        parts = [f"loss {record['loss']:.3f}"]
+        if "accuracy" in record:
+            parts.append(f"accuracy {record['accuracy']:.1%}")
+        parts.append(f"{record['images_per_s']:,.0f} images/s")
+        if record["data_wait"] > WORTH_A_WARNING:
+            parts.append(f"waits for data {record['data_wait']:.0%}")
+        self._progress.update(self._bar, completed=record["step"], text="  ".join(parts))
+
+    def end_epoch(self, epoch: int, evaluation: Mapping[str, Any] | None) -> None:
+        """Shows that an epoch is over: through `logging` if there is no bar, above the bar if evaluated."""
+        parts = [f"{self._name}: epoch {epoch}"]
+        if self._last:
+            parts.append(f"loss {self._last['loss']:.3f}, {self._last['images_per_s']:,.0f} images/s")
+        if evaluation is not None:
+            parts.append(format_metrics(self._task, evaluation))
+        if self._progress.disable:
+            logger.info(", ".join(parts))
+        elif evaluation is not None:
+            self._progress.console.log(", ".join(parts))
+
+    def __enter__(self) -> "ProgressBar":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
