@@ -1,43 +1,87 @@
-"""Four virtual CPU devices for every test, float64 where a test asks for it, no silent rank promotion, and
-one memory of compiled programs."""
+"""Four virtual CPU devices for every test, float64 where a test asks for it, no silent rank promotion,
+compiled programs kept from run to run, and the longest files first."""
 
-import atexit
 import os
-import shutil
-import tempfile
+
+import program_cache
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What is compiled here runs seldom, and what is computed does not hang on the optimizations; with the
+# What is compiled here runs seldom, and what is computed does not depend on the optimizations; with the
 # variable at 0 everything is compiled as in use, which takes twice as long.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Most of the time of these tests is compilation, of the same small programs again and again. What one of them
-# compiles serves all, also in the other process and in those that tests start: they inherit these variables.
+# The processes of pytest-xdist and those that tests start inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="repopt-compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(program_cache.folder())
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
-from jax._src.interpreters import partial_eval
 
 from repopt_jax import data
-
-# NNX asks each array of a network that is being made under a trace where it lies. JAX answers by an error
-# with an account of the program so far, which nobody sees and which takes two thirds of the time.
-if hasattr(partial_eval.DynamicJaxprTracer, "_origin_msg"):
-    partial_eval.DynamicJaxprTracer._origin_msg = lambda self: ""
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# The files that take longest, with their CPU seconds where nothing is compiled yet (Python 3.11, AMD EPYC).
+# They start first, so that both processes end at about the same time.
+LONGEST = {
+    "test_optimizers.py": 166,
+    "test_resume.py": 153,
+    "test_reparameterize.py": 95,
+    "test_train_detection.py": 93,
+    "test_any_network.py": 90,
+    "test_processes.py": 82,
+    "test_cli.py": 78,
+    "test_adaptive.py": 62,
+    "test_train_loop.py": 59,
+    "test_configs.py": 47,
+    "test_verify.py": 40,
+    "test_examples.py": 34,
+}
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, the others in their order, in which pytest-xdist hands them out."""
+    items.sort(key=lambda item: -LONGEST.get(item.path.name, 0))
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):  # once, by the process that started the others
+        program_cache.trim(program_cache.root())
+
+
+# JAX keeps a bounded number of calls with what they compiled, for the whole process, and when that is full it
+# forgets the newest. It was full when 1337 programs had been compiled.
+MANY_PROGRAMS = 400
+programs = 0
+
+
+def count_program(event, seconds, **_):
+    global programs
+    programs += event == "/jax/core/compile/backend_compile_duration"
+
+
+def forget_programs():
+    global programs
+    jax.clear_caches()
+    programs = 0
+
+
+jax.monitoring.register_event_duration_secs_listener(count_program)
+
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_what_was_compiled():
-    """JAX keeps what it compiles, up to a number of programs for the whole process: a file of tests must find
-    neither that memory full nor gigabytes of other files' programs."""
+def programs_of_one_file():
+    """A file of tests finds neither JAX's memory full nor gigabytes of other files' programs."""
     yield
-    jax.clear_caches()
+    forget_programs()
+
+
+@pytest.fixture
+def counted():
+    """For tests that count the compiled programs of a function: JAX has room to keep them all."""
+    if programs > MANY_PROGRAMS:
+        forget_programs()
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +97,3 @@ def x64():
     """Float64 for the length of one test: claims of exactness are made there."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture
-def counted():
-    """For tests that count compiled programs: JAX keeps a bounded number, and full it forgets the newest."""
-    jax.clear_caches()
