@@ -40,7 +40,7 @@ CASES = (Case(1, "float32"), Case(4, "float32"), Case(1, "float64"), Case(4, "fl
 
 def config_of(data_dir, fsdp: int, **changes):
     return tiny_config(
-        "target",
+        "repopt",
         data_dir,
         **{
             "scales": "depth",

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from repopt_jax import data, train
-from repopt_jax.models import DETECTORS, VGG_VARIANTS, GhostRow, GhostVariant, VGGVariant
+from repopt_jax import data, models, train
+from repopt_jax.models import GhostRow, GhostVariant, VGGVariant
+from repopt_jax.models.registry import NETWORKS
 from repopt_jax.train import build, recipes
 from repopt_jax.train.deploy import deploy
-from repopt_jax.train.networks import FAMILIES, find_network
 from repopt_jax.train.optimizer import make_schedule
 from repopt_jax.train.state import make_mesh
 from repopt_jax.train.tasks import cross_entropy, mixed_cross_entropy
@@ -102,12 +102,16 @@ def test_recipes_that_are_told_in_words():
     assert ghost.scales == "runs/cifar100/ghost-0.5/scales"
     for network in ("B1", "B2", "L1", "L2", "ghost-0.5"):
         search, target = train.load_config(f"cifar100:{network}"), train.load_config(f"imagenet:{network}")
-        assert (search.model.kind, target.model.kind) == ("search", "target")
-        assert search.model.variant == target.model.variant == network
+        assert (search.model.mode, target.model.mode) == ("search", "repopt")
+        assert search.model.name == target.model.name
+        assert models.find(target.model.name).variant.name == network.removeprefix("ghost-")
         assert search.optim.clip_norm == 5.0
         assert target.optim.clip_norm is None
         plain = train.load_config(f"imagenet:{network}-plain")
-        assert plain == dataclasses.replace(target, name=plain.name, scales="", published=plain.published)
+        assert plain.model == dataclasses.replace(target.model, mode="plain")
+        assert plain == dataclasses.replace(
+            target, name=plain.name, scales="", published=plain.published, model=plain.model
+        )
 
 
 # -- full size ----------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ def check_smoke(run, out, monkeypatch):
     config = train.load_config(f"{run},smoke")
     full = train.load_config(run)
     for owner, names in (
-        ("model", ("kind", "form", "dtype", "post_se", "activation")),
+        ("model", ("mode", "dtype", "post_se", "activation")),
         ("data", ("flip", "area", "randaugment", "jitter", "erasing", "mixup", "cutmix")),
         ("optim", ("name", "schedule_by", "cosine_over", "base_batch", "ema", "accumulate", "clip_norm")),
         ("mesh", ("data", "fsdp", "statistics")),
@@ -213,7 +217,7 @@ def check_smoke(run, out, monkeypatch):
     )
     summary = train.run(config, out, progress=False)
     assert summary.finished
-    assert (out / "scales").exists() == (config.model.kind == "search")
+    assert (out / "scales").exists() == (config.model.mode == "search")
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     assert losses
@@ -225,10 +229,9 @@ def check_smoke(run, out, monkeypatch):
 def smallest(monkeypatch):
     """Networks that compile in a moment, in the place of the digits'."""
     small = VGGVariant("digits", (1, 1, 1, 1), (4, 4, 4, 8, 8), (1, 1, 2, 1, 1))
-    monkeypatch.setitem(VGG_VARIANTS, "digits", small)
-    family, _ = find_network("ghost-digits")
     one = GhostVariant("digits", 0.5, ((GhostRow(3, 8, 16, False, 1),),), features=8)
-    monkeypatch.setitem(family.variants, "digits", one)
+    for name, row in (("vgg-digits", small), ("repghost-digits", one)):
+        monkeypatch.setitem(NETWORKS, name, dataclasses.replace(models.find(name), variant=row))
 
 
 @pytest.mark.parametrize("run", QUICK_SMOKES)
@@ -260,7 +263,7 @@ def test_ghost_from_search_to_deployment(tmp_path, monkeypatch):
     train.run(config, tmp_path / "target", progress=False)
     deployed = deploy(tmp_path / "target", tmp_path / "deploy")
     assert deployed.max_rel < 1e-4
-    config.model.variant = "ghost-0.5"
+    config.model.name = "repghost-0.5"
     with pytest.raises(ValueError, match="GhostNet-digits"):
         train.run(config, tmp_path / "other", progress=False)
 
@@ -272,18 +275,16 @@ def test_networks_of_a_config():
     info = data.DatasetInfo(
         name="any", class_names=("a", "b"), channels=1, image_shape=None, num_train=1, num_eval=1
     )
-    for family in FAMILIES:
-        for kind in family.kinds:
-            model = train.ModelConfig(variant=f"{family.prefix}digits", kind=kind, dtype="bfloat16")
-            task = build.make_task(train.Config(model=model))
-            network = nnx.eval_shape(lambda task=task: task.new_model(info, seed=0))
+    for name in ("vgg-digits", "repghost-digits", "mobileone-digits"):
+        for mode in ("plain", "search", "repvgg", "repghost", "mobileone"):
+            config = train.Config(model=train.ModelConfig(name=name, mode=mode, dtype="bfloat16"))
+            network = nnx.eval_shape(lambda config=config: build.build_model(config, info)[0])
             params = jax.tree.leaves(nnx.state(network, nnx.Param))
             assert {leaf.dtype for leaf in params} == {jnp.dtype("float32")}
-            if kind == "search":
-                names = {task.resolve_scales(name, info).metadata.architecture for name in ("ones", "depth")}
+            if mode == "search":
+                task = build.make_task(config)
+                names = {task.resolve_scales(rule, info).metadata.architecture for rule in ("ones", "depth")}
                 assert names == {task.architecture()}
-    assert find_network("ghost-0.5")[0].make is find_network("ghost-digits")[0].make
-    assert not set(DETECTORS) & {"ghost-0.5"}
 
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 5)) * 3

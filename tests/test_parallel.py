@@ -99,7 +99,7 @@ def moments(opt_state):
 
 @pytest.mark.parametrize("fsdp", [2, 4])
 def test_a_device_holds_its_share(digits, fsdp):
-    config = parallel.config_of(digits, fsdp, optim__ema=0.9, model__variant="cifar-small")
+    config = parallel.config_of(digits, fsdp, optim__ema=0.9, model__name="vgg-cifar-small")
     config.batch_size = config.eval_batch_size = 8
     feed, mesh = open_feed(config), shardings.make_mesh(fsdp)
     _, state = build_program(config, feed, mesh)
@@ -114,7 +114,7 @@ def test_b1_divides(fsdp):
     """Shapes only: 51.8 million parameters."""
     config = Config(
         scales="depth",
-        model=ModelConfig(variant="B1"),
+        model=ModelConfig(name="repopt-vgg-b1", mode="repopt"),
         mesh=MeshConfig(fsdp=fsdp),
         optim=OptimConfig(ema=0.999),
     )

@@ -32,7 +32,7 @@ EQUIVALENCE = {
 }
 
 
-def write_run(folder: Path, *, kind="target", scales="", seed=0, accuracy=0.98, name="run", count=355):
+def write_run(folder: Path, *, mode="plain", scales="", seed=0, accuracy=0.98, name="run", count=355):
     """The files that a finished run leaves and that a report reads."""
     folder.mkdir(parents=True)
     lines = [
@@ -46,13 +46,13 @@ def write_run(folder: Path, *, kind="target", scales="", seed=0, accuracy=0.98, 
         }
         for e in range(1, 21)
     ]
-    if kind == "search":
+    if mode == "search":
         lines += records(search(lambda x: 1 - np.exp(-10 * x))[0])
     lines += train_records(cosine)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = {
         "name": name,
-        "kind": kind,
+        "mode": mode,
         "scales": scales,
         "seed": seed,
         "epochs": 20,
@@ -78,16 +78,16 @@ def write_run(folder: Path, *, kind="target", scales="", seed=0, accuracy=0.98, 
 def runs(tmp_path) -> list[Run]:
     made = []
     for seed in (0, 1):
-        for way, kind, scales in (
-            ("plain", "target", ""),
-            ("repopt", "target", "somewhere/scales"),
-            ("depth", "target", "depth"),
+        for way, mode, scales in (
+            ("plain", "plain", ""),
+            ("repopt", "repopt", "somewhere/scales"),
+            ("depth", "repopt", "depth"),
             ("repvgg", "repvgg", ""),
         ):
             accuracy = 0.97 + 0.01 * seed
             folder = tmp_path / f"{way}-{seed}"
-            made.append(write_run(folder, kind=kind, scales=scales, seed=seed, accuracy=accuracy))
-    return [*made, write_run(tmp_path / "search", kind="search")]
+            made.append(write_run(folder, mode=mode, scales=scales, seed=seed, accuracy=accuracy))
+    return [*made, write_run(tmp_path / "search", mode="search")]
 
 
 @pytest.fixture
@@ -155,9 +155,9 @@ def test_a_failed_equivalence_is_not_called_one(runs, tmp_path):
 
 
 def test_small_differences_are_not_called_a_ranking(tmp_path):
-    near = [write_run(tmp_path / "a", accuracy=0.98), write_run(tmp_path / "b", kind="repvgg", accuracy=0.97)]
+    near = [write_run(tmp_path / "a", accuracy=0.98), write_run(tmp_path / "b", mode="repvgg", accuracy=0.97)]
     assert "do not rank" in report.write_report(near, tmp_path / "near", title="x").read_text()
-    far = [near[0], write_run(tmp_path / "c", kind="repvgg", accuracy=0.80)]
+    far = [near[0], write_run(tmp_path / "c", mode="repvgg", accuracy=0.80)]
     assert (
         "more than the choice of test images"
         in report.write_report(far, tmp_path / "far", title="x").read_text()
@@ -171,7 +171,7 @@ def test_the_standard_error_is_the_binomial_one_and_never_zero():
 
 
 def test_text_from_runs_is_escaped(tmp_path):
-    run = write_run(tmp_path / "<img onerror=alert(1)>", kind="<script>", name="<b>")
+    run = write_run(tmp_path / "<img onerror=alert(1)>", mode="<script>", name="<b>")
     path = report.write_report([run], tmp_path / "out", title="<i>&", commands=["<u>"])
     html = path.read_text()
     assert not re.search(r"<script>|<b>|<i>|<u>|<img onerror", html)
@@ -222,7 +222,7 @@ def test_a_detector_is_told_by_its_precision_and_chance_is_not_computed(tmp_path
 def test_the_spread_of_the_seeds_is_the_one_measured(tmp_path):
     seeds = [write_detector(tmp_path / f"a-{seed}", ap50, seed=seed) for seed, ap50 in enumerate((0.8, 0.83))]
     others = [
-        write_detector(tmp_path / f"b-{seed}", ap50, seed=seed, kind="repvgg")
+        write_detector(tmp_path / f"b-{seed}", ap50, seed=seed, mode="repvgg")
         for seed, ap50 in enumerate((0.4, 0.41))
     ]
     html = report.write_report([*seeds, *others], tmp_path / "out", title="x").read_text()
@@ -231,7 +231,7 @@ def test_the_spread_of_the_seeds_is_the_one_measured(tmp_path):
 
 
 def test_a_number_that_is_not_defined_ends_no_report(tmp_path):
-    runs = [write_detector(tmp_path / "a", None), write_detector(tmp_path / "b", kind="repvgg")]
+    runs = [write_detector(tmp_path / "a", None), write_detector(tmp_path / "b", mode="repvgg")]
     deployed = {run.directory: {**DEPLOYED, "test": run.summary["test"]} for run in runs}
     html = report.write_report(runs, tmp_path / "out", title="x", deployed=deployed).read_text()
     assert "80.00" in html

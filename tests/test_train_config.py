@@ -5,6 +5,7 @@ import functools
 import inspect
 
 import pytest
+
 from repopt_jax import data, train
 from repopt_jax.detection import decode
 from repopt_jax.report.quickstart import quickstart
@@ -15,14 +16,14 @@ from repopt_jax.train.tasks import Detection
 
 def test_all_problems_are_listed_at_once():
     config = train.Config(batch_size=30, eval_batch_size=6, epochs=0, scales="nowhere")
-    config.model = train.ModelConfig(variant="B11", kind="repvg", form="split", dtype="float31")
+    config.model = train.ModelConfig(name="repvgg-b11", mode="repvg", dtype="float31")
     config.data = train.DataConfig(source="folders", crop_padding=-1, std=(0.0,))
     config.optim = train.OptimConfig(learning_rate=float("nan"), momentum=1.5, label_smoothing=-0.1)
     with pytest.raises(ValueError) as error:
         train.validate(config, device_count=4)
     for part in (
-        "`model.variant`='B11'", "did you mean 'B1'", "`model.kind`='repvg'", "did you mean 'repvgg'",
-        "`model.form`='split'", "`model.dtype`='float31'", "`data.source`='folders'", "`epochs`=0",
+        "`model.name`='repvgg-b11'", "did you mean 'repvgg-b1'", "`model.mode`='repvg'",
+        "did you mean 'repvgg'", "`model.dtype`='float31'", "`data.source`='folders'", "`epochs`=0",
         "`data.crop_padding`=-1", "`data.std`=(0.0,)", "`optim.learning_rate`=nan", "`optim.momentum`=1.5",
         "`optim.label_smoothing`=-0.1", "`batch_size`=30 is not divisible by the 4 devices", "28 and 32",
         "`eval_batch_size`=6", "'nowhere'",
@@ -74,73 +75,69 @@ def test_an_epoch_at_rate_0_is_refused():
     train.validate(train.Config(epochs=2, optim=dataclasses.replace(optim, warmup_start=1e-4)))
 
 
-def test_each_family_has_kinds_of_its_own():
-    own = {"B1": "repvgg", "ghost-0.5": "repghost", "mobileone-s0": "mobileone"}
-    for variant, kind in own.items():
-        train.validate(train.Config(model=train.ModelConfig(variant=variant, kind=kind)))
-        for other in {*own.values()} - {kind}:
-            with pytest.raises(ValueError, match=f"`model.kind`='{other}' with .* comes as .*{kind} only"):
-                train.validate(train.Config(model=train.ModelConfig(variant=variant, kind=other)))
-        with pytest.raises(ValueError, match=f"kind '{kind}', which takes none"):
-            train.validate(train.Config(scales="ones", model=train.ModelConfig(variant=variant, kind=kind)))
-    with pytest.raises(ValueError, match=r"did you mean 'ghost-0.5"):
-        train.validate(train.Config(model=train.ModelConfig(variant="ghost-0.55")))
-    with pytest.raises(ValueError, match=r"`model.post_se`=True does nothing with .*'ghost-0.5'"):
-        train.validate(train.Config(model=train.ModelConfig(variant="ghost-0.5", post_se=True)))
-    assert {"B1", "ghost-0.5", "ghost-2.0", "mobileone-s4"} <= {*network_names()}
+def test_networks_and_what_their_families_do_not_have():
+    for name in ("repopt-vgg-b1", "repghost-0.5", "mobileone-s0"):
+        for mode in ("plain", "search", "repvgg", "repghost", "mobileone", "acnet", "dbb"):
+            train.validate(train.Config(model=train.ModelConfig(name=name, mode=mode)))
+    with pytest.raises(ValueError, match=r"did you mean 'repghost-0.5"):
+        train.validate(train.Config(model=train.ModelConfig(name="repghost-0.55")))
+    with pytest.raises(ValueError, match=r"`model.post_se`=True does nothing with .*'repghost-0.5'"):
+        train.validate(train.Config(model=train.ModelConfig(name="repghost-0.5", post_se=True)))
 
 
 def test_detection_refuses_what_is_done_to_labelled_images():
     values = {"crop_padding": 1, "area": (0.1, 1.0), "resize": 64, "randaugment": 9}
     values |= {"jitter": 0.4, "erasing": 0.2, "mixup": 0.2, "cutmix": 1.0}
     own = {f.name for f in dataclasses.fields(DataConfig) if f.metadata.get("only") == CLASSIFY}
-    assert {*values, "name"} == own
+    assert {*values} == own
     with pytest.raises(ValueError) as error:
         train.validate(detecting(**values), device_count=1)
     for name, value in values.items():
         assert f"`data.{name}`={value!r} does nothing with `task`='detect'" in str(error.value)
 
 
-def test_scales_go_with_the_kinds_that_take_them():
-    for kind in ("target", "search", "csla"):
-        train.validate(train.Config(scales="depth", model=train.ModelConfig(kind=kind)))
-    with pytest.raises(ValueError, match="takes none"):
-        train.validate(train.Config(scales="depth", model=train.ModelConfig(kind="repvgg")))
+def test_scales_go_with_the_modes_that_take_them():
+    for mode in ("search", "repopt"):
+        train.validate(train.Config(scales="depth", model=train.ModelConfig(mode=mode)))
+    for mode in ("plain", "repvgg"):
+        with pytest.raises(ValueError, match=f"`model.mode`='{mode}', which takes none"):
+            train.validate(train.Config(scales="depth", model=train.ModelConfig(mode=mode)))
+    with pytest.raises(ValueError, match="`model.mode`='repopt' needs `scales`: 'depth', 'ones', or"):
+        train.validate(train.Config(model=train.ModelConfig(mode="repopt")))
 
 
-def test_clipping_goes_with_every_kind():
+def test_clipping_goes_with_every_mode():
     optim = train.OptimConfig(clip_norm=5.0)
-    for scales, kind in (("", "search"), ("", "target"), ("ones", "target"), ("depth", "csla")):
-        train.validate(train.Config(optim=optim, scales=scales, model=train.ModelConfig(kind=kind)))
+    for scales, mode in (("", "search"), ("", "plain"), ("ones", "repopt"), ("", "acnet")):
+        train.validate(train.Config(optim=optim, scales=scales, model=train.ModelConfig(mode=mode)))
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "message"),
+    ("mode", "fields", "message"),
     [
-        ("target", {"rules": "init"}, "`rules`='init' with kind 'target' and `scales`=''"),
-        ("csla", {"rules": "init", "scales": "ones"}, "only a target network with scales"),
-        ("target", {"rules": "intt", "scales": "ones"}, "did you mean 'init'"),
-        ("target", {"scales_mean": True}, "`scales_mean` with `scales`=''"),
-        ("target", {"scales_mean": True, "scales": "depth"}, "which are the same in all channels"),
-        ("target", {"freeze_scales": 0.1}, "`freeze_scales`=0.1 does nothing with `model.kind`='target'"),
+        ("plain", {"rules": "init"}, "`rules`='init' does nothing with `model.mode`='plain'"),
+        ("search", {"rules": "init", "scales": "ones"}, "only with 'repopt'"),
+        ("repopt", {"rules": "intt", "scales": "ones"}, "did you mean 'init'"),
+        ("plain", {"scales_mean": True}, "`scales_mean` with `scales`=''"),
+        ("repopt", {"scales_mean": True, "scales": "depth"}, "which are the same in all channels"),
+        ("plain", {"freeze_scales": 0.1}, "`freeze_scales`=0.1 does nothing with `model.mode`='plain'"),
         ("search", {"freeze_scales": 1.5}, "`freeze_scales`=1.5 must be a finite number, at least 0"),
     ],
-)  # fmt: skip
-def test_options_of_the_ladder_are_refused_where_they_mean_nothing(kind, fields, message):
+)
+def test_options_of_the_ladder_are_refused_where_they_mean_nothing(mode, fields, message):
     with pytest.raises(ValueError) as error:
-        train.validate(train.Config(**fields, model=train.ModelConfig(kind=kind)))
+        train.validate(train.Config(**fields, model=train.ModelConfig(mode=mode)))
     assert message in str(error.value)
 
 
 def test_options_of_the_ladder(tmp_path):
     searched = str(tmp_path)
-    for kind, fields in (
-        ("target", {"rules": "init", "scales": "ones"}),
-        ("target", {"rules": "multiplier", "scales": searched, "scales_mean": True}),
-        ("csla", {"scales": searched, "scales_mean": True}),
+    for mode, fields in (
+        ("repopt", {"rules": "init", "scales": "ones"}),
+        ("repopt", {"rules": "multiplier", "scales": searched, "scales_mean": True}),
         ("search", {"freeze_scales": 0.1}),
     ):
-        train.validate(train.Config(**fields, model=train.ModelConfig(kind=kind)))
+        train.validate(train.Config(**fields, model=train.ModelConfig(mode=mode)))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +179,7 @@ def detecting(source="scenes", detect=None, **fields):
     own = {"image_size": 64} if source == "scenes" else {"image_size": 64, "data_dir": "not/there"}
     return train.Config(
         task="detect",
-        model=train.ModelConfig(variant="scenes"),
+        model=train.ModelConfig(name="fcos-scenes"),
         data=train.DataConfig(source=source, **{**own, **fields}),
         detect=DetectConfig(**(detect or {})),
     )
@@ -280,12 +277,13 @@ def test_urls_and_missing_packages_are_refused(tmp_path, monkeypatch):
 def test_runs_of_one_file_differ_only_in_network_and_scales(file):
     plain, repopt = (dataclasses.asdict(train.load_config(f"{file}:{arg}")) for arg in ("plain", "repopt"))
     differing = {name for name in plain if plain[name] != repopt[name]}
-    assert differing == {"name", "scales"}
+    assert differing == {"name", "scales", "model"}
+    assert plain["model"] | {"mode": "repopt"} == repopt["model"]
 
 
 def test_config_files_are_found_by_name():
     assert config_file("digits") == config_file("digits.py")
-    assert train.load_config("digits:search").model.kind == "search"
+    assert train.load_config("digits:search").model.mode == "search"
     with pytest.raises(
         FileNotFoundError, match="ones are cifar100, cifar10_small, digits, imagenet, ladder, scenes"
     ):
@@ -301,9 +299,8 @@ def test_a_config_file_must_return_a_config(tmp_path):
 
 
 def test_quickstart_refuses_before_its_search_what_a_later_run_would(tmp_path):
-    mobileone = train.ModelConfig(variant="mobileone-digits", kind="target")
     for base, message in (
-        (train.Config(model=mobileone), "comes as mobileone only"),
+        (train.Config(model=train.ModelConfig(mode="repvgg")), "`base` has mode 'repvgg'"),
         (train.Config(optim=train.OptimConfig(name="lion")), "`optim.name` is 'lion': quickstart shows"),
         (train.Config(freeze_scales=0.5), "`freeze_scales`=0.5 does nothing with"),
     ):

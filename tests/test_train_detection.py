@@ -13,27 +13,33 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repopt_jax import Scales, cli, data, load_scales, save_scales, train
+from repopt_jax import Scales, cli, data, load_scales, models, save_scales, train
 from repopt_jax.cli.commands import command_after_search
 from repopt_jax.data.pipeline import subset
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
-from repopt_jax.models import DETECTORS, DetectorVariant
-from repopt_jax.models.efficientrep import BackboneVariant
 from repopt_jax.report import gallery, quickstart, records
 from repopt_jax.train import build, checking, deploy
 from repopt_jax.train.state import make_mesh
 
-DETECTORS["tiny"] = DetectorVariant(
-    "tiny", BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)), channels=6, maps=2, levels=2, tower=1
+TINY = models.DetectorVariant(
+    "tiny",
+    models.BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)),
+    channels=6,
+    maps=2,
+    levels=2,
+    tower=1,
 )
+models.register(models.Entry("fcos-tiny", models.FCOS, TINY, task="detect"))
 
 
-def tiny(kind="target", scales="", **changes) -> train.Config:
+def tiny(mode="", scales="", **changes) -> train.Config:
     """Two epochs of two steps on scenes of 32 pixels."""
     config = train.Config(name="tiny", task="detect", epochs=2, batch_size=4, eval_batch_size=4, log_every=1)
     config.scales = str(scales)
-    config.model = train.ModelConfig(variant="tiny", kind=kind, activation="relu6")
+    config.model = train.ModelConfig(
+        name="fcos-tiny", mode=mode or ("repopt" if scales else "plain"), activation="relu6"
+    )
     config.data = train.DataConfig(source="scenes", image_size=32, scenes=(8, 6))
     config.optim = train.OptimConfig(learning_rate=0.01, clip_norm=5.0)
     for name, value in changes.items():
@@ -98,12 +104,12 @@ DEPLOYED = 1e-4
 
 
 @pytest.mark.parametrize(
-    "kind", ["target", "search", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("repvgg", "csla"))]
+    "mode", ["repopt", "search", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("repvgg", "dbb"))]
 )
-def test_every_kind_trains_and_deploys_to_the_same_outputs(runs, tmp_path, kind):
-    run = {"search": runs / "search", "target": runs / "repopt"}.get(kind, tmp_path / "run")
+def test_every_mode_trains_and_deploys_to_the_same_outputs(runs, tmp_path, mode):
+    run = {"search": runs / "search", "repopt": runs / "repopt"}.get(mode, tmp_path / "run")
     if not run.exists():
-        train.run(tiny(kind), run, progress=False)
+        train.run(tiny(mode), run, progress=False)
     done = deploy.deploy(run, tmp_path / "deployed")
     assert done.max_abs < DEPLOYED
     assert done.agreement == 1
@@ -390,13 +396,13 @@ def test_an_annotation_of_no_image_is_told_in_a_sentence(tmp_path, capsys):
 
 
 MISTAKES = {
-    "kind": ({"model__kind": "hyper-search"}, "`model.kind`='hyper-search' must be one of"),
-    "variant": ({"model__variant": "digits"}, "`model.variant`='digits' must be one of"),
+    "mode": ({"model__mode": "hyper-search"}, "`model.mode`='hyper-search' must be one of"),
+    "name": ({"model__name": "vgg-digits"}, "`model.name`='vgg-digits' must be one of"),
     "source": ({"data__source": "folder"}, "`data.source`='folder' must be one of scenes, coco"),
     "activation": ({"model__activation": "relu7"}, r"`model.activation`='relu7' .*did you mean 'relu'"),
     "classifier's": ({"optim__label_smoothing": 0.1}, "`optim.label_smoothing`=0.1 does nothing with `task`"),
     "no folder": ({"data__source": "coco", "data__scenes": (4096, 256)}, "`data.data_dir` is empty"),
-    "detector's": ({"task": "classify", "model__variant": "digits", "data__source": "digits",
+    "detector's": ({"task": "classify", "model__name": "vgg-digits", "data__source": "digits",
                     "detect__radius": 2.0}, "`detect.radius`=2.0 does nothing with `task`='classify'"),
     "task": ({"task": "detection"}, r"`task`='detection' must be one of classify, detect \(did you mean"),
 }  # fmt: skip
@@ -440,7 +446,7 @@ def test_predict_refuses_what_it_cannot_draw(runs, tmp_path, capsys):
 
 
 def test_the_shipped_config_names_the_modes(capsys):
-    assert train.load_config("scenes:repvgg").model.kind == "repvgg"
+    assert train.load_config("scenes:repvgg").model.mode == "repvgg"
     assert train.load_config("scenes:repopt").scales == "runs/scenes/search/scales"
     with pytest.raises(ValueError, match="search"):
         train.load_config("scenes:hyper-search")

@@ -1,4 +1,4 @@
-"""Whole runs on the embedded digits: every kind, broken and resumed, refused, and gone wrong."""
+"""Whole runs on the embedded digits: every mode, broken and resumed, refused, and gone wrong."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def unbroken(digits, tmp_path_factory):
     return folder_of
 
 
-SCALED = {"target": {"scales": "depth"}}
+SCALED = {"repopt": {"scales": "depth"}}
 
 
 # -- whole runs
@@ -37,28 +37,28 @@ SCALED = {"target": {"scales": "depth"}}
 
 
 @pytest.mark.parametrize(
-    ("kind", "scales"),
-    [("search", ""), ("target", ""), ("target", "ones"), ("csla", "depth"), ("repvgg", "")],
+    ("mode", "scales"),
+    [("search", ""), ("plain", ""), ("repopt", "ones"), ("acnet", ""), ("repvgg", "")],
 )
-def test_two_steps_of_each_kind(digits, tmp_path, kind, scales):
+def test_two_steps_of_each_mode(digits, tmp_path, mode, scales):
     config = tiny_config(
-        kind, digits, scales=scales, epochs=1, batch_size=24, log_every=1, checkpoint_every=0
+        mode, digits, scales=scales, epochs=1, batch_size=24, log_every=1, checkpoint_every=0
     )
     summary = train.run(config, tmp_path / "run", progress=False)
     assert summary.finished
-    assert (summary.kind, summary.scales, summary.steps, summary.test_count) == (kind, scales, 2, 37)
+    assert (summary.mode, summary.scales, summary.steps, summary.test_count) == (mode, scales, 2, 37)
     assert summary.step_ms_median == pytest.approx(1e3 * 24 / summary.images_per_s)
     kinds = [(record["kind"], record["step"]) for record in told(tmp_path / "run")]
     expected = [("train", 1), ("train", 2), ("eval", 2)]
-    if kind == "search":
+    if mode == "search":
         expected = [("scales", 0), *expected[:2], ("scales", 2), ("eval", 2)]
     assert kinds == expected
-    assert (tmp_path / "run" / "scales").exists() == (kind == "search")
+    assert (tmp_path / "run" / "scales").exists() == (mode == "search")
 
 
 def test_learning_happens(digits, tmp_path):
     config = tiny_config(
-        "target", digits, scales="depth", epochs=12, batch_size=32, data__train_limit=512, checkpoint_every=0
+        "repopt", digits, scales="depth", epochs=12, batch_size=32, data__train_limit=512, checkpoint_every=0
     )
     assert train.run(config, tmp_path / "run", progress=False).test_accuracy > 0.5
 
@@ -68,7 +68,7 @@ def test_scales_of_a_search_train_a_target(digits, tmp_path, unbroken):
     scales = load_scales(folder, train.load_trained(unbroken("search")).model.branch_sets())
     metadata = scales.metadata
     assert (metadata.architecture, metadata.step) == ("tiny", STEPS)
-    assert train.from_json(metadata.config).model.kind == "search"
+    assert train.from_json(metadata.config).model.mode == "search"
     config = tiny_config("repopt", digits, scales=str(folder))
     summary = train.run(config, tmp_path / "run", progress=False, stop=lambda: True)
     assert (summary.scales, summary.steps, summary.finished) == (str(folder), 1, False)
@@ -89,7 +89,7 @@ def test_scale_records_follow_the_vectors(unbroken):
 
 
 def test_loaded_network_gives_the_summary(unbroken, digits):
-    model, config, info, step = train.load_trained(unbroken("target"))
+    model, config, info, step = train.load_trained(unbroken("repopt"))
     assert step == STEPS
     source, transform = train.open_data(config)
     assert source.info == info
@@ -97,7 +97,7 @@ def test_loaded_network_gives_the_summary(unbroken, digits):
     for batch in data.eval_batches(source, transform, batch_size=12, limit=config.data.eval_limit):
         hits = np.asarray(model(batch["image"])).argmax(-1) == batch["label"]
         correct += int((hits * batch["mask"]).sum())
-    summary = json.loads((unbroken("target") / "summary.json").read_text())
+    summary = json.loads((unbroken("repopt") / "summary.json").read_text())
     assert correct / 37 == pytest.approx(summary["test_accuracy"])
 
 
@@ -116,10 +116,10 @@ def test_run_killed_before_its_summary_only_writes_it(digits, tmp_path, unbroken
 
 
 def test_finished_run_is_reused(digits, unbroken):
-    before = (unbroken("target") / "metrics.jsonl").read_bytes()
-    summary = train.run(tiny_config("repopt", digits, scales="depth"), unbroken("target"), progress=False)
+    before = (unbroken("repopt") / "metrics.jsonl").read_bytes()
+    summary = train.run(tiny_config("repopt", digits, scales="depth"), unbroken("repopt"), progress=False)
     assert (summary.reused, summary.steps) == (True, STEPS)
-    assert (unbroken("target") / "metrics.jsonl").read_bytes() == before
+    assert (unbroken("repopt") / "metrics.jsonl").read_bytes() == before
 
 
 # -- gone wrong
@@ -145,20 +145,20 @@ def test_not_finite_loss_stops_and_keeps_the_checkpoint(digits, tmp_path, monkey
 
 def test_parameters_that_are_not_finite_are_not_saved(digits, tmp_path):
     config = tiny_config(
-        "target", digits, optim__learning_rate=1e38, optim__warmup_epochs=0.0, checkpoint_every=1
+        "plain", digits, optim__learning_rate=1e38, optim__warmup_epochs=0.0, checkpoint_every=1
     )
     with pytest.raises(FloatingPointError, match=r"is not finite; (no checkpoint|the checkpoint of step)"):
         train.run(config, tmp_path / "run", progress=False)
 
 
 def test_folder_of_another_run_is_refused(digits, unbroken):
-    before = sorted(unbroken("target").rglob("*"))
+    before = sorted(unbroken("repopt").rglob("*"))
     config = tiny_config("repopt", digits, scales="ones", seed=3)
     with pytest.raises(
         ValueError, match=r"holds another run; it differs in seed \(0 and 3\), scales \('depth' and 'ones'\)"
     ):
-        train.run(config, unbroken("target"), progress=False)
-    assert sorted(unbroken("target").rglob("*")) == before
+        train.run(config, unbroken("repopt"), progress=False)
+    assert sorted(unbroken("repopt").rglob("*")) == before
 
 
 def test_folder_with_other_files_is_refused(digits, tmp_path):
@@ -203,7 +203,7 @@ def test_batch_that_devices_do_not_divide_is_refused(digits, tmp_path):
 
 def test_scales_that_do_not_fit_leave_no_folder(digits, tmp_path, unbroken):
     config = tiny_config("repopt", digits, scales=str(unbroken("search") / "scales"))
-    config.model.variant = "tiny-wider"
+    config.model.name = "tiny-wider"
     with pytest.raises(ValueError, match=r"searched on tiny.* stages/4/0/conv/kernel \(expected"):
         train.run(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

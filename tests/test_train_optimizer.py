@@ -2,6 +2,7 @@
 scales; decay rules; the schedule's numbers."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -11,68 +12,67 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training  # noqa: F401  (registers the network)
 from flax import nnx
-from training import VGG_VARIANTS
 
-from repopt_jax import default_branches
+from repopt_jax import default_branches, depth_scales, models, prepare, weight_decay_mask
 from repopt_jax.core import paths
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.data import DatasetInfo
-from repopt_jax.models import RepOptVGG
-from repopt_jax.train import Config, ModelConfig, OptimConfig
-from repopt_jax.train.optimizer import decay_mask, hold_scales, make_optimizer, make_schedule
-from repopt_jax.train.tasks import Classification
+from repopt_jax.train import OptimConfig
+from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
 
 
-def abstract_model(kind="target", **options):
+def abstract_model(mode="plain", name="tiny", **options):
     """The tiny network without numbers; its scales, which need none, are concrete."""
-    return nnx.eval_shape(
-        lambda: RepOptVGG(VGG_VARIANTS["tiny"], kind=kind, num_classes=3, rngs=nnx.Rngs(0), **options)
-    )
+    make = functools.partial(models.create, name, num_classes=3, rngs=nnx.Rngs(0), **options)
+    return nnx.eval_shape(lambda: prepare(make(), mode, rngs=nnx.Rngs(1)).model)
 
 
-@pytest.mark.parametrize("kind", ["target", "search", "csla", "repvgg"])
+def kernels(params):
+    """The mask of weight decay for the trees of these tests: kernels, and the branches that stand for them."""
+    return paths.map_named(lambda path, _: path.endswith("kernel") or "/kernel/" in path, params)
+
+
+@pytest.mark.parametrize("mode", ["plain", "search", "repvgg", "dbb"])
 @pytest.mark.parametrize("post_se", [False, True])
-def test_decay_rules_cover_every_parameter(kind, post_se):
-    params = nnx.to_pure_dict(nnx.state(abstract_model(kind, post_se=post_se), nnx.Param))
-    decayed, _ = paths.named_leaves(decay_mask(params))
+def test_decay_covers_every_parameter(mode, post_se):
+    model = abstract_model(mode, post_se=post_se)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    decayed, _ = paths.named_leaves(weight_decay_mask(model)(params))
     for name, value in decayed.items():
-        owner, leaf = name.split("/")[-2:]
+        *_, owner, leaf = name.split("/")
         # The published rule: vectors are not decayed, save those that stand for an identity kernel.
-        identity = (owner, leaf) in (("weights", "identity"), ("bn_identity", "scale"))
-        assert value == (leaf == "kernel" or (owner == "weights" and leaf != "identity") or identity), name
+        assert value == (leaf == "kernel" or owner == "weights" or name.endswith("identity/scale")), name
 
 
 @pytest.mark.parametrize(
-    ("variant", "kind", "decayed"),
+    ("name", "mode", "decayed"),
     [
-        ("ghost-digits", "search", True),
-        ("ghost-digits", "repghost", False),
+        ("repghost-digits", "search", True),
+        ("repghost-digits", "repghost", False),
         ("mobileone-digits", "mobileone", True),
     ],
 )
-def test_decay_rules_cover_the_other_families(variant, kind, decayed):
+def test_decay_of_the_other_families(name, mode, decayed):
     """What stands for an identity is decayed, but not RepGhost's, as published."""
-    task = Classification(Config(model=ModelConfig(variant=variant, kind=kind)))
-    info = DatasetInfo(
-        name="any", class_names=("a", "b"), channels=1, image_shape=None, num_train=1, num_eval=1
-    )
-    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: task.new_model(info, seed=0)), nnx.Param))
-    mask, _ = paths.named_leaves(decay_mask(params))
-    identities = {name for name in mask if name.endswith(("weights/identity", "bn_identity/scale"))}
+    model = abstract_model(mode, name)
+    mask, _ = paths.named_leaves(weight_decay_mask(model)(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    identities = {path for path in mask if path.endswith(("weights/identity", "identity/scale"))}
     assert identities
-    assert {mask[name] for name in identities} == {decayed}
-    assert all(mask[name] == name.endswith("kernel") or "weights/" in name for name in set(mask) - identities)
+    assert {mask[path] for path in identities} == {decayed}
+    assert all(
+        mask[path] == (path.endswith("kernel") or "weights/" in path) for path in set(mask) - identities
+    )
 
 
-def test_a_parameter_without_a_rule_is_an_error():
-    with pytest.raises(ValueError, match="stages/0/gate"):
-        decay_mask({"stages": {0: {"gate": jnp.ones(3)}}})
+def test_a_parameter_that_needs_a_decision_is_an_error():
+    class Odd(nnx.Module):
+        def __init__(self):
+            self.gate = nnx.Param(jnp.ones(3))
+            self.table = nnx.Param(jnp.ones((2, 3)))
 
-
-def test_decay_keeps_the_structure_and_one_false_value_apart():
-    mask = decay_mask({"conv": {"kernel": 1.0}, "bn": {"scale": 1.0, "bias": 1.0}})
-    assert mask == {"conv": {"kernel": True}, "bn": {"scale": False, "bias": False}}
+    with pytest.raises(ValueError, match="^table are neither kernels nor vectors"):
+        weight_decay_mask(Odd())
 
 
 def by_hand(params, grads, multiplier, rates, *, momentum, decay):
@@ -92,7 +92,7 @@ def by_hand(params, grads, multiplier, rates, *, momentum, decay):
 def test_chain_equals_the_update_written_out(x64, scaled):
     rng = np.random.default_rng(0)
     path = "stages/1/1/conv/kernel"
-    scales = Scales({path: abstract_model().depth_scales().entries[path]}) if scaled else None
+    scales = Scales({path: depth_scales(abstract_model()).entries[path]}) if scaled else None
     kernel, bias = rng.normal(size=(3, 3, 4, 4)), rng.normal(size=4)
     params = {"stages": {1: {1: {"conv": {"kernel": jnp.array(kernel)}, "bn": {"bias": jnp.array(bias)}}}}}
     # 3x3, 1x1 and identity with scale sqrt(2 / 1): 2 everywhere, 2 more at the centre, 1 more on its
@@ -104,7 +104,7 @@ def test_chain_equals_the_update_written_out(x64, scaled):
 
     optim = OptimConfig(learning_rate=0.1, weight_decay=0.01, warmup_epochs=1)
     schedule = make_schedule(optim, epochs=3, steps_per_epoch=4)
-    tx = make_optimizer(optim, schedule, scales=scales, batch_size=64)
+    tx = make_optimizer(optim, schedule, scales=scales, batch_size=64, decayed=kernels)
     state, grads = tx.init(params), []
     for _ in range(10):
         grads.append((rng.normal(size=kernel.shape), rng.normal(size=4)))
@@ -125,7 +125,7 @@ def test_chain_equals_the_update_written_out(x64, scaled):
 def test_clipping_bounds_the_gradient():
     params = {"kernel": jnp.zeros(4)}
     optim = OptimConfig(learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, clip_norm=0.5)
-    tx = make_optimizer(optim, lambda step: 1.0, batch_size=64)
+    tx = make_optimizer(optim, lambda step: 1.0, batch_size=64, decayed=kernels)
     updates, _ = tx.update({"kernel": jnp.full(4, 10.0)}, tx.init(params), params)
     np.testing.assert_allclose(np.linalg.norm(updates["kernel"]), 0.5, rtol=1e-6)
 
@@ -211,8 +211,8 @@ def test_with_scales_the_plain_network_trains_as_the_one_with_branches(x64, name
     schedule = make_schedule(optim, epochs=3, steps_per_epoch=10)
     scales = mixed_scales(np.random.default_rng(1))
     tx, tx_twin = (
-        make_optimizer(optim, schedule, scales=scales, batch_size=64),
-        make_optimizer(optim, schedule, batch_size=64),
+        make_optimizer(optim, schedule, scales=scales, batch_size=64, decayed=kernels),
+        make_optimizer(optim, schedule, batch_size=64, decayed=kernels),
     )
     assert relative_difference(*train_twice(tx, tx_twin, scales)) < EQUAL
 
@@ -222,12 +222,12 @@ def test_the_ordinary_norm_would_clip_otherwise(x64, name):
     optim = dataclasses.replace(OPTIMIZERS[name], clip_norm=2.0)
     schedule = make_schedule(optim, epochs=3, steps_per_epoch=10)
     scales = mixed_scales(np.random.default_rng(1))
-    unclipped = make_optimizer(OPTIMIZERS[name], schedule, scales=scales, batch_size=64)
+    unclipped = make_optimizer(OPTIMIZERS[name], schedule, scales=scales, batch_size=64, decayed=kernels)
     wrong = optax.chain(optax.clip_by_global_norm(2.0), unclipped)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that this is wrong
         difference = relative_difference(
-            *train_twice(wrong, make_optimizer(optim, schedule, batch_size=64), scales)
+            *train_twice(wrong, make_optimizer(optim, schedule, batch_size=64, decayed=kernels), scales)
         )
     assert difference > WRONG
 
@@ -240,7 +240,7 @@ def test_decay_scaled_by_the_batch(batch, factor):
     optim = OptimConfig(learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.01)
     for scaling, expected in (("none", 1), ("batch", factor)):
         scaled = dataclasses.replace(optim, decay_scaling=scaling)
-        tx = make_optimizer(scaled, rate, batch_size=batch)
+        tx = make_optimizer(scaled, rate, batch_size=batch, decayed=kernels)
         updates, _ = tx.update({"kernel": jnp.zeros(3)}, tx.init(params), params)
         np.testing.assert_allclose(updates["kernel"], -0.02 * expected, rtol=1e-6)
 
@@ -254,7 +254,7 @@ def test_constants_left_out_are_those_of_optax(x64):
         ("lion", optax.lion(0.1, weight_decay=4e-5, mask=mask)),
         ("sgd", optax.chain(optax.add_decayed_weights(4e-5, mask), optax.sgd(0.1, 0.9, nesterov=True))),
     ):
-        tx = make_optimizer(OptimConfig(name=name), lambda step: 0.1, batch_size=64)
+        tx = make_optimizer(OptimConfig(name=name), lambda step: 0.1, batch_size=64, decayed=kernels)
         found, _ = tx.update(grads, tx.init(params), params)
         right, _ = expected.update(grads, expected.init(params), params)
         np.testing.assert_allclose(found["kernel"], right["kernel"], rtol=1e-12)
@@ -283,7 +283,9 @@ def test_held_scales_leave_a_csla_network(x64, clip_norm):
 
     gradient = jax.jit(jax.grad(loss))
     optim = OptimConfig(weight_decay=0.05, clip_norm=clip_norm)
-    tx = hold_scales(make_optimizer(optim, lambda step: 0.1, batch_size=64), after=HELD_AFTER)
+    decayed = functools.partial(paths.map_named, lambda path, _: "/weights/" in path)
+    tx = make_optimizer(optim, lambda step: 0.1, batch_size=64, decayed=decayed)
+    tx = hold_scales(tx, {"conv/scales/3x3", "conv/scales/1x1"}, after=HELD_AFTER)
     step = jax.jit(tx.update)
     params, state, history = start, tx.init(start), []
     for batch in batches:
@@ -376,7 +378,7 @@ def test_the_forms_of_a_schedule_are_told_apart():
         {"base_batch": 32},
     ):
         other = dataclasses.replace(optim, **change)
-        schedule = make_schedule(other, epochs=EPOCHS, steps_per_epoch=STEPS, batch_size=64)
+        schedule = make_schedule(other, epochs=EPOCHS, steps_per_epoch=STEPS, batch_size=64, decayed=kernels)
         assert max(abs(float(schedule(t)) - rate) for t, rate in enumerate(rates)) > 1000 * RATE, change
 
 

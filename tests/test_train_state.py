@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training  # noqa: F401  (registers the network)
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from training import VGG_VARIANTS
 
+from repopt_jax import depth_scales, models
 from repopt_jax.core import paths
-from repopt_jax.models import RepOptVGG
+from repopt_jax.surgery import csla_twin
+from repopt_jax.surgery.reinitialize import sample_weights
 from repopt_jax.train import state as states
 from repopt_jax.train import tasks
 from repopt_jax.train.config import Config, OptimConfig
@@ -33,7 +35,7 @@ def numpy_cross_entropy(logits, labels, smoothing):
 
 @pytest.fixture
 def network():
-    model = RepOptVGG(VGG_VARIANTS["tiny"], num_classes=5, in_channels=1, rngs=nnx.Rngs(0))
+    model = models.create("tiny", num_classes=5, in_channels=1, rngs=nnx.Rngs(0))
     return states.split_model(model)
 
 
@@ -261,7 +263,9 @@ def test_moving_averages_follow_their_rule(x64, network):
 
 def test_constant_scales_stay_what_they_are(x64):
     """Also where the devices' changes are averaged."""
-    model = RepOptVGG(VGG_VARIANTS["tiny"], kind="csla", num_classes=5, in_channels=1, rngs=nnx.Rngs(0))
+    plain = models.create("tiny", num_classes=5, in_channels=1, rngs=nnx.Rngs(0))
+    scales = depth_scales(plain)
+    model = csla_twin(plain, scales, sample_weights(scales, jax.random.key(1)))
     network, (state,) = stepped(states.split_model(model), device_statistics=True, ema=0.5)
     for tree in (state.non_trainable, state.ema["non_trainable"]):
         kept = paths.named_leaves(tree)[0]

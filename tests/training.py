@@ -23,8 +23,7 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from repopt_jax import train
-from repopt_jax import models
+from repopt_jax import models, train
 from repopt_jax.train import checkpoint, loop
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.rundir import read_records
