@@ -102,7 +102,7 @@ def test_scales_go_with_the_modes_that_take_them():
     for mode in ("plain", "repvgg"):
         with pytest.raises(ValueError, match=f"`model.mode`='{mode}', which takes none"):
             train.validate(train.Config(scales="depth", model=train.ModelConfig(mode=mode)))
-    with pytest.raises(ValueError, match="`model.mode`='repopt' needs `scales`: 'depth', 'ones', or"):
+    with pytest.raises(ValueError, match=r"`model.mode`='repopt' needs `scales`: 'depth', 'ones', or"):
         train.validate(train.Config(model=train.ModelConfig(mode="repopt")))
 
 

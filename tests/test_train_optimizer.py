@@ -2,7 +2,6 @@
 scales; decay rules; the schedule's numbers."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import warnings
@@ -24,13 +23,17 @@ from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedul
 
 def abstract_model(mode="plain", name="tiny", **options):
     """The tiny network without numbers; its scales, which need none, are concrete."""
-    make = functools.partial(models.create, name, num_classes=3, rngs=nnx.Rngs(0), **options)
-    return nnx.eval_shape(lambda: prepare(make(), mode, rngs=nnx.Rngs(1)).model)
+
+    def make():
+        plain = models.create(name, num_classes=3, rngs=nnx.Rngs(0), **options)
+        return prepare(plain, mode, rngs=nnx.Rngs(1)).model
+
+    return nnx.eval_shape(make)
 
 
 def kernels(params):
-    """The mask of weight decay for the trees of these tests: kernels, and the branches that stand for them."""
-    return paths.map_named(lambda path, _: path.endswith("kernel") or "/kernel/" in path, params)
+    """The mask of weight decay for the trees of these tests: kernels, and branches that stand for them."""
+    return paths.map_named(lambda path, _: path.endswith("kernel") or "/weights/" in path, params)
 
 
 @pytest.mark.parametrize("mode", ["plain", "search", "repvgg", "dbb"])
@@ -71,7 +74,7 @@ def test_a_parameter_that_needs_a_decision_is_an_error():
             self.gate = nnx.Param(jnp.ones(3))
             self.table = nnx.Param(jnp.ones((2, 3)))
 
-    with pytest.raises(ValueError, match="^table are neither kernels nor vectors"):
+    with pytest.raises(ValueError, match=r"^table are neither kernels nor vectors"):
         weight_decay_mask(Odd())
 
 
@@ -283,8 +286,7 @@ def test_held_scales_leave_a_csla_network(x64, clip_norm):
 
     gradient = jax.jit(jax.grad(loss))
     optim = OptimConfig(weight_decay=0.05, clip_norm=clip_norm)
-    decayed = functools.partial(paths.map_named, lambda path, _: "/weights/" in path)
-    tx = make_optimizer(optim, lambda step: 0.1, batch_size=64, decayed=decayed)
+    tx = make_optimizer(optim, lambda step: 0.1, batch_size=64, decayed=kernels)
     tx = hold_scales(tx, {"conv/scales/3x3", "conv/scales/1x1"}, after=HELD_AFTER)
     step = jax.jit(tx.update)
     params, state, history = start, tx.init(start), []
@@ -378,7 +380,7 @@ def test_the_forms_of_a_schedule_are_told_apart():
         {"base_batch": 32},
     ):
         other = dataclasses.replace(optim, **change)
-        schedule = make_schedule(other, epochs=EPOCHS, steps_per_epoch=STEPS, batch_size=64, decayed=kernels)
+        schedule = make_schedule(other, epochs=EPOCHS, steps_per_epoch=STEPS, batch_size=64)
         assert max(abs(float(schedule(t)) - rate) for t, rate in enumerate(rates)) > 1000 * RATE, change
 
 

@@ -75,7 +75,7 @@ class ModelConfig:
     """
 
     name: str = setting("vgg-digits", choices=lambda config: models.list(config.task))
-    mode: str = setting("plain", choices=tuple(Mode))
+    mode: str = setting("plain", choices=tuple(mode.value for mode in Mode))
     post_se: bool = setting(False, only=CLASSIFY)
     dtype: str = setting("float32", choices=("float32", "bfloat16"), only=CLASSIFY)
     activation: str = setting("relu", choices=tuple(ACTIVATIONS), only=DETECT)

@@ -383,7 +383,7 @@ def check_scales(fresh: TrainState, restored: TrainState, *, source: str) -> Non
     """Refuses to go on with other scales than those that a run began with.
 
     Args:
-      fresh: the state as the config's scales give it, of mode repopt: the scales are in its optimizer's state.
+      fresh: the state of mode repopt as the config's scales give it, which are in its optimizer's state.
       restored: the state of the checkpoint.
       source: what the config calls its scales.
 
