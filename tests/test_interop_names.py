@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 
+import forms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +12,15 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repopt_jax import fuse, interop, models
+from repopt_jax import interop, models, prepare
 from repopt_jax.core.paths import named_leaves
-from repopt_jax.interop import convert, networks
-from repopt_jax.interop.names import SCHEMES, Scheme, TorchName, arrays_of, own_scheme, recognise, torch_names
+from repopt_jax.interop import Layout, Scheme, convert, networks
+from repopt_jax.interop.names import SCHEMES, TorchName, arrays_of, own_scheme, recognise, torch_names
+from repopt_jax.interop.names.scheme import NORM as NORM_ROW
+from repopt_jax.interop.names.scheme import TENSOR as TENSOR_ROW
 from repopt_jax.interop.networks import Description, build, describe
-from repopt_jax.models.ghost import GhostRow, GhostVariant
-from repopt_jax.models.mobileone import MobileOneVariant
-from repopt_jax.models.vgg import VGGVariant
-from repopt_jax.nn import PlainBlock, RepGhostConv
-from repopt_jax.nn.blocks import batch_norm, conv
+from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, VGGVariant, registry
+from repopt_jax.nn.block import block
 from repopt_jax.surgery.modules import named_modules
 
 VGG = VGGVariant("tiny", (2, 1, 1, 1), (4, 4, 4, 6, 8))
@@ -38,42 +38,27 @@ def keys(**layers):
     return {f"{name.replace('__', '.')}.{part}" for name, parts in layers.items() for part in parts}
 
 
-def vgg(kind, variant=VGG, *, post_se=False, deployed=False):
-    def make():
-        model = models.RepOptVGG(variant, kind=kind, num_classes=3, post_se=post_se, rngs=nnx.Rngs(0))
-        model.eval()
-        return fuse(model) if deployed else model
-
-    return make
+def vgg(mode="plain", variant=VGG, **options):
+    return lambda: forms.vgg(variant, mode, **options)
 
 
-def ghost(kind, *, deployed=False):
-    def make():
-        model = models.RepGhostNet(GHOST, kind=kind, num_classes=3, dropout=0.0, rngs=nnx.Rngs(0))
-        model.eval()
-        return fuse(model, only=(RepGhostConv,)) if deployed else model
-
-    return make
+def ghost(mode="plain", **options):
+    return lambda: forms.ghostnet(GHOST, mode, **options)
 
 
-def one(*, deployed=False):
-    def make():
-        model = models.MobileOne(ONE, num_classes=3, rngs=nnx.Rngs(0))
-        model.eval()
-        return fuse(model) if deployed else model
-
-    return make
+def one(**options):
+    return lambda: forms.mobileone(ONE, **options)
 
 
 # scheme, our network, a prefix, the published keys under it
 PUBLISHED = {
     "repopt target": (
         "repopt",
-        vgg("target", post_se=True),
+        vgg("plain", post_se=True),
         "stage1.1.",
         keys(conv=TENSOR, bn=NORM, post_se__down=BIASED, post_se__up=BIASED),
     ),
-    "repopt target deployed": ("repopt", vgg("target", deployed=True), "stage0.", keys(conv=BIASED)),
+    "repopt target deployed": ("repopt", vgg("plain", form="deployed"), "stage0.", keys(conv=BIASED)),
     "repopt search": (
         "repopt",
         vgg("search"),
@@ -84,7 +69,7 @@ PUBLISHED = {
     ),
     "repopt csla": (
         "repopt",
-        vgg("csla"),
+        vgg(forms.CSLA),
         "stage2.0.",
         keys(conv=TENSOR, scale_conv=TENSOR, conv_1x1=TENSOR, scale_1x1=TENSOR, bn=NORM),
     ),
@@ -119,7 +104,7 @@ PUBLISHED = {
             rbr_identity=NORM,
         ),
     ),
-    "repvgg deployed": ("repvgg", vgg("repvgg", deployed=True), "stage4.0.", keys(rbr_reparam=BIASED)),
+    "repvgg deployed": ("repvgg", vgg("repvgg", form="deployed"), "stage4.0.", keys(rbr_reparam=BIASED)),
     "timm repvgg": (
         "timm",
         vgg("repvgg", VGG_SE),
@@ -141,7 +126,12 @@ PUBLISHED = {
             conv_kxk__conv=TENSOR, conv_kxk__bn=NORM, conv_1x1__conv=TENSOR, conv_1x1__bn=NORM, identity=NORM
         ),
     ),
-    "timm repvgg deployed": ("timm", vgg("repvgg", deployed=True), "stages.3.0.", keys(reparam_conv=BIASED)),
+    "timm repvgg deployed": (
+        "timm",
+        vgg("repvgg", form="deployed"),
+        "stages.3.0.",
+        keys(reparam_conv=BIASED),
+    ),
     "mobileone": (
         "mobileone",
         one(),
@@ -160,7 +150,7 @@ PUBLISHED = {
     ),
     "mobileone deployed": (
         "mobileone",
-        one(deployed=True),
+        one(form="deployed"),
         "stage4.3.",
         keys(reparam_conv=BIASED, se__reduce=BIASED, se__expand=BIASED),
     ),
@@ -178,10 +168,10 @@ PUBLISHED = {
             attn__fc2=BIASED,
         ),
     ),
-    "timm mobileone deployed": ("timm", one(deployed=True), "stem.", keys(reparam_conv=BIASED)),
+    "timm mobileone deployed": ("timm", one(form="deployed"), "stem.", keys(reparam_conv=BIASED)),
     "repopt ghost target": (
         "repopt",
-        ghost("target"),
+        ghost("plain"),
         "blocks.0.0.ghost1.",
         keys(primary_conv__0=TENSOR, primary_conv__1=NORM, cheap_operation__0=TENSOR, final_bn=NORM),
     ),
@@ -224,7 +214,7 @@ PUBLISHED = {
     ),
     "repghost deployed": (
         "repghost",
-        ghost("repghost", deployed=True),
+        ghost("repghost", form="merged"),
         "blocks.1.0.",
         keys(
             ghost1__primary_conv__0=TENSOR,
@@ -295,7 +285,7 @@ def test_published_keys(name):
 def test_there_and_back_to_the_bit(name):
     scheme, model = PUBLISHED[name][0], abstract(name)
     state = random_state(model, scheme)
-    assert recognise(state).scheme in (scheme, "repghost")  # timm has RepGhost's own names
+    assert recognise(state).scheme.name in (scheme, "repghost")  # timm has RepGhost's own names
     written = interop.to_torch(interop.from_torch(state, model), scheme)
     counters = {key: value for key, value in written.items() if key.endswith("num_batches_tracked")}
     assert all(v.shape == () and v.dtype == np.int64 and v == 0 for v in counters.values())
@@ -330,26 +320,34 @@ def aligned(array):
 def test_the_networks_own_names_are_the_default():
     own = {name: own_scheme(abstract(name)) for name in PUBLISHED}
     assert own["repopt target"] == own["repopt search"] == own["repopt csla"] == "repopt"
-    assert own["repopt target deployed"] == "repopt"
-    assert own["repvgg"] == own["repvgg deployed"] == own["timm repvgg"] == "repvgg"
+    assert own["repvgg"] == own["repvgg deployed"] == own["timm repvgg"] == own["repopt repvgg"] == "repvgg"
     assert own["mobileone"] == own["mobileone deployed"] == "mobileone"
     assert own["repopt ghost target"] == own["repopt ghost search"] == "repopt"
-    assert own["repghost"] == own["repghost deployed"] == "repghost"
+    assert own["repghost"] == own["repghost deployed"] == own["repopt ghost rep"] == "repghost"
+
+
+def test_a_deployed_vgg_has_the_names_of_the_mode_it_was_trained_in():
+    """Which it does not tell."""
+    deployed = abstract("repopt target deployed")
+    assert own_scheme(deployed) == own_scheme(deployed, "repvgg") == "repvgg"
+    assert own_scheme(deployed, "plain") == own_scheme(deployed, "repopt") == "repopt"
+    # With squeeze-and-excitation after the ReLU, only one code base can express it.
+    assert own_scheme(nnx.eval_shape(vgg("repvgg", post_se=True, form="deployed"))) == "repopt"
 
 
 @pytest.mark.parametrize(
-    ("model", "count"),
+    ("model", "mode", "count"),
     [
-        ("repopt-vgg-B1", 51_841_832),
-        ("repvgg-B2g4", 61_758_376),
-        ("mobileone-s4", 14_951_248),
-        ("repopt-ghostnet-0.5", 2_309_008),
-        ("repghost-2.0", 9_796_124),
+        ("repopt-vgg-b1", "plain", 51_841_832),
+        ("repvgg-b2g4", "repvgg", 61_758_376),
+        ("mobileone-s4", "mobileone", 14_951_248),
+        ("repopt-ghostnet-0.5", "plain", 2_309_008),
+        ("repghost-2.0", "repghost", 9_796_124),
     ],
 )
-def test_published_numbers_of_parameters_by_name(model, count):
+def test_published_numbers_of_parameters_by_name(model, mode, count):
     """With 1000 classes, counted on the published code; and no two arrays have one key."""
-    abstract = build(Description(model, "", 1000))
+    abstract = build(Description(model, mode, 1000))
     for scheme in (own_scheme(abstract), "timm" if "repopt" not in model else "repopt"):
         names = torch_names(abstract, scheme)
         assert len({name.key for name in names.values()}) == len(names)
@@ -379,8 +377,8 @@ def test_kernels_move_their_axes(window, inputs, outputs):
 
 @pytest.fixture(scope="module")
 def target():
-    """A model of kind target with values, and its state dict."""
-    abstract_model = nnx.eval_shape(vgg("target"))
+    """A plain VGG with values, and its state dict."""
+    abstract_model = nnx.eval_shape(vgg("plain"))
     model = interop.from_torch(random_state(abstract_model, "repopt", seed=1), abstract_model)
     for _, module in named_modules(model):
         if isinstance(module, nnx.BatchNorm):
@@ -450,51 +448,67 @@ def test_names_of_no_known_scheme(target):
 
 def test_a_state_dict_of_another_form_says_what_it_fits(target):
     model, state = target
-    deployed = random_state(nnx.eval_shape(vgg("repvgg", deployed=True)), "repvgg")
+    deployed = random_state(nnx.eval_shape(vgg("repvgg", form="deployed")), "repvgg")
     refused(
         lambda: interop.from_torch(deployed, model),
-        "does not fit the RepOptVGG of kind target",
-        "stages/0/0/conv",
-        "a network of kind 'repvgg', deployed by `fuse`",
+        "does not fit the Classifier tiny",
+        "stages/0/0/bn",
+        "a network prepared in mode 'repvgg' and given to `fuse`",
     )
     refused(
         lambda: interop.from_torch(state, nnx.eval_shape(vgg("search"))),
         "missing",
-        "a network of kind 'target', not deployed",
+        "a network prepared in mode 'plain'",
     )
 
 
 def test_layers_that_a_code_base_has_no_name_for_are_listed():
-    model = nnx.eval_shape(vgg("target"))
-    refused(lambda: interop.to_torch(model, "repvgg"), "stages/0/0/conv, ", "stages/4/0/bn", "PlainBlock")
+    model = nnx.eval_shape(vgg())
+    refused(lambda: interop.to_torch(model, "repvgg"), "stages/0/0/bn, ", "stages/4/0/bn. Others: repopt")
+    refused(lambda: interop.to_torch(model, "mobileone"), "layers head, ", "stages/4/0/conv.")
+    acnet = nnx.eval_shape(vgg("acnet"))
+    refused(lambda: interop.to_torch(acnet), "stages/0/0/conv, ", "stages/4/0/conv;", "'repopt'", "'timm'")
+    # The fully folded form of a GhostNet: biases where nobody has them.
+    folded = nnx.eval_shape(ghost("repghost", form="deployed"))
+    refused(lambda: interop.to_torch(folded), "stages/1/0/ghost1/primary/conv", "'repopt'", "'repghost'")
+
+
+@pytest.mark.parametrize("form", ["training", "deployed"])
+def test_the_place_of_squeeze_and_excitation_is_not_in_the_names(form):
+    """So that what would compute something else is refused."""
+    before = nnx.eval_shape(vgg("repvgg", VGG_SE, form=form))
     refused(
-        lambda: interop.to_torch(nnx.eval_shape(vgg("target", VGG_SE))),
+        lambda: interop.to_torch(before, "repopt"),
         "stages/0/0: its squeeze-and-excitation comes before the ReLU, there it comes after",
     )
-    folded = nnx.eval_shape(lambda: fuse(ghost("repghost")()))
-    refused(lambda: interop.to_torch(folded), "blocks/0/0/ghost1/primary", "'repopt'", "'repghost'")
+    after = nnx.eval_shape(vgg("repvgg", post_se=True, form=form))
+    for names in ("repvgg", "timm"):
+        refused(
+            lambda names=names: interop.to_torch(after, names),
+            "stages/4/0: its squeeze-and-excitation comes after the ReLU, there it comes before",
+        )
 
 
 class OwnNetwork(nnx.Module):
     """A user's network, with names of its own in PyTorch."""
 
     def __init__(self, rngs):
-        self.stem = PlainBlock(conv(3, 4, 3, rngs=rngs), batch_norm(4, rngs=rngs))
+        self.stem = block(3, 4, 3, rngs=rngs)
         self.table = nnx.Param(jnp.zeros((2, 3)))
 
 
 def test_a_scheme_of_ones_own():
     model = OwnNetwork(nnx.Rngs(0))
     refused(lambda: interop.to_torch(model), "no scheme names a OwnNetwork", "`Scheme`")
-    scheme = Scheme(
-        "mine", "my own code", {OwnNetwork: (("stem", "features"),), PlainBlock: ((".*", r"\g<0>"),)}
-    )
-    refused(lambda: interop.to_torch(model, scheme), "have no place for the layers", "of OwnNetwork")
+    rows = (("stem/conv", "features.conv", TENSOR_ROW), ("stem/bn", "features.bn", NORM_ROW))
+    scheme = Scheme("mine", "my own code", (Layout(rows=rows),))
+    refused(lambda: interop.to_torch(model, scheme), "have no place for the layers table.")
     del model.table
-    same = Scheme("same", "", {OwnNetwork: ((".*", "x"),)})
+    same = Scheme("same", "", (Layout(rows=((".*", "x", TENSOR_ROW), (".*", "x", NORM_ROW))),))
     refused(lambda: interop.to_torch(model, same), "'same' call several arrays x.weight")
     state = interop.to_torch(model, scheme)
     assert "features.conv.weight" in state
+    assert "features.bn.num_batches_tracked" in state
     assert np.array_equal(
         interop.to_torch(interop.from_torch(state, model, scheme), scheme)["features.bn.weight"], np.ones(4)
     )
@@ -508,41 +522,45 @@ def test_weights_through_a_file(target, tmp_path, suffix):
     model, state = target
     path = tmp_path / f"weights{suffix}"
     interop.save_torch(path, model)
-    loaded = interop.to_torch(interop.load_torch(path, nnx.eval_shape(vgg("target"))))
+    loaded = interop.to_torch(interop.load_torch(path, nnx.eval_shape(vgg("plain"))))
     assert all(np.array_equal(loaded[key], value) for key, value in state.items())
     refused(lambda: interop.save_torch(path, model), error=FileExistsError)
     refused(lambda: interop.save_torch(tmp_path / "weights.npz", model), ".safetensors, .pth, .pt")
 
 
 @pytest.fixture
-def tiny_variants(monkeypatch):
-    for table, variant in (
-        (models.VGG_VARIANTS, VGG),
-        (models.MOBILEONE_VARIANTS, ONE),
-        (models.GHOST_VARIANTS, GHOST),
+def tiny_networks(monkeypatch):
+    for prefix, make, variant in (
+        ("repopt-vgg", models.vgg, VGG),
+        ("repvgg", models.vgg, VGG),
+        ("mobileone", models.mobileone, ONE),
+        ("repopt-ghostnet", models.ghostnet, GHOST),
+        ("repghost", models.ghostnet, GHOST),
     ):
-        monkeypatch.setitem(table, "tiny", variant)
+        entry = models.Entry(f"{prefix}-tiny", functools.partial(make, variant), variant, "plain")
+        monkeypatch.setitem(registry.NETWORKS, entry.name, entry)
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme", "make", "kind", "form"),
+    ("name", "scheme", "make", "mode", "form"),
     [
-        ("repopt-vgg-tiny", "repopt", vgg("target", post_se=True), "target", "training"),
+        ("repopt-vgg-tiny", "repopt", vgg("plain", post_se=True), "plain", "training"),
+        ("repopt-vgg-tiny", "repopt", vgg("plain", form="deployed"), "plain", "deployed"),
         ("repopt-vgg-tiny", "repopt", vgg("search"), "search", "training"),
-        ("repopt-vgg-tiny", "repopt", vgg("csla"), "csla", "training"),
+        ("repopt-vgg-tiny", "repopt", vgg(forms.CSLA), "search", "training"),
         ("repvgg-tiny", "timm", vgg("repvgg"), "repvgg", "training"),
-        ("repvgg-tiny", "repvgg", vgg("repvgg", deployed=True), "repvgg", "deployed"),
-        ("mobileone-tiny", "mobileone", one(), "", "training"),
-        ("mobileone-tiny", "timm", one(deployed=True), "", "deployed"),
-        ("repopt-ghostnet-tiny", "repopt", ghost("target"), "target", "training"),
-        ("repghost-tiny", "repghost", ghost("repghost", deployed=True), "repghost", "merged"),
+        ("repvgg-tiny", "repvgg", vgg("repvgg", form="deployed"), "repvgg", "deployed"),
+        ("mobileone-tiny", "mobileone", one(), "mobileone", "training"),
+        ("mobileone-tiny", "timm", one(form="deployed"), "mobileone", "deployed"),
+        ("repopt-ghostnet-tiny", "repopt", ghost("plain"), "plain", "training"),
+        ("repghost-tiny", "repghost", ghost("repghost", form="merged"), "repghost", "merged"),
     ],
 )
-def test_a_converted_folder_gives_the_network_back(name, scheme, make, kind, form, tiny_variants, tmp_path):
+def test_a_converted_folder_gives_the_network_back(name, scheme, make, mode, form, tiny_networks, tmp_path):
     state = random_state(nnx.eval_shape(make), scheme)
-    description = describe(state, name, kind="csla" if kind == "csla" else "", classes=3)
+    description = describe(state, name.upper(), classes=3)
     post_se = "stage0.post_se.up.bias" in state
-    assert description == Description(name, kind, 3, 3, post_se, form)
+    assert description == Description(name, mode, 3, 3, post_se, form)
     model = interop.from_torch(state, build(description))
     networks.save_converted(tmp_path / "out", model, description)
     again = interop.load_converted(tmp_path / "out")
@@ -552,15 +570,34 @@ def test_a_converted_folder_gives_the_network_back(name, scheme, make, kind, for
     refused(lambda: networks.save_converted(tmp_path / "out", model, description), error=FileExistsError)
 
 
+def test_what_is_built_is_what_surgery_makes(tiny_networks):
+    """The same arrays, shapes and dtypes, and the same network for mode repopt as for plain."""
+    made = prepare(models.create("repvgg-tiny", num_classes=3, rngs=nnx.Rngs(0)), "repvgg", rngs=nnx.Rngs(0))
+    expected, _ = named_leaves(nnx.state(made.model))
+    found, _ = named_leaves(nnx.state(build(Description("repvgg-tiny", "repvgg", 3))))
+    assert {k: (v.shape, v.dtype) for k, v in found.items()} == {
+        k: (v.shape, v.dtype) for k, v in expected.items()
+    }
+    plain, repopt = (build(Description("repopt-vgg-tiny", mode, 3)) for mode in ("plain", "repopt"))
+    assert torch_names(plain, "repopt") == torch_names(repopt, "repopt")
+
+
 def test_names_and_numbers_that_contradict_the_file():
-    state = random_state(nnx.eval_shape(vgg("target")), "repopt")
-    refused(lambda: describe(state, "vgg-16"), "`model` is 'vgg-16'", "repopt-vgg-{A0,", "mobileone-{s0,")
-    refused(lambda: describe(state, "mobileone-s0"), "repopt (vgg, target), which is no mobileone-s0")
-    refused(lambda: describe(state, "repopt-vgg-B1", kind="search"), "`kind` is 'search'", "'target'")
+    state = random_state(nnx.eval_shape(vgg()), "repopt")
+    refused(lambda: describe(state, "vgg-16"), "no network 'vgg-16'", "repopt-vgg-b1, ", "mobileone-s0, ")
+    refused(
+        lambda: describe(state, "mobileone-s0"), "holds repopt (VGG, mode plain), which is no mobileone-s0"
+    )
+    refused(lambda: describe(state, "fcos-face"), "which is no fcos-face")
     refused(lambda: describe(state, "repopt-vgg-B1", classes=5), "`classes` is 5", "has 3")
     del state["linear.weight"]
     refused(lambda: describe(state, "repopt-vgg-B1"), "without its classifier")
     refused(lambda: interop.load_converted("nowhere"), "convert.json", error=FileNotFoundError)
+
+
+def test_a_converted_folder_of_another_version(tmp_path):
+    (tmp_path / networks.RECORD).write_text('{"model": "repvgg-A0", "kind": "", "library_version": "0.0"}')
+    refused(lambda: interop.load_converted(tmp_path), "is of version 0.0", "convert the file again")
 
 
 def test_the_check_without_pytorch_says_so(target, monkeypatch):

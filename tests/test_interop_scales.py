@@ -27,9 +27,9 @@ from repopt_jax import (
     gradient_multipliers,
     reinitialize,
 )
+from repopt_jax.core.structure import repopt
 from repopt_jax.interop import load_torch_scales, write_torch
-from repopt_jax.models import GHOST_VARIANTS, VGG_VARIANTS, RepGhostNet, RepOptVGG, VGGVariant
-from repopt_jax.models.vgg import block_specs
+from repopt_jax.models import GHOST_VARIANTS, VGG_VARIANTS, VGGVariant, ghostnet, vgg
 
 TINY = VGGVariant("tiny", (2, 1, 3, 1), (4, 4, 6, 8, 8))
 DATA = os.environ.get("REPOPT_TEST_DATA")
@@ -39,13 +39,13 @@ EQUAL = 1e-15
 
 
 @functools.cache
-def abstract(network, variant, **options):
-    return nnx.eval_shape(lambda: network(variant, num_classes=3, rngs=nnx.Rngs(0), **options))
+def abstract(network, variant):
+    return nnx.eval_shape(lambda: network(variant, num_classes=3, rngs=nnx.Rngs(0)))
 
 
 def declared(variant, in_channels=3):
-    """What the target network of a variant declares."""
-    return {f"{spec.path}/conv/kernel": spec.branch_set for spec in block_specs(variant, in_channels)}
+    """What the network of a VGG variant declares."""
+    return {path: repopt(place.geometry).branch_set() for path, place in variant.layers(in_channels).items()}
 
 
 def vgg_keys(variant):
@@ -78,11 +78,17 @@ def vgg_file(variant, seed=0, dtype: type = np.float32, whole=False) -> dict[str
 def ghost_file(variant=GHOST_VARIANTS["0.5"]):
     rng = np.random.default_rng(1)
     tensors = {}
-    for path, branches in abstract(RepGhostNet, variant).branch_sets().items():
-        name = path.removesuffix("/cheap/conv/kernel").replace("/", ".")
+    for path, branches in abstract(ghostnet, variant).branch_sets().items():
         for key in ("fusion_scale", "cheap_operation.1"):
-            tensors[f"{name}.{key}.weight"] = rng.normal(size=branches.out).astype(np.float32)
+            tensors[f"{ghost_name(path)}.{key}.weight"] = rng.normal(size=branches.out).astype(np.float32)
     return tensors
+
+
+def ghost_name(path):
+    """The ghost module at the path of a cheap kernel, in the published code, which counts stages without the
+    stem."""
+    _, stage, block, module, *_ = path.split("/")
+    return f"blocks.{int(stage) - 1}.{block}.{module}"
 
 
 def released(name):
@@ -136,7 +142,7 @@ def raw(file):
 class TestPublishedFormula:
     def test_repopt_vgg(self, b1_file):
         """M[o, i, h, w] = s_o^2 + centre t_o^2 + centre diagonal 1, in PyTorch's order of axes."""
-        model = abstract(RepOptVGG, VGG_VARIANTS["B1"])
+        model = abstract(vgg, VGG_VARIANTS["B1"])
         scales = load_torch_scales(b1_file, model)
         assert list(scales.entries) == list(model.branch_sets())
         assert scales.branch_sets == load_torch_scales(b1_file).branch_sets == model.branch_sets()
@@ -156,13 +162,13 @@ class TestPublishedFormula:
 
     def test_repopt_ghostnet(self, ghost_path):
         """M = s^2 + centre 1 on depthwise kernels."""
-        model = abstract(RepGhostNet, GHOST_VARIANTS["0.5"])
+        model = abstract(ghostnet, GHOST_VARIANTS["0.5"])
         scales = load_torch_scales(ghost_path, model)
         assert set(scales.entries) == set(model.branch_sets())
         assert scales.branch_sets == load_torch_scales(ghost_path).branch_sets == model.branch_sets()
         tensors, found = raw(ghost_path), multipliers(scales)
         for path, entry in scales.entries.items():
-            name = path.removesuffix("/cheap/conv/kernel").replace("/", ".")
+            name = ghost_name(path)
             s = tensors[f"{name}.cheap_operation.1.weight"]
             expected = np.tile((s**2).reshape(-1, 1, 1, 1), (1, 1, 3, 3))
             expected[:, :, 1, 1] += 1
@@ -217,7 +223,7 @@ class TestRefused:
             load_torch_scales(file, declared(shallow))
 
     def test_ghostnet_for_vgg(self, ghost_path):
-        with pytest.raises(ValueError, match=r"28 missing layers: .*; 32 extra layers: blocks/0/0/ghost1"):
+        with pytest.raises(ValueError, match=r"28 missing layers: .*; 32 extra layers: stages/1/0/ghost1"):
             load_torch_scales(ghost_path, declared(VGG_VARIANTS["B1"]))
 
     def test_all_that_is_missing_or_misshapen(self, write):
@@ -344,7 +350,7 @@ class TestCheckpoints:
         assert 0 < float(jnp.abs(others).max()) < 3
 
     def test_ghostnets_are_recognised(self, write):
-        model = abstract(RepGhostNet, GHOST_VARIANTS["1.3"])
+        model = abstract(ghostnet, GHOST_VARIANTS["1.3"])
         scales = load_torch_scales(write(ghost_file(GHOST_VARIANTS["1.3"])))
         assert scales.metadata.architecture == model.unit_scales().metadata.architecture
 

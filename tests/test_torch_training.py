@@ -8,17 +8,20 @@ import pytest
 from flax import nnx
 
 from repopt_jax import repopt_mask
-from repopt_jax.core.branches import default_branches
 from repopt_jax.core.paths import map_named
 from repopt_jax.core.scales import LayerScales, Scales
+from repopt_jax.core.structure import repopt
 from repopt_jax.interop.names import torch_names
 from repopt_jax.interop.weights import from_torch, to_torch
-from repopt_jax.models.vgg import VGGVariant, block_specs
+from repopt_jax.models import VGGVariant
+from repopt_jax.nn import Merged
+from repopt_jax.surgery import extract_scales
 from repopt_jax.surgery.modules import named_modules
 
 torch = pytest.importorskip("torch")
 
 import torch_networks as reference  # noqa: E402
+from forms import CSLA  # noqa: E402
 from torch_forms import CLASSES, abstract, arrays, compiled, vgg_form  # noqa: E402
 
 STEPS, RATE, MOMENTUM, DECAY = 20, 0.05, 0.9, 1e-2
@@ -41,11 +44,10 @@ def mixed_scales(variant, seed=3):
     """Scales of both signs for the target network."""
     rng = np.random.default_rng(seed)
     entries = {}
-    for spec in block_specs(variant):
-        kernel = (3, 3, spec.inputs // spec.groups, spec.outputs)
-        branches = default_branches(kernel, groups=spec.groups, stride=spec.stride)
-        vectors = {name: jnp.asarray(1 + 0.7 * rng.normal(size=spec.outputs)) for name in branches.names}
-        entries[f"{spec.path}/conv/kernel"] = LayerScales(branches, vectors)
+    for path, place in variant.layers().items():
+        branches = repopt(place.geometry).branch_set()
+        vectors = {name: jnp.asarray(1 + 0.7 * rng.normal(size=branches.out)) for name in branches.names}
+        entries[path] = LayerScales(branches, vectors)
     return Scales(entries)
 
 
@@ -146,20 +148,20 @@ def running_variance(start, seen, *, unbiased):
 
 
 @pytest.mark.parametrize(
-    ("kind", "block"),
+    ("mode", "block"),
     [
-        ("target", reference.PlainBlock),
-        ("csla", reference.LinearAddition),
+        ("plain", reference.PlainBlock),
+        (CSLA, reference.LinearAddition),
         ("repvgg", reference.ThreeBranches),
     ],
 )
-def test_twenty_steps_of_training(kind, block, x64):
-    """Nesterov momentum, decay, batch norm in training mode; `target` with RepOptimizer's multipliers."""
-    form = vgg_form("repopt", kind, block, variant=SMALL)
+def test_twenty_steps_of_training(mode, block, x64):
+    """Nesterov momentum, decay, batch norm in training mode; plain, with RepOptimizer's multipliers."""
+    form = vgg_form("repopt", mode, block, variant=SMALL)
     network = reference.randomise(form.network().double())
     start = arrays(network)
     model = from_torch(start, abstract(form, "float64"))
-    scales = mixed_scales(SMALL) if kind == "target" else None
+    scales = mixed_scales(SMALL) if mode == "plain" else None
     batches = training_batches()
     seen = train_torch(network, batches, {} if scales is None else official_masks(network, scales))
     trained = train_ours(model, batches, recipe(scales))
@@ -182,7 +184,7 @@ def test_twenty_steps_of_training(kind, block, x64):
 
 def test_training_without_the_multipliers_goes_elsewhere(x64):
     """The negative control of the test above."""
-    form = vgg_form("repopt", "target", reference.PlainBlock, variant=SMALL)
+    form = vgg_form("repopt", "plain", reference.PlainBlock, variant=SMALL)
     network = reference.randomise(form.network().double())
     model = from_torch(arrays(network), abstract(form, "float64"))
     batches = training_batches()[:3]
@@ -194,24 +196,21 @@ def test_training_without_the_multipliers_goes_elsewhere(x64):
 def test_pytorch_trains_the_branches_and_we_the_merged_kernel(x64):
     """The claim of the method across both frameworks: their CSLA network against our plain one with
     `repopt_mask`."""
-    form = vgg_form("repopt", "csla", reference.LinearAddition, variant=SMALL)
+    form = vgg_form("repopt", CSLA, reference.LinearAddition, variant=SMALL)
     network = reference.randomise(form.network().double())
     twin = from_torch(arrays(network), abstract(form, "float64"))
-    constants = {
-        f"{path}/kernel": module for path, module in named_modules(twin) if hasattr(module, "weights")
-    }
-    scales = Scales({path: LayerScales(m.branches, m.scale_vectors()) for path, m in constants.items()})
+    scales = extract_scales(twin)
 
     def merged(model):
         """The search network's state dict with merged kernels: the plain network's."""
         state = to_torch(model, "repopt")
         for path, module in named_modules(model):
-            if hasattr(module, "weights"):
+            if isinstance(module, Merged):
                 key = torch_names(model, "repopt")[f"{path}/weights/3x3"].key
                 state[key] = np.asarray(module.merged_kernel()).transpose(3, 2, 0, 1)
         return {k: v for k, v in state.items() if "scale_" not in k and "conv_1x1" not in k}
 
-    plain = from_torch(merged(twin), abstract(vgg_form("repopt", "target", None, variant=SMALL), "float64"))
+    plain = from_torch(merged(twin), abstract(vgg_form("repopt", "plain", None, variant=SMALL), "float64"))
     batches = training_batches()
     train_torch(network, batches, {})
     ours = to_torch(train_ours(plain, batches, recipe(scales)), "repopt")

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 import torch_networks as reference
 from flax import nnx
+from forms import CSLA, ghostnet, mobileone, vgg
 
-from repopt_jax import fuse, models
-from repopt_jax.models.ghost import GhostRow, GhostVariant, ghost_specs
-from repopt_jax.models.mobileone import MobileOneVariant, mobileone_specs
-from repopt_jax.models.vgg import VGGVariant, block_specs
-from repopt_jax.nn import RepGhostConv
+from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, VGGVariant
+from repopt_jax.models.ghost import ghost_specs
 
 torch.set_num_threads(1)  # more only wait for one another on arrays this small
 
@@ -39,20 +37,22 @@ GHOST = GhostVariant(
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One form of one network, ours and PyTorch's: `make` ours, `deploy` of it what is loaded, `network`
-    PyTorch's, `strides` of its blocks."""
+    """One form of one network: `make` makes ours, `network` PyTorch's, `strides` are those of its blocks."""
 
     scheme: str
     make: Callable[[], Any]
     network: Callable[[], Any]
     strides: tuple[int, ...] = ()
-    deploy: Callable[[Any], Any] = lambda model: model
 
 
-def vgg_form(scheme, kind, block, *, variant=VGG, post_se=False, fused=False):
+def strides(variant):
+    return tuple(place.geometry.strides[0] for place in variant.layers().values())
+
+
+def vgg_form(scheme, mode, block, *, variant=VGG, post_se=False, form="training"):
     return Form(
         scheme,
-        lambda: models.RepOptVGG(variant, kind=kind, num_classes=CLASSES, post_se=post_se, rngs=nnx.Rngs(0)),
+        lambda: vgg(variant, mode, form=form, num_classes=CLASSES, post_se=post_se),
         lambda: reference.vgg(
             block,
             variant.blocks,
@@ -63,63 +63,54 @@ def vgg_form(scheme, kind, block, *, variant=VGG, post_se=False, fused=False):
             timm=scheme == "timm",
             se=post_se or variant.pre_se > 0,
         ),
-        tuple(spec.stride for spec in block_specs(variant)),
-        fused_copy if fused else lambda model: model,
+        strides(variant),
     )
 
 
-def one_form(scheme, block, *, fused=False):
+def one_form(scheme, block, *, form="training"):
     return Form(
         scheme,
-        lambda: models.MobileOne(ONE, num_classes=CLASSES, rngs=nnx.Rngs(0)),
+        lambda: mobileone(ONE, form=form, num_classes=CLASSES),
         lambda: reference.mobileone(
             block, ONE.pairs, ONE.widths, CLASSES, ONE.copies, ONE.se_pairs, timm=scheme == "timm"
         ),
-        tuple(spec.stride for spec in mobileone_specs(ONE)),
-        fused_copy if fused else lambda model: model,
+        strides(ONE),
     )
 
 
-def ghost_form(scheme, kind, mode):
+def ghost_form(scheme, mode, theirs, *, form="training"):
     specs, rows = list(ghost_specs(GHOST)), [[], []]
     for s in specs:
-        rows[s.stage].append((s.size, s.hidden, s.outputs, s.se_hidden, s.stride))
-    deploy = (lambda m: fused_copy(m, only=(RepGhostConv,))) if mode == "deploy" else (lambda m: m)
+        rows[s.stage - 1].append((s.size, s.hidden, s.outputs, s.se_hidden, s.stride))
     return Form(
         scheme,
-        lambda: models.RepGhostNet(GHOST, kind=kind, num_classes=CLASSES, dropout=0.0, rngs=nnx.Rngs(0)),
-        lambda: reference.GhostNet(rows, specs[0].inputs, 16, GHOST.features, CLASSES, mode),
-        deploy=deploy,
+        lambda: ghostnet(GHOST, mode, form=form, num_classes=CLASSES),
+        lambda: reference.GhostNet(rows, specs[0].inputs, 16, GHOST.features, CLASSES, theirs),
     )
-
-
-def fused_copy(model, **options):
-    model.eval()
-    return fuse(model, **options)
 
 
 FORMS = {
-    "repopt target": vgg_form("repopt", "target", reference.PlainBlock),
-    "repopt target se": vgg_form("repopt", "target", reference.PlainBlock, post_se=True),
-    "repopt target deployed": vgg_form("repopt", "target", reference.PlainDeployed, fused=True),
+    "repopt target": vgg_form("repopt", "plain", reference.PlainBlock),
+    "repopt target se": vgg_form("repopt", "plain", reference.PlainBlock, post_se=True),
+    "repopt target deployed": vgg_form("repopt", "plain", reference.PlainDeployed, form="deployed"),
     "repopt search": vgg_form("repopt", "search", reference.LinearAddition),
-    "repopt csla": vgg_form("repopt", "csla", reference.LinearAddition),
+    "repopt csla": vgg_form("repopt", CSLA, reference.LinearAddition),
     "repopt repvgg": vgg_form("repopt", "repvgg", reference.ThreeBranches, post_se=True),
     "repvgg": vgg_form("repvgg", "repvgg", reference.RepVGGTrained),
     "repvgg se": vgg_form("repvgg", "repvgg", reference.RepVGGTrained, variant=VGG_SE),
-    "repvgg deployed": vgg_form("repvgg", "repvgg", reference.RepVGGDeployed, fused=True),
+    "repvgg deployed": vgg_form("repvgg", "repvgg", reference.RepVGGDeployed, form="deployed"),
     "timm repvgg se": vgg_form("timm", "repvgg", reference.TimmRepVGG, variant=VGG_SE),
-    "timm repvgg deployed": vgg_form("timm", "repvgg", reference.TimmDeployed, fused=True),
+    "timm repvgg deployed": vgg_form("timm", "repvgg", reference.TimmDeployed, form="deployed"),
     "mobileone": one_form("mobileone", reference.MobileOneTrained),
-    "mobileone deployed": one_form("mobileone", reference.MobileOneDeployed, fused=True),
+    "mobileone deployed": one_form("mobileone", reference.MobileOneDeployed, form="deployed"),
     "timm mobileone": one_form("timm", reference.TimmMobileOne),
-    "timm mobileone deployed": one_form("timm", reference.TimmDeployed, fused=True),
-    "repopt ghost target": ghost_form("repopt", "target", "target"),
+    "timm mobileone deployed": one_form("timm", reference.TimmDeployed, form="deployed"),
+    "repopt ghost target": ghost_form("repopt", "plain", "target"),
     "repopt ghost search": ghost_form("repopt", "search", "hs"),
-    "repopt ghost csla": ghost_form("repopt", "csla", "hs"),
+    "repopt ghost csla": ghost_form("repopt", CSLA, "hs"),
     "repopt ghost rep": ghost_form("repopt", "repghost", "rep"),
     "repghost": ghost_form("repghost", "repghost", "train"),
-    "repghost deployed": ghost_form("repghost", "repghost", "deploy"),
+    "repghost deployed": ghost_form("repghost", "repghost", "deploy", form="merged"),
 }
 
 
@@ -165,7 +156,7 @@ def abstract(form, dtype):
 
 @functools.cache
 def _abstract(form):
-    return nnx.eval_shape(lambda: form.deploy(form.make()))
+    return nnx.eval_shape(form.make)
 
 
 def relative(a, b):

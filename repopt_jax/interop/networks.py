@@ -95,19 +95,23 @@ def build(description: Description) -> Any:
       ValueError: an unknown model or mode, or what the model or the mode refuses.
     """
 
+    mode = Mode.parse(description.mode)
+
     def make() -> nnx.Module:
         options: dict[str, Any] = {"post_se": True} if description.post_se else {}
         sizes = {"num_classes": description.classes, "in_channels": description.in_channels}
-        model = models.create(description.model, **sizes, **options, rngs=_OneKey(0))
-        mode = Mode.parse(description.mode)
+        return models.create(description.model, **sizes, **options, rngs=_OneKey(0))
+
+    def prepared(model: nnx.Module) -> nnx.Module:
         if mode not in (Mode.PLAIN, Mode.REPOPT):
-            model = prepare(model, mode, rngs=_OneKey(0)).model
+            model = prepare(model, mode, rngs=nnx.Rngs(0)).model
         model.eval()
         if description.form == "training":
             return model
         return fuse(model, only=(Branched,) if description.form == "merged" else ())
 
-    return nnx.eval_shape(make)
+    # One after the other: the time that random numbers take under a trace grows with its square.
+    return nnx.eval_shape(prepared, nnx.eval_shape(make))
 
 
 class _OneKey(nnx.Rngs):
