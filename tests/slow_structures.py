@@ -48,6 +48,25 @@ def run(structure, arrays, x, *, training=False, wrong=""):
     return total, statistics
 
 
+def arrays_of(layer):
+    """The layer's arrays as the reference takes them."""
+    return {
+        "weights": {key: np.asarray(w[...]) for key, w in layer.weights.items()},
+        "scales": {key: np.asarray(s[...]) for key, s in layer.scales.items()},
+        "norms": {
+            key: {name: np.asarray(getattr(norm, name)[...]) for name in ("scale", "bias", "mean", "var")}
+            for key, norm in layer.norms.items()
+        },
+    }
+
+
+def image(layer, seed=1, size=5):
+    """Two images, of odd and even sides where it can be, and large enough for the window."""
+    least = [(n - 1) * d + 1 for n, d in zip(layer.window, layer.dilation)]
+    shape = (2, *(max(size + i % 2, n) for i, n in enumerate(least)), layer.inputs)
+    return np.random.default_rng(seed).normal(size=shape)
+
+
 def _norm(y, border, norm, training, without_shift):
     mean, var = norm["mean"], norm["var"]
     if training:

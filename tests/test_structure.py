@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import abstract, assert_close, randomised, relative
+from slow_structures import arrays_of, image
 
 from repopt_jax import Geometry, Identity, Kernel, Pool, Stage, Structure, nn
 from repopt_jax.core.branches import Average
@@ -64,25 +65,6 @@ DESCRIPTIONS = STRUCTURES | {
 def made(structure, kind=nn.Branched, **options):
     """A layer in evaluation mode whose every array, running statistics among them, is drawn."""
     return randomised(abstract(kind, structure, param_dtype=jnp.float64, **options))
-
-
-def arrays_of(layer):
-    """The layer's arrays as the reference takes them."""
-    return {
-        "weights": {key: np.asarray(w[...]) for key, w in layer.weights.items()},
-        "scales": {key: np.asarray(s[...]) for key, s in layer.scales.items()},
-        "norms": {
-            key: {name: np.asarray(getattr(norm, name)[...]) for name in ("scale", "bias", "mean", "var")}
-            for key, norm in layer.norms.items()
-        },
-    }
-
-
-def image(layer, seed=1, size=5):
-    """Two images, of odd and even sides where it can be, and large enough for the window."""
-    least = [(n - 1) * d + 1 for n, d in zip(layer.window, layer.dilation)]
-    shape = (2, *(max(size + i % 2, n) for i, n in enumerate(least)), layer.inputs)
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 @jax.jit
