@@ -2,6 +2,7 @@
 
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +92,16 @@ def random_input(*shape):
 
 def relative(a, b):
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
+
+
+def assert_close(found, expected, tolerance):
+    """Two trees of one structure, each leaf within `tolerance` of its largest expected entry."""
+    chex.assert_trees_all_equal_structs(found, expected)
+    sizes = jax.tree.map(lambda leaf: max(float(np.abs(leaf).max()), 1e-300), expected)
+    found, expected = (
+        jax.tree.map(lambda a, size: np.asarray(a) / size, tree, sizes) for tree in (found, expected)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=tolerance)
 
 
 def conv_by_hand(x, kernel, *, stride=1, groups=1, bias=0.0):

@@ -1,22 +1,21 @@
-"""A structure run tap by tap, group by group, written from the papers and not from the package: what layers are
-compared with.
+"""A structure run tap by tap, group by group, written from the papers and not from the package: the reference
+that layers are compared with.
 
 It shares with the package only the description itself (which maps, in which order, what follows) and the
-arrays. Everything runs with NumPy, or with `jax.numpy` where a gradient is wanted (`xp`).
+arrays. Everything runs in NumPy. Arrays may be complex: every operation is analytic, so that the imaginary
+part of the output for `w + 1e-30j * v` is 1e-30 times the exact derivative along v.
 """
 
 import itertools
-from typing import Any
 
-import jax
 import numpy as np
 
-from repopt_jax.core.branches import Average, Identity, Kernel, Pool
+from repopt_jax.core.branches import AfterPointwise, Average, Identity, Kernel, Pool
 
 MOMENTUM, EPSILON = 0.9, 1e-5  # of every batch norm here
 
 
-def run(structure, arrays, x, *, training=False, xp: Any = np, wrong: str = ""):
+def run(structure, arrays, x, *, training=False, wrong=""):
     """The sum of all chains for x, (batch, *spatial, in), and the running statistics afterwards.
 
     Args:
@@ -24,33 +23,51 @@ def run(structure, arrays, x, *, training=False, xp: Any = np, wrong: str = ""):
       arrays: {"weights": {key: w}, "scales": {key: s}, "norms": {key: {"scale", "bias", "mean", "var"}}}.
       x: the input.
       training: with the statistics of the batch.
-      xp: `numpy` or `jax.numpy`.
-      wrong: "" or the name of a mistake: "border", zeros in the padding after a norm; "bias", the first norm's
-        shift left out; "groups", the first stage's channels handed on in another order.
+      wrong: "" or the name of a mistake: "border", zeros in the padding after a norm; "bias", the first
+        norm's shift left out; "groups", the first stage's channels handed on in another order.
     """
     total, statistics = 0.0, {}
     for name, chain in structure.chains:
-        y, border = x, xp.zeros((x.shape[-1],))
+        y, border = x, np.zeros((x.shape[-1],))
         for j, stage in enumerate(chain):
             key = name if len(chain) == 1 else f"{name}_{j}"
             last = j + 1 == len(chain)
             layer = structure.layer if last else structure.layer.pointwise(stage.channels or y.shape[-1])
-            taps = _taps(stage, arrays["weights"].get(key), layer, y.shape[-1], xp)
-            y = _sum_of_taps(y, taps, layer, border if wrong != "border" else 0 * border, xp)
-            border = sum(_by_group(border[None], w, layer.groups, xp)[0] for _, w in taps)
+            taps = _taps(stage, arrays["weights"].get(key), layer, y.shape[-1])
+            y = _sum_of_taps(y, taps, layer, border if wrong != "border" else 0 * border)
+            border = sum(_by_group(border[None], w, layer.groups)[0] for _, w in taps)
             if key in arrays["scales"]:
                 y, border = y * arrays["scales"][key], border * arrays["scales"][key]
             if key in arrays["norms"]:
                 first = wrong == "bias" and not last
-                y, border, statistics[key] = _norm(y, border, arrays["norms"][key], training, xp, first)
+                y, border, statistics[key] = _norm(y, border, arrays["norms"][key], training, first)
             if wrong == "groups" and not last:
-                y = _interleaved(y, layer.groups, xp)
-            border = jax.lax.stop_gradient(border) if xp is not np else border
+                y = _interleaved(y, layer.groups)
+            border = np.real(border)  # the padding has no gradient
         total = total + y
     return total, statistics
 
 
-def _norm(y, border, norm, training, xp, without_shift):
+def arrays_of(layer):
+    """The layer's arrays as the reference takes them."""
+    return {
+        "weights": {key: np.asarray(w[...]) for key, w in layer.weights.items()},
+        "scales": {key: np.asarray(s[...]) for key, s in layer.scales.items()},
+        "norms": {
+            key: {name: np.asarray(getattr(norm, name)[...]) for name in ("scale", "bias", "mean", "var")}
+            for key, norm in layer.norms.items()
+        },
+    }
+
+
+def image(layer, seed=1, size=5):
+    """Two images, of odd and even sides where it can be, and large enough for the window."""
+    least = [(n - 1) * d + 1 for n, d in zip(layer.window, layer.dilation)]
+    shape = (2, *(max(size + i % 2, n) for i, n in enumerate(least)), layer.inputs)
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def _norm(y, border, norm, training, without_shift):
     mean, var = norm["mean"], norm["var"]
     if training:
         axes = tuple(range(y.ndim - 1))
@@ -59,12 +76,12 @@ def _norm(y, border, norm, training, xp, without_shift):
     else:
         m, v = mean, var
     shift = 0 if without_shift else 1
-    normalised = (y - shift * m) / xp.sqrt(v + EPSILON) * norm["scale"] + shift * norm["bias"]
-    at_border = (border - mean) / xp.sqrt(var + EPSILON) * norm["scale"] + norm["bias"]
+    normalised = (y - shift * m) / np.sqrt(v + EPSILON) * norm["scale"] + shift * norm["bias"]
+    at_border = (border - mean) / np.sqrt(var + EPSILON) * norm["scale"] + norm["bias"]
     return normalised, at_border, {"mean": mean, "var": var}
 
 
-def _taps(stage, w, layer, inputs, xp):
+def _taps(stage, w, layer, inputs):
     """[(position in the window, (in/groups, out))] of one stage."""
     groups, out = layer.groups, layer.outputs
     window = layer.window
@@ -81,19 +98,27 @@ def _taps(stage, w, layer, inputs, xp):
                 at = tuple(f + i * d for f, i, d in zip(first, index, dilation))
                 found.append((at, w[index] + (own if stage.residual else 0.0)))
             return found
+        case AfterPointwise(size, matrix):
+            matrix, each = np.asarray(matrix), out // groups
+            first = [(n - k) // 2 for n, k in zip(window, size)]
+            found = []
+            for index in itertools.product(*(range(k) for k in size)):
+                columns = [matrix[o // each % len(matrix)] @ w[index][:, o] for o in range(out)]
+                found.append((tuple(f + i for f, i in zip(first, index)), np.stack(columns, -1)))
+            return found
         case Identity():
-            v = xp.ones(out) if w is None else w
+            v = np.ones(out) if w is None else w
             return [(centre, own * v)]
         case Pool():
-            v = xp.ones(out) if w is None else w
+            v = np.ones(out) if w is None else w
             return [(at, own * v / len(everywhere)) for at in everywhere]
         case Average():
             return [(at, w.reshape(-1, out) / len(everywhere)) for at in everywhere]
     raise TypeError(stage.map)
 
 
-def _sum_of_taps(x, taps, layer, border, xp):
-    padded = _padded(x, layer, border, xp)
+def _sum_of_taps(x, taps, layer, border):
+    padded = _padded(x, layer, border)
     spans = [(k - 1) * d + 1 for k, d in zip(layer.window, layer.dilation)]
     sizes = [(n - span) // s + 1 for n, span, s in zip(padded.shape[1:-1], spans, layer.strides)]
     total = 0.0
@@ -102,11 +127,11 @@ def _sum_of_taps(x, taps, layer, border, xp):
             slice(i * d, i * d + (n - 1) * s + 1, s)
             for i, d, n, s in zip(at, layer.dilation, sizes, layer.strides)
         ]
-        total = total + _by_group(padded[(slice(None), *slices)], w, layer.groups, xp)
+        total = total + _by_group(padded[(slice(None), *slices)], w, layer.groups)
     return total
 
 
-def _padded(x, layer, border, xp):
+def _padded(x, layer, border):
     """x with the constant `border` (or what `pad_mode` says) around it, or cut where padding is negative."""
     for axis, (before, after) in enumerate(layer.padding, start=1):
         size = x.shape[axis]
@@ -118,24 +143,24 @@ def _padded(x, layer, border, xp):
             for count in (before, after):
                 shape = [*x.shape]
                 shape[axis] = count
-                parts.append(xp.broadcast_to(border, tuple(shape)))
-            x = xp.concatenate([parts[0], x, parts[1]], axis=axis)
+                parts.append(np.broadcast_to(border, tuple(shape)))
+            x = np.concatenate([parts[0], x, parts[1]], axis=axis)
         else:
             pads = [(0, 0)] * x.ndim
             pads[axis] = (before, after)
-            x = xp.pad(x, pads, layer.pad_mode)
+            x = np.pad(x, pads, layer.pad_mode)
     return x
 
 
-def _by_group(x, w, groups, xp):
+def _by_group(x, w, groups):
     """(..., in) with (in/groups, out), group after group."""
     ins, outs = x.shape[-1] // groups, w.shape[-1] // groups
-    return xp.concatenate(
+    return np.concatenate(
         [x[..., g * ins : (g + 1) * ins] @ w[:, g * outs : (g + 1) * outs] for g in range(groups)], axis=-1
     )
 
 
-def _interleaved(y, groups, xp):
+def _interleaved(y, groups):
     """Channels in the order that a layout with the groups last would give."""
     shape = y.shape
-    return xp.swapaxes(y.reshape(*shape[:-1], groups, shape[-1] // groups), -1, -2).reshape(shape)
+    return np.swapaxes(y.reshape(*shape[:-1], groups, shape[-1] // groups), -1, -2).reshape(shape)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from networks import assert_close
 from twins import jacobian
 
 from repopt_jax.core.branches import (
@@ -21,8 +22,9 @@ from repopt_jax.core.branches import (
     BranchSet,
     Identity,
     Kernel,
-    default_branches,
+    Pool,
 )
+from repopt_jax.core.structure import default_branches
 
 EXACT = 1e-12  # relative, float64; measured: 5e-15 at most over 500 draws
 
@@ -57,6 +59,7 @@ def branch_sets(draw, mixing=True):
         shape = (draw(st.sampled_from([1, groups])), inputs, mid)
         matrix = np.random.default_rng(draw(st.integers(0, 99))).normal(size=shape)
         candidates += [Average(), AfterPointwise(draw(st.sampled_from(sizes)), matrix)]
+        candidates += [Pool()] if inputs * groups == outputs else []
     chosen = draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=4, unique_by=lambda b: b.name))
     stack = draw(st.sampled_from([(), (2,), (1, 2)]))
     layout = draw(st.sampled_from(["...io", "oi..."]))
@@ -72,10 +75,6 @@ def draw_scales(branches, seed=0):
 
 def draw_kernel(branches, seed=0):
     return np.random.default_rng(seed + 1).normal(size=branches.kernel)
-
-
-def assert_close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=EXACT, atol=EXACT * np.abs(expected).max() + 1e-300)
 
 
 @hypothesis.given(branch_sets(), st.integers(0, 2**16))
@@ -96,9 +95,9 @@ def test_merge_gradients_and_precondition_against_the_jacobian(branches, seed):
         j = jacobian(branches, scales)
         assert {n: v.shape for n, v in gradients.items()} == branches.shapes()
         assert kernel.shape == p.shape == branches.kernel
-        assert_close(np.ravel(kernel), j @ side_by_side(branches, weights))
-        assert_close(side_by_side(branches, gradients), j.T @ g.ravel())
-        assert_close(np.ravel(p), j @ (j.T @ g.ravel()))
+        assert_close(np.ravel(kernel), j @ side_by_side(branches, weights), EXACT)
+        assert_close(side_by_side(branches, gradients), j.T @ g.ravel(), EXACT)
+        assert_close(np.ravel(p), j @ (j.T @ g.ravel()), EXACT)
 
 
 def side_by_side(branches, weights):
@@ -224,6 +223,7 @@ def test_default_branches(kernel, options, names):
             1,
             "identity does not fit .* as many input as output channels, not 4 and 8",
         ),
+        ((3, 3, 4, 8), (Pool(),), 1, "pool does not fit .* as many input as output channels, not 4 and 8"),
         ((2, 3, 4, 4), (Identity(),), 1, "cannot be centred in a window of 2"),
         ((3, 3, 4, 4), (Kernel((5, 5)),), 1, "branch 5x5 does not fit .* cannot be centred"),
         ((3, 3, 4, 4), (Kernel((3, 3)), Kernel((3, 3))), 1, "each name once"),
@@ -294,5 +294,5 @@ def test_a_branch_of_one_s_own_is_one_class(x64):
     j = np.zeros((36, 40))
     j[:, :36] = np.diag(np.tile(scales["3x3"], 18))
     j[:4, 36:] = np.diag(np.tile(scales["corner7"], 2))
-    assert_close(np.ravel(branches.precondition(g, scales)), j @ (j.T @ g.ravel()))
+    assert_close(np.ravel(branches.precondition(g, scales)), j @ (j.T @ g.ravel()), EXACT)
     del Branch.types["Corner"]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, default_branches
+from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, Pool
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.nn.csla import convolve
+from repopt_jax.core.structure import Geometry, default_branches
+from repopt_jax.nn.geometry import convolve
 
 STEPS = 50
 BATCH = 3
@@ -141,9 +142,7 @@ def run(branches, size, x, kernel):
     """The layer, or one layer of the stack, at stride 1."""
     if branches.layout == "oi...":
         kernel = jnp.moveaxis(kernel, (0, 1), (-1, -2))
-    ones = (1,) * len(size)
-    padding = [(n // 2, n // 2) for n in kernel.shape[: len(size)]]
-    return convolve(x, kernel, strides=ones, padding=padding, dilation=ones, groups=branches.groups)
+    return convolve(x, kernel, Geometry(kernel.shape[: len(size)], *channels(branches), branches.groups))
 
 
 def train(tx, params, loss, batches):
@@ -223,6 +222,9 @@ def entries(branches, branch):
     if isinstance(branch, Identity):
         for o in range(out):
             add(tuple(n // 2 for n in window), o % inputs, o, (out,), (o,))
+    elif isinstance(branch, Pool):
+        for *tap, o in np.ndindex(*window, out):
+            add(tap, o % inputs, o, (out,), (o,), 1 / np.prod(window))
     elif isinstance(branch, Average):
         ones = (1,) * len(window)
         for *tap, i, o in np.ndindex(*shape):

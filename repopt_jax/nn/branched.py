@@ -149,7 +149,7 @@ class StructuredLayer(nnx.Module):
     def kernel_and_bias(self) -> tuple[jax.Array, jax.Array | None]:
         """Kernel and bias, or None, of the plain layer that computes what this one does in evaluation mode;
         of stacked layers with the axes of the stack in front."""
-        merge = functools.partial(self.structure.merge, dtype=self.param_dtype)
+        merge = functools.partial(self.structure.merge, dtype=self._tensor_dtype())
         for _ in self.stack:
             merge = jax.vmap(merge)
         kernel, shift = merge(self._tensors(), self._affines())
@@ -158,6 +158,11 @@ class StructuredLayer(nnx.Module):
 
     def _tensors(self) -> dict[str, jax.Array]:
         return {key: w[...] for key, w in self.weights.items()}
+
+    def _tensor_dtype(self) -> Any:
+        """That of the tensors as they are: a model may have been cast since it was made, and an average by a
+        number of less precision would be another one."""
+        return jnp.result_type(*self._tensors().values()) if self.weights else self.param_dtype
 
     def _affines(self) -> dict[str, Affine]:
         """(a, b) of what follows each stage, a batch norm with its running statistics."""
@@ -203,7 +208,7 @@ class Branched(StructuredLayer):
 
     def _run(self, part: Part, x: jax.Array, layer: Geometry) -> jax.Array:
         if part.stage.residual:
-            w = part.kernel(self._tensors(), self.param_dtype)
+            w = part.kernel(self._tensors(), self._tensor_dtype())
             xb, w = promote_dtype((x, w), dtype=self.dtype)
             return convolve(xb, w, layer, precision=self.precision)
         w = self.weights[part.key][...] if part.stage.trained else jnp.ones(part.shape, x.dtype)
@@ -226,9 +231,10 @@ class Branched(StructuredLayer):
         norm = self.norms.get(part.key)
         if border is None and norm is None:
             return None
-        constant = jnp.zeros((part.layer.outputs,), self.param_dtype)
+        dtype = self._tensor_dtype()
+        constant = jnp.zeros((part.layer.outputs,), dtype)
         if border is not None:
-            constant = algebra.constant_response(part.kernel(self._tensors(), self.param_dtype), border)
+            constant = algebra.constant_response(part.kernel(self._tensors(), dtype), border)
         if norm is not None:
             a, b = affine_of(norm)
             constant = constant * a + b
