@@ -13,7 +13,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,8 +104,7 @@ class DataConfig:
       resize: side to which the shorter side of an image is resized before the centre is cut out, at least
         `image_size`, which None stands for: 256 with an `image_size` of 224. In training where `area` is
         None, and in evaluation.
-      randaugment: magnitude of RandAugment's two operations on each training image, in [1, 30]; None for
-        none.
+      randaugment: magnitude of RandAugment's two operations on each training image; None for none.
       jitter: largest change of brightness, contrast and saturation of a training image, as a share.
       erasing: probability that a box of a training image is blanked.
       mixup, cutmix: alpha of the Beta distribution by which training images are mixed in pairs, as a whole or
@@ -121,7 +120,7 @@ class DataConfig:
       sigmas: of source "coco", for each keypoint how exact its place is (COCO's constants); None for those of
         COCO's persons, and 0.05 for others.
       flip_pairs: of source "coco", the keypoints that trade places in a mirrored image, counted from 0, pair
-        after pair: 0, 1, 2, 3 means that 0 and 1 do, and 2 and 3. None for what their names say.
+        after pair: 0, 1, 2, 3 means that 0 and 1 do, and 2 and 3. None for those that their names give.
       mean, std: of each channel, for pixels in [0, 1].
       train_limit, eval_limit: use that many images only; None for all.
       workers: processes that decode; 0 decodes in threads of this one.
@@ -218,13 +217,12 @@ class DetectConfig:
     """Detection: who answers for an object, the weights of the losses, and what counts as a detection.
 
     Attributes:
-      radius: in strides, more than 0; locations this near to an object's centre answer for it.
-      level_range: a level is for objects of up to this many of its strides, and of more than half of that;
-        more than 0.
+      radius: in strides; locations this near to an object's centre answer for it.
+      level_range: a level is for objects of up to this many of its strides, and of more than half of that.
       box_weight, centerness_weight, keypoint_weight: of the losses, that of the classes being 1.
       score_threshold: the least score of a detection.
       iou_threshold: boxes of one class that overlap more are one object.
-      max_detections: in an image, at most 500.
+      max_detections: in an image; `detection.decode` looks at 500 candidates.
     """
 
     radius: float = setting(1.5, more_than=0)
@@ -275,11 +273,11 @@ class Config:
         for never.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
       checkpoint_every: steps between checkpoints; 0 means at the end of each epoch.
-      keep_last: checkpoints that are kept, at least 1; a damaged one is passed over for the one before.
+      keep_last: how many of the newest checkpoints are kept; a damaged one is skipped for the one before.
       keep_best: checkpoints that are kept besides, by the first number of the evaluation at their step; more
         than 0 also writes one at every evaluation.
       log_every: steps that one line of `metrics.jsonl` averages over.
-      published: test accuracy in [0, 1] that the authors of a recipe report; the summary tells it.
+      published: test accuracy that the authors of a recipe report; it is repeated in the summary.
       tensorboard: also writes TensorBoard files (needs the `tensorboard` extra).
     """
 
@@ -307,13 +305,13 @@ class Config:
     detect: DetectConfig = dataclasses.field(default_factory=DetectConfig, metadata={"only": DETECT})
 
 
+def _optimizers_of(field: dataclasses.Field) -> tuple[str, ...]:
+    return field.metadata.get("only", {}).get("optim.name", ())
+
+
 # Optimizer -> the fields of `OptimConfig` that are its own.
 OPTIMIZERS = {
-    name: tuple(
-        f.name
-        for f in dataclasses.fields(OptimConfig)
-        if name in f.metadata.get("only", {}).get("optim.name", ())
-    )
+    name: tuple(f.name for f in dataclasses.fields(OptimConfig) if name in _optimizers_of(f))
     for name in ("sgd", "adamw", "lion")
 }
 
@@ -457,11 +455,9 @@ def _field_problems(config: Config) -> Iterator[str]:
         known = choices(setting)
         if known is not None and value not in known:
             yield f"`{name}`={value!r} must be one of {', '.join(known)}{_closest(value, known)}"
-        bounds = _bounds(rules, {name: setting.value for name, setting in settings.items()})
-        if bounds and value is not None and not all(_inside(entry, bounds) for entry in _entries(value)):
+        if value is not None and (limits := _range_problem(setting, settings)):
             numbers = "hold finite numbers" if isinstance(value, tuple) else "be a finite number"
-            limits = " and ".join(f"{words} {limit}{source}" for words, limit, _, source in bounds)
-            yield f"`{name}`={value} must {numbers}, {limits}" + (", or None" if default is None else "")
+            yield f"`{name}`={value} must {numbers}, {limits}{', or None' if default is None else ''}"
         for where, allowed in rules["only"].items():
             # A wrong value of the other field is a problem of its own.
             other = settings[where]
@@ -473,32 +469,27 @@ def _field_problems(config: Config) -> Iterator[str]:
                 break
 
 
-_BOUNDS: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
-    ("at_least", "at least", operator.ge),
-    ("more_than", "more than", operator.gt),
-    ("at_most", "at most", operator.le),
-    ("less_than", "less than", operator.lt),
-)
+_BOUNDS = {
+    "at_least": operator.ge,
+    "more_than": operator.gt,
+    "at_most": operator.le,
+    "less_than": operator.lt,
+}
 
 
-def _bounds(rules: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
-    """(words, limit, comparison, which field the limit is) of every bound that a field has."""
-    bounds = []
-    for rule, words, holds in _BOUNDS:
-        limit, source = rules.get(rule), ""
+def _range_problem(setting: _Setting, settings: Mapping[str, _Setting]) -> str | None:
+    """The bounds of a field in words if its value, or an entry of it, is outside them."""
+    words, inside = [], True
+    for rule, holds in _BOUNDS.items():
+        limit, source = setting.rules.get(rule), ""
         if isinstance(limit, str):
-            limit, source = values[limit], f" (`{limit}`)"
-        if limit is not None and math.isfinite(limit):  # another field that is not is a problem of its own
-            bounds.append((words, limit, holds, source))
-    return bounds
-
-
-def _entries(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _inside(value: float, bounds: list[tuple[str, Any, Any, str]]) -> bool:
-    return math.isfinite(value) and all(holds(value, limit) for _, limit, holds, _ in bounds)
+            limit, source = settings[limit].value, f" (`{limit}`)"
+        # A limit that is not finite is a problem of the field that it comes from.
+        if limit is not None and math.isfinite(limit):
+            words.append(f"{rule.replace('_', ' ')} {limit}{source}")
+            entries = setting.value if isinstance(setting.value, tuple) else (setting.value,)
+            inside = inside and all(math.isfinite(entry) and holds(entry, limit) for entry in entries)
+    return None if inside else " and ".join(words)
 
 
 def _closest(value: Any, known: tuple[str, ...]) -> str:

@@ -29,7 +29,7 @@ from repopt_jax.train.state import make_mesh, split_model
 from repopt_jax.train.tasks import METRICS, Task
 
 RECORD = "deploy.json"
-COMPARED_IMAGES = 1024  # test images on which outputs are compared; more would say the same
+COMPARED_IMAGES = 1024  # test images on which outputs are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
             f"{record.get('step')}; it differs in {', '.join(differing)}): choose another folder, or remove "
             "that one"
         )
-    # Beside its mark, weights are the remains of a deployment that was interrupted; else they are not ours.
+    # Beside an unfinished record, weights are the remains of a deployment that was interrupted.
     known = ("weights", RECORD + PART) if (out_dir / (RECORD + PART)).exists() else ()
     strangers = [p.name for p in sorted(out_dir.glob("*")) if not p.name.startswith(known)]
     if strangers:
@@ -271,7 +271,7 @@ def convert(
     key: str = "",
     to: str = "",
 ) -> tuple[str, ...]:
-    """Converts `source` to `out` and says what came of it, line by line.
+    """Converts `source` to `out` and returns a description of the result, line by line.
 
     | source | out | what |
     |---|---|---|

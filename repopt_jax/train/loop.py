@@ -209,7 +209,7 @@ def _train(job: _Job, state: TrainState, start: int) -> tuple[TrainState, bool]:
         epoch_ends, last = step % job.feed.steps_per_epoch == 0, step == job.total
         job.feeder.step_started(means, more=not last)
         stopping = job.stop()
-        with _explain_loss(job):
+        with _explain_write_error(job):
             job.checkpoints.check()
         if step % job.config.log_every == 0 or last:
             _log(job, means, step, watch)
@@ -296,14 +296,14 @@ def _save(job: _Job, state: TrainState, step: int, *, pending: bool, wait: bool)
     _check_finite(job, int(jax.device_get(state.bad_step)))
     if not bool(jax.device_get(all_finite(state.params))):
         raise FloatingPointError(_not_finite(job, f"a parameter after step {step}"))
-    with _explain_loss(job):
+    with _explain_write_error(job):
         job.metrics.sync()
         progress = Progress(job.feeder.position, job.seconds, pending, job.mesh.size)
         job.checkpoints.save(step, state, progress, scheduled=job.saves_at(step), wait=wait)
 
 
 def _write(job: _Job, record: dict[str, Any]) -> None:
-    with _explain_loss(job):
+    with _explain_write_error(job):
         job.metrics.write(record)
 
 
@@ -320,7 +320,7 @@ def _not_finite(job: _Job, what: str) -> str:
 
 
 @contextlib.contextmanager
-def _explain_loss(job: _Job) -> Iterator[None]:
+def _explain_write_error(job: _Job) -> Iterator[None]:
     """Adds to an error of writing what is left of the run, and how to go on."""
     try:
         yield

@@ -2,7 +2,7 @@
 
 config.json, dataset.json    what is trained on what; written first, never changed
 metrics.jsonl, tensorboard/  the log
-checkpoints/                 state; `checkpoint` says what is in there
+checkpoints/                 state; see `checkpoint`
 scales/                      what a search found
 summary.json                 written last: with it the run is finished
 """
@@ -46,7 +46,7 @@ class Summary:
       train_parameters: trained numbers in the network.
       step_ms_median: median over the log's lines of the mean time of a step, without compilation, evaluation
         and checkpoints; images_per_s follows from it. None if no step was timed.
-      wall_s: seconds from the start of training to its end, all sessions together.
+      wall_s: seconds from the start of training to its end, over all sessions.
       finished: False if the run was asked to stop before its end.
       versions, device: what it ran on.
       reused: True if the run was already finished and nothing was done.
@@ -83,11 +83,9 @@ def summarize(
     config: Config, records: Sequence[Mapping[str, Any]], state: TrainState, *, seconds: float, finished: bool
 ) -> Summary:
     """The summary of a run, from its config, its log and its last state."""
-    speeds = [record["images_per_s"] for record in records if record["kind"] == "train"]
-    speed = statistics.median(speeds) if speeds else None
-    waits = [r["data_wait"] for r in records if r["kind"] == "train" and "data_wait" in r]
-    tests = [record for record in records if record["kind"] == "eval"]
-    test = tests[-1] if tests else {}
+    trained = [record for record in records if record["kind"] == "train"]
+    speed = statistics.median(record["images_per_s"] for record in trained) if trained else None
+    test = next((record for record in reversed(records) if record["kind"] == "eval"), {})
     return Summary(
         name=config.name,
         mode=config.model.mode,
@@ -107,7 +105,7 @@ def summarize(
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         task=config.task,
         test={metric.name: test.get(metric.name) for metric in METRICS[config.task]} if test else {},
-        data_wait=statistics.median(waits) if waits else None,
+        data_wait=statistics.median(record["data_wait"] for record in trained) if trained else None,
         published=config.published,
     )
 
@@ -190,7 +188,7 @@ class RunFolder:
         return config, info_from_json(config.task, json.loads(info))
 
     def scores(self, task: str) -> dict[int, float]:
-        """Step -> first number of the evaluation there, by which the best checkpoint is told."""
+        """Step -> first number of the evaluation there, by which the best checkpoint is found."""
         name = METRICS[task][0].name
         evaluated = (r for r in read_records(self.metrics) if r["kind"] == "eval")
         return {r["step"]: r[name] for r in evaluated if r.get(name) is not None}

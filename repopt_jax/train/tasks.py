@@ -326,7 +326,7 @@ class Detection(Task):
 
 
 def detection_transform(settings: DataConfig) -> data.DetectionTransform:
-    """What is done to the images, as the config says."""
+    """What is done to the images of a detector."""
     return data.DetectionTransform(
         image_size=settings.image_size,
         flip=settings.flip,
