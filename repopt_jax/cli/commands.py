@@ -125,7 +125,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if "accuracy" in found:
         count = f"{round(found['accuracy'] * found['count'])} of {count}"
     loss = "" if found["loss"] is None else f", loss {found['loss']:.4f}"
-    measured = tasks.told(network.config.task, found)
+    measured = tasks.format_metrics(network.config.task, found)
     _print(f"{measured} ({count}){loss}; {network.config.name}, step {network.step}")
     return 0
 
@@ -173,7 +173,7 @@ def deploy(args: argparse.Namespace) -> int:
         f"largest output difference {done.max_abs:.2e} ({done.max_rel:.2e} of the largest output), the same "
         f"class for {compared}",
         f"parameters {done.train_parameters:,} in training, {done.deploy_parameters:,} deployed",
-        f"deployed: {tasks.told(task, done.test)} of {done.test_count} images",
+        f"deployed: {tasks.format_metrics(task, done.test)} of {done.test_count} images",
         f"Network: {out.absolute()}",
     )
     return 0
@@ -231,9 +231,9 @@ def convert(args: argparse.Namespace) -> int:
 
       repopt convert RepVGG-A0-train.pth a0 --model=repvgg-A0
       repopt convert runs/deployed b1.safetensors --to=timm"""
-    from repopt_jax.train.convert import convert
+    from repopt_jax.train.deploy import convert
 
-    options = {name: getattr(args, name) for name in ("model", "kind", "classes", "key", "to")}
+    options = {name: getattr(args, name) for name in ("model", "classes", "key", "to")}
     _print(*convert(args.source, args.target, **options), f"Written: {_absolute(args.target)}")
     return 0
 
@@ -247,7 +247,7 @@ def bench(args: argparse.Namespace) -> int:
 
       update       SGD with decay: plain, repopt_mask, a stored multiplier; bytes/s beside those of a copy
       optimizers   AdamW, Lion and reparameterize, beside their plain counterparts
-      step         training step and its memory: plain, RepOpt, CSLA, RepVGG
+      step         training step and its memory: plain, RepOpt, search, RepVGG
       largest      the largest batch whose training step fits in the memory
       inference    deployed networks, fused and not
       torch        training step and update in PyTorch, on the same device
@@ -276,9 +276,9 @@ def bench(args: argparse.Namespace) -> int:
 def _run(config: Any, out: Path) -> int:
     """Trains, prints the result, and returns the exit code: that of the signal if one stopped the run."""
     with _logging(), _interruptible(out):
-        from repopt_jax.train import run, stopping, tasks
+        from repopt_jax.train import processes, run, tasks
 
-        with stopping.stop_on_signals() as stop:
+        with processes.stop_on_signals() as stop:
             done = run(config, out, stop=stop)
     if not done.finished:
         print_error(f"stopped at step {done.steps}; {_how_to_continue(out)}")
@@ -286,7 +286,7 @@ def _run(config: Any, out: Path) -> int:
     published = "" if done.published is None else f" (published: {done.published:.2%})"
     speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
     _print(
-        f"{'Already finished: ' if done.reused else ''}{done.name}: {tasks.told(done.task, done.test)} "
+        f"{'Already finished: ' if done.reused else ''}{done.name}: {tasks.format_metrics(done.task, done.test)} "
         f"of {done.test_count} images{published}, {done.train_parameters:,} parameters{speed}, "
         f"{done.wall_s:.0f} s",
         f"Run: {out}",

@@ -165,11 +165,6 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         "of a file: repopt-vgg-B1, repvgg-A0, mobileone-s0, repghost-0.5, repopt-ghostnet-0.5 ...",
         default="",
     )
-    convert.option(
-        "--kind=KIND",
-        "of a file, where its keys leave it open: csla, which has the keys of a search",
-        default="",
-    )
     convert.option("--classes=N", "number of classes that a file must have (any)", type=int, default=0)
     convert.option("--key=ENTRY", "of a checkpoint: the entry with the weights, if it is unusual", default="")
     convert.option(

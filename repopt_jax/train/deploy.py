@@ -266,7 +266,6 @@ def convert(
     out: str,
     *,
     model: str = "",
-    kind: str = "",
     classes: int = 0,
     key: str = "",
     to: str = "",
@@ -283,8 +282,7 @@ def convert(
     Args:
       source, out: as above; nothing may be at `out`.
       model: the architecture of a file, such as "repopt-vgg-B1".
-      kind, classes: of a file's network; where they are given, the file must say the same (a "csla" network
-        has the keys of a search).
+      classes: of a file's network; where it is given, the file must say the same.
       key: the entry of a checkpoint that holds the weights, as `interop.read_tensors` takes it.
       to: whose names PyTorch's keys are to be (a key of `interop.SCHEMES`), "" for the network's own
         authors'; or "scales".
@@ -299,14 +297,16 @@ def convert(
     if not given.exists():
         raise FileNotFoundError(f"no file or folder at {source}")
     if given.is_dir():
-        if model or kind or classes or key or to == SCALES:
+        if model or classes or key or to == SCALES:
             raise ValueError(
                 f"{source} is a folder of ours, which says itself what it holds: give `to` alone"
             )
         if not is_torch_file(target):
             raise ValueError(f"{source} is a folder of ours: `out` must end in .safetensors, .pth or .pt")
-        network = load_converted(given) if (given / CONVERTED).is_file() else load_any(given).model
-        return export_weights(target, network, names=to).lines
+        if (given / CONVERTED).is_file():
+            return export_weights(target, load_converted(given), names=to).lines
+        trained = load_any(given)
+        return export_weights(target, trained.model, names=to, mode=trained.config.model.mode).lines
     if to == SCALES:
         if is_torch_file(target):
             raise ValueError(f"scales go into a folder of ours, not a file such as {out}")
@@ -320,4 +320,4 @@ def convert(
             "`model` must name the file's architecture, such as repopt-vgg-B1 or repvgg-A0; of a file of "
             "scales alone, `to` must be scales"
         )
-    return convert_file(given, target, model, kind=kind, classes=classes, key=key or None, names=to).lines
+    return convert_file(given, target, model, classes=classes, key=key or None, names=to).lines
