@@ -285,9 +285,10 @@ def _run(config: Any, out: Path) -> int:
         return stop.exit_code
     published = "" if done.published is None else f" (published: {done.published:.2%})"
     speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
+    measured = tasks.format_metrics(done.task, done.test)
     _print(
-        f"{'Already finished: ' if done.reused else ''}{done.name}: {tasks.format_metrics(done.task, done.test)} "
-        f"of {done.test_count} images{published}, {done.train_parameters:,} parameters{speed}, "
+        f"{'Already finished: ' if done.reused else ''}{done.name}: {measured} of {done.test_count} images"
+        f"{published}, {done.train_parameters:,} parameters{speed}, "
         f"{done.wall_s:.0f} s",
         f"Run: {out}",
     )
