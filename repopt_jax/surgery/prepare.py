@@ -26,15 +26,12 @@ class Mode(enum.StrEnum):
     PLAIN = "plain"
     SEARCH = "search"
     REPOPT = "repopt"
-    REPVGG = "repvgg"
-    MOBILEONE = "mobileone"
-    REPGHOST = "repghost"
-    ACNET = "acnet"
-    DBB = "dbb"
-    REPLKNET = "replknet"
-    UNIREPLKNET = "unireplknet"
-    QAREPVGG = "qarepvgg"
-    QAREPVGG2 = "qarepvgg2"
+
+    # One member for each structure, as the documentation of `enum` makes members by rule.
+    _ignore_ = ["members", "name"]  # noqa: RUF012
+    members = vars()
+    for name in STRUCTURES:
+        members[name.upper()] = name
 
     @classmethod
     def parse(cls, text: str) -> "Mode":
@@ -105,7 +102,7 @@ def prepare(
         raise ValueError(
             f"mode {mode} has no use for `scales`: leave them out, or train with them in mode {Mode.REPOPT}"
         )
-    if branches is not None and mode.is_structure and mode is not Mode.REPVGG:
+    if branches is not None and mode.is_structure and mode != "repvgg":
         raise ValueError(f"mode {mode} says itself of which branches its layers are: leave `branches` out")
     match mode:
         case Mode.PLAIN:
@@ -127,6 +124,6 @@ def prepare(
                 allow_trained=allow_trained,
             )
             return Prepared(fresh, scales)
-        case Mode.REPVGG:
-            return Prepared(to_repvgg(model, select, branches, rngs=rngs))
+    if branches is not None:
+        return Prepared(to_repvgg(model, select, branches, rngs=rngs))
     return Prepared(to_structure(model, mode.value, select, rngs=rngs))
