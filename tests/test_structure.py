@@ -24,6 +24,7 @@ from repopt_jax.core.structure import (
     mobileone,
     of_branches,
     qarepvgg,
+    replknet,
     repopt,
     repopt_ghost,
     repvgg,
@@ -251,6 +252,8 @@ def test_published_descriptions():
     assert names(dbb) == ["3x3", "1x1", "average", "1x1_3x3"]
     assert names(dbb, LAYERS["depthwise"]) == ["3x3", "average", "1x1_3x3"]
     assert names(functools.partial(mobileone, copies=2)) == ["3x3_0", "3x3_1", "1x1", "identity"]
+    assert names(replknet, LAYERS["large"]) == ["9x9", "5x5"]
+    assert names(functools.partial(replknet, small=3), LAYERS["large"]) == ["9x9", "3x3"]
     assert names(unireplknet, LAYERS["large"]) == ["9x9", "5x5", "5x5_d2x2", "3x3_d3x3", "3x3_d4x4"]
     assert names(functools.partial(qarepvgg, pool=True)) == ["3x3", "1x1", "identity", "pool"]
     assert [s(LAYERS["plain"]).norm for s in (repopt, qarepvgg, repvgg, dbb)] == [True, True, False, False]

@@ -504,6 +504,12 @@ def dbb(layer: Geometry, *, middle: int | None = None) -> Structure:
     return Structure(layer, chains | {f"{point.name}_{own.name}": (widen, Stage(own))})
 
 
+def replknet(layer: Geometry, *, small: int = 5) -> Structure:
+    """RepLKNet (arXiv 2203.06717, section 3.2): a large kernel and one of `small` taps a side, a norm
+    each."""
+    return Structure(layer, normed(Kernel(layer.window), Kernel(tuple(min(small, n) for n in layer.window))))
+
+
 # UniRepLKNet's dilated kernels, (size, dilation), by the size of the large one.
 DILATED_KERNELS: dict[int, tuple[tuple[int, int], ...]] = {
     17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
@@ -553,6 +559,7 @@ STRUCTURES: dict[str, Description] = {
     "repghost": repghost,
     "acnet": acnet,
     "dbb": dbb,
+    "replknet": replknet,
     "unireplknet": unireplknet,
     "qarepvgg": qarepvgg,
     "qarepvgg2": functools.partial(qarepvgg, pool=True),
