@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
@@ -27,11 +27,11 @@ class Mode(enum.StrEnum):
     SEARCH = "search"
     REPOPT = "repopt"
 
-    # One member for each structure, as the documentation of `enum` makes members by rule.
-    _ignore_ = ["members", "name"]  # noqa: RUF012
-    members = vars()
-    for name in STRUCTURES:
-        members[name.upper()] = name
+    if not TYPE_CHECKING:  # one member for each structure, in the way that the documentation of `enum` gives
+        _ignore_ = ("members", "structure")
+        members = vars()
+        for structure in STRUCTURES:
+            members[structure.upper()] = structure
 
     @classmethod
     def parse(cls, text: str) -> "Mode":
