@@ -10,8 +10,6 @@ from searches import cosine, records, search, train_records
 
 from repopt_jax.report import report
 from repopt_jax.report.records import Run, read_run
-from repopt_jax.train.config import Config, to_json
-from repopt_jax.train.rundir import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DEPLOYED = {
@@ -248,20 +246,6 @@ def test_runs_of_different_tasks_make_no_report(tmp_path):
     runs = [write_run(tmp_path / "a"), write_detector(tmp_path / "b")]
     with pytest.raises(ValueError, match="different tasks, classify and detect"):
         report.write_report(runs, tmp_path / "out", title="x")
-
-
-def test_runs_of_before_there_were_tasks_are_read(tmp_path):
-    summary = dict(write_run(tmp_path / "a").summary)
-    del summary["task"], summary["test"]
-    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
-    read = read_run(tmp_path / "a").summary
-    assert read["test"] == {"accuracy": 0.98}
-    # And the folder tells the same of its run.
-    config = Config(name="run")
-    (tmp_path / "a" / "config.json").write_text(to_json(config))
-    done = RunFolder(tmp_path / "a").finished(config)
-    assert done is not None
-    assert (done.task, done.test, done.reused) == (read["task"], read["test"], True)
 
 
 def test_unfinished_runs_are_refused_by_name(tmp_path):
