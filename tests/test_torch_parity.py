@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tolerances
 from flax import nnx
 
 from repopt_jax.interop.names import recognise
@@ -14,9 +15,6 @@ torch = pytest.importorskip("torch")
 
 import torch_networks as reference  # noqa: E402
 from torch_forms import FORMS, abstract, arrays, compiled, images, relative, run_ours, run_torch, tensors  # noqa: E402
-
-# Largest difference of a logit, over the largest logit. Measured: 1.8e-6 and 2.7e-15.
-FLOAT32, FLOAT64 = 1e-4, 1e-9
 
 
 def same_numbers(form, dtype, tolerance):
@@ -37,14 +35,15 @@ def same_numbers(form, dtype, tolerance):
     assert all(np.array_equal(back[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_logits_float32(form):
-    same_numbers(form, "float32", FLOAT32)
+# Float64 shows every form to be the same; of float32 one form of each family says that dtypes are kept.
+@pytest.mark.parametrize("name", ["repopt target", "repvgg se", "mobileone", "repghost"])
+def test_logits_float32(name):
+    same_numbers(FORMS[name], "float32", tolerances.LOGITS_FLOAT32)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_logits_float64(form, x64):
-    same_numbers(form, "float64", FLOAT64)
+    same_numbers(form, "float64", tolerances.LOGITS_FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["repvgg", "mobileone", "repghost"])
@@ -60,11 +59,7 @@ def test_our_deployed_network_in_pytorch(name, x64):
     nnx.update(model, fused(state))
     plain.load_state_dict(tensors(to_torch(model)), strict=True)
     x = images("float64")
-    assert relative(run_torch(plain.eval(), x), run_torch(network, x)) <= FLOAT64
-
-
-# What a mistake in the conversion must exceed, of the largest logit. Measured: at least 0.65.
-WRONG = 0.1
+    assert relative(run_torch(plain.eval(), x), run_torch(network, x)) <= tolerances.LOGITS_FLOAT64
 
 
 def swap_taps(model):
@@ -101,4 +96,4 @@ def test_a_wrong_conversion_is_noticed(spoil, x64):
     x = images("float64")
     expected = run_torch(network, x)
     spoil(model)
-    assert relative(run_ours(model, x), expected) > WRONG
+    assert relative(run_ours(model, x), expected) > tolerances.LOGITS_WRONG
