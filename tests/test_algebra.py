@@ -2,10 +2,12 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tolerances
 
 from repopt_jax.core import algebra
 from repopt_jax.core.algebra import Taps
@@ -75,8 +77,8 @@ def test_identity_needs_a_middle_tap():
 def test_average_counts_padding():
     w = jnp.arange(6.0).reshape(1, 1, 2, 3)
     kernel = algebra.average(w, (3, 5))
-    assert kernel.shape == (3, 5, 2, 3)
-    np.testing.assert_allclose(kernel[2, 4], w[0, 0] / 15, rtol=1e-6)
+    chex.assert_shape(kernel, (3, 5, 2, 3))
+    np.testing.assert_allclose(kernel[2, 4], w[0, 0] / 15, rtol=tolerances.FEW_OPERATIONS)
 
 
 def test_bn_affine_is_batch_norm():
@@ -85,7 +87,8 @@ def test_bn_affine_is_batch_norm():
     var = rng.uniform(0.1, 2, size=5)
     s, b = algebra.bn_affine(gamma, beta, mean, var, eps=1e-3)
     expected = gamma * (x - mean) / np.sqrt(var + 1e-3) + beta
-    np.testing.assert_allclose(s * x + b, expected, rtol=2e-6, atol=2e-6)  # float32 rounding
+    close = tolerances.FEW_OPERATIONS
+    np.testing.assert_allclose(s * x + b, expected, rtol=close, atol=close)
 
 
 def test_covers_leaves_no_constant_behind():

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tolerances
 from orbax.checkpoint import v1 as ocp
 
 from repopt_jax import (
@@ -51,10 +53,9 @@ def random_scales(branch_sets=BRANCHES, metadata=METADATA):
 
 
 def assert_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)  # branch sets and metadata are part of it
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    """Of structure too, of which branch sets and metadata are part."""
+    chex.assert_trees_all_equal(a, b, strict=True)
+    chex.assert_trees_all_equal_dtypes(a, b)
 
 
 def without(entries, *paths):
@@ -191,7 +192,7 @@ class TestWithoutASearch:
         branches = {"scanned": default_branches((2, 3, 4, 4), stacked=2)}
         vectors = Scales.depth_rule(branches, {"scanned": kind([[0, 1, 2], [3, 4, 8]])}).vectors["scanned"]
         expected = np.sqrt([[1, 2, 1], [2 / 3, 1 / 2, 1 / 4]])[..., None] * np.ones(4)
-        np.testing.assert_allclose(vectors["dense"], expected, rtol=1e-7)
+        np.testing.assert_allclose(vectors["dense"], expected, rtol=tolerances.FEW_OPERATIONS)
         np.testing.assert_array_equal(vectors["identity"], np.ones((2, 3, 4)))
 
     def test_depths_that_are_none(self):
@@ -307,7 +308,8 @@ class TestPytree:
             for name, vector in vectors.items():
                 v = np.asarray(scales.vectors[path][name], np.float64)
                 expected = np.broadcast_to(v.mean(-1, keepdims=True), v.shape)
-                np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
+                close = tolerances.FEW_OPERATIONS
+                np.testing.assert_allclose(vector, expected, rtol=close, atol=close)
 
     def test_map_keeps_branches_and_metadata(self):
         scales = random_scales()

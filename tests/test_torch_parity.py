@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tolerances
 from flax import nnx
 
 from repopt_jax import fuse
@@ -17,9 +18,6 @@ torch = pytest.importorskip("torch")
 
 import torch_networks as reference  # noqa: E402
 from torch_forms import FORMS, abstract, arrays, compiled, images, relative, run_ours, run_torch, tensors  # noqa: E402
-
-# Largest difference of a logit, over the largest logit. Measured: 1.8e-6 and 2.7e-15.
-FLOAT32, FLOAT64 = 1e-4, 1e-9
 
 
 def same_numbers(form, dtype, tolerance):
@@ -46,12 +44,12 @@ def same_numbers(form, dtype, tolerance):
     "name", ["repopt search", "repvgg se", "timm mobileone", "mobileone deployed", "repghost"]
 )
 def test_logits_float32(name):
-    same_numbers(FORMS[name], "float32", FLOAT32)
+    same_numbers(FORMS[name], "float32", tolerances.LOGITS_FLOAT32)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_logits_float64(form, x64):
-    same_numbers(form, "float64", FLOAT64)
+    same_numbers(form, "float64", tolerances.LOGITS_FLOAT64)
 
 
 @pytest.mark.parametrize(
@@ -70,11 +68,7 @@ def test_our_deployed_network_in_pytorch(name, options, x64):
     nnx.update(model, fused(state))
     plain.load_state_dict(tensors(to_torch(model, deployed.scheme)), strict=True)
     x = images("float64")
-    assert relative(run_torch(plain.eval(), x), run_torch(network, x)) <= FLOAT64
-
-
-# What a mistake in the conversion must exceed, of the largest logit. Measured: at least 0.65.
-WRONG = 0.1
+    assert relative(run_torch(plain.eval(), x), run_torch(network, x)) <= tolerances.LOGITS_FLOAT64
 
 
 def swap_taps(kernel):
@@ -121,4 +115,4 @@ def test_a_wrong_conversion_is_noticed(name, spoil, x64):
     x = images("float64")
     expected = run_torch(network, x)
     spoil(model)
-    assert relative(run_ours(model, x), expected) > WRONG
+    assert relative(run_ours(model, x), expected) > tolerances.LOGITS_WRONG

@@ -1,0 +1,37 @@
+"""How close numbers must be, or how far apart those of a negative control, and what was measured.
+
+Float64 bounds are far above what was measured and far below any mistake; float32 bounds allow the rounding of
+another order of sums.
+"""
+
+# A few operations in float32, relative to 1 + the number; measured: 5e-8.
+FEW_OPERATIONS = 2e-6
+
+# One training in frameworks with different layouts of convolutions, float32, 5 steps; measured: 4e-7.
+FRAMEWORKS = 1e-5
+# What moves there, or moves in another way; measured: 2e-2.
+FRAMEWORKS_APART = 1e-2
+
+# A search tree against the optimizer and against NNX, float64, 10 steps, of a leaf's largest entry; measured:
+# 7e-16.
+SEARCH_TREE = 1e-12
+# Another training, in the same measure; measured: 5e-2.
+SEARCH_TREE_APART = 1e-3
+
+# One training on several devices against one device, 20 steps, of an array's largest entry; measured: 6e-7
+# and 2e-15.
+DEVICES = {"float32": 1e-5, "float64": 1e-11}
+# Two processes of two devices against one process of four, float32, 12 steps; measured: 4e-7 relative
+# to 1 + the number.
+PROCESSES = 1e-5
+
+# Largest difference of a logit from PyTorch's, over the largest logit; measured: 1.8e-6 and 2.7e-15.
+LOGITS_FLOAT32, LOGITS_FLOAT64 = 1e-4, 1e-9
+# The same of a mistake in the conversion; measured: at least 0.65.
+LOGITS_WRONG = 0.1
+# Any number after 20 steps in PyTorch and here, float64, of numbers up to 3; measured: 8.9e-15.
+TRAINED_AS_TORCH = 1e-8
+# Running variances over n - 1 and over n, at least somewhere; measured: 0.066.
+TORCH_VARIANCE_APART = 0.01
+# A kernel after 3 steps without the multipliers; measured: 0.56.
+WITHOUT_MULTIPLIERS = 0.05
