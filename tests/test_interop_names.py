@@ -16,8 +16,6 @@ from repopt_jax import interop, models, prepare
 from repopt_jax.core.paths import named_leaves
 from repopt_jax.interop import Layout, Scheme, convert, networks
 from repopt_jax.interop.names import SCHEMES, TorchName, arrays_of, own_scheme, recognise, torch_names
-from repopt_jax.interop.names.scheme import NORM as NORM_ROW
-from repopt_jax.interop.names.scheme import TENSOR as TENSOR_ROW
 from repopt_jax.interop.networks import Description, build, describe
 from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, VGGVariant, registry
 from repopt_jax.nn.block import block
@@ -468,6 +466,12 @@ def test_layers_that_a_code_base_has_no_name_for_are_listed():
     refused(lambda: interop.to_torch(model, "mobileone"), "layers head, ", "stages/4/0/conv.")
     acnet = nnx.eval_shape(vgg("acnet"))
     refused(lambda: interop.to_torch(acnet), "stages/0/0/conv, ", "stages/4/0/conv;", "'repopt'", "'timm'")
+    # Every branch has a name, but not every name has a branch.
+    repghost = nnx.eval_shape(vgg("repghost"))
+    refused(
+        lambda: interop.to_torch(repghost, "repvgg"),
+        "stages/1/1/conv: it is made of 3x3, identity, there of 1x1, 3x3, identity",
+    )
     # The fully folded form of a GhostNet: biases where nobody has them.
     folded = nnx.eval_shape(ghost("repghost", form="deployed"))
     refused(lambda: interop.to_torch(folded), "stages/1/0/ghost1/primary/conv", "'repopt'", "'repghost'")
@@ -500,11 +504,16 @@ class OwnNetwork(nnx.Module):
 def test_a_scheme_of_ones_own():
     model = OwnNetwork(nnx.Rngs(0))
     refused(lambda: interop.to_torch(model), "no scheme names a OwnNetwork", "`Scheme`")
-    rows = (("stem/conv", "features.conv", TENSOR_ROW), ("stem/bn", "features.bn", NORM_ROW))
+    rows = (
+        ("stem/conv", "features.conv", interop.names.TENSOR),
+        ("stem/bn", "features.bn", interop.names.NORM),
+    )
     scheme = Scheme("mine", "my own code", (Layout(rows=rows),))
     refused(lambda: interop.to_torch(model, scheme), "have no place for the layers table.")
     del model.table
-    same = Scheme("same", "", (Layout(rows=((".*", "x", TENSOR_ROW), (".*", "x", NORM_ROW))),))
+    same = Scheme(
+        "same", "", (Layout(rows=((".*", "x", interop.names.TENSOR), (".*", "x", interop.names.NORM))),)
+    )
     refused(lambda: interop.to_torch(model, same), "'same' call several arrays x.weight")
     state = interop.to_torch(model, scheme)
     assert "features.conv.weight" in state

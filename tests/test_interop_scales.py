@@ -234,13 +234,13 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"scales\.pth is no complete file of scales") as error:
             load_torch_scales(write(tensors))
         message = str(error.value)
-        assert "2 missing scales: stage0.scale_conv.weight, stage1.1.scale_1x1.weight" in message
+        assert "2 missing scales: stage0.scale_conv.weight (4,), stage1.1.scale_1x1.weight (4,)" in message
         assert "stage3.1.scale_identity.weight (expected (8,), found (7,))" in message
         assert "stage3.2.scale_conv.weight" in message
         ghost = ghost_file()
         del ghost["blocks.0.0.ghost1.fusion_scale.weight"]
         with pytest.raises(
-            ValueError, match=r"1 missing scales: blocks\.0\.0\.ghost1\.fusion_scale\.weight$"
+            ValueError, match=r"1 missing scales: blocks\.0\.0\.ghost1\.fusion_scale\.weight \(4,\)$"
         ):
             load_torch_scales(write(ghost))
 

@@ -37,7 +37,7 @@ TOLERANCE = 1e-3  # of the largest logit; float32 gives some 1e-6, a mistake in 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What the two sides of a conversion have in common.
+    """The two sides of a conversion compared.
 
     Attributes:
       scheme: whose names the PyTorch side has.

@@ -1,9 +1,9 @@
-"""Networks that a few words rebuild: what a weight file does not say, and a converted folder writes down.
+"""Descriptions that rebuild networks: found in a PyTorch state dict, and kept in converted folders.
 
 A converted folder holds
 
 weights/        the network's arrays, an Orbax checkpoint
-convert.json    the words that rebuild the network; written last: its presence means all is whole
+convert.json    the description of the network; written last, so that a folder with it is complete
 """
 
 import dataclasses
@@ -20,8 +20,7 @@ from flax import nnx
 
 from repopt_jax import models
 from repopt_jax._version import __version__
-from repopt_jax.interop.names import arrays_of, recognise
-from repopt_jax.interop.names.scheme import NETWORKS
+from repopt_jax.interop.names import NETWORKS, arrays_of, recognise
 from repopt_jax.interop.weights import start_random
 from repopt_jax.nn.branched import Branched
 from repopt_jax.surgery.fuse import fuse
@@ -30,7 +29,7 @@ from repopt_jax.surgery.prepare import Mode, prepare
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A network in words.
+    """What is needed to rebuild a network.
 
     Attributes:
       model: its name in `models.list()`.
@@ -56,7 +55,7 @@ def describe(tensors: Mapping[str, Any], model: str, *, classes: int = 0) -> Des
     Args:
       tensors: key -> anything with a `shape`.
       model: its name in `models.list()`; upper and lower case are the same.
-      classes: size of the classifier, 0 for what the file says.
+      classes: size of the classifier; 0 for that of the file.
 
     Raises:
       ValueError: unknown names, an unknown model, a state dict of another architecture or another number of
@@ -94,7 +93,6 @@ def build(description: Description) -> Any:
     Raises:
       ValueError: an unknown model or mode, or what the model or the mode refuses.
     """
-
     mode = Mode.parse(description.mode)
 
     def make() -> nnx.Module:
@@ -122,7 +120,7 @@ class _OneKey(nnx.Rngs):
 
 
 def save_converted(directory: str | os.PathLike[str], model: nnx.Module, description: Description) -> None:
-    """Writes `model` and the words that rebuild it to a new folder, which `load_converted` reads.
+    """Writes `model` and its description to a new folder, which `load_converted` reads.
 
     Raises:
       FileExistsError: something is at `directory`.
@@ -160,7 +158,7 @@ def load_converted(directory: str | os.PathLike[str]) -> Any:
 
 
 def read_description(directory: str | os.PathLike[str]) -> Description:
-    """The words that `save_converted` wrote; errors as of `load_converted`."""
+    """The description that `save_converted` wrote; errors as of `load_converted`."""
     record = Path(directory).expanduser().absolute() / RECORD
     if not record.is_file():
         raise FileNotFoundError(f"{record.parent} has no {RECORD}: it holds no converted network")
@@ -168,7 +166,7 @@ def read_description(directory: str | os.PathLike[str]) -> Description:
     version = fields.pop("library_version", "?")
     if set(fields) != {field.name for field in dataclasses.fields(Description)}:
         raise ValueError(
-            f"{record} is of version {version}, whose words this one does not read: convert the file again"
+            f"{record} is of version {version}, which describes networks in another way: convert the file again"
         )
     return Description(**fields)
 

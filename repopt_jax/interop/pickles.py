@@ -29,7 +29,7 @@ class Unreadable(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """What a pickle calls by name, a class or a function: the name alone."""
+    """What a pickle calls by name, a class or a function: only the name."""
 
     module: str
     name: str
@@ -130,7 +130,7 @@ def load(stream: bytes | mmap.mmap, name: str, storages: dict[str, StorageRef] |
     Args:
       stream: the bytes, or a file that is mapped into memory.
       name: of the file, for messages.
-      storages: takes up every storage that comes up, by key.
+      storages: is filled with every storage that the pickle names, by key.
 
     Raises:
       Unreadable: the pickle calls something, or sets something's state, that is not on the list.
@@ -392,7 +392,7 @@ def _parameter(name: str, data: Any, *_: Any) -> Any:
 
 
 def _subclass(name: str, function: Any, cls: Any, args: Any, state: Any) -> Any:
-    """A tensor of a subclass or with attributes of its own: the tensor alone."""
+    """A tensor of a subclass or with attributes of its own: only the tensor."""
     return _call(function, args, name)
 
 

@@ -42,7 +42,7 @@ def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: s
     """The scales of a hyper-search that was run in PyTorch, float32 whatever the file has.
 
     The file is one of the authors' scale files; or a checkpoint of the whole search network of RepOpt-VGG,
-    RepOpt-GhostNet or a YOLOv6 detector (pickled modules too), from which the scales alone are taken. A
+    RepOpt-GhostNet or a YOLOv6 detector (pickled modules too), of which only the scales are taken. A
     scale file holds vectors but no kernels' shapes, which then come from `model`, or else from the
     architecture: RepOpt-VGG's are 3x3, from the previous block's channels to its own, from 3 in the first;
     RepOpt-GhostNet's 3x3 and depthwise.
@@ -86,7 +86,7 @@ def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: s
 
 @dataclasses.dataclass
 class _Block:
-    """A block as the file has it. `vectors` and `keys` go by role: conv, 1x1, identity."""
+    """A block as the file has it. `vectors` and `keys` are by role, in the order conv, 1x1, identity."""
 
     name: str
     ghost: bool
@@ -111,7 +111,8 @@ class _Block:
 
     @property
     def out(self) -> int:
-        return self.vectors["conv"].size
+        """Output channels."""
+        return next(iter(self.vectors.values())).size if self.weight is None else self.weight.shape[0]
 
 
 # What each tensor of a block is. Where a ghost module of the search has a scale, `cheap_operation.1`, one of
@@ -148,27 +149,18 @@ _SCALE = re.compile(
 
 
 def _check_vectors(blocks: list[_Block], file: Path) -> None:
-    missing, misshapen = [], []
+    expected, found = {}, {}
     for block in blocks:
-        missing += [block.keys[role] for role in _REQUIRED[block.ghost] if role not in block.vectors]
-        sizes = {role: vector.shape for role, vector in block.vectors.items()}
-        expected = block.weight.shape[:1] if block.weight is not None else next(iter(sizes.values()))
-        misshapen += [
-            f"{block.keys[role]} (expected {expected}, found {shape})"
-            for role, shape in sizes.items()
-            if shape != expected or len(shape) != 1
-        ]
-    listed = [
-        f"{len(keys)} {word} scales: {', '.join(keys)}"
-        for word, keys in (("missing", missing), ("misshapen", misshapen))
-        if keys
-    ]
-    if listed:
-        raise ValueError(f"{file} is no complete file of scales: {'; '.join(listed)}")
+        shapes = {block.keys[role]: vector.shape for role, vector in block.vectors.items()}
+        needed = dict.fromkeys(block.keys[role] for role in _REQUIRED[block.ghost])
+        expected |= dict.fromkeys({**needed, **shapes}, (block.out,))
+        found |= shapes
+    if difference := paths.describe_difference(expected, found, noun="scales"):
+        raise ValueError(f"{file} is no complete file of scales: {difference}")
 
 
 def _check_no_gaps(blocks: list[_Block], file: Path) -> None:
-    """Without a network to compare with, only the numbering tells that a file of RepOpt-VGG lacks a block."""
+    """Without a network to compare with, only the numbering shows that a file of RepOpt-VGG lacks a block."""
     found = [block.place for block in blocks if block.place]
     if len(found) < len(blocks):
         return
@@ -244,16 +236,9 @@ def _kernel(block: _Block, known: Shape | None, inputs: int) -> Shape | None:
 
 
 def _layer(block: _Block, branches: BranchSet) -> LayerScales:
-    """Branches come in the order of the roles: conv, 1x1, identity."""
-    roles = [role for role in ("conv", "1x1", "identity") if role in block.vectors]
-    # Squares of small scales are no numbers of half precision: widened before anything is done with them.
-    return LayerScales(
-        branches,
-        {
-            name: jnp.asarray(block.vectors[role].astype(np.float32))
-            for name, role in zip(branches.names, roles)
-        },
-    )
+    # Squares of small scales are zero in half precision: the vectors are widened first.
+    vectors = [jnp.asarray(vector.astype(np.float32)) for vector in block.vectors.values()]
+    return LayerScales(branches, dict(zip(branches.names, vectors)))
 
 
 def _architecture(branch_sets: Mapping[str, BranchSet]) -> str:

@@ -1,6 +1,6 @@
 """A PyTorch state dict run by PyTorch itself, without the class that it came from.
 
-What a network computes can be told from its keys: which convolutions, normalisations and scales a block has,
+What a network computes is known from its keys: which convolutions, normalisations and scales a block has,
 and hence which are summed. Only strides are not in a state dict. It is the other side of the check that
 `repopt convert` prints, so it shares nothing with our own forward pass: no module, no convolution, no names.
 PyTorch is imported when it is used.
@@ -79,7 +79,7 @@ def torch_logits(
       tensors: the state dict; its dtype is that of the computation.
       images: (batch, height, width, channels).
       scheme: whose names the keys are: "repvgg", "repopt", "mobileone", "repghost" or "timm".
-      strides: of the blocks in order; for a GhostNet its keys tell.
+      strides: of the blocks in order; of a GhostNet they are known from its keys.
       eps: of the batch norms.
 
     Returns:

@@ -39,7 +39,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
 
     Args:
       tensors: key -> array, in PyTorch's order of axes, as `read_tensors` gives them.
-      model: says which arrays there are, their shapes and dtypes; its values are not used, so that an
+      model: gives the arrays' paths, shapes and dtypes; its values are not used, so that an
         abstract model (`nnx.eval_shape`) serves as well. Deployed weights go into a model that was given to
         `fuse`.
       names: whose names the keys are, a key of `SCHEMES` or a `Scheme`; "auto" recognises it by the keys and
@@ -128,7 +128,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
     writers = {".safetensors": write_safetensors, ".pth": write_torch, ".pt": write_torch}
     suffix = Path(path).suffix
     if suffix not in writers:
-        raise ValueError(f"{path} must end in one of {', '.join(writers)}, which says what is written")
+        raise ValueError(f"{path} must end in one of {', '.join(writers)}, by which the format is chosen")
     writers[suffix](path, tensors)
 
 

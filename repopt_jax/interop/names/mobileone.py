@@ -1,20 +1,20 @@
 """MobileOne as its authors name it. Source: apple/ml-mobileone (Apple's licence), read for facts."""
 
+import functools
+
 from repopt_jax.interop.names.repvgg import BLOCK, BLOCKS, HEAD
 from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Scheme
 
+_layout = functools.partial(Layout, "MobileOne", rows=HEAD, blocks=BLOCKS)
 _SE = (("se/down", "se.reduce", BIASED), ("se/up", "se.expand", BIASED))
 
 SCHEME = Scheme(
     "mobileone",
     "MobileOne as its authors name it",
     (
-        Layout(
-            "MobileOne",
+        _layout(
             "mobileone",
-            mark=BLOCK + r"rbr_conv\.0\.conv\.weight ",
-            rows=HEAD,
-            blocks=BLOCKS,
+            signature=BLOCK + r"rbr_conv\.0\.conv\.weight ",
             inside=(
                 (r"conv/weights/\dx\d_(\d+)", r"rbr_conv.\1.conv", TENSOR),
                 (r"conv/norms/\dx\d_(\d+)", r"rbr_conv.\1.bn", NORM),
@@ -24,13 +24,10 @@ SCHEME = Scheme(
                 *_SE,
             ),
         ),
-        Layout(
-            "MobileOne",
+        _layout(
             "mobileone",
             "deployed",
-            mark=BLOCK + r"reparam_conv\.weight ",
-            rows=HEAD,
-            blocks=BLOCKS,
+            signature=BLOCK + r"reparam_conv\.weight ",
             inside=(("conv", "reparam_conv", BIASED), *_SE),
         ),
     ),

@@ -1,5 +1,7 @@
 """RepGhostNet as its authors name it. Source: ChengpengChen/RepGhost (MIT licence), read for facts."""
 
+import functools
+
 from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Row, Scheme, Table
 
 OUTSIDE: Table = (
@@ -8,7 +10,7 @@ OUTSIDE: Table = (
     ("features", "conv_head", BIASED),
     ("head", "classifier", BIASED),
 )
-# Stages count from 1 here, as the stem is the stage 0.
+# Here the stem is stage 0, there stages are counted without it.
 BLOCKS = ((r"stages/(\d+)/(\d+)", lambda match: f"blocks.{int(match[1]) - 1}.{match[2]}"),)
 INSIDE: Table = (
     ("conv", "conv", TENSOR),  # of the 1x1 block after the last stage
@@ -24,6 +26,7 @@ INSIDE: Table = (
     ("shortcut/1/conv", "shortcut.2", TENSOR),
     ("shortcut/1/bn", "shortcut.3", NORM),
 )
+ghost_layout = functools.partial(Layout, "GhostNet", rows=OUTSIDE, blocks=BLOCKS)
 GHOST = r"blocks\.\d+\.\d+\.ghost1\."  # the beginning of the keys of a ghost module
 
 
@@ -33,32 +36,23 @@ def cheap(*rows: Row) -> Table:
 
 
 LAYOUTS = (
-    Layout(
-        "GhostNet",
+    ghost_layout(
         "repghost",
-        mark=GHOST + r"fusion_bn\.0\.weight ",
-        rows=OUTSIDE,
-        blocks=BLOCKS,
+        signature=GHOST + r"fusion_bn\.0\.weight ",
         inside=cheap(
             ("conv/weights/3x3", "cheap_operation.0", TENSOR),
             ("conv/norms/3x3", "cheap_operation.1", NORM),
             ("conv/norms/identity", "fusion_bn.0", NORM),
         ),
     ),
-    Layout(
-        "GhostNet",
+    ghost_layout(
         "repghost",
         "merged",
-        mark=GHOST + r"cheap_operation\.weight ",
-        rows=OUTSIDE,
-        blocks=BLOCKS,
+        signature=GHOST + r"cheap_operation\.weight ",
         inside=cheap(("conv", "cheap_operation", BIASED)),
     ),
-    Layout(
-        "GhostNet",
-        mark=GHOST + r"cheap_operation\.1\.weight ",
-        rows=OUTSIDE,
-        blocks=BLOCKS,
+    ghost_layout(
+        signature=GHOST + r"cheap_operation\.1\.weight ",
         inside=cheap(("conv", "cheap_operation.0", TENSOR), ("bn", "cheap_operation.1", NORM)),
     ),
 )

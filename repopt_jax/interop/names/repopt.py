@@ -2,10 +2,9 @@
 
 Source: DingXiaoH/RepOptimizers (MIT licence), read for facts."""
 
-from repopt_jax.interop.names import repghost
-from repopt_jax.interop.names.repghost import GHOST, OUTSIDE, cheap
-from repopt_jax.interop.names.repvgg import BLOCK, BLOCKS, HEAD
-from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Scheme
+from repopt_jax.interop.names.repghost import GHOST, cheap, ghost_layout
+from repopt_jax.interop.names.repvgg import BLOCK, vgg_layout
+from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Scheme
 
 _SE = ("se/(down|up)", r"post_se.\1", BIASED)
 
@@ -13,12 +12,9 @@ SCHEME = Scheme(
     "repopt",
     "RepOpt-VGG and RepOpt-GhostNet as their authors name them",
     (
-        Layout(
-            "VGG",
+        vgg_layout(
             "search",
-            mark=BLOCK + r"scale_conv\.weight ",
-            rows=HEAD,
-            blocks=BLOCKS,
+            signature=BLOCK + r"scale_conv\.weight ",
             inside=(
                 ("conv/weights/3x3", "conv", TENSOR),
                 ("conv/scales/3x3", "scale_conv", TENSOR),
@@ -29,39 +25,27 @@ SCHEME = Scheme(
                 _SE,
             ),
         ),
-        Layout(
-            "VGG",
+        vgg_layout(
             "repvgg",
-            mark=BLOCK + r"conv_3x3\.weight ",
-            rows=HEAD,
-            blocks=BLOCKS,
+            signature=BLOCK + r"conv_3x3\.weight ",
             inside=(
-                ("conv/weights/([13]x[13])", r"conv_\1", TENSOR),
-                ("conv/norms/([13]x[13]|identity)", r"bn_\1", NORM),
+                ("conv/weights/(3x3|1x1)", r"conv_\1", TENSOR),
+                ("conv/norms/(3x3|1x1|identity)", r"bn_\1", NORM),
                 _SE,
             ),
         ),
-        Layout(
-            "VGG",
-            mark=BLOCK + r"bn\.running_mean ",
-            rows=HEAD,
-            blocks=BLOCKS,
+        vgg_layout(
+            signature=BLOCK + r"bn\.running_mean ",
             inside=(("conv", "conv", TENSOR), ("bn", "bn", NORM), _SE),
         ),
-        Layout(
-            "VGG",
+        vgg_layout(
             form="deployed",
-            mark=BLOCK + r"conv\.bias ",
-            rows=HEAD,
-            blocks=BLOCKS,
+            signature=BLOCK + r"conv\.bias ",
             inside=(("conv", "conv", BIASED), _SE),
         ),
-        Layout(
-            "GhostNet",
+        ghost_layout(
             "search",
-            mark=GHOST + r"fusion_scale\.weight ",
-            rows=OUTSIDE,
-            blocks=repghost.BLOCKS,
+            signature=GHOST + r"fusion_scale\.weight ",
             inside=cheap(
                 ("conv/weights/3x3", "cheap_operation.0", TENSOR),
                 ("conv/scales/3x3", "cheap_operation.1", TENSOR),
@@ -69,23 +53,17 @@ SCHEME = Scheme(
                 ("bn", "final_bn", NORM),
             ),
         ),
-        Layout(
-            "GhostNet",
+        ghost_layout(
             "repghost",
-            mark=GHOST + r"fusion_bn\.weight ",
-            rows=OUTSIDE,
-            blocks=repghost.BLOCKS,
+            signature=GHOST + r"fusion_bn\.weight ",
             inside=cheap(
                 ("conv/weights/3x3", "cheap_operation.0", TENSOR),
                 ("conv/norms/3x3", "cheap_operation.1", NORM),
                 ("conv/norms/identity", "fusion_bn", NORM),
             ),
         ),
-        Layout(
-            "GhostNet",
-            mark=GHOST + r"final_bn\.weight ",
-            rows=OUTSIDE,
-            blocks=repghost.BLOCKS,
+        ghost_layout(
+            signature=GHOST + r"final_bn\.weight ",
             inside=cheap(("conv", "cheap_operation.0", TENSOR), ("bn", "final_bn", NORM)),
         ),
     ),

@@ -1,9 +1,12 @@
 """RepVGG as its authors name it. Source: DingXiaoH/RepVGG (MIT licence), read for facts."""
 
+import functools
+
 from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Scheme
 
 HEAD = (("head", "linear", BIASED),)
 BLOCKS = (("stages/0/0", "stage0"), (r"stages/(\d+)/(\d+)", r"stage\1.\2"))
+vgg_layout = functools.partial(Layout, "VGG", rows=HEAD, blocks=BLOCKS)
 BLOCK = r"stage\d+\.(\d+\.)?"  # the beginning of the keys of a block
 
 _SE = ("se/(down|up)", r"se.\1", BIASED)
@@ -12,12 +15,9 @@ SCHEME = Scheme(
     "repvgg",
     "RepVGG as its authors name it",
     (
-        Layout(
-            "VGG",
+        vgg_layout(
             "repvgg",
-            mark=BLOCK + r"rbr_dense\.conv\.weight ",
-            rows=HEAD,
-            blocks=BLOCKS,
+            signature=BLOCK + r"rbr_dense\.conv\.weight ",
             inside=(
                 ("conv/weights/3x3", "rbr_dense.conv", TENSOR),
                 ("conv/norms/3x3", "rbr_dense.bn", NORM),
@@ -27,13 +27,10 @@ SCHEME = Scheme(
                 _SE,
             ),
         ),
-        Layout(
-            "VGG",
+        vgg_layout(
             "repvgg",
             "deployed",
-            mark=BLOCK + r"rbr_reparam\.weight ",
-            rows=HEAD,
-            blocks=BLOCKS,
+            signature=BLOCK + r"rbr_reparam\.weight ",
             inside=(("conv", "rbr_reparam", BIASED), _SE),
         ),
     ),

@@ -1,7 +1,7 @@
 """What a code base in PyTorch calls the arrays of a network: tables of paths and names.
 
 A row says what one layer is called there, and which arrays it has. The modules beside this one hold the
-tables of published code bases, a few rows for each form of a network; reading and writing use the same rows.
+tables of published code bases, a few rows for each form of a network. Reading and writing use the same rows.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class Layout:
       mode: the `surgery.Mode` in which the network has these arrays. A network with constant scales has those
         of a search.
       form: "training"; "deployed", all of it given to `fuse`; or "merged", only its branches.
-      mark: regular expression for the beginning of a line "key shape", such as "linear.weight 10,64", that
-        a state dict of this layout has; of the known ones the first that matches counts. "" for none.
+      signature: regular expression for the beginning of a line "key shape", such as "linear.weight 10,64",
+        by which a state dict is recognised; of the known ones the first that matches counts.
       rows: (pattern, name, arrays): the pattern is for the whole path of a layer, and the name may refer to
         its groups.
       blocks: (pattern, name) of the paths of blocks, inside of which `inside` counts; the name may also be
@@ -49,7 +49,7 @@ class Layout:
     network: str = ""
     mode: str = "plain"
     form: Literal["training", "deployed", "merged"] = "training"
-    mark: str = ""
+    signature: str = ""
     rows: Table = ()
     blocks: tuple[tuple[str, Name], ...] = ()
     inside: Table = ()

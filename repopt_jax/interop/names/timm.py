@@ -2,28 +2,29 @@
 
 Source: huggingface/pytorch-image-models (Apache 2.0), read for facts."""
 
+import functools
+
 from repopt_jax.interop.names import repghost
 from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Scheme
 
 _HEAD = (("head", "head.fc", BIASED),)
-# Stages count from 1 here, as the stem is the stage 0.
+# Here the stem is stage 0, there stages are counted without it.
 _BLOCKS = (
     ("stages/0/0", "stem"),
     (r"stages/(\d+)/(\d+)", lambda match: f"stages.{int(match[1]) - 1}.{match[2]}"),
 )
 _SE = (("se/down", "attn.fc1", BIASED), ("se/up", "attn.fc2", BIASED))
+_layout = functools.partial(Layout, rows=_HEAD, blocks=_BLOCKS)
 _DEPLOYED = (("conv", "reparam_conv", BIASED), *_SE)
 
 SCHEME = Scheme(
     "timm",
     "RepVGG, MobileOne and RepGhostNet as timm names them",
     (
-        Layout(
+        _layout(
             "VGG",
             "repvgg",
-            mark=r"stem\.conv_kxk\.conv\.weight ",
-            rows=_HEAD,
-            blocks=_BLOCKS,
+            signature=r"stem\.conv_kxk\.conv\.weight ",
             inside=(
                 ("conv/weights/3x3", "conv_kxk.conv", TENSOR),
                 ("conv/norms/3x3", "conv_kxk.bn", NORM),
@@ -33,12 +34,10 @@ SCHEME = Scheme(
                 *_SE,
             ),
         ),
-        Layout(
+        _layout(
             "MobileOne",
             "mobileone",
-            mark=r"stem\.conv_kxk\.0\.conv\.weight ",
-            rows=_HEAD,
-            blocks=_BLOCKS,
+            signature=r"stem\.conv_kxk\.0\.conv\.weight ",
             inside=(
                 (r"conv/weights/\dx\d_(\d+)", r"conv_kxk.\1.conv", TENSOR),
                 (r"conv/norms/\dx\d_(\d+)", r"conv_kxk.\1.bn", NORM),
@@ -49,22 +48,18 @@ SCHEME = Scheme(
             ),
         ),
         # Deployed, both have the same keys; only MobileOne has 1x1 kernels.
-        Layout(
+        _layout(
             "MobileOne",
             "mobileone",
             "deployed",
-            mark=r"stages\.0\.1\.reparam_conv\.weight \d+,\d+,1,1$",
-            rows=_HEAD,
-            blocks=_BLOCKS,
+            signature=r"stages\.0\.1\.reparam_conv\.weight \d+,\d+,1,1$",
             inside=_DEPLOYED,
         ),
-        Layout(
+        _layout(
             "VGG",
             "repvgg",
             "deployed",
-            mark=r"stem\.reparam_conv\.weight ",
-            rows=_HEAD,
-            blocks=_BLOCKS,
+            signature=r"stem\.reparam_conv\.weight ",
             inside=_DEPLOYED,
         ),
         *repghost.LAYOUTS,

@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -10,8 +10,10 @@ from flax import nnx
 from repopt_jax.core import paths
 from repopt_jax.interop.names import mobileone, repghost, repopt, repvgg, timm
 from repopt_jax.interop.names.scheme import NETWORKS, Layout, Scheme, TorchName
+from repopt_jax.models import Network
 from repopt_jax.nn.block import Block
-from repopt_jax.surgery.modules import named_modules
+from repopt_jax.nn.branched import StructuredLayer
+from repopt_jax.surgery.modules import join, named_modules
 from repopt_jax.surgery.prepare import Mode
 
 SCHEMES: dict[str, Scheme] = {
@@ -40,8 +42,9 @@ def torch_names(model: nnx.Module, scheme: str | Scheme) -> dict[str, TorchName]
       scheme: a key of `SCHEMES`, or a scheme of your own.
 
     Raises:
-      ValueError: an unknown scheme; layers that the code base has no name for, all of them listed; or a
-        scheme that gives several arrays one name.
+      ValueError: an unknown scheme; layers that the code base has no name for, that lack branches of those
+        there, or whose squeeze-and-excitation is at another place there, all of them listed; or a scheme that
+        gives several arrays one name.
     """
     _, names = _fit(model, find_scheme(scheme))
     return names
@@ -106,7 +109,7 @@ def recognise(tensors: Mapping[str, Any]) -> Recognised:
     lines = [f"{key} {','.join(map(str, tensor.shape))}" for key, tensor in tensors.items()]
     for scheme in SCHEMES.values():
         for layout in scheme.layouts:
-            if any(re.match(layout.mark, line) for line in lines):
+            if any(re.match(layout.signature, line) for line in lines):
                 return Recognised(scheme, layout)
     some = ", ".join(list(tensors)[:5]) or "no tensors"
     known = "; ".join(f"{s.name}, {s.about}" for s in SCHEMES.values())
@@ -132,13 +135,15 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName
     """The layout that has a name for every array of `model`, and the names; errors as of `torch_names`."""
     arrays, _ = paths.named_leaves(arrays_of(model))
     tables = [(layout, {path: layout.key(path) for path in arrays}) for layout in _layouts(model, scheme)]
-    # Of tables that do not fit, the one that lacks the least says the most.
+    # Of tables that do not fit, the error is about the one that lacks the least.
     layout, keys = min(
         tables or [(Layout(), dict.fromkeys(arrays))], key=lambda table: list(table[1].values()).count(None)
     )
     problems = []
     if nameless := dict.fromkeys(_layer(path) for path, key in keys.items() if key is None):
         problems.append(f"the layers {', '.join(nameless)}")
+    elif isinstance(model, Network):
+        problems += _other_branches(model, layout)
     for path, block in named_modules(model):
         if not isinstance(block, Block) or block.se is None or scheme.se_first in (None, block.se_first):
             continue
@@ -157,6 +162,17 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName
         path: TorchName(str(key), "kernel" if len(arrays[path].shape) > 1 else "vector")
         for path, key in keys.items()
     }
+
+
+def _other_branches(model: Network, layout: Layout) -> Iterator[str]:
+    """Layers that have names for all of their branches, and lack some that they have there."""
+    layers = {join(p, "kernel"): m for p, m in named_modules(model) if isinstance(m, StructuredLayer)}
+    described = model.descriptions(layout.mode) if layers else {}
+    for path, layer in layers.items():
+        structures = layer.structure, described[path](layer.structure.layer)
+        ours, theirs = (", ".join(sorted(part.key for part in s.parts)) for s in structures)
+        if ours != theirs:
+            yield f"{path.removesuffix('/kernel')}: it is made of {ours}, there of {theirs}"
 
 
 def _layer(path: str) -> str:
