@@ -19,6 +19,7 @@ import optax
 import pytest
 import tolerances
 from flax import nnx
+from repopt_jax.nn.csla import convolve
 
 from repopt_jax import (
     Scales,
@@ -31,7 +32,6 @@ from repopt_jax import (
 )
 from repopt_jax.core import paths
 from repopt_jax.core.scales import LayerScales
-from repopt_jax.nn.csla import convolve
 from repopt_jax.surgery import search as surgery
 
 STEPS = 5
