@@ -32,10 +32,14 @@ LONGEST = {
     "test_any_network.py": 90,
     "test_processes.py": 82,
     "test_cli.py": 78,
+    "test_configs.py": 92,
+    "test_parallel.py": 65,
     "test_adaptive.py": 62,
     "test_train_loop.py": 59,
-    "test_configs.py": 47,
+    "test_models_ghost.py": 53,
     "test_verify.py": 40,
+    "test_detection_model.py": 38,
+    "test_train_state.py": 38,
     "test_examples.py": 34,
 }
 
