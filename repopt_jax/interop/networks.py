@@ -166,7 +166,7 @@ def read_description(directory: str | os.PathLike[str]) -> Description:
     version = fields.pop("library_version", "?")
     if set(fields) != {field.name for field in dataclasses.fields(Description)}:
         raise ValueError(
-            f"{record} is of version {version}, which describes networks in another way: convert the file again"
+            f"{record} is of version {version}, whose descriptions are others: convert the file again"
         )
     return Description(**fields)
 
