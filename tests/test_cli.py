@@ -557,7 +557,7 @@ def test_convert_there_and_back(capsys, searched, tmp_path):
     assert f"Written: {file}" in said
     before = files(searched)
 
-    assert main(["convert", str(file), str(folder), "--model=repopt-vgg-cli-tiny", "--classes=2"]) == 0
+    assert main(["convert", str(file), str(folder), "--model=cli-tiny", "--classes=2"]) == 0
     assert main(["convert", str(folder), str(again), "--to=repopt"]) == 0
     first, second = interop.read_tensors(file), interop.read_tensors(again)
     assert set(first) == set(second)
@@ -583,11 +583,11 @@ def test_convert_refuses_in_one_sentence(capsys, searched, tmp_path):
         ([searched, tmp_path / "b.pth", "--model=repvgg-A0"], ["says itself what it holds"]),
         ([searched, tmp_path / "b.pth", "--to=timm"], ["'timm'", "no place for the layers stages/0/0/bn"]),
         ([file, tmp_path / "b"], ["`model` must name the file's architecture"]),
-        ([file, tmp_path / "b", "--model=vgg16"], ["`model` is 'vgg16'"]),
-        ([file, tmp_path / "b", "--model=repvgg-cli-tiny", "--classes=9"], ["`classes` is 9"]),
-        ([file, tmp_path / "b", "--model=repopt-vgg-digits"], ["misshapen", "missing"]),
-        ([file, tmp_path / "b", "--model=repopt-vgg-cli-tiny", "--to=repopt"], ["is a folder of ours"]),
-        ([file, tmp_path / "b", "--model=repopt-vgg-cli-tiny", "--key=ema"], [str(file), "'ema'"]),
+        ([file, tmp_path / "b", "--model=vgg16"], ["there is no network 'vgg16'"]),
+        ([file, tmp_path / "b", "--model=cli-tiny", "--classes=9"], ["`classes` is 9"]),
+        ([file, tmp_path / "b", "--model=vgg-digits"], ["misshapen", "missing"]),
+        ([file, tmp_path / "b", "--model=cli-tiny", "--to=repopt"], ["is a folder of ours"]),
+        ([file, tmp_path / "b", "--model=cli-tiny", "--key=ema"], [str(file), "'ema'"]),
         ([file, tmp_path / "b.pth", "--to=scales"], ["scales go into a folder"]),
     ):
         refused(capsys, ["convert", *arguments], *parts)

@@ -1,9 +1,14 @@
 """What a training config trains, as a check of its equivalence."""
 
+import functools
+
+import jax
 from flax import nnx
 
 from repopt_jax import data
 from repopt_jax.surgery.decay import weight_decay_mask
+from repopt_jax.surgery.reinitialize import sample_weights
+from repopt_jax.surgery.search import csla_twin
 from repopt_jax.train.build import build_model, make_task
 from repopt_jax.train.config import Config, validate
 from repopt_jax.train.optimizer import make_optimizer, make_schedule
@@ -40,13 +45,17 @@ def config_check(config: Config) -> Check:
         steps_per_epoch=data.steps_per_epoch(source, config.batch_size, limit=limit),
         batch_size=config.batch_size,
     )
-    options = {"batch_size": config.batch_size, "decayed": weight_decay_mask(model)}
+    # The network with branches, of which only the paths matter: it decays branches where `model` has kernels.
+    twin = nnx.eval_shape(
+        lambda: csla_twin(model, scales, sample_weights(scales, jax.random.key(config.seed)))
+    )
+    make = functools.partial(make_optimizer, config.optim, schedule, batch_size=config.batch_size)
     return Check(
         model,
         scales,
         batches,
-        optimizer=make_optimizer(config.optim, schedule, scales=scales, **options),
-        twin_optimizer=make_optimizer(config.optim, schedule, **options),
+        optimizer=make(scales=scales, decayed=weight_decay_mask(model)),
+        twin_optimizer=make(decayed=weight_decay_mask(twin)),
         loss=lambda model, batch: task.objective(model, batch)[0],
         rngs=nnx.Rngs(config.seed),
     )
