@@ -16,7 +16,7 @@ from repopt_jax.core import default_branches as default_branches
 from repopt_jax.core import load_scales as load_scales
 from repopt_jax.core import paths as paths
 from repopt_jax.core import save_scales as save_scales
-from repopt_jax.optim import ClippingWarning as ClippingWarning
+from repopt_jax.optim import check_optimizer as check_optimizer
 from repopt_jax.optim import clip_by_repopt_global_norm as clip_by_repopt_global_norm
 from repopt_jax.optim import gradient_multipliers as gradient_multipliers
 from repopt_jax.optim import reparameterize as reparameterize

@@ -218,47 +218,22 @@ def test_ordinary_clipping():
     result = check(
         optax.chain(clip, repopt_sgd(0.5, DENSE)), optax.chain(clip, optax.sgd(0.5, 0.9, nesterov=True))
     )
-    only_reason(result, "ordinary clipping (clip_by_global_norm)", "clip_by_repopt_global_norm")
+    only_reason(result, "ordinary clipping", "first/kernel, second/kernel", "clip_by_repopt_global_norm")
     # Adam hides the size of its gradients, but not how it changes.
     result = check(optax.chain(clip, repopt_adamw(1e-2, DENSE)), optax.chain(clip, optax.adamw(1e-2)))
-    only_reason(result, "ordinary clipping (clip_by_global_norm)")
-
-
-def test_clipping_that_has_no_name():
-    def update(updates, state, params=None):
-        norm = optax.tree.norm(updates)
-        return jax.tree.map(lambda u: u * jnp.minimum(1, 0.05 / norm), updates), state
-
-    mine = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-    result = check(
-        optax.chain(mine, repopt_sgd(0.5, DENSE)), optax.chain(mine, optax.sgd(0.5, 0.9, nesterov=True))
-    )
-    only_reason(result, "ordinary clipping (the update follows the gradient up to a size and no further")
+    only_reason(result, "ordinary clipping")
 
 
 def test_clipping_on_one_side():
     clip, right = optax.clip_by_global_norm(0.05), clip_by_repopt_global_norm(0.05, DENSE)
     plain, ordinary = repopt_sgd(0.5, DENSE, momentum=None), optax.sgd(0.5)
-    only_reason(
-        check(plain, optax.chain(clip, ordinary)), "only `twin_optimizer` clips (clip_by_global_norm)"
-    )
-    only_reason(check(optax.chain(right, plain), ordinary), "only `optimizer` clips")
+    for result in (check(plain, optax.chain(clip, ordinary)), check(optax.chain(right, plain), ordinary)):
+        only_reason(result, "agree on small gradients and differ on large ones: one of them clips")
 
 
 def test_adam_after_the_multiplier():
     result = check(optax.chain(repopt_mask(DENSE), optax.adam(1e-2)), optax.adam(1e-2))
-    only_reason(result, "after repopt_mask (scale_by_adam, scale) is not linear", "repopt_adamw")
-
-
-def test_clipping_in_front_of_adam_after_the_multiplier():
-    """Adam hides the threshold: both are named."""
-    clip = optax.clip_by_global_norm(0.05)
-    result = check(
-        optax.chain(clip, repopt_mask(DENSE), optax.adam(1e-2)), optax.chain(clip, optax.adam(1e-2))
-    )
-    assert len(result.reasons) == 2
-    assert "ordinary clipping" in result.reasons[0]
-    assert "is not linear in the gradient" in result.reasons[1]
+    only_reason(result, "first/kernel, second/kernel", "not linear in the gradient", "repopt_adamw")
 
 
 def test_other_settings_of_reparameterize():
@@ -280,7 +255,7 @@ def test_other_settings_of_reparameterize():
 @pytest.mark.parametrize("inner", [optax.lamb(1e-2), optax.contrib.muon(1e-2)], ids=["lamb", "muon"])
 def test_optimizers_that_are_not_elementwise(inner):
     result = check(optax.chain(repopt_mask(DENSE), inner), inner)
-    only_reason(result, "is not elementwise", "use reparameterize(inner, scales)")
+    only_reason(result, "not linear in the gradient", "reparameterize(inner, scales)")
 
 
 def test_reparameterize_without_the_branches():
@@ -290,21 +265,21 @@ def test_reparameterize_without_the_branches():
 
 def test_the_published_rule():
     result = check(repopt_adamw(1e-2, DENSE, rule="published"), optax.adamw(1e-2))
-    only_reason(result, "scale_by_repopt_adam moves the kernels at first/kernel, second/kernel otherwise")
+    only_reason(result, "`optimizer` moves the kernels at first/kernel, second/kernel otherwise", "'exact'")
 
 
 def test_a_multiplier_that_is_missing_or_another():
     ordinary = optax.sgd(0.05, 0.9)
-    only_reason(check(ordinary, ordinary), "repopt_mask(scales) is missing")
+    only_reason(check(ordinary, ordinary), "repopt_mask(scales)", "is missing")
     other = repopt_mask(scales_of(dense(), "first", "second", seed=7))
-    only_reason(check(optax.chain(other, ordinary), ordinary), "by another multiple of their gradient")
+    only_reason(check(optax.chain(other, ordinary), ordinary), "was made with other scales")
 
 
 def test_other_settings():
     result = check(repopt_sgd(0.06, DENSE, weight_decay=1e-2), decayed_first(optax.identity()))
     assert "give `optimizer` and `twin_optimizer` the same learning rate" in result.reasons[0]
     result = check(repopt_sgd(0.05, DENSE), optax.adam(0.05))
-    only_reason(result, "they are of different kinds")
+    only_reason(result, "give `optimizer` and `twin_optimizer` the same", "let them be counterparts")
 
 
 def test_every_mistake_is_named():

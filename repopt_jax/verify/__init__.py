@@ -1,3 +1,3 @@
-"""Checking that a plain network is trained as its multi-branch counterpart."""
+"""Checks that a plain network is trained as its multi-branch counterpart."""
 
 from repopt_jax.verify.equivalence import verify_equivalence as verify_equivalence
