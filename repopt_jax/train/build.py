@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from repopt_jax import data
 from repopt_jax.core.scales import Scales
+from repopt_jax.optim.check import check_optimizer
 from repopt_jax.surgery.search import extract_scales, reinitialize
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.classification import Classification
@@ -125,6 +126,8 @@ def _program(
     if config.freeze_scales is not None:
         tx = hold_scales(tx, after=round(config.freeze_scales * config.epochs * steps_per_epoch))
     network = split_model(model)
+    if scales is not None and source is not None:
+        check_optimizer(tx, scales, network.params)
     marks = None
     if config.model.kind == "search":
         find = lambda model: extract_scales(model).vectors  # noqa: E731
