@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.core import load_scales as load_scales
     from repopt_jax.core import paths as paths
     from repopt_jax.core import save_scales as save_scales
-    from repopt_jax.optim import ClippingWarning as ClippingWarning
+    from repopt_jax.optim import check_optimizer as check_optimizer
     from repopt_jax.optim import clip_by_repopt_global_norm as clip_by_repopt_global_norm
     from repopt_jax.optim import gradient_multipliers as gradient_multipliers
     from repopt_jax.optim import reparameterize as reparameterize
@@ -75,7 +75,7 @@ _NAMES = {
         *("Scales", "Stage", "Structure", "default_branches", "load_scales", "paths", "save_scales"),
     ),
     "optim": (
-        *("ClippingWarning", "clip_by_repopt_global_norm", "gradient_multipliers", "reparameterize"),
+        *("check_optimizer", "clip_by_repopt_global_norm", "gradient_multipliers", "reparameterize"),
         *("repopt_adamw", "repopt_lion", "repopt_mask", "repopt_sgd", "repopt_sign_mask"),
         "scale_by_repopt_adam",
     ),

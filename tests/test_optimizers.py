@@ -352,3 +352,41 @@ def test_scales_that_do_not_fit_or_are_not_finite(name):
     bad = jax.tree.map(lambda v: v.at[0].set(jnp.inf), scales)
     with pytest.raises(ValueError, match="NaN or infinite values: a/kernel/1x1"):
         OPTIMIZERS[name](bad)
+
+
+@every
+def test_scales_that_are_all_zero_in_a_layer(name):
+    """A dead layer, or one of a stack. A branch or a channel may be switched off."""
+    *_, scales = setting(name)
+    make = OPTIMIZERS[name]
+    make(jax.tree.map(lambda v: v.at[..., 0].set(0.0), scales))
+    a, b = (scales.entries[path] for path in ("a/kernel", "b/kernel"))
+    off = next(iter(a.vectors))
+    make(Scales({"a/kernel": LayerScales(a.branches, a.vectors | {off: jnp.zeros(4)})}))
+    # The identity's vector is where its weight starts, and no scale.
+    a = LayerScales(
+        a.branches, {n: jnp.zeros_like(v) if n != "identity" else v for n, v in a.vectors.items()}
+    )
+    b = LayerScales(b.branches, {n: v.at[1].set(0.0) for n, v in b.vectors.items()})
+    with pytest.raises(ValueError, match=r"all scales are 0 at a/kernel, b/kernel\[1\], so these kernels"):
+        make(Scales({"a/kernel": a, "b/kernel": b}))
+
+
+@every
+def test_gradients_that_lack_a_kernel(name):
+    tx, params, gradients, _ = setting(name)
+    state = tx.init(params)
+    part = {layer: g for layer, g in gradients.items() if layer != "b"}
+    # Rules that keep moments are refused by the moments' tree before the scales are looked at.
+    keeps_moments = name in ("scale_by_repopt_adam", "repopt_adamw", "repopt_lion")
+    ours = r"the gradients lack kernels .* initialised with: b/kernel; give"
+    with pytest.raises(ValueError, match="structure" if keeps_moments else ours):
+        tx.update(part, state, params)
+
+
+def test_gradients_without_a_value_are_missing_and_hidden_ones_are_not():
+    tx, params, gradients, _ = setting("repopt_mask")
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="the gradients lack kernels"):
+        tx.update(gradients | {"b": {"kernel": None}}, state, params)
+    tx.update(gradients | {"b": {"kernel": optax.MaskedNode()}}, state, params)

@@ -1,10 +1,12 @@
-"""Optax transformations that train a plain network as its multi-branch counterpart. Nothing knows Flax."""
+"""Optax transformations that train a plain network as its multi-branch counterpart would be trained."""
 
 from repopt_jax.optim.adaptive import repopt_adamw as repopt_adamw
 from repopt_jax.optim.adaptive import repopt_lion as repopt_lion
 from repopt_jax.optim.adaptive import repopt_sign_mask as repopt_sign_mask
 from repopt_jax.optim.adaptive import scale_by_repopt_adam as scale_by_repopt_adam
-from repopt_jax.optim.chains import ClippingWarning as ClippingWarning
+from repopt_jax.optim.check import OptimizerError as OptimizerError
+from repopt_jax.optim.check import Reason as Reason
+from repopt_jax.optim.check import check_optimizer as check_optimizer
 from repopt_jax.optim.reparameterize import reparameterize as reparameterize
 from repopt_jax.optim.sgd import clip_by_repopt_global_norm as clip_by_repopt_global_norm
 from repopt_jax.optim.sgd import gradient_multipliers as gradient_multipliers

@@ -1,19 +1,19 @@
 """Adam and sign rules that move the merged kernel as they would move its branches.
 
 Where every embedding places coordinates, branch b sees the gradient s_b * g at each entry that it reaches.
-Its moments are then s_b * m and s_b^2 * v, with m and v the moments of the plain gradient g, so that neither
-branch tensors nor their moments need to be kept:
+Its moments are then s_b * m and s_b^2 * v, where m and v are the moments of the plain gradient g, so neither
+the branch tensors nor their moments need to be kept:
 
     Adam   dw_b = -lr * s_b * mhat / (sqrt(s_b^2 * vhat + eps_root) + eps)
            dK   = -lr * sum_b E_b(1) * s_b^2 * mhat / (sqrt(s_b^2 * vhat + eps_root) + eps)
     Lion   dw_b = -lr * sign(s_b * c)
            dK   = -lr * sum_b E_b(1) * |s_b| * sign(c)
 
-Decay that is decoupled from the gradient shrinks every branch by one factor, and so K by the same. Layers
-whose branches mix taps (average pooling) keep branch moments: they are given to `reparameterize`.
-Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), appendix A, for the idea;
-the rule printed there and in the published code, power 1 on the gradient and again on the update, is another
-one: see `rule="published"`.
+Decoupled weight decay shrinks every branch by the same factor, and so K too. Layers whose branches mix taps
+(average pooling) need the moments of their branches and are handled by `reparameterize`.
+Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), appendix A, for the idea.
+The rule printed there and in the published code differs: it multiplies the gradient and again the update by
+the power 1 of the scales, see `rule="published"`.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,9 @@ import jax.numpy as jnp
 import optax
 
 from repopt_jax.core import paths
-from repopt_jax.core.scales import LayerScales, Scales, check_finite
-from repopt_jax.optim import chains
+from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.optim.reparameterize import reparameterize
-from repopt_jax.optim.sgd import state_vectors
+from repopt_jax.optim.sgd import check_values, require_gradients, state_vectors
 
 Rule = Literal["exact", "published"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -65,14 +64,15 @@ def repopt_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW that trains a plain network as `optax.adamw` would train its multi-branch counterpart.
 
-    `scale_by_repopt_adam`, decoupled weight decay, learning rate. Exact for scales of any sign, eps included.
+    A chain of `scale_by_repopt_adam`, decoupled weight decay, and the learning rate. Exact for scales of any
+    sign, eps included.
 
     Args:
       learning_rate: a number or an Optax schedule.
       scales: searched, or without a search (`Scales.ones`, `Scales.depth_rule`).
       b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.adamw`.
-      weight_decay: of the merged kernels and the other parameters. For the equivalence every branch (the
-        identity's weight too) is decayed as the merged kernel is.
+      weight_decay: of the merged kernels and the other parameters. The training is that of a multi-branch
+        network which decays all its branches alike, the identity's weight included.
       mask: which parameters are decayed, as in `optax.adamw`.
       rule: see `scale_by_repopt_adam`.
 
@@ -98,8 +98,11 @@ def repopt_lion(
 ) -> optax.GradientTransformationExtraArgs:
     """Lion that trains a plain network as `optax.lion` would train its multi-branch counterpart.
 
-    `optax.scale_by_lion`, `repopt_sign_mask`, decoupled weight decay, learning rate. Arguments as in
-    `optax.lion` and `repopt_adamw`.
+    A chain of `optax.scale_by_lion`, `repopt_sign_mask`, decoupled weight decay, and the learning rate.
+    Arguments as in `optax.lion` and `repopt_adamw`.
+
+    Raises:
+      ValueError: as `scale_by_repopt_adam`.
     """
     lion = optax.scale_by_lion(b1, b2, mu_dtype)
     return optax.chain(
@@ -120,24 +123,25 @@ def scale_by_repopt_adam(
     nesterov: bool = False,
     rule: Rule = "exact",
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes the place of `optax.scale_by_adam`: the kernels that `scales` name move as Adam on their branches
-    would move them; other leaves as in Optax.
+    """Replaces `optax.scale_by_adam`: moves the kernels that `scales` name as Adam would move their branches,
+    and other leaves as `optax.scale_by_adam` does.
 
-    It takes the plain gradient: no `repopt_mask` before it. Clip with `clip_by_repopt_global_norm`, before
-    it.
+    It takes the plain gradient, so no `repopt_mask` comes before it. To clip, put
+    `clip_by_repopt_global_norm` before it.
 
     Args:
       scales: the scales.
       b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.scale_by_adam`.
       rule: "exact" is the equation at the top of this module. "published" is what the RepOptimizers code
-        does, for comparing with it: with M = sum_b s_b * E_b(1), signed, the gradient is multiplied by M
-        before both moments and mhat by M again, so that the update is M * (M * mhat) / (sqrt(M^2 * vhat +
-        eps_root) + eps), about |M| * mhat / sqrt(vhat). That is not the branches' update where scales of
-        different signs meet at one entry.
+        does, for comparison: with M = sum_b s_b * E_b(1), signed, the gradient is multiplied by M before both
+        moments and mhat by M again, so that the update is M * (M * mhat) / (sqrt(M^2 * vhat + eps_root) +
+        eps), about |M| * mhat / sqrt(vhat). That is not the branches' update at entries where scales of
+        different signs add up.
 
     Raises:
-      ValueError: an unknown rule; NaN or infinite scales; at `init`, scales that do not fit the parameters;
-        "published" with a branch set that has no elementwise multiplier.
+      ValueError: an unknown rule; scales that are NaN, infinite or all zero in a layer; "published" with a
+        branch set that has no elementwise multiplier; at `init`, scales that do not fit the parameters; at
+        `update`, gradients that lack a kernel.
     """
     if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}: it must be one of {', '.join(RULES)}")
@@ -166,7 +170,7 @@ def scale_by_repopt_adam(
 
         def update_fn(updates, state, params=None, **extra_args):
             del params, extra_args
-            chains.warn_of_clipping("scale_by_repopt_adam")
+            require_gradients(updates, state.scales)
             mu = optax.tree.update_moment(updates, state.mu, b1, 1)
             nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
             count = optax.safe_increment(state.count)
@@ -195,22 +199,23 @@ def scale_by_repopt_adam(
 
 
 def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the *update* of every kernel that `scales` name by sum_b |s_b| * E_b(1): what a rule that
-    takes the sign of the gradient, or of its moving average, needs.
+    """Multiplies the *update* of every kernel that `scales` name by sum_b |s_b| * E_b(1), which rules need
+    that take the sign of the gradient or of its moving average.
 
-    It follows the sign rule and precedes decay and learning rate::
+    It comes after the sign rule and before decay and learning rate::
 
         optax.chain(optax.scale_by_sign(), repopt_sign_mask(scales), optax.scale_by_learning_rate(1e-3))
         optax.chain(optax.scale_by_lion(), repopt_sign_mask(scales), optax.add_decayed_weights(1e-3), ...)
 
-    Exact for signSGD, Signum and Lion, whatever the signs of the scales. (Where a scale is 0 the branch does
-    not move K, and contributes 0.)
+    Exact for signSGD, Signum and Lion, whatever the signs of the scales. (A branch whose scale is 0 does not
+    move K and contributes 0.)
 
     Raises:
-      ValueError: NaN or infinite scales; a branch set without an elementwise multiplier, for which
-        `repopt_lion` and `reparameterize` are exact; at `init`, scales that do not fit the parameters.
+      ValueError: scales that are NaN, infinite or all zero in a layer; a branch set without an elementwise
+        multiplier, for which `repopt_lion` and `reparameterize` are exact; at `init`, scales that do not fit
+        the parameters; at `update`, gradients that lack a kernel.
     """
-    check_finite(scales)
+    check_values(scales)
     if mixing := [path for path, entry in scales.entries.items() if not entry.branches.elementwise]:
         raise ValueError(
             f"the branches of {', '.join(mixing)} mix taps or channels, so a sign rule has no multiplier "
@@ -222,7 +227,7 @@ def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        chains.warn_of_clipping("repopt_sign_mask")
+        require_gradients(updates, state.scales)
         branch_sets = scales.branch_sets
 
         def transform(path, u):
@@ -242,9 +247,8 @@ def _by_kind(
     elementwise: Callable[[Scales], optax.GradientTransformation],
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """`elementwise(scales)` everywhere but in layers whose branches mix taps: these get `inner` on their
-    branches."""
-    check_finite(scales)
+    """`elementwise(scales)`, except in layers whose branches mix taps: there, `inner` on their branches."""
+    check_values(scales)
     mixing = {path: entry for path, entry in scales.entries.items() if not entry.branches.elementwise}
     placed = {path: entry for path, entry in scales.entries.items() if path not in mixing}
     rule = elementwise(Scales(placed, scales.metadata))

@@ -1,9 +1,9 @@
-"""Any Optax optimizer, exactly: the branches live in the optimizer's state.
+"""Any Optax optimizer, exactly, by keeping the branches in the optimizer's state.
 
-The plain network computes with the merged kernel K = sum_b s_b * E_b(w_b). The state keeps the w_b; the inner
+The plain network computes with the merged kernel K = sum_b s_b * E_b(w_b). The state keeps the w_b. The inner
 optimizer is given their gradients, dL/dw_b = E_b^T(s_b * g), and their values; its updates dw_b move the w_b,
-and K moves by the same, dK = sum_b s_b * E_b(dw_b). Forward and backward pass stay those of the plain
-network, whatever the inner optimizer does: normalise by layers, orthogonalise, factor its moments.
+and K moves accordingly, dK = sum_b s_b * E_b(dw_b). The forward and backward passes stay those of the plain
+network, whatever the inner optimizer does: normalise by layer, orthogonalise, factor its moments.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,11 @@ import numpy as np
 import optax
 
 from repopt_jax.core import paths
-from repopt_jax.core.scales import Scales, check_finite, is_concrete
-from repopt_jax.optim import chains
-from repopt_jax.optim.sgd import state_vectors, visible_scales
+from repopt_jax.core.scales import Scales, is_concrete
+from repopt_jax.optim.sgd import check_values, require_gradients, state_vectors, visible_scales
 
-# Largest relative distance of `weights` merged from the kernels that they are said to be the branches of:
-# rounding of half precision parameters passes, other kernels do not.
+# Largest relative difference between the merged `weights` and the kernels of the parameters: rounding to half
+# precision passes, other kernels do not.
 SAME_KERNEL = 2e-2
 
 
@@ -30,12 +29,20 @@ class ReparameterizeState(NamedTuple):
     Attributes:
       scales: path of a kernel -> branch -> (*stack, out) vector.
       weights: path of a kernel -> branch -> w_b, in the kernel's dtype; empty with `keep_weights=False`.
-      inner: state of the inner optimizer, for a tree in which every such kernel is a dict of its branches.
+      inner: state of the inner optimizer, for a tree in which every such kernel is a dict of its branches; or
+        `NoInner()`, with which the moves of the branches are their gradients.
     """
 
     scales: dict[str, dict[str, jax.Array]]
     weights: dict[str, dict[str, jax.Array]]
     inner: Any
+
+
+class NoInner(NamedTuple):
+    """Replaces the inner optimizer's state to leave the inner optimizer out of `update`.
+
+    `check_optimizer` does so, because only what surrounds `reparameterize` can be wrong.
+    """
 
 
 def reparameterize(
@@ -54,31 +61,33 @@ def reparameterize(
         tx = reparameterize(optax.lamb(1e-3), scales, weights=weights)
 
     What `inner` sees is a tree of plain nested dicts, one level for each part of a path, in which a kernel
-    that `scales` name is a dict of its branches (`stages/1/0/conv/kernel/1x1`): masks and labels go by these
-    paths. The branch tensors of stacked layers stay stacked, as they are in a network with branches whose
-    layers are: a rule that looks at a whole tensor (LAMB's ratio, a factored moment) takes the stack as one.
+    that `scales` name is a dict of its branches (`stages/1/0/conv/kernel/1x1`). Masks and labels of `inner`
+    refer to these paths. The branch tensors of stacked layers stay stacked, as in a multi-branch network
+    whose layers are stacked: a rule that looks at a whole tensor (LAMB's ratio, a factored moment) treats the
+    stack as one tensor.
 
     Cost: the state holds the branch tensors, and the state of `inner` is that of the branches. In bytes, with
     n = sum over the branches of the sizes of their tensors (in a layer 3x3 + 1x1 + identity about 1.11 times
-    the size of the kernel): n numbers for the w_b, and for each moment that `inner` keeps n in place of the
-    kernel's. Forward and backward pass cost no more. SGD, Adam and Lion need none of this: `repopt_sgd`,
-    `repopt_adamw`, `repopt_lion`.
+    the size of the kernel): n numbers for the w_b, and n instead of the kernel's size for each moment that
+    `inner` keeps. The forward and backward passes cost no more. SGD, Adam and Lion need none of this: use
+    `repopt_sgd`, `repopt_adamw`, `repopt_lion`.
 
     Args:
       inner: the optimizer. Extra arguments of `update` are passed on to it.
       scales: the scales.
       weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` gives them with the model.
         A merged kernel does not determine its branches; if they are not given, `init` takes those of least
-        norm. Only rules that look at the weights (LAMB's ratio, say) can tell the difference: decoupled decay
-        cannot. They stay alive as long as the transformation does.
+        norm. That makes a difference only for rules that look at the weights, such as LAMB's ratio;
+        decoupled decay is not one of them. The transformation holds on to these arrays.
       keep_weights: False leaves the branch tensors out of the state, for an `inner` that looks at gradients
         alone (`optax.scale_by_adam()`, say, with decay outside); it is then given no parameters.
 
     Raises:
-      ValueError: NaN or infinite scales; at `init`, scales or weights that do not fit the parameters, or
-        weights whose merge is not the kernel; at `update`, no `params` although `inner` needs them.
+      ValueError: scales that are NaN, infinite or all zero in a layer; at `init`, scales or weights that do
+        not fit the parameters, or weights whose merge is not the kernel; at `update`, gradients that lack a
+        kernel, or no `params` although `inner` needs them.
     """
-    check_finite(scales)
+    check_values(scales)
     if weights is not None and not keep_weights:
         raise ValueError("`weights` are given and `keep_weights` is False: they would not be used")
     inner = optax.with_extra_args_support(inner)
@@ -103,19 +112,19 @@ def reparameterize(
         return ReparameterizeState(vectors, split if keep_weights else {}, state)
 
     def update_fn(updates, state, params=None, **extra_args):
-        chains.warn_of_clipping("reparameterize")
+        require_gradients(updates, state.scales)
         branch_sets = scales.branch_sets
         gradients, _ = paths.named_leaves(updates)
         branch_gradients = {
             path: _branch_gradients(branch_sets[path], gradients[path], vectors)
             for path, vectors in state.scales.items()
         }
-        inner_params = None
-        if params is not None and keep_weights:
-            inner_params = paths.nested(paths.named_leaves(params)[0] | state.weights)
-        moves, inner_state = inner.update(
-            paths.nested(gradients | branch_gradients), state.inner, inner_params, **extra_args
-        )
+        moves, inner_state = paths.nested(gradients | branch_gradients), state.inner
+        if not isinstance(inner_state, NoInner):
+            inner_params = None
+            if params is not None and keep_weights:
+                inner_params = paths.nested(paths.named_leaves(params)[0] | state.weights)
+            moves, inner_state = inner.update(moves, inner_state, inner_params, **extra_args)
 
         weights = {}
         for path in state.weights:
@@ -127,7 +136,7 @@ def reparameterize(
             wide = jnp.promote_types(g.dtype, jnp.float32)
             branch_moves = paths.at(moves, path)
             move = branch_sets[path].merge(_cast(branch_moves, wide), _cast(state.scales[path], wide))
-            # The inner optimizer's dtype, not g's: it may be wider, and the w_b have moved by it.
+            # In the inner optimizer's dtype, which may be wider than g's: the w_b have moved by it.
             return move.astype(jnp.result_type(*branch_moves.values()))
 
         return (
@@ -145,7 +154,7 @@ def _branch_gradients(branches, g, vectors):
 
 
 def _laid_out_as_splits(given, branches, leaf, vectors):
-    """Branch tensors on the devices on which those split from a sharded kernel lie."""
+    """The given branch tensors, sharded as those split from a sharded kernel would be."""
     if not (is_concrete(leaf) and isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)):
         return given
     shardings = {name: w.sharding for name, w in branches.split(leaf, vectors).items()}

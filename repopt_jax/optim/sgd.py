@@ -1,33 +1,40 @@
-"""The rule of iteration: gradients of the merged kernel, transformed so that it moves as the sum of its
-branches would.
+"""The rule of iteration for SGD: transforms the gradient of a merged kernel so that the kernel moves as the
+sum of its branches would.
 
-A step of SGD on the branches w_b moves K = sum_b s_b * E_b(w_b) by dK = -lr * P(g), g = dL/dK (see
-`branches`). Momentum, Nesterov's look-ahead and decoupled-from-P weight decay are linear, so it is enough to
-put P where the gradient comes in. The gradient of the branches has the square norm sum_b |E_b^T(s_b * g)|^2 =
-<g, P(g)>, by which clipping must go. Adam and sign rules are in `adaptive`, everything else in
-`reparameterize`. Trees in, trees out: nothing here knows Flax.
+A step of SGD on the branches w_b moves K = sum_b s_b * E_b(w_b) by dK = -lr * P(g), with g = dL/dK and P as
+in `core.branches`. Momentum, Nesterov's look-ahead and weight decay that is added after P are linear, so it
+is enough to apply P to the incoming gradient. The gradient of the branches has the squared norm sum_b
+|E_b^T(s_b * g)|^2 = <g, P(g)>; clipping must use that norm. Adam and sign rules are in `adaptive`, all other
+optimizers in `reparameterize`.
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.2 and appendix A.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from repopt_jax.core import paths
 from repopt_jax.core.scales import Scales, check_finite, check_fit, is_concrete
-from repopt_jax.optim import chains
 
 
 class RepOptMaskState(NamedTuple):
-    """State of `repopt_mask` and `clip_by_repopt_global_norm`.
+    """State of `repopt_mask`.
 
     Attributes:
-      scales: path of a kernel -> branch -> (*stack, out) vector. In the state, so that it is checkpointed,
-        sharded and resumed with everything else and never becomes a constant of the compiled program. The
-        multiplier itself is not stored.
+      scales: path of a kernel -> branch -> (*stack, out) vector. The vectors are in the state so that they
+        are checkpointed, sharded and resumed with everything else and never become constants of the compiled
+        program. The multiplier itself is not stored.
     """
+
+    scales: dict[str, dict[str, jax.Array]]
+
+
+class RepOptClipState(NamedTuple):
+    """State of `clip_by_repopt_global_norm`: the scale vectors, as in `RepOptMaskState`."""
 
     scales: dict[str, dict[str, jax.Array]]
 
@@ -36,26 +43,26 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient g of every kernel that `scales` name by P(g); other leaves pass unchanged.
 
     Exact for optimizers that are linear in the gradient: SGD, momentum, Nesterov, with or without decay. It
-    must come before weight decay, momentum and the learning rate. Clip with `clip_by_repopt_global_norm`,
-    before
-    it: where an ordinary clipping can be seen in the same `optax.chain`, a `ClippingWarning` says so::
+    must come before weight decay, momentum and the learning rate. To clip, put `clip_by_repopt_global_norm`
+    before it; clipping by the ordinary norm breaks the equivalence. `check_optimizer` finds such mistakes::
 
         optax.chain(repopt_mask(scales), optax.add_decayed_weights(4e-5), optax.sgd(lr, 0.9, nesterov=True))
 
-    Where every branch places coordinates, P(g) = m * g and m is rebuilt inside the update from the scale
-    vectors and iota comparisons, which the compiler fuses into the update. Other branch sets take P by
-    transposition, exactly. In kernels of stacked layers each layer has its own P. Leaves are found by path,
-    in any pytree: plain dicts, `nnx.State`, Linen or Equinox parameters.
+    Where every branch places coordinates, P(g) = m * g, and m is rebuilt inside the update from the scale
+    vectors and iota comparisons, which the compiler fuses into the update. For other branch sets P is
+    computed by transposition, which is exact as well. In kernels of stacked layers each layer has its own P.
+    Leaves are found by path, in any pytree: plain dicts, `nnx.State`, Linen or Equinox parameters.
 
     Raises:
-      ValueError: NaN or infinite scales; at `init`, paths of `scales` that the parameters lack or that have
-        another shape, all listed. (Paths that `optax.masked` or `optax.partition` hide are left alone.)
+      ValueError: scales that are NaN, infinite or all zero in a layer; at `init`, paths of `scales` that the
+        parameters lack or that have another shape; at `update`, paths that the gradients lack. All are
+        listed. Paths that `optax.masked` or `optax.partition` hide are left alone.
     """
-    check_finite(scales)
+    check_values(scales)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        chains.warn_of_clipping("repopt_mask")
+        require_gradients(updates, state.scales)
         branch_sets = scales.branch_sets
 
         def transform(path, g):
@@ -63,41 +70,45 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
 
         return paths.map_named(transform, updates), state
 
-    return optax.GradientTransformationExtraArgs(_init_with(scales), update_fn)
+    def init_fn(params):
+        return RepOptMaskState(state_vectors(scales, params))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def clip_by_repopt_global_norm(
     max_norm: jax.typing.ArrayLike, scales: Scales
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips by the global norm that the gradient of the multi-branch network has: the clipping that keeps the
-    equivalence.
+    """Clips by the global norm of the multi-branch network's gradient, which keeps the equivalence.
 
     g becomes g * min(1, max_norm / n), n = `repopt_global_norm(g, scales)`. It takes the plain gradient, so
-    it is
-    the first of the chain, before `repopt_mask` or `scale_by_repopt_adam`::
+    it comes first in the chain, before `repopt_mask` or `scale_by_repopt_adam`::
 
         optax.chain(clip_by_repopt_global_norm(5.0, scales), repopt_mask(scales), ...)
 
-    In a layer with the identity, n counts the gradient of its weight u: the network with branches clips by
-    the norm of everything that it trains.
+    In a layer with the identity, n includes the gradient of its weight u, because the multi-branch network
+    clips by the norm of everything that it trains.
 
     Raises:
       ValueError: as `repopt_mask`.
     """
-    check_finite(scales)
+    check_values(scales)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        require_gradients(updates, state.scales)
         norm = _global_norm(updates, scales, state.scales)
         factor = jnp.where(norm < max_norm, 1, max_norm / norm)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
-    return optax.GradientTransformationExtraArgs(_init_with(scales), update_fn)
+    def init_fn(params):
+        return RepOptClipState(state_vectors(scales, params))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def repopt_global_norm(gradients: Any, scales: Scales) -> jax.Array:
-    """Norm of the gradient of the multi-branch network, from that of the plain one: a scalar, float32 or
-    wider.
+    """Norm of the multi-branch network's gradient, computed from the plain one: a scalar, float32 or wider.
 
     n^2 = sum <g, P(g)> over the kernels that `scales` name + sum |g|^2 over the other leaves.
 
@@ -117,15 +128,17 @@ def repopt_sgd(
     weight_decay: float = 0.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD that trains a plain network as its multi-branch counterpart would: `repopt_mask`, decay, momentum.
+    """SGD that trains a plain network as SGD would train its multi-branch counterpart.
+
+    A chain of `repopt_mask`, weight decay, and `optax.sgd`.
 
     Args:
       learning_rate: a number or an Optax schedule.
       scales: searched, or without a search (`Scales.ones`, `Scales.depth_rule`).
-      momentum: None for none.
-      nesterov: Nesterov's look-ahead.
-      weight_decay: coefficient of the L2 term, added to the transformed gradient. For the equivalence the
-        merged kernels must be decayed as the branches (the identity's weight included) are.
+      momentum: None for plain SGD.
+      nesterov: whether momentum is Nesterov's.
+      weight_decay: coefficient of the L2 term, added to the transformed gradient. The training is that of a
+        multi-branch network which decays all its branches alike, the identity's weight included.
       mask: which parameters are decayed, as in `optax.add_decayed_weights`.
     """
     return optax.chain(
@@ -136,8 +149,8 @@ def repopt_sgd(
 
 
 def gradient_multipliers(params: Any, scales: Scales, power: int = 2) -> Any:
-    """The dense multipliers m as a pytree like `params`, ones where `scales` name nothing: for looking at,
-    and for parity.
+    """The dense multipliers m as a pytree like `params`, with ones where `scales` name nothing: for
+    inspection and parity tests.
 
     Args:
       params: a pytree of parameters.
@@ -153,20 +166,11 @@ def gradient_multipliers(params: Any, scales: Scales, power: int = 2) -> Any:
         if path not in scales.entries:
             return jnp.ones_like(p)
         entry = scales.entries[path]
-        # Squared in float32 or wider: the square of a small scale is no number of half precision.
+        # Squared in float32 or wider: the square of a small scale underflows in half precision.
         wide = jnp.promote_types(p.dtype, jnp.float32)
         return entry.branches.multiplier(entry.vectors, power=power, dtype=wide).astype(p.dtype)
 
     return paths.map_named(multiplier, params)
-
-
-def _init_with(scales: Scales):
-    """An `init` that checks the fit and puts the vectors of what it sees into the state."""
-
-    def init_fn(params):
-        return RepOptMaskState(state_vectors(scales, params))
-
-    return init_fn
 
 
 def _global_norm(gradients: Any, scales: Scales, vectors: dict[str, dict[str, jax.Array]]) -> jax.Array:
@@ -181,12 +185,12 @@ def _global_norm(gradients: Any, scales: Scales, vectors: dict[str, dict[str, ja
 
 
 def state_vectors(scales: Scales, params: Any) -> dict[str, dict[str, jax.Array]]:
-    """The vectors of `visible_scales` as an optimizer's state holds them.
+    """The vectors of `visible_scales`, as an optimizer's state holds them.
 
-    Where the parameters lie on a mesh the vectors lie on it too, whole on every device: left to themselves
-    they would be laid out anew by the first compiled step, and the second step would be compiled again.
+    If the parameters are sharded over a mesh, the vectors are replicated on it. Left on one device, they
+    would be moved by the first compiled step, and the second step would be compiled again.
     """
-    # Copies: a step that is given the state to overwrite must not take the caller's scales with it.
+    # Copies, because a step that donates its state must not delete the caller's scales.
     vectors = jax.tree.map(jnp.array, visible_scales(scales, params).vectors)
     meshes = [
         leaf.sharding.mesh
@@ -197,18 +201,51 @@ def state_vectors(scales: Scales, params: Any) -> dict[str, dict[str, jax.Array]
 
 
 def visible_scales(scales: Scales, params: Any) -> Scales:
-    """The entries that no `optax.MaskedNode` of `params` hides, checked to fit: what an optimizer's `init`
-    takes.
+    """The entries that no `optax.MaskedNode` of `params` hides, which must fit `params`.
 
     Raises:
       ValueError: paths that the parameters lack or that have another shape.
     """
-    nodes, _ = paths.named_leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    hidden = [path for path, node in nodes.items() if isinstance(node, optax.MaskedNode)]
-
-    def is_hidden(path):
-        return any(path == h or path.startswith(f"{h}/") or h == "" for h in hidden)
-
-    visible = Scales({p: e for p, e in scales.entries.items() if not is_hidden(p)}, scales.metadata)
+    hidden = _hidden(scales.entries, params)
+    visible = Scales({p: e for p, e in scales.entries.items() if p not in hidden}, scales.metadata)
     check_fit(visible, params)
     return visible
+
+
+def require_gradients(updates: Any, vectors: Iterable[str]) -> None:
+    """Raises ValueError, with every path, if `updates` lack a kernel that the state was made for: it would
+    silently be trained without its scales, or not at all. Kernels that an `optax.MaskedNode` hides are fine.
+    """
+    leaves, _ = paths.named_leaves(updates)
+    missing = [path for path in vectors if path not in leaves]
+    if missing := sorted(set(missing) - _hidden(missing, updates)):
+        raise ValueError(
+            f"the gradients lack kernels that the optimizer was initialised with: {', '.join(missing)}; give "
+            "`update` gradients of the same tree of parameters as `init`"
+        )
+
+
+def check_values(scales: Scales) -> None:
+    """Raises ValueError, with every path, if scales are NaN or infinite, or if all scales of a layer are 0:
+    its branches could neither contribute to the kernel nor be trained. Traced values are not looked at."""
+    check_finite(scales)
+    dead = []
+    for path, entry in scales.entries.items():
+        scaled = [b.name for b in entry.branches.branches if b.has_scale]
+        vectors = [entry.vectors[name] for name in scaled if name in entry.vectors]
+        shape = entry.branches.vector_shape
+        if vectors and all(is_concrete(v) and np.shape(v) == shape for v in vectors):
+            alive = np.any([np.any(np.asarray(v), axis=-1) for v in vectors], axis=0)
+            dead += [f"{path}{at.tolist() or ''}" for at in np.argwhere(~alive)]
+    if dead:
+        raise ValueError(
+            f"all scales are 0 at {', '.join(dead)}, so these kernels would not be trained: leave the layers "
+            "out of the scales, or search them again"
+        )
+
+
+def _hidden(names: Iterable[str], tree: Any) -> set[str]:
+    """Those of `names` at or below an `optax.MaskedNode` of `tree`."""
+    nodes, _ = paths.named_leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    hidden = [path for path, node in nodes.items() if isinstance(node, optax.MaskedNode)]
+    return {name for name in names if any(h in ("", name) or name.startswith(f"{h}/") for h in hidden)}

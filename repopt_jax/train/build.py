@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from repopt_jax import data
 from repopt_jax.core.scales import Scales
+from repopt_jax.optim.check import check_optimizer
 from repopt_jax.surgery.decay import scale_paths, weight_decay_mask
 from repopt_jax.surgery.prepare import Mode, prepare
 from repopt_jax.surgery.search import extract_scales
@@ -134,6 +135,8 @@ def _program(
         after = round(config.freeze_scales * config.epochs * steps_per_epoch)
         tx = hold_scales(tx, scale_paths(model), after=after)
     network = split_model(model)
+    if scales is not None and source is not None:
+        check_optimizer(tx, scales, network.params)
     marks = None
     if config.model.mode == Mode.SEARCH:
         find = lambda model: extract_scales(model).vectors  # noqa: E731

@@ -1,16 +1,16 @@
-"""The equivalence, checked on a user's own model: train the CSLA network and the plain one, and compare them.
+"""Checks the equivalence on a user's own model: trains the CSLA network and the plain one and compares them.
 
 RepOptimizer's claim is that a plain network whose kernels are re-initialised and whose gradients are
 transformed trains exactly as the CSLA network (constant-scale linear addition of branches) does under the
-ordinary optimizer. Here both are trained side by side in float64, from the same branch tensors, on the same
-batches; where they part, both are looked at for the likely reason.
+ordinary optimizer. Here both are trained in float64, from the same branch tensors, on the same batches. If
+they differ, `reasons` says why.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from repopt_jax import userfile
 from repopt_jax.core import paths
 from repopt_jax.core.scales import LayerScales, Scales, check_fit
 from repopt_jax.nn.merged import Merged
-from repopt_jax.optim import chains
 from repopt_jax.optim.sgd import repopt_mask
 from repopt_jax.surgery.layers import check_aliases, layers_at
 from repopt_jax.surgery.modules import join, named_modules
@@ -33,13 +32,9 @@ from repopt_jax.verify import reasons
 Loss = Callable[[Any, Any], jax.Array]
 MakeOptimizer = Callable[[Weights], optax.GradientTransformation]
 
-# Relative, float64. Loss and gradients of the two networks before the first step agree to about 1e-14.
-SAME_FUNCTION = 1e-9
 # A parameter or statistic that is this much smaller than the network's largest counts as this large.
 NEGLIGIBLE = 1e-6
-# A gradient that is this much smaller than the largest is what rounding leaves of 0.
-ROUNDING = 1e-12
-# One program each: a program for every operation and shape takes longer to compile than some trainings.
+# One program each: compiling one for every operation and shape takes longer than some trainings.
 _sample = jax.jit(sample_weights, static_argnames="dtype")
 _merge = jax.jit(merge_weights)
 
@@ -50,16 +45,17 @@ class Equivalence:
 
     Attributes:
       differences: path of a parameter or batch statistic of the plain model -> largest absolute difference
-        from its counterpart in the CSLA model, divided by that one's largest absolute value (by a millionth
-        of the network's largest where that is more: what is zero but for rounding has nothing to compare).
+        from its counterpart in the CSLA model, divided by that one's largest absolute value (or by a
+        millionth of the network's largest, if that is more: values that are zero but for rounding are not
+        compared).
       losses: loss of the plain model at each step.
       loss_difference: largest relative difference of the two models' losses at a step.
-      movement: the largest relative change of a kernel since the start: an equivalence of networks that do
-        not move would say nothing.
+      movement: the largest relative change of a kernel since the start. If the networks do not move, their
+        equivalence means nothing.
       steps: number of steps.
       tolerance: what `equivalent` compares with.
       reasons: why they are not equivalent, as sentences, the likeliest first; empty if they are.
-      compared: what was compared: steps, and the mode of batch norm.
+      compared: the number of steps and the mode of batch norm, as text.
     """
 
     differences: dict[str, float]
@@ -89,8 +85,7 @@ class Equivalence:
 
 
 def nesterov_with_decay(mask: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The published recipe's optimizer: `mask`, weight decay 4e-5, SGD with Nesterov momentum 0.9, at a rate
-    of 0.05."""
+    """The published recipe: `mask`, weight decay 4e-5, then SGD with Nesterov momentum 0.9 at rate 0.05."""
     return optax.chain(mask, optax.add_decayed_weights(4e-5), optax.sgd(0.05, 0.9, nesterov=True))
 
 
@@ -102,10 +97,10 @@ def cross_entropy(model: Any, batch: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The arguments of `verify_equivalence`, as `get_check()` of a file for `repopt verify --check=FILE`
-    returns them.
+    """The arguments of `verify_equivalence`, which `get_check()` of a file for `repopt verify --check=FILE`
+    returns.
 
-    `batches` may be endless if the number of steps is given on the command line.
+    `batches` may be infinite if the number of steps is given on the command line.
     """
 
     model: nnx.Module
@@ -142,7 +137,7 @@ def verify_equivalence(
     tolerance: float = 1e-10,
     rngs: nnx.Rngs,
 ) -> Equivalence:
-    """Trains the CSLA network and the plain network side by side in float64 and compares them.
+    """Trains the CSLA network and the plain network in float64 and compares them.
 
         verify_equivalence(
             model,
@@ -153,17 +148,17 @@ def verify_equivalence(
             rngs=nnx.Rngs(0),
         )
 
-    Modules of the model that compute in a narrower type (an attribute `dtype`) are set to float64; casts
-    inside their code cannot be.
+    Modules of the model that compute in a narrower type (an attribute `dtype`) are set to float64. Casts
+    inside their code stay.
 
     Args:
-      model: a plain network, in training mode; untouched. Its own weights stay except in the layers of
-        `scales`, whose branches are drawn with `rngs`. Dropout draws the same numbers in both networks.
+      model: a plain network, in training mode; a copy is trained. It keeps its weights except in the layers
+        of `scales`, whose branches are drawn with `rngs`. Dropout draws the same numbers in both networks.
       scales: the constants.
       batches: one pytree of arrays a step, at least one; floating-point arrays are used in float64.
-      optimizer: what the plain network is trained with, re-parameterized; or a function that makes it from
-        the branch tensors (path -> branch -> array), which `reparameterize(inner, scales, weights=...)`
-        wants. By default `nesterov_with_decay(repopt_mask(scales))`.
+      optimizer: of the plain network, re-parameterized; or a function that makes it from the branch tensors
+        (path -> branch -> array), for `reparameterize(inner, scales, weights=...)`. By default
+        `nesterov_with_decay(repopt_mask(scales))`.
       twin_optimizer: its ordinary counterpart, for the CSLA network, whose parameters are the branch tensors
         `.../weights/<branch>` in place of `.../kernel`. By default `nesterov_with_decay(optax.identity())`.
       loss: (model, batch) -> scalar.
@@ -171,7 +166,7 @@ def verify_equivalence(
       rngs: source of the branch draws (stream `params`).
 
     Returns:
-      The differences by path, and where they are above the tolerance the likely reasons.
+      The differences by path and, if they are above the tolerance, the likely reasons.
 
     Raises:
       ValueError: the scales do not fit the model; `batches` is empty; only one of the two optimizers is
@@ -187,40 +182,31 @@ def verify_equivalence(
     check_aliases(model, scales.entries)
     check_fit(scales, nnx.state(model))  # of any part of the model
     layers_at(model, scales.entries)
-    with jax.enable_x64(True), chains.quiet():  # what a warning would say is among the reasons
+    with jax.enable_x64(True):
         model, scales = _as_float64(model), _as_float64(scales)
         data = [_as_float64(jax.tree.map(jnp.asarray, batch)) for batch in batches]
         if not data:
             raise ValueError("`batches` is empty: at least one batch is needed to train on")
         weights = _sample(scales, rngs.params(), dtype=jnp.float64)
-        plain = _Network(with_kernels(model, _merge(scales, weights)), loss)
-        twin = _Network(csla_twin(model, scales, weights), loss)
         if optimizer is None or twin_optimizer is None:
             tx, twin_tx = nesterov_with_decay(repopt_mask(scales)), nesterov_with_decay(optax.identity())
         else:
             tx = optimizer(weights) if callable(optimizer) else optimizer
             twin_tx = twin_optimizer
-        side, twin_side = reasons.Side(tx, plain.params), reasons.Side(twin_tx, twin.params)
-        run, twin_run = plain.train(side, data), twin.train(twin_side, data)
-        start, end, expected = (_values(m) for m in (plain.model, run.model, twin_run.model))
-        # Zero but for rounding, as a bias in front of a batch norm: rounding is all that could be compared.
-        sizes = [np.abs(value[np.isfinite(value)]).max(initial=0.0) for value in expected.values()]
-        floor = NEGLIGIBLE * float(max(sizes))
-        result = Equivalence(
-            differences={path: _relative(end[path], expected[path], floor) for path in end},
-            losses=run.losses,
-            loss_difference=_relative(np.array(run.losses), np.array(twin_run.losses)),
-            movement=float(np.max([_relative(end[path], start[path]) for path in scales.entries])),
-            steps=len(data),
-            tolerance=tolerance,
-            compared=_compared(model, len(data)),
-        )
+        network = _Network(with_kernels(model, _merge(scales, weights)), loss)
+        plain = network.train(tx, data)
+        twin = _Network(csla_twin(model, scales, weights), loss).train(twin_tx, data)
+        result = _compared(network.model, plain, twin, scales, tolerance)
         if result.equivalent:
             return result
-        found = _reasons(
-            result, _Parted(plain, twin, side, twin_side, run, twin_run, scales, data, callable(optimizer))
+        sentences = reasons.explain(
+            reasons.Pair(plain, twin, scales, data, knows_branches=callable(optimizer)),
+            difference=result.max_difference,
+            movement=result.movement,
+            tolerance=tolerance,
+            wrong=[path for path, difference in result.worst() if not difference <= tolerance],
         )
-        return dataclasses.replace(result, reasons=tuple(found))
+        return dataclasses.replace(result, reasons=tuple(sentences))
 
 
 def load_check(path: str | Path) -> Check:
@@ -240,18 +226,8 @@ def load_check(path: str | Path) -> Check:
     return check
 
 
-class _Run(NamedTuple):
-    """A finished training: the model, the loss and the gradient's norm at each step, and the first
-    gradient."""
-
-    model: nnx.Module
-    losses: list[float]
-    norms: list[float]
-    gradients: dict[str, np.ndarray]
-
-
 class _Network:
-    """A model and a loss; training gives another model."""
+    """A model and a loss."""
 
     def __init__(self, model: nnx.Module, loss: Loss):
         self.model = model
@@ -265,15 +241,20 @@ class _Network:
         value = self.loss(merged, batch)
         return value, nnx.split(merged, nnx.Param, ...)[2]
 
-    def train(self, side: reasons.Side, batches: list) -> _Run:
-        """One step a batch."""
+    def train(self, tx: optax.GradientTransformation, batches: list) -> reasons.Side:
+        """Trains a copy, one step a batch."""
 
         @jax.jit
         def differentiate(params, rest, batch):
             (value, rest), gradients = jax.value_and_grad(self.value, has_aux=True)(params, rest, batch)
             return value, rest, gradients, optax.tree.norm(gradients)
 
-        params, rest, state = self.params, self.rest, side.tx.init(self.params)
+        @jax.jit
+        def step(gradients, state, params):
+            updates, state = tx.update(gradients, state, params)
+            return state, optax.apply_updates(params, updates)
+
+        params, rest, state = self.params, self.rest, tx.init(self.params)
         losses, norms, first = [], [], {}
         for batch in batches:
             value, rest, gradients, norm = differentiate(params, rest, batch)
@@ -281,196 +262,32 @@ class _Network:
                 first = {path: np.asarray(g) for path, g in paths.named_leaves(gradients)[0].items()}
             losses.append(float(value))
             norms.append(float(norm))
-            _, state, params = side.step(gradients, state, params)
-        return _Run(nnx.merge(self.graph, params, rest, copy=True), losses, norms, first)
+            state, params = step(gradients, state, params)
+        trained = nnx.merge(self.graph, params, rest, copy=True)
+        return reasons.Side(self, tx, step, trained, losses, norms, first)
 
 
-class _Parted(NamedTuple):
-    """Two trainings that did not end alike."""
-
-    plain: _Network
-    twin: _Network
-    side: reasons.Side
-    twin_side: reasons.Side
-    run: _Run
-    twin_run: _Run
-    scales: Scales
-    batches: list
-    knows_branches: bool
-
-
-def _reasons(result: Equivalence, parted: _Parted) -> list[str]:
-    """Sentences, the likeliest first: what can be shown of the networks, the optimizers and the data; where
-    that is nothing, what makes rounding grow."""
-    casts = dict(_casts(parted))
-    if casts and result.max_difference <= 1e3 * max(casts.values()):
-        return list(casts)  # nothing finer can be told apart from their rounding
-    found = [*_start_reasons(parted)]
-    gradients = parted.run.gradients
-    if all(np.isfinite(g).all() for g in gradients.values()):
-        # As large as they came to be: a norm may be clipped only later.
-        norms = [norm for norm in parted.run.norms if np.isfinite(norm)]
-        growth = max(norms) / norms[0] if norms[0] else 1.0
-        found += reasons.optimizer_reasons(
-            parted.side,
-            parted.twin_side,
-            parted.scales,
-            {path: growth * g for path, g in gradients.items()},
-            steps=result.steps,
-            knows_branches=parted.knows_branches,
-        )
-    if result.movement <= result.tolerance:
-        still = (
-            "the networks did not move by more than the tolerance (no kernel by more than "
-            f"{result.movement:.1g} of itself), so nothing was compared: is the learning rate 0, the loss "
-            "independent of the kernels, or the tolerance too large?"
-        )
-        found.insert(0 if result.max_difference <= result.tolerance else len(found), still)
-    found += casts
-    if not found:
-        found += _rounding_reasons(result, parted, gradients)
-    found += _number_reasons(parted)
-    return found or [
-        "no known reason was recognised: optimizers and networks agree when they are probed one by one; is "
-        "the tolerance too small, or does the loss keep a state of its own?"
-    ]
-
-
-def _start_reasons(parted: _Parted) -> Iterator[str]:
-    """The networks, before any step, on the first batch."""
-    value, expected = parted.run.losses[0], parted.twin_run.losses[0]
-    if not (np.isfinite(value) and np.isfinite(expected)):
-        return
-    gradients = reasons.branch_gradients(parted.scales, parted.run.gradients)
-    twin_gradients = parted.twin_run.gradients
-    floor = ROUNDING * max(np.abs(g).max() for g in twin_gradients.values())
-    wrong = [
-        path
-        for path, g in twin_gradients.items()
-        if not np.abs(g - gradients[path]).max() <= SAME_FUNCTION * np.abs(g).max() + floor
-    ]
-    different_loss = not abs(value - expected) <= SAME_FUNCTION * abs(expected)
-    if not different_loss and not wrong:
-        return
-    own = [
-        f"{path} ({type(module).__name__})"
-        for path, module in named_modules(parted.plain.model)
-        if join(path, "kernel") in parted.scales.entries and type(module) not in (nnx.Conv, nnx.Linear)
-    ]
-    what = (
-        f"loss {value:.6g} and {expected:.6g}" if different_loss else f"the gradient of {paths.listed(wrong)}"
-    )
-    why = (
-        f"the layers {paths.listed(own)} are of classes of their own, and the twin has plain convolutions "
-        "there"
-        if own
-        else "does the loss read the kernels itself (an L2 term), or draw random numbers outside the model?"
-    )
-    yield f"the two networks differ before the first step ({what}): {why}"
-
-
-def _casts(parted: _Parted) -> Iterator[tuple[str, float]]:
-    """Casts to a narrower type than float64, each with the spacing of that type's numbers."""
-    rest, batch, params = parted.plain.rest, parted.batches[0], parted.plain.params
-    loss = jax.make_jaxpr(lambda params: parted.plain.value(params, rest, batch)[0])(params)
-    if types := set(_narrowed(loss.jaxpr)):
-        yield (
-            f"model or loss cast to {', '.join(sorted(types))}, so the networks agree only to its precision: "
-            "remove the cast for the check, or allow for it in `tolerance`",
-            _spacing(types),
-        )
-    for name, side in (("optimizer", parted.side), ("twin_optimizer", parted.twin_side)):
-        state = jax.eval_shape(side.tx.init, side.params)
-        update = jax.make_jaxpr(side.tx.update)(side.params, state, side.params)
-        if types := set(_narrowed(update.jaxpr)):
-            yield (
-                f"`{name}` casts to {', '.join(sorted(types))} (mu_dtype, accumulator_dtype?), so the "
-                "networks agree only to its precision: leave the narrow type out for the check",
-                _spacing(types),
-            )
-
-
-def _spacing(types: Iterable[str]) -> float:
-    return max(float(jnp.finfo(t).eps) for t in types)
-
-
-def _narrowed(jaxpr: Any) -> Iterator[str]:
-    """Floating-point types to which a program converts wider numbers."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "convert_element_type":
-            before, after = equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
-            floating = all(jnp.issubdtype(t, jnp.floating) for t in (before, after))
-            if floating and jnp.finfo(after).bits < jnp.finfo(before).bits:
-                yield str(after)
-        for parameter in equation.params.values():
-            for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _narrowed(inner)
-
-
-def _rounding_reasons(
-    result: Equivalence, parted: _Parted, gradients: Mapping[str, np.ndarray]
-) -> Iterator[str]:
-    """Where everything agrees step by step: what turns rounding into a difference."""
-    largest = max(np.abs(g).max() for g in gradients.values())
-    largest = largest if np.isfinite(largest) else 0.0
-    wrong = [path for path, difference in result.worst() if not difference <= result.tolerance]
-    if noise := [p for p in wrong if p in gradients and np.abs(gradients[p]).max() < ROUNDING * largest]:
-        yield (
-            f"the gradient of {paths.listed(noise)} is zero but for rounding, and the optimizer makes "
-            "whole steps of it: a bias in front of batch norm has no effect, leave it out"
-        )
-    modes = _batch_norm_modes(parted.plain.model)
-    if modes.get(True):
-        yield (
-            f"batch norm is in evaluation mode in {modes[True]} layers, so nothing normalises the "
-            "activations and rounding grows: call model.train() before the check, as in training"
-        )
-    first = _relative(np.array(parted.run.losses[:1]), np.array(parted.twin_run.losses[:1]))
-    if not noise and first <= SAME_FUNCTION < result.max_difference and len(parted.batches) > 1:
-        yield (
-            f"the networks agree at first (losses to {first:.0e}) and part slowly, as an unstable training "
-            "amplifies rounding: lower the learning rate, or check fewer steps"
-        )
-
-
-def _number_reasons(parted: _Parted) -> Iterator[str]:
-    """NaN and infinity: where they begin."""
-    for number, batch in enumerate(parted.batches):
-        leaves, _ = paths.named_leaves(batch)
-        floats = {p: x for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-        if bad := [path for path, x in floats.items() if not np.isfinite(x).all()]:
-            yield f"batch {number} holds NaN or infinite numbers ({paths.listed(bad)})"
-            return
-    for name, run in (("plain network", parted.run), ("twin", parted.twin_run)):
-        if bad := [i for i, value in enumerate(run.losses) if not np.isfinite(value)]:
-            yield (
-                f"the loss of the {name} is not finite from step {bad[0]} on: the training diverges, lower "
-                "the learning rate or check fewer steps"
-            )
-            return
-    for name, run in (("plain network", parted.run), ("twin", parted.twin_run)):
-        if bad := [path for path, value in _values(run.model).items() if not np.isfinite(value).all()]:
-            yield f"the last step leaves NaN or infinite numbers in the {name}, at {paths.listed(bad)}"
-            return
-
-
-def _compared(model: nnx.Module, steps: int) -> str:
+def _compared(
+    model: nnx.Module, plain: reasons.Side, twin: reasons.Side, scales: Scales, tolerance: float
+) -> Equivalence:
+    """The two trainings, compared; `model` is the plain network before the first step."""
+    start, end, expected = (_values(m) for m in (model, plain.trained, twin.trained))
+    # Zero but for rounding, as a bias in front of a batch norm: rounding is all that could be compared.
+    sizes = [np.abs(value[np.isfinite(value)]).max(initial=0.0) for value in expected.values()]
+    floor = NEGLIGIBLE * float(max(sizes))
     names = {False: "training", True: "evaluation"}
-    modes = _batch_norm_modes(model)
+    modes = reasons.batch_norm_modes(model)
     norms = " and ".join(f"{names[mode]} mode ({count} layers)" for mode, count in modes.items())
-    after = ", one after the sum of the branches" if modes else ""
-    return f"{steps} steps in float64, {f'batch norm in {norms}{after}' if modes else 'no batch norm'}"
-
-
-def _batch_norm_modes(model: nnx.Module) -> dict[bool, int]:
-    """Whether batch norm uses its running averages -> number of layers."""
-    modes: dict[bool, int] = {}
-    for _, module in named_modules(model):
-        if isinstance(module, nnx.BatchNorm):
-            modes[bool(module.use_running_average)] = modes.get(bool(module.use_running_average), 0) + 1
-    return modes
+    norms = f"batch norm in {norms}, one after the sum of the branches" if modes else "no batch norm"
+    return Equivalence(
+        differences={path: _relative(end[path], expected[path], floor) for path in end},
+        losses=plain.losses,
+        loss_difference=_relative(np.array(plain.losses), np.array(twin.losses)),
+        movement=float(np.max([_relative(end[path], start[path]) for path in scales.entries])),
+        steps=len(plain.losses),
+        tolerance=tolerance,
+        compared=f"{len(plain.losses)} steps in float64, {norms}",
+    )
 
 
 def _values(model: nnx.Module) -> dict[str, np.ndarray]:

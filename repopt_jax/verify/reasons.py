@@ -1,94 +1,278 @@
-"""Why a plain network and its CSLA twin part: the optimizers, probed.
+"""Why a plain network and its CSLA twin do not train alike: sentences for the user, the likeliest first.
 
-Both optimizers are run on made-up gradients that correspond to one another: g for the plain network,
-E_b^T(s_b * g) for the branches. The twin's moves, merged, must be the plain network's. Where they are not,
-further probes (no gradient at all, twice the gradient, one entry changed, ten orders of magnitude) tell which
-part is to blame. Names of transformations make a reason more definite; on their own they are none.
+Looks at the two networks before the first step, at the optimizers, at the dtypes, and at the numbers. The
+plain network's optimizer is checked by `optim.check`. Then both optimizers are run on corresponding made-up
+gradients, g for the plain network and E_b^T(s_b * g) for the branches, and their moves are compared.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.paths import listed
 from repopt_jax.core.scales import Scales
-from repopt_jax.optim import chains
-from repopt_jax.surgery.modules import join
+from repopt_jax.optim.check import Reason, find_faults
+from repopt_jax.optim.reparameterize import ReparameterizeState
+from repopt_jax.surgery.modules import join, named_modules
 
 Named = dict[str, np.ndarray]
 
-# In float64 a right pair of optimizers agrees to about 1e-12; a wrong one differs in some leaf by far more.
-AGREES = 1e-8
-# Powers of ten from where clipping does nothing to where nothing is left but its threshold.
-MAGNITUDES = range(-8, 9, 2)
-# What is smaller than this share of the largest move is rounding.
-ROUNDING = 1e-14
-# Rules for optimizers that are not linear.
-ADAPTIVE = frozenset({"scale_by_repopt_adam", "repopt_sign_mask"})
+# Relative, float64. Loss and gradients of the two networks before the first step agree to about 1e-14.
+SAME_FUNCTION = 1e-9
+# Relative, float64. The moves of two optimizers that correspond agree to about 1e-12.
+SAME_MOVE = 1e-8
+# A gradient or move that is this much smaller than the largest is the rounding error of a 0.
+ROUNDING = 1e-12
+# By this factor smaller, gradients are clipped by no threshold in use.
+TINY = 1e-6
 
 
-class Side:
-    """An optimizer and the parameters that it starts from, as a compiled step (gradients, state, parameters)
-    -> (updates, state, parameters) that training and probing share."""
+class Side(NamedTuple):
+    """One of the two networks, with its optimizer and its finished training.
 
-    def __init__(self, tx: optax.GradientTransformation, params: Any):
-        self.tx, self.params = tx, params
-        self.names = chains.transformations(tx)
-        self.start, self.treedef = paths.named_leaves(params)
+    Attributes:
+      network: has `model`, `params`, `rest` and `value(params, rest, batch)`.
+      tx: its optimizer.
+      step: (gradients, state, params) -> (state, params), compiled.
+      trained: the model after the last step.
+      losses, norms: the loss and the gradient's norm at each step.
+      gradients: the first gradients, by path.
+    """
 
-        @jax.jit
-        def step(gradients, state, params):
-            updates, state = tx.update(gradients, state, params)
-            return updates, state, optax.apply_updates(params, updates)
-
-        self.step = step
-
-    def updates(self, gradients: Iterable[Mapping[str, Any]]) -> Iterator[Named]:
-        """The updates of successive steps, from a fresh state, by path."""
-        params, state = self.params, self.tx.init(self.params)
-        for by_path in gradients:
-            tree = self.treedef.unflatten([jnp.asarray(by_path[path]) for path in self.start])
-            updates, state, params = self.step(tree, state, params)
-            yield {path: np.asarray(u) for path, u in paths.named_leaves(updates)[0].items()}
-
-    def move(self, gradients: Iterable[Mapping[str, Any]]) -> Named:
-        """The sum of the updates, by path."""
-        return functools.reduce(lambda a, b: {p: a[p] + b[p] for p in a}, self.updates(gradients))
+    network: Any
+    tx: optax.GradientTransformation
+    step: Any
+    trained: nnx.Module
+    losses: list[float]
+    norms: list[float]
+    gradients: Named
 
 
-def optimizer_reasons(
-    plain: Side,
-    twin: Side,
-    scales: Scales,
-    gradients: Mapping[str, np.ndarray],
-    *,
-    steps: int,
-    knows_branches: bool,
+class Pair(NamedTuple):
+    """Both sides, and what they were trained with.
+
+    Attributes:
+      plain, twin: the plain network's side and the CSLA network's.
+      scales, batches: what both were trained with, float64.
+      knows_branches: whether the plain network's optimizer was made from the branch tensors.
+    """
+
+    plain: Side
+    twin: Side
+    scales: Scales
+    batches: list[Any]
+    knows_branches: bool
+
+
+def explain(
+    pair: Pair, *, difference: float, movement: float, tolerance: float, wrong: list[str]
 ) -> list[str]:
-    """Sentences that say what makes the two optimizers differ, the surest first; none if they agree.
+    """Sentences that say why the two trainings differ by `difference`.
 
     Args:
-      plain: optimizer and parameters of the plain network; float64.
-      twin: those of the CSLA network.
-      scales: the scales, float64.
-      gradients: of the plain network, by path: they give the made-up ones their size.
-      steps: number of steps after which the optimizer must have moved something.
-      knows_branches: whether the plain network's optimizer was given the branch tensors.
+      pair: the two trainings.
+      difference, movement, tolerance: as in `Equivalence`.
+      wrong: paths that differ, the worst first.
     """
-    pair = _Pair(plain, twin, scales, gradients, steps)
-    misplaced, unequal = _decay_reasons(pair)
-    if misplaced or unequal:
-        pair.shorten()
-    return [*misplaced, *_gradient_reasons(pair, knows_branches), *unequal]
+    casts = dict(_casts(pair))
+    if casts and difference <= 1e3 * max(casts.values()):
+        return list(casts)  # their rounding hides anything finer
+    found = list(_networks(pair))
+    if all(np.isfinite(g).all() for g in pair.plain.gradients.values()):
+        found += _optimizers(pair)
+    if movement <= tolerance:
+        still = (
+            "the networks did not move by more than the tolerance (no kernel by more than "
+            f"{movement:.1g} of itself), so nothing was compared: is the learning rate 0, the loss "
+            "independent of the kernels, or the tolerance too large?"
+        )
+        found.insert(0 if difference <= tolerance else len(found), still)
+    found += casts
+    if not found:
+        found += _rounding(pair, difference, wrong)
+    found += _numbers(pair)
+    return found or [
+        "no known reason was recognised: optimizers and networks agree when they are probed one by one; is "
+        "the tolerance too small, or does the loss keep a state of its own?"
+    ]
 
 
-def branch_gradients(scales: Scales, gradients: Mapping[str, Any]) -> dict[str, Any]:
+def batch_norm_modes(model: nnx.Module) -> dict[bool, int]:
+    """Whether batch norm uses its running averages -> number of layers."""
+    modes: dict[bool, int] = {}
+    for _, module in named_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            modes[bool(module.use_running_average)] = modes.get(bool(module.use_running_average), 0) + 1
+    return modes
+
+
+# -- the networks
+
+
+def _networks(pair: Pair) -> Iterator[str]:
+    """Loss and gradients before any step, on the first batch."""
+    value, expected = pair.plain.losses[0], pair.twin.losses[0]
+    if not (np.isfinite(value) and np.isfinite(expected)):
+        return
+    _, wrong = _differing(
+        pair.twin.gradients, _branch_gradients(pair.scales, pair.plain.gradients), SAME_FUNCTION
+    )
+    different_loss = not abs(value - expected) <= SAME_FUNCTION * abs(expected)
+    if not different_loss and not wrong:
+        return
+    own = [
+        f"{path} ({type(module).__name__})"
+        for path, module in named_modules(pair.plain.network.model)
+        if join(path, "kernel") in pair.scales.entries and type(module) not in (nnx.Conv, nnx.Linear)
+    ]
+    what = f"loss {value:.6g} and {expected:.6g}" if different_loss else f"the gradient of {listed(wrong)}"
+    why = (
+        f"the layers {listed(own)} are of classes of their own, and the twin has plain convolutions there"
+        if own
+        else "does the loss read the kernels itself (an L2 term), or draw random numbers outside the model?"
+    )
+    yield f"the two networks differ before the first step ({what}): {why}"
+
+
+# -- the optimizers
+
+
+def _optimizers(pair: Pair) -> list[str]:
+    """What is wrong with `optimizer`, and where `twin_optimizer` is not its counterpart."""
+    faults = find_faults(pair.plain.tx, pair.scales, pair.plain.network.params)
+    found = [fault.message for fault in faults]
+    reasons = {fault.reason for fault in faults}
+    probes = _Probes(pair)
+    decay = [] if Reason.DECAY_BEFORE_RULE in reasons else probes.decay()
+    if not reasons - {Reason.DECAY_BEFORE_RULE}:
+        found += probes.gradients(same_decay=not decay and not faults)
+    return found + decay
+
+
+class _Probes:
+    """Both optimizers from their first states, on corresponding gradients."""
+
+    def __init__(self, pair: Pair):
+        self.pair = pair
+        norms = [norm for norm in pair.plain.norms if np.isfinite(norm)]
+        # As large as they came to be: a norm may be clipped only later.
+        growth = max(norms) / norms[0] if norms[0] else 1.0
+        sizes = {p: growth * float(np.sqrt(np.mean(np.square(g)))) for p, g in pair.plain.gradients.items()}
+        least = 1e-3 * (float(np.sqrt(np.mean(np.square(list(sizes.values()))))) or 1.0)
+        rng = np.random.default_rng(0)
+        # No leaf without a gradient: one that is dead on this batch may be alive on the next.
+        self.base = {
+            path: max(sizes[path], least) * rng.normal(size=g.shape)
+            for path, g in pair.plain.gradients.items()
+        }
+        # The first step may have the rate 0, or only collect gradients.
+        steps = len(pair.batches)
+        moved = (
+            np.any([np.any(m) for m in self._plain(count * [1.0]).values()]) for count in range(1, steps + 1)
+        )
+        self.period = next((i for i, m in enumerate(moved, start=1) if m), steps)
+
+    def decay(self) -> list[str]:
+        """Weight decay is the move that is left without gradients."""
+        none = self.period * [0.0]
+        by_branch = _moves(self.pair.twin, self._branches(none))
+        merged = _merged(self.pair.scales, by_branch)
+        kernels, wrong = self._compare(self._plain(none), merged)
+        left_out = [path for path in kernels if self._identity_left_out(path, by_branch)]
+        found = []
+        if left_out:
+            found.append(
+                "the identity's weight is not decayed in the twin, while the kernel that it is a part of is "
+                f"decayed in the plain network, at {listed(left_out)}: a mask by ndim > 1 leaves it out, so "
+                "let `twin_optimizer` decay all branch weights, or `optimizer` leave the kernels out"
+            )
+        if wrong := [path for path in wrong if path not in left_out]:
+            found.append(
+                f"weight decay (the update without gradients) differs at {listed(wrong)}: give both "
+                "optimizers the same coefficient, and masks that treat a kernel and its branches alike"
+            )
+        return found
+
+    def gradients(self, *, same_decay: bool) -> list[str]:
+        """What both do beyond that when there is a gradient."""
+        # With one size in all steps, clipping would be a constant factor. After the first update, parameters
+        # that moved differently are decayed differently.
+        sizes = [1.0] * self.period + ([0.3, 2.5] if same_decay else [])
+        kernels, wrong = self._responses(sizes)
+        if not wrong:
+            return []
+        if not self._responses([TINY * size for size in sizes])[1]:
+            return [
+                "the two optimizers agree on small gradients and differ on large ones: one of them clips, or "
+                "clips at another norm; give `optimizer` clip_by_repopt_global_norm(max_norm, scales) and "
+                "`twin_optimizer` clip_by_global_norm with the same norm, at the heads of their chains"
+            ]
+        if others := [path for path in wrong if path not in kernels]:
+            return [
+                "the two optimizers also move parameters differently that the scales do not name "
+                f"({listed(others)}): give `optimizer` and `twin_optimizer` the same learning rate, momentum "
+                "and other settings, and let them be counterparts"
+            ]
+        state = jax.eval_shape(self.pair.plain.tx.init, self.pair.plain.network.params)
+        nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ReparameterizeState))
+        if not self.pair.knows_branches and any(isinstance(node, ReparameterizeState) for node in nodes):
+            return [
+                "reparameterize was made without the branch tensors and split the kernels by itself, and its "
+                "inner optimizer looks at the weights: give `optimizer` as a function of the branch tensors, "
+                "lambda weights: reparameterize(inner, scales, weights=weights)"
+            ]
+        return [
+            f"`optimizer` moves the kernels at {listed(kernels)} otherwise than `twin_optimizer` moves their "
+            "branches: are the settings of both the same, and is the rule of repopt_adamw 'exact' (the "
+            "published one is not, for scales of different signs)?"
+        ]
+
+    def _responses(self, sizes: list[float]) -> tuple[list[str], list[str]]:
+        """Where the two moves differ that gradients of these sizes make."""
+        none = [0.0] * len(sizes)
+        plain = _minus(self._plain(sizes), self._plain(none))
+        by_branch = _minus(
+            _moves(self.pair.twin, self._branches(sizes)), _moves(self.pair.twin, self._branches(none))
+        )
+        return self._compare(plain, _merged(self.pair.scales, by_branch))
+
+    def _compare(self, plain: Named, expected: Named) -> tuple[list[str], list[str]]:
+        return _differing(plain, expected, SAME_MOVE, self.pair.scales)
+
+    def _steps(self, sizes: list[float]) -> list[Named]:
+        """Gradients of successive steps: in each the entries are in other places."""
+        return [{path: size * np.roll(g, i) for path, g in self.base.items()} for i, size in enumerate(sizes)]
+
+    def _plain(self, sizes: list[float]) -> Named:
+        return _moves(self.pair.plain, self._steps(sizes))
+
+    def _branches(self, sizes: list[float]) -> list[Named]:
+        return [_branch_gradients(self.pair.scales, step) for step in self._steps(sizes)]
+
+    def _identity_left_out(self, kernel: str, by_branch: Named) -> bool:
+        branches = self.pair.scales.entries[kernel].branches.branches
+        moved = {b.has_scale: np.any(by_branch[_in_twin(kernel, b.name)]) for b in branches}
+        return bool(moved.get(True)) and not moved.get(False, True)
+
+
+def _moves(side: Side, gradients: Iterable[Mapping[str, Any]]) -> Named:
+    """How far the optimizer moves each parameter in these steps from its first state, by path."""
+    start, treedef = paths.named_leaves(side.network.params)
+    params, state = side.network.params, side.tx.init(side.network.params)
+    for by_path in gradients:
+        tree = treedef.unflatten([jnp.asarray(by_path[path]) for path in start])
+        state, params = side.step(tree, state, params)
+    end, _ = paths.named_leaves(params)
+    return {path: np.asarray(end[path]) - np.asarray(start[path]) for path in start}
+
+
+def _branch_gradients(scales: Scales, gradients: Mapping[str, Any]) -> Named:
     """Gradients of the CSLA network's parameters, by its paths, from those of the plain network."""
     found = {}
     for path, g in gradients.items():
@@ -100,9 +284,8 @@ def branch_gradients(scales: Scales, gradients: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def merged(scales: Scales, moves: Mapping[str, Any]) -> dict[str, Any]:
-    """Moves of the plain network's parameters, by its paths, from those of the CSLA network: sum_b s_b *
-    E_b(w_b)."""
+def _merged(scales: Scales, moves: Mapping[str, Any]) -> Named:
+    """Moves of the plain network's parameters, by its paths, from those of the CSLA network."""
     found = dict(moves)
     for path, entry in scales.entries.items():
         parts = {name: jnp.asarray(found.pop(_in_twin(path, name))) for name in entry.branches.names}
@@ -110,311 +293,114 @@ def merged(scales: Scales, moves: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-class _Gradients(NamedTuple):
-    """Gradients of successive steps, by path, and those of the twin that correspond to them."""
-
-    plain: list[Named]
-    twin: list[Named]
-
-    def times(self, factor: float) -> "_Gradients":
-        return _Gradients(
-            *([{path: factor * g for path, g in step.items()} for step in steps] for steps in self)
-        )
-
-    def first(self, count: int) -> "_Gradients":
-        return _Gradients(self.plain[:count], self.twin[:count])
-
-
-class _Pair:
-    """The two sides, asked about corresponding gradients; answers are by the plain network's paths."""
-
-    def __init__(self, plain: Side, twin: Side, scales: Scales, gradients: Mapping[str, Any], steps: int):
-        self.plain, self.twin, self.scales = plain, twin, scales
-        self.kernels = [path for path in self.plain.start if path in scales.entries]
-        rng = np.random.default_rng(0)
-        sizes = {path: float(np.sqrt(np.mean(np.square(g)))) for path, g in gradients.items()}
-        mean_size = float(np.sqrt(np.mean(np.square(list(sizes.values()))))) or 1.0
-        directions = {path: rng.normal(size=np.shape(g)) for path, g in gradients.items()}
-        # No leaf without a gradient: one that is dead on this batch may be alive on the next.
-        base = {path: d * max(sizes[path], 1e-3 * mean_size) for path, d in directions.items()}
-        # The first step may have the rate 0, or only collect gradients.
-        moved = (any(np.any(v) for v in u.values()) for u in self.plain.updates([base] * steps))
-        self.until_moved = next((i for i, m in enumerate(moved, start=1) if m), steps)
-        length = self.until_moved + 2
-        # Of equal norms, clipping would be a constant factor.
-        self.gradients = self.paired(
-            [
-                {path: np.roll(g, i) * (1.0, 0.3, 2.5)[i % 3] for path, g in base.items()}
-                for i in range(length)
-            ]
-        )
-        self.even = self.paired([{path: np.sign(d) * mean_size for path, d in directions.items()}] * length)
-        self.none = self.gradients.times(0.0)
-        self._rest()
-
-    def paired(self, gradients: list[Named]) -> _Gradients:
-        known: dict[int, Named] = {}
-        for step in gradients:
-            if id(step) not in known:
-                known[id(step)] = branch_gradients(self.scales, step)
-        return _Gradients(gradients, [known[id(step)] for step in gradients])
-
-    def shorten(self) -> None:
-        """Leaves out the steps after the first update: there, parameters that moved differently are decayed
-        differently."""
-        self.gradients, self.even, self.none = (
-            g.first(self.until_moved) for g in (self.gradients, self.even, self.none)
-        )
-        self._rest()
-
-    def _rest(self) -> None:
-        self.at_rest = self.plain.move(self.none.plain)
-        self.twin_at_rest_by_branch = self.twin.move(self.none.twin)
-        self.twin_at_rest = merged(self.scales, self.twin_at_rest_by_branch)
-
-    def response(self, gradients: _Gradients) -> Named:
-        """What the gradients, and not the decay, do to the plain network."""
-        return _minus(self.plain.move(gradients.plain), self.at_rest)
-
-    def twin_response(self, gradients: _Gradients) -> Named:
-        return _minus(merged(self.scales, self.twin.move(gradients.twin)), self.twin_at_rest)
-
-    def precondition(self, path: str, g: Any) -> np.ndarray:
-        """P(g), or g itself where the scales name no kernel."""
-        if (entry := self.scales.entries.get(path)) is None:
-            return g
-        return np.asarray(entry.branches.precondition(jnp.asarray(g), entry.vectors))
-
-    def differing(self, a: Named, b: Named) -> tuple[list[str], list[str]]:
-        """Paths at which a and b differ: kernels that the scales name, and others."""
-        floor = ROUNDING * max(
-            np.abs(move).max() for moves in (a, b, self.at_rest) for move in moves.values()
-        )
-        wrong = [path for path in a if not _agree(a[path], b[path], floor)]
-        return [p for p in wrong if p in self.kernels], [p for p in wrong if p not in self.kernels]
-
-
-def _decay_reasons(pair: _Pair) -> tuple[list[str], list[str]]:
-    """From what both do when there is no gradient: decay in a wrong place, and decay that is merely unequal,
-    as with another learning rate."""
-    kernels, others = pair.differing(pair.at_rest, pair.twin_at_rest)
-    left_out = [path for path in kernels if _leaves_identity_out(pair, path)]
-    rest = [path for path in kernels if path not in left_out]
-    misplaced = []
-    if rest and (_decays_multiplied(pair, rest) or _decay_comes_first(pair.plain.names)):
-        misplaced.append(
-            f"weight decay comes before the multiplier, which multiplies it too, at {listed(rest)}: put "
-            "add_decayed_weights after repopt_mask"
-        )
-        rest = []
-    if left_out:
-        misplaced.append(
-            "the identity's weight is not decayed in the twin, while the kernel that it is a part of is "
-            f"decayed in the plain network, at {listed(left_out)}: a mask of vectors (ndim > 1) leaves it "
-            "out, so let `twin_optimizer` decay all branch weights, or `optimizer` leave the kernels out"
-        )
-    if not rest and not others:
-        return misplaced, []
-    return misplaced, [
-        "weight decay (the update that is left where gradients are zero) differs at "
-        f"{listed([*rest, *others])}: give both optimizers the same coefficient, and masks that treat a "
-        "kernel and its branches alike"
-    ]
-
-
-def _leaves_identity_out(pair: _Pair, path: str) -> bool:
-    moves = {
-        b: pair.twin_at_rest_by_branch[_in_twin(path, b.name)]
-        for b in pair.scales.entries[path].branches.branches
-    }
-    unscaled = [np.any(move) for b, move in moves.items() if not b.has_scale]
-    scaled = [np.any(move) for b, move in moves.items() if b.has_scale]
-    return bool(unscaled) and not any(unscaled) and all(scaled) and bool(np.any(pair.at_rest[path]))
-
-
-def _decays_multiplied(pair: _Pair, kernels: Sequence[str]) -> bool:
-    """Whether the first decay is a multiple of P(K), and somewhere none of K."""
-    for update in pair.plain.updates(pair.none.plain):
-        if all(np.any(update[path]) for path in kernels):
-            starts = {path: np.asarray(pair.plain.start[path]) for path in kernels}
-            multiplied = [_parallel(update[path], pair.precondition(path, starts[path])) for path in kernels]
-            plain = [_parallel(update[path], starts[path]) for path in kernels]
-            return all(multiplied) and not all(plain)
-    return False
-
-
-def _decay_comes_first(names: Sequence[str]) -> bool:
-    rules = [i for i, name in enumerate(names) if name == "repopt_mask"]
-    return bool(rules) and "add_decayed_weights" in names[: rules[0]]
-
-
-def _gradient_reasons(pair: _Pair, knows_branches: bool) -> list[str]:
-    """From what both do beyond that when there is a gradient."""
-    response, expected = pair.response(pair.gradients), pair.twin_response(pair.gradients)
-    kernels, others = pair.differing(response, expected)
-    if not kernels and not others:
-        return []
-    linear = _is_linear(pair.response, pair.gradients)
-    twin_linear = _is_linear(pair.twin_response, pair.gradients)
-    names = frozenset(pair.plain.names)
-    if found := _clipping_reasons(pair, linear, twin_linear):
-        hidden = "repopt_mask" in names and not _has_threshold(pair, pair.response)
-        return [*found, _not_linear(pair.plain.names)] if hidden and not linear else found
-    if linear and not twin_linear:
-        return [
-            "`twin_optimizer` is not linear in the gradient and `optimizer` is: they are of different "
-            "kinds, so give the ordinary counterpart of `optimizer`"
-        ]
-    coupled = not linear and _is_coupled(pair)
-    found = []
-    if others and not (coupled and kernels):
-        found.append(
-            "the two optimizers also move parameters differently that the scales do not name "
-            f"({listed(others)}): give `optimizer` and `twin_optimizer` the same learning rate, momentum and "
-            "other settings"
-        )
-    if kernels and linear:
-        found.append(_other_multiplier(pair, kernels, expected))
-    elif kernels and "reparameterize" in names and not knows_branches:
-        found.append(
-            "reparameterize was made without the branch tensors and split the kernels by itself, and its "
-            "inner optimizer looks at the weights: give `optimizer` as a function of the branch tensors, "
-            "lambda weights: reparameterize(inner, scales, weights=weights)"
-        )
-    elif kernels and names & ADAPTIVE and not others:
-        found.append(
-            f"{listed(sorted(names & ADAPTIVE))} moves the kernels at {listed(kernels)} otherwise than "
-            "their branches would move them: are its scales those that are checked, is its rule 'exact' "
-            "(the published one is not, for scales of different signs), and is it applied to the plain "
-            "gradient?"
-        )
-    elif kernels and not names & (ADAPTIVE | {"reparameterize"}):
-        found.append(_not_elementwise(pair.plain.names) if coupled else _not_linear(pair.plain.names))
-    return found or [
-        f"`optimizer` moves the kernels at {listed(kernels)} otherwise than `twin_optimizer` moves their "
-        "branches: are the settings of both and the scales the same?"
-    ]
-
-
-def _not_linear(names: Sequence[str]) -> str:
-    return (
-        f"the optimizer{_after_mask(names)} is not linear in the gradient: twice the gradient does not give "
-        "twice the update, so it undoes a multiplier before it, as Adam does; use repopt_adamw, "
-        "repopt_lion or reparameterize(inner, scales)"
-    )
-
-
-def _not_elementwise(names: Sequence[str]) -> str:
-    return (
-        f"the optimizer{_after_mask(names)} is not elementwise: changing one entry of a gradient changes "
-        "the update of others, as layer-wise ratios, orthogonalised or factored moments (LAMB, Muon, "
-        "Adafactor) do, and the branches would be normalised one by one; use reparameterize(inner, scales)"
-    )
-
-
-def _after_mask(names: Sequence[str]) -> str:
-    """The transformations after `repopt_mask`, in brackets, if it is there."""
-    if "repopt_mask" not in names:
-        return ""
-    return f" after repopt_mask ({', '.join(names[names.index('repopt_mask') + 1 :])})"
-
-
-def _clipping_reasons(pair: _Pair, linear: bool, twin_linear: bool) -> list[str]:
-    named = [name for name in pair.plain.names if name in chains.CLIPPING]
-    twin_named = [name for name in pair.twin.names if name in chains.CLIPPING]
-    by_branches = "clip_by_repopt_global_norm" in pair.plain.names
-    clips = not linear and (bool(named) or by_branches or _has_threshold(pair, pair.response))
-    twin_clips = not twin_linear and (bool(twin_named) or _has_threshold(pair, pair.twin_response))
-    advice = "clip_by_repopt_global_norm(max_norm, scales) at the head of the chain"
-    if clips and (named or not by_branches):
-        what = (
-            listed(named)
-            or "the update follows the gradient up to a size and no further, as clipping makes it"
-        )
-        return [
-            f"ordinary clipping ({what}) goes by the plain gradient, whose norm is not that of the branches: "
-            f"clip with {advice}"
-        ]
-    if clips and not twin_clips:
-        return [
-            "only `optimizer` clips: give `twin_optimizer` clip_by_global_norm with the same norm, at the "
-            "head of its chain"
-        ]
-    if twin_clips and not clips:
-        what = f" ({listed(twin_named)})" if twin_named else ""
-        return [f"only `twin_optimizer` clips{what}: give `optimizer` {advice}"]
-    return []
-
-
-def _other_multiplier(pair: _Pair, kernels: Sequence[str], expected: Named) -> str:
-    gradients = [
-        {path: pair.precondition(path, g) for path, g in step.items()} for step in pair.gradients.plain
-    ]
-    multiplied = pair.response(_Gradients(gradients, []))
-    if all(_agree(multiplied[path], expected[path]) for path in kernels):
-        return (
-            f"`optimizer` does not multiply the gradients at {listed(kernels)}: repopt_mask(scales) is "
-            "missing, or a mask hides these kernels from it"
-        )
-    return (
-        f"`optimizer` moves the kernels at {listed(kernels)} by another multiple of their gradient than "
-        "these scales give: is repopt_mask made of the scales that are checked, and is it there once?"
-    )
-
-
-def _is_linear(response: Callable[[_Gradients], Named], gradients: _Gradients) -> bool:
-    """Whether twice the gradients give twice the response."""
-    once, twice = response(gradients), response(gradients.times(2.0))
-    return all(_agree(twice[path], 2 * once[path]) for path in once)
-
-
-def _has_threshold(pair: _Pair, response: Callable[[_Gradients], Named]) -> bool:
-    """Whether one entry's response is proportional to the gradients' size up to some size, and then constant:
-    clipping. Adam's bends over many orders of magnitude."""
-    reference = response(pair.even)
-    path = max(reference, key=lambda p: np.abs(reference[p]).max())
-    entry = np.unravel_index(np.argmax(np.abs(reference[path])), reference[path].shape)
-    sizes = [10.0**k for k in MAGNITUDES]
-    values = [float(response(pair.even.times(size))[path][entry]) for size in sizes]
-    near = 1e-6  # the decay that was subtracted leaves 1e-7 of the smallest
-    follows = [
-        abs(v - values[0] * s / sizes[0]) <= near * abs(values[0] * s / sizes[0])
-        for v, s in zip(values, sizes)
-    ]
-    stays = [abs(v - values[-1]) <= near * abs(values[-1]) for v in values]
-    return sum(follows) > 1 and sum(stays) > 1 and all(f or s for f, s in zip(follows, stays))
-
-
-def _is_coupled(pair: _Pair) -> bool:
-    """Whether changing one entry of each kernel's gradient changes the move of other entries."""
-    changed = []
-    for by_path in pair.gradients.plain:
-        by_path = {path: g.copy() for path, g in by_path.items()}
-        for path in pair.kernels:
-            by_path[path].flat[0] += 3 * np.linalg.norm(by_path[path])
-        changed.append(by_path)
-    before, after = pair.plain.move(pair.gradients.plain), pair.plain.move(changed)
-    for path in before:
-        if path in pair.kernels:
-            after[path].flat[0] = before[path].flat[0]
-    return any(not _agree(after[path], before[path]) for path in before)
-
-
 def _in_twin(kernel: str, branch: str) -> str:
     """The path of a branch's tensor in the CSLA network."""
     return join(kernel.rpartition("/")[0], f"weights/{branch}")
 
 
-def _agree(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> bool:
-    """Equal up to rounding. Where a number is not finite nothing is said."""
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return True
-    return bool(np.abs(a - b).max() <= AGREES * max(np.abs(a).max(), np.abs(b).max()) + floor)
-
-
-def _parallel(a: np.ndarray, b: np.ndarray) -> bool:
-    return _agree(a, b * (np.vdot(a, b) / np.vdot(b, b)))
+def _differing(
+    a: Named, b: Named, tolerance: float, scales: Scales | None = None
+) -> tuple[list[str], list[str]]:
+    """Paths at which a and b differ: those that the scales name, and all. NaN differs from nothing."""
+    floor = ROUNDING * max(np.abs(values[path]).max() for values in (a, b) for path in a)
+    wrong = [
+        path
+        for path in a
+        if np.abs(a[path] - b[path]).max()
+        > tolerance * max(np.abs(a[path]).max(), np.abs(b[path]).max()) + floor
+    ]
+    return [path for path in wrong if scales and path in scales.entries], wrong
 
 
 def _minus(a: Named, b: Named) -> Named:
     return {path: a[path] - b[path] for path in a}
+
+
+# -- the numbers
+
+
+def _casts(pair: Pair) -> Iterator[tuple[str, float]]:
+    """Casts to a narrower type than float64, each with the spacing of that type's numbers."""
+    network, batch = pair.plain.network, pair.batches[0]
+    loss = jax.make_jaxpr(lambda params: network.value(params, network.rest, batch)[0])(network.params)
+    if types := set(_narrowed(loss.jaxpr)):
+        yield (
+            f"model or loss cast to {', '.join(sorted(types))}, so the networks agree only to its precision: "
+            "remove the cast for the check, or allow for it in `tolerance`",
+            _spacing(types),
+        )
+    for name, side in (("optimizer", pair.plain), ("twin_optimizer", pair.twin)):
+        params = side.network.params
+        update = jax.make_jaxpr(side.tx.update)(params, jax.eval_shape(side.tx.init, params), params)
+        if types := set(_narrowed(update.jaxpr)):
+            yield (
+                f"`{name}` casts to {', '.join(sorted(types))} (mu_dtype, accumulator_dtype?), so the "
+                "networks agree only to its precision: leave the narrow type out for the check",
+                _spacing(types),
+            )
+
+
+def _spacing(types: Iterable[str]) -> float:
+    return max(float(jnp.finfo(t).eps) for t in types)
+
+
+def _narrowed(jaxpr: Any) -> Iterator[str]:
+    """Floating-point types to which a program converts wider numbers."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "convert_element_type":
+            before, after = equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
+            floating = all(jnp.issubdtype(t, jnp.floating) for t in (before, after))
+            if floating and jnp.finfo(after).bits < jnp.finfo(before).bits:
+                yield str(after)
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _narrowed(inner)
+
+
+def _rounding(pair: Pair, difference: float, wrong: list[str]) -> Iterator[str]:
+    """What turns rounding into a difference, where everything agrees step by step."""
+    gradients = pair.plain.gradients
+    largest = max(np.abs(g).max() for g in gradients.values())
+    largest = largest if np.isfinite(largest) else 0.0
+    if noise := [p for p in wrong if p in gradients and np.abs(gradients[p]).max() < ROUNDING * largest]:
+        yield (
+            f"the gradient of {listed(noise)} is zero but for rounding, and the optimizer makes "
+            "whole steps of it: a bias in front of batch norm has no effect, leave it out"
+        )
+    if count := batch_norm_modes(pair.plain.network.model).get(True):
+        yield (
+            f"batch norm is in evaluation mode in {count} layers, so nothing normalises the "
+            "activations and rounding grows: call model.train() before the check, as in training"
+        )
+    value, expected = pair.plain.losses[0], pair.twin.losses[0]
+    first = abs(value - expected) / (abs(expected) or 1.0)
+    if not noise and first <= SAME_FUNCTION < difference and len(pair.batches) > 1:
+        yield (
+            f"the networks agree at first (losses to {first:.0e}) and part slowly, as an unstable training "
+            "amplifies rounding: lower the learning rate, or check fewer steps"
+        )
+
+
+def _numbers(pair: Pair) -> Iterator[str]:
+    """Where NaN and infinity begin."""
+    for number, batch in enumerate(pair.batches):
+        leaves, _ = paths.named_leaves(batch)
+        floats = {p: x for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        if bad := [path for path, x in floats.items() if not np.isfinite(x).all()]:
+            yield f"batch {number} holds NaN or infinite numbers ({listed(bad)})"
+            return
+    sides = (("plain network", pair.plain), ("twin", pair.twin))
+    for name, side in sides:
+        if bad := [i for i, value in enumerate(side.losses) if not np.isfinite(value)]:
+            yield (
+                f"the loss of the {name} is not finite from step {bad[0]} on: the training diverges, lower "
+                "the learning rate or check fewer steps"
+            )
+            return
+    for name, side in sides:
+        leaves, _ = paths.named_leaves(nnx.state(side.trained, (nnx.Param, nnx.BatchStat)))
+        if bad := [path for path, value in leaves.items() if not np.isfinite(value).all()]:
+            yield f"the last step leaves NaN or infinite numbers in the {name}, at {listed(bad)}"
+            return

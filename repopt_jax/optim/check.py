@@ -1,0 +1,479 @@
+"""Checks a user's whole optimizer, by what it does with made-up gradients.
+
+A plain network trains as its multi-branch counterpart if its optimizer moves every merged kernel as
+K = A(w) moves when some ordinary optimizer T is given the gradients of the branches: dK = A(T(A^T g)). T is
+unknown, but it treats equal gradients equally. So the optimizer is initialised as for training, the scale
+vectors in its state are replaced by s_b = c_o for all branches b, with one number c_o for each output channel
+o, and two channels, with very different c_o, are given gradients x / c_o. Their branches then see the same
+gradient x, and an exact optimizer moves them by u * c_o with the same u. Adam after the mask, clipping, a
+missing multiplier or one too many do not. The two channels take turns, so that the plain gradient's norm
+differs between two runs where the branches' norm does not: that shows clipping by the plain norm, under any
+rule. Weight decay is what remains where gradients are zero; it must be a multiple of K, and is one of P(K)
+where it comes before the multiplier.
+
+All c_o are powers of two, so an exact optimizer passes without a rounding error. The inner optimizer of
+`reparameterize`, which is exact whatever it is, is left out.
+"""
+
+import enum
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from repopt_jax.core import paths
+from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.paths import listed
+from repopt_jax.core.scales import Scales, check_fit, is_concrete
+from repopt_jax.optim.adaptive import RepOptSignMaskState, ScaleByRepOptAdamState
+from repopt_jax.optim.reparameterize import NoInner, ReparameterizeState
+from repopt_jax.optim.sgd import RepOptClipState, RepOptMaskState
+
+# States of the transformations that multiply by the scales, and of all that hold scales.
+RULES = (RepOptMaskState, RepOptSignMaskState, ScaleByRepOptAdamState, ReparameterizeState)
+WITH_SCALES = (*RULES, RepOptClipState)
+
+# Relative difference of two channels. Exact optimizers: 0, or float32 rounding.
+TOLERANCE = 1e-3
+# Relative distance from a multiple. Momentum in bfloat16 is off by 0.4 %, a misplaced decay by half.
+ROUGHLY = 5e-2
+# Steps after which an optimizer that has moved nothing is given up: MultiSteps, schedules that start at 0.
+MOST_STEPS = 64
+
+
+class Reason(enum.Enum):
+    """What is wrong with an optimizer."""
+
+    NO_RULE = "no rule"
+    OTHER_SCALES = "other scales"
+    DECAY_BEFORE_RULE = "decay before the rule"
+    CLIPPING = "clipping"
+    NONLINEAR = "nonlinear"
+    WRONG_MULTIPLE = "wrong multiple"
+
+
+class Fault(NamedTuple):
+    """One reason, the kernels that it concerns, and a sentence that says what to do."""
+
+    reason: Reason
+    paths: tuple[str, ...]
+    message: str
+
+
+class OptimizerError(ValueError):
+    """Raised by `check_optimizer`.
+
+    Attributes:
+      faults: everything that was found, one `Fault` for each reason.
+    """
+
+    def __init__(self, faults: tuple[Fault, ...]):
+        super().__init__("; ".join(fault.message for fault in faults))
+        self.faults = faults
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        return tuple(fault.reason for fault in self.faults)
+
+
+def check_optimizer(tx: optax.GradientTransformation, scales: Scales, params: Any, **extra_args: Any) -> None:
+    """Raises if `tx` does not train a plain network with `scales` as its multi-branch counterpart.
+
+    Call it once, before training::
+
+        tx = optax.chain(repopt_mask(scales), optax.add_decayed_weights(4e-5), optax.sgd(0.1, 0.9))
+        check_optimizer(tx, scales, params)
+
+    It runs `tx` on made-up gradients, from a state of its own, for about nine steps (nine times as many as it
+    takes to move a kernel). The optimizer may be made of any transformations and wrappers, of Optax or of
+    your own. Not found are faults that begin only after several updates, an optimizer that moves nothing in
+    its first 64 steps, and, where other kernels have a rule, kernels that `optax.masked` or
+    `optax.partition` hide.
+
+    Args:
+      tx: the whole optimizer.
+      scales: what it was made with.
+      params: the plain network's parameters: a plain dict, an `nnx.State`, or any other pytree of arrays.
+      **extra_args: passed on to `tx.update`.
+
+    Raises:
+      OptimizerError: a ValueError; with all `faults`, each with its `Reason`: no rule for these scales (or
+        hidden from all kernels by `optax.masked` or `optax.partition`); a state with other scales; weight
+        decay before the rule; clipping that goes by the plain gradient; Adam, a sign rule or another
+        nonlinear transformation after `repopt_mask`; a wrong multiple, such as a mask that is there twice.
+      ValueError: the scales do not fit the parameters.
+    """
+    if faults := find_faults(tx, scales, params, **extra_args):
+        raise OptimizerError(tuple(faults))
+
+
+def find_faults(
+    tx: optax.GradientTransformation, scales: Scales, params: Any, **extra_args: Any
+) -> list[Fault]:
+    """What `check_optimizer` raises with; empty if nothing is wrong."""
+    check_fit(scales, params)
+    params = jax.tree.map(_at_least_float32, params)
+    state = tx.init(params)
+    faults = _other_scales(state, scales)
+    probe = _Probe(tx, scales, params, state, extra_args)
+    if not scales.entries or not probe.find_period():
+        return faults
+    at_rest = probe.run(LARGE, None, params)
+    zeros = jax.tree.map(_zeros, params)  # of which there is no weight decay
+    without = probe.run(LARGE, None, zeros)
+    decay = jax.tree.map(jnp.subtract, at_rest, without)
+    if not probe.ruled:
+        moves = jax.tree.map(jnp.subtract, probe.run(LARGE, False, params), at_rest)
+        return faults + _own_rule(probe, moves, decay)
+    wrong = probe.unequal_channels(LARGE, params, at_rest)
+    # A decay that Adam normalises makes the moves unequal as well.
+    nonlinear = probe.unequal_channels(LARGE, zeros, without) if wrong else []
+    early = _early_decay(probe, decay, nonlinear)
+    decayed = {path for fault in early for path in fault.paths}
+    wrong = [path for path in wrong if path in nonlinear or path not in decayed]
+    return faults + early + _gradient_faults(probe, wrong)
+
+
+# -- what is asked of the optimizer
+
+
+class Size(NamedTuple):
+    """How large the made-up numbers are; powers of two.
+
+    Attributes:
+      gradient: largest entry of the branches' gradients; with `together` about their norm over all kernels.
+      scale: the scales.
+    """
+
+    gradient: float
+    scale: float
+    together: bool = False
+
+
+# Above every threshold of a clipping, before or after the learning rate; and below.
+LARGE = Size(2.0**27, 2.0**13)
+SMALL = Size(2.0**-13, 1.0, together=True)
+# Factors of the two channels' scales, of which one is negative.
+LOW, HIGH = -0.25, 4.0
+
+
+class _Probe:
+    """An optimizer, run from its first state, with made-up scales in it, on made-up gradients."""
+
+    def __init__(self, tx: Any, scales: Scales, params: Any, state: Any, extra_args: Mapping[str, Any]):
+        self.params, self.state = params, state
+        self.start, self.treedef = paths.named_leaves(params)
+        ruled = {path for holder in _states(state, RULES) for path in holder.scales}
+        self.ruled = {p: e.branches for p, e in scales.entries.items() if p in ruled}
+        self.others = {p: e for p, e in scales.entries.items() if p not in ruled}
+        free = {path: _free_entries(branches.layer) for path, branches in self.ruled.items()}
+        self.free = {path: entries for path, entries in free.items() if entries is not None}
+        self.period = 1
+        # Compiled for the whole tree; everything else is compiled once for all layers of one kind.
+        self.step = jax.jit(functools.partial(self._step, tx, tuple(scales.entries), dict(extra_args)))
+
+    def find_period(self) -> bool:
+        """Finds how many steps it takes to move a kernel: MultiSteps collects, a schedule may start at 0.
+        False if `MOST_STEPS` are not enough, or if there is nothing that moves."""
+        gradients, state = self.made_up(LARGE, 0, False), self.with_scales(LARGE)
+        for self.period in range(1, MOST_STEPS + 1):
+            _, state, moved = self.step(gradients, state, self.params)
+            if moved:
+                return True
+        return False
+
+    def run(self, size: Size, swapped: bool | None, params: Any) -> dict[str, jax.Array]:
+        """The sum of the kernels' updates in two phases of `period` steps each, at these parameters; without
+        gradients if `swapped` is None."""
+        state, total = self.with_scales(size), None
+        for phase in (0, 1):
+            if swapped is None:
+                gradients = jax.tree.map(_zeros, self.params)
+            else:
+                gradients = self.made_up(size, phase, swapped)
+            for _ in range(self.period):
+                moves, state, _ = self.step(gradients, state, params)
+                total = moves if total is None else jax.tree.map(jnp.add, total, moves)
+        assert total is not None
+        return total
+
+    def unequal_channels(self, size: Size, params: Any, at_rest: dict[str, jax.Array]) -> list[str]:
+        """Kernels of which two channels move differently although their branches have the same gradients."""
+        if not self.free:
+            return []
+        run, swapped = (self.run(size, swapped, params) for swapped in (False, True))
+        found = {
+            p: _inequality(self.ruled[p], run[p] - at_rest[p], swapped[p] - at_rest[p]) for p in self.free
+        }
+        return _above(TOLERANCE, found)
+
+    def with_scales(self, size: Size) -> Any:
+        """The first state with made-up scales, and without the inner optimizers of `reparameterize`."""
+
+        def replaced(node):
+            if not isinstance(node, WITH_SCALES):
+                return node
+            vectors = jax.tree.map(lambda v: _made_up_vector(v, size.scale), node.scales)
+            if isinstance(node, ReparameterizeState):
+                return ReparameterizeState(vectors, {}, NoInner())
+            return node._replace(scales=vectors)
+
+        return jax.tree.map(replaced, self.state, is_leaf=lambda node: isinstance(node, WITH_SCALES))
+
+    def made_up(self, size: Size, phase: int, swapped: bool) -> Any:
+        """Gradients of one phase."""
+        amplitude = size.gradient
+        if size.together:
+            entries = max(1, sum(int(free.sum()) for free in self.free.values()))
+            amplitude /= 2.0 ** np.ceil(np.log2(entries) / 2)
+        largest = amplitude / size.scale
+        little = 1e-3 * largest  # or the other leaves would make up most of the norm
+        made, seen = [], 0
+        for path, p in self.start.items():
+            if path in self.free:
+                g = _kernel_gradient(self.ruled[path], p.dtype, seen, largest, phase, swapped)
+                seen += self.free[path].size
+            elif path in self.others:
+                g = _ratio(p, jnp.linalg.norm(p.ravel())) * little
+            elif jnp.issubdtype(p.dtype, jnp.floating):
+                g = jnp.full(p.shape, little / max(1, p.size) ** 0.5, p.dtype)
+            else:
+                g = _zeros(p)
+            made.append(_placed_like(p, g))
+        return self.treedef.unflatten(made)
+
+    @staticmethod
+    def _step(tx, kernels, extra_args, gradients, state, params):
+        updates, state = tx.update(gradients, state, params, **extra_args)
+        leaves, _ = paths.named_leaves(updates)
+        moves = {path: leaves[path] for path in kernels}
+        return moves, state, jnp.any(jnp.stack([jnp.any(move) for move in moves.values()]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any, phase: Any, swapped: Any):
+    """A gradient that is zero but in two channels, 0 and 1. What the branches see there in the two phases is
+    size * (1, -a) in one channel and size * (0.1, 1) in the other; `swapped` swaps them. Over the entries, a
+    and the size cover several orders of magnitude, because Lion responds to a only where a sign changes, and
+    Adam after a clipping by value only near its threshold."""
+    free = _free_entries(branches.layer)
+    assert free is not None
+    index = (seen + jnp.arange(free.size, dtype=jnp.uint32)).reshape(free.shape)
+    a = 10.0 ** (-2.5 * _spread(index, 2654435769))
+    size = 2.0 ** -jnp.floor(24 * _spread(index, 3242174889)) * free
+    first, second = size * jnp.where(phase == 0, 1, -a), size * jnp.where(phase == 0, 0.1, 1)
+    low, high = jnp.where(swapped, second, first), jnp.where(swapped, first, second)
+    axis = _channel_axis(branches)
+    channel = jax.lax.broadcasted_iota(jnp.int32, branches.kernel, axis)
+    made = jnp.zeros(branches.kernel, dtype)
+    for number, values in enumerate((low / LOW, high / HIGH)):
+        values = jnp.broadcast_to(values * amplitude, (*branches.stack, *free.shape)).astype(dtype)
+        made = jnp.where(channel == number, jnp.expand_dims(values, axis), made)
+    return made
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _inequality(branches: BranchSet, run: jax.Array, swapped: jax.Array) -> jax.Array:
+    """By how much two channels move differently under the same gradients, relative to the moves."""
+    axis, free = _channel_axis(branches), jnp.asarray(_free_entries(branches.layer))
+    (low, high), (other_low, other_high) = (
+        [jax.lax.index_in_dim(move, i, axis, keepdims=False) / factor for i, factor in enumerate((LOW, HIGH))]
+        for move in (run, swapped)
+    )
+    moves = jnp.stack([low, high, other_high, other_low])
+    moves = jnp.where(jnp.broadcast_to(free, moves.shape), moves, 0)
+    return _ratio(jnp.max(jnp.abs(moves[:2] - moves[2:])), jnp.max(jnp.abs(moves)))
+
+
+# -- what the answers say
+
+
+def _gradient_faults(probe: _Probe, wrong: list[str]) -> list[Fault]:
+    """Why these kernels fail with large gradients."""
+    if not wrong:
+        return []
+    at_rest = probe.run(SMALL, None, probe.params)
+    small = probe.unequal_channels(SMALL, probe.params, at_rest)
+    once = probe.run(SMALL, False, probe.params)
+    twice = probe.run(SMALL._replace(gradient=2 * SMALL.gradient), False, probe.params)
+
+    bent = _above(TOLERANCE, {p: _bend(once[p] - at_rest[p], twice[p] - at_rest[p]) for p in wrong})
+    clipped = [path for path in wrong if path not in small]
+    nonlinear = [path for path in small if path in bent]
+    multiple = [path for path in small if path in wrong and path not in bent]
+    if nonlinear:  # with a large eps Adam follows small gradients
+        nonlinear, clipped = nonlinear + clipped, []
+    return _faults({Reason.CLIPPING: clipped, Reason.NONLINEAR: nonlinear, Reason.WRONG_MULTIPLE: multiple})
+
+
+def _faults(found: Mapping[Reason, Iterable[str]]) -> list[Fault]:
+    named = {reason: tuple(names) for reason, names in found.items()}
+    return [Fault(r, names, MESSAGES[r].format(listed(names))) for r, names in named.items() if names]
+
+
+MESSAGES = {
+    Reason.NO_RULE: (
+        "no rule with these scales moves the kernels at {}: repopt_mask(scales) (or repopt_sgd, "
+        "repopt_adamw, repopt_lion, reparameterize) is missing, or optax.masked or optax.partition hides the "
+        "kernels"
+    ),
+    Reason.OTHER_SCALES: (
+        "the optimizer was made with other scales than those given, at {}: make it with the same scales"
+    ),
+    Reason.DECAY_BEFORE_RULE: (
+        "weight decay comes before the multiplier, which multiplies it too, at {}: put add_decayed_weights "
+        "after repopt_mask (or after the other rule that has the scales)"
+    ),
+    Reason.CLIPPING: (
+        "ordinary clipping: the kernels at {} follow small gradients as their branches would, but not large "
+        "ones, because the plain network's gradient or update is clipped by its own size and not by that of "
+        "the branches; clip with clip_by_repopt_global_norm(max_norm, scales) at the head of the chain (Adam "
+        "with a large eps after repopt_mask looks the same: use repopt_adamw)"
+    ),
+    Reason.NONLINEAR: (
+        "the kernels at {} are moved by a rule that is not linear in the gradient (Adam, a sign rule, a "
+        "normalised update), which undoes the multiplier: use repopt_adamw, repopt_lion, repopt_sign_mask "
+        "after a sign rule, or reparameterize(inner, scales) in place of repopt_mask"
+    ),
+    Reason.WRONG_MULTIPLE: (
+        "the kernels at {} are moved by another multiple of their gradient than the scales give: repopt_mask "
+        "must be in the chain once, repopt_sign_mask only after a sign rule, and no other multiplier"
+    ),
+}
+
+
+def _early_decay(probe: _Probe, decay: dict[str, jax.Array], nonlinear: list[str]) -> list[Fault]:
+    """Weight decay, which is what the parameters contribute to an update without gradients, must be a
+    multiple of K."""
+
+    early = _above(ROUGHLY, {path: _residual(decay[path], probe.start[path]) for path in probe.ruled})
+    # A rule that is not linear makes anything of a decay, before it or after.
+    early = [
+        path
+        for path in early
+        if path not in nonlinear or _transformed_decay(probe, path, decay[path]) <= ROUGHLY
+    ]
+    return _faults({Reason.DECAY_BEFORE_RULE: early})
+
+
+def _transformed_decay(probe: _Probe, path: str, decay: jax.Array) -> jax.Array:
+    """Distance of a decay from P(K)."""
+    branches = probe.ruled[path]
+    zeros = np.zeros(branches.vector_shape, np.float32)
+    vectors = {name: _made_up_vector(zeros, LARGE.scale) for name in branches.names}
+    return _residual(decay, _precondition(branches, probe.start[path], vectors))
+
+
+def _own_rule(probe: _Probe, moves: dict[str, jax.Array], decay: dict[str, jax.Array]) -> list[Fault]:
+    """No rule of ours acts on any kernel. One of the user's own is fine if it moves them by P(g)."""
+
+    transformed = {
+        path: _precondition(entry.branches, probe.start[path], entry.vectors)
+        for path, entry in probe.others.items()
+    }
+    if plain := _above(ROUGHLY, {path: _residual(moves[path], p) for path, p in transformed.items()}):
+        return _faults({Reason.NO_RULE: plain})
+    early = _above(ROUGHLY, {path: _residual(decay[path], probe.start[path]) for path in probe.others})
+    return _faults({Reason.DECAY_BEFORE_RULE: early})
+
+
+def _other_scales(state: Any, scales: Scales) -> list[Fault]:
+    """Scales in the optimizer's state that are not those given."""
+    wrong = set()
+    for holder in _states(state, WITH_SCALES):
+        for path, vectors in holder.scales.items():
+            given = scales.entries[path].vectors if path in scales.entries else {}
+            same = vectors.keys() == given.keys() and all(
+                np.shape(v) == np.shape(given[name]) and np.allclose(v, given[name], rtol=TOLERANCE)
+                for name, v in vectors.items()
+            )
+            if not same:
+                wrong.add(path)
+    return _faults({Reason.OTHER_SCALES: sorted(wrong)})
+
+
+def _states(state: Any, kinds: tuple[type, ...]) -> list[Any]:
+    """The states of these types anywhere inside an optimizer's state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [node for node in nodes if isinstance(node, kinds)]
+
+
+@functools.lru_cache(maxsize=512)
+def _free_entries(layer: BranchSet) -> np.ndarray | None:
+    """Which entries of channels 0 and 1 only scaled branches reach: a boolean array of the kernel's shape
+    without its output axis. None if there are none, or if the two channels are not alike."""
+    if layer.out < 2 or (layer.out == layer.groups and not layer.elementwise):
+        return None
+    weights = {b.name: jnp.full(b.shape(layer.canonical), float(not b.has_scale)) for b in layer.branches}
+    reached = np.asarray(layer.merge(weights, {name: jnp.ones(layer.out) for name in layer.names}) != 0)
+    reached = np.moveaxis(reached, _channel_axis(layer), 0)
+    free = ~(reached[0] | reached[1])
+    return free if free.any() else None
+
+
+def _channel_axis(branches: BranchSet) -> int:
+    """The axis of the output channels in a kernel."""
+    return len(branches.kernel) - 1 if branches.layout == "...io" else branches.stacked
+
+
+def _made_up_vector(v: Any, scale: float) -> jax.Array:
+    """Scales like v: two of channels 0 and 1, and one of all others."""
+    made = np.full(v.shape, scale)
+    made[..., 0] *= LOW
+    made[..., 1:2] *= HIGH
+    return _placed_like(v, jnp.asarray(made, v.dtype))
+
+
+def _zeros(p: Any) -> jax.Array:
+    return _placed_like(p, jnp.zeros(p.shape, p.dtype))
+
+
+def _placed_like(p: Any, x: jax.Array) -> jax.Array:
+    """x, sharded as p is."""
+    sharding = getattr(p, "sharding", None) if is_concrete(p) else None
+    return jax.device_put(x, sharding) if isinstance(sharding, jax.NamedSharding) else x
+
+
+def _spread(index: jax.Array, factor: int) -> jax.Array:
+    """Numbers from 0 to 1, evenly spread: the fractional parts of multiples of factor / 2^32."""
+    return (index * jnp.uint32(factor)).astype(jnp.float32) / 2.0**32
+
+
+def _at_least_float32(p: Any) -> Any:
+    """Half precision would overflow."""
+    if jnp.issubdtype(p.dtype, jnp.floating) and jnp.finfo(p.dtype).bits < 32:
+        return p.astype(jnp.float32)
+    return p
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _precondition(branches: BranchSet, g: jax.Array, vectors: Mapping[str, jax.Array]) -> jax.Array:
+    return branches.precondition(g, vectors)
+
+
+@jax.jit
+def _bend(once: jax.Array, twice: jax.Array) -> jax.Array:
+    """Relative distance of the second from twice the first."""
+    return _ratio(jnp.max(jnp.abs(twice - 2 * once)), jnp.max(jnp.abs(twice)))
+
+
+@jax.jit
+def _residual(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Relative distance of x from the nearest multiple of y."""
+    x, y = (_ratio(a, jnp.max(jnp.abs(a))) for a in (x, y))
+    multiple = _ratio(jnp.vdot(x, y), jnp.vdot(y, y))
+    return _ratio(jnp.linalg.norm((x - multiple * y).ravel()), jnp.linalg.norm(x.ravel()))
+
+
+def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y, and 0 where that says nothing: y is 0, or something is not finite."""
+    known = jnp.isfinite(jnp.max(jnp.abs(x))) & jnp.isfinite(y) & (y != 0)
+    return jnp.where(known, x / jnp.where(known, y, 1), 0)
+
+
+def _above(tolerance: float, differences: Mapping[str, jax.Array]) -> list[str]:
+    return [path for path, difference in differences.items() if difference > tolerance]
