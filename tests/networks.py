@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax import fuse
+from repopt_jax import fuse, prepare
 from repopt_jax.core import paths
 from repopt_jax.surgery.modules import named_modules
 
@@ -21,6 +21,17 @@ def abstract(build, *args, **options):
     """
     key = jax.random.key(0)
     return nnx.eval_shape(lambda: build(*args, **options, rngs=types.SimpleNamespace(params=lambda: key)))
+
+
+def made_ready(build, mode, *args, **options):
+    """The shapes of what `build(*args, rngs=..., **options)` becomes in a mode of `prepare`."""
+    return abstract(lambda rngs: prepare(build(*args, **options, rngs=rngs), mode, rngs=rngs).model)
+
+
+def values(model):
+    """Path -> array, of everything in a model or a tree."""
+    tree = nnx.state(model) if isinstance(model, nnx.Module) else model
+    return {path: np.asarray(leaf) for path, leaf in paths.named_leaves(tree)[0].items()}
 
 
 def count(model):

@@ -1,4 +1,4 @@
-"""RepOpt-VGG and RepVGG: the published networks, counted without allocating them, and the small ones."""
+"""The registry, and VGG-style networks: the published ones counted without allocating them, small ones."""
 
 import dataclasses
 
@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import abstract as abstract_network
-from networks import count, deployed_count, parameter_shapes, relative
+from networks import abstract, count, deployed_count, made_ready, parameter_shapes, relative, values
 
-from repopt_jax.core import paths
-from repopt_jax.models import KINDS, VGG_VARIANTS, RepOptVGG, VGGVariant
+from repopt_jax import Mode, depth_scales, extract_scales, models, prepare
+from repopt_jax.models import VGG_VARIANTS, VGGVariant, vgg
 from repopt_jax.models.vgg import block_specs
-from repopt_jax.nn import CSLAConv, FrozenScale, PlainBlock, RepVGGBlock, SqueezeExcite
-from repopt_jax.nn.blocks import batch_norm, conv
+from repopt_jax.nn import Block, Branched, FrozenScale, Merged, SqueezeExcite
+from repopt_jax.nn.block import batch_norm, conv
 from repopt_jax.surgery.modules import named_modules
+from repopt_jax.surgery.reinitialize import sample_weights
+from repopt_jax.surgery.search import csla_twin
 
 # RepVGG with 1000 classes, counted on the published code: (in training, deployed)
 REPVGG = {
@@ -43,25 +44,75 @@ SHORT = VGGVariant("short", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 1, 2, 1))
 TINY = VGGVariant("tiny", (2, 1, 2, 1), (4, 4, 6, 8, 8), (1, 1, 2, 1, 2))
 
 
-def abstract(variant, **options):
-    """The network's shapes; nothing is drawn."""
-    return abstract_network(RepOptVGG, variant, **{"num_classes": 10, **options})
+def network(variant, mode="plain", **options):
+    """A VGG's shapes, ready for a way of training; nothing is drawn."""
+    return made_ready(vgg, mode, variant, **{"num_classes": 10, **options})
+
+
+def csla(variant):
+    """Its twin with constant scales."""
+
+    def build(rngs):
+        model = vgg(variant, num_classes=10, rngs=rngs)
+        scales = depth_scales(model)
+        return csla_twin(model, scales, sample_weights(scales, rngs.params()))
+
+    return abstract(build)
+
+
+# --- The registry.
+
+
+def test_every_network_has_a_name():
+    names = models.list()
+    assert set(names) == {*models.list("classification"), *models.list("detection")}
+    assert {"repopt-vgg-b1", "repvgg-a0", "vgg-digits", "repghost-0.5", "mobileone-s0"} < set(names)
+    counts = {"repopt-vgg": 4, "repvgg": 16, "vgg": 3, "repopt-ghostnet": 9, "repghost": 9, "mobileone": 6}
+    for prefix, number in (counts | {"fcos": 5}).items():
+        assert sum(name.rpartition("-")[0].startswith(prefix) for name in names) == number, prefix
+    for name in names:
+        entry = models.find(name.upper())
+        assert entry.name == name
+        assert Mode.parse(entry.mode) in (Mode.REPOPT, Mode.REPVGG, Mode.REPGHOST, Mode.MOBILEONE)
+        assert (entry.task == "detection") == name.startswith("fcos")
+    assert models.find("repopt-vgg-b1").variant is models.find("repvgg-b1").variant is VGG_VARIANTS["B1"]
+
+
+def test_a_network_by_its_name_is_plain():
+    found = abstract(models.create, "VGG-digits", num_classes=7, in_channels=1, activation="relu6")
+    expected = abstract(vgg, VGG_VARIANTS["digits"], num_classes=7, in_channels=1, activation="relu6")
+    assert nnx.graphdef(found) == nnx.graphdef(expected)
+    assert parameter_shapes(found) == parameter_shapes(expected)
+
+
+def test_names_and_options_that_do_not_exist():
+    with pytest.raises(
+        ValueError, match=r"no network 'repvgg-a9' \(did you mean 'repvgg-a\d'\?\): it must be"
+    ):
+        models.create("repvgg-a9", num_classes=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^there is no network 'zzz': it must be one of repopt-vgg-b1, "):
+        models.find("zzz")
+    with pytest.raises(TypeError, match="num_keypoints"):
+        models.create("vgg-digits", num_classes=2, num_keypoints=3, rngs=nnx.Rngs(0))
+
+
+# --- Counts.
 
 
 @pytest.mark.parametrize("name", REPVGG)
 def test_repvgg_has_the_published_number_of_parameters(name):
-    model = abstract(VGG_VARIANTS[name], kind="repvgg", num_classes=1000)
+    model = network(VGG_VARIANTS[name], "repvgg", num_classes=1000)
     assert (count(model), deployed_count(model)) == REPVGG[name]
 
 
 def test_repvgg_with_squeeze_and_excitation_too():
-    model = abstract(VGG_VARIANTS["L2"], kind="repvgg", num_classes=1000, post_se=True)
+    model = network(VGG_VARIANTS["L2"], "repvgg", num_classes=1000, post_se=True)
     assert (count(model), deployed_count(model)) == REPVGG_PLUS_L2PSE
 
 
 @pytest.mark.parametrize("name", REPOPT)
 def test_repopt_vgg_has_the_published_number_of_parameters(name):
-    assert count(abstract(VGG_VARIANTS[name], num_classes=1000)) == REPOPT[name]
+    assert count(network(VGG_VARIANTS[name], num_classes=1000)) == REPOPT[name]
 
 
 def test_a_search_adds_its_1x1_kernels_and_vectors_and_nothing_else():
@@ -70,9 +121,12 @@ def test_a_search_adds_its_1x1_kernels_and_vectors_and_nothing_else():
     ones = sum(s.inputs // s.groups * s.outputs for s in specs)
     identities = sum(s.outputs for s in specs if s.inputs == s.outputs and s.stride == 1)
     scales = 2 * sum(s.outputs for s in specs)
-    target, csla, search = (count(abstract(variant, kind=k)) for k in ("target", "csla", "search"))
-    assert csla == target + ones + identities
-    assert search == csla + scales
+    plain, search = (count(network(variant, mode)) for mode in ("plain", "search"))
+    assert count(csla(variant)) == plain + ones + identities
+    assert search == plain + ones + identities + scales
+
+
+# --- Shapes.
 
 
 @pytest.mark.parametrize(("name", "groups", "blocks"), [("B1g2", 2, 28), ("B3g4", 4, 28)])
@@ -83,68 +137,59 @@ def test_groups_are_those_of_every_second_block_of_the_whole_network(name, group
     assert {s.groups for s in specs} == {1, groups}
 
 
-@pytest.mark.parametrize("kind", ["search", "repvgg"])
-def test_groups_reach_the_kernels(kind):
+@pytest.mark.parametrize("mode", ["plain", "search", "repvgg"])
+def test_groups_reach_the_kernels(mode):
     variant = dataclasses.replace(TINY, groups=2)
-    shapes = parameter_shapes(abstract(variant, kind=kind))
-    names = {
-        "search": ("conv/weights/3x3", "conv/weights/1x1"),
-        "repvgg": ("conv_3x3/kernel", "conv_1x1/kernel"),
-    }
+    shapes = parameter_shapes(network(variant, mode))
     for i, spec in enumerate(block_specs(variant)):
         inputs = spec.inputs // (2 if i in (2, 4, 6) else 1)
-        assert shapes[f"{spec.path}/{names[kind][0]}"] == (3, 3, inputs, spec.outputs)
-        assert shapes[f"{spec.path}/{names[kind][1]}"] == (1, 1, inputs, spec.outputs)
+        for size, name in ((3, "3x3"), (1, "1x1")):
+            path = f"{spec.path}/conv/" + (f"weights/{name}" if mode != "plain" else "kernel")
+            if size == 3 or mode != "plain":
+                assert shapes[path] == (size, size, inputs, spec.outputs)
 
 
 def affine(path, channels):
     return {f"{path}/scale": (channels,), f"{path}/bias": (channels,)}
 
 
-def expected_block(spec, kind):
+def expected_block(spec, mode):
     path, o = spec.path, spec.outputs
-    big, small = (3, 3, spec.inputs, o), (1, 1, spec.inputs, o)
-    identity = spec.inputs == o and spec.stride == 1
-    if kind == "target":
-        return {f"{path}/conv/kernel": big} | affine(f"{path}/bn", o)
-    if kind == "repvgg":
-        block = {f"{path}/conv_3x3/kernel": big, f"{path}/conv_1x1/kernel": small}
-        for name in ("3x3", "1x1", "identity")[: 2 + identity]:
-            block |= affine(f"{path}/bn_{name}", o)
-        return block
-    block = {f"{path}/conv/weights/3x3": big, f"{path}/conv/weights/1x1": small} | affine(f"{path}/bn", o)
-    if identity:
-        block[f"{path}/conv/weights/identity"] = (o,)
-    if kind == "search":
-        block |= {f"{path}/conv/scales/{name}": (o,) for name in ("3x3", "1x1")}
-    return block
+    if mode == "plain":
+        return {f"{path}/conv/kernel": (3, 3, spec.inputs, o)} | affine(f"{path}/bn", o)
+    shapes = {f"{path}/conv/weights/{k}x{k}": (k, k, spec.inputs, o) for k in (3, 1)}
+    identity = ["identity"] if spec.inputs == o and spec.stride == 1 else []
+    if mode == "repvgg":
+        for name in ("3x3", "1x1", *identity):
+            shapes |= affine(f"{path}/conv/norms/{name}", o)
+        return shapes
+    shapes |= {f"{path}/conv/weights/{name}": (o,) for name in identity} | affine(f"{path}/bn", o)
+    if mode == "search":
+        shapes |= {f"{path}/conv/scales/{name}": (o,) for name in ("3x3", "1x1")}
+    return shapes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_paths_and_shapes_of_parameters(kind):
+@pytest.mark.parametrize("mode", ["plain", "search", "csla", "repvgg"])
+def test_paths_and_shapes_of_parameters(mode):
     expected = {"head/kernel": (8, 10), "head/bias": (10,)}
     for spec in block_specs(TINY):
-        expected |= expected_block(spec, kind)
-    assert parameter_shapes(abstract(TINY, kind=kind)) == expected
-
-
-def test_kinds_are_made_of_their_blocks():
-    for kind in KINDS:
-        model = abstract(TINY, kind=kind)
-        blocks = [block for stage in model.stages for block in stage]
-        assert {type(b) for b in blocks} == {RepVGGBlock if kind == "repvgg" else PlainBlock}
-        layers = [m for _, m in named_modules(model) if isinstance(m, CSLAConv)]
-        assert len(layers) == (7 if kind in ("search", "csla") else 0)
-        assert len(jax.tree.leaves(nnx.state(model, FrozenScale))) == (14 if kind == "csla" else 0)
+        expected |= expected_block(spec, mode)
+    model = csla(TINY) if mode == "csla" else network(TINY, mode)
+    assert parameter_shapes(model) == expected
+    kind = {"plain": nnx.Conv, "repvgg": Branched}.get(mode, Merged)
+    blocks = [m for _, m in named_modules(model) if isinstance(m, Block)]
+    assert [type(block.conv) for block in blocks] == [kind] * 7
+    assert [block.bn is None for block in blocks] == [mode == "repvgg"] * 7
+    assert len(jax.tree.leaves(nnx.state(model, FrozenScale))) == (14 if mode == "csla" else 0)
 
 
 def test_squeeze_and_excitation_has_a_quarter_of_the_width():
-    shapes = parameter_shapes(abstract(TINY, post_se=True))
+    shapes = parameter_shapes(network(TINY, post_se=True))
     assert shapes["stages/4/0/se/down/kernel"] == (1, 1, 8, 2)
     assert shapes["stages/4/0/se/down/bias"] == (2,)
     assert shapes["stages/4/0/se/up/kernel"] == (1, 1, 2, 8)
     assert shapes["stages/4/0/se/up/bias"] == (8,)
-    assert not any("/se/" in path for path in parameter_shapes(abstract(TINY)))
+    assert not any("/se/" in path for path in parameter_shapes(network(TINY)))
 
 
 @pytest.mark.parametrize("se_first", [False, True])
@@ -152,21 +197,17 @@ def test_where_squeeze_and_excitation_comes(se_first):
     """After the ReLU or before it: its mean is over other numbers."""
 
     def build(rngs):
-        return PlainBlock(
-            conv(3, 4, 3, rngs=rngs),
-            batch_norm(4, rngs=rngs),
-            SqueezeExcite(4, 2, rngs=rngs),
-            se_first=se_first,
-        )
+        layer, norm = conv(3, 4, 3, rngs=rngs), batch_norm(4, rngs=rngs)
+        return Block(layer, norm, SqueezeExcite(4, 2, rngs=rngs), se_first=se_first)
 
-    block, rng = abstract_network(build), np.random.default_rng(0)
+    block, rng = abstract(build), np.random.default_rng(0)
     drawn = jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.1, 1, v.shape), v.dtype), nnx.state(block))
     nnx.update(block, drawn)
     block.eval()
     x = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
     before = np.asarray(block.bn(block.conv(x)))
     before = before if se_first else np.maximum(before, 0)
-    w = {path: np.asarray(p) for path, p in paths.named_leaves(nnx.state(block.se, nnx.Param))[0].items()}
+    w = values(block.se)
     hidden = np.maximum(before.mean((1, 2)) @ w["down/kernel"][0, 0] + w["down/bias"], 0)
     gate = 1 / (1 + np.exp(-(hidden @ w["up/kernel"][0, 0] + w["up/bias"])))
     expected = np.maximum(before * gate[:, None, None], 0)
@@ -175,29 +216,26 @@ def test_where_squeeze_and_excitation_comes(se_first):
     assert relative(block(x), expected) > 0.01  # measured: 0.16 at least
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_variant_may_have_squeeze_and_excitation_before_every_relu(kind):
-    model = abstract(dataclasses.replace(SHORT, pre_se=2), kind=kind)
+@pytest.mark.parametrize("mode", ["plain", "search", "repvgg"])
+def test_where_a_variant_has_squeeze_and_excitation_stays_in_every_mode(mode):
+    model = network(dataclasses.replace(SHORT, pre_se=2), mode)
     blocks = [block for stage in model.stages for block in stage]
     assert all(block.se_first and block.se.down.kernel.shape == (1, 1, 4, 2) for block in blocks)
-    plain = abstract(SHORT, kind=kind, post_se=True)
-    assert not any(block.se_first for stage in plain.stages for block in stage)
+    after = network(SHORT, mode, post_se=True, activation="relu6")
+    assert {(b.se_first, b.activation) for stage in after.stages for b in stage} == {(False, "relu6")}
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "maps"),
+    ("name", "size", "maps", "mode"),
     [
-        ("cifar-small", 32, (32, 32, 16, 8, 8)),
-        ("cifar-A0", 32, (32, 32, 16, 8, 4)),
-        ("digits", 8, (8, 8, 4, 2, 2)),
-        ("B1", 224, (112, 56, 28, 14, 7)),
-        ("B1", 32, (16, 8, 4, 2, 1)),
+        ("cifar-small", 32, (32, 32, 16, 8, 8), "plain"),
+        ("cifar-A0", 32, (32, 32, 16, 8, 4), "repvgg"),
+        ("digits", 8, (8, 8, 4, 2, 2), "repvgg"),
+        ("B1", 224, (112, 56, 28, 14, 7), "plain"),
+        ("B1", 32, (16, 8, 4, 2, 1), "search"),
     ],
 )
-@pytest.mark.parametrize("kind", ["target", "repvgg"])
-def test_map_sizes(name, size, maps, kind):
-    if name == "B1" and kind == "repvgg":
-        kind = "search"
+def test_map_sizes(name, size, maps, mode):
     variant = dataclasses.replace(VGG_VARIANTS[name], blocks=(1, 1, 1, 1))
 
     def run(model, x):
@@ -208,46 +246,41 @@ def test_map_sizes(name, size, maps, kind):
             sizes.append(x)
         return sizes
 
-    outputs = nnx.eval_shape(run, abstract(variant, kind=kind), jnp.zeros((1, size, size, 3)))
+    outputs = nnx.eval_shape(run, network(variant, mode), jnp.zeros((1, size, size, 3)))
     assert [y.shape for y in outputs] == [(1, n, n, w) for n, w in zip(maps, variant.widths)]
 
 
-@pytest.mark.parametrize("kind", ["search", "csla"])
-def test_scales_start_by_the_published_depth_rule(kind):
+def test_scales_start_by_the_published_depth_rule():
     """1 for stage 0 and the block that opens a stage, then sqrt(2 / i); the identity at 1."""
     variant = VGGVariant("deep", (1, 4, 1, 1), (4, 4, 4, 4, 4))
     rule = {0: 1.0, 1: 2**0.5, 2: 1.0, 3: (2 / 3) ** 0.5}
 
     @jax.jit  # which leaves out the draws of what is not asked for
     def start():
-        model = RepOptVGG(variant, kind=kind, num_classes=2, rngs=nnx.Rngs(0))
-        layers = {s.path: model.stages[s.stage][s.index].conv.scale_vectors() for s in block_specs(variant)}
-        return layers, model.depth_scales().vectors, model.unit_scales().vectors
+        model = vgg(variant, num_classes=2, rngs=nnx.Rngs(0))
+        search = prepare(model, "search", rngs=nnx.Rngs(0)).model
+        return extract_scales(search).vectors, depth_scales(model).vectors, model.unit_scales().vectors
 
-    layers, stored, ones = start()
+    searched, stored, ones = start()
     for spec in block_specs(variant):
-        vectors = layers[spec.path]
-        assert set(vectors) == {"3x3", "1x1", *(["identity"] if spec.index else [])}
-        for name, vector in vectors.items():
+        path = f"{spec.path}/conv/kernel"
+        assert set(searched[path]) == {"3x3", "1x1", *(["identity"] if spec.index else [])}
+        for name, vector in searched[path].items():
             value = 1.0 if name == "identity" else rule[spec.index]
             np.testing.assert_array_equal(vector, np.full(4, value, np.float32))
-            np.testing.assert_array_equal(vector, stored[f"{spec.path}/conv/kernel"][name])
-            np.testing.assert_array_equal(ones[f"{spec.path}/conv/kernel"][name], np.ones(4))
-    metadata = abstract(variant, kind=kind).depth_scales().metadata
-    assert metadata.architecture == "deep"
-
-
-def test_the_form_reaches_every_layer():
-    for form in ("merged", "branches"):
-        model = abstract(SHORT, kind="search", form=form)
-        assert {m.form for _, m in named_modules(model) if isinstance(m, CSLAConv)} == {form}
+            np.testing.assert_array_equal(vector, stored[path][name])
+            np.testing.assert_array_equal(ones[path][name], np.ones(4))
+    model = network(variant)
+    assert model.architecture == depth_scales(model).metadata.architecture == "deep"
+    assert model.unit_scales().metadata.architecture == "deep"
 
 
 @pytest.mark.parametrize(
-    ("kind", "images"), [*((kind, jnp.float32) for kind in KINDS), ("target", jnp.bfloat16)]
+    ("mode", "images"),
+    [*((mode, jnp.float32) for mode in ("plain", "search", "repvgg", "dbb")), ("plain", jnp.bfloat16)],
 )
-def test_bfloat16_networks_give_float32_logits(kind, images):
-    model = abstract(SHORT, kind=kind, post_se=True, dtype=jnp.bfloat16)
+def test_bfloat16_networks_give_float32_logits(mode, images):
+    model = network(SHORT, mode, post_se=True, dtype=jnp.bfloat16)
     x = jnp.zeros((2, 8, 8, 3), images)
     first, logits = nnx.eval_shape(lambda m, x: (m.stages[0][0](x), m(x)), model, x)
     assert first.dtype == jnp.bfloat16
@@ -256,17 +289,19 @@ def test_bfloat16_networks_give_float32_logits(kind, images):
 
 
 def test_grey_images_and_their_number_of_classes():
-    model = abstract(VGG_VARIANTS["digits"], num_classes=7, in_channels=1)
+    model = network(VGG_VARIANTS["digits"], num_classes=7, in_channels=1)
     assert parameter_shapes(model)["stages/0/0/conv/kernel"] == (3, 3, 1, 16)
     assert nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((5, 8, 8, 1))).shape == (5, 7)
     assert model.branch_sets()["stages/0/0/conv/kernel"].kernel == (3, 3, 1, 16)
 
 
-def test_what_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="`kind` is 'hs': it must be one of target, search, csla, repvgg"):
-        abstract(TINY, kind="hs")
-    other = abstract(VGG_VARIANTS["digits"]).unit_scales()
+def test_what_does_not_fit_is_refused():
+    digits, other = network(VGG_VARIANTS["digits"]), network(VGG_VARIANTS["cifar-small"])
     with pytest.raises(ValueError, match=r"searched on digits\) do not fit the model: .* missing layers"):
-        abstract(VGG_VARIANTS["cifar-small"], kind="search", scales=other)
+        prepare(other, "search", scales=digits.unit_scales(), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`post_se` is True, but every block of D2se has squeeze"):
-        abstract(VGG_VARIANTS["D2se"], kind="repvgg", post_se=True)
+        network(VGG_VARIANTS["D2se"], post_se=True)
+    with pytest.raises(ValueError, match="`num_classes` is 0: a classifier needs one class at least"):
+        network(TINY, num_classes=0)
+    with pytest.raises(ValueError, match="`activation` is 'gelu': it must be one of relu, relu6, none"):
+        network(TINY, activation="gelu")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from networks import (
     conv_by_hand,
     count,
     deployed_count,
+    made_ready,
     norm_by_hand,
     parameter_shapes,
     random_input,
@@ -20,14 +22,15 @@ from networks import (
     relative,
     run,
     settled,
+    values,
 )
 
-from repopt_jax import extract_scales, fuse, nn, reinitialize, verify_equivalence
-from repopt_jax.core import paths
-from repopt_jax.models import GHOST_KINDS, GHOST_VARIANTS, GhostRow, GhostVariant, RepGhostNet
+from repopt_jax import depth_scales, extract_scales, fuse, nn, prepare, reinitialize, verify_equivalence
+from repopt_jax.models import GHOST_VARIANTS, GhostRow, GhostVariant, ghostnet
 from repopt_jax.models.ghost import divisible, ghost_specs
 from repopt_jax.surgery.modules import named_modules
-from repopt_jax.surgery.search import csla_twin, merge_weights, sample_weights
+from repopt_jax.surgery.reinitialize import merge_weights, sample_weights
+from repopt_jax.surgery.search import csla_twin
 
 EXACT = 1e-12  # of the largest output, float64; measured: 2e-15 at most
 SINGLE = 1e-4  # of the largest output, float32; measured: 2e-6
@@ -67,37 +70,51 @@ TINY = GhostVariant(
     stem=8,
     features=6,
 )
-KERNELS = [f"blocks/{a}/0/{ghost}/cheap/conv/kernel" for a in (0, 1) for ghost in ("ghost1", "ghost2")]
+KERNELS = [f"stages/{a}/0/{ghost}/cheap/conv/kernel" for a in (1, 2) for ghost in ("ghost1", "ghost2")]
 
 
 @functools.cache
-def full(name, kind="target"):
+def full(name, mode="plain"):
     """A published network's shapes."""
-    return abstract(RepGhostNet, GHOST_VARIANTS[name], kind=kind, num_classes=1000, dropout=0.0)
+    return made_ready(ghostnet, mode, GHOST_VARIANTS[name], num_classes=1000, dropout=0.0)
 
 
-def tiny(kind="target", **options):
-    return abstract(RepGhostNet, TINY, kind=kind, num_classes=5, dropout=0.0, **options)
+def tiny(mode="plain", variant=TINY, **options):
+    return made_ready(ghostnet, mode, variant, **{"num_classes": 5, "dropout": 0.0, **options})
 
 
-def with_dropout(kind, variant=TINY):
-    model = abstract(RepGhostNet, variant, kind=kind, num_classes=5, dropout=0.0)
-    model = randomised(model, dtype=jnp.float32)
+def csla():
+    """The shapes of the twin with constant scales."""
+
+    def build(rngs):
+        model = ghostnet(TINY, num_classes=5, dropout=0.0, rngs=rngs)
+        scales = depth_scales(model)
+        return csla_twin(model, scales, sample_weights(scales, rngs.params()))
+
+    return abstract(build)
+
+
+def with_dropout(mode, variant=TINY):
+    model = randomised(tiny(mode, variant), dtype=jnp.float32)
     model.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
     return model
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers_of_parameters(name):
-    rep, target, search = (full(name, kind) for kind in ("repghost", "target", "search"))
-    authors = deployed_count(rep, only=(nn.RepGhostConv,))
-    assert (count(rep), authors, count(target)) == PUBLISHED[name]
-    channels = sum(branches.out for branches in target.branch_sets().values())
-    assert count(search) == count(target) + 2 * channels  # s and u
+    rep, plain = (full(name, mode) for mode in ("repghost", "plain"))
+    authors = deployed_count(rep, only=(nn.Branched,))
+    assert (count(rep), authors, count(plain)) == PUBLISHED[name]
 
 
 def test_every_width_is_counted():
-    assert set(PUBLISHED) == set(GHOST_VARIANTS)
+    assert set(PUBLISHED) == set(GHOST_VARIANTS) - {"digits"}
+
+
+def test_a_search_adds_its_vectors():
+    plain, search = full("0.5"), full("0.5", "search")
+    channels = sum(branches.out for branches in plain.branch_sets().values())
+    assert count(search) == count(plain) + 2 * channels  # s and u
 
 
 def test_folding_everything_takes_one_more_number_for_every_channel_of_the_other_batch_norms():
@@ -110,8 +127,8 @@ def test_folding_everything_takes_one_more_number_for_every_channel_of_the_other
 def test_half_width_has_the_channels_of_the_released_scales():
     model = full("0.5")
     expected = {
-        f"blocks/{a}/{b}/ghost{g + 1}/cheap/conv/kernel": (3, 3, 1, channels)
-        for a, stage in enumerate(RELEASED)
+        f"stages/{a}/{b}/ghost{g + 1}/cheap/conv/kernel": (3, 3, 1, channels)
+        for a, stage in enumerate(RELEASED, start=1)
         for b, pair in enumerate(stage)
         for g, channels in enumerate(pair)
     }
@@ -136,39 +153,37 @@ def conv_norm(path, kernel):
     return {f"{path}/conv/kernel": kernel} | affine(f"{path}/bn", kernel[-1])
 
 
-def cheap(path, c, kind):
-    shapes = conv_norm(path, (3, 3, 1, c))
-    if kind == "repghost":
-        shapes |= affine(f"{path}/bn_identity", c)
-    if kind in ("search", "csla"):
-        del shapes[f"{path}/conv/kernel"]
-        shapes |= {f"{path}/conv/weights/3x3": (3, 3, 1, c), f"{path}/conv/weights/identity": (c,)}
-    if kind == "search":
-        shapes[f"{path}/conv/scales/3x3"] = (c,)
-    return shapes
+def cheap(path, c, mode):
+    if mode == "plain":
+        return conv_norm(path, (3, 3, 1, c))
+    shapes = {f"{path}/conv/weights/3x3": (3, 3, 1, c)}
+    if mode == "repghost":
+        return shapes | affine(f"{path}/conv/norms/3x3", c) | affine(f"{path}/conv/norms/identity", c)
+    shapes |= {f"{path}/conv/weights/identity": (c,)} | affine(f"{path}/bn", c)
+    return shapes | ({f"{path}/conv/scales/3x3": (c,)} if mode == "search" else {})
 
 
-@pytest.mark.parametrize("kind", GHOST_KINDS)
-def test_paths_and_shapes_of_parameters(kind):
-    expected = conv_norm("stem", (3, 3, 3, 8)) | conv_norm("blocks/2/0", (1, 1, 12, 16))
+@pytest.mark.parametrize("mode", ["plain", "search", "csla", "repghost"])
+def test_paths_and_shapes_of_parameters(mode):
+    expected = conv_norm("stages/0/0", (3, 3, 3, 8)) | conv_norm("stages/3/0", (1, 1, 12, 16))
     expected |= {
-        "conv_head/kernel": (1, 1, 16, 6),
-        "conv_head/bias": (6,),
+        "features/kernel": (1, 1, 16, 6),
+        "features/bias": (6,),
         "head/kernel": (6, 5),
         "head/bias": (5,),
     }
-    for path, inputs, hidden, outputs in (("blocks/0/0", 8, 4, 8), ("blocks/1/0", 8, 8, 12)):
+    for path, inputs, hidden, outputs in (("stages/1/0", 8, 4, 8), ("stages/2/0", 8, 8, 12)):
         expected |= conv_norm(f"{path}/ghost1/primary", (1, 1, inputs, hidden))
         expected |= conv_norm(f"{path}/ghost2/primary", (1, 1, hidden, outputs))
-        expected |= cheap(f"{path}/ghost1/cheap", hidden, kind) | cheap(f"{path}/ghost2/cheap", outputs, kind)
-    expected |= {"blocks/1/0/se/down/kernel": (1, 1, 8, 4), "blocks/1/0/se/down/bias": (4,)}
-    expected |= {"blocks/1/0/se/up/kernel": (1, 1, 4, 8), "blocks/1/0/se/up/bias": (8,)}
-    expected |= conv_norm("blocks/1/0/depthwise", (5, 5, 1, 8))
-    expected |= conv_norm("blocks/1/0/shortcut/0", (5, 5, 1, 8))
-    expected |= conv_norm("blocks/1/0/shortcut/1", (1, 1, 8, 12))
-    assert parameter_shapes(tiny(kind)) == expected
-    if kind == "csla":
-        assert len(jax.tree.leaves(nnx.state(tiny(kind), nn.FrozenScale))) == 4
+        expected |= cheap(f"{path}/ghost1/cheap", hidden, mode) | cheap(f"{path}/ghost2/cheap", outputs, mode)
+    expected |= {"stages/2/0/se/down/kernel": (1, 1, 8, 4), "stages/2/0/se/down/bias": (4,)}
+    expected |= {"stages/2/0/se/up/kernel": (1, 1, 4, 8), "stages/2/0/se/up/bias": (8,)}
+    expected |= conv_norm("stages/2/0/depthwise", (5, 5, 1, 8))
+    expected |= conv_norm("stages/2/0/shortcut/0", (5, 5, 1, 8))
+    expected |= conv_norm("stages/2/0/shortcut/1", (1, 1, 8, 12))
+    model = csla() if mode == "csla" else tiny(mode)
+    assert parameter_shapes(model) == expected
+    assert len(jax.tree.leaves(nnx.state(model, nn.FrozenScale))) == (4 if mode == "csla" else 0)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +191,11 @@ def test_paths_and_shapes_of_parameters(kind):
 )
 def test_map_sizes(name, size, maps):
     def maps_of(model, x):
-        sizes = [model.stem(x)]
-        for stage in model.blocks:
+        sizes = [x]
+        for stage in model.stages:
             for block in stage:
                 sizes.append(block(sizes[-1]))
-        return sizes
+        return sizes[1:]
 
     variant = GHOST_VARIANTS[name]
     sizes = nnx.eval_shape(maps_of, full(name), jnp.zeros((1, size, size, 3)))
@@ -195,16 +210,16 @@ def test_map_sizes(name, size, maps):
 
 
 def layer_by_hand(layer, x, *, stride=1, groups=1):
-    """bn(conv(x)), of a search layer branch by branch, of RepGhost's with its identity."""
+    """bn(conv(x)), of layers made of branches branch by branch."""
     conv = layer.conv
-    if isinstance(conv, nn.CSLAConv):
-        weights = {name: np.asarray(w[...]) for name, w in conv.weights.items()}
-        y = np.asarray(conv.scales["3x3"][...]) * conv_by_hand(x, weights["3x3"], groups=groups)
-        y = y + weights["identity"] * x
-    else:
+    if isinstance(conv, nnx.Conv):
         y = conv_by_hand(x, conv.kernel[...], stride=stride, groups=groups)
-    y = norm_by_hand(y, layer.bn)
-    return y + norm_by_hand(x, layer.bn_identity) if isinstance(layer, nn.RepGhostConv) else y
+        return norm_by_hand(y, layer.bn)
+    y = conv_by_hand(x, conv.weights["3x3"][...], groups=groups)
+    if isinstance(conv, nn.Branched):
+        return norm_by_hand(y, conv.norms["3x3"]) + norm_by_hand(x, conv.norms["identity"])
+    y = np.asarray(conv.scales["3x3"][...]) * y + np.asarray(conv.weights["identity"][...]) * x
+    return norm_by_hand(y, layer.bn)
 
 
 def ghost_by_hand(module, x, *, relu, inner_relu=None):
@@ -231,12 +246,12 @@ def bottleneck_by_hand(block, x, *, hard=True, **options):
     return y + x
 
 
-@pytest.mark.parametrize("kind", ["target", "search", "repghost"])
-def test_bottlenecks_are_the_published_ones(kind, x64):
+@pytest.mark.parametrize("mode", ["plain", "search", "repghost"])
+def test_bottlenecks_are_the_published_ones(mode, x64):
     """Against loops, on an odd and an even side; with controls that the comparison notices."""
-    model, x = randomised(tiny(kind)), random_input(2, 5, 6, 8)
-    for stage, size in ((0, (5, 6)), (1, (3, 3))):
-        block = settled(model.blocks[stage][0], x)
+    model, x = randomised(tiny(mode)), random_input(2, 5, 6, 8)
+    for stage, size in ((1, (5, 6)), (2, (3, 3))):
+        block = settled(model.stages[stage][0], x)
         found = np.asarray(run(block, x))
         assert found.shape[1:3] == size
         assert relative(bottleneck_by_hand(block, x), found) <= EXACT
@@ -249,37 +264,34 @@ def test_bottlenecks_are_the_published_ones(kind, x64):
             layer.bn.bias[...] -= 1.0
 
 
-@pytest.mark.parametrize("kind", ["target", "csla", "repghost"])
-def test_a_deployed_network_computes_the_same(kind, x64):
+@pytest.mark.parametrize("mode", ["plain", "search", "repghost"])
+def test_a_deployed_network_computes_the_same(mode, x64):
     x = random_input(3, 17, 16, 3)
-    model = settled(randomised(tiny(kind)), x)
+    model = settled(randomised(tiny(mode)), x)
     deployed = fuse(model)
     logits = run(deployed, x)
     assert relative(logits, run(model, x)) <= EXACT
-    left = [type(m) for _, m in named_modules(deployed)]
-    assert not {nnx.BatchNorm, nn.CSLAConv, nn.ConvNorm, nn.RepGhostConv} & set(left)
+    left = {type(m) for _, m in named_modules(deployed)}
+    assert not {nnx.BatchNorm, nn.Merged, nn.Branched} & left
     names = parameter_shapes(deployed)
-    block = {name.removeprefix("blocks/1/0/") for name in names if name.startswith("blocks/1/0/")}
-    convs = ("ghost1/primary", "ghost1/cheap", "ghost2/primary", "ghost2/cheap", "depthwise")
-    convs += ("shortcut/0", "shortcut/1", "se/down", "se/up")
+    block = {name.removeprefix("stages/2/0/") for name in names if name.startswith("stages/2/0/")}
+    blocks = ("ghost1/primary", "ghost1/cheap", "ghost2/primary", "ghost2/cheap", "depthwise")
+    convs = [f"{name}/conv" for name in (*blocks, "shortcut/0", "shortcut/1")] + ["se/down", "se/up"]
     assert block == {f"{conv}/{leaf}" for conv in convs for leaf in ("kernel", "bias")}
-    assert {"stem/conv/bias", "blocks/2/0/conv/bias", "conv_head/bias"} <= set(names)
-    cheap = model.blocks[1][0].ghost2.cheap
-    norm = cheap.bn_identity if kind == "repghost" else cheap.bn
+    assert {"stages/0/0/conv/bias", "stages/3/0/conv/bias", "features/bias"} <= set(names)
+    if mode == "repghost":  # the authors' deployed form, which keeps the other batch norms
+        authors = fuse(model, only=(nn.Branched,))
+        assert relative(run(authors, x), run(model, x)) <= EXACT
+        cheap = {type(m) for path, m in named_modules(authors) if path.endswith("/cheap/conv")}
+        assert cheap == {nnx.Conv}
+        before, after = (
+            {path for path, m in named_modules(n) if isinstance(m, nnx.BatchNorm)} for n in (model, authors)
+        )
+        assert after == {path for path in before if "/cheap/" not in path}
+    cheap = model.stages[2][0].ghost2.cheap
+    norm = cheap.conv.norms["identity"] if mode == "repghost" else cheap.bn
     norm.mean[...] += 3 * jnp.sqrt(norm.var[...])  # statistics that the deployed kernels do not know
     assert relative(logits, run(model, x)) > WRONG
-
-
-def test_the_authors_deployed_form_keeps_the_other_batch_norms(x64):
-    x = random_input(3, 17, 16, 3)
-    model = settled(randomised(tiny("repghost")), x)
-    merged = fuse(model, only=(nn.RepGhostConv,))
-    assert relative(run(merged, x), run(model, x)) <= EXACT
-    assert {type(m) for path, m in named_modules(merged) if path.endswith("/cheap")} == {nnx.Conv}
-    before, after = (
-        {path for path, m in named_modules(n) if isinstance(m, nnx.BatchNorm)} for n in (model, merged)
-    )
-    assert after == {path for path in before if "/cheap/" not in path}
 
 
 def test_in_single_precision_too():
@@ -292,18 +304,18 @@ def test_scales_start_by_the_published_depth_rule():
     """sqrt(2 / (n + 1)), n counting ghost modules since width or resolution changed; the identity at 1."""
     model = full("0.5")
     depths = [[1], [1], [2], [1], [2], [1], [2, 3, 4, 1, 2], [1], [2, 3, 4, 5]]
-    scales = model.depth_scales()
-    for a, stage in enumerate(depths):
+    scales = depth_scales(model)
+    for a, stage in enumerate(depths, start=1):
         for b, depth in enumerate(stage):
             for name, n in (("ghost1", 2 * depth - 1), ("ghost2", 2 * depth)):
-                vectors = scales.entries[f"blocks/{a}/{b}/{name}/cheap/conv/kernel"].vectors
+                vectors = scales.entries[f"stages/{a}/{b}/{name}/cheap/conv/kernel"].vectors
                 np.testing.assert_array_equal(
                     vectors["3x3"], np.full_like(vectors["3x3"], (2 / (n + 1)) ** 0.5)
                 )
                 np.testing.assert_array_equal(vectors["identity"], np.ones_like(vectors["identity"]))
     assert sum(len(stage) for stage in depths) * 2 == len(scales.entries)
     assert scales.metadata.architecture == "GhostNet-0.5"
-    ones = model.unit_scales().entries["blocks/8/3/ghost2/cheap/conv/kernel"].vectors
+    ones = model.unit_scales().entries["stages/9/3/ghost2/cheap/conv/kernel"].vectors
     assert all((np.asarray(v) == 1).all() for v in ones.values())
 
 
@@ -312,36 +324,27 @@ def signed(scales, seed=0):
     return jax.tree.map(lambda v: v * jnp.asarray(rng.normal(size=v.shape), v.dtype), scales)
 
 
-@pytest.mark.parametrize("kind", ["search", "csla"])
-def test_scales_go_in_and_come_out(kind):
-    scales = signed(tiny().depth_scales())
+def test_scales_go_in_and_come_out():
+    scales = signed(depth_scales(tiny()))
     assert list(scales.entries) == KERNELS
 
     @jax.jit  # which leaves out the draws of what is not asked for
     def extract():
-        models = [
-            RepGhostNet(TINY, kind=kind, num_classes=5, scales=given, rngs=nnx.Rngs(0))
-            for given in (scales, None)
-        ]
-        return [extract_scales(model) for model in models]
+        model = ghostnet(TINY, num_classes=5, dropout=0.0, rngs=nnx.Rngs(0))
+        modes = [prepare(model, "search", scales=given, rngs=nnx.Rngs(0)).model for given in (scales, None)]
+        return [extract_scales(model) for model in modes]
 
     found, start = extract()
     assert found.branch_sets == scales.branch_sets
-    jax.tree.map(np.testing.assert_array_equal, found.vectors, scales.vectors)
-    jax.tree.map(np.testing.assert_array_equal, start.vectors, tiny().depth_scales().vectors)
-
-
-def test_the_form_reaches_every_layer():
-    for form in ("merged", "branches"):
-        layers = [m for _, m in named_modules(tiny("search", form=form)) if isinstance(m, nn.CSLAConv)]
-        assert [m.form for m in layers] == [form] * 4
+    chex.assert_trees_all_equal(found.vectors, scales.vectors)
+    chex.assert_trees_all_equal(start.vectors, depth_scales(tiny()).vectors)
 
 
 def test_reinitialising_scales_the_draw_and_adds_u_at_the_centre():
     """The draw of a depthwise 3x3 lies within 1/3, one over the square root of its nine inputs."""
-    scales, target = signed(tiny().depth_scales()), randomised(tiny(), dtype=jnp.float32)
-    new = reinitialize(target, scales, rngs=nnx.Rngs(1), allow_trained=True)
-    before, after = (paths.named_leaves(nnx.state(m, nnx.Param))[0] for m in (target, new))
+    scales, plain = signed(depth_scales(tiny())), randomised(tiny(), dtype=jnp.float32)
+    new = reinitialize(plain, scales, rngs=nnx.Rngs(1), allow_trained=True)
+    before, after = values(plain), values(new)
     for path in before:
         if path not in scales.entries:
             np.testing.assert_array_equal(after[path], before[path])
@@ -354,15 +357,16 @@ def test_reinitialising_scales_the_draw_and_adds_u_at_the_centre():
         assert drawn.min() < 0 < drawn.max()
 
 
-def test_the_twin_of_the_target_is_the_csla_network(x64):
-    scales = signed(tiny().depth_scales())
-    target = randomised(tiny())
-    weights = sample_weights(scales, jax.random.key(0), dtype=jnp.float64)
-    twin = csla_twin(target, scales, weights)
-    shapes = {path: v.shape for path, v in paths.named_leaves(nnx.state(twin))[0].items()}
-    assert shapes == {path: v.shape for path, v in paths.named_leaves(nnx.state(tiny("csla")))[0].items()}
+def test_the_twin_of_a_network_is_its_search_network():
+    """With the same tensors and trainable scales: array by array, merged into the network's kernels."""
+    scales, plain = signed(depth_scales(tiny())), randomised(tiny(), dtype=jnp.float32)
+    search = prepare(plain, "search", scales=scales, rngs=nnx.Rngs(3)).model
+    weights = sample_weights(scales, nnx.Rngs(3).params())
+    twin = csla_twin(plain, scales, weights, trainable_scales=True)
+    assert nnx.graphdef(twin) == nnx.graphdef(search)
+    chex.assert_trees_all_equal(values(twin), values(search))
     merged = merge_weights(scales, weights)
-    np.testing.assert_array_equal(twin.blocks[1][0].ghost1.cheap.conv.merged_kernel(), merged[KERNELS[2]])
+    np.testing.assert_array_equal(twin.stages[2][0].ghost1.cheap.conv.merged_kernel(), merged[KERNELS[2]])
 
 
 def test_training_is_that_of_the_twin():
@@ -373,16 +377,16 @@ def test_training_is_that_of_the_twin():
         {"image": rng.normal(size=(4, 8, 8, 3)).astype(np.float32), "label": rng.integers(0, 5, 4)}
         for _ in range(5)
     ]
-    model = with_dropout("target", dataclasses.replace(TINY, stages=TINY.stages[1:]))
+    model = with_dropout("plain", dataclasses.replace(TINY, stages=TINY.stages[1:]))
     for _, module in named_modules(model):
         if isinstance(module, nnx.BatchNorm):
             module.bias[...] = jnp.zeros_like(module.bias[...])
     model.train()
-    scales = signed(model.depth_scales())
+    scales = signed(depth_scales(model))
     result = verify_equivalence(model, scales, batches, tolerance=TRAINED, rngs=nnx.Rngs(1))
     assert result.equivalent
     assert result.movement > 0.01
-    assert {"blocks/0/0/ghost1/cheap/conv/kernel", "blocks/0/0/ghost2/cheap/bn/mean"} < set(
+    assert {"stages/1/0/ghost1/cheap/conv/kernel", "stages/1/0/ghost2/cheap/bn/mean"} < set(
         result.differences
     )
 
@@ -400,28 +404,22 @@ def test_dropout_is_for_training_alone():
     second = run(model, x)
     assert relative(first, second) > WRONG
     assert relative(run(model, x), second) > WRONG
-    assert tiny().dropout.rngs is None
-    drop = nnx.eval_shape(lambda: RepGhostNet(TINY, num_classes=5, rngs=nnx.Rngs(0))).dropout
+    assert tiny().dropout is None
+    drop = nnx.eval_shape(lambda: ghostnet(TINY, num_classes=5, rngs=nnx.Rngs(0))).dropout
     assert (drop.rate, drop.deterministic) == (0.2, False)
 
 
-def test_bfloat16_networks_give_float32_logits():
-    for kind in GHOST_KINDS:
-        model = abstract(
-            RepGhostNet, TINY, kind=kind, num_classes=7, in_channels=1, dropout=0.0, dtype=jnp.bfloat16
-        )
-        logits = nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((2, 8, 8, 1)))
-        assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
-        assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype(jnp.float32)}
+@pytest.mark.parametrize("mode", ["plain", "search", "repghost"])
+def test_bfloat16_networks_give_float32_logits(mode):
+    model = tiny(mode, num_classes=7, in_channels=1, dtype=jnp.bfloat16)
+    logits = nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((2, 8, 8, 1)))
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype(jnp.float32)}
 
 
-def test_what_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="`kind` is 'rep': it must be one of target, search, csla, repghost"):
-        tiny("rep")
-    other = abstract(
-        RepGhostNet, dataclasses.replace(TINY, name="other", width=2.0), num_classes=5, dropout=0.0
-    ).unit_scales()
+def test_what_does_not_fit_is_refused():
+    other = tiny(variant=dataclasses.replace(TINY, name="other", width=2.0)).unit_scales()
     with pytest.raises(ValueError, match=r"searched on GhostNet-other\) do not fit the model: 4 misshapen"):
-        tiny("search", scales=other)
+        prepare(tiny(), "search", scales=other, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="`only` names Linear, for which no deployed form is registered"):
         fuse(tiny(), only=(nnx.Linear,))

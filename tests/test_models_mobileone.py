@@ -1,6 +1,7 @@
 """MobileOne: published counts, shapes, the block against loops, and deploying in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from networks import (
     conv_by_hand,
     count,
     deployed_count,
+    made_ready,
     norm_by_hand,
     parameter_shapes,
     random_input,
@@ -21,11 +23,12 @@ from networks import (
     settled,
 )
 
-from repopt_jax import fuse
-from repopt_jax.models import MOBILEONE_VARIANTS, MobileOne, MobileOneVariant
+from repopt_jax import Geometry, fuse, to_structure
+from repopt_jax.core import structure
+from repopt_jax.models import MOBILEONE_VARIANTS, MobileOneVariant, mobileone
 from repopt_jax.models.mobileone import mobileone_specs
-from repopt_jax.nn import FusedBlock, MobileOneBlock, SqueezeExcite
-from repopt_jax.surgery.fuse import fuse_block
+from repopt_jax.nn import Block, Branched, SqueezeExcite
+from repopt_jax.nn.block import block
 from repopt_jax.surgery.modules import named_modules
 
 EXACT = 1e-12  # of the largest output, float64; measured: 1e-15 at most
@@ -44,14 +47,23 @@ PUBLISHED = {
 TINY = MobileOneVariant("tiny", (4, 4, 16, 16, 6), copies=2, pairs=(1, 2, 2, 1), se_pairs=(0, 0, 1, 0))
 
 
+def network(variant, mode="mobileone", **options):
+    """The shapes of a network, by default with the branches that it is trained with."""
+    return made_ready(mobileone, mode, variant, **{"num_classes": 10, **options})
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers_of_parameters(name):
-    model = abstract(MobileOne, MOBILEONE_VARIANTS[name], num_classes=1000)
+    model = network(MOBILEONE_VARIANTS[name], num_classes=1000)
     assert (count(model), deployed_count(model)) == PUBLISHED[name]
 
 
 def test_every_variant_is_counted():
-    assert set(PUBLISHED) == set(MOBILEONE_VARIANTS)
+    assert set(PUBLISHED) == set(MOBILEONE_VARIANTS) - {"digits"}
+
+
+def test_a_plain_network_deploys_as_the_trained_one():
+    assert deployed_count(network(TINY, "plain")) == deployed_count(network(TINY))
 
 
 def test_squeeze_and_excitation_is_in_the_last_half_of_stage_3_and_in_stage_4_of_s4_alone():
@@ -68,13 +80,14 @@ def affine(path, channels):
 
 
 def block_shapes(path, kernel, copies, *, identity, se=0):
-    outputs = kernel[-1]
-    shapes = affine(f"{path}/bn_identity", outputs) if identity else {}
-    kernels = {f"{path}/conv_kxk/{j}": kernel for j in range(copies)}
-    if kernel[0] > 1:
-        kernels[f"{path}/conv_1x1"] = (1, 1, *kernel[2:])
-    for name, shape in kernels.items():
-        shapes |= {f"{name}/conv/kernel": shape} | affine(f"{name}/bn", outputs)
+    """One copy of the convolution keeps a number in its name, as several do."""
+    size, outputs = kernel[0], kernel[-1]
+    shapes = {f"{path}/conv/weights/{size}x{size}_{j}": kernel for j in range(copies)}
+    if size > 1:
+        shapes[f"{path}/conv/weights/1x1"] = (1, 1, *kernel[2:])
+    norms = [*(name.replace("weights", "norms") for name in shapes)]
+    for name in norms + ([f"{path}/conv/norms/identity"] if identity else []):
+        shapes |= affine(name, outputs)
     if se:
         down, up = (1, 1, outputs, se), (1, 1, se, outputs)
         shapes |= {f"{path}/se/down/kernel": down, f"{path}/se/down/bias": (se,)}
@@ -100,7 +113,7 @@ def test_paths_and_shapes_of_parameters():
         ("stages/4/1", (1, 1, 16, 6), 2, False, 0),
     ):
         expected |= block_shapes(path, kernel, copies, identity=identity, se=se)
-    assert parameter_shapes(abstract(MobileOne, TINY, num_classes=10)) == expected
+    assert parameter_shapes(network(TINY)) == expected
 
 
 @pytest.mark.parametrize(
@@ -113,95 +126,89 @@ def test_map_sizes(name, size, maps):
     def maps_of(model, x):
         sizes = []
         for stage in model.stages:
-            for block in stage:
-                x = block(x)
+            for layer in stage:
+                x = layer(x)
             sizes.append(x)
         return sizes
 
-    model = abstract(MobileOne, variant, num_classes=10)
+    model = network(variant)
     outputs = nnx.eval_shape(maps_of, model, jnp.zeros((1, size, size, 3)))
     assert [y.shape for y in outputs] == [(1, n, n, w) for n, w in zip(maps, variant.widths)]
 
 
-def block_by_hand(block, x, *, stride, groups, se_first=True):
-    parts = list(block.conv_kxk) + ([block.conv_1x1] if block.conv_1x1 is not None else [])
-    y = sum(
-        norm_by_hand(conv_by_hand(x, p.conv.kernel[...], stride=stride, groups=groups), p.bn) for p in parts
-    )
-    if block.bn_identity is not None:
-        y = y + norm_by_hand(x, block.bn_identity)
-    if block.se is None:
+def block_by_hand(model, x, *, stride=1, groups=1, se_first=True, without=""):
+    layer = model.conv
+    y = 0.0
+    for name, norm in layer.norms.items():
+        if name != without:
+            kernel = layer.weights[name][...] if name != "identity" else None
+            z = x if kernel is None else conv_by_hand(x, kernel, stride=stride, groups=groups)
+            y = y + norm_by_hand(z, norm)
+    if model.se is None:
         return np.maximum(y, 0)
     before = y if se_first else np.maximum(y, 0)
-    down, up = block.se.down, block.se.up
+    down, up = model.se.down, model.se.up
     hidden = np.maximum(before.mean((1, 2)) @ np.asarray(down.kernel[0, 0]) + np.asarray(down.bias[...]), 0)
     gate = 1 / (1 + np.exp(-(hidden @ np.asarray(up.kernel[0, 0]) + np.asarray(up.bias[...]))))
     return np.maximum(before * gate[:, None, None], 0)
 
 
+# Inputs, outputs, size, stride, groups, copies, with squeeze-and-excitation; and the branches.
 BLOCKS = [
-    (4, 4, 3, 1, 4, 3, False),
-    (4, 4, 3, 2, 4, 2, True),
-    (4, 6, 1, 1, 1, 4, False),
-    (4, 4, 1, 1, 1, 1, True),
-    (3, 4, 3, 2, 1, 1, False),
+    ((4, 4, 3, 1, 4, 3, False), {"3x3_0", "3x3_1", "3x3_2", "1x1", "identity"}),
+    ((4, 4, 3, 2, 4, 2, True), {"3x3_0", "3x3_1", "1x1"}),
+    ((4, 6, 1, 1, 1, 4, False), {"1x1_0", "1x1_1", "1x1_2", "1x1_3"}),
+    ((4, 4, 1, 1, 1, 1, True), {"1x1_0", "identity"}),
+    ((3, 4, 3, 2, 1, 1, False), {"3x3_0", "1x1"}),
 ]
 
 
 def random_block(inputs, outputs, size, stride, groups, copies, se):
+    description = functools.partial(structure.mobileone, copies=copies)
+
     def build(rngs):
-        return MobileOneBlock(
-            inputs,
-            outputs,
-            size,
-            stride=stride,
-            groups=groups,
-            copies=copies,
-            se=SqueezeExcite(outputs, 2, rngs=rngs) if se else None,
-            rngs=rngs,
-        )
+        gate = SqueezeExcite(outputs, 2, rngs=rngs) if se else None
+        options = {"stride": stride, "groups": groups, "se": gate, "se_first": True, "rngs": rngs}
+        return to_structure(block(inputs, outputs, size, **options), description, "conv", rngs=rngs)
 
     return randomised(abstract(build))
 
 
-@pytest.mark.parametrize("shape", BLOCKS)
-def test_a_block_and_its_deployed_form_are_the_published_sum(shape, x64):
+@pytest.mark.parametrize(("shape", "branches"), BLOCKS)
+def test_a_block_and_its_deployed_form_are_the_published_sum(shape, branches, x64):
     """Against loops; odd and even maps."""
     inputs, _, _, stride, groups, *_ = shape
-    block = random_block(*shape)
-    fused = fuse_block(block)
-    assert isinstance(fused, FusedBlock)
+    model = random_block(*shape)
+    assert isinstance(model.conv, Branched)
+    assert set(model.conv.norms) == branches
+    fused = fuse(model)
+    assert (type(fused), type(fused.conv), fused.bn) == (Block, nnx.Conv, None)
     x = random_input(2, 5, 6, inputs)
-    expected = block_by_hand(block, x, stride=stride, groups=groups)
-    assert relative(block(x), expected) <= EXACT
+    expected = block_by_hand(model, x, stride=stride, groups=groups)
+    assert relative(model(x), expected) <= EXACT
     assert relative(fused(x), expected) <= EXACT
 
 
 def test_mistakes_in_the_sum_would_be_noticed(x64):
     """Negative control: a copy, the identity, the 1x1 branch or the place of the gate."""
-    block = random_block(4, 4, 3, 1, 4, 3, True)
+    model = random_block(4, 4, 3, 1, 4, 3, True)
     x = random_input(2, 5, 6, 4)
-    expected = np.asarray(block(x))
-    assert relative(block_by_hand(block, x, stride=1, groups=4), expected) <= EXACT
-    assert relative(block_by_hand(block, x, stride=1, groups=4, se_first=False), expected) > WRONG
-    for part in ("conv_1x1", "bn_identity"):
-        forgotten = nnx.clone(block)
-        setattr(forgotten, part, None)
-        assert relative(block_by_hand(forgotten, x, stride=1, groups=4), expected) > WRONG
-    forgotten = nnx.clone(block)
-    forgotten.conv_kxk = nnx.List(list(forgotten.conv_kxk)[1:])
-    assert relative(block_by_hand(forgotten, x, stride=1, groups=4), expected) > WRONG
+    expected = np.asarray(model(x))
+    assert relative(block_by_hand(model, x, groups=4), expected) <= EXACT
+    assert relative(block_by_hand(model, x, groups=4, se_first=False), expected) > WRONG
+    for part in ("1x1", "identity", "3x3_1"):
+        assert relative(block_by_hand(model, x, groups=4, without=part), expected) > WRONG
 
 
 def test_a_deployed_network_computes_the_same(x64):
     x = random_input(3, 32, 32, 3)
-    model = settled(randomised(abstract(MobileOne, TINY, num_classes=5)), x)
+    model = settled(randomised(network(TINY)), x)
     deployed = fuse(model)
     logits = run(deployed, x)
     assert relative(logits, run(model, x)) <= EXACT
-    assert {type(block) for stage in deployed.stages for block in stage} == {FusedBlock}
+    assert {(type(b.conv), b.bn) for stage in deployed.stages for b in stage} == {(nnx.Conv, None)}
     assert not [m for _, m in named_modules(deployed) if isinstance(m, nnx.BatchNorm)]
-    norm = model.stages[2][2].bn_identity  # statistics that the deployed kernels do not know
+    norm = model.stages[2][2].conv.norms["identity"]  # statistics that the deployed kernels do not know
     norm.mean[...] += jnp.sqrt(norm.var[...])
     assert relative(logits, run(model, x)) > WRONG
 
@@ -209,12 +216,12 @@ def test_a_deployed_network_computes_the_same(x64):
 def test_in_single_precision_too():
     x = random_input(3, 32, 32, 3).astype(np.float32)
     short = dataclasses.replace(TINY, copies=1, pairs=(1, 1, 1, 1))
-    model = settled(randomised(abstract(MobileOne, short, num_classes=5), dtype=jnp.float32), x)
+    model = settled(randomised(network(short), dtype=jnp.float32), x)
     assert relative(run(fuse(model), x), run(model, x)) <= SINGLE
 
 
 def test_bfloat16_networks_give_float32_logits():
-    model = abstract(MobileOne, TINY, num_classes=10, in_channels=1, dtype=jnp.bfloat16)
+    model = network(TINY, in_channels=1, dtype=jnp.bfloat16)
     logits = nnx.eval_shape(lambda m, x: m(x), model, jnp.zeros((2, 64, 64, 1)))
     assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
     assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype(jnp.float32)}
@@ -222,4 +229,4 @@ def test_bfloat16_networks_give_float32_logits():
 
 def test_a_block_without_a_convolution_is_refused():
     with pytest.raises(ValueError, match="`copies` is 0: a block has at least one convolution"):
-        MobileOneBlock(2, 2, 1, copies=0, rngs=nnx.Rngs(0))
+        structure.mobileone(Geometry((1, 1), 2, 2), copies=0)

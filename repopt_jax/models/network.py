@@ -51,10 +51,8 @@ class Network(nnx.Module):
 
     def branch_sets(self) -> dict[str, BranchSet]:
         """Path of each of these kernels -> the branches of its hyper-search."""
-        return {
-            path: description(self.layers()[path].geometry).branch_set()
-            for path, description in self.descriptions("search").items()
-        }
+        search = self.descriptions("search")
+        return {path: search[path](place.geometry).branch_set() for path, place in self.layers().items()}
 
     def descriptions(self, structure: str) -> dict[str, Description]:
         """Path of each of these kernels -> its description for a structure of `STRUCTURES`, or for
