@@ -198,22 +198,22 @@ def compile_case(case: Case, devices: Sequence[Any]) -> Facts:
 
 def _settings(case: Case, devices: int) -> tuple[Network, Any, Any]:
     """The network, what its images are, and the config."""
-    from repopt_jax import data, train
-    from repopt_jax.models import VGG_VARIANTS, VGGVariant
+    from repopt_jax import data, models, train
 
     network = NETWORKS[case.network]
-    if network.blocks is not None and case.network not in VGG_VARIANTS:
+    name = "repopt-vgg-b1" if network.blocks is None else f"compiled-{case.network}"
+    if network.blocks is not None:
         w = network.width
-        VGG_VARIANTS[case.network] = VGGVariant(
-            case.network, network.blocks, (w, w, w, w, w), strides=(1, 1, 1, 1, 1)
-        )
+        row = models.VGGVariant(name, network.blocks, (w, w, w, w, w), strides=(1, 1, 1, 1, 1))
+        models.register(models.Entry(name, models.vgg, row))
     names = tuple(map(str, range(network.classes)))
     info = data.DatasetInfo(
         name="none", class_names=names, channels=3, image_shape=None, num_train=1, num_eval=1
     )
-    config = train.Config(scales="depth", batch_size=network.images * devices)
-    config.rules = "init" if case.rule == "plain" else "multiplier"
-    config.model = train.ModelConfig(variant=case.network, dtype=network.dtype)
+    config = train.Config(batch_size=network.images * devices)
+    config.model = train.ModelConfig(name=name, dtype=network.dtype)
+    if case.rule != "plain":
+        config.model.mode, config.scales, config.rules = "repopt", "depth", "multiplier"
     config.optim = train.OptimConfig(name=case.optimizer, weight_decay=1e-4)
     config.mesh = train.MeshConfig(fsdp=case.fsdp, statistics=case.statistics)
     return network, info, config
@@ -224,7 +224,9 @@ def _lowered(case: Case, network: Network, info: Any, config: Any, mesh: Any) ->
     import jax
     import jax.numpy as jnp
     import optax
+    from flax import nnx
 
+    from repopt_jax import weight_decay_mask
     from repopt_jax.train import build, optimizer
     from repopt_jax.train import state as sharding
 
@@ -238,7 +240,14 @@ def _lowered(case: Case, network: Network, info: Any, config: Any, mesh: Any) ->
         return program.train_step.lower(state, batch)
     schedule = optimizer.make_schedule(config.optim, epochs=1, steps_per_epoch=100)
     scales = None if case.rule == "plain" else build.make_task(config).resolve_scales("depth", info)
-    tx = optimizer.make_optimizer(config.optim, schedule, scales=scales, batch_size=config.batch_size)
+    model = nnx.eval_shape(lambda: build.make_task(config).new_model(info, seed=0))
+    tx = optimizer.make_optimizer(
+        config.optim,
+        schedule,
+        scales=scales,
+        batch_size=config.batch_size,
+        decayed=weight_decay_mask(model),
+    )
 
     def update(params, gradient, opt_state):
         updates, opt_state = tx.update(gradient, opt_state, params)

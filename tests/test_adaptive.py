@@ -12,8 +12,8 @@ import optax
 import pytest
 from twins import LAYERS, MIXING, problem, relative
 
-from repopt_jax.core.structure import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
+from repopt_jax.core.structure import default_branches
 from repopt_jax.optim import adaptive
 from repopt_jax.optim import sgd as optim
 
