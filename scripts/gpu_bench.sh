@@ -12,7 +12,7 @@ which=${2:-all}
 # PyTorch takes its memory beside JAX; the largest batch is asked of nearly all there is.
 share() { XLA_PYTHON_CLIENT_MEM_FRACTION=$1; export XLA_PYTHON_CLIENT_MEM_FRACTION; }
 wanted() { [ "$which" = all ] || [ "$which" = "$1" ]; }
-bench() { python -m repopt_jax bench "$@" --variant=B1 --size=224 --out="$out"; }
+bench() { python -m repopt_jax bench "$@" --model=repopt-vgg-b1 --size=224 --out="$out"; }
 
 share 0.6
 if wanted 1; then bench update --rounds=50; fi
