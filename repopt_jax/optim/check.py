@@ -408,8 +408,13 @@ def _free_entries(layer: BranchSet) -> np.ndarray | None:
     without its output axis. None if there are none, or if the two channels are not alike."""
     if layer.out < 2 or (layer.out == layer.groups and not layer.elementwise):
         return None
-    weights = {b.name: jnp.full(b.shape(layer.canonical), float(not b.has_scale)) for b in layer.branches}
-    reached = np.asarray(layer.merge(weights, {name: jnp.ones(layer.out) for name in layer.names}) != 0)
+
+    @jax.jit  # not one program for every operation
+    def reached_by_unscaled():
+        weights = {b.name: jnp.full(b.shape(layer.canonical), float(not b.has_scale)) for b in layer.branches}
+        return layer.merge(weights, {name: jnp.ones(layer.out) for name in layer.names}) != 0
+
+    reached = np.asarray(reached_by_unscaled())
     reached = np.moveaxis(reached, _channel_axis(layer), 0)
     free = ~(reached[0] | reached[1])
     return free if free.any() else None
