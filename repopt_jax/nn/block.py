@@ -131,11 +131,19 @@ def conv(
     )
 
 
-def batch_norm(channels: int, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def batch_norm(
+    channels: int, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+) -> nnx.BatchNorm:
     """Batch norm with PyTorch's constants (its momentum 0.1 is 0.9 here) and a variance without
     cancellation."""
     return nnx.BatchNorm(
-        channels, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs
+        channels,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
     )
 
 
