@@ -28,8 +28,10 @@ from repopt_jax import (
 )
 from repopt_jax.core import paths
 from repopt_jax.core.scales import LayerScales
-from repopt_jax.nn.csla import convolve
-from repopt_jax.surgery import search as surgery
+from repopt_jax.core.structure import Geometry
+from repopt_jax.nn.geometry import convolve
+from repopt_jax.surgery.reinitialize import merge_weights, sample_weights
+from repopt_jax.surgery.search import csla_twin
 
 STEPS = 5
 CLOSE = 1e-5  # float32, 5 steps through different convolution layouts; measured: 4e-7 at most
@@ -61,9 +63,7 @@ class Data(NamedTuple):
 
 def plain_dicts(data):
     def loss(params):
-        z = convolve(
-            data.x, params["conv"]["kernel"], strides=(1, 1), padding=PADS, dilation=(1, 1), groups=1
-        )
+        z = convolve(data.x, params["conv"]["kernel"], Geometry((3, 3), 4, 4))
         return data.loss(z + params["conv"]["bias"].reshape(1, 1, 1, 4))
 
     return Task({"conv": {"kernel": data.kernel, "bias": jnp.zeros(4)}}, loss, "conv/kernel")
@@ -204,8 +204,8 @@ class Searched(NamedTuple):
 def searched(data):
     """An NNX search model, with layers of branches, trained by `nnx.Optimizer`."""
     scales = scales_at("conv/kernel")
-    weights = surgery.sample_weights(scales, jax.random.key(3))
-    twin = surgery.csla_twin(NNXNet(data.kernel), scales, weights, trainable_scales=True)
+    weights = sample_weights(scales, jax.random.key(3))
+    twin = csla_twin(NNXNet(data.kernel), scales, weights, trainable_scales=True)
     twin: Any = train_nnx(twin, data, sgd())
     found = extract_scales(twin).vectors["conv/kernel"]
     start = scales.vectors["conv/kernel"]
@@ -230,10 +230,8 @@ def test_reinitialize_and_multipliers_on_plain_and_equinox_trees(data):
     plain = plain_dicts(data).params
     scales = scales_at("conv/kernel")
     fresh = reinitialize(plain, scales, rngs=nnx.Rngs(0))
-    weights = surgery.sample_weights(scales, nnx.Rngs(0).params())
-    np.testing.assert_array_equal(
-        fresh["conv"]["kernel"], surgery.merge_weights(scales, weights)["conv/kernel"]
-    )
+    weights = sample_weights(scales, nnx.Rngs(0).params())
+    np.testing.assert_array_equal(fresh["conv"]["kernel"], merge_weights(scales, weights)["conv/kernel"])
     np.testing.assert_array_equal(plain["conv"]["kernel"], data.kernel)
 
     torch_like = equinox(data)
