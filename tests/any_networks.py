@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.core import paths
+from repopt_jax.core.scales import LayerScales, Scales
 
 
 class BasicBlock(nnx.Module):
@@ -211,6 +212,16 @@ def drawn(model, seed=0, dtype=jnp.float32):
 
     nnx.update(model, paths.map_named(draw, nnx.state(model, (nnx.Param, nnx.BatchStat))))
     return model
+
+
+def random_scales(branch_sets, seed=0, dtype=jnp.float32):
+    """Of both signs."""
+    rng = np.random.default_rng(seed)
+    entries = {}
+    for path, bs in branch_sets.items():
+        vectors = {n: jnp.asarray(rng.normal(size=bs.vector_shape) + 0.2, dtype) for n in bs.names}
+        entries[path] = LayerScales(bs, vectors)
+    return Scales(entries)
 
 
 class Case(NamedTuple):

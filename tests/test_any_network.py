@@ -3,54 +3,36 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from any_networks import NETWORKS, BasicBlock, drawn, squared_error
+from any_networks import NETWORKS, BasicBlock, drawn, random_scales, squared_error
 from flax import nnx
-from networks import randomised, relative
+from networks import abstract, randomised, relative, values
 
-from repopt_jax import fuse
+from repopt_jax import Geometry, fuse
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel
-from repopt_jax.core.scales import LayerScales, Scales, load_scales, save_scales
-from repopt_jax.models import RepOptVGG, VGGVariant
-from repopt_jax.nn import CSLAConv, NormedBranches, PassThrough
+from repopt_jax.core.scales import Scales, load_scales, save_scales
+from repopt_jax.core.structure import STRUCTURES
+from repopt_jax.models import VGGVariant, vgg
+from repopt_jax.nn import Branched, Merged
 from repopt_jax.optim.sgd import repopt_mask
+from repopt_jax.surgery.fuse import FoldedNorm
 from repopt_jax.surgery.layers import find_branches, find_layers
-from repopt_jax.surgery.modes import Mode, prepare
 from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
-from repopt_jax.surgery.search import (
-    csla_twin,
-    depth_scales,
-    extract_scales,
-    merge_weights,
-    reinitialize,
-    sample_weights,
-    to_repvgg,
-    to_search,
-)
+from repopt_jax.surgery.prepare import Mode, prepare
+from repopt_jax.surgery.reinitialize import merge_weights, reinitialize, sample_weights
+from repopt_jax.surgery.search import csla_twin, depth_scales, extract_scales, to_search
+from repopt_jax.surgery.structures import to_repvgg, to_structure
 from repopt_jax.verify.equivalence import verify_equivalence
 
 EQUIVALENT = 1e-10  # relative, float64, 3 steps; measured: 2e-14 at most
 WRONG = 1e-4  # what a missing multiplier or decay before it exceeds; measured: 2e-3 at least
 EXACT = 1e-10  # of the largest output, float64: deployed networks; measured: 1e-14 at most
-
-
-def random_scales(branch_sets, seed=0):
-    """Of both signs."""
-    rng = np.random.default_rng(seed)
-    entries = {}
-    for path, bs in branch_sets.items():
-        vectors = {n: jnp.asarray(rng.normal(size=bs.vector_shape) + 0.2, jnp.float32) for n in bs.names}
-        entries[path] = LayerScales(bs, vectors)
-    return Scales(entries)
-
-
-def values(tree):
-    return {path: np.asarray(leaf) for path, leaf in paths.named_leaves(tree)[0].items()}
 
 
 run = nnx.jit(lambda model, x: model(x))
@@ -75,11 +57,13 @@ def test_every_convolution_and_dense_layer_is_found_under_its_path_in_the_state(
 def test_layers_are_described_by_what_they_sample():
     layers = find_layers(NETWORKS["1-D"].abstract())
     stem, wide = layers["stem/kernel"], layers["wide/kernel"]
-    assert (stem.strides, stem.padding, stem.pad_mode, stem.has_bias) == ((2,), ((2, 2),), "wrap", True)
-    assert (wide.dilation, wide.padding, wide.pad_mode, wide.has_bias) == ((2,), ((2, 2),), "constant", False)
-    assert layers["depthwise/kernel"].groups == 4
+    assert stem.geometry == Geometry((5,), 2, 4, strides=2, pad_mode="wrap")
+    assert wide.geometry == Geometry((3,), 4, 4, dilation=2, padding=((2, 2),))
+    assert (stem.has_bias, wide.has_bias) == (True, False)
+    assert layers["depthwise/kernel"].geometry.groups == 4
+    assert layers["head/kernel"].geometry == Geometry((), 4, 3)
     scanned = find_layers(NETWORKS["scanned stack"].abstract())
-    assert (scanned["blocks/conv/kernel"].stacked, scanned["blocks/mix/kernel"].stacked) == (1, 1)
+    assert (scanned["blocks/conv/kernel"].stack, scanned["blocks/mix/kernel"].stack) == ((3,), (3,))
     assert scanned["blocks/conv/kernel"].kernel == (3, 3, 4, 4)
     sets = find_branches(NETWORKS["ResNet-18"].abstract())
     assert sets["stages/1/0/conv1/kernel"].names == ("3x3", "1x1")  # strided
@@ -221,14 +205,14 @@ def test_branch_sets_of_one_s_own():
 def test_a_search_network_of_any_network(name, tmp_path):
     case = NETWORKS[name]
     model = case.fresh()
-    before, types = values(nnx.state(model)), [type(m) for _, m in named_modules(model)]
+    before, types = values(model), [type(m) for _, m in named_modules(model)]
     search = to_search(model, rngs=nnx.Rngs(3))
     assert [type(m) for _, m in named_modules(model)] == types
-    jax.tree.map(np.testing.assert_array_equal, values(nnx.state(model)), before)
+    chex.assert_trees_all_equal(values(model), before)
     sets = find_branches(model)
-    layers = {f"{p}/kernel": m for p, m in named_modules(search) if isinstance(m, CSLAConv)}
+    layers = {f"{p}/kernel": m for p, m in named_modules(search) if isinstance(m, Merged)}
     assert set(layers) == set(sets)
-    after = values(nnx.state(search))
+    after = values(search)
     for path, value in after.items():
         layer, *_ = re.split("/weights/|/scales/", path)
         assert path in before or f"{layer}/kernel" in sets
@@ -241,10 +225,10 @@ def test_a_search_network_of_any_network(name, tmp_path):
 
     scales = extract_scales(search)
     assert scales.branch_sets == sets
-    jax.tree.map(np.testing.assert_array_equal, scales.vectors, depth_scales(model).vectors)
+    chex.assert_trees_all_equal(scales.vectors, depth_scales(model).vectors)
     save_scales(tmp_path / "scales", scales)
     loaded = load_scales(tmp_path / "scales", find_branches(model))
-    jax.tree.map(np.testing.assert_array_equal, loaded.vectors, scales.vectors)
+    chex.assert_trees_all_equal(loaded.vectors, scales.vectors)
 
 
 @pytest.mark.parametrize("name", ["shared head", "scanned stack", "1-D"])
@@ -254,8 +238,8 @@ def test_a_network_re_initialised(name):
     scales = random_scales(find_branches(model))
     fresh = reinitialize(model, scales, rngs=nnx.Rngs(5))
     kernels = merge_weights(scales, sample_weights(scales, nnx.Rngs(5).params()))
-    before = values(nnx.state(model))
-    for path, value in values(nnx.state(fresh)).items():
+    before = values(model)
+    for path, value in values(fresh).items():
         np.testing.assert_array_equal(value, kernels.get(path, before[path]))
     assert np.isfinite(run(fresh, case.batches(1)[0]["x"])).all()
 
@@ -317,9 +301,9 @@ def test_added_and_reordered_layers_keep_their_scales_and_draws():
     small = drawn(nnx.eval_shape(lambda: Grown("a", "c", rngs=nnx.Rngs(0))))
     grown = drawn(nnx.eval_shape(lambda: Grown("c", "b", "a", rngs=nnx.Rngs(0))), seed=1)
     scales = random_scales(find_branches(small))
-    kept, other = (values(nnx.state(reinitialize(m, scales, rngs=nnx.Rngs(2)))) for m in (small, grown))
+    kept, other = (values(reinitialize(m, scales, rngs=nnx.Rngs(2))) for m in (small, grown))
     searches = [to_search(m, scales="ones", rngs=nnx.Rngs(2)) for m in (small, grown)]
-    started, other_started = (values(nnx.state(search)) for search in searches)
+    started, other_started = (values(search) for search in searches)
     for name in ("a", "c"):
         path = f"parts/{name}/kernel"
         np.testing.assert_array_equal(kept[path], other[path])
@@ -331,9 +315,8 @@ def test_added_and_reordered_layers_keep_their_scales_and_draws():
 def test_a_search_that_starts_from_given_scales():
     model = NETWORKS["MLP"].fresh()
     given = random_scales(find_branches(model, r"layers/[12]"))
-    search = to_search(model, r"layers/[12]", scales=given, form="branches", rngs=nnx.Rngs(0))
-    jax.tree.map(np.testing.assert_array_equal, extract_scales(search).vectors, given.vectors)
-    assert search.layers[1].form == "branches"
+    search = to_search(model, r"layers/[12]", scales=given, rngs=nnx.Rngs(0))
+    chex.assert_trees_all_equal(extract_scales(search).vectors, given.vectors)
     ones = extract_scales(to_search(model, scales="ones", rngs=nnx.Rngs(0)))
     assert all((v == 1).all() for v in jax.tree.leaves(ones))
 
@@ -386,10 +369,10 @@ def test_batch_norms_fold_into_the_layers_before_them(name, x64):
     deployed = fuse(model, pairs=PAIRS[name])
     kinds = {type(m) for _, m in named_modules(deployed)}
     assert nnx.BatchNorm not in kinds
-    assert PassThrough in kinds
+    assert FoldedNorm in kinds
     expected = run(model, x)
     assert relative(run(deployed, x), expected) <= EXACT
-    assert not any(isinstance(m, PassThrough) for _, m in named_modules(model))
+    assert not any(isinstance(m, FoldedNorm) for _, m in named_modules(model))
 
 
 @pytest.mark.parametrize("name", ["scanned stack", "1-D"])
@@ -398,31 +381,34 @@ def test_a_search_network_of_one_s_own_is_deployed(name, x64):
     model = settled(nnx.eval_shape(lambda: to_search(case.build(rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))))
     x = case.batches(1, dtype=np.float64)[0]["x"]
     deployed = fuse(model, pairs=PAIRS[name])
-    assert {type(m) for _, m in named_modules(deployed)}.isdisjoint({nnx.BatchNorm, CSLAConv})
+    assert {type(m) for _, m in named_modules(deployed)}.isdisjoint({nnx.BatchNorm, Merged})
     assert relative(run(deployed, x), run(model, x)) <= EXACT
     with pytest.raises(TypeError, match=r"bn cannot be folded: .* name the layers before them in `pairs`"):
         fuse(model)
-    branches_alone = fuse(model, only=(CSLAConv,))
+    branches_alone = fuse(model, only=(Merged,))
     assert relative(run(branches_alone, x), run(model, x)) <= EXACT
 
 
-@pytest.mark.parametrize("name", ["1-D", "3-D", "MLP"])
-def test_repvgg_s_form_of_any_network(name, x64):
+@pytest.mark.parametrize(
+    ("name", "structure"), [("1-D", "repvgg"), ("3-D", "dbb"), ("MLP", "repvgg"), ("ResNet-18", "acnet")]
+)
+def test_a_structure_of_any_network(name, structure, x64):
+    """With norms in the branches, and the network's own after them."""
     case = NETWORKS[name]
     plain = case.abstract()
-    model = settled(nnx.eval_shape(lambda: to_repvgg(case.build(rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))))
-    normed = {f"{p}/kernel": m for p, m in named_modules(model) if isinstance(m, NormedBranches)}
-    assert {path: m.branches for path, m in normed.items()} == find_branches(plain)
-    assert {p: m.bias is not None for p, m in normed.items()} == {
-        p: layer.has_bias for p, layer in find_layers(plain).items()
-    }
+    model = settled(nnx.eval_shape(lambda m: to_structure(m, structure, rngs=nnx.Rngs(1)), plain))
+    normed = {f"{p}/kernel": m for p, m in named_modules(model) if isinstance(m, Branched)}
+    layers = find_layers(plain)
+    described = {path: STRUCTURES[structure](layer.geometry) for path, layer in layers.items()}
+    assert {path: m.structure for path, m in normed.items()} == described
+    assert {p: m.bias is not None for p, m in normed.items()} == {p: v.has_bias for p, v in layers.items()}
     deployed = fuse(model, pairs=PAIRS.get(name))
-    assert {type(m) for _, m in named_modules(deployed)}.isdisjoint({nnx.BatchNorm, NormedBranches})
+    assert {type(m) for _, m in named_modules(deployed)}.isdisjoint({nnx.BatchNorm, Branched})
     x = case.batches(1, dtype=np.float64)[0]["x"]
     expected = run(model, x)
     assert relative(run(deployed, x), expected) <= EXACT
     for layer in normed.values():  # negative control: a fresh batch norm would hide what is forgotten
-        layer.norms[layer.branches.names[-1]].mean[...] += 0.5
+        list(layer.norms.values())[-1].mean[...] += 0.5
     assert relative(run(model, x), expected) > WRONG
 
 
@@ -474,7 +460,7 @@ def test_a_block_that_is_used_twice_folds_where_all_its_uses_do(x64):
     model = settled(NETWORKS["shared head"].abstract())
     deployed = fuse(model, pairs=PAIRS["shared head"])
     assert deployed.heads[0] is deployed.heads[1] is deployed.z_head
-    assert isinstance(deployed.z_head.bn, PassThrough)
+    assert isinstance(deployed.z_head.bn, FoldedNorm)
     with pytest.raises(ValueError, match=r"heads/0/conv -> heads/0/bn, .* z_head/conv -> None"):
         fuse(model, pairs={r"(heads/\d)/conv": r"\1/bn"})
 
@@ -623,25 +609,27 @@ def test_a_shared_layer_by_another_name_or_twice():
 
 
 def test_what_has_no_repvgg_form():
-    model = NETWORKS["scanned stack"].abstract()
-    with pytest.raises(
-        ValueError, match=r"^blocks/conv, blocks/mix are stacked layers, whose branches would"
-    ):
+    model = NETWORKS["scanned stack"].fresh()
+    stacked = "it is a stacked layer, whose branches would need batch norms made by the same nnx.vmap"
+    with pytest.raises(ValueError, match=rf"blocks/conv: {stacked}.*; blocks/mix: {stacked}"):
         to_repvgg(model, rngs=nnx.Rngs(0))
+    assert isinstance(to_repvgg(model, "stem|head", rngs=nnx.Rngs(0)).stem, Branched)
 
 
 # -- modes
 
 
 def test_a_mode_by_its_name():
-    assert [Mode.parse(mode) for mode in Mode] == list(Mode) == ["plain", "search", "repopt", "repvgg"]
+    assert [Mode.parse(mode) for mode in Mode] == list(Mode) == ["plain", "search", "repopt", *STRUCTURES]
+    assert [mode for mode in Mode if mode.is_structure] == list(STRUCTURES)
     for text, near in (("hyper-search", "search"), ("RepVgg", "repvgg"), ("repot", "repopt")):
         with pytest.raises(
             ValueError, match=rf"no mode '{text}' \(did you mean '{near}'\?\): it must be one of"
         ):
             Mode.parse(text)
     with pytest.raises(
-        ValueError, match=r"^there is no mode 'x': it must be one of plain, search, repopt, repvgg$"
+        ValueError,
+        match=r"^there is no mode 'x': it must be one of plain, search, repopt, repvgg, mobile",
     ):
         Mode.parse("x")
 
@@ -653,24 +641,26 @@ def test_every_mode_makes_the_network_that_is_trained():
     rngs = nnx.Rngs(0)
     plain = prepare(model, Mode.PLAIN, rngs=rngs)
     assert plain.model is not model
-    jax.tree.map(np.testing.assert_array_equal, values(nnx.state(plain.model)), values(nnx.state(model)))
+    chex.assert_trees_all_equal(values(plain.model), values(model))
     search = prepare(model, "search", select=select, rngs=rngs)
-    assert [type(layer) for layer in search.model.layers] == [nnx.Linear, CSLAConv, CSLAConv, nnx.Linear]
+    assert [type(layer) for layer in search.model.layers] == [nnx.Linear, Merged, Merged, nnx.Linear]
     given = prepare(model, "search", scales=scales, select=select, rngs=rngs)
-    jax.tree.map(np.testing.assert_array_equal, extract_scales(given.model).vectors, scales.vectors)
+    chex.assert_trees_all_equal(extract_scales(given.model).vectors, scales.vectors)
     repopt = prepare(model, "repopt", scales=scales, rngs=nnx.Rngs(4))
     expected = reinitialize(model, scales, rngs=nnx.Rngs(4))
-    jax.tree.map(np.testing.assert_array_equal, values(nnx.state(repopt.model)), values(nnx.state(expected)))
+    chex.assert_trees_all_equal(values(repopt.model), values(expected))
     repvgg = prepare(model, "repvgg", select=select, branches=[Kernel(())], rngs=rngs)
-    assert [type(layer) for layer in repvgg.model.layers[1:3]] == [NormedBranches] * 2
+    assert [type(layer) for layer in repvgg.model.layers[1:3]] == [Branched] * 2
+    acnet = prepare(model, "acnet", select=select, rngs=rngs)
+    assert [type(layer) for layer in acnet.model.layers[1:3]] == [Branched] * 2
     assert repopt.scales is scales
-    assert plain.scales is search.scales is given.scales is repvgg.scales is None
+    assert plain.scales is search.scales is given.scales is repvgg.scales is acnet.scales is None
 
 
 def test_mode_mistakes():
     model = NETWORKS["MLP"].abstract()
     scales = random_scales(find_branches(model))
-    for mode in ("plain", "repvgg"):
+    for mode in ("plain", "repvgg", "dbb"):
         with pytest.raises(
             ValueError, match=rf"^mode {mode} has no use for `scales`: leave them out, or train"
         ):
@@ -679,6 +669,8 @@ def test_mode_mistakes():
         ValueError, match=r"^mode repopt needs `scales`: give those of a search, or `depth_scal"
     ):
         prepare(model, "repopt", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^mode acnet says itself of which branches its layers are: leave"):
+        prepare(model, "acnet", branches=[Kernel(())], rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"\(did you mean 'search'\?\)"):
         prepare(model, "hyper-search", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="there is no mode None"):
@@ -719,16 +711,15 @@ def test_any_number_of_batch_axes(layer, batch, x64):
     model = nnx.Sequential(plain)
     shape = (*batch, 5, 6, 2) if layer == "conv" else (*batch, 3)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape))
-    for form in ("merged", "branches"):
-        search = to_search(model, form=form, rngs=nnx.Rngs(1))
-        made = search.layers[0]
-        merged = reinitialize(model, extract_scales(search), rngs=nnx.Rngs(1))
-        merged.layers[0].kernel[...] = made.merged_kernel()
-        np.testing.assert_allclose(search(x), merged(x), rtol=1e-12, atol=1e-14)
-        assert (made.in_features, made.out_features) == (plain.in_features, plain.out_features)
-    repvgg = to_repvgg(model, rngs=nnx.Rngs(2))
+    search, repvgg = to_search(model, rngs=nnx.Rngs(1)), to_repvgg(model, rngs=nnx.Rngs(2))
     repvgg.eval()
-    assert repvgg(x).shape == merged(x).shape
+    for new in (search, repvgg):
+        made = new.layers[0]
+        merged = nnx.clone(model)
+        merged.layers[0].kernel.set_value(made.kernel_and_bias()[0])
+        chex.assert_trees_all_close(new(x), merged(x), rtol=1e-12, atol=1e-14)
+        for name in ("in_features", "out_features") + (("kernel_size",) if layer == "conv" else ()):
+            assert getattr(made, name) == getattr(plain, name)
 
 
 def test_half_precision_stays_half_precision():
@@ -764,16 +755,14 @@ def test_numbers_in_names_are_read_as_numbers():
 
 def test_a_network_that_declares_its_branches_is_searched_at_those():
     net = VGGVariant("net", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 1, 1, 1))
-    model = nnx.eval_shape(lambda: RepOptVGG(net, num_classes=2, post_se=True, rngs=nnx.Rngs(0)))
+    model = abstract(vgg, net, num_classes=2, post_se=True)
     assert find_branches(model) == model.branch_sets()
-    search = nnx.eval_shape(
-        lambda: to_search(RepOptVGG(net, num_classes=2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
-    )
-    found = {f"{p}/kernel": m.branches for p, m in named_modules(search) if isinstance(m, CSLAConv)}
+    search = nnx.eval_shape(lambda m: to_search(m, rngs=nnx.Rngs(0)), model)
+    found = {f"{p}/kernel": m.branch_set() for p, m in named_modules(search) if isinstance(m, Merged)}
     assert found == model.branch_sets()
     assert list(find_layers(model, r"head")) == ["head/kernel"]
     # Of other layers or branches, if told.
-    model = RepOptVGG(net, num_classes=2, rngs=nnx.Rngs(0))
+    model = drawn(abstract(vgg, net, num_classes=2))
     select, branches = r"stages/1/.*conv", [Kernel((3, 3)), Kernel((1, 3))]
     scales = depth_scales(model, select, branches)
     with pytest.raises(ValueError, match="do not fit the model: 4 missing layers"):

@@ -131,6 +131,21 @@ def test_a_layer_that_was_cast_folds_in_the_precision_of_its_arrays(x64):
     assert relative(fuse(layer)(x), layer(x)) <= EXACT
 
 
+def test_flax_keeps_statistics_in_float32(x64):
+    """Of a network in float64 too, whose fold must not be computed in the precision of its statistics."""
+    options = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+    layer = nnx.Conv(2, 4, (3, 3), **options)
+    model = Block(layer, nnx.BatchNorm(4, use_running_average=True, **options))
+    branched = Branched(repvgg(Geometry((3, 3), 4, 4)), **options)
+    branched.eval()
+    x = jnp.asarray(random_input(2, 5, 6, 4))
+    for module, images in ((model, x[..., :2]), (branched, x)):
+        for norm in [m for _, m in named_modules(module) if isinstance(m, nnx.BatchNorm)]:
+            assert norm.var.dtype == jnp.float32
+            norm.var[...] = jnp.linspace(0.1, 0.7, 4, dtype=jnp.float32)
+        assert relative(fuse(module)(images), module(images)) <= EXACT
+
+
 def test_a_convolution_with_a_bias_and_a_batch_norm_without_affine(x64):
     def build(rngs):
         return Block(

@@ -149,10 +149,10 @@ def test_constant_scales_train_as_repopt_mask(model, scales):
 
 
 def test_a_search_trains_as_the_search_model_of_nnx(model, scales):
-    """Which runs branch by branch, from the same tensors, with trainable scales that are not decayed."""
+    """Whose layers merge themselves, from the same tensors, with trainable scales that are not decayed."""
     graph, params = nnx.split(model, nnx.Param)
     tree = search_tree(params, scales, rngs=nnx.Rngs(1))
-    twin = csla_twin(model, scales, tree.weights, trainable_scales=True, form="branches")
+    twin = csla_twin(model, scales, tree.weights, trainable_scales=True)
     twin_graph, twin = nnx.split(twin, nnx.Param)
     twin = train(twin, functools.partial(loss, twin_graph), sgd(mask=not_scales))
     expected = extract_scales(nnx.merge(twin_graph, twin, copy=True))

@@ -1,66 +1,56 @@
-"""Between a plain network and its search: what is read out, what is drawn, and the CSLA twin."""
+"""Surgery of layers: the search's scales, draws, the CSLA twin, structures in the place of convolutions."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from any_networks import drawn, random_scales
 from flax import nnx
+from networks import relative, values
 
-from repopt_jax import BranchSet, Identity, Kernel, Scales, default_branches, extract_scales, reinitialize
-from repopt_jax.core import paths
+from repopt_jax import (
+    BranchSet,
+    Identity,
+    Kernel,
+    Scales,
+    default_branches,
+    depth_scales,
+    extract_scales,
+    reinitialize,
+    to_repvgg,
+    to_search,
+    to_structure,
+)
+from repopt_jax.core import structure
 from repopt_jax.core.scales import LayerScales, ScalesMetadata
-from repopt_jax.models import RepOptVGG, VGGVariant
+from repopt_jax.models import VGGVariant, vgg
 from repopt_jax.models.vgg import block_specs
-from repopt_jax.nn import ConvNorm, CSLAConv, NormedBranches
-from repopt_jax.nn.blocks import batch_norm, conv
-from repopt_jax.surgery.layers import explicit_padding
+from repopt_jax.nn import Block, Branched, Merged
+from repopt_jax.nn.block import batch_norm, block, conv
+from repopt_jax.nn.geometry import explicit_padding
 from repopt_jax.surgery.modules import named_modules
-from repopt_jax.surgery.search import csla_twin, merge_weights, sample_weights, to_repvgg, with_kernels
+from repopt_jax.surgery.reinitialize import merge_weights, sample_weights, with_kernels
+from repopt_jax.surgery.search import csla_twin
 
 EXACT = 1e-12  # of the largest output, float64; measured: 6e-16 at most
 WRONG = 0.1  # what another draw or a wrong twin exceeds; measured: 0.63 at least
 
 NET = VGGVariant("net", (2, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1), groups=2)
+run = nnx.jit(lambda model, x: model(x))
 
 
-def network(**options):
-    options = {"num_classes": 3, "in_channels": 4, **options}
-    return RepOptVGG(NET, **options, rngs=nnx.Rngs(0))
+def network():
+    return vgg(NET, num_classes=3, in_channels=4, rngs=nnx.Rngs(0))
 
 
-def filled(build, seed=0):
-    """The module that `build` makes, fresh statistics included, its parameters random numbers of numpy's.
-
-    Built abstractly first, as drawing and compiling for each shape would take most of these tests' time.
-    """
-    model = nnx.eval_shape(build)
-    rng = np.random.default_rng(seed)
-
-    def draw(path, v):
-        if path.endswith(("bn/mean", "bn/var")):
-            return jnp.full(v.shape, float(path.endswith("var")), v.dtype)
-        return jnp.asarray(rng.normal(size=v.shape) / np.sqrt(max(1, np.prod(v.shape[:-1]))), v.dtype)
-
-    nnx.update(model, paths.map_named(draw, nnx.state(model)))
-    return model
-
-
-def random_scales(branch_sets, seed=0, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    entries = {
-        path: LayerScales(bs, {name: jnp.asarray(rng.normal(size=bs.out), dtype) for name in bs.names})
-        for path, bs in branch_sets.items()
-    }
-    return Scales(entries)
-
-
-def plain_values(tree):
-    return {path: np.asarray(leaf) for path, leaf in paths.named_leaves(tree)[0].items()}
-
-
-def relative(a, b):
-    return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
+def filled(build, dtype=jnp.float32):
+    """The module that `build` makes, built abstractly: drawing and compiling for each shape would take most
+    of these tests' time."""
+    return drawn(nnx.eval_shape(build), dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +59,8 @@ def target():
 
 
 class TestExtract:
-    @pytest.mark.parametrize("kind", ["search", "csla"])
-    def test_the_layers_values_under_the_plain_networks_paths(self, kind):
-        model = filled(lambda: network(kind=kind))
+    def test_the_layers_values_under_the_plain_networks_paths(self):
+        model = filled(lambda: to_search(network(), rngs=nnx.Rngs(0)))
         scales = extract_scales(model, metadata=ScalesMetadata("net", step=5))
         assert scales.metadata == ScalesMetadata("net", step=5)
         assert set(scales.entries) == {f"{s.path}/conv/kernel" for s in block_specs(NET)}
@@ -83,14 +72,8 @@ class TestExtract:
                 variable = layer.weights[name] if name == "identity" else layer.scales[name]
                 np.testing.assert_array_equal(vector, variable[...])
 
-    @pytest.mark.parametrize("kind", ["search", "csla"])
-    def test_a_search_starts_where_given_scales_say(self, kind):
-        given = random_scales(nnx.eval_shape(network).branch_sets())
-        start = jax.jit(lambda: extract_scales(network(kind=kind, scales=given)))()
-        jax.tree.map(np.testing.assert_array_equal, start.vectors, given.vectors)
-
     def test_a_model_without_a_search_layer(self, target):
-        with pytest.raises(ValueError, match="has no CSLA layer: give the model of the hyper-search"):
+        with pytest.raises(ValueError, match="has no layer with scales: give the model of the hyper-search"):
             extract_scales(target)
 
 
@@ -110,11 +93,11 @@ def one_training_step(model):
 
 class TestReinitialize:
     def test_kernels_are_the_sum_of_their_parts_and_the_rest_stays(self, target):
-        before = plain_values(target)
+        before = values(target)
         scales = random_scales(target.branch_sets())
         new = reinitialize(target, scales, rngs=nnx.Rngs(7))
         weights = sample_weights(scales, nnx.Rngs(7).params())
-        after = plain_values(new)
+        after = values(new)
         assert after.keys() == before.keys()
         for path, value in after.items():
             if path in scales.entries:
@@ -130,19 +113,18 @@ class TestReinitialize:
                 assert relative(value, before[path]) > WRONG
             else:
                 np.testing.assert_array_equal(value, before[path])
-        for path, value in plain_values(target).items():
-            np.testing.assert_array_equal(value, before[path])
+        chex.assert_trees_all_equal(values(target), before)
 
     def test_a_trained_model_is_refused(self, target):
         trained = one_training_step(target)
-        scales = target.depth_scales()
+        scales = depth_scales(target)
         message = r"has been trained \(batch statistics stages/0/0/bn/mean, .* and \d+ more have moved\)"
         with pytest.raises(ValueError, match=message) as error:
             reinitialize(trained, scales, rngs=nnx.Rngs(0))
         assert "allow_trained=True" in str(error.value)
-        trained_values = plain_values(trained)
-        new = plain_values(reinitialize(trained, scales, rngs=nnx.Rngs(0), allow_trained=True))
-        fresh = plain_values(reinitialize(target, scales, rngs=nnx.Rngs(0)))
+        trained_values = values(trained)
+        new = values(reinitialize(trained, scales, rngs=nnx.Rngs(0), allow_trained=True))
+        fresh = values(reinitialize(target, scales, rngs=nnx.Rngs(0)))
         for path, value in new.items():
             np.testing.assert_array_equal(value, (fresh if path in scales.entries else trained_values)[path])
 
@@ -159,7 +141,7 @@ class TestReinitialize:
         assert "stages/0/0/conv/kernel (expected (3, 3, 4, 4), found (3, 3, 1, 4))" in message
 
     def test_values_that_are_not_numbers(self, target):
-        scales = target.depth_scales()
+        scales = depth_scales(target)
         scales.entries["stages/0/0/conv/kernel"].vectors["1x1"] = jnp.full(4, jnp.nan)
         with pytest.raises(ValueError, match="NaN or infinite values: stages/0/0/conv/kernel/1x1"):
             reinitialize(target, scales, rngs=nnx.Rngs(0))
@@ -244,7 +226,7 @@ class Layers(nnx.Module):
 
 LAYER_SETS = {
     "stem/kernel": default_branches((3, 3, 3, 4), stride=2),
-    "shared/kernel": default_branches((3, 3, 2, 4), groups=2),
+    "again/kernel": default_branches((3, 3, 2, 4), groups=2),
     "wide/kernel": BranchSet(
         (5, 5, 4, 4), (Kernel((5, 5)), Kernel((3, 3), (2, 2)), Kernel((1, 5)), Identity())
     ),
@@ -254,59 +236,48 @@ LAYER_SETS = {
 }
 
 
-def layers_with_merged_kernels(seed=0):
-    model = filled(lambda: Layers(rngs=nnx.Rngs(0)), seed)
-    # The path under which a shared module comes first is the one that names it.
-    (shared,) = [p for p, m in named_modules(model) if m is model.shared]
-    sets = {p.replace("shared/", f"{shared}/"): bs for p, bs in LAYER_SETS.items()}
-    scales = random_scales(sets, seed, jnp.float64)
-    rng = np.random.default_rng(seed + 1)
-    weights = {
-        path: {name: jnp.asarray(rng.normal(size=shape) / 3) for name, shape in bs.shapes().items()}
-        for path, bs in sets.items()
-    }
-    return with_kernels(model, jax.jit(merge_weights)(scales, weights)), scales, weights
+@pytest.fixture(scope="module")
+def twins():
+    """A float64 network with merged kernels, their scales and branch tensors, an input and its output."""
+    with jax.enable_x64(True):
+        model = filled(lambda: Layers(rngs=nnx.Rngs(0)), jnp.float64)
+        scales, rng = random_scales(LAYER_SETS, dtype=jnp.float64), np.random.default_rng(1)
+        weights = {
+            path: {name: jnp.asarray(rng.normal(size=shape) / 3) for name, shape in bs.shapes().items()}
+            for path, bs in LAYER_SETS.items()
+        }
+        model = with_kernels(model, jax.jit(merge_weights)(scales, weights))
+        x = jnp.asarray(rng.normal(size=(2, 14, 12, 3)))
+        return model, scales, weights, x, run(model, x)
 
 
 class TestTwin:
-    @pytest.mark.parametrize("form", ["merged", "branches"])
-    def test_computes_what_the_plain_network_with_merged_kernels_does(self, form, x64):
-        model, scales, weights = layers_with_merged_kernels()
-        twin = csla_twin(model, scales, weights, form=form)
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 14, 12, 3)))
-        run = nnx.jit(lambda m, x: m(x))
-        expected = run(model, x)
+    @pytest.mark.parametrize("trainable", [False, True])
+    def test_computes_what_the_plain_network_with_merged_kernels_does(self, trainable, x64, twins):
+        model, scales, weights, x, expected = twins
+        twin = csla_twin(model, scales, weights, trainable_scales=trainable)
         assert expected.dtype == jnp.float64
         assert relative(run(twin, x), expected) <= EXACT
-        layers = [layer for _, layer in named_modules(twin) if isinstance(layer, CSLAConv)]
-        assert [layer.form for layer in layers] == [form] * len(LAYER_SETS)
+        layers = [layer for _, layer in named_modules(twin) if isinstance(layer, Merged)]
+        assert len(layers) == len(LAYER_SETS)
         assert isinstance(twin.head, nnx.Linear)
         assert isinstance(model.stem, nnx.Conv)  # the given model keeps its layers
+        assert twin.again is twin.shared  # and a shared layer stays shared
+        assert isinstance(twin.shared, Merged)
+        params = nnx.state(twin, nnx.Param)
+        assert ("scales" in params["stem"]) == trainable
+        assert {"weights", "bias"} <= set(params["stem"])
 
-    def test_other_draws_are_another_function(self, x64):
+    def test_other_draws_are_another_function(self, x64, twins):
         """Negative control of the above."""
-        model, scales, weights = layers_with_merged_kernels()
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 14, 12, 3)))
-        run = nnx.jit(lambda m, x: m(x))
-        expected = run(model, x)
+        model, scales, weights, x, expected = twins
         flipped = jax.tree.map(jnp.negative, scales)
         assert relative(run(csla_twin(model, flipped, weights), x), expected) > WRONG
         rolled = {p: {n: jnp.roll(w, 1, -1) for n, w in d.items()} for p, d in weights.items()}
         assert relative(run(csla_twin(model, scales, rolled), x), expected) > WRONG
 
-    def test_a_shared_layer_stays_shared_and_scales_are_frozen_unless_asked_for(self, x64):
-        model, scales, weights = layers_with_merged_kernels()
-        for trainable in (False, True):
-            twin = csla_twin(model, scales, weights, trainable_scales=trainable)
-            params = paths.named_leaves(nnx.state(twin, nnx.Param))[0]
-            assert ("stem/scales/3x3" in params) == trainable
-            assert "stem/weights/3x3" in params
-            assert "stem/bias" in params
-            assert isinstance(twin.shared, CSLAConv)
-            assert twin.again is twin.shared
-
-    def test_what_cannot_become_a_twin(self, x64):
-        model = filled(lambda: Layers(rngs=nnx.Rngs(0)))
+    def test_what_cannot_become_a_twin(self, x64, twins):
+        model = nnx.clone(twins[0])
         model.other = nnx.Dict(kernel=nnx.Param(jnp.ones((2, 2))))
         with pytest.raises(ValueError, match="1 extra layers: nowhere/kernel"):
             csla_twin(model, random_scales({"nowhere/kernel": LAYER_SETS["stem/kernel"]}), {})
@@ -315,34 +286,84 @@ class TestTwin:
 
 
 class Units(nnx.Module):
-    """Convolutions with their batch norms; the last one is also used without it."""
+    """Blocks, one used twice, and a convolution that is also used without its block."""
 
     def __init__(self, *, rngs):
-        self.unit = ConvNorm(conv(4, 4, 3, rngs=rngs), batch_norm(4, rngs=rngs))
+        self.unit = block(4, 4, 3, rngs=rngs)
         self.again = self.unit
-        self.half = ConvNorm(conv(4, 4, 3, stride=2, rngs=rngs), batch_norm(4, rngs=rngs))
+        self.half = block(4, 4, 3, stride=2, rngs=rngs)
         self.bare = self.half.conv
+        self.biased = Block(conv(4, 4, 3, bias=True, rngs=rngs), batch_norm(4, rngs=rngs), activation="none")
 
 
-class TestRepVGG:
-    def test_a_convolution_with_its_batch_norm_gives_way_as_a_whole(self):
-        model = filled(lambda: Units(rngs=nnx.Rngs(0)))
-        new = to_repvgg(model, rngs=nnx.Rngs(0))
-        assert type(new.unit) is NormedBranches
+@pytest.fixture(scope="module")
+def units():
+    return filled(lambda: Units(rngs=nnx.Rngs(0)))
+
+
+class TestStructures:
+    def test_a_block_s_batch_norm_gives_way_unless_the_structure_has_one(self, units):
+        new = to_repvgg(units, rngs=nnx.Rngs(0))
+        assert (type(new.unit.conv), new.unit.bn) == (Branched, None)
         assert new.again is new.unit
-        assert new.unit.branches.names == ("3x3", "1x1", "identity")
-        assert type(new.half) is ConvNorm
-        assert type(new.half.conv) is NormedBranches
+        assert set(new.unit.conv.norms) == {"3x3", "1x1", "identity"}
+        # The convolution that is also used by itself keeps the block's batch norm for the block alone.
+        assert (type(new.half.conv), type(new.half.bn)) == (Branched, nnx.BatchNorm)
         assert new.bare is new.half.conv
-        assert type(model.unit) is ConvNorm
+        chex.assert_trees_all_equal(values(new.half.bn), values(units.half.bn))
+        np.testing.assert_array_equal(new.biased.conv.bias[...], units.biased.conv.bias[...])
+        assert new.biased.activation == "none"
+        assert isinstance(units.unit.conv, nnx.Conv)
         assert np.isfinite(new.unit(jnp.ones((1, 5, 5, 4)))).all()
+        outer = to_structure(units, "qarepvgg", r"again/conv", rngs=nnx.Rngs(0))
+        assert (type(outer.unit.conv), type(outer.unit.bn)) == (Branched, nnx.BatchNorm)
+        without = to_structure(units, structure.repopt, r"again/conv", rngs=nnx.Rngs(0))
+        assert (type(without.unit.conv), type(without.unit.bn)) == (Merged, nnx.BatchNorm)
 
-    def test_draws_go_by_path_and_select_leaves_the_rest(self):
-        model = filled(lambda: Units(rngs=nnx.Rngs(0)))
-        some = to_repvgg(model, r"unit/conv|again/conv", {r"again/conv": [Kernel((3, 3))]}, rngs=nnx.Rngs(0))
-        every = to_repvgg(model, branches=[Kernel((3, 3))], rngs=nnx.Rngs(0))
-        np.testing.assert_array_equal(some.unit.weights["3x3"][...], every.unit.weights["3x3"][...])
+    def test_draws_go_by_path_and_select_leaves_the_others(self, units):
+        some = to_repvgg(units, r"unit/conv|again/conv", {r"again/conv": [Kernel((3, 3))]}, rngs=nnx.Rngs(0))
+        every = to_repvgg(units, branches=[Kernel((3, 3))], rngs=nnx.Rngs(0))
+        other = to_repvgg(units, branches=[Kernel((3, 3))], rngs=nnx.Rngs(1))
+        first, second, third = (m.unit.conv.weights["3x3"][...] for m in (some, every, other))
+        np.testing.assert_array_equal(first, second)
+        assert relative(third, second) > WRONG
+        assert relative(every.biased.conv.weights["3x3"][...], second) > WRONG
         assert type(some.half.conv) is nnx.Conv
+
+    def test_a_structure_by_rules(self, units):
+        wide = functools.partial(structure.dbb, middle=8)
+        new = to_structure(units, {r"bare": "acnet", r".*": wide}, rngs=nnx.Rngs(0))
+        assert set(new.half.conv.norms) == {"3x3", "3x1", "1x3"}
+        assert new.unit.conv.weights["1x1_3x3_0"].shape == (1, 1, 4, 8)
+
+    def test_a_network_s_own_description_of_a_name_counts(self):
+        """`models.Network.descriptions`: MobileOne's copies; not for a description that is given itself."""
+
+        class Own(nnx.Module):
+            def __init__(self, *, rngs):
+                self.conv = conv(4, 4, 3, rngs=rngs)
+                self.rest = conv(4, 4, 3, rngs=rngs)
+
+            def descriptions(self, name):
+                assert name == "mobileone"
+                return {"conv/kernel": functools.partial(structure.mobileone, copies=3)}
+
+        model = nnx.eval_shape(lambda: Own(rngs=nnx.Rngs(0)))
+        named = to_structure(model, "mobileone", rngs=nnx.Rngs(0))
+        assert {n for n in named.conv.norms if n.startswith("3x3")} == {"3x3_0", "3x3_1", "3x3_2"}
+        assert {n for n in named.rest.norms if n.startswith("3x3")} == {"3x3_0"}
+        given = to_structure(model, structure.mobileone, rngs=nnx.Rngs(0))
+        assert {n for n in given.conv.norms if n.startswith("3x3")} == {"3x3_0"}
+
+    def test_what_has_no_such_structure_is_listed(self, units):
+        with pytest.raises(ValueError, match=r"^there is no structure 'vgg': it must be one of repvgg, mob"):
+            to_structure(units, "vgg", rngs=nnx.Rngs(0))
+        rules = {r"bare|biased/.*": "unireplknet"}
+        with pytest.raises(ValueError, match=r"not defined for all selected .*again/conv: no rule") as error:
+            to_structure(units, rules, rngs=nnx.Rngs(0))
+        assert "biased/conv: the window is (3, 3): all sides must be the same, one" in str(error.value)
+        with pytest.raises(ValueError, match=r"rules 'unit', '5x5' of `structure` match none of .* bare"):
+            to_structure(units, {"unit": "acnet", "5x5": "dbb", r".*": "dbb"}, rngs=nnx.Rngs(0))
 
 
 class TestPadding:

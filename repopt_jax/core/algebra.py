@@ -177,7 +177,10 @@ def bn_affine(
 ) -> tuple[jax.Array, jax.Array]:
     """Batch norm with fixed statistics as y = s * x + b: returns (s, b), each (channels,).
 
-    s = gamma / sqrt(var + eps), b = beta - mean * s.
+    s = gamma / sqrt(var + eps), b = beta - mean * s, in the widest dtype of the four, as Flax computes it:
+    its statistics are float32 where parameters are float64.
     """
-    s = jnp.asarray(gamma) * lax.rsqrt(jnp.asarray(var) + eps)
-    return s, jnp.asarray(beta) - jnp.asarray(mean) * s
+    dtype = jnp.result_type(gamma, beta, mean, var)
+    gamma, beta, mean, var = (jnp.asarray(v, dtype) for v in (gamma, beta, mean, var))
+    s = gamma * lax.rsqrt(var + eps)
+    return s, beta - mean * s

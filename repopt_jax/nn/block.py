@@ -131,7 +131,14 @@ def conv(
     )
 
 
-def batch_norm(channels: int, *, start: float = 1.0, dtype: Any = None, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def batch_norm(
+    channels: int,
+    *,
+    start: float = 1.0,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.BatchNorm:
     """Batch norm with PyTorch's constants (its momentum 0.1 is 0.9 here) and a variance without cancellation;
     its scale starts at `start`."""
     return nnx.BatchNorm(
@@ -141,6 +148,7 @@ def batch_norm(channels: int, *, start: float = 1.0, dtype: Any = None, rngs: nn
         use_fast_variance=False,
         scale_init=nnx.initializers.constant(start),
         dtype=dtype,
+        param_dtype=param_dtype,
         rngs=rngs,
     )
 

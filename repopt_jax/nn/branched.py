@@ -52,7 +52,7 @@ class StructuredLayer(nnx.Module):
       bias: initial bias (*stack, out), or None for none.
       dtype: computation dtype; by default that of inputs and parameters.
       precision: of the products, as in `nnx.Conv`.
-      param_dtype: of weights, scales and bias.
+      param_dtype: of weights, scales and bias, and, if it is not narrower than float32, of the batch norms.
       rngs: source of the draws (stream `params`), each tensor as its stage's own layer would be drawn.
 
     Raises:
@@ -96,7 +96,10 @@ class StructuredLayer(nnx.Module):
             self.scales[key] = variable(jnp.asarray(given.get(key, start), param_dtype))
         self.norms = nnx.Dict({})
         for key, part in normed.items():
-            self.norms[key] = batch_norm(part.layer.outputs, start=part.stage.start, dtype=dtype, rngs=rngs)
+            wide = jnp.promote_types(param_dtype, jnp.float32)
+            self.norms[key] = batch_norm(
+                part.layer.outputs, start=part.stage.start, dtype=dtype, param_dtype=wide, rngs=rngs
+            )
         self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype)))
 
     @property

@@ -4,7 +4,7 @@ import functools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -44,12 +44,13 @@ def to_structure(
       rngs: source of the draws (stream `params`).
 
     Raises:
-      ValueError: as `find_layers`; an unknown name; layers that no rule matches, or for which the structure
-        is not defined, all with the reasons; or batch norms for stacked layers: `nnx.scan` and `nnx.vmap`
-        hand on the batch statistics of modules that they have made, and would not know those of new ones.
+      ValueError: as `find_layers`; an unknown name; a rule that matches no selected layer; layers that no
+        rule matches, or for which the structure is not defined, all with the reasons; or batch norms for
+        stacked layers: `nnx.scan` and `nnx.vmap` hand on the batch statistics of modules that they have made,
+        and would not know those of new ones.
     """
     layers = find_layers(model, select)
-    describe = _describer(model, structure)
+    describe = _describer(model, structure, [layer.name for layer in layers.values()])
     made, problems = {}, []
     for path, layer in layers.items():
         try:
@@ -150,17 +151,25 @@ def find_structure(name: str) -> Description:
     return STRUCTURES[name]
 
 
-def _describer(model: nnx.Module, structure: Described) -> Callable[[Layer], Description]:
-    """Layer -> its description."""
+def _describer(
+    model: nnx.Module, structure: Described, names: Sequence[str]
+) -> Callable[[Layer], Description]:
+    """Layer, of those with these names, -> its description."""
     if isinstance(structure, str):
         general = find_structure(structure)
         particular = model.descriptions(structure) if isinstance(model, Network) else {}
         return lambda layer: particular.get(layer.path, general)
     if isinstance(structure, Mapping):
         rules = [
-            (paths.compiled(pattern, "structure"), _describer(model, one))
+            (paths.compiled(pattern, "structure"), _describer(model, one, names))
             for pattern, one in structure.items()
         ]
+        idle = [p.pattern for p, _ in rules if not any(p.fullmatch(name) for name in names)]
+        if idle:
+            raise ValueError(
+                f"the rules {', '.join(map(repr, idle))} of `structure` match none of the layers "
+                f"{paths.listed(names, 8)}"
+            )
 
         def by_rule(layer: Layer) -> Description:
             for pattern, describe in rules:
