@@ -271,7 +271,7 @@ def test_the_published_rule():
 
 def test_a_multiplier_that_is_missing_or_another():
     ordinary = optax.sgd(0.05, 0.9)
-    only_reason(check(ordinary, ordinary), "repopt_mask(scales)", "is missing")
+    only_reason(check(ordinary, ordinary), "repopt_mask(scales) is missing")
     other = repopt_mask(scales_of(dense(), "first", "second", seed=7))
     only_reason(check(optax.chain(other, ordinary), ordinary), "was made with other scales")
 

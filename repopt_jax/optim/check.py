@@ -317,9 +317,8 @@ def _faults(found: Mapping[Reason, Iterable[str]]) -> list[Fault]:
 
 MESSAGES = {
     Reason.NO_RULE: (
-        "no rule with these scales moves the kernels at {}: repopt_mask(scales) (or repopt_sgd, "
-        "repopt_adamw, repopt_lion, reparameterize) is missing, or optax.masked or optax.partition hides the "
-        "kernels"
+        "no rule with these scales moves the kernels at {}: repopt_mask(scales) is missing (or repopt_sgd, "
+        "repopt_adamw, repopt_lion, reparameterize), or optax.masked or optax.partition hides the kernels"
     ),
     Reason.OTHER_SCALES: (
         "the optimizer was made with other scales than those given, at {}: make it with the same scales"
