@@ -8,7 +8,6 @@ model and `repopt_mask` can be trained beside it.
 import functools
 from typing import Any
 
-import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -170,7 +169,7 @@ def test_a_search_trains_as_the_search_model_of_nnx(model, scales):
 def test_merged_has_the_structure_given_and_the_draws_of_reinitialize(dict_tree, dict_scales):
     merged, fresh = dict_tree.merged(), reinitialize(DICTS, dict_scales, rngs=nnx.Rngs(2))
     assert jax.tree.structure(merged) == jax.tree.structure(DICTS)
-    chex.assert_trees_all_equal(merged, fresh)
+    jax.tree.map(np.testing.assert_array_equal, merged, fresh)
     assert np.abs(merged["conv"]["kernel"]).max() > 0.1
 
 
@@ -210,7 +209,7 @@ def test_extracted_scales_are_those_given_and_go_through_a_file(dict_tree, dict_
     for back in (found, load_scales(tmp_path / "scales", DICTS)):
         assert back.branch_sets == dict_scales.branch_sets
         assert back.metadata == dict_scales.metadata
-        chex.assert_trees_all_equal(back.vectors, dict_scales.vectors)
+        jax.tree.map(np.testing.assert_array_equal, back.vectors, dict_scales.vectors)
 
 
 def test_what_is_decayed_by_name(dict_tree):
@@ -219,8 +218,8 @@ def test_what_is_decayed_by_name(dict_tree):
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, dict_tree), tx.init(dict_tree), dict_tree)
     after = optax.apply_updates(dict_tree, updates)
     assert isinstance(after, SearchTree)
-    chex.assert_trees_all_equal(after.scales, dict_tree.scales)
-    chex.assert_trees_all_close(after.weights, jax.tree.map(lambda w: w / 2, dict_tree.weights))
+    jax.tree.map(np.testing.assert_array_equal, after.scales, dict_tree.scales)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.5 * b), after.weights, dict_tree.weights)
 
 
 def test_an_equinox_model_keeps_its_static_part():
