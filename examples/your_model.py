@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 import repopt_jax as rj
-from repopt_jax.core import paths
+from repopt_jax import paths
 
 
 def loss_of(model, batch):

@@ -8,6 +8,7 @@ from flax import nnx
 from networks import (
     abstract,
     conv_by_hand,
+    made_ready,
     norm_by_hand,
     parameter_shapes,
     random_input,
@@ -23,10 +24,9 @@ from repopt_jax.models import BACKBONES, DETECTORS, FCOS, BackboneVariant, Detec
 from repopt_jax.models.efficientrep import SimSPPF, backbone_specs
 from repopt_jax.models.fcos import FPN, MAX_LOG_DISTANCE, PRIOR, FCOSHead
 from repopt_jax.models.mosaic import Mosaic
-from repopt_jax.nn.blocks import ACTIVATIONS, Activated
+from repopt_jax.nn import ACTIVATIONS, Block, Branched, Merged
 from repopt_jax.surgery.layers import find_branches
 from repopt_jax.surgery.modules import named_modules
-from repopt_jax.surgery.search import to_repvgg, to_search
 
 EXACT = 1e-12  # of the largest output, float64; measured: 2e-15 at most
 WRONG = 1e-3  # of the largest output: what a mistake exceeds; measured: 0.02 at least
@@ -39,15 +39,10 @@ SIZE = (80, 50)  # not a multiple of any stride
 MAPS = ((5, 4), (3, 2), (2, 1))
 
 
-def tiny(variant=TINY, form=None, **options):
-    """The shapes of a detector, or of what `form` makes of it."""
+def tiny(variant=TINY, mode="plain", **options):
+    """The shapes of a detector, ready for a way of training."""
     options = {"num_classes": 3, "num_keypoints": 2, "in_channels": 1, "activation": "relu6"} | options
-
-    def build(rngs):
-        model = FCOS(variant, **options, rngs=rngs)
-        return form(model, FCOS.SELECT, rngs=rngs) if form else model
-
-    return abstract(build)
+    return made_ready(FCOS, mode, variant, **options)
 
 
 # Backbones
@@ -61,8 +56,9 @@ def test_yolov6_backbones_have_its_blocks_and_scales(name, factor, elements):
     model = abstract(EfficientRep, variant)
     specs = list(backbone_specs(variant))
     assert [sum(s.stage == stage for s in specs) for stage in range(5)] == [1, 3, 5, 7, 3]
-    assert sum("identity" in s.branch_set.names for s in specs) == 2 + 4 + 6 + 2
-    searched = sum(b.out * len(b.names) for b in model.branch_sets().values())
+    sets = model.branch_sets()
+    assert sum("identity" in branches.names for branches in sets.values()) == 2 + 4 + 6 + 2
+    searched = sum(branches.out * len(branches.names) for branches in sets.values())
     # YOLOv6 also searches its neck: 4 blocks at each of 4 places, two of which begin by changing the width.
     neck = sum((12 - changes) * width * factor for width, changes in ((64, 1), (32, 1), (64, 0), (128, 0)))
     assert searched + neck == elements
@@ -113,9 +109,9 @@ def test_locations_of_two_levels_by_hand():
 
 
 def activated_by_hand(block, x):
-    conv, norm = block.linear.conv, block.linear.bn
-    y = norm_by_hand(conv_by_hand(x, conv.kernel[...], stride=conv.strides), norm)
-    return np.clip(y, 0, 6 if block.activation == "relu6" else None)
+    y = norm_by_hand(conv_by_hand(x, block.conv.kernel[...], stride=block.conv.strides), block.bn)
+    bounds = {"none": (None, None), "relu": (0, None), "relu6": (0, 6)}
+    return np.clip(y, *bounds[block.activation])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -137,6 +133,7 @@ def test_relu6_is_cut_at_6(x64):
     x = jnp.array([-1.0, 3.0, 9.0])
     assert ACTIVATIONS["relu6"](x).tolist() == [0, 3, 6]
     assert ACTIVATIONS["relu"](x).tolist() == [0, 3, 9]
+    assert ACTIVATIONS["none"](x).tolist() == [-1, 3, 9]
 
 
 def test_backbone_against_loops(x64):
@@ -260,7 +257,7 @@ def test_the_shared_head_gives_each_level_what_a_call_of_its_own_would(x64, dete
 def test_one_set_of_towers_for_all_levels():
     paths = [path for path, _ in named_modules(tiny()) if "tower" in path and path.endswith("conv")]
     towers = ("box", "class", "keypoint")
-    assert paths == [f"head/{tower}_tower/{i}/linear/conv" for tower in towers for i in range(2)]
+    assert paths == [f"head/{tower}_tower/{i}/conv" for tower in towers for i in range(2)]
 
 
 def test_at_first_every_location_gives_every_class_a_hundredth():
@@ -286,21 +283,21 @@ def test_distances_stay_finite(x64, detector):
 
 @pytest.mark.parametrize("name", [*DETECTORS, "tiny"])
 @pytest.mark.parametrize("keypoints", [0, 5])
-def test_the_layers_that_select_names_are_those_of_branch_sets(name, keypoints):
+def test_the_layers_that_can_be_re_parameterized_are_the_3x3_blocks(name, keypoints):
     variant = TINY if name == "tiny" else DETECTORS[name]
     model = tiny(variant, num_keypoints=keypoints)
     declared = model.branch_sets()
-    assert find_branches(model, FCOS.SELECT) == declared
+    assert find_branches(model) == declared
     blocks = sum(1 for _ in backbone_specs(variant.backbone))
     assert len(declared) == blocks + variant.tower * (3 if keypoints else 2)
-    # They are the 3x3 convolutions of activated blocks, all but the pooling pyramid's 1x1 ones.
-    activated = {
-        f"{path}/linear/conv/kernel"
+    # All blocks but the pooling pyramid's, which are 1x1.
+    blocks = {
+        f"{path}/conv/kernel"
         for path, module in named_modules(model)
-        if isinstance(module, Activated) and "sppf" not in path
+        if isinstance(module, Block) and "sppf" not in path
     }
-    assert set(declared) == activated
-    assert find_branches(model.backbone, EfficientRep.SELECT) == model.backbone.branch_sets()
+    assert set(declared) == blocks
+    assert find_branches(model.backbone) == model.backbone.branch_sets()
 
 
 def batch_of(seed=0):
@@ -337,24 +334,24 @@ def test_every_parameter_learns_and_all_gradients_are_finite(trained):
         assert float(jnp.abs(gradient).max()) > 0, path
 
 
-@pytest.mark.parametrize("form", [None, to_search, to_repvgg])
-def test_every_form_deploys_to_plain_convolutions(x64, form):
-    model = randomised(tiny(SMALL, form=form))
+@pytest.mark.parametrize("mode", ["plain", "search", "repvgg"])
+def test_every_mode_deploys_to_plain_convolutions(x64, mode):
+    model = randomised(tiny(SMALL, mode))
     x = jnp.asarray(random_input(2, *SIZE, 1))
     deployed = fuse(model)
     kinds = {type(m) for _, m in named_modules(deployed)}
-    assert not [kind for kind in kinds if kind.__name__ in ("BatchNorm", "CSLAConv", "NormedBranches")]
+    assert kinds.isdisjoint({nnx.BatchNorm, Merged, Branched})
     for got, wanted in zip(run_model(deployed, x), run_model(model, x), strict=True):
         assert relative(got, wanted) < EXACT * 10
-    assert {m.activation for _, m in named_modules(deployed) if isinstance(m, Activated)} == {"relu6"}
+    assert {m.activation for _, m in named_modules(deployed) if isinstance(m, Block)} == {"relu6"}
 
 
 def test_scales_of_a_search_fit_the_detector_and_a_missing_layer_is_named(trained, tmp_path):
-    scales = extract_scales(randomised(tiny(SMALL, form=to_search), dtype=jnp.float32))
+    scales = extract_scales(randomised(tiny(SMALL, "search"), dtype=jnp.float32))
     assert scales.branch_sets == trained.branch_sets()
     save_scales(tmp_path / "whole", scales)
     assert list(load_scales(tmp_path / "whole", trained).entries) == list(scales.entries)
-    lost = "head/box_tower/0/linear/conv/kernel"
+    lost = "head/box_tower/0/conv/kernel"
     save_scales(tmp_path / "part", Scales({p: e for p, e in scales.entries.items() if p != lost}))
     with pytest.raises(ValueError, match=lost):
         load_scales(tmp_path / "part", trained)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from networks import assert_close, relative
 
 from repopt_jax import Scales, default_branches, load_scales
 from repopt_jax.core import paths
@@ -98,14 +99,13 @@ def test_pmap_trains_as_one_device_does(x64, monkeypatch):
         return trained
 
     def distance(a, b):
-        relative = jax.tree.map(lambda x, y: jnp.abs(x - y).max() / jnp.abs(y).max(), a, b)
-        return float(max(jax.tree.leaves(relative)))
+        return max(map(relative, jax.tree.leaves(a), jax.tree.leaves(b)))
 
     def on_four():
         return example.train(params, example.chain(scales, STEPS), batches, jax.devices())[0]
 
     found = on_four()
-    assert distance(found, one_device(scaled=True)) < SAME
+    assert_close(found, one_device(scaled=True), SAME)
     assert distance(found, one_device(scaled=False)) > DIFFERENT
     monkeypatch.setattr(jax.lax, "pmean", lambda tree, axis_name: tree)
     assert distance(on_four(), found) > DIFFERENT

@@ -8,14 +8,12 @@ model and `repopt_mask` can be trained beside it.
 import functools
 from typing import Any
 
-import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tolerances
 from flax import nnx
 
 from repopt_jax import (
@@ -35,6 +33,8 @@ from repopt_jax.surgery.search import csla_twin
 from repopt_jax.surgery.searchtree import SearchTree, search_tree
 
 STEPS = 10
+EXACT = 1e-12  # relative to a leaf's largest entry, float64, 10 steps; measured: 7e-16
+APART = 1e-3  # what another training differs by at least, in the same measure; measured: 5e-2
 PADS = ((1, 1), (1, 1))
 
 
@@ -141,10 +141,9 @@ def test_constant_scales_train_as_repopt_mask(model, scales):
     start = tree.merged()
     trained = train(tree, lambda tree: plain_loss(tree.merged()), sgd(mask=not_scales))
 
-    masked = train(start, plain_loss, sgd(repopt_mask(scales)))
-    assert difference(trained.merged(), masked) <= tolerances.SEARCH_TREE
-    assert difference(trained.merged(), train(start, plain_loss, sgd())) >= tolerances.SEARCH_TREE_APART
-    assert difference(trained.weights, tree.weights) >= tolerances.SEARCH_TREE_APART
+    assert difference(trained.merged(), train(start, plain_loss, sgd(repopt_mask(scales)))) <= EXACT
+    assert difference(trained.merged(), train(start, plain_loss, sgd())) >= APART
+    assert difference(trained.weights, tree.weights) >= APART
     assert difference(trained.scales, tree.scales) == 0
 
 
@@ -160,17 +159,17 @@ def test_a_search_trains_as_the_search_model_of_nnx(model, scales):
     trained = train(tree, lambda tree: loss(graph, tree.merged()), sgd(mask=not_scales))
     found = trained.extract_scales()
     assert found.branch_sets == expected.branch_sets
-    assert difference(found.vectors, expected.vectors) <= tolerances.SEARCH_TREE
-    assert difference(found.vectors, scales.vectors) >= tolerances.SEARCH_TREE_APART
+    assert difference(found.vectors, expected.vectors) <= EXACT
+    assert difference(found.vectors, scales.vectors) >= APART
 
     all_decayed = train(tree, lambda tree: loss(graph, tree.merged()), sgd())
-    assert difference(all_decayed.extract_scales().vectors, expected.vectors) >= tolerances.SEARCH_TREE_APART
+    assert difference(all_decayed.extract_scales().vectors, expected.vectors) >= APART
 
 
 def test_merged_has_the_structure_given_and_the_draws_of_reinitialize(dict_tree, dict_scales):
     merged, fresh = dict_tree.merged(), reinitialize(DICTS, dict_scales, rngs=nnx.Rngs(2))
     assert jax.tree.structure(merged) == jax.tree.structure(DICTS)
-    chex.assert_trees_all_equal(merged, fresh)
+    jax.tree.map(np.testing.assert_array_equal, merged, fresh)
     assert np.abs(merged["conv"]["kernel"]).max() > 0.1
 
 
@@ -185,8 +184,7 @@ def test_a_merged_kernel_by_hand(dict_tree):
                     expected[a, b, i, o] = s["3x3"][o] * w["3x3"][a, b, i, o]
             expected[1, 1, i, o] += s["1x1"][o] * w["1x1"][0, 0, i, o]
         expected[1, 1, i, i] += w["identity"][i]
-    found, close = dict_tree.merged()["conv"]["kernel"], tolerances.FEW_OPERATIONS
-    np.testing.assert_allclose(found, expected, rtol=close, atol=close)
+    np.testing.assert_allclose(dict_tree.merged()["conv"]["kernel"], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_paths_of_the_leaves(dict_tree):
@@ -211,7 +209,7 @@ def test_extracted_scales_are_those_given_and_go_through_a_file(dict_tree, dict_
     for back in (found, load_scales(tmp_path / "scales", DICTS)):
         assert back.branch_sets == dict_scales.branch_sets
         assert back.metadata == dict_scales.metadata
-        chex.assert_trees_all_equal(back.vectors, dict_scales.vectors)
+        jax.tree.map(np.testing.assert_array_equal, back.vectors, dict_scales.vectors)
 
 
 def test_what_is_decayed_by_name(dict_tree):
@@ -220,9 +218,8 @@ def test_what_is_decayed_by_name(dict_tree):
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, dict_tree), tx.init(dict_tree), dict_tree)
     after = optax.apply_updates(dict_tree, updates)
     assert isinstance(after, SearchTree)
-    chex.assert_trees_all_equal(after.scales, dict_tree.scales)
-    half = jax.tree.map(lambda w: 0.5 * w, dict_tree.weights)
-    chex.assert_trees_all_close(after.weights, half, rtol=tolerances.FEW_OPERATIONS)
+    jax.tree.map(np.testing.assert_array_equal, after.scales, dict_tree.scales)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.5 * b), after.weights, dict_tree.weights)
 
 
 def test_an_equinox_model_keeps_its_static_part():
@@ -234,7 +231,7 @@ def test_an_equinox_model_keeps_its_static_part():
     scales = random_scales({"layers/0/weight": default_branches((2, 2, 3, 3), layout="oi...")})
     tree = search_tree(params, scales, rngs=nnx.Rngs(2))
     grads = jax.grad(lambda t: eqx.combine(t.merged(), static)(jnp.ones((2, 4, 4))).sum())(tree)
-    chex.assert_shape(tree.weights["layers/0/weight"]["3x3"], (3, 3, 2, 2))
+    assert tree.weights["layers/0/weight"]["3x3"].shape == (3, 3, 2, 2)
     assert min(np.abs(g).max() for g in jax.tree.leaves(grads)) > 1e-3
     with pytest.raises(TypeError, match=r"arrays only, but not so layers/1/fn \(.*partition"):
         search_tree(model, scales, rngs=nnx.Rngs(2))
@@ -243,7 +240,7 @@ def test_an_equinox_model_keeps_its_static_part():
 def test_the_dtype_is_that_of_the_kernel(dict_scales):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), DICTS)
     tree = search_tree(half, dict_scales, rngs=nnx.Rngs(2))
-    chex.assert_type(jax.tree.leaves((tree, tree.merged())), jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves((tree, tree.merged()))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_a_step_that_overwrites_the_tree_leaves_the_scales():
