@@ -10,7 +10,7 @@ import optax
 import pytest
 from any_networks import drawn, random_scales
 from flax import nnx
-from networks import relative, values
+from networks import abstract, relative, values
 
 from repopt_jax import (
     BranchSet,
@@ -27,7 +27,7 @@ from repopt_jax import (
 )
 from repopt_jax.core import structure
 from repopt_jax.core.scales import LayerScales, ScalesMetadata
-from repopt_jax.models import VGGVariant, vgg
+from repopt_jax.models import MOBILEONE_VARIANTS, VGGVariant, mobileone, vgg
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.nn import Block, Branched, Merged
 from repopt_jax.nn.block import batch_norm, block, conv
@@ -337,23 +337,11 @@ class TestStructures:
         assert new.unit.conv.weights["1x1_3x3_0"].shape == (1, 1, 4, 8)
 
     def test_a_network_s_own_description_of_a_name_counts(self):
-        """`models.Network.descriptions`: MobileOne's copies; not for a description that is given itself."""
-
-        class Own(nnx.Module):
-            def __init__(self, *, rngs):
-                self.conv = conv(4, 4, 3, rngs=rngs)
-                self.rest = conv(4, 4, 3, rngs=rngs)
-
-            def descriptions(self, name):
-                assert name == "mobileone"
-                return {"conv/kernel": functools.partial(structure.mobileone, copies=3)}
-
-        model = nnx.eval_shape(lambda: Own(rngs=nnx.Rngs(0)))
-        named = to_structure(model, "mobileone", rngs=nnx.Rngs(0))
-        assert {n for n in named.conv.norms if n.startswith("3x3")} == {"3x3_0", "3x3_1", "3x3_2"}
-        assert {n for n in named.rest.norms if n.startswith("3x3")} == {"3x3_0"}
-        given = to_structure(model, structure.mobileone, rngs=nnx.Rngs(0))
-        assert {n for n in given.conv.norms if n.startswith("3x3")} == {"3x3_0"}
+        """`models.Network.descriptions`: MobileOne's copies; not where a description itself is given."""
+        model = abstract(mobileone, MOBILEONE_VARIANTS["digits"], num_classes=2)
+        for described, copies in (("mobileone", {"3x3_0", "3x3_1"}), (structure.mobileone, {"3x3_0"})):
+            new = nnx.eval_shape(lambda m, d=described: to_structure(m, d, rngs=nnx.Rngs(0)), model)
+            assert {name for name in new.stages[1][0].conv.norms if name.startswith("3x3")} == copies
 
     def test_what_has_no_such_structure_is_listed(self, units):
         with pytest.raises(ValueError, match=r"^there is no structure 'vgg': it must be one of repvgg, mob"):
