@@ -21,7 +21,7 @@ from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.core.structure import default_branches
 from repopt_jax.optim import sgd as optim
 from repopt_jax.optim.reparameterize import reparameterize
-from repopt_jax.surgery import search as surgery
+from repopt_jax.surgery import reinitialize
 
 EXACT = 1e-10  # relative, after 50 steps; measured: 7e-16 to 3e-15
 WRONG = 1e-2  # measured: 0.06 (the Kronecker rule behind `repopt_mask`) to 1.1
@@ -184,13 +184,13 @@ def test_split_where_all_scales_are_zero(x64):
 def test_reinitialize_gives_the_branches_that_it_merged():
     params = {"conv": {"kernel": jnp.zeros((3, 3, 4, 4)), "bias": jnp.zeros(4)}}
     scales = Scales.depth_rule({"conv/kernel": default_branches((3, 3, 4, 4))}, {"conv/kernel": 2})
-    fresh, weights = surgery.reinitialize(params, scales, rngs=nnx.Rngs(0), return_weights=True)
+    fresh, weights = reinitialize(params, scales, rngs=nnx.Rngs(0), return_weights=True)
     state = reparameterize(optax.lamb(1e-3), scales, weights=weights).init(fresh)
     np.testing.assert_array_equal(state.weights["conv/kernel"]["1x1"], weights["conv/kernel"]["1x1"])
     np.testing.assert_array_equal(
-        surgery.reinitialize(params, scales, rngs=nnx.Rngs(0))["conv"]["kernel"], fresh["conv"]["kernel"]
+        reinitialize(params, scales, rngs=nnx.Rngs(0))["conv"]["kernel"], fresh["conv"]["kernel"]
     )
-    other = surgery.reinitialize(params, scales, rngs=nnx.Rngs(1))
+    other = reinitialize(params, scales, rngs=nnx.Rngs(1))
     with pytest.raises(
         ValueError, match=r"`weights` merge into other kernels .* at conv/kernel: give the weights"
     ):

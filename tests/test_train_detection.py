@@ -424,7 +424,7 @@ def test_scales_of_another_activation_are_refused(runs, tmp_path):
 
 def test_scales_that_lack_a_layer_are_refused(runs, tmp_path):
     scales = load_scales(runs / "search" / "scales")
-    path = "head/box_tower/0/linear/conv/kernel"
+    path = "head/box_tower/0/conv/kernel"
     entries = {name: entry for name, entry in scales.entries.items() if name != path}
     save_scales(tmp_path / "scales", dataclasses.replace(scales, entries=entries))
     with pytest.raises(ValueError, match=rf"do not fit the model: 1 missing layers: {path}"):
