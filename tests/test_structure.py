@@ -36,6 +36,8 @@ from repopt_jax.surgery.fuse import fuse
 EXACT = 1e-12
 # What a mistake must change at least; measured: 2e-2 and more.
 MISTAKE = 1e-3
+# Of complex steps along a direction; its square is nothing beside 1.
+STEP = 1e-30
 
 LAYERS = {
     "plain": Geometry((3, 3), 4, 4),
@@ -110,34 +112,40 @@ def with_norms(trained, statistics):
 
 
 @pytest.mark.parametrize("kind", ["plain", "strided", "grouped", "depthwise"])
-@pytest.mark.parametrize("name", DESCRIPTIONS)
-def test_training_is_the_reference(x64, name, kind):
-    """Running statistics after a step and the gradient along random directions, from statistics of the batch;
-    the padding after a norm is that of the running statistics, without a gradient."""
-    base = LAYERS[kind]
-    window = (5, 5) if name == "unireplknet" else (3, 3)
-    layer = Geometry(window, base.inputs, base.outputs, base.groups, strides=base.strides)
-    branched, x, rng = made(DESCRIPTIONS[name](layer)), image(layer), np.random.default_rng(2)
-    branched.train()
-    arrays = arrays_of(branched)
-    statistics = {key: {n: norm.pop(n) for n in ("mean", "var")} for key, norm in arrays["norms"].items()}
-    y, after = slow_structures.run(branched.structure, with_norms(arrays, statistics), x, training=True)
-    target = rng.normal(size=y.shape)
+def test_training_is_the_reference(x64, kind):
+    """Of every description, in one program: running statistics after a step and the gradient along a random
+    direction, from statistics of the batch; the padding after a norm is that of the running statistics,
+    without a gradient."""
+    base, layers, rng = LAYERS[kind], {}, np.random.default_rng(2)
+    for name, description in DESCRIPTIONS.items():
+        window = (5, 5) if name == "unireplknet" else (3, 3)
+        layer = Geometry(window, base.inputs, base.outputs, base.groups, strides=base.strides)
+        layers[name] = made(description(layer))
+        layers[name].train()
+    x = image(LAYERS[kind])
+    target = rng.normal(size=jax.eval_shape(lambda m: m(x), layers["repvgg"]).shape)
 
-    @nnx.jit
-    def gradients_of(model, x):
-        return nnx.grad(lambda model: ((model(x) - target) ** 2).mean())(model)
+    @jax.jit
+    def gradients_and_statistics(layers, x):
+        def loss(layer):
+            value = ((layer(x) - target) ** 2).mean()
+            return value, {
+                key: {n: getattr(norm, n)[...] for n in ("mean", "var")} for key, norm in layer.norms.items()
+            }
 
-    gradients = nnx.to_pure_dict(gradients_of(branched, x))
-    moved = {key: {n: getattr(norm, n)[...] for n in ("mean", "var")} for key, norm in branched.norms.items()}
-    assert_close(moved, after, EXACT)
-    for _ in range(2):
+        return {name: jax.grad(loss, has_aux=True)(layer) for name, layer in layers.items()}
+
+    for name, (gradients, moved) in gradients_and_statistics(layers, x).items():
+        layer, arrays = layers[name], arrays_of(layers[name])
+        statistics = {key: {n: norm.pop(n) for n in ("mean", "var")} for key, norm in arrays["norms"].items()}
         direction = jax.tree.map(lambda w: rng.normal(size=w.shape), arrays)
-        along = jax.tree.map(lambda w, v: w + 1e-30j * v, arrays, direction)
-        y, _ = slow_structures.run(branched.structure, with_norms(along, statistics), x, training=True)
-        expected = ((y - target) ** 2).mean().imag / 1e-30
+        along = jax.tree.map(lambda w, v: w + STEP * 1j * v, arrays, direction)
+        y, after = slow_structures.run(layer.structure, with_norms(along, statistics), x, training=True)
+        assert_close(moved, jax.tree.map(np.real, after), EXACT)
+        expected = ((y - target) ** 2).mean().imag / STEP
+        gradients = nnx.to_pure_dict(nnx.state(gradients, nnx.Param))
         products = jax.tree.map(lambda g, v: np.vdot(g, v), gradients, prune(direction, gradients))
-        assert relative(sum(jax.tree.leaves(products)), expected) <= EXACT
+        assert relative(sum(jax.tree.leaves(products)), expected) <= EXACT, name
 
 
 def prune(tree, like):
@@ -160,26 +168,26 @@ def test_without_norms_the_layer_can_merge_before_it_runs(x64, kind):
     """And its gradients are those of the branches."""
     layer = LAYERS[kind]
     structures = {"search": repopt(layer), "ghost": repopt_ghost(layer)}
-    merged, branched = (
-        {name: made(structure, kind) for name, structure in structures.items()}
-        for kind in (nn.Merged, nn.Branched)
-    )
+    layers = {n: [made(s, kind) for kind in (nn.Merged, nn.Branched)] for n, s in structures.items()}
     x = image(layer)
 
     @jax.jit
-    def gradients_of(layers, x):
-        def loss(layers):
-            found = outputs(layers, x)
-            return sum(jnp.sum(jnp.sin(y)) for y, _ in found.values()), found
+    def outputs_and_gradients(layers, x):
+        def loss(layer):
+            y = layer(x)
+            return jnp.sum(jnp.sin(y)), y
 
-        return jax.grad(loss, has_aux=True)(layers)
+        return {
+            name: ([jax.grad(loss, has_aux=True)(layer) for layer in pair], fuse(pair[0])(x))
+            for name, pair in layers.items()
+        }
 
-    (gradients, found), (of_branches, run) = (gradients_of(layers, x) for layers in (merged, branched))
-    for name, structure in structures.items():
-        expected, _ = slow_structures.run(structure, arrays_of(merged[name]), x)
-        for y in (*found[name], *run[name]):
+    for name, (found, fused) in outputs_and_gradients(layers, x).items():
+        expected, _ = slow_structures.run(structures[name], arrays_of(layers[name][0]), x)
+        (gradients, merged), (of_branches, branched) = found
+        for y in (merged, branched, fused):
             assert relative(y, expected) <= EXACT, name
-        assert_close(*(nnx.to_pure_dict(nnx.state(g[name])) for g in (gradients, of_branches)), EXACT)
+        assert_close(*(nnx.to_pure_dict(nnx.state(g)) for g in (gradients, of_branches)), EXACT)
 
 
 # --- Descriptions drawn at random.
