@@ -546,7 +546,7 @@ def tiny_networks(monkeypatch):
         ("repopt-ghostnet", models.ghostnet, GHOST),
         ("repghost", models.ghostnet, GHOST),
     ):
-        entry = models.Entry(f"{prefix}-tiny", functools.partial(make, variant), variant, "plain")
+        entry = models.Entry(f"{prefix}-tiny", make, variant, "plain")
         monkeypatch.setitem(registry.NETWORKS, entry.name, entry)
 
 
