@@ -155,7 +155,7 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
     running = repopt(*training(digits, out, *endless, "--config.epochs=400"))
     wait_for(running, lambda: read_records(out / "metrics.jsonl")[-1]["step"] > 12)
     running[1].kill()
-    (code, _, log), _ = parallel.ends_of(running, timeout=60)
+    (code, _, log), _ = parallel.ends_of(running, timeout=240)
     assert code not in (0, None)
     assert "another process of the job has ended" in log or "another task died" in log, log
     assert train.load_trained(out).step == 12
