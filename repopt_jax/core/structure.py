@@ -9,8 +9,8 @@ A chain is any number of 1x1 stages and then one stage over the layer's window. 
 after it a batch norm, a scale or nothing, which is y = a_j * x + b_j for each channel. The chain is then one
 convolution
 
-    K = a_n * k_n o (a_{n-1} * k_{n-1} o ... (a_1 * k_1)),   b = c_n,   c_j = a_j * (k_j applied to c_{j-1})
-    + b_j,  c_0 = 0
+    K = a_n * k_n o (a_{n-1} * k_{n-1} o ... (a_1 * k_1))
+    b = c_n,   c_j = a_j * (k_j applied to c_{j-1}) + b_j,   c_0 = 0
 
 where o is `algebra.after_pointwise`, and c_j is what the first j stages make of an image of zeros
 (`algebra.constant_response`). The layer is the sum of its chains. At the border this is exact only if the
