@@ -26,12 +26,20 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def repopt():
-    """Starts `repopt ARGUMENTS` in two processes of two devices each."""
+    """Starts `repopt ARGUMENTS` in two processes of two devices each, of which one that dies is noticed after
+    15 seconds in place of 100."""
+    program = (
+        "import sys\n"
+        "from repopt_jax.cli.main import main\n"
+        "from repopt_jax.train import processes\n"
+        "processes.HEARTBEAT_S = 15\n"
+        "sys.exit(main())\n"
+    )
 
     def start(*arguments, **environment):
         devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         variables = {**os.environ, **devices, **environment}
-        return parallel.start([sys.executable, "-m", "repopt_jax", *map(str, arguments)], 2, env=variables)
+        return parallel.start([sys.executable, "-c", program, *map(str, arguments)], 2, env=variables)
 
     return start
 
@@ -155,7 +163,7 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
     running = repopt(*training(digits, out, *endless, "--config.epochs=400"))
     wait_for(running, lambda: read_records(out / "metrics.jsonl")[-1]["step"] > 12)
     running[1].kill()
-    (code, _, log), _ = parallel.ends_of(running, timeout=240)
+    (code, _, log), _ = parallel.ends_of(running, timeout=60)
     assert code not in (0, None)
     assert "another process of the job has ended" in log or "another task died" in log, log
     assert train.load_trained(out).step == 12
@@ -166,12 +174,12 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
 
 @pytest.mark.long
 def test_a_process_that_dies_in_a_save_ends_the_other(digits, tmp_path, repopt):
-    """There it is noticed by its heartbeats, which JAX misses for 100 seconds."""
+    """There it is noticed by its heartbeats."""
     often = ("--config.epochs=400", "--config.checkpoint_every=1")
     running = repopt(*training(digits, tmp_path / "run", *often))
     wait_for(running, lambda: any((tmp_path / "run").glob("checkpoints/*/manifest.json")))
     running[1].kill()
-    (code, *_), _ = parallel.ends_of(running, timeout=240)
+    (code, *_), _ = parallel.ends_of(running, timeout=60)
     assert code not in (0, None)
     assert train.load_trained(tmp_path / "run").step > 0
 

@@ -18,9 +18,10 @@ SEARCH_TREE = 1e-12
 # Another training, in the same measure; measured: 5e-2.
 SEARCH_TREE_APART = 1e-3
 
-# One training on several devices, in either dtype, against one device in float64, 20 steps, of an array's largest
-# entry; measured over seeds 0 to 7: 4.3e-6 and 2e-15. The reference is not float32 on one device, which is farther
-# from the truth than any of them: 9.1e-6, in the bias of the first batch norm, whose gradient is one long sum there.
+# One training on several devices, in either dtype, against one device in float64, 20 steps, of an array's
+# largest entry; measured over seeds 0 to 7: 4.3e-6 and 2e-15. The reference is not float32 on one device,
+# which is farther from the truth than any of them: 9.1e-6, in the bias of the first batch norm, whose
+# gradient is one long sum there.
 DEVICES = {"float32": 1e-5, "float64": 1e-11}
 # Two processes of two devices against one process of four, float32, 12 steps; measured: 4e-7 relative
 # to 1 + the number.

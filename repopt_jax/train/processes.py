@@ -1,11 +1,11 @@
 """A job of one or several processes: joining it, doing what may fail in one of them, and stopping it from
 outside.
 
-All processes run the same program and wait for each other whenever arrays are exchanged. What one of them
-finds out
-alone, for instance that a folder is missing, it must pass on, or the others wait for ever: `in_all_processes`
-does that. A process that dies is noticed by its connections (CPU, at once) or by its missing heartbeats,
-after which JAX ends the others.
+All processes run the same program and wait for each other whenever arrays are exchanged. What only one of
+them finds out, for instance that a folder is missing, it must pass on, or the others wait for ever:
+`in_all_processes` does that. A process that dies is noticed at once where a connection breaks while another
+process reads from it (on the CPU; in about half of the cases gloo waits on for the message all the same),
+and otherwise by its missing heartbeats, HEARTBEAT_S later at the most, when JAX ends the others.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ T = TypeVar("T")
 FAILURES = (ValueError, TypeError, KeyError, OSError, ImportError)
 WAIT_S = 300  # for process 0 to answer; as long as JAX waits
 SHUTDOWN_S = 60  # for the other processes at the end of the program
+HEARTBEAT_S = 100  # without a heartbeat, a process counts as dead; JAX's own default
 MESSAGE_BYTES = 4096  # a message to the other processes, encoded, is cut to this length
 
 
@@ -50,7 +51,7 @@ def join(coordinator: str = "", count: int | None = None, index: int | None = No
     """
     if not coordinator and count is None and index is None:
         if cluster(os.environ) is not None:
-            jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_S)
+            jax.distributed.initialize(**_timeouts())
         return
     if not coordinator or count is None or index is None:
         raise ValueError(
@@ -64,7 +65,11 @@ def join(coordinator: str = "", count: int | None = None, index: int | None = No
     if count > 1:
         if index > 0:
             _reach(coordinator, WAIT_S)
-        jax.distributed.initialize(coordinator, count, index, shutdown_timeout_seconds=SHUTDOWN_S)
+        jax.distributed.initialize(coordinator, count, index, **_timeouts())
+
+
+def _timeouts() -> dict[str, int]:
+    return {"heartbeat_timeout_seconds": HEARTBEAT_S, "shutdown_timeout_seconds": SHUTDOWN_S}
 
 
 def _reach(coordinator: str, seconds: float) -> None:
