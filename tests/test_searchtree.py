@@ -190,8 +190,8 @@ def test_a_merged_kernel_by_hand(dict_tree):
 def test_paths_of_the_leaves(dict_tree):
     named, _ = paths.named_leaves(dict_tree)
     assert set(named) == {
-        "rest/conv/bias",
-        "rest/list/0",
+        "other_params/conv/bias",
+        "other_params/list/0",
         "weights/conv/kernel/3x3",
         "weights/conv/kernel/1x1",
         "weights/conv/kernel/identity",

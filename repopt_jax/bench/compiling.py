@@ -20,7 +20,7 @@ LOG = logging.getLogger(__name__)
 
 # Compilations of each network, and the seconds after which no second round of them is begun.
 COMPILATIONS = 3
-ENOUGH_S = 120
+MAX_SECONDS = 120
 
 
 def bench_compile(settings: Settings) -> list[Section]:
@@ -29,7 +29,7 @@ def bench_compile(settings: Settings) -> list[Section]:
 
 
 def _compile(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("compile: %s", settings.told(dtype, batch))
+    LOG.info("compile: %s", settings.label(dtype, batch))
     # What a GPU's compiler has tried out it remembers as long as its process lives.
     measured = in_a_new_process if jax.default_backend() == "gpu" else seconds
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in settings.networks}
@@ -38,7 +38,7 @@ def _compile(settings: Settings, dtype: str, batch: int) -> Section:
         for name in settings.networks:
             taken[name].append(measured(name, settings, dtype, batch))
             LOG.info("  %s: %.1f s and %.1f s", title(name), *taken[name][-1])
-        if time.perf_counter() - begin > ENOUGH_S:
+        if time.perf_counter() - begin > MAX_SECONDS:
             break
     rounds = len(taken[settings.networks[0]])
     found: dict[str, Facts] = {}
@@ -56,7 +56,7 @@ def _compile(settings: Settings, dtype: str, batch: int) -> Section:
 def seconds(name: str, settings: Settings, dtype: str, batch: int) -> tuple[float, float]:
     """Of tracing and lowering, and of compiling; no array is made."""
     step, state, images = abstract_training(name, settings, dtype, batch)
-    with nothing_remembered(), precision(settings.tf32):
+    with without_caches(), precision(settings.tf32):
         begin = time.perf_counter()
         lowered = step.lower(state, images)
         middle = time.perf_counter()
@@ -80,7 +80,7 @@ def in_a_new_process(name: str, settings: Settings, dtype: str, batch: int) -> t
 
 
 @contextlib.contextmanager
-def nothing_remembered():
+def without_caches():
     """Neither programs that this process has compiled, nor those of JAX's cache on disk."""
     jax.clear_caches()
     before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,7 +17,7 @@ from repopt_jax.data.throughput import input_throughput, photographs
 LOG = logging.getLogger(__name__)
 
 # The step that is to be fed.
-FED = "repopt"
+CONSUMER = "repopt"
 PIPELINE = "input pipeline, one core"
 PHOTOGRAPHS = 128
 # Images of one measurement, and of a batch of it.
@@ -36,9 +36,9 @@ def bench_input(settings: Settings) -> list[Section]:
     with tempfile.TemporaryDirectory() as folder:
         source, what = open_images(settings, Path(folder))
         found: dict[str, Facts] = {PIPELINE: pipeline_speed(settings, source)}
-    LOG.info("input: the step of %s", settings.told(dtype, batch))
-    name = f"training step, {title(FED)}"
-    step = measure({name: lambda: stepping(FED, settings, dtype, batch)}, settings.rounds, {})
+    LOG.info("input: the step of %s", settings.label(dtype, batch))
+    name = f"training step, {title(CONSUMER)}"
+    step = measure({name: lambda: stepping(CONSUMER, settings, dtype, batch)}, settings.rounds, {})
     add_speed(step, batch)
     found |= step
     notes = [f"Read and augmented: {what}."]

@@ -27,7 +27,7 @@ def bench_inference(settings: Settings) -> list[Section]:
 
 
 def _inference(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("inference: %s", settings.told(dtype, batch))
+    LOG.info("inference: %s", settings.label(dtype, batch))
     names = [name for name in DEPLOYED if name in settings.networks]
     if not names:
         raise ValueError(f"`networks` must hold one of {', '.join(DEPLOYED)} for the part inference")

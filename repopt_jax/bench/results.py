@@ -144,12 +144,12 @@ def markdown(results: dict[str, Any]) -> str:
         "",
     ]
     for section in sections:
-        lines += [f"## {section.title}", "", *_told(section), "", *table(section), ""]
+        lines += [f"## {section.title}", "", *_facts_line(section), "", *table(section), ""]
         lines += [line for note in section.notes for line in (note, "")]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _told(section: Section) -> list[str]:
+def _facts_line(section: Section) -> list[str]:
     facts = [f"`{section.command}`"] if section.command else []
     if section.rounds:
         facts.append(f"{section.rounds} rounds")
@@ -195,7 +195,7 @@ def _spread(key: str, digits: str = ".3g") -> Cell:
     """Median and, where there are any, quartiles of `facts[key]`."""
 
     def cell(facts: dict[str, Any]) -> str | None:
-        return None if key not in facts else in_words(facts[key], digits)
+        return None if key not in facts else with_quartiles(facts[key], digits)
 
     return cell
 
@@ -203,7 +203,7 @@ def _spread(key: str, digits: str = ".3g") -> Cell:
 def _ratio(base: str) -> Cell:
     def cell(facts: dict[str, Any]) -> str | None:
         ratio = facts.get("ratios", {}).get(base)
-        return None if ratio is None else in_words(ratio, ".3f")
+        return None if ratio is None else with_quartiles(ratio, ".3f")
 
     return cell
 
@@ -220,7 +220,7 @@ def _own_ratio(facts: dict[str, Any]) -> str | None:
     return _ratio(facts["baseline"])(facts) if "baseline" in facts else None
 
 
-def in_words(values: dict[str, float], digits: str) -> str:
+def with_quartiles(values: dict[str, float], digits: str) -> str:
     middle = short(values["median"], digits)
     if "low" not in values:
         return middle

@@ -17,7 +17,7 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
     "repvgg": ("RepVGG", "repvgg", ""),
 }
 DTYPES = ("float32", "bfloat16")
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Settings:
             for value in values
             if value < 1
         ]
-        if self.rounds < LEAST_ROUNDS:
-            problems.append(f"`rounds` is {self.rounds}: medians with quartiles need at least {LEAST_ROUNDS}")
+        if self.rounds < MIN_ROUNDS:
+            problems.append(f"`rounds` is {self.rounds}: medians with quartiles need at least {MIN_ROUNDS}")
         if self.memory is not None and not (math.isfinite(self.memory) and self.memory > 0):
             problems.append(f"`memory` is {self.memory}: it must be a number of gigabytes above 0")
         problems += _unknown("model", (self.model,), models.list("classify"))
@@ -81,7 +81,7 @@ class Settings:
         """Each dtype with each batch."""
         return list(itertools.product(self.dtypes, self.batches))
 
-    def told(self, dtype: str, batch: int) -> str:
+    def label(self, dtype: str, batch: int) -> str:
         """`repopt-vgg-b1, bfloat16, 32 images of 224 px`."""
         return f"{self.model}, {dtype}, {batch} images of {self.size} px"
 

@@ -26,8 +26,8 @@ LOG = logging.getLogger(__name__)
 
 PLAIN, REPVGG = title("plain"), title("repvgg")
 # How near to the largest batch the search ends, as a share of it, and the programs it may compile for that.
-NEAR = 32
-MOST_COMPILED = 12
+RESOLUTION = 32
+MAX_COMPILED = 12
 # Bytes of a program that the compiler refuses to make: more than there are.
 UNKNOWN = 2**60
 
@@ -38,7 +38,7 @@ def bench_step(settings: Settings) -> list[Section]:
 
 
 def _step(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("step: %s", settings.told(dtype, batch))
+    LOG.info("step: %s", settings.label(dtype, batch))
     builders: dict[str, Builder] = {
         title(name): (lambda name=name: stepping(name, settings, dtype, batch)) for name in settings.networks
     }
@@ -77,7 +77,7 @@ def section_of(
     """What was found with one dtype and one batch; `more` is recorded beside these."""
     return Section(
         part=part,
-        title=f"{heading}, {settings.told(dtype, batch)}",
+        title=f"{heading}, {settings.label(dtype, batch)}",
         settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32, **more),
         rounds=settings.rounds if rounds is None else rounds,
         candidates=found,
@@ -157,13 +157,13 @@ def largest_batch(peak: Callable[[int], int], limit: int, start: int) -> int:
     """
     fits, too_large, known = 0, None, {}
     guess = start
-    for _ in range(MOST_COMPILED):
+    for _ in range(MAX_COMPILED):
         known[guess] = peak(guess)
         if known[guess] <= limit:
             fits = max(fits, guess)
         else:
             too_large = min(guess, too_large or guess)
-        if too_large is not None and too_large - fits <= max(1, fits // NEAR):
+        if too_large is not None and too_large - fits <= max(1, fits // RESOLUTION):
             break
         guess = _next_guess(known, limit, fits, too_large)
     return fits
@@ -180,7 +180,7 @@ def _next_guess(known: dict[int, int], limit: int, fits: int, too_large: int | N
         if slope > 0:
             guess = int(a + (limit - known[a]) / slope)
         if guess <= fits:  # it is right, or nearly: see whether the next would not fit
-            guess = fits + max(1, fits // NEAR)
+            guess = fits + max(1, fits // RESOLUTION)
     return min(max(guess, fits + 1), top - 1)
 
 
@@ -188,7 +188,7 @@ def confirmed(runs: Callable[[int], bool], batch: int) -> int:
     """The largest batch from `batch` down, in steps of 1/32 of it, that runs."""
     while batch > 0 and not runs(batch):
         LOG.info("  %d images fit by the compiler's count, but not on the device", batch)
-        batch -= max(1, batch // NEAR)
+        batch -= max(1, batch // RESOLUTION)
     return batch
 
 

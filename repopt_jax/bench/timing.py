@@ -21,8 +21,8 @@ import jax
 LOG = logging.getLogger(__name__)
 
 # Seconds that one measurement lasts at least, and the calls that are queued for that at most.
-LEAST_S = 0.05
-MOST_CALLS = 50
+MIN_SECONDS = 0.05
+MAX_CALLS = 50
 
 DOES_NOT_FIT = "does not fit in the memory"
 
@@ -68,7 +68,7 @@ def measure(
         try:
             candidates[name], facts[name] = build()
         except Exception as error:
-            facts[name] = {"failed": _told(error)}
+            facts[name] = {"failed": _failure_reason(error)}
     times, failed = interleave(candidates, rounds)
     for name in builders:
         if name in failed:
@@ -94,7 +94,7 @@ def interleave(
         try:
             return _seconds(left[name], calls)
         except Exception as error:
-            failed[name] = _told(error)
+            failed[name] = _failure_reason(error)
             del left[name]
             return None
 
@@ -103,7 +103,7 @@ def interleave(
     for name in candidates:
         if seconds(name, 1) is not None and (once := seconds(name, 1)) is not None:
             one_call = once * candidates[name].repeats
-            calls[name] = min(max(1, math.ceil(LEAST_S / one_call)), MOST_CALLS)
+            calls[name] = min(max(1, math.ceil(MIN_SECONDS / one_call)), MAX_CALLS)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(rounds):
         LOG.info("  round %d of %d", i + 1, rounds)
@@ -123,7 +123,7 @@ def _seconds(candidate: Candidate, calls: int) -> float:
     return (time.perf_counter() - begin) / (calls * candidate.repeats)
 
 
-def _told(error: Exception) -> str:
+def _failure_reason(error: Exception) -> str:
     """Why a candidate cannot be measured; errors that are not for lack of memory are raised."""
     if not out_of_memory(error):
         raise error

@@ -47,12 +47,12 @@ def bench_torch(settings: Settings) -> list[Section]:
       ValueError: PyTorch does not see the device that JAX has.
     """
     check_same_device()
-    with as_fast_as_can_be(settings.tf32):
+    with fastest_settings(settings.tf32):
         return [*(_steps(settings, *pair) for pair in settings.pairs), _updates(settings)]
 
 
 def _steps(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("torch: %s", settings.told(dtype, batch))
+    LOG.info("torch: %s", settings.label(dtype, batch))
     names = [name for name in ("plain", "repopt", "repvgg") if name in settings.networks]
     builders: dict[str, Builder] = {
         f"{title(name)}, JAX": (lambda name=name: stepping(name, settings, dtype, batch)) for name in names
@@ -194,7 +194,7 @@ def check_same_device() -> None:
 
 
 @contextlib.contextmanager
-def as_fast_as_can_be(tf32: bool):
+def fastest_settings(tf32: bool):
     """cuDNN tries its algorithms, and TF32 is allowed for convolutions and products, or for neither."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()

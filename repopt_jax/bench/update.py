@@ -150,13 +150,13 @@ def updating(
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    def often(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+    def repeated(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
         def body(_: Any, carried: tuple[Any, Any]) -> tuple[Any, Any]:
             return lax.optimization_barrier(once(*carried, gradients))
 
         return lax.fori_loop(0, repeats, body, (params, state))
 
-    run = jax.jit(once if repeats == 1 else often, donate_argnums=(0, 1))
+    run = jax.jit(once if repeats == 1 else repeated, donate_argnums=(0, 1))
     lowered = run.lower(params, state, gradients)
     compiled = lowered.compile(compiler_options=IN_A_LOOP)
     facts |= {

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from repopt_jax.data.augment import crop_and_flip, distort, erase, mix, random_part
+from repopt_jax.data.augment import crop_and_flip, distort, erase, mix, random_resized_crop
 from repopt_jax.data.dataset import Source
 from repopt_jax.data.pipeline import Options, Sharding, check_image, endless_batches, one_epoch, pad_rows
 from repopt_jax.data.rng import CROP, RowRng, stream
@@ -112,6 +112,6 @@ class LabelledReader:
             if self.area is None or rng is None:
                 images[i] = fit(image, self.size, self.resized)
             else:
-                images[i] = random_part(image, self.size, self.area, stream(rng.seeds[i], CROP))
+                images[i] = random_resized_crop(image, self.size, self.area, stream(rng.seeds[i], CROP))
             labels[i] = example["label"]
         return images, labels

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.interop.files import read_tensors
-from repopt_jax.interop.names import find_scheme, own_scheme, recognise
+from repopt_jax.interop.names import authors_scheme, find_scheme, recognise
 from repopt_jax.interop.networks import (
     Description,
     build,
@@ -94,12 +94,12 @@ def export_weights(path: str | os.PathLike[str], model: Network, *, names: str =
       path: the file.
       model: the network.
       names: a key of `SCHEMES`; "" for the network's own authors' names.
-      mode: as `own_scheme` takes it, where `names` is "".
+      mode: as `authors_scheme` takes it, where `names` is "".
 
     Raises:
       As `to_torch` and `write_tensors`; ValueError also if the check fails, and then nothing is written.
     """
-    scheme = find_scheme(names).name if names else own_scheme(model, mode)
+    scheme = find_scheme(names).name if names else authors_scheme(model, mode)
     tensors = to_torch(model, scheme)
     checked = check(model, tensors, scheme)
     write_tensors(path, tensors)

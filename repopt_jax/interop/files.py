@@ -156,14 +156,14 @@ class Storages:
         if known not in self._done:
             raw = self._read(storage.key)
             whole = raw[: len(raw) // dtype.itemsize * dtype.itemsize]
-            self._done[known] = np.frombuffer(self._in_our_order(whole, dtype), dtype)
+            self._done[known] = np.frombuffer(self._native_order(whole, dtype), dtype)
         start, count = (n * storage.dtype.itemsize // dtype.itemsize for n in (storage.offset, storage.numel))
         elements = self._done[known][start : start + count]
         if elements.size != count:
             raise ValueError(f"storage {storage.key!r} has fewer elements than its tensors")
         return elements
 
-    def _in_our_order(self, raw: bytes, dtype: np.dtype) -> bytes:
+    def _native_order(self, raw: bytes, dtype: np.dtype) -> bytes:
         if not self._swap:
             return raw
         width = dtype.itemsize // (2 if dtype.kind == "c" else 1)

@@ -21,7 +21,7 @@ from flax import nnx
 from repopt_jax import models
 from repopt_jax._version import __version__
 from repopt_jax.interop.names import NETWORKS, arrays_of, recognise
-from repopt_jax.interop.weights import start_random
+from repopt_jax.interop.weights import init_rng_state
 from repopt_jax.nn.branched import Branched
 from repopt_jax.surgery.fuse import fuse
 from repopt_jax.surgery.prepare import Mode, prepare
@@ -154,7 +154,7 @@ def load_converted(directory: str | os.PathLike[str]) -> Any:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), nnx.to_pure_dict(arrays_of(model))
     )
     nnx.replace_by_pure_dict(state, ocp.load(str(folder / "weights"), target))
-    return nnx.merge(graph, jax.tree.map(start_random, state))
+    return nnx.merge(graph, jax.tree.map(init_rng_state, state))
 
 
 def read_description(directory: str | os.PathLike[str]) -> Description:
@@ -177,7 +177,7 @@ RECORD = "convert.json"
 def strides_of(model: models.Network) -> tuple[int, ...]:
     """The strides of the layers that can be re-parameterized, in order: of a VGG or a MobileOne those of all
     blocks, which a state dict does not tell."""
-    return tuple(place.geometry.strides[0] for place in model.layers().values())
+    return tuple(spec.geometry.strides[0] for spec in model.layers().values())
 
 
 def count_parameters(tree: Any) -> int:

@@ -248,8 +248,8 @@ def _architecture(branch_sets: Mapping[str, BranchSet]) -> str:
     for variant in (*VGG_VARIANTS.values(), *GHOST_VARIANTS.values()):
         layers = variant.layers(in_channels)
         if set(layers) == set(branch_sets) and all(
-            place.structures.get("search", repopt)(place.geometry).branch_set() == branch_sets[path]
-            for path, place in layers.items()
+            spec.structures.get("search", repopt)(spec.geometry).branch_set() == branch_sets[path]
+            for path, spec in layers.items()
         ):
             return variant.architecture
     return ""

@@ -22,9 +22,9 @@ from repopt_jax.interop.names import (
     COUNTER,
     Scheme,
     arrays_of,
+    authors_scheme,
     counters,
     find_scheme,
-    own_scheme,
     recognise,
     torch_names,
 )
@@ -77,7 +77,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
     def value(path: str, leaf: Any) -> Any:
         name = places.get(path)
         if name is None:
-            return start_random(leaf)
+            return init_rng_state(leaf)
         # A copy: PyTorch's own memory may lie behind the array, and be trained on.
         return jnp.array(name.from_torch(given[name.key]), dtype=leaf.dtype)
 
@@ -91,7 +91,7 @@ def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.nd
     Args:
       model: the model; `fuse` it first for the deployed form.
       names: whose names, a key of `SCHEMES` or a `Scheme`; "auto" takes the network's own authors', as
-        `own_scheme` finds them.
+        `authors_scheme` finds them.
 
     Returns:
       key -> array, in PyTorch's order of axes; batch counters are 0, int64.
@@ -99,7 +99,7 @@ def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.nd
     Raises:
       ValueError: unknown names, or layers that these names have no place for; all of them are listed.
     """
-    places = torch_names(model, own_scheme(model) if names == "auto" else names)
+    places = torch_names(model, authors_scheme(model) if names == "auto" else names)
     arrays, _ = paths.named_leaves(arrays_of(model))
     tensors = {name.key: name.to_torch(arrays[path]) for path, name in places.items()}
     return tensors | {key: np.zeros((), np.int64) for key in counters(places)}
@@ -132,7 +132,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
     writers[suffix](path, tensors)
 
 
-def start_random(leaf: Any) -> Any:
+def init_rng_state(leaf: Any) -> Any:
     """State of a random number generator, which no file holds: as it is, or from the seed 0 in an abstract
     model."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.models.network import Network, Place, run_stages
+from repopt_jax.models.network import LayerSpec, Network, run_stages
 from repopt_jax.models.vgg import BlockSpec
 from repopt_jax.nn.block import block
 
@@ -112,10 +112,10 @@ class EfficientRep(Network):
     def architecture(self) -> str:
         return self.variant.name
 
-    def layers(self) -> dict[str, Place]:
+    def layers(self) -> dict[str, LayerSpec]:
         """Every block's convolution."""
         return {
-            f"{spec.path}/conv/kernel": Place(spec.geometry)
+            f"{spec.path}/conv/kernel": LayerSpec(spec.geometry)
             for spec in backbone_specs(self.variant, self.in_channels)
         }
 

@@ -23,7 +23,7 @@ from repopt_jax.core.structure import Geometry
 from repopt_jax.detection.outputs import Locations, Outputs, grid_locations
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
 from repopt_jax.models.mosaic import Mosaic
-from repopt_jax.models.network import Network, Place
+from repopt_jax.models.network import LayerSpec, Network
 from repopt_jax.nn.block import ACTIVATIONS, block, check_activation, conv
 
 # A distance is exp of what the network says, cut here so that no step can make it infinite: at 1097 strides.
@@ -137,12 +137,12 @@ class FCOS(Network):
     def architecture(self) -> str:
         return self.variant.architecture
 
-    def layers(self) -> dict[str, Place]:
+    def layers(self) -> dict[str, LayerSpec]:
         """The 3x3 convolutions of backbone and towers."""
-        backbone = {f"backbone/{path}": place for path, place in self.backbone.layers().items()}
+        backbone = {f"backbone/{path}": spec for path, spec in self.backbone.layers().items()}
         channels = self.variant.channels
         towers = {
-            f"head/{tower}/{i}/conv/kernel": Place(Geometry((3, 3), channels, channels))
+            f"head/{tower}/{i}/conv/kernel": LayerSpec(Geometry((3, 3), channels, channels))
             for tower in self.head.towers
             for i in range(self.variant.tower)
         }
@@ -152,10 +152,10 @@ class FCOS(Network):
 class FPN(nnx.Module):
     """Feature pyramid. `__call__`: maps, each half as large as the one before -> `levels` maps of `channels`.
 
-    Each map goes through a 1x1 layer, has the sum of the coarser ones added, doubled by repeating its pixels
-    (and cut where the size is odd), and goes through a 3x3 layer. Levels beyond the maps come from the last
-    map as it came in, by 3x3 layers of stride 2 with the activation between them. All these layers are plain,
-    with biases.
+    Each map goes through a 1x1 layer; the sum of the coarser maps, upsampled by repeating pixels (and cut if
+    the size is odd), is added; and the result goes through a 3x3 layer. Further levels are made from the last
+    input map by 3x3 layers of stride 2 with the activation between them. All these layers are plain, with
+    biases.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class FPN(nnx.Module):
     def __call__(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
         merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
         for i in reversed(range(len(merged) - 1)):
-            merged[i] = merged[i] + doubled(merged[i + 1], merged[i].shape[1:3])
+            merged[i] = merged[i] + upsample(merged[i + 1], merged[i].shape[1:3])
         levels = [output(x) for output, x in zip(self.outputs, merged)]
         x = maps[-1]
         for i, extra in enumerate(self.extras):
@@ -191,7 +191,7 @@ class FPN(nnx.Module):
         return levels
 
 
-def doubled(x: jax.Array, size: Sequence[int]) -> jax.Array:
+def upsample(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """Every pixel of (N, h, w, C) twice in both directions, cut to `size` (2h or 2h - 1, 2w or 2w - 1)."""
     return x.repeat(2, axis=1).repeat(2, axis=2)[:, : size[0], : size[1]]
 

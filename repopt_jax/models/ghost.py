@@ -28,7 +28,7 @@ import jax
 from flax import nnx
 
 from repopt_jax.core.structure import Geometry, repopt_ghost
-from repopt_jax.models.network import Classifier, Place
+from repopt_jax.models.network import Classifier, LayerSpec
 from repopt_jax.nn.block import Block, SqueezeExcite, block, conv
 
 
@@ -97,12 +97,12 @@ class GhostVariant:
     def architecture(self) -> str:
         return f"GhostNet-{self.name}"
 
-    def layers(self, in_channels: int = 3) -> dict[str, Place]:
+    def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:
         """The cheap layers. The published depth rule is sqrt(2 / (n + 1)) for the n-th ghost module since
         width or resolution changed, n = 1, 2, ..."""
         del in_channels  # the stem's, which is not re-parameterized
         return {
-            f"{spec.path}/{name}/cheap/conv/kernel": Place(
+            f"{spec.path}/{name}/cheap/conv/kernel": LayerSpec(
                 Geometry((3, 3), outputs, outputs, outputs), n + 1, {"search": repopt_ghost}
             )
             for spec in ghost_specs(self)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from repopt_jax.core.structure import Geometry
 from repopt_jax.core.structure import mobileone as copied
-from repopt_jax.models.network import Classifier, Place
+from repopt_jax.models.network import Classifier, LayerSpec
 from repopt_jax.nn.block import SqueezeExcite, block
 
 
@@ -43,10 +43,10 @@ class MobileOneVariant:
     def architecture(self) -> str:
         return f"MobileOne-{self.name}"
 
-    def layers(self, in_channels: int = 3) -> dict[str, Place]:
+    def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:
         """Every block's convolution; `mobileone` has as many copies of it as this variant says."""
         return {
-            f"{spec.path}/conv/kernel": Place(
+            f"{spec.path}/conv/kernel": LayerSpec(
                 spec.geometry, structures={"mobileone": functools.partial(copied, copies=spec.copies)}
             )
             for spec in mobileone_specs(self, in_channels)

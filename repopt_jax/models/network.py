@@ -21,7 +21,7 @@ from repopt_jax.nn.block import classifier
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class LayerSpec:
     """A layer that can be re-parameterized.
 
     Attributes:
@@ -46,24 +46,24 @@ class Network(nnx.Module):
         """What files of scales call it."""
 
     @abc.abstractmethod
-    def layers(self) -> dict[str, Place]:
+    def layers(self) -> dict[str, LayerSpec]:
         """Path of each kernel that can be re-parameterized -> its place."""
 
     def branch_sets(self) -> dict[str, BranchSet]:
         """Path of each of these kernels -> the branches of its hyper-search."""
         search = self.descriptions("search")
-        return {path: search[path](place.geometry).branch_set() for path, place in self.layers().items()}
+        return {path: search[path](spec.geometry).branch_set() for path, spec in self.layers().items()}
 
     def descriptions(self, structure: str) -> dict[str, Description]:
         """Path of each of these kernels -> its description for a structure of `STRUCTURES`, or for
         "search"."""
         general = repopt if structure == "search" else STRUCTURES[structure]
-        return {path: place.structures.get(structure, general) for path, place in self.layers().items()}
+        return {path: spec.structures.get(structure, general) for path, spec in self.layers().items()}
 
     def depths(self) -> dict[str, int]:
         """Path of each of these kernels -> its number in the published depth rule; empty where there is
         none."""
-        return {path: place.depth for path, place in self.layers().items() if place.depth is not None}
+        return {path: spec.depth for path, spec in self.layers().items() if spec.depth is not None}
 
     def unit_scales(self) -> Scales:
         """Scales without a search: all ones."""
@@ -125,7 +125,7 @@ class Classifier(Network):
     def architecture(self) -> str:
         return self.variant.architecture
 
-    def layers(self) -> dict[str, Place]:
+    def layers(self) -> dict[str, LayerSpec]:
         return self.variant.layers(self.in_channels)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from flax import nnx
 
 from repopt_jax.core.structure import Geometry
-from repopt_jax.models.network import Classifier, Place
+from repopt_jax.models.network import Classifier, LayerSpec
 from repopt_jax.nn.block import SqueezeExcite, block
 
 
@@ -42,10 +42,10 @@ class VGGVariant:
     def architecture(self) -> str:
         return self.name
 
-    def layers(self, in_channels: int = 3) -> dict[str, Place]:
+    def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:
         """The depth rule counts the blocks of a stage: 0 for the one that opens it."""
         return {
-            f"{spec.path}/conv/kernel": Place(spec.geometry, spec.index)
+            f"{spec.path}/conv/kernel": LayerSpec(spec.geometry, spec.index)
             for spec in block_specs(self, in_channels)
         }
 

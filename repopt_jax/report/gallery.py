@@ -61,7 +61,7 @@ def gallery(
     return _png(contact_sheet(drawings, columns=COLUMNS))
 
 
-class Found(NamedTuple):
+class FoundObject(NamedTuple):
     """An object that was found: its class, score, box (x1, y1, x2, y2) and keypoints (x, y), in pixels."""
 
     name: str
@@ -72,7 +72,7 @@ class Found(NamedTuple):
 
 def predict(
     trained: Trained, image: str | Path, out: str | Path, *, threshold: float | None = None
-) -> list[Found]:
+) -> list[FoundObject]:
     """Finds the objects of an image file, draws them on a copy of it at `out`, and returns them, best first.
 
     Boxes are clipped to the image. Small images are enlarged for the drawing; large ones keep their size.
@@ -109,7 +109,7 @@ def predict(
         raise ValueError(f"cannot write a picture to {out}: use a name that ends in .png or .jpg") from error
     boxes, points = objects["boxes"].tolist(), objects["keypoints"].tolist()
     return [
-        Found(trained.info.class_names[c], float(score), tuple(box), tuple(map(tuple, keypoints)))
+        FoundObject(trained.info.class_names[c], float(score), tuple(box), tuple(map(tuple, keypoints)))
         for c, score, box, keypoints in zip(objects["classes"], objects["scores"], boxes, points)
     ]
 

@@ -50,7 +50,7 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
         tuples).
     """
     graph, state = nnx.split(model)
-    copy = nnx.merge(graph, jax.tree.map(own, state), copy=True)
+    copy = nnx.merge(graph, jax.tree.map(copy_leaf, state), copy=True)
     everything = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(copy)}
     done: dict[int, nnx.Module] = {}
     inside: set[int] = set()  # what went away with a module that was replaced
@@ -91,7 +91,7 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
     return result
 
 
-def own(leaf: Any) -> Any:
+def copy_leaf(leaf: Any) -> Any:
     """A copy of an array, so that donating one model's arrays to a training step cannot invalidate another's;
     anything else as it is."""
     return leaf.copy() if isinstance(leaf, jax.Array) else leaf

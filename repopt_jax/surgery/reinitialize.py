@@ -15,7 +15,7 @@ from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.scales import Scales, check_finite, check_fit, is_concrete
 from repopt_jax.surgery.layers import check_aliases
-from repopt_jax.surgery.modules import join, named_modules, own
+from repopt_jax.surgery.modules import copy_leaf, join, named_modules
 from repopt_jax.surgery.structures import key_of
 
 M = TypeVar("M")
@@ -126,7 +126,7 @@ def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
             "made by `to_search` or `to_structure`, has merged kernels"
         )
     tree = paths.map_named(
-        lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else own(leaf), tree
+        lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else copy_leaf(leaf), tree
     )
     return tree if graph is None else nnx.merge(graph, tree, copy=True)
 

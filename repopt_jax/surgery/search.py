@@ -27,7 +27,7 @@ from repopt_jax.surgery.layers import (
 )
 from repopt_jax.surgery.modules import join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
-from repopt_jax.surgery.structures import filled, replace_layers
+from repopt_jax.surgery.structures import merged_layer, replace_layers
 
 
 def to_search(
@@ -174,6 +174,6 @@ def _with_scales(
         structure = of_branches(
             entry.branches, layer.geometry, then="scale" if trainable_scales else "constant"
         )
-        return filled(structure, weights[layer.path], entry.vectors, stack=layer.stack, **options)
+        return merged_layer(structure, weights[layer.path], entry.vectors, stack=layer.stack, **options)
 
     return replace_layers(model, layers, make)

@@ -34,7 +34,7 @@ P = TypeVar("P")
 class SearchTree(Generic[P]):
     """Parameters of a network whose kernels are sums of branches: a pytree to differentiate and to optimize.
 
-    Made by `search_tree`. Its leaves have the paths `rest/<path>`, `weights/<path>/<branch>` and
+    Made by `search_tree`. Its leaves have the paths `other_params/<path>`, `weights/<path>/<branch>` and
     `scales/<path>/<branch>`, so that rules by name tell them apart. As published, scales are not decayed, and
     everything else is as in the plain network, the identity's u with the kernels::
 
@@ -44,7 +44,7 @@ class SearchTree(Generic[P]):
         optax.chain(optax.add_decayed_weights(4e-5, mask=decayed), optax.sgd(0.1, 0.9, nesterov=True))
 
     Attributes:
-      rest: path -> parameter, of those that are not merged from branches.
+      other_params: path -> parameter, of those that are not merged from branches.
       weights: path of a kernel -> branch -> w_b; of the identity u, (out,).
       scales: path of a kernel -> branch -> s_b, (out,). The identity has none.
       branch_sets: path and branches of each kernel. Static, as is all that follows.
@@ -54,7 +54,7 @@ class SearchTree(Generic[P]):
       trainable_scales: False: the CSLA network of constant scales.
     """
 
-    rest: dict[str, jax.Array]
+    other_params: dict[str, jax.Array]
     weights: Weights
     scales: Weights
     branch_sets: tuple[tuple[str, BranchSet], ...] = dataclasses.field(metadata={"static": True})
@@ -69,7 +69,7 @@ class SearchTree(Generic[P]):
         scales = self.extract_scales()
         if not self.trainable_scales:
             scales = jax.lax.stop_gradient(scales)
-        leaves = dict(self.rest)
+        leaves = dict(self.other_params)
         for path, kernel in merge_weights(scales, self.weights).items():
             # A merge of half precision comes in float32 where a branch has no scale.
             leaves[path] = kernel.astype(jnp.result_type(*self.weights[path].values()))
@@ -117,7 +117,7 @@ def search_tree(params: P, scales: Scales, *, rngs: nnx.Rngs, trainable_scales: 
         for path, entry in scales.entries.items()
     }
     return SearchTree(
-        rest={path: leaf for path, leaf in leaves.items() if path not in scales.entries},
+        other_params={path: leaf for path, leaf in leaves.items() if path not in scales.entries},
         weights={path: copies(values, path) for path, values in drawn.items()},
         scales={path: copies(values, path) for path, values in scaled.items()},
         branch_sets=tuple(scales.branch_sets.items()),

@@ -126,7 +126,7 @@ def replace_layers(
     return replace_modules(model, replace)
 
 
-def filled(
+def merged_layer(
     structure: Structure, weights: Mapping[str, jax.Array], vectors: Mapping[str, jax.Array], **options: Any
 ) -> Merged:
     """An `nn.Merged` with these tensors and scales: what it would draw itself is left out."""

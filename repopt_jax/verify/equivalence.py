@@ -231,13 +231,13 @@ class _Network:
 
     def __init__(self, model: nnx.Module, loss: Loss):
         self.model = model
-        self.graph, self.params, self.rest = nnx.split(model, nnx.Param, ...)
+        self.graph, self.params, self.non_trainable = nnx.split(model, nnx.Param, ...)
         self.loss = loss
 
-    def value(self, params, rest, batch):
+    def value(self, params, non_trainable, batch):
         """The loss, and the variables that are not trained as the forward pass leaves them."""
         # copy=True: without it the statistics that the forward pass writes would escape the trace of grad
-        merged = nnx.merge(self.graph, params, rest, copy=True)
+        merged = nnx.merge(self.graph, params, non_trainable, copy=True)
         value = self.loss(merged, batch)
         return value, nnx.split(merged, nnx.Param, ...)[2]
 
@@ -245,25 +245,27 @@ class _Network:
         """Trains a copy, one step a batch."""
 
         @jax.jit
-        def differentiate(params, rest, batch):
-            (value, rest), gradients = jax.value_and_grad(self.value, has_aux=True)(params, rest, batch)
-            return value, rest, gradients, optax.tree.norm(gradients)
+        def differentiate(params, non_trainable, batch):
+            (value, non_trainable), gradients = jax.value_and_grad(self.value, has_aux=True)(
+                params, non_trainable, batch
+            )
+            return value, non_trainable, gradients, optax.tree.norm(gradients)
 
         @jax.jit
         def step(gradients, state, params):
             updates, state = tx.update(gradients, state, params)
             return state, optax.apply_updates(params, updates)
 
-        params, rest, state = self.params, self.rest, tx.init(self.params)
+        params, non_trainable, state = self.params, self.non_trainable, tx.init(self.params)
         losses, norms, first = [], [], {}
         for batch in batches:
-            value, rest, gradients, norm = differentiate(params, rest, batch)
+            value, non_trainable, gradients, norm = differentiate(params, non_trainable, batch)
             if not losses:
                 first = {path: np.asarray(g) for path, g in paths.named_leaves(gradients)[0].items()}
             losses.append(float(value))
             norms.append(float(norm))
             state, params = step(gradients, state, params)
-        trained = nnx.merge(self.graph, params, rest, copy=True)
+        trained = nnx.merge(self.graph, params, non_trainable, copy=True)
         return reasons.Side(self, tx, step, trained, losses, norms, first)
 
 

@@ -37,7 +37,7 @@ class Side(NamedTuple):
     """One of the two networks, with its optimizer and its finished training.
 
     Attributes:
-      network: has `model`, `params`, `rest` and `value(params, rest, batch)`.
+      network: has `model`, `params`, `non_trainable` and `value(params, non_trainable, batch)`.
       tx: its optimizer.
       step: (gradients, state, params) -> (state, params), compiled.
       trained: the model after the last step.
@@ -322,7 +322,9 @@ def _minus(a: Named, b: Named) -> Named:
 def _casts(pair: Pair) -> Iterator[tuple[str, float]]:
     """Casts to a narrower type than float64, each with the spacing of that type's numbers."""
     network, batch = pair.plain.network, pair.batches[0]
-    loss = jax.make_jaxpr(lambda params: network.value(params, network.rest, batch)[0])(network.params)
+    loss = jax.make_jaxpr(lambda params: network.value(params, network.non_trainable, batch)[0])(
+        network.params
+    )
     if types := set(_narrowed(loss.jaxpr)):
         yield (
             f"model or loss cast to {', '.join(sorted(types))}, so the networks agree only to its precision: "

@@ -4,9 +4,9 @@ from repopt_jax.interop.names.lookup import COUNTER as COUNTER
 from repopt_jax.interop.names.lookup import SCHEMES as SCHEMES
 from repopt_jax.interop.names.lookup import Recognised as Recognised
 from repopt_jax.interop.names.lookup import arrays_of as arrays_of
+from repopt_jax.interop.names.lookup import authors_scheme as authors_scheme
 from repopt_jax.interop.names.lookup import counters as counters
 from repopt_jax.interop.names.lookup import find_scheme as find_scheme
-from repopt_jax.interop.names.lookup import own_scheme as own_scheme
 from repopt_jax.interop.names.lookup import recognise as recognise
 from repopt_jax.interop.names.lookup import torch_names as torch_names
 from repopt_jax.interop.names.scheme import BIASED as BIASED

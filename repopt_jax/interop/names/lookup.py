@@ -66,7 +66,7 @@ def find_scheme(scheme: str | Scheme) -> Scheme:
     return SCHEMES[scheme]
 
 
-def own_scheme(model: nnx.Module, mode: str = "") -> str:
+def authors_scheme(model: nnx.Module, mode: str = "") -> str:
     """The scheme of the network's own authors, of those that have a name for every array.
 
     Args:
