@@ -6,8 +6,8 @@
     repopt train --config=configs/digits.py:depth --out=runs/digits/depth
     repopt train --config=configs/digits.py:repvgg --out=runs/digits/repvgg
 
-`repopt` takes the scales that the first command wrote; `--config.scales=` names others.
-`,smoke` after the argument (`digits.py:search,smoke`) runs two short epochs on a few images.
+`repopt` takes the scales that the first command wrote; `--config.scales=` names others. `,smoke` after the
+argument (`digits.py:search,smoke`) runs two short epochs on a few images.
 """
 
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig

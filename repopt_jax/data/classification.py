@@ -40,10 +40,10 @@ def train_batches(
 
     Returns:
       An iterable; `iter` of it has `get_state()` and `set_state(state)` (JSON-able, exact). Each element is
-      {"image": float32 (batch_size // process_count, size, size, channels), "label": int32 (the same
-      batch,)}; where `transform` mixes images also "other", int32 (batch,), the label of the second image
-      in the mixture, and "share", float32 (batch,), the share of the first, in [0, 1]. An image that cannot
-      be read raises ValueError from `next`, naming it.
+      {"image": float32 (batch_size // process_count, size, size, channels), "label": int32
+      (the same batch,)}; where `transform` mixes images also "other", int32 (batch,), the label of the second
+      image in the mixture, and "share", float32 (batch,), the share of the first, in [0, 1]. An image that
+      cannot be read raises ValueError from `next`, naming it.
 
     Raises:
       ValueError: sizes, counts or `cache` that do not fit together or the source; an odd number of rows a

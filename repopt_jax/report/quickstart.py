@@ -211,8 +211,7 @@ def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
     """Compares CSLA with `repopt_mask`, with the config's scales on the first training images.
 
     The result is written to `path`, and reused if it is there. The same check is made with weight decay in
-    the
-    wrong place, which must fail: a check that cannot fail shows nothing.
+    the wrong place, which must fail: a check that cannot fail shows nothing.
 
     Returns:
       The fields of `verify.Equivalence` with its two properties, `wrong_order_difference`, `inputs` and

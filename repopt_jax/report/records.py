@@ -43,8 +43,8 @@ class History:
 
     Attributes:
       epochs: (records,) float, when each record was taken.
-      rates: (records,) float, mean learning rate since the record before, over the highest one of
-        the run; the first entry is 1 and has no meaning.
+      rates: (records,) float, mean learning rate since the record before, over the highest one of the run;
+        the first entry is 1 and has no meaning.
       vectors: (layer path, branch) -> {statistic: (records,) float}, named as in metrics.jsonl.
     """
 

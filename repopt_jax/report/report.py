@@ -127,8 +127,8 @@ def noise(rows: Sequence[Row]) -> dict[str, float]:
     """Two standard errors of a difference of accuracies, and the largest difference, both in [0, 1].
 
     Empty if the runs are not compared by an accuracy. All networks are tested on the same images, so that the
-    true error of a difference is smaller; more seeds do not reduce it, as they share the images too.
-    The search network is left out: it is not an alternative to the others.
+    true error of a difference is smaller; more seeds do not reduce it, as they share the images too. The
+    search network is left out: it is not an alternative to the others.
     """
     compared = [row for row in rows if row.label != MODES["search"]] or list(rows)
     means = [row.score for row in compared if row.score is not None]

@@ -94,8 +94,8 @@ def prepare(
       rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
-      ValueError: an unknown mode; scales or branches that the mode has no use for, or scales that it lacks;
-        and what `to_search`, `reinitialize` and `to_structure` raise.
+      ValueError: an unknown mode; scales or branches that the mode does not use, or missing scales; or as
+        `to_search`, `reinitialize` and `to_structure`.
     """
     mode = Mode.parse(mode)
     if scales is not None and mode not in (Mode.SEARCH, Mode.REPOPT):
@@ -103,7 +103,7 @@ def prepare(
             f"mode {mode} has no use for `scales`: leave them out, or train with them in mode {Mode.REPOPT}"
         )
     if branches is not None and mode.is_structure and mode != "repvgg":
-        raise ValueError(f"mode {mode} says itself of which branches its layers are: leave `branches` out")
+        raise ValueError(f"mode {mode} defines the branches of its layers: leave `branches` out")
     match mode:
         case Mode.PLAIN:
             return Prepared(nnx.clone(model))

@@ -1,4 +1,4 @@
-"""What PyTorch code bases call the arrays of our networks: one small table for each."""
+"""The names of our networks' arrays in PyTorch code bases: one small table for each."""
 
 from repopt_jax.interop.names.lookup import COUNTER as COUNTER
 from repopt_jax.interop.names.lookup import SCHEMES as SCHEMES
