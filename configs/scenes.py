@@ -1,5 +1,4 @@
-"""A detector with keypoints on scenes of handwritten digits, 64x64 pixels; an argument for each way of
-training.
+"""A detector with keypoints on 64x64 scenes of handwritten digits, with an argument for each mode.
 
     repopt quickstart --config=scenes --out=runs/scenes
 
