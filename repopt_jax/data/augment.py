@@ -74,7 +74,7 @@ def random_resized_crop(
 def _crop_box(
     height: int, width: int, area: tuple[float, ...], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of `random_resized_crop`."""
+    """Draws top, left, height and width of `random_resized_crop`."""
     (low, high), (narrowest, widest) = area, CROP_ASPECT
     for _ in range(CROP_ATTEMPTS):
         pixels = height * width * rng.uniform(low, high)
@@ -221,7 +221,7 @@ def _mix_pair(pair: np.ndarray, rng: np.random.Generator, mixup: float, cutmix: 
 
 
 def random_box(shape: tuple[int, int], share: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of CutMix's box in an image of which about `share` is to remain."""
+    """Draws CutMix's box (top, bottom, left, right) in an image of which about `share` is to remain."""
     edges = []
     for length in shape:
         half = int(length * np.sqrt(1 - share)) // 2

@@ -93,10 +93,10 @@ class BatchIterator(grain.DatasetIterator):
 
 
 def _tie_to_parent(worker: int, count: int) -> None:
-    """Prepares a worker: it ends when its parent ends, for whatever reason, and not before.
+    """Initialises a worker so that it ends when its parent ends, for whatever reason, and not before.
 
-    Signals are ignored, because a Ctrl-C, and the signals of a cluster, reach all processes of a group, and
-    the parent needs batches until it has stopped its run in order.
+    Signals are ignored, because Ctrl-C and the signals of a cluster reach all processes of a group, and the
+    parent needs batches until it has stopped its run cleanly.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -115,7 +115,7 @@ def predict(
 
 
 def least_score(trained: Trained, threshold: float | None = None) -> float:
-    """The least score of objects that are drawn: `threshold`, or by default `THRESHOLD`.
+    """Returns the least score of objects that are drawn: `threshold`, or by default `THRESHOLD`.
 
     Raises:
       ValueError: `threshold` is not between `detect.score_threshold` of the network's config, below which it
@@ -133,7 +133,7 @@ def least_score(trained: Trained, threshold: float | None = None) -> float:
 
 
 def _detector(trained: Trained) -> Callable[[np.ndarray], Detections]:
-    """A function from images to detections as NumPy arrays, compiled once for all batches of a size."""
+    """Returns a function from images to detections as NumPy arrays, compiled once for each batch size."""
     network = split_model(trained.model)
     detect = make_detect(network.graphdef, trained.config)
     return lambda images: jax.device_get(detect(network.params, network.non_trainable, images))
@@ -142,7 +142,7 @@ def _detector(trained: Trained) -> Callable[[np.ndarray], Detections]:
 def _objects(
     detections: Detections, row: int, ratio: float, threshold: float, shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The detections of one image from `threshold` on, in pixels of the original, which has this shape.
+    """Returns the detections of one image from `threshold` on, in pixels of the original of this shape.
 
     The network's input is a square, and its boxes may extend into the padding: they are clipped to the image,
     and those that lie in the padding only are left out.
