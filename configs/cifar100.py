@@ -3,24 +3,24 @@
     repopt search --config=configs/cifar100.py:B1 --out=runs/cifar100/B1
     repopt search --config=configs/cifar100.py:ghost-0.5 --out=runs/cifar100/ghost-0.5
 
-The data set is TFDS's `cifar100`, prepared beforehand; `--config.data.data_dir=` is TFDS's folder, where it
-is not the usual one. An image folder (`train/<class>/*`, `test/<class>/*`, 32x32 pixels) serves as well:
+The data set is TFDS's `cifar100`, prepared beforehand; `--config.data.data_dir=` names TFDS's folder if it is
+not the default one. An image folder (`train/<class>/*`, `test/<class>/*`, 32x32 pixels) serves as well:
 `--config.data.source=folder --config.data.name= --config.data.data_dir=cifar100`. `imagenet.py` takes the
 scales from where the commands above leave them. `,smoke` after the argument runs two short epochs on a few
 embedded digits.
 
 The recipe is that of the repository DingXiaoH/RepOptimizers (README, config.py, lr_scheduler.py,
-data/build.py): 8 devices of 32 images (Ghost: 128), each normalising by its own; the network is ImageNet's
-with all its strides and 100 classes. The learning rate is for 256 images, so that Ghost's 0.6 becomes 2.4.
-One thing is different: the identity's weight of Ghost is decayed, which there is left out by its name. So the
-search trains the network that the target's optimizer stands for.
+data/build.py): 8 devices of 32 images (Ghost: 128), with batch statistics of each device; the network is
+ImageNet's with all its strides and 100 classes. The learning rate is for 256 images, so that Ghost's 0.6
+becomes 2.4. One thing is different: the identity's weight of Ghost is decayed, which the repository excludes
+by its name. So the search trains the network that the target's optimizer reproduces.
 """
 
 from repopt_jax.train.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from repopt_jax.train.recipes import parse_argument, smoke
 
-# Network -> top-1 of the search itself, where it is told: paper (arXiv 2205.15242), table 6. It is no measure
-# of the scales: other strides give a better search and worse scales.
+# Network -> published top-1 of the search itself: paper (arXiv 2205.15242), table 6. It does not measure the
+# quality of the scales: other strides give a better search and worse scales.
 RUNS = {"B1": 0.5453, "B2": None, "L1": None, "L2": None, "ghost-0.5": None}
 NETWORKS = {
     **{key: f"repopt-vgg-{key.lower()}" for key in ("B1", "B2", "L1", "L2")},

@@ -7,9 +7,9 @@
     repopt train --config=$config:repopt $data --out=runs/cifar10_small/repopt
     repopt train --config=$config:repvgg $data --out=runs/cifar10_small/repvgg
 
-`repopt` takes the scales that the first command wrote; `--config.scales=` names others.
-`data_dir` is an image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the
-argument (`cifar10_small.py:search,smoke`) runs two short epochs on a few embedded digits.
+`repopt` takes the scales that the first command wrote; `--config.scales=` names others. `data_dir` is an
+image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the argument
+(`cifar10_small.py:search,smoke`) runs two short epochs on a few embedded digits.
 """
 
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig

@@ -6,8 +6,8 @@
     repopt train --config=configs/digits.py:depth --out=runs/digits/depth
     repopt train --config=configs/digits.py:repvgg --out=runs/digits/repvgg
 
-`repopt` takes the scales that the first command wrote; `--config.scales=` names others.
-`,smoke` after the argument (`digits.py:search,smoke`) runs two short epochs on a few images.
+`repopt` takes the scales that the first command wrote; `--config.scales=` names others. `,smoke` after the
+argument (`digits.py:search,smoke`) runs two short epochs on a few images.
 """
 
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> Config:
         log_every=10,
         model=ModelConfig(name="vgg-digits", mode=mode),
         data=DataConfig(source="digits", image_size=8, crop_padding=1, mean=(0.3,), std=(0.37,)),
-        # Half of a few hundred steps would be too long a warm-up; one epoch keeps the first steps small.
+        # One epoch of warm-up keeps the first steps small.
         optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, warmup_epochs=1),
     )
     return smoke(config) if small else config

@@ -11,18 +11,18 @@
 `B1`, `B2`, `L1`, `L2` and `ghost-0.5` take the scales of `cifar100.py` (`runs/cifar100/B1/scales`);
 `--config.scales=` names others, such as the authors', converted, or `depth` for those of no search. With
 `-plain` they are trained by ordinary SGD, with `-repvgg` or `-repghost` as the structure that they replace.
-`repvgg-...` and `repghost-...` are recipes of their own. `data_dir` is an image folder, `train/<class>/*` and
-`val/<class>/*`; TFDS's by `--config.data.source=tfds --config.data.name=imagenet2012`. `,smoke` after
-the argument runs two short epochs on a few embedded digits. Not of these recipes, but to be had:
+`repvgg-...` and `repghost-...` are separate recipes. `data_dir` is an image folder, `train/<class>/*` and
+`val/<class>/*`; TFDS's by `--config.data.source=tfds --config.data.name=imagenet2012`. `,smoke` after the
+argument runs two short epochs on a few embedded digits. Options that are not part of these recipes:
 
     --config.data.mixup=0.2 --config.data.cutmix=1.0 --config.model.dtype=bfloat16 --config.optim.ema=0.9999
 
 Sources: the code of the repositories DingXiaoH/RepOptimizers, DingXiaoH/RepVGG (train.py) and
-ChengpengChen/RepGhost (args.yaml of its runs). All had 8 devices, each normalising by its own images. What is
-different here: images are resized bilinearly, always (Ghost: at random in training, bicubic in evaluation);
-erased boxes take the mean colour, not noise; a bias has the learning rate of the rest (RepVGG: twice
-that, "made no difference"); for the widest RepGhosts RandAugment is that of the other recipes, not timm's
-`rand-m9-mstd0.5`; their half precision is bfloat16, not float16.
+ChengpengChen/RepGhost (args.yaml of its runs). All used 8 devices with batch statistics of each device. What
+is different here: images are resized bilinearly, always (Ghost: at random in training, bicubic in
+evaluation); erased boxes take the mean colour, not noise; a bias has the same learning rate as other
+parameters (RepVGG: twice that, "made no difference"); for the widest RepGhosts RandAugment is that of the
+other recipes, not timm's `rand-m9-mstd0.5`; their half precision is bfloat16, not float16.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ def _repghost(width: str, published: float) -> Config:
 
 
 def _base(name: str, mode: str, published: float | None) -> Config:
-    """What all have in common: 8 devices of 32 images, 120 epochs, random crops."""
+    """Returns what all recipes share: 8 devices of 32 images, 120 epochs, random crops."""
     return Config(
         epochs=120,
         batch_size=8 * 32,

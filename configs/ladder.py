@@ -8,8 +8,8 @@
     repopt train --config=$config:9-frozen $data --out=runs/ladder/9-frozen-0
 
 The recipe of `cifar10_small` with 12,800 images and 5 epochs, 500 steps of 128. Rungs 1 to 7 are those of the
-RepOptimizer paper (table 4). Rungs 8 and 9 have no search of their own: the network with scaled branches,
-merged in weight space, is trained on the task itself, its scales with it, all the time or for a tenth of the
+RepOptimizer paper (table 4). Rungs 8 and 9 have no separate search: the network with scaled branches, merged
+in weight space, is trained on the task itself, and its scales with it, throughout or for a tenth of the
 steps. Rungs 2, 3, 6 and 7 take the scales that the first command wrote; `--config.scales=` names others. All
 nine have the same recipe, without clipping; the search clips, as published. `scripts/ladder.sh` runs them.
 
@@ -25,7 +25,7 @@ from repopt_jax.train.recipes import parse_argument, smoke
 
 SEARCHED = "runs/ladder/search-0/scales"
 
-# Argument -> run of cifar10_small whose recipe it has, and what is its own.
+# Argument -> run of cifar10_small whose recipe it uses, and its changes.
 RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
     "search": ("search", {}),
     "1-plain": ("plain", {}),

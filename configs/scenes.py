@@ -1,5 +1,4 @@
-"""A detector with keypoints on scenes of handwritten digits, 64x64 pixels; an argument for each way of
-training.
+"""A detector with keypoints on 64x64 scenes of handwritten digits, with an argument for each mode.
 
     repopt quickstart --config=scenes --out=runs/scenes
 
@@ -10,8 +9,8 @@ makes all of them. By hand:
     repopt train --config=configs/scenes.py:plain --out=runs/scenes/plain
     repopt train --config=configs/scenes.py:repvgg --out=runs/scenes/repvgg
 
-`repopt` takes the scales that the first command wrote; `--config.scales=` names others.
-`,smoke` after the argument (`scenes.py:search,smoke`) runs two short epochs on a few scenes.
+`repopt` takes the scales that the first command wrote; `--config.scales=` names others. `,smoke` after the
+argument (`scenes.py:search,smoke`) runs two short epochs on a few scenes.
 """
 
 from repopt_jax.train.config import Config, DataConfig, DetectConfig, ModelConfig, OptimConfig

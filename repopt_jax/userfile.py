@@ -1,4 +1,4 @@
-"""Python files named on the command line, configs and checks: imported, and one function of them called."""
+"""Imports Python files named on the command line, configs and checks, and calls a function in them."""
 
 import importlib.util
 import sys
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def call(path: Path, function: str, *args: Any, noun: str) -> Any:
-    """Imports the Python file `path` and returns `function(*args)` of it.
+    """Imports the Python file `path` and returns the result of its `function(*args)`.
 
-    Like a script, the file may import modules of its own folder.
+    As for a script, the file may import modules of its own folder.
 
     Args:
       path: the file.
       function: name of the function in the file.
-      noun: what such a file is called in messages ("config").
+      noun: name of this kind of file in messages ("config").
 
     Raises:
       ValueError: `path` is not a Python file, is not valid Python, or has no such function.

@@ -20,7 +20,7 @@ if wanted 2; then bench step --dtype=float32,bfloat16 --batch=32 --rounds=20; fi
 if wanted 3; then bench torch --dtype=float32,bfloat16 --batch=32,256 --rounds=15 --networks=plain,repopt; fi
 if wanted 4; then bench step --dtype=float32,bfloat16 --batch=256 --rounds=15; fi
 if wanted 5; then bench inference --dtype=float32,bfloat16 --batch=1,32,256 --rounds=20; fi
-if wanted 6; then bench compile --batch=32 --networks=plain,repopt,repvgg,csla; fi
+if wanted 6; then bench compile --batch=32 --networks=plain,repopt,repvgg,search; fi
 share 0.95
 if wanted 7; then bench largest --dtype=bfloat16 --batch=512 --networks=repopt,repvgg; fi
 if wanted 8; then bench largest --dtype=float32 --batch=256 --networks=repopt,repvgg; fi

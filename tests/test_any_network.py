@@ -669,7 +669,7 @@ def test_mode_mistakes():
         ValueError, match=r"^mode repopt needs `scales`: give those of a search, or `depth_scal"
     ):
         prepare(model, "repopt", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"^mode acnet says itself of which branches its layers are: leave"):
+    with pytest.raises(ValueError, match=r"^mode acnet defines the branches of its layers: leave"):
         prepare(model, "acnet", branches=[Kernel(())], rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"\(did you mean 'search'\?\)"):
         prepare(model, "hyper-search", rngs=nnx.Rngs(0))

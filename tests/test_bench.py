@@ -71,7 +71,7 @@ def test_a_time_is_of_one_repetition_and_short_ones_are_queued(monkeypatch):
     times, _ = timing.interleave({"short": counted}, 3)
     assert times["short"] == pytest.approx([1e-3 / 4] * 3)
     assert len(count) == 5  # a wait for each measurement and two before, though each takes 50 calls
-    assert clock.now == pytest.approx(1e-3 * (2 + 3 * timing.LEAST_S / 1e-3))
+    assert clock.now == pytest.approx(1e-3 * (2 + 3 * timing.MIN_SECONDS / 1e-3))
 
 
 def test_rounds_have_several_orders(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from repopt_jax.data import Transform
-from repopt_jax.data.augment import crop_and_flip, random_part
+from repopt_jax.data.augment import crop_and_flip, random_resized_crop
 from repopt_jax.data.rng import RowRng
 from repopt_jax.data.transforms import fit, normalise
 
@@ -126,12 +126,12 @@ def coordinates(height, width):
 def test_random_part_has_the_share_and_aspect_that_were_drawn():
     image = coordinates(100, 100)
     # A quarter, square: 50 x 50, at the top right.
-    part = random_part(image, 50, (0.15, 0.35), Numbers(0.5, 0.5, 0, LAST))
+    part = random_resized_crop(image, 50, (0.15, 0.35), Numbers(0.5, 0.5, 0, LAST))
     np.testing.assert_array_equal(part, image[:50, 50:])
-    wide = random_part(image, 50, (0.25, 0.25), Numbers(0, 1, 0, 0))
+    wide = random_resized_crop(image, 50, (0.25, 0.25), Numbers(0, 1, 0, 0))
     assert wide[..., 0].max() in (42, 43)  # 57.7 wide, 43.3 high
     assert wide[..., 1].max() in (56, 57)
-    whole = random_part(image, 100, (1.0, 1.0), Numbers(0.5, 0.5, 0.5, 0.5))
+    whole = random_resized_crop(image, 100, (1.0, 1.0), Numbers(0.5, 0.5, 0.5, 0.5))
     np.testing.assert_array_equal(whole, image)
 
 
@@ -139,7 +139,7 @@ def test_a_part_that_does_not_fit_is_drawn_again():
     image = coordinates(40, 80)
     # The whole area is never square here; a quarter of it is 28 x 28 (sqrt(800) = 28.3).
     numbers = Numbers(1, 0.5, 1, 0.5, 0, 0.5, 0, 0)
-    part = random_part(image, 28, (0.25, 1.0), numbers)
+    part = random_resized_crop(image, 28, (0.25, 1.0), numbers)
     np.testing.assert_array_equal(part, image[:28, :28])
 
 
@@ -157,7 +157,7 @@ def test_after_ten_tries_the_central_part_is_taken(shape, part):
     # An area that only the whole image has, at an aspect that it has not.
     rejected = [1, 1 if shape[0] > shape[1] else 0]
     size = expected.shape[0]
-    found = random_part(image, size, (1.0, 1.0), Numbers(*rejected * 10))
+    found = random_resized_crop(image, size, (1.0, 1.0), Numbers(*rejected * 10))
     resized = np.asarray(Image.fromarray(expected).resize((size, size), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(found, resized)
 
@@ -182,7 +182,7 @@ def test_random_parts_are_those_of_a_slow_reference():
         image = coordinates(height, width)
         part = Image.fromarray(image[top : top + h, left : left + w])
         expected = np.asarray(part.resize((9, 9), Image.Resampling.BILINEAR))
-        found = random_part(image, 9, (0.08, 1.0), np.random.default_rng(seed))
+        found = random_resized_crop(image, 9, (0.08, 1.0), np.random.default_rng(seed))
         np.testing.assert_array_equal(found, expected)
 
 

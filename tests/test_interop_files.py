@@ -472,7 +472,7 @@ class TestBombs:
     def test_keys_of_old_storages(self, key, tmp_path):
         """Hashing a deeply nested tuple overflows the stack, and one of shared tuples takes for ever."""
         (tmp_path / "file.pth").write_bytes(legacy_bytes({"w": SIX}, keys=[key]))
-        with pytest.raises(ValueError, match="the keys of its storages are not texts"):
+        with pytest.raises(ValueError, match="the keys of its storages are not strings"):
             read_tensors(tmp_path / "file.pth")
 
     # As text, n pairs of the one before are of length 2^n.

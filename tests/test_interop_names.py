@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from repopt_jax import interop, models, prepare
 from repopt_jax.core.paths import named_leaves
 from repopt_jax.interop import Layout, Scheme, convert, networks
-from repopt_jax.interop.names import SCHEMES, TorchName, arrays_of, own_scheme, recognise, torch_names
+from repopt_jax.interop.names import SCHEMES, TorchName, arrays_of, authors_scheme, recognise, torch_names
 from repopt_jax.interop.networks import Description, build, describe
 from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, VGGVariant, registry
 from repopt_jax.nn.block import block
@@ -316,7 +316,7 @@ def aligned(array):
 
 
 def test_the_networks_own_names_are_the_default():
-    own = {name: own_scheme(abstract(name)) for name in PUBLISHED}
+    own = {name: authors_scheme(abstract(name)) for name in PUBLISHED}
     assert own["repopt target"] == own["repopt search"] == own["repopt csla"] == "repopt"
     assert own["repvgg"] == own["repvgg deployed"] == own["timm repvgg"] == own["repopt repvgg"] == "repvgg"
     assert own["mobileone"] == own["mobileone deployed"] == "mobileone"
@@ -327,10 +327,10 @@ def test_the_networks_own_names_are_the_default():
 def test_a_deployed_vgg_has_the_names_of_the_mode_it_was_trained_in():
     """Which it does not tell."""
     deployed = abstract("repopt target deployed")
-    assert own_scheme(deployed) == own_scheme(deployed, "repvgg") == "repvgg"
-    assert own_scheme(deployed, "plain") == own_scheme(deployed, "repopt") == "repopt"
+    assert authors_scheme(deployed) == authors_scheme(deployed, "repvgg") == "repvgg"
+    assert authors_scheme(deployed, "plain") == authors_scheme(deployed, "repopt") == "repopt"
     # With squeeze-and-excitation after the ReLU, only one code base can express it.
-    assert own_scheme(nnx.eval_shape(vgg("repvgg", post_se=True, form="deployed"))) == "repopt"
+    assert authors_scheme(nnx.eval_shape(vgg("repvgg", post_se=True, form="deployed"))) == "repopt"
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_deployed_vgg_has_the_names_of_the_mode_it_was_trained_in():
 def test_published_numbers_of_parameters_by_name(model, mode, count):
     """With 1000 classes, counted on the published code; and no two arrays have one key."""
     abstract = build(Description(model, mode, 1000))
-    for scheme in (own_scheme(abstract), "timm" if "repopt" not in model else "repopt"):
+    for scheme in (authors_scheme(abstract), "timm" if "repopt" not in model else "repopt"):
         names = torch_names(abstract, scheme)
         assert len({name.key for name in names.values()}) == len(names)
     assert networks.count_parameters(abstract) == count

@@ -190,8 +190,8 @@ def test_a_merged_kernel_by_hand(dict_tree):
 def test_paths_of_the_leaves(dict_tree):
     named, _ = paths.named_leaves(dict_tree)
     assert set(named) == {
-        "rest/conv/bias",
-        "rest/list/0",
+        "other_params/conv/bias",
+        "other_params/list/0",
         "weights/conv/kernel/3x3",
         "weights/conv/kernel/1x1",
         "weights/conv/kernel/identity",
@@ -233,7 +233,7 @@ def test_an_equinox_model_keeps_its_static_part():
     grads = jax.grad(lambda t: eqx.combine(t.merged(), static)(jnp.ones((2, 4, 4))).sum())(tree)
     assert tree.weights["layers/0/weight"]["3x3"].shape == (3, 3, 2, 2)
     assert min(np.abs(g).max() for g in jax.tree.leaves(grads)) > 1e-3
-    with pytest.raises(TypeError, match=r"arrays only, but not so layers/1/fn \(.*partition"):
+    with pytest.raises(TypeError, match=r"arrays only, not layers/1/fn \(.*partition"):
         search_tree(model, scales, rngs=nnx.Rngs(2))
 
 

@@ -1,4 +1,4 @@
-"""`repopt bench`: what the rule costs in time and memory, beside what it is compared with."""
+"""`repopt bench`: the cost in time and memory of re-parameterization, compared with its alternatives."""
 
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.suite import PARTS, bench

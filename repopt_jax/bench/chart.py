@@ -1,4 +1,4 @@
-"""Results as bars: a panel for each table."""
+"""Draws results as bars, with a panel for each table."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from repopt_jax.report.figures import DPI, INK, RC
 
 __all__ = ["DPI", "draw"]
 
-# What a part is drawn by, and the words for it; the first that its candidates share counts.
+# The quantities that can be drawn, and their labels; the first that all candidates have is drawn.
 MEASURES = (
     ("ms", "median with quartiles (ms)"),
     ("batch", "images in a batch"),
@@ -18,13 +18,13 @@ MEASURES = (
     ("images_per_s", "images/s"),
 )
 OURS, THEIRS = "#0072B2", "#9a9a9a"
-# What is drawn in colour: RepOpt, its optimizers, and what it deploys.
+# Candidates that are drawn in colour: RepOpt, its optimizers, and its deployed networks.
 OWN = ("repopt", "reparameterize")
-ROW, HEAD = 0.34, 0.95  # inches of a bar, and of a panel's title and axis
+ROW, HEAD = 0.34, 0.95  # heights in inches of a bar, and of a panel's title and axis
 
 
 def draw(sections: list[Section]) -> Figure:
-    """A column of panels; shorter bars are better except for batches and images a second."""
+    """Draws a column of panels; shorter bars are better except for batches and images per second."""
     drawn = [section for section in sections if measure_of(section)]
     heights = [ROW * len(section.candidates) + HEAD for section in drawn] or [1.0]
     with matplotlib.rc_context(RC):
@@ -38,7 +38,7 @@ def draw(sections: list[Section]) -> Figure:
 
 
 def measure_of(section: Section) -> tuple[str, str] | None:
-    """The first of `MEASURES` that all candidates have, but for those that failed."""
+    """Returns the first of `MEASURES` that all candidates have, except those that failed."""
     measured = [facts for facts in section.candidates.values() if "failed" not in facts]
     shared = (one for one in MEASURES if measured and all(one[0] in facts for facts in measured))
     return next(shared, None)

@@ -1,4 +1,4 @@
-"""How long compiling a training step takes, with nothing remembered."""
+"""Measures how long compiling a training step takes, without caches."""
 
 import concurrent.futures
 import contextlib
@@ -18,19 +18,19 @@ from repopt_jax.bench.timing import Facts, spread
 
 LOG = logging.getLogger(__name__)
 
-# Compilations of each network, and the seconds after which no second round of them is begun.
+# Compilations of each network, and the seconds after which no further round of them is begun.
 COMPILATIONS = 3
-ENOUGH_S = 120
+MAX_SECONDS = 120
 
 
 def bench_compile(settings: Settings) -> list[Section]:
-    """Seconds to trace and lower, and to compile, a training step."""
+    """Measures the seconds to trace and lower, and to compile, a training step."""
     return [_compile(settings, *pair) for pair in settings.pairs]
 
 
 def _compile(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("compile: %s", settings.told(dtype, batch))
-    # What a GPU's compiler has tried out it remembers as long as its process lives.
+    LOG.info("compile: %s", settings.label(dtype, batch))
+    # A GPU's compiler keeps what it has autotuned until its process ends.
     measured = in_a_new_process if jax.default_backend() == "gpu" else seconds
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in settings.networks}
     begin = time.perf_counter()
@@ -38,7 +38,7 @@ def _compile(settings: Settings, dtype: str, batch: int) -> Section:
         for name in settings.networks:
             taken[name].append(measured(name, settings, dtype, batch))
             LOG.info("  %s: %.1f s and %.1f s", title(name), *taken[name][-1])
-        if time.perf_counter() - begin > ENOUGH_S:
+        if time.perf_counter() - begin > MAX_SECONDS:
             break
     rounds = len(taken[settings.networks[0]])
     found: dict[str, Facts] = {}
@@ -54,9 +54,9 @@ def _compile(settings: Settings, dtype: str, batch: int) -> Section:
 
 
 def seconds(name: str, settings: Settings, dtype: str, batch: int) -> tuple[float, float]:
-    """Of tracing and lowering, and of compiling; no array is made."""
+    """Returns the seconds of tracing and lowering, and of compiling; no array is made."""
     step, state, images = abstract_training(name, settings, dtype, batch)
-    with nothing_remembered(), precision(settings.tf32):
+    with without_caches(), precision(settings.tf32):
         begin = time.perf_counter()
         lowered = step.lower(state, images)
         middle = time.perf_counter()
@@ -65,7 +65,7 @@ def seconds(name: str, settings: Settings, dtype: str, batch: int) -> tuple[floa
 
 
 def in_a_new_process(name: str, settings: Settings, dtype: str, batch: int) -> tuple[float, float]:
-    """`seconds`, in a process that has compiled nothing yet and leaves the device's memory to this one."""
+    """Returns `seconds`, measured in a new process that leaves the device's memory to this one."""
     before = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     try:
@@ -80,12 +80,12 @@ def in_a_new_process(name: str, settings: Settings, dtype: str, batch: int) -> t
 
 
 @contextlib.contextmanager
-def nothing_remembered():
-    """Neither programs that this process has compiled, nor those of JAX's cache on disk."""
+def without_caches():
+    """Disables JAX's caches of compiled programs, in memory and on disk."""
     jax.clear_caches()
     before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # whether there is one is looked up once
+    compilation_cache.reset_cache()  # JAX looks up only once whether there is a cache on disk
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Whether the input keeps up: images that one core makes ready a second, beside what a step takes."""
+"""Whether the input pipeline keeps up: images per second of one core, compared with a training step."""
 
 import logging
 import math
@@ -16,8 +16,8 @@ from repopt_jax.data.throughput import input_throughput, photographs
 
 LOG = logging.getLogger(__name__)
 
-# The step that is to be fed.
-FED = "repopt"
+# The network whose training step consumes the images.
+CONSUMER = "repopt"
 PIPELINE = "input pipeline, one core"
 PHOTOGRAPHS = 128
 # Images of one measurement, and of a batch of it.
@@ -25,8 +25,9 @@ IMAGES, BATCH = 128, 32
 
 
 def bench_input(settings: Settings) -> list[Section]:
-    """Decoding and augmenting as the ImageNet recipe does, and the cores that a step of the first batch and
-    dtype asks for.
+    """Measures decoding and augmentation of the ImageNet recipe, and the cores that a training step needs.
+
+    The step is that of the first batch size and dtype.
 
     Raises:
       FileNotFoundError, ValueError: as `data.open_source`, of `settings.images`.
@@ -36,9 +37,9 @@ def bench_input(settings: Settings) -> list[Section]:
     with tempfile.TemporaryDirectory() as folder:
         source, what = open_images(settings, Path(folder))
         found: dict[str, Facts] = {PIPELINE: pipeline_speed(settings, source)}
-    LOG.info("input: the step of %s", settings.told(dtype, batch))
-    name = f"training step, {title(FED)}"
-    step = measure({name: lambda: stepping(FED, settings, dtype, batch)}, settings.rounds, {})
+    LOG.info("input: the step of %s", settings.label(dtype, batch))
+    name = f"training step, {title(CONSUMER)}"
+    step = measure({name: lambda: stepping(CONSUMER, settings, dtype, batch)}, settings.rounds, {})
     add_speed(step, batch)
     found |= step
     notes = [f"Read and augmented: {what}."]
@@ -46,21 +47,23 @@ def bench_input(settings: Settings) -> list[Section]:
         need, supply = step[name]["images_per_s"], found[PIPELINE]["images_per_s"]
         cores = need / supply
         found[name]["cores"] = cores
-        notes.append(f"The step takes what {cores:.2g} cores make ready: {math.ceil(cores)} for each device.")
+        notes.append(
+            f"The step consumes the images of {cores:.2g} cores: {math.ceil(cores)} for each device."
+        )
     heading = "Input pipeline beside the step"
     return [section_of("input", heading, settings, dtype, batch, found, notes=notes)]
 
 
 def open_images(settings: Settings, folder: Path) -> tuple[Any, str]:
-    """The images of `settings`, or made-up photographs in `folder`; and what they are."""
+    """Opens the images of `settings`, or generated photographs in `folder`; also returns a description."""
     if settings.images:
         return data.open_source("folder", data_dir=settings.images), f"images of {settings.images}"
     source = data.open_source("folder", data_dir=photographs(folder / "images", PHOTOGRAPHS))
-    return source, f"{PHOTOGRAPHS} made-up photographs of 500 x 375 pixels (JPEG)"
+    return source, f"{PHOTOGRAPHS} generated photographs of 500 x 375 pixels (JPEG)"
 
 
 def recipe(settings: Settings) -> data.Transform:
-    """Training images of the published ImageNet recipe: area crop, mirrored, RandAugment of magnitude 15."""
+    """Returns the published ImageNet recipe: random resized crop, flip, RandAugment of magnitude 15."""
     return data.Transform(
         image_size=settings.size,
         area=(0.08, 1.0),
@@ -72,7 +75,7 @@ def recipe(settings: Settings) -> data.Transform:
 
 
 def pipeline_speed(settings: Settings, source: Any) -> Facts:
-    """Images that one core makes ready a second, the median of `rounds` measurements."""
+    """Measures the images per second of one core, as the median of `rounds` measurements."""
     found = [
         input_throughput(source, recipe(settings), batch_size=BATCH, images=IMAGES, seed=seed)
         for seed in range(settings.rounds)

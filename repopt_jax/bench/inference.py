@@ -1,4 +1,4 @@
-"""Inference with the deployed networks, beside the same networks before they are fused."""
+"""Inference with deployed networks, compared with the same networks before they are fused."""
 
 import logging
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from repopt_jax.surgery.fuse import fuse
 
 LOG = logging.getLogger(__name__)
 
-# The networks that are deployed: what RepOpt trains is the plain one.
+# The networks that are deployed; RepOpt trains the plain one.
 DEPLOYED = ("repopt", "repvgg")
 
 
 def bench_inference(settings: Settings) -> list[Section]:
-    """Logits of a batch of images, by fused networks and by those that they were made from."""
+    """Times the logits of a batch of images, by fused networks and by the original ones."""
     return [_inference(settings, *pair) for pair in settings.pairs]
 
 
 def _inference(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("inference: %s", settings.told(dtype, batch))
+    LOG.info("inference: %s", settings.label(dtype, batch))
     names = [name for name in DEPLOYED if name in settings.networks]
     if not names:
         raise ValueError(f"`networks` must hold one of {', '.join(DEPLOYED)} for the part inference")
@@ -47,11 +47,11 @@ def _inference(settings: Settings, dtype: str, batch: int) -> Section:
 
 
 def inferring(model: Any, images: jax.Array, dtype: str, tf32: bool) -> tuple[Candidate, Facts]:
-    """A network in evaluation mode on one batch, its weights in `dtype` as they would be deployed."""
+    """Runs a network in evaluation mode on one batch, with weights in `dtype` as deployed."""
     graphdef, state = nnx.split(model)
 
     def as_deployed(leaf: Any) -> Any:
-        # Vectors (batch statistics, biases) stay as they are: they weigh nothing.
+        # Vectors (batch statistics, biases) keep their dtype, because they are small.
         return leaf.astype(dtype) if leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     state = jax.tree.map(as_deployed, state)

@@ -14,17 +14,17 @@ from repopt_jax.train.build import Feed, abstract_program, build_model, build_pr
 from repopt_jax.train.config import Config, ModelConfig, OptimConfig
 from repopt_jax.train.state import batch_sharding, make_mesh
 
-# So many steps that the learning rate stays where it starts.
+# So many steps that the learning rate stays at its initial value.
 STEPS = 10**6
 
 
 def title(name: str) -> str:
-    """What a network of `NETWORKS` is called in results."""
+    """Returns the title in results of a network of `NETWORKS`."""
     return NETWORKS[name][0]
 
 
 def config_of(name: str, settings: Settings, dtype: str, batch: int) -> Config:
-    """The run whose step is measured: SGD with Nesterov's momentum and decay."""
+    """Returns the config of the run whose step is measured: SGD with Nesterov momentum and decay."""
     _, mode, scales = NETWORKS[name]
     return Config(
         name=name,
@@ -55,13 +55,13 @@ def new_model(name: str, settings: Settings, dtype: str = "float32") -> Any:
 
 
 def abstract_model(name: str, settings: Settings) -> tuple[Any, Any]:
-    """The network as shapes, and those of what is trained, as a plain dict."""
+    """Returns the abstract network, and the shapes of its parameters as a plain dict."""
     model = nnx.eval_shape(lambda: new_model(name, settings))
     return model, nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def training(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Any, Any, Any]:
-    """A jitted training step, its state, and a batch of random numbers."""
+    """Returns a jitted training step, its state, and a batch of random numbers."""
     source = types.SimpleNamespace(info=info_of(settings))
     feed = Feed(source, train=None, eval=None, steps_per_epoch=STEPS)
     program, state = build_program(config_of(name, settings, dtype, batch), feed, one_device())
@@ -69,7 +69,7 @@ def training(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Any
 
 
 def abstract_training(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Any, Any, Any]:
-    """`training`, with shapes in place of arrays."""
+    """Returns `training` with shapes in place of arrays."""
     config = config_of(name, settings, dtype, batch)
     program, state = abstract_program(config, info_of(settings), one_device(), steps_per_epoch=STEPS)
     return program.train_step, state, abstract_batch(settings, batch)
@@ -83,7 +83,7 @@ def abstract_batch(settings: Settings, batch: int) -> dict[str, jax.ShapeDtypeSt
 
 
 def random_batch(settings: Settings, batch: int) -> dict[str, jax.Array]:
-    """Images (batch, size, size, 3) float32 and labels (batch,) int32."""
+    """Returns images, float32 (batch, size, size, 3), and labels, int32 (batch,)."""
     shape = (batch, settings.size, settings.size, 3)
     values = {
         "image": jax.random.normal(jax.random.key(0), shape),
@@ -98,6 +98,6 @@ def one_device() -> Any:
 
 @contextlib.contextmanager
 def precision(tf32: bool):
-    """TF32 for float32 where the device has it (JAX's default), or not."""
+    """Allows TF32 for float32 if the device has it (JAX's default), or disables it."""
     with contextlib.nullcontext() if tf32 else jax.default_matmul_precision("highest"):
         yield

@@ -1,4 +1,4 @@
-"""What was measured, as JSON, as a table in Markdown, and as bars."""
+"""Results of measurements, as JSON, as tables in Markdown, and as bars."""
 
 import dataclasses
 import json
@@ -23,14 +23,14 @@ class Section:
     """One table.
 
     Attributes:
-      part: of `suite.PARTS`.
-      title: what was measured; two of one file never have the same.
-      settings: what it was measured with.
-      candidates: name -> what was found.
-      rounds: measurements of each; None where there are none.
+      part: a key of `suite.PARTS`.
+      title: what was measured; unique within a file.
+      settings: the settings of the measurement.
+      candidates: name -> results.
+      rounds: number of measurements of each candidate, or None.
       notes: sentences below the table.
-      command: that measured it.
-      load: mean number of busy processes just before, with what else ran; None where it is not known.
+      command: the command that measured it.
+      load: load average of the machine just before; None if it is unknown.
     """
 
     part: str
@@ -44,7 +44,7 @@ class Section:
 
 
 def write(out: str | Path, results: dict[str, Any]) -> list[Path]:
-    """Writes OUT.json, OUT.md and, where Matplotlib is installed, OUT.png; returns what was written."""
+    """Writes OUT.json, OUT.md and, if Matplotlib is installed, OUT.png; returns their paths."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out.with_name(f"{out.name}.{ending}") for ending in ("json", "md", "png")]
@@ -60,10 +60,10 @@ def write(out: str | Path, results: dict[str, Any]) -> list[Path]:
 
 
 def read(out: str | Path) -> dict[str, Any] | None:
-    """The results that are in OUT.json; None where there is no such file.
+    """Reads the results in OUT.json; returns None if there is no such file.
 
     Raises:
-      ValueError: it holds something else, or what another machine or other versions gave.
+      ValueError: it holds something else, or results of another machine or of other versions.
     """
     path = Path(f"{out}.json")
     if not path.exists():
@@ -82,7 +82,7 @@ def read(out: str | Path) -> dict[str, Any] | None:
 
 
 def joined(earlier: dict[str, Any] | None, sections: Iterable[Section]) -> dict[str, Any]:
-    """Results with `sections` added; one of the same part and title takes the earlier one's place."""
+    """Adds `sections` to results; one of the same part and title replaces the earlier one."""
     results = earlier or {"machine": machine(), "sections": []}
     kept = {(s["part"], s["title"]): s for s in results["sections"]}
     kept |= {(s.part, s.title): dataclasses.asdict(s) for s in sections}
@@ -94,7 +94,7 @@ def sections_of(results: dict[str, Any]) -> list[Section]:
 
 
 def machine() -> dict[str, Any]:
-    """The device and the versions, as results name them."""
+    """Returns the device and the versions for results."""
     device = jax.local_devices()[0]
     found = {
         "device": device.device_kind,
@@ -113,7 +113,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, where the system gives one."""
+    """Returns the processor's name if the system has one."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -144,12 +144,13 @@ def markdown(results: dict[str, Any]) -> str:
         "",
     ]
     for section in sections:
-        lines += [f"## {section.title}", "", *_told(section), "", *table(section), ""]
+        lines += [f"## {section.title}", "", *_facts_line(section), "", *table(section), ""]
         lines += [line for note in section.notes for line in (note, "")]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _told(section: Section) -> list[str]:
+def _facts_line(section: Section) -> list[str]:
+    """Returns the line below a table that says how it was measured, if anything is known."""
     facts = [f"`{section.command}`"] if section.command else []
     if section.rounds:
         facts.append(f"{section.rounds} rounds")
@@ -167,7 +168,7 @@ def _told(section: Section) -> list[str]:
 
 
 def table(section: Section) -> list[str]:
-    """Lines of Markdown; columns that no candidate has a value for are left out."""
+    """Returns a table as lines of Markdown, without columns that are empty for all candidates."""
     used = [
         (heading, cell)
         for heading, cell in COLUMNS
@@ -192,10 +193,10 @@ Cell = Callable[[dict[str, Any]], str | None]
 
 
 def _spread(key: str, digits: str = ".3g") -> Cell:
-    """Median and, where there are any, quartiles of `facts[key]`."""
+    """A column of the median and, if there are any, the quartiles of `facts[key]`."""
 
     def cell(facts: dict[str, Any]) -> str | None:
-        return None if key not in facts else in_words(facts[key], digits)
+        return None if key not in facts else with_quartiles(facts[key], digits)
 
     return cell
 
@@ -203,7 +204,7 @@ def _spread(key: str, digits: str = ".3g") -> Cell:
 def _ratio(base: str) -> Cell:
     def cell(facts: dict[str, Any]) -> str | None:
         ratio = facts.get("ratios", {}).get(base)
-        return None if ratio is None else in_words(ratio, ".3f")
+        return None if ratio is None else with_quartiles(ratio, ".3f")
 
     return cell
 
@@ -220,7 +221,7 @@ def _own_ratio(facts: dict[str, Any]) -> str | None:
     return _ratio(facts["baseline"])(facts) if "baseline" in facts else None
 
 
-def in_words(values: dict[str, float], digits: str) -> str:
+def with_quartiles(values: dict[str, float], digits: str) -> str:
     middle = short(values["median"], digits)
     if "low" not in values:
         return middle
@@ -228,11 +229,11 @@ def in_words(values: dict[str, float], digits: str) -> str:
 
 
 def short(value: float, digits: str = ".3g") -> str:
-    """Three digits, but never fewer than the number has before the point: 0.245, 24.5, 2450."""
+    """Formats a number with three digits, but never drops digits before the point: 0.245, 24.5, 2450."""
     return f"{value:.0f}" if digits.endswith("g") and abs(value) >= 100 else format(value, digits)
 
 
-# Heading, and what stands below it for a candidate. One list for all parts: each uses its own.
+# Headings and cells of the columns of all parts; a table has those columns for which it has values.
 COLUMNS: Sequence[tuple[str, Cell]] = (
     ("compared with", lambda facts: facts.get("baseline")),
     ("ms", _spread("ms")),

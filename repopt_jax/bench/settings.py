@@ -9,7 +9,7 @@ from typing import Any
 
 from repopt_jax import models
 
-# Name on the command line -> what it is called in results, its mode, and its scales.
+# Name on the command line -> title in results, mode, and scales.
 NETWORKS: dict[str, tuple[str, str, str]] = {
     "plain": ("plain", "plain", ""),
     "repopt": ("RepOpt", "repopt", "depth"),
@@ -17,7 +17,7 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
     "repvgg": ("RepVGG", "repvgg", ""),
 }
 DTYPES = ("float32", "bfloat16")
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +27,15 @@ class Settings:
     Attributes:
       model: a classifier of `models.list()`.
       size: side of the square images, in pixels.
-      batches: images in a batch; each is measured.
-      dtypes: of the computation, "float32" or "bfloat16"; parameters stay float32. Each is measured.
-      rounds: measurements of each candidate, at least 3.
-      classes: of the classifier.
-      networks: which of `NETWORKS`, by name.
-      memory: limit for the largest batch, in units of 1e9 bytes; None for what the device has.
-      tf32: whether float32 convolutions and products may run in TF32, in JAX and in PyTorch. GPUs from
-        NVIDIA have it, others compute in float32 either way.
-      images: folder of images (`train/<class>/*`) that the input pipeline reads; "" for made-up
-        photographs.
+      batches: batch sizes; each is measured.
+      dtypes: computation dtypes, "float32" or "bfloat16"; each is measured. Parameters are float32.
+      rounds: number of measurements of each candidate, at least 3.
+      classes: number of classes.
+      networks: names of `NETWORKS`.
+      memory: limit for the largest batch, in units of 1e9 bytes; None for the device's memory.
+      tf32: whether float32 convolutions and products may run in TF32, in JAX and in PyTorch. NVIDIA GPUs have
+        it; other devices compute in float32 either way.
+      images: folder of images (`train/<class>/*`) for the input pipeline; "" for generated photographs.
 
     Raises:
       ValueError: values that cannot be measured, all of them.
@@ -61,8 +60,8 @@ class Settings:
             for value in values
             if value < 1
         ]
-        if self.rounds < LEAST_ROUNDS:
-            problems.append(f"`rounds` is {self.rounds}: medians with quartiles need at least {LEAST_ROUNDS}")
+        if self.rounds < MIN_ROUNDS:
+            problems.append(f"`rounds` is {self.rounds}: medians with quartiles need at least {MIN_ROUNDS}")
         if self.memory is not None and not (math.isfinite(self.memory) and self.memory > 0):
             problems.append(f"`memory` is {self.memory}: it must be a number of gigabytes above 0")
         problems += _unknown("model", (self.model,), models.list("classify"))
@@ -78,15 +77,15 @@ class Settings:
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
-        """Each dtype with each batch."""
+        """Each dtype with each batch size."""
         return list(itertools.product(self.dtypes, self.batches))
 
-    def told(self, dtype: str, batch: int) -> str:
-        """`repopt-vgg-b1, bfloat16, 32 images of 224 px`."""
+    def label(self, dtype: str, batch: int) -> str:
+        """Describes one measurement: `repopt-vgg-b1, bfloat16, 32 images of 224 px`."""
         return f"{self.model}, {dtype}, {batch} images of {self.size} px"
 
     def recorded(self, **more: Any) -> dict[str, Any]:
-        """What of this, and `more`, results say of one measurement."""
+        """Returns the settings, with `more`, that results record for one measurement."""
         return {"model": self.model, "classes": self.classes, **more}
 
 

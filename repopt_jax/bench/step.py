@@ -25,20 +25,20 @@ from repopt_jax.bench.timing import (
 LOG = logging.getLogger(__name__)
 
 PLAIN, REPVGG = title("plain"), title("repvgg")
-# How near to the largest batch the search ends, as a share of it, and the programs it may compile for that.
-NEAR = 32
-MOST_COMPILED = 12
-# Bytes of a program that the compiler refuses to make: more than there are.
+# The search for the largest batch ends within 1/RESOLUTION of it, after compiling at most this many programs.
+RESOLUTION = 32
+MAX_COMPILED = 12
+# Memory of a program that the compiler refuses, in bytes: more than any device has.
 UNKNOWN = 2**60
 
 
 def bench_step(settings: Settings) -> list[Section]:
-    """Training steps of the networks, at equal batch and dtype."""
+    """Measures training steps of the networks, at equal batch size and dtype."""
     return [_step(settings, *pair) for pair in settings.pairs]
 
 
 def _step(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("step: %s", settings.told(dtype, batch))
+    LOG.info("step: %s", settings.label(dtype, batch))
     builders: dict[str, Builder] = {
         title(name): (lambda name=name: stepping(name, settings, dtype, batch)) for name in settings.networks
     }
@@ -48,7 +48,7 @@ def _step(settings: Settings, dtype: str, batch: int) -> Section:
 
 
 def stepping(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Candidate, Facts]:
-    """Training steps of one network, each from the state that the one before left."""
+    """Runs training steps of one network, each from the state after the previous one."""
     step, state, images = training(name, settings, dtype, batch)
     with precision(settings.tf32):
         compiled = step.lower(state, images).compile()
@@ -56,7 +56,7 @@ def stepping(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Can
 
 
 def add_speed(found: dict[str, Facts], batch: int) -> None:
-    """Adds images/s to what was timed with batches of so many."""
+    """Adds images/s to the results of this batch size."""
     for facts in found.values():
         if "ms" in facts:
             facts["images_per_s"] = 1e3 * batch / facts["ms"]["median"]
@@ -74,10 +74,10 @@ def section_of(
     notes: Sequence[str] = (),
     **more: Any,
 ) -> Section:
-    """What was found with one dtype and one batch; `more` is recorded beside these."""
+    """Makes a section of results with one dtype and one batch size; `more` is recorded in its settings."""
     return Section(
         part=part,
-        title=f"{heading}, {settings.told(dtype, batch)}",
+        title=f"{heading}, {settings.label(dtype, batch)}",
         settings=settings.recorded(size=settings.size, dtype=dtype, batch=batch, tf32=settings.tf32, **more),
         rounds=settings.rounds if rounds is None else rounds,
         candidates=found,
@@ -86,7 +86,7 @@ def section_of(
 
 
 def bench_largest(settings: Settings) -> list[Section]:
-    """The largest batch whose training step fits in the memory."""
+    """Finds the largest batch whose training step fits in memory."""
     limit, where = memory_limit(settings)
     return [_largest(settings, dtype, limit, where) for dtype in settings.dtypes]
 
@@ -97,7 +97,7 @@ def _largest(settings: Settings, dtype: str, limit: int, where: str) -> Section:
         LOG.info("largest batch: %s, %s", title(name), dtype)
         programs = Programs(name, settings, dtype)
         largest = largest_batch(programs.peak, limit, settings.batches[0])
-        if jax.default_backend() != "cpu":  # there memory is what the compiler says, and the swap file
+        if jax.default_backend() != "cpu":  # a CPU could swap, so there the compiler's count decides
             largest = confirmed(programs.runs, largest)
         peaks = {str(batch): programs.peaks[batch] for batch in sorted(programs.peaks)}
         found[title(name)] = {"batch": largest, "peaks": peaks} if largest else {"failed": DOES_NOT_FIT}
@@ -114,7 +114,7 @@ def _largest(settings: Settings, dtype: str, limit: int, where: str) -> Section:
 
 
 class Programs:
-    """Training steps of one network, compiled for batches of any size without an array being made."""
+    """Training steps of one network, compiled for batches of any size without making arrays."""
 
     def __init__(self, name: str, settings: Settings, dtype: str):
         self.name, self.settings, self.dtype = name, settings, dtype
@@ -122,7 +122,7 @@ class Programs:
         self.compiled: dict[int, Any] = {}
 
     def peak(self, batch: int) -> int:
-        """Bytes that the step takes."""
+        """Returns the bytes that the step needs."""
         step, state, images = abstract_training(self.name, self.settings, self.dtype, batch)
         try:
             with precision(self.settings.tf32):
@@ -136,7 +136,7 @@ class Programs:
         return self.peaks[batch]
 
     def runs(self, batch: int) -> bool:
-        """Whether one step finds room on the device."""
+        """Whether one step fits on the device."""
         try:
             if batch not in self.compiled:
                 self.peak(batch)
@@ -150,27 +150,27 @@ class Programs:
 
 
 def largest_batch(peak: Callable[[int], int], limit: int, start: int) -> int:
-    """The largest batch b with peak(b) <= limit, to within 1/32 of it; 0 where none has it.
+    """Finds the largest batch b with peak(b) <= limit, to within 1/32 of it; 0 if there is none.
 
-    Peak memory is nearly a straight line in b, so that the line through the two nearest measurements finds
-    b in three or four of them; where it leads nowhere, the middle is taken.
+    Peak memory is nearly linear in b, so secant steps find b in three or four measurements; bisection is the
+    fallback.
     """
     fits, too_large, known = 0, None, {}
     guess = start
-    for _ in range(MOST_COMPILED):
+    for _ in range(MAX_COMPILED):
         known[guess] = peak(guess)
         if known[guess] <= limit:
             fits = max(fits, guess)
         else:
             too_large = min(guess, too_large or guess)
-        if too_large is not None and too_large - fits <= max(1, fits // NEAR):
+        if too_large is not None and too_large - fits <= max(1, fits // RESOLUTION):
             break
         guess = _next_guess(known, limit, fits, too_large)
     return fits
 
 
 def _next_guess(known: dict[int, int], limit: int, fits: int, too_large: int | None) -> int:
-    """A batch between the largest that fits and the least that does not, neither of them."""
+    """Returns a batch size strictly between the largest that fits and the smallest that does not."""
     top = too_large if too_large is not None else 8 * fits + 1
     guess = (fits + top) // 2 if too_large is not None else 2 * fits
     if len(known) > 1:
@@ -179,24 +179,24 @@ def _next_guess(known: dict[int, int], limit: int, fits: int, too_large: int | N
         slope = (known[a] - known[b]) / (a - b)
         if slope > 0:
             guess = int(a + (limit - known[a]) / slope)
-        if guess <= fits:  # it is right, or nearly: see whether the next would not fit
-            guess = fits + max(1, fits // NEAR)
+        if guess <= fits:  # nearly found: check that the next size does not fit
+            guess = fits + max(1, fits // RESOLUTION)
     return min(max(guess, fits + 1), top - 1)
 
 
 def confirmed(runs: Callable[[int], bool], batch: int) -> int:
-    """The largest batch from `batch` down, in steps of 1/32 of it, that runs."""
+    """Finds the largest batch from `batch` down, in steps of 1/32 of it, that runs."""
     while batch > 0 and not runs(batch):
         LOG.info("  %d images fit by the compiler's count, but not on the device", batch)
-        batch -= max(1, batch // NEAR)
+        batch -= max(1, batch // RESOLUTION)
     return batch
 
 
 def memory_limit(settings: Settings) -> tuple[int, str]:
-    """Bytes, and whose they are.
+    """Returns the limit in bytes, and its source as text.
 
     Raises:
-      ValueError: neither `settings`, nor the device, nor the machine says.
+      ValueError: neither `settings`, the device nor the machine has one.
     """
     if settings.memory is not None:
         return int(1e9 * settings.memory), "as given"
@@ -209,4 +209,4 @@ def memory_limit(settings: Settings) -> tuple[int, str]:
         return 1024 * int(fields["MemAvailable"].split()[0]), "memory of the machine that is free"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory of the machine"
-    raise ValueError("how much memory there is is not known here: give --memory=GB")
+    raise ValueError("the device does not report its memory: give --memory=GB")

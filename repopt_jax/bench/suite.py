@@ -1,4 +1,4 @@
-"""`repopt bench`: the parts by name, run one after the other, written after each."""
+"""`repopt bench`: runs the parts by name one after the other, and writes the results after each."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -44,18 +44,18 @@ def bench(
     out: str | Path | None = None,
     command: str = "",
 ) -> dict[str, Any]:
-    """Measures, and returns the results of this call: {"machine": ..., "sections": [...]}.
+    """Runs the parts and returns their results: {"machine": ..., "sections": [...]}.
 
     Args:
       parts: names of `PARTS`, or "all".
       settings: what is measured.
-      out: path without ending. After each part OUT.json, OUT.md and OUT.png are written, with what is in
-        OUT.json already; what is measured again takes its earlier place.
-      command: what results say they come from.
+      out: path without suffix. After each part OUT.json, OUT.md and OUT.png are written, including what is in
+        OUT.json already; new results replace earlier ones of the same part and title.
+      command: the command that is recorded in the results.
 
     Raises:
-      ValueError: unknown parts; a network that one of them does not make; OUT.json holds something else,
-        or another machine's results; or as the parts.
+      ValueError: unknown parts; a network that one of them cannot make; OUT.json holds something else, or
+        results of another machine; or as the parts.
       ModuleNotFoundError: torch is the only part and not installed.
     """
     parts = list(PARTS) if "all" in parts else list(dict.fromkeys(parts))

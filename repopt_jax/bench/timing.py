@@ -1,9 +1,9 @@
-"""How everything here is timed: candidates in turn, and each compared with another of its own round.
+"""Times candidates in turn, and compares them within a round.
 
-In every round the candidates run in another order, and a ratio is that of two times of one round: the
-median of these ratios is little moved by a machine that has other things to do. A measurement waits for the
-device once, at its end; in between, calls are queued as a training loop queues them, so that a program that
-is shorter than its dispatch is not measured by it alone.
+In every round the candidates run in another order, and a ratio is that of two times of one round: the median
+of these ratios depends little on other work of the machine. A measurement waits for the device once, at its
+end; until then calls are queued as in a training loop, so that the time of a short program is not that of its
+dispatch.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ import jax
 
 LOG = logging.getLogger(__name__)
 
-# Seconds that one measurement lasts at least, and the calls that are queued for that at most.
-LEAST_S = 0.05
-MOST_CALLS = 50
+# The least duration of a measurement, and the most calls that are queued for it.
+MIN_SECONDS = 0.05
+MAX_CALLS = 50
 
 DOES_NOT_FIT = "does not fit in the memory"
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Something that can be run again and again.
+    """Something to be timed.
 
     Attributes:
-      start: runs it once, or queues that, and returns what `wait` waits for.
+      start: runs it once, or queues it, and returns the argument of `wait`.
       wait: returns when everything that was started is done.
-      repeats: how often one call does what is timed.
+      repeats: number of timed repetitions in one call.
     """
 
     start: Callable[[], Any]
@@ -42,7 +42,7 @@ class Candidate:
     repeats: int = 1
 
 
-# What is known of a candidate beside its times: name -> number, text, or None.
+# Results of a candidate: name -> number, text, or None.
 Facts = dict[str, Any]
 Builder = Callable[[], tuple[Candidate, Facts]]
 
@@ -53,14 +53,14 @@ def measure(
     """Builds and times candidates, and compares them.
 
     Args:
-      builders: name -> what makes the candidate and its facts.
-      rounds: how often each is measured.
+      builders: name -> function that makes the candidate and its facts.
+      rounds: number of measurements of each.
       baselines: name -> the candidates that it is compared with.
 
     Returns:
       For each name its facts, "ms" (median, quartiles "low" and "high", and "best"; of one repetition) and
       "ratios" (baseline -> median, low, high of the ratio of the times in the same round). For a candidate
-      that the memory has no room for {"failed": why}.
+      that does not fit in memory, {"failed": reason}.
     """
     candidates, facts = {}, {}
     for name, build in builders.items():
@@ -68,7 +68,7 @@ def measure(
         try:
             candidates[name], facts[name] = build()
         except Exception as error:
-            facts[name] = {"failed": _told(error)}
+            facts[name] = {"failed": _failure_reason(error)}
     times, failed = interleave(candidates, rounds)
     for name in builders:
         if name in failed:
@@ -86,7 +86,7 @@ def measure(
 def interleave(
     candidates: Mapping[str, Candidate], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of one repetition of every candidate in every round, and why candidates dropped out."""
+    """Returns the seconds of one repetition of every candidate in every round, and reasons of failures."""
     left = dict(candidates)
     failed: dict[str, str] = {}
 
@@ -94,16 +94,16 @@ def interleave(
         try:
             return _seconds(left[name], calls)
         except Exception as error:
-            failed[name] = _told(error)
+            failed[name] = _failure_reason(error)
             del left[name]
             return None
 
-    # The first call pays for what happens once, the second says how many make a measurement.
+    # The first call includes what happens only once; the second determines the calls of a measurement.
     calls = {}
     for name in candidates:
         if seconds(name, 1) is not None and (once := seconds(name, 1)) is not None:
             one_call = once * candidates[name].repeats
-            calls[name] = min(max(1, math.ceil(LEAST_S / one_call)), MOST_CALLS)
+            calls[name] = min(max(1, math.ceil(MIN_SECONDS / one_call)), MAX_CALLS)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(rounds):
         LOG.info("  round %d of %d", i + 1, rounds)
@@ -123,8 +123,8 @@ def _seconds(candidate: Candidate, calls: int) -> float:
     return (time.perf_counter() - begin) / (calls * candidate.repeats)
 
 
-def _told(error: Exception) -> str:
-    """Why a candidate cannot be measured; errors that are not for lack of memory are raised."""
+def _failure_reason(error: Exception) -> str:
+    """Returns why a candidate cannot be measured; reraises errors other than lack of memory."""
     if not out_of_memory(error):
         raise error
     LOG.info("  %s", DOES_NOT_FIT)
@@ -132,21 +132,23 @@ def _told(error: Exception) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether JAX or PyTorch, on whatever device, says that memory ran out."""
+    """Whether this is an out-of-memory error of JAX or PyTorch, on any device."""
     text = f"{type(error).__name__} {error}"
     named = re.search(r"RESOURCE_EXHAUSTED|OutOfMemoryError|out of memory|can't allocate memory", text, re.I)
     return isinstance(error, MemoryError) or named is not None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and the least of at least two numbers."""
+    """Returns median, quartiles and minimum of at least two numbers."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "low": low, "high": high, "best": min(values)}
 
 
 def carrying(compiled: Any, carried: Sequence[Any], *arguments: Any) -> Callable[[], Any]:
-    """Calls `compiled(*carried, *arguments)`, whose first results are what the next call is given: for
-    programs that are given their state for good."""
+    """Returns a function that calls `compiled(*carried, *arguments)` and carries its first results over.
+
+    It is for programs that donate their state.
+    """
     state = list(carried)
 
     def start() -> Any:
@@ -158,8 +160,7 @@ def carrying(compiled: Any, carried: Sequence[Any], *arguments: Any) -> Callable
 
 
 def memory(compiled: Any) -> Facts:
-    """Bytes that the compiler reserves: arguments, results and temporaries, of which what is donated counts
-    once."""
+    """Returns the bytes that the compiler reserves: arguments, results and temporaries, donated ones once."""
     m = compiled.memory_analysis()
     total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
     return {"temporary_bytes": m.temp_size_in_bytes, "peak_bytes": total}

@@ -1,7 +1,7 @@
 """The same training step and update in PyTorch, on the same device. Only this file imports torch.
 
 The network is the plain one of the same variant, made from the same table: convolution, batch norm, ReLU. It
-runs as PyTorch is meant to be run: channels last, algorithms chosen by trial, autocast for bfloat16.
+runs with PyTorch's recommended settings: channels last, autotuned algorithms, autocast for bfloat16.
 """
 
 import contextlib
@@ -41,18 +41,18 @@ DECAY = OptimConfig().weight_decay
 
 
 def bench_torch(settings: Settings) -> list[Section]:
-    """Training steps and updates of JAX and of PyTorch.
+    """Measures training steps and updates of JAX and of PyTorch.
 
     Raises:
       ValueError: PyTorch does not see the device that JAX has.
     """
     check_same_device()
-    with as_fast_as_can_be(settings.tf32):
+    with fastest_settings(settings.tf32):
         return [*(_steps(settings, *pair) for pair in settings.pairs), _updates(settings)]
 
 
 def _steps(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("torch: %s", settings.told(dtype, batch))
+    LOG.info("torch: %s", settings.label(dtype, batch))
     names = [name for name in ("plain", "repopt", "repvgg") if name in settings.networks]
     builders: dict[str, Builder] = {
         f"{title(name)}, JAX": (lambda name=name: stepping(name, settings, dtype, batch)) for name in names
@@ -96,7 +96,7 @@ def _updates(settings: Settings) -> Section:
 
 
 def torch_stepping(settings: Settings, dtype: str, batch: int, *, compiled: bool) -> tuple[Candidate, Facts]:
-    """A training step: forward, backward, update; batch norm in training mode."""
+    """Runs training steps: forward, backward, update; batch norm in training mode."""
     device = torch_device()
     network = plain_network(models.find(settings.model).variant, settings.classes).to(device)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -131,10 +131,10 @@ def torch_stepping(settings: Settings, dtype: str, batch: int, *, compiled: bool
 
 
 def torch_updating(arrays: Any, facts: Facts, **how: bool) -> tuple[Candidate, Facts]:
-    """Updates of the same arrays as `update.updating`, all of them decayed by the same rule.
+    """Runs updates of the same arrays as `update.updating`, with the same rule of decay.
 
-    `foreach` adds the momentum to gradients that no decay has copied, in place: the vectors' grow here, where
-    nothing makes them anew. That costs no time.
+    `foreach` adds the momentum in place to gradients that decay has not copied, so the gradients of vectors
+    grow over the updates. This does not affect the time.
     """
     tensors = [nn.Parameter(torch.from_numpy(a).clone().to(torch_device())) for a in arrays]
     for tensor in tensors:
@@ -143,7 +143,7 @@ def torch_updating(arrays: Any, facts: Facts, **how: bool) -> tuple[Candidate, F
 
 
 def plain_network(variant: VGGVariant, classes: int) -> nn.Sequential:
-    """Convolution, batch norm, ReLU for each block; the mean over the map; a linear classifier."""
+    """Builds convolution, batch norm and ReLU for each block, the mean over the map, a linear classifier."""
     layers: list[nn.Module] = []
     for spec in block_specs(variant):
         layers += [
@@ -163,7 +163,7 @@ def sgd(network: nn.Module, **how: bool) -> torch.optim.SGD:
 
 
 def sgd_of(tensors: list[nn.Parameter], **how: bool) -> torch.optim.SGD:
-    """Nesterov's SGD; kernels are decayed, vectors are not, as by the trainer's rule for plain networks."""
+    """Returns Nesterov SGD that decays kernels but not vectors, like the trainer for plain networks."""
     groups = [
         {"params": [p for p in tensors if p.ndim > 1], "weight_decay": DECAY},
         {"params": [p for p in tensors if p.ndim <= 1], "weight_decay": 0.0},
@@ -194,8 +194,8 @@ def check_same_device() -> None:
 
 
 @contextlib.contextmanager
-def as_fast_as_can_be(tf32: bool):
-    """cuDNN tries its algorithms, and TF32 is allowed for convolutions and products, or for neither."""
+def fastest_settings(tf32: bool):
+    """Lets cuDNN autotune, and allows or disables TF32 for convolutions and products."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     cudnn.benchmark, cudnn.allow_tf32 = True, tf32

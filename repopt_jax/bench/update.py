@@ -1,8 +1,8 @@
-"""What the rule costs in the optimizer: one update of all parameters, beside a copy of as many bytes.
+"""The cost of the rule in the optimizer: one update of all parameters, compared with a copy.
 
-SGD with momentum reads gradient, parameter and momentum and writes the last two: 20 bytes a float32
-parameter. A dense multiplier is one array more to read: 24. Nothing is faster than the memory, so that the
-share of a copy's bandwidth says what is left to gain.
+SGD with momentum reads gradient, parameter and momentum and writes the last two: 20 bytes for each float32
+parameter. A dense multiplier is one more array to read: 24 bytes. Updates are limited by memory bandwidth, so
+their share of a copy's bandwidth shows how much faster they could be.
 """
 
 import logging
@@ -33,17 +33,16 @@ LOG = logging.getLogger(__name__)
 
 BYTES = 20
 BYTES_WITH_MULTIPLIER = 24
-# Updates in one program: a GPU takes less time for one than the host for handing 400 arrays over.
+# Updates in one program, because a GPU computes one faster than the host passes 400 arrays.
 UPDATES = 4
-# An update in a loop must do what it does in a step: build the multiplier, not find it built before the loop.
+# As in a training step, every update in a loop must build the multiplier; the compiler must not hoist it.
 IN_A_LOOP: dict[str, str | bool] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 DECAY = 4e-5
 COPY = "copy"
 
 
 def bench_update(settings: Settings) -> list[Section]:
-    """Nesterov SGD with decay as the trainer makes it: plain, with `repopt_mask`, and with the multiplier
-    stored."""
+    """Measures the trainer's Nesterov SGD with decay: plain, with `repopt_mask`, with a stored multiplier."""
     shapes, scales = parameters(settings)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     plain, repopt = (
@@ -79,7 +78,7 @@ def bench_update(settings: Settings) -> list[Section]:
 
 
 def bench_optimizers(settings: Settings) -> list[Section]:
-    """Other optimizers, each beside its plain Optax counterpart."""
+    """Measures other optimizers, each compared with its plain Optax counterpart."""
     shapes, scales = parameters(settings)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     sgd = optax.sgd(0.1, 0.9, nesterov=True)
@@ -100,11 +99,11 @@ def bench_optimizers(settings: Settings) -> list[Section]:
     )
     values = random_like(shapes)
     found: dict[str, Facts] = {}
-    for group in groups:  # a group at a time: ten states at once are a lot of memory
+    for group in groups:  # one group at a time, because ten states at once need much memory
         baseline = next(iter(group))
         LOG.info("optimizers: %s", baseline)
         builders: dict[str, Builder] = {
-            # One at a time: a loop around `reparameterize` takes minutes to compile.
+            # One update in a program, because a loop around `reparameterize` takes minutes to compile.
             name: (lambda tx=tx, baseline=baseline: updating(tx, values, {"baseline": baseline}, repeats=1))
             for name, tx in group.items()
         }
@@ -123,18 +122,18 @@ def bench_optimizers(settings: Settings) -> list[Section]:
 
 
 def parameters(settings: Settings) -> tuple[Any, Scales]:
-    """Shapes of the variant's trained arrays, and scales by the depth rule for them."""
+    """Returns the shapes of the model's parameters, and the depth rule's scales for them."""
     model, shapes = abstract_model("plain", settings)
     return shapes, depth_scales(model)
 
 
 def kernels(params: Any) -> Any:
-    """The mask of weight decay for a plain network: everything but vectors."""
+    """Returns the weight decay mask of a plain network: everything except vectors."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def random_like(shapes: Any) -> Any:
-    """Small random numbers, on the host. Not zeros: hardware may be faster with them."""
+    """Returns small random numbers on the host. Hardware may be faster with zeros."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda s: 0.01 * rng.standard_normal(s.shape, np.float32), shapes)
 
@@ -142,7 +141,7 @@ def random_like(shapes: Any) -> Any:
 def updating(
     tx: optax.GradientTransformation, values: Any, facts: Facts, *, repeats: int = UPDATES
 ) -> tuple[Candidate, Facts]:
-    """Updates of parameters and optimizer state in place, `repeats` in one program, from one gradient."""
+    """Runs updates of parameters and optimizer state in place, `repeats` in a program, from one gradient."""
     params, gradients = owned(values), owned(values)
     state = owned(jax.jit(tx.init)(params))
 
@@ -150,13 +149,13 @@ def updating(
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    def often(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+    def repeated(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
         def body(_: Any, carried: tuple[Any, Any]) -> tuple[Any, Any]:
             return lax.optimization_barrier(once(*carried, gradients))
 
         return lax.fori_loop(0, repeats, body, (params, state))
 
-    run = jax.jit(once if repeats == 1 else often, donate_argnums=(0, 1))
+    run = jax.jit(once if repeats == 1 else repeated, donate_argnums=(0, 1))
     lowered = run.lower(params, state, gradients)
     compiled = lowered.compile(compiler_options=IN_A_LOOP)
     facts |= {
@@ -168,12 +167,12 @@ def updating(
 
 
 def owned(tree: Any) -> Any:
-    """Copies, which may be given away: not the host's memory, and not two names of one array."""
+    """Copies arrays so that they can be donated: neither the host's memory nor shared."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
 def copying(size: int) -> tuple[Candidate, Facts]:
-    """A copy of one array into another that is there already: `size` bytes read and written together."""
+    """Copies one array into another existing one: `size` bytes, read and written together."""
     x = jnp.full((size // 8,), 1.5, jnp.float32)
     y = jnp.zeros_like(x)
     copy = jax.jit(lambda y, x: (jnp.copy(x),), donate_argnums=0, keep_unused=True)
@@ -181,8 +180,7 @@ def copying(size: int) -> tuple[Candidate, Facts]:
 
 
 def stored_multiplier(scales: Scales) -> optax.GradientTransformation:
-    """What the published code does: a dense multiplier of the kernel's size for every kernel, here in the
-    state."""
+    """The published code's rule: a dense multiplier for every kernel, here kept in the state."""
 
     def init(params: Any) -> Any:
         return gradient_multipliers(params, scales)
@@ -195,14 +193,14 @@ def stored_multiplier(scales: Scales) -> optax.GradientTransformation:
 
 
 def add_bandwidth(found: dict[str, Facts]) -> None:
-    """Adds bytes a second, and the share of the copy's in the same round, to what has "moved_bytes"."""
+    """Adds bytes/s, and the share of the copy in the same round, to results with "moved_bytes"."""
     for facts in found.values():
         if "ms" not in facts:
             continue
         facts["bytes_per_s"] = 1e3 * facts["moved_bytes"] / facts["ms"]["median"]
         if ratio := facts["ratios"].get(COPY):
             per_byte = facts["moved_bytes"] / found[COPY]["moved_bytes"]
-            # Of quartiles the inverses change places.
+            # The inverses of quartiles are in reverse order.
             turned = {"median": "median", "low": "high", "high": "low"}
             facts["share_of_copy"] = {name: per_byte / ratio[other] for name, other in turned.items()}
 
@@ -214,7 +212,7 @@ def add_extra_state(found: dict[str, Facts], baselines: Mapping[str, str]) -> No
 
 
 def largest_constant(text: str) -> int:
-    """Bytes of the largest array written out in a StableHLO program (one repeated number is not an array)."""
+    """Returns the bytes of the largest array literal in a StableHLO program (splats are not literals)."""
     literals: Sequence[str] = [
         *re.findall(r'dense<"0x([0-9A-Fa-f]+)">', text),
         *re.findall(r"dense<\[(.*?)\]>", text),

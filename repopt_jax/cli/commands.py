@@ -85,8 +85,7 @@ def search(args: argparse.Namespace) -> int:
 
 
 def command_after_search(config: Any, out: Path, file_and_arg: str, overrides: Sequence[str]) -> str:
-    """The command that trains a plain network on the same data, with the scales that the search of `config`
-    left in `out`."""
+    """Returns the command that trains a plain network on the same data with the scales in `out`."""
     # Classifiers need clipping only in the search, detectors in every training.
     clipping = [] if config.task == "detect" else ["--config.optim.clip_norm=None"]
     changes = [
@@ -306,7 +305,7 @@ def _print(*lines: str) -> None:
 
 @contextlib.contextmanager
 def _interruptible(out: Path) -> Iterator[None]:
-    """Gives a Ctrl-C a message that says what is kept in `out`."""
+    """Adds a message to Ctrl-C that says what is kept in `out`."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -325,13 +324,12 @@ def _how_to_continue(out: Path) -> str:
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """Prints the log lines of the package, as they are and once, whatever other libraries do to the root
-    logger."""
+    """Prints the package's log messages once and unformatted, independently of the root logger."""
     handler = logging.StreamHandler()
     ours = logging.getLogger("repopt_jax")
     level, propagate = ours.level, ours.propagate
     ours.addHandler(handler)
-    # Of several processes, the first logs progress; warnings come from all.
+    # Of several processes only the first logs progress; all log warnings.
     jax = sys.modules.get("jax")
     ours.setLevel(logging.INFO if jax is None or jax.process_index() == 0 else logging.WARNING)
     ours.propagate = False

@@ -10,7 +10,7 @@ from repopt_jax.cli.errors import UsageError, did_you_mean
 
 
 def read_config(file_and_arg: str, overrides: Sequence[str] = ()) -> Any:
-    """The config of `file_and_arg`, changed by `overrides`.
+    """Reads the config `file_and_arg` and applies `overrides`.
 
     Args:
       file_and_arg: FILE or FILE:ARG, as `train.load_config` takes it.
@@ -34,10 +34,10 @@ def read_config(file_and_arg: str, overrides: Sequence[str] = ()) -> Any:
             f"unknown config field {', '.join(name + did_you_mean(name, fields) for name in unknown)}; "
             f"known are {', '.join(_siblings(unknown[0], list(fields)))}"
         )
-    # ml_collections does not know None: it would make a number or a text of it.
+    # ml_collections does not support None: it would parse it as a number or a string.
     none = [name for name, value in values.items() if fields[name] and value in ("None", "none")]
     argv = ["repopt", *(f"--config.{name}={value}" for name, value in values.items() if name not in none)]
-    # Not the flags of the process: a second call in it must not see those of the first.
+    # A new set of flags, because a second call in this process must not see those of the first.
     flag_values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=flag_values, sys_argv=argv)
@@ -52,7 +52,7 @@ def read_config(file_and_arg: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """The dotted name of each field that holds a value, and whether it may be None."""
+    """Yields the dotted name of each field that holds a value, and whether it may be None."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -63,7 +63,7 @@ def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 
 def _siblings(name: str, known: Sequence[str]) -> list[str]:
-    """The fields of the same part of the config as `name`, or of its top level if there is no such part."""
+    """Returns the fields of the same section as `name`, or of the top level if there is no such section."""
     part = name.rpartition(".")[0]
     inside = [field for field in known if field.rpartition(".")[0] == part] if part else []
     top = dict.fromkeys(field.partition(".")[0] + (".*" if "." in field else "") for field in known)

@@ -24,8 +24,10 @@ class UsageError(Exception):
 
 
 def report(error: BaseException) -> int | None:
-    """Prints what the user can do about `error` and returns the exit code; None for an error that is not the
-    user's mistake, of which nothing is printed."""
+    """Prints what the user can do about `error` and returns the exit code.
+
+    For an error that is not the user's mistake it prints nothing and returns None.
+    """
     if isinstance(error, UsageError):
         return fail(error, code=2)
     if isinstance(error, KeyboardInterrupt):
@@ -39,8 +41,10 @@ def report(error: BaseException) -> int | None:
 
 
 def fail(error: BaseException, *, code: int, text: str | None = None) -> int:
-    """Prints `text`, by default the error's own sentence, and returns `code`. With REPOPT_TRACEBACK=1 in the
-    environment, the traceback is printed first."""
+    """Prints `text`, by default the error's own sentence, and returns `code`.
+
+    With REPOPT_TRACEBACK=1 in the environment, the traceback is printed first.
+    """
     if os.environ.get("REPOPT_TRACEBACK") == "1":
         import traceback
 
@@ -59,7 +63,7 @@ def first_line(error: BaseException) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """The message of an error for the user of the command line."""
+    """Returns the message of an error for the user of the command line."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"cannot use {error.filename}: {error.strerror}"
     # The text of a KeyError is its argument's repr.

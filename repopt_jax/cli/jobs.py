@@ -1,4 +1,4 @@
-"""Commands of several processes, and commands that must run in one."""
+"""Commands that run in several processes, and commands that must run in one."""
 
 import argparse
 import contextlib
@@ -14,8 +14,10 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def distributed(command: Command) -> Command:
-    """Joins the job of several processes, given by the options or found in the environment, before the
-    command runs; without one, the command runs in this process only."""
+    """Makes a command join a job of several processes, given by options or found in the environment.
+
+    Without such a job the command runs in this process only.
+    """
 
     @functools.wraps(command)
     def run(args: argparse.Namespace) -> int:
@@ -26,7 +28,7 @@ def distributed(command: Command) -> Command:
 
 
 def single_process(command: Command) -> Command:
-    """Refuses to run the command in a SLURM step of several tasks: each would do the same in one folder."""
+    """Makes a command refuse to run in a SLURM step of several tasks, which would all write to one folder."""
 
     @functools.wraps(command)
     def run(args: argparse.Namespace) -> int:
@@ -43,8 +45,7 @@ def single_process(command: Command) -> Command:
 
 @contextlib.contextmanager
 def _joined(args: argparse.Namespace) -> Iterator[None]:
-    """In a job of several processes: only the first writes to standard output, and one that fails exits at
-    once."""
+    """Joins a job: only the first process writes to standard output, and one that fails exits at once."""
     from repopt_jax.train import processes
 
     processes.join(args.coordinator, args.processes, args.process)
@@ -63,7 +64,7 @@ def _joined(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _exit_code(error: BaseException) -> int:
-    """Prints why this process of several ends and returns its exit code."""
+    """Prints why this process of a job ends, and returns its exit code."""
     import traceback
 
     import jax

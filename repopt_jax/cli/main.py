@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of the command in `argv`.
+    """Parses the options of the command in `argv`.
 
     Besides its options, the namespace has `command`, the function that carries it out; `overrides`, each
     `--config.FIELD=VALUE` as typed; and `command_line`, for a shell.
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _overrides(extras: Sequence[str]) -> list[str]:
-    """What argparse left over: `--config.FIELD=VALUE`, which may also be typed as two arguments."""
+    """Returns the overrides `--config.FIELD=VALUE`, which may be typed as two arguments, from `extras`."""
     overrides = []
     arguments = iter(extras)
     for argument in arguments:
@@ -83,8 +83,10 @@ def _overrides(extras: Sequence[str]) -> list[str]:
 
 
 def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
-    """The parser of the program, and those of its commands by name. What a command does is described by the
-    docstring of its function."""
+    """Returns the parser of the program, and those of its commands by name.
+
+    The docstring of a command's function is its description.
+    """
     program = _Parser(
         "repopt",
         description="Gradient and structural re-parameterization for JAX.",
@@ -191,7 +193,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     )
     bench.option("--memory=GB", "limit for the largest batch (what the device has)", type=float)
     bench.option("--tf32=no", "no TF32 for float32, in JAX and in PyTorch (yes)", choices=("yes", "no"))
-    bench.option("--images=DIR", "folder of images for input (made-up photographs)")
+    bench.option("--images=DIR", "folder of images for input (generated photographs)")
     bench.option(
         "--out=PATH",
         "writes PATH.json, PATH.md and PATH.png; results in PATH.json that are not measured again are kept",
@@ -228,8 +230,10 @@ class _Parser(argparse.ArgumentParser):
         self.option("--data_dir=DIR", "folder of the images, if not the one that the run used")
 
     def check_options(self, arguments: Sequence[str]) -> None:
-        """Refuses unknown and repeated options: argparse reports missing ones first, and uses the last of
-        repeated ones."""
+        """Raises UsageError for unknown and repeated options.
+
+        argparse would report missing options first, and use the last of repeated ones.
+        """
         seen = set()
         for argument in arguments:
             name = argument.partition("=")[0]

@@ -1,8 +1,8 @@
 """Kernel maps: every identity between a small tensor and a merged kernel, written once.
 
-A kernel has shape (*spatial, in/groups, out): HWIO in two dimensions, the same with one or three spatial
+A kernel has the shape (*spatial, in/groups, out): HWIO in two dimensions, the same with one or three spatial
 axes, and (in, out) for a dense layer. A *window* is a kernel's spatial shape. Each map below is linear in its
-first argument, so `jax.linear_transpose` gives its adjoint.
+first argument, so that `jax.linear_transpose` gives its adjoint.
 """
 
 import math
@@ -16,8 +16,7 @@ from jax.typing import ArrayLike
 
 
 class Taps(NamedTuple):
-    """The taps of a window that a smaller kernel occupies along one axis: start, start + step, ... (`count`
-    of them)."""
+    """The `count` taps that a smaller kernel occupies along one axis of a window: start, start + step, ..."""
 
     start: int
     step: int
@@ -25,7 +24,7 @@ class Taps(NamedTuple):
 
 
 def centred_taps(size: Sequence[int], window: Sequence[int], dilation: Sequence[int]) -> tuple[Taps, ...]:
-    """Taps that put a kernel of spatial shape `size`, dilated by `dilation`, in the middle of `window`.
+    """Returns the taps that centre a kernel of spatial shape `size`, dilated by `dilation`, in `window`.
 
     Raises:
       ValueError: the dilated kernel is larger than the window, or cannot be centred in it (an odd number of
@@ -49,8 +48,7 @@ def centred_taps(size: Sequence[int], window: Sequence[int], dilation: Sequence[
 
 
 def place(w: jax.Array, window: Sequence[int], taps: Sequence[Taps]) -> jax.Array:
-    """Puts w's spatial taps at `taps` of an otherwise zero kernel: (*size, in/g, out) -> (*window, in/g,
-    out)."""
+    """Places w, (*size, in/g, out), at `taps` of an otherwise zero kernel (*window, in/g, out)."""
     padding = [
         (t.start, n - t.start - ((t.count - 1) * t.step + 1), t.step - 1) for t, n in zip(taps, window)
     ]
@@ -58,10 +56,10 @@ def place(w: jax.Array, window: Sequence[int], taps: Sequence[Taps]) -> jax.Arra
 
 
 def covers(shape: Sequence[int], taps: Sequence[Taps]) -> jax.Array:
-    """Where `place` writes: a boolean kernel of `shape`, True at `taps`.
+    """Returns a boolean kernel of `shape` that is True at `taps`, where `place` writes.
 
-    Made of iota comparisons, which XLA fuses into whatever reads them; `place` of ones would be a buffer of
-    its own.
+    It consists of iota comparisons, which XLA fuses into whatever reads them; `place` of ones would be a
+    buffer in memory.
     """
     mask = jnp.ones((1,) * len(shape), bool)
     for axis, t in enumerate(taps):
@@ -73,19 +71,19 @@ def covers(shape: Sequence[int], taps: Sequence[Taps]) -> jax.Array:
 
 
 def centre_tap(window: Sequence[int]) -> tuple[Taps, ...]:
-    """The single middle tap of a window with odd sides.
+    """Returns the centre tap of a window with odd sides.
 
     Raises:
-      ValueError: a side of the window is even, so that there is no middle tap.
+      ValueError: a side of the window is even, so that it has no centre tap.
     """
     return centred_taps((1,) * len(window), window, (1,) * len(window))
 
 
 def own_channel(shape: Sequence[int]) -> jax.Array:
-    """True where a kernel of `shape` carries an output channel's own input channel to it, at every tap.
+    """Returns a boolean kernel of `shape` that is True where the input channel equals the output channel.
 
-    Output channel o of a layer with as many inputs as outputs reads its own input as input o mod (in/groups)
-    of its group.
+    It is True at every tap. In a layer with as many inputs as outputs, input channel o is number o mod
+    (in/groups) within the group of output channel o.
     """
     i = lax.broadcasted_iota(jnp.int32, tuple(shape), len(shape) - 2)
     o = lax.broadcasted_iota(jnp.int32, tuple(shape), len(shape) - 1)
@@ -93,18 +91,20 @@ def own_channel(shape: Sequence[int]) -> jax.Array:
 
 
 def diagonal(shape: Sequence[int]) -> jax.Array:
-    """`own_channel` at the centre tap alone: where the identity's kernel is not zero."""
+    """Returns `own_channel` restricted to the centre tap: where the identity's kernel is not zero."""
     return covers(shape, centre_tap(shape[:-2])) & own_channel(shape)
 
 
 def identity(v: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """The kernel that multiplies channel c by v[c]: (out,) -> `shape`."""
+    """Returns the kernel that multiplies channel c by v[c]: (out,) -> `shape`."""
     return jnp.where(diagonal(shape), _along_outputs(v, shape), 0)
 
 
 def channel_average(v: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """The kernel that averages channel c over the window, padding counted in the mean, and multiplies it by
-    v[c]: (out,) -> `shape`."""
+    """Returns the kernel that averages channel c over the window and multiplies it by v[c].
+
+    v, (out,), becomes a kernel of `shape`; the padding counts in the mean.
+    """
     return jnp.where(own_channel(shape), _along_outputs(v, shape) / math.prod(shape[:-2]), 0)
 
 
@@ -113,37 +113,38 @@ def _along_outputs(v: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def average(w: jax.Array, window: Sequence[int]) -> jax.Array:
-    """The kernel of a 1x1 convolution followed by an average over `window`, padding counted in the mean.
+    """Returns the kernel of a 1x1 convolution followed by an average over `window`.
 
-    w, (*ones, in/g, out) -> (*window, in/g, out): w / number of taps, at every tap.
+    w, (*ones, in/g, out), becomes (*window, in/g, out) with w / number of taps at every tap: the padding
+    counts in the mean.
     """
     return jnp.broadcast_to(w / math.prod(window), (*window, *w.shape[-2:]))
 
 
 def after_pointwise(w: jax.Array, c: jax.Array) -> jax.Array:
-    """The kernel of a 1x1 convolution C followed by a convolution w: sum_m C[i, m] * w[..., m, o].
+    """Returns the kernel of a 1x1 convolution C followed by a convolution w: sum_m C[i, m] * w[..., m, o].
 
-    w, (*size, mid, out), and c, (1 or groups, in/groups, mid) -> (*size, in/groups, out). Output channels are
-    group-major.
+    w is (*size, mid, out), c (1 or groups, in/groups, mid), the result (*size, in/groups, out). Output
+    channels are group-major.
     """
     *size, mid, out = w.shape
     by_group = w.reshape(*size, mid, c.shape[0], out // c.shape[0])
-    # TPUs and GPUs multiply in lower precision unless told: this is an identity, not a layer.
+    # By default TPUs and GPUs multiply in lower precision, but this must be an exact identity.
     merged = jnp.einsum("gim,...mgo->...igo", c, by_group, precision=lax.Precision.HIGHEST)
     return merged.reshape(*size, c.shape[1], out)
 
 
 def constant_response(kernel: jax.Array, c: jax.Array) -> jax.Array:
-    """What a kernel makes of an image that is constant in space: sum over taps and inputs of K * c.
+    """Returns a convolution's output for an input that is constant in space: the sum of K * c.
 
-    kernel, (*spatial, in/groups, out), and c, (in,) -> (out,): output channel o of group g becomes
-    sum_{taps, i} K[..., i, o] * c[g * in/groups + i]. The number of groups is told by the two shapes. It is
-    how a shift (of a batch norm, say) in front of a convolution moves behind it; at the border it holds
-    where the padding continues the constant.
+    kernel is (*spatial, in/groups, out), c (in,), the result (out,): output channel o of group g becomes
+    sum_{taps, i} K[..., i, o] * c[g * in/groups + i]. The two shapes determine the number of groups. This
+    moves a shift, such as that of a batch norm, from the input of a convolution to its output; at the border
+    it holds if the padding continues the constant.
 
     Raises:
-      ValueError: the channels of c are not a multiple of the kernel's inputs, or the groups do not divide
-        out.
+      ValueError: the channels of c are not a multiple of the kernel's inputs, or the groups do not divide the
+        output channels.
     """
     *_, inputs, out = kernel.shape
     groups, left_over = divmod(c.shape[0], inputs)
@@ -160,14 +161,13 @@ def constant_response(kernel: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def by_groups(pointwise: jax.Array, groups: int) -> jax.Array:
-    """A 1x1 kernel (*ones, in/groups, mid) as the matrix that `after_pointwise` takes, (groups, in/groups,
-    mid/groups)."""
+    """Reshapes a 1x1 kernel (*ones, in/g, mid) for `after_pointwise`: (groups, in/g, mid/groups)."""
     *_, inputs, mid = pointwise.shape
     return jnp.moveaxis(pointwise.reshape(inputs, groups, mid // groups), 1, 0)
 
 
 def scale_output(w: jax.Array, s: ArrayLike) -> jax.Array:
-    """s * w with one factor for each output channel, the last axis: (..., out), (out,) -> (..., out)."""
+    """Multiplies w by one factor for each output channel, the last axis: (..., out), (out,) -> (..., out)."""
     s = jnp.asarray(s)
     return w * s.reshape((1,) * (w.ndim - 1) + s.shape)
 
@@ -175,10 +175,10 @@ def scale_output(w: jax.Array, s: ArrayLike) -> jax.Array:
 def bn_affine(
     gamma: ArrayLike, beta: ArrayLike, mean: ArrayLike, var: ArrayLike, *, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Batch norm with fixed statistics as y = s * x + b: returns (s, b), each (channels,).
+    """Returns batch norm with fixed statistics as y = s * x + b: (s, b), each (channels,).
 
-    s = gamma / sqrt(var + eps), b = beta - mean * s, in the widest dtype of the four, as Flax computes it:
-    its statistics are float32 where parameters are float64.
+    s = gamma / sqrt(var + eps) and b = beta - mean * s, in the widest dtype of the four arrays, as Flax
+    computes it: its statistics are float32 where parameters are float64.
     """
     dtype = jnp.result_type(gamma, beta, mean, var)
     gamma, beta, mean, var = (jnp.asarray(v, dtype) for v in (gamma, beta, mean, var))

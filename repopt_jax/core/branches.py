@@ -1,9 +1,9 @@
 """A linear layer as a sum of branches: K = sum_b s_b * E_b(w_b).
 
-K is the merged kernel, shape (*spatial, in/groups, out). Branch b owns a tensor w_b and an embedding E_b, a
-fixed linear map from w_b to the shape of K; s_b is a constant with one entry for each output channel. A
-branch is one class that states its shape and its embedding; merging, the SGD rule P(g), its elementwise
-multiplier and re-initialisation are derived here, for every set of branches:
+K is the merged kernel, of shape (*spatial, in/groups, out). Branch b has a tensor w_b and an embedding E_b, a
+fixed linear map from w_b to the shape of K; s_b is a constant with one entry for each output channel. Each
+kind of branch is one class, which defines the tensor's shape and the embedding. Merging, the SGD rule P(g),
+its elementwise multiplier and re-initialisation are derived here for every set of branches:
 
     K       = sum_b s_b * E_b(w_b)               merge
     dL/dw_b = E_b^T(s_b * g),  g = dL/dK         branch_gradients
@@ -13,10 +13,11 @@ multiplier and re-initialisation are derived here, for every set of branches:
 
 Where every E_b places coordinates, P(g) = m * g at power 2. Equal layers whose kernels are stacked in one
 array (made by `nnx.vmap`, run by `nnx.scan`) are one set with `stacked` > 0: every formula then holds for
-each layer of the stack by itself.
+each layer of the stack separately.
 
-The identity branch has s = 1 and a trainable weight per channel, so it contributes 1 to m on its diagonal.
-Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), sections 3 and appendix A.
+The identity branch has s = 1 and a trainable weight for each channel, so it contributes 1 to m on its
+diagonal.
+Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3 and appendix A.
 """
 
 import abc
@@ -39,14 +40,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Branch(abc.ABC):
-    """One linear branch. Subclasses state where its tensor lives (`shape`) and how it enters the kernel
-    (`embed`)."""
+    """One linear branch. Subclasses define the shape of its tensor and how it is embedded in the kernel."""
 
     has_scale: ClassVar[bool] = True  # False: the constant scale is 1 (the identity)
     places: ClassVar[bool] = True  # E_b puts each entry of w_b at one entry of K, no two at the same
-    types: ClassVar[
-        dict[str, type["Branch"]]
-    ] = {}  # by class name, so that a file of scales can be read back
+    # By class name, so that a scales file can be read back.
+    types: ClassVar[dict[str, type["Branch"]]] = {}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -66,20 +65,19 @@ class Branch(abc.ABC):
         """E_b(w_b): linear in w, of shape `kernel`."""
 
     def support(self, kernel: Shape) -> jax.Array:
-        """E_b(1) as a boolean array made of iota comparisons; only of branches whose embedding `places`
-        coordinates."""
+        """E_b(1) as a boolean array of iota comparisons, for branches that place coordinates."""
         raise TypeError(f"branch {self.name} places no coordinates, so it has no support")
 
     def sample(self, key: jax.Array, kernel: Shape, dtype: Any) -> jax.Array:
         """Draws w_b as the branch's own layer would be initialised: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
-        The default of PyTorch's layers, which RepVGG, RepOptimizer, DBB and MobileOne all rely on.
+        This is the default of PyTorch's layers, on which RepVGG, RepOptimizer, DBB and MobileOne all rely.
         """
         shape = self.shape(kernel)
         bound = 1 / math.sqrt(math.prod(shape[:-1]))
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    def check(self, kernel: Shape, groups: int) -> None:  # noqa: B027  (optional: most branches fit every layer)
+    def check(self, kernel: Shape, groups: int) -> None:  # noqa: B027  (optional: most branches fit any layer)
         """Raises ValueError with the reason if the branch is not defined for this layer."""
 
 
@@ -87,9 +85,9 @@ class Branch(abc.ABC):
 class Kernel(Branch):
     """A convolution with a kernel of spatial shape `size`, dilated, centred in the layer's window.
 
-    `Kernel((3, 3))` in a 3x3 layer is the layer's own kernel, `Kernel((1, 1))` its 1x1 branch, `Kernel((1,
-    3))` ACNet's horizontal one, `Kernel(())` the weight of a dense layer. `dilation` is relative to the
-    layer's own.
+    In a 3x3 layer, `Kernel((3, 3))` is the layer's own kernel, `Kernel((1, 1))` its 1x1 branch and
+    `Kernel((1, 3))` ACNet's horizontal one; `Kernel(())` is the weight of a dense layer. `dilation` is
+    relative to the layer's own.
     """
 
     size: Shape
@@ -122,8 +120,7 @@ class Kernel(Branch):
 
 @dataclasses.dataclass(frozen=True)
 class Identity(Branch):
-    """y = u * x with a trainable u for each channel. The searched value of u is where u starts; its scale is
-    1."""
+    """y = u * x with a trainable u for each channel, which starts at its searched value. The scale is 1."""
 
     has_scale: ClassVar[bool] = False
 
@@ -150,11 +147,12 @@ class Identity(Branch):
 
 @dataclasses.dataclass(frozen=True)
 class Pool(Branch):
-    """Average pooling over the layer's window, channel by channel, padding counted in the mean: y = v *
-    mean of x.
+    """Average pooling of each channel over the layer's window: y = v * mean of x, padding counted.
 
-    v is a vector like the identity's: ones in a structure that does not train it. Like the identity it
-    needs as many input as output channels. E E^T mixes the taps."""
+    v is a vector like the identity's, all ones in a structure that does not train it. Like the identity,
+    pooling needs as many input as output channels. E E^T mixes the taps, so there is no elementwise
+    multiplier.
+    """
 
     has_scale: ClassVar[bool] = False
     places: ClassVar[bool] = False
@@ -178,9 +176,9 @@ class Pool(Branch):
 
 @dataclasses.dataclass(frozen=True)
 class Average(Branch):
-    """A 1x1 convolution followed by average pooling over the layer's window, padding counted in the mean.
+    """A 1x1 convolution followed by average pooling over the layer's window, padding counted.
 
-    E E^T mixes the taps, so this branch has no elementwise multiplier: the SGD rule is P(g).
+    E E^T mixes the taps, so this branch has no elementwise multiplier, and the SGD rule is P(g).
     """
 
     places: ClassVar[bool] = False
@@ -198,20 +196,21 @@ class Average(Branch):
 
 @dataclasses.dataclass(frozen=True)
 class AfterPointwise(Branch):
-    """A fixed 1x1 convolution C, which is not trained, followed by a kernel of spatial shape `size`, centred.
+    """A non-trainable 1x1 convolution C followed by a centred kernel of spatial shape `size`.
 
-    K[..., i, o] = sum_m C[i, m] * w[..., m, o] at the taps of `size`: the 1x1 -> kxk sequence of DBB (arXiv
-    2103.13425, section 3.2) with its first part constant, without which no constant rule would exist. E E^T
-    mixes input channels, so the SGD rule is P(g). Batch norm or a bias between the two is not part of it.
+    K[..., i, o] = sum_m C[i, m] * w[..., m, o] at the taps of `size`. It is the 1x1 -> kxk sequence of DBB
+    (arXiv 2103.13425, section 3.2) with a constant first part, because there is no constant rule if both are
+    trained. E E^T mixes input channels, so the SGD rule is P(g). A batch norm or a bias between the two
+    convolutions is not part of the branch.
 
     Attributes:
       size: spatial shape of w, which is (*size, mid, out).
-      matrix: C, (in/groups, mid) for all groups or (groups, in/groups, mid). Kept as nested tuples: it
-        belongs to the description of the layer, goes into scales files, and is a constant of in/groups * mid
-        numbers (a ninth of a 3x3 kernel at mid = out) in compiled programs.
+      matrix: C, (in/groups, mid) for all groups or (groups, in/groups, mid). It is kept as nested tuples,
+        because it belongs to the description of the layer and is written to scales files. In compiled
+        programs it is a constant of in/groups * mid numbers (a ninth of a 3x3 kernel at mid = out).
 
     Raises:
-      ValueError: at construction, a matrix of another rank, or one that holds NaN or infinity.
+      ValueError: at construction, if the matrix has another rank or holds NaN or infinity.
     """
 
     size: Shape
@@ -255,23 +254,22 @@ class AfterPointwise(Branch):
 
 @dataclasses.dataclass(frozen=True)
 class BranchSet:
-    """The branches of one layer, or of each of several equal layers stacked in one array: hashable and
-    static, the arrays are passed in.
+    """The branches of one layer, or of each of several equal layers stacked in one array.
 
-    With a stack every array that comes or goes, a scale vector too, has the axes of the stack in front:
-    kernels (*stack, *spatial, in/groups, out), vectors (*stack, out).
+    A set is static and hashable; arrays are passed to its methods. If layers are stacked, all arrays, scale
+    vectors included, have the axes of the stack in front: kernels (*stack, *spatial, in/groups, out), vectors
+    (*stack, out).
 
     Attributes:
       kernel: shape of the merged kernel, (*stack, *spatial, in/groups, out), or the axes after the stack
         ordered as `layout` says.
       branches: at least one, with distinct names.
       groups: feature groups of the layer.
-      layout: "...io" (JAX, Flax) or "oi..." (Equinox, PyTorch): order of the axes of the arrays that come and
-        go.
-      stacked: how many leading axes of `kernel` the stack has; 0 for a layer of its own.
+      layout: axis order of arguments and results, "...io" (JAX, Flax) or "oi..." (Equinox, PyTorch).
+      stacked: number of leading axes of `kernel` that are axes of a stack; 0 for a single layer.
 
     Raises:
-      ValueError: at construction, a branch that is not defined for this layer (the reason is given), two
+      ValueError: at construction, for a branch that is not defined for this layer (the reason is given), two
         branches of one name, no branch, or a `stacked` that leaves no kernel.
     """
 
@@ -314,12 +312,12 @@ class BranchSet:
 
     @property
     def stack(self) -> Shape:
-        """The leading axes along which layers are stacked; () for a layer of its own."""
+        """The leading axes along which layers are stacked; () for a single layer."""
         return self.kernel[: self.stacked]
 
     @property
     def layer(self) -> "BranchSet":
-        """The set of one layer of the stack; this one where nothing is stacked."""
+        """The set of one layer of the stack; this set itself if nothing is stacked."""
         if not self.stacked:
             return self
         return dataclasses.replace(self, kernel=self.kernel[self.stacked :], stacked=0)
@@ -359,7 +357,7 @@ class BranchSet:
         parts = []
         for branch in self.branches:
             part = branch.embed(weights[branch.name], self.canonical)
-            # No product with ones for the identity: their dtype would widen a sum in half precision.
+            # Multiplying the identity by ones would widen a sum in half precision to their dtype.
             parts.append(
                 algebra.scale_output(part, self._scale(branch, scales)) if branch.has_scale else part
             )
@@ -380,12 +378,11 @@ class BranchSet:
         return gradients
 
     def precondition(self, g: jax.Array, scales: Mapping[str, jax.Array]) -> jax.Array:
-        """P(g) = sum_b s_b * E_b(E_b^T(s_b * g)): the change of K, per unit of learning rate, when SGD moves
-        the w_b.
+        """P(g) = sum_b s_b * E_b(E_b^T(s_b * g)): SGD on the branches moves K by -lr * P(g).
 
         g has the merged kernel's shape; the result has its shape and dtype. Where every embedding places
-        coordinates this is `multiplier(scales) * g`, computed as such; otherwise by transposition, exactly.
-        Scales are cast up to the wider of their own and g's dtype before they are squared.
+        coordinates this is computed as `multiplier(scales) * g`, otherwise by transposition; both are exact.
+        Scales are cast to the wider of their own and g's dtype before they are squared.
         """
         wide = jnp.promote_types(g.dtype, jnp.result_type(*scales.values()) if scales else g.dtype)
         if self.elementwise:
@@ -400,11 +397,11 @@ class BranchSet:
     ) -> jax.Array:
         """m = sum_b |s_b|^power * E_b(1), of the merged kernel's shape.
 
-        power 2: SGD and momentum, m * g = P(g). power 1: the factor of a sign rule's update.
+        At power 2, m * g = P(g), the rule of SGD and momentum; at power 1, m is the factor of a sign rule's
+        update.
 
         Raises:
-          ValueError: a branch has no elementwise multiplier (average pooling); `precondition` is exact for
-            it.
+          ValueError: a branch has no elementwise multiplier (average pooling); use `precondition`.
         """
         return self.sum_at_taps(lambda s: jnp.abs(s) ** power, scales, dtype=dtype)
 
@@ -415,18 +412,17 @@ class BranchSet:
         *arrays: jax.Array,
         dtype: Any = jnp.float32,
     ) -> jax.Array:
-        """sum_b E_b(1) * term(s_b, *arrays): at each entry of the kernel, one term for each branch that
-        reaches it.
+        """sum_b E_b(1) * term(s_b, *arrays): each entry of the kernel sums over the branches that reach it.
 
-        The form that every elementwise rule has. It is made of iota comparisons and `where`, which XLA fuses
-        into what reads it.
+        Every elementwise rule has this form. It consists of iota comparisons and `where`, which XLA fuses
+        into whatever reads the result.
 
         Args:
-          term: gets s_b as (1, ..., 1, out) in `dtype`, and `arrays`; gives something that broadcasts to the
-            kernel. Of a stack it sees one layer at a time (`jax.vmap`).
+          term: is given s_b as (1, ..., 1, out) in `dtype`, and `arrays`; returns an array that broadcasts to
+            the kernel. It sees one layer of a stack at a time (`jax.vmap`).
           scales: branch name -> s_b.
           arrays: of the merged kernel's shape; `term` sees them with the axes (*spatial, in/groups, out).
-          dtype: of the sum.
+          dtype: dtype of the sum.
 
         Raises:
           ValueError: a branch places no coordinates.
@@ -447,13 +443,12 @@ class BranchSet:
         return self._from_canonical(total)
 
     def split(self, kernel: jax.Array, scales: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The branch tensors of least norm whose merge is `kernel`: w_b = E_b^T(s_b * P^+(kernel)).
+        """Returns the branch tensors of least norm that merge into `kernel`: w_b = E_b^T(s_b * P^+(kernel)).
 
-        A merged kernel does not determine its branches; this is the choice that minimises sum_b |w_b|^2. What
-        the branches cannot express (entries whose scales are all 0, or whatever an average alone cannot make)
-        is left out of the merge, which then is the nearest that they can. P is inverted entry by entry
-        where it is a multiplier; elsewhere the least squares problem is solved by conjugate gradients to the
-        precision of the dtype.
+        A merged kernel does not determine its branches; this choice minimises sum_b |w_b|^2. If the branches
+        cannot express the kernel (all scales of an entry are 0, or there is only an average), they merge into
+        the nearest kernel that they can express. Where P is a multiplier it is inverted elementwise;
+        elsewhere the least-squares problem is solved by conjugate gradients to the precision of the dtype.
         """
         if self.stacked:
             return self._by_layer(self.layer.split, kernel, scales)
@@ -464,8 +459,8 @@ class BranchSet:
             x = jnp.where(m > 0, kernel / jnp.where(m > 0, m, 1), 0)
             weights = self.branch_gradients(x, scales)
         else:
-            # The normal equations in w, from 0: consistent whatever the kernel is, where P(x) = kernel is
-            # not; and what starts in the range of the transpose stays there, so that the norm is least.
+            # The normal equations in w, unlike P(x) = kernel, are consistent for every kernel. Starting at 0,
+            # the iterates stay in the range of the transpose, which makes the norm of the solution least.
             weights, _ = jax.scipy.sparse.linalg.cg(
                 lambda w: self.branch_gradients(self.merge(w, scales), scales),
                 self.branch_gradients(kernel.astype(wide), scales),
@@ -475,8 +470,10 @@ class BranchSet:
         return {name: w.astype(kernel.dtype) for name, w in weights.items()}
 
     def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-        """Draws every w_b as that branch's own layer would be initialised (the identity: ones), each layer of
-        a stack by itself."""
+        """Draws every w_b as that branch's own layer would be initialised (the identity as ones).
+
+        The layers of a stack are drawn independently.
+        """
         if self.stacked:
             one = functools.partial(self.layer.sample, dtype=dtype)
             return self._by_layer(one, jax.random.split(key, self.stack))
@@ -484,17 +481,17 @@ class BranchSet:
         return {b.name: b.sample(k, self.canonical, dtype) for b, k in zip(self.branches, keys)}
 
     def to_json(self) -> str:
-        """A text that `from_json` turns back into an equal branch set; part of every scales file."""
+        """Returns the set as JSON, from which `from_json` makes an equal one; part of every scales file."""
         branches = [{"type": type(b).__name__, **dataclasses.asdict(b)} for b in self.branches]
         fields = {name: getattr(self, name) for name in ("kernel", "groups", "layout", "stacked")}
         return json.dumps({**fields, "branches": branches})
 
     @classmethod
     def from_json(cls, text: str) -> "BranchSet":
-        """Inverse of `to_json`. A text without `stacked`, as older versions wrote, is of a layer of its own.
+        """Returns the branch set that `to_json` wrote.
 
         Raises:
-          ValueError: a branch type that is not defined here (import the module that defines it first).
+          ValueError: an unknown branch type; import the module that defines it first.
         """
         fields = json.loads(text)
         branches = []
@@ -502,8 +499,8 @@ class BranchSet:
             kind = branch.pop("type")
             if kind not in Branch.types:
                 raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(Branch.types)}")
-            fields_of = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.items()}
-            branches.append(Branch.types[kind](**fields_of))
+            arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.items()}
+            branches.append(Branch.types[kind](**arguments))
         return cls(
             tuple(fields["kernel"]),
             tuple(branches),
@@ -513,9 +510,9 @@ class BranchSet:
         )
 
     def _by_layer(self, fn: Callable[..., T], *arrays: Any) -> T:
-        """fn, which is for one layer, for every layer of the stack, whose axes all arrays have in front."""
+        """Maps fn, which is for one layer, over the stack, whose axes are the leading ones of all arrays."""
         for size in reversed(self.stack):
-            # The size is given: a set of the identity alone may come without an array that tells it.
+            # The size is explicit, because a set of the identity only may come without any array.
             fn = jax.vmap(fn, axis_size=size)
         return fn(*arrays)
 

@@ -1,5 +1,4 @@
-"""The artefact that a search hands to training: for every layer its branches and one vector for each
-branch."""
+"""Scales, the result of a search that training uses: for every layer its branches and a vector for each."""
 
 import dataclasses
 import json
@@ -21,8 +20,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ScalesMetadata:
-    """Where scales come from. All fields are text or numbers, so that they are hashable and kept in the
-    file."""
+    """Where scales come from. All fields are text or numbers, hence hashable, and are kept in the file."""
 
     architecture: str = ""
     dataset: str = ""
@@ -34,10 +32,10 @@ class ScalesMetadata:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerScales:
-    """The branches of one layer and a vector (out,) for each, float32; of stacked layers (*stack, out).
+    """The branches of one layer and a float32 vector (out,) for each; for stacked layers (*stack, out).
 
-    The vector of a scaled branch is its constant scale s_b. The vector of the identity is u, the value from
-    which its trainable weight starts; the identity's scale is 1.
+    The vector of a scaled branch is its constant scale s_b. The vector of the identity is u, the initial
+    value of its trainable weight; the identity's scale is 1.
     """
 
     branches: BranchSet = dataclasses.field(metadata={"static": True})
@@ -46,18 +44,17 @@ class LayerScales:
 
 @runtime_checkable
 class DeclaresBranches(Protocol):
-    """A model that says which of its kernels are re-parameterized, so that a missing layer can be noticed."""
+    """A model that declares which of its kernels are re-parameterized, so that missing layers are found."""
 
     def branch_sets(self) -> dict[str, BranchSet]:
-        """Path of each re-parameterized kernel -> its branches."""
+        """Returns the branches of each re-parameterized kernel by its path."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """Scales of a network: path of a merged kernel (`stages/1/0/conv/kernel`) -> `LayerScales`. A pytree of
-    the vectors.
+    """Scales of a network by the path of each merged kernel (`stages/1/0/conv/kernel`): a pytree of vectors.
 
     Attributes:
       entries: by the kernel's path in the network that is trained with them.
@@ -69,18 +66,17 @@ class Scales:
 
     @classmethod
     def ones(cls, branch_sets: Mapping[str, BranchSet]) -> "Scales":
-        """No search: every scale 1. (RepOptimizer paper, table 4: recovers part of the gain.)"""
+        """Returns scales that are all 1, without a search (part of the gain: RepOptimizer paper, table 4)."""
         return cls.depth_rule(branch_sets, dict.fromkeys(branch_sets, 0))
 
     @classmethod
     def depth_rule(
         cls, branch_sets: Mapping[str, BranchSet], depths: Mapping[str, int | Sequence[Any] | np.ndarray]
     ) -> "Scales":
-        """No search: sqrt(2 / l) for the l-th block after the one that opens a stage, 1 for that one (l = 0);
-        u = 1.
+        """Returns the scales of the depth rule, without a search: sqrt(2 / l), or 1 at l = 0, and u = 1.
 
-        The values from which a hyper-search starts, as in the published code. Source: RepOptimizer paper,
-        appendix B.
+        l counts the blocks of a stage; the first has l = 0. As in the published code, a hyper-search starts
+        from these values. Source: RepOptimizer paper, appendix B.
 
         Args:
           branch_sets: path of each kernel -> its branches.
@@ -88,8 +84,8 @@ class Scales:
             array or nested sequence of the stack's shape with an l for each.
 
         Raises:
-          ValueError: the two have different paths; or an l is negative, no integer, or of another shape than
-            the stack (all are listed).
+          ValueError: the two mappings have different paths; or an l is negative, not an integer, or of
+            another shape than the stack (all are listed).
         """
         if difference := paths.describe_difference(
             dict.fromkeys(branch_sets, ""), dict.fromkeys(depths, ""), noun="paths in `depths`"
@@ -113,16 +109,19 @@ class Scales:
 
     @property
     def vectors(self) -> dict[str, dict[str, jax.Array]]:
-        """The arrays alone, as plain dicts: what an optimizer's state holds."""
+        """The arrays as plain dicts, as an optimizer's state holds them."""
         return {path: dict(entry.vectors) for path, entry in self.entries.items()}
 
     def channel_means(self) -> "Scales":
-        """Every vector replaced by its (signed) mean over the channels, in each layer of a stack: what is
-        left of a search without its detail. (RepOptimizer paper, table 4.)"""
+        """Replaces every vector by its (signed) mean over the channels, in each layer of a stack.
+
+        This is an ablation: what the search finds beyond one number for each branch is lost (RepOptimizer
+        paper, table 4).
+        """
         return jax.tree.map(lambda v: jnp.broadcast_to(v.mean(-1, keepdims=True), v.shape), self)
 
     def rename(self, rules: Mapping[str, str | None]) -> "Scales":
-        r"""The same scales under other paths, or without some: for a network whose layers have moved.
+        r"""Returns the scales under other paths, or without some layers, for a network with other paths.
 
         Example::
 
@@ -130,13 +129,13 @@ class Scales:
 
         Args:
           rules: regular expression, matched against whole paths -> the new path, in which \1, \2, ... or
-            \g<name> stand for groups, or None to leave the layer out. The first rule that matches decides;
-            paths that none matches stay. Order and metadata stay.
+            \g<name> stand for groups, or None to drop the layer. The first rule that matches applies; paths
+            that no rule matches are kept, as are order and metadata.
 
         Raises:
-          ValueError: a rule that is no regular expression or refers to a group that it lacks; a rule that
-            decides about no path, for a typo or because earlier ones take all that it matches; a new path
-            with an empty part; several paths that would become one. All are listed.
+          ValueError: a rule that is not a regular expression or refers to a group that it lacks; a rule that
+            applies to no path, because of a typo or because earlier rules take all that it matches; a new
+            path with an empty part; several paths that would become one. All are listed.
         """
         renamed = _renamed(self.entries, rules)
         sources: dict[str, list[str]] = {}
@@ -154,12 +153,11 @@ class Scales:
 
 
 def save_scales(path: str | os.PathLike[str], scales: Scales) -> None:
-    """Writes `scales` as an Orbax checkpoint at `path`, a directory, with its branch sets and metadata
-    inside.
+    """Writes `scales`, with branch sets and metadata, as an Orbax checkpoint to the directory `path`.
 
     Raises:
       ValueError: a scale is NaN or infinite.
-      FileExistsError: something is at `path`.
+      FileExistsError: `path` exists.
     """
     from etils import epath
     from orbax.checkpoint import v1 as ocp
@@ -183,12 +181,12 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
 
     Args:
       path: the directory.
-      model: what the scales are for, checked by `check_fit` if given.
+      model: if given, what the scales must fit, as in `check_fit`.
 
     Raises:
-      FileNotFoundError: nothing is at `path`.
-      ValueError: no scales file, or a damaged one; NaN or infinite values; or it does not fit `model`, with
-        every missing, extra and misshapen path.
+      FileNotFoundError: `path` does not exist.
+      ValueError: `path` holds no scales, or a damaged file; the scales are NaN or infinite; or they do not
+        fit `model`, with every missing, extra and misshapen path.
     """
     from etils import epath
     from orbax.checkpoint import v1 as ocp
@@ -227,7 +225,7 @@ def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
       scales: the scales.
       model: {path: BranchSet}; or a model that declares its `branch_sets()`; or any pytree of parameters, of
         which the scales may cover a part, so that nothing counts as missing.
-      where: added to the message.
+      where: text that the message adds after "the scales".
     """
     _check_vectors(scales, where)
     found = {path: entry.branches.kernel for path, entry in scales.entries.items()}
@@ -259,8 +257,7 @@ def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
 
 
 def check_finite(scales: Scales, *, where: str = "") -> None:
-    """Raises ValueError, with every path, if a scale is NaN or infinite. Values under a JAX trace are not
-    looked at."""
+    """Raises ValueError, with every path, if a scale is NaN or infinite. Traced values are not checked."""
     bad = [
         f"{path}/{name}"
         for path, entry in scales.entries.items()
@@ -272,12 +269,12 @@ def check_finite(scales: Scales, *, where: str = "") -> None:
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether x has values to look at: not a tracer, not a shape."""
+    """Whether x has values: it is neither a tracer nor a `jax.ShapeDtypeStruct`."""
     return not isinstance(x, (Tracer, jax.ShapeDtypeStruct))
 
 
 def _check_vectors(scales: Scales, where: str) -> None:
-    """Each branch needs its vector: one of another length would be broadcast without a word."""
+    """Raises ValueError if vectors are missing or misshapen, which would otherwise be broadcast silently."""
     expected, found = {}, {}
     for path, entry in scales.entries.items():
         expected |= {f"{path}/{name}": entry.branches.vector_shape for name in entry.branches.names}
@@ -287,7 +284,7 @@ def _check_vectors(scales: Scales, where: str) -> None:
 
 
 def _renamed(names: Iterable[str], rules: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Each name's new one by the first rule that matches the whole of it, itself where none does."""
+    """Returns each name's new one by the first rule that fully matches it, or the same if none does."""
     compiled = {rule: paths.compiled(rule, "rules") for rule in rules}
     renamed: dict[str, str | None] = {}
     deciding, matching = set(), set()
@@ -314,8 +311,7 @@ _FILE_KIND = "repopt_jax scales, format 1"
 
 
 def _readable(read: Callable[[], T], complaint: str) -> T:
-    """read(); what Orbax raises for other people's and damaged files, of many types and pages long, as one
-    sentence."""
+    """Returns read(), with one sentence in place of Orbax's long errors for foreign and damaged files."""
     try:
         return read()
     except PermissionError:
@@ -325,7 +321,7 @@ def _readable(read: Callable[[], T], complaint: str) -> T:
 
 
 def _described(branches: BranchSet) -> tuple[str | int, ...]:
-    """What two sets for kernels of one shape must have in common, as messages show it."""
+    """Returns what two sets for kernels of one shape must have in common, for messages."""
     stack = (f"stack {branches.stack}",) if branches.stacked else ()
     return ("+".join(branches.names), branches.groups, *stack)
 
@@ -339,7 +335,7 @@ def _depth_scale(depth: np.ndarray) -> np.ndarray:
 
 
 def _constant(branches: BranchSet, s: np.ndarray) -> LayerScales:
-    """s, a number or one for each layer of the stack, for every scaled branch; u = 1."""
+    """Returns s, one number or one for each layer of the stack, as scales of a layer, with u = 1."""
     vectors = {}
     for b in branches.branches:
         values = np.asarray(s if b.has_scale else 1, np.float32)[..., None]
@@ -348,5 +344,5 @@ def _constant(branches: BranchSet, s: np.ndarray) -> LayerScales:
 
 
 def _nested(scales: Scales) -> dict[str, Any]:
-    """The vectors as nested dicts: Orbax stores keys as file-like names."""
+    """Returns the vectors as nested dicts, because Orbax stores keys as file names."""
     return paths.nested(scales.vectors)

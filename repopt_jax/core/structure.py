@@ -1,21 +1,21 @@
 """Structures: a linear layer described as a sum of chains of linear maps.
 
-A *description* is a function from a layer's geometry to a `Structure`; every published block is one of these
-functions, a few lines each (`STRUCTURES`). A structure is data. It can be run branch by branch
-(`nn.Branched`), merged into one kernel before each use (`nn.Merged`), merged once and for all
-(`surgery.fuse`), or kept in the optimizer (`Structure.branch_set`): all of them read it from here.
+A *description* is a function of a few lines from a layer's geometry to a `Structure`; every published block
+is one of these functions (`STRUCTURES`). A structure is data. It can be run branch by branch (`nn.Branched`),
+merged into one kernel before each use (`nn.Merged`), merged permanently (`surgery.fuse`), or kept in the
+optimizer (`Structure.branch_set`).
 
-A chain is any number of 1x1 stages and then one stage over the layer's window. Stage j has a kernel k_j, and
-after it a batch norm, a scale or nothing, which is y = a_j * x + b_j for each channel. The chain is then one
-convolution
+A chain consists of any number of 1x1 stages and then one stage over the layer's window. Stage j has a kernel
+k_j, followed by a batch norm, a scale or nothing, which is y = a_j * x + b_j for each channel. The chain is
+then one convolution
 
     K = a_n * k_n o (a_{n-1} * k_{n-1} o ... (a_1 * k_1))
     b = c_n,   c_j = a_j * (k_j applied to c_{j-1}) + b_j,   c_0 = 0
 
-where o is `algebra.after_pointwise`, and c_j is what the first j stages make of an image of zeros
+where o is `algebra.after_pointwise`, and c_j is the output of the first j stages for an input of zeros
 (`algebra.constant_response`). The layer is the sum of its chains. At the border this is exact only if the
-map before the last stage is padded with c_{n-1} in place of zeros, as DBB does (arXiv 2103.13425, its
-`BNAndPad`) and `nn.Branched` does for every chain.
+input of the last stage is padded with c_{n-1} instead of zeros, as in DBB (arXiv 2103.13425, `BNAndPad`) and,
+for every chain, in `nn.Branched`.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ Affine = tuple[jax.Array, jax.Array | None]
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Geometry:
-    """What a convolution, or without spatial axes a dense layer, samples: all of a layer but its numbers.
+    """The geometry of a convolution or, without spatial axes, of a dense layer: a layer without its arrays.
 
     Attributes:
       window: spatial shape of the kernel; () for a dense layer.
@@ -48,16 +48,17 @@ class Geometry:
       groups: feature groups.
       strides, dilation: a number for each spatial axis.
       padding: (before, after) for each spatial axis.
-      pad_mode: what stands in the padding: "constant", zeros; "wrap", the other end of the input
+      pad_mode: the values of the padding: "constant", zeros; "wrap", the other end of the input
         (`padding="CIRCULAR"` of `nnx.Conv`); "reflect", its mirror image (`"REFLECT"`).
 
     Args:
-      strides, dilation: one number for all spatial axes or one each.
+      strides, dilation: one number for all spatial axes or one for each.
       padding: None for half of (window - 1) * dilation on each side, which keeps the resolution at stride 1
-        and is PyTorch's usual padding at any.
+        and is the padding that PyTorch networks use at any stride.
 
     Raises:
-      ValueError: numbers that no layer has, or another count of them than there are spatial axes.
+      ValueError: sizes, channels, groups, strides or padding that no layer can have, or that do not fit the
+        number of spatial axes.
     """
 
     window: Shape
@@ -124,31 +125,31 @@ class Geometry:
 
     @property
     def is_odd(self) -> bool:
-        """Whether the window has a middle tap."""
+        """Whether the window has a centre tap."""
         return all(n % 2 for n in self.window)
 
     @property
     def is_depthwise(self) -> bool:
-        """One input channel a group, several groups, and a window of several taps."""
+        """Whether each group has one input channel, with several groups and a window of several taps."""
         return self.inputs == self.groups > 1 and self.taps > 1
 
     @property
     def has_identity(self) -> bool:
-        """Whether the layer could give its input back: as many outputs as inputs, stride 1, a middle tap."""
+        """Whether the layer can be the identity: as many outputs as inputs, stride 1, a centre tap."""
         return self.inputs == self.outputs and set(self.strides) <= {1} and self.is_odd
 
     @property
     def has_pointwise(self) -> bool:
-        """Whether a 1x1 kernel is something smaller than the window that can be centred in it."""
+        """Whether a 1x1 kernel is smaller than the window and can be centred in it."""
         return self.taps > 1 and self.is_odd
 
     def pointwise(self, outputs: int) -> "Geometry":
-        """A 1x1 layer on the same input, to `outputs` channels."""
+        """Returns a 1x1 layer on the same input, with `outputs` channels."""
         return Geometry((1,) * self.axes, self.inputs, outputs, self.groups)
 
 
 def per_axis(value: int | Sequence[int], axes: int, argument: str) -> Shape:
-    """One number for each spatial axis, from one number or a sequence.
+    """Expands one number or a sequence to one number for each spatial axis.
 
     Raises:
       ValueError: a sequence of another length.
@@ -167,15 +168,15 @@ class Stage:
 
     Attributes:
       map: the map; its tensor is trained unless `trained` is False.
-      then: "norm", a batch norm; "scale", a trainable factor for each channel; "constant", one that is not
-        trained; "", nothing.
-      channels: that it gives, of a stage before the last; the last one gives the layer's outputs.
+      then: "norm", a batch norm; "scale", a trainable factor for each channel; "constant", a non-trainable
+        one; "", nothing.
+      channels: output channels of a stage before the last; the last stage has those of the layer.
       trained: False for an identity or a pooling whose vector is fixed at ones.
-      residual: of a 1x1 stage that keeps the width: its kernel is the tensor plus the identity, and the
-        tensor starts at zero.
-      start: where the batch norm's scale or the factor starts.
+      residual: for a 1x1 stage that keeps the width: its kernel is the tensor plus the identity, and the
+        tensor is initialised with zeros.
+      start: initial value of the batch norm's scale or of the factor.
       decay: whether weight decay applies to the tensor.
-      decay_gain: whether it applies to the batch norm's scale or the factor.
+      decay_gain: whether weight decay applies to the batch norm's scale or to the factor.
     """
 
     map: Branch
@@ -192,12 +193,12 @@ Chain = tuple[Stage, ...]
 
 
 class Part(NamedTuple):
-    """One stage at its place.
+    """A stage of a particular chain in a particular layer.
 
     Attributes:
-      key: the name of its arrays: that of the chain, or of stage j of several `{chain}_{j}`.
+      key: the name of its arrays: that of the chain, or `{chain}_{j}` for stage j of several.
       stage: the stage.
-      layer: the geometry that the stage has by itself.
+      layer: the geometry of this stage alone.
     """
 
     key: str
@@ -206,11 +207,11 @@ class Part(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """Shape of its tensor."""
+        """Shape of the stage's tensor."""
         return self.stage.map.shape(self.layer.kernel)
 
     def kernel(self, tensors: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-        """k_j, of the shape `layer.kernel`."""
+        """Returns k_j, of the shape `layer.kernel`."""
         w = tensors[self.key] if self.stage.trained else jnp.ones(self.shape, dtype)
         k = self.stage.map.embed(w, self.layer.kernel)
         return k + algebra.diagonal(self.layer.kernel).astype(k.dtype) if self.stage.residual else k
@@ -218,19 +219,19 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """A layer as a sum of chains: hashable and static, the arrays are passed in.
+    """A layer as a sum of chains. It is static and hashable; arrays are passed to its methods.
 
     Attributes:
       layer: the geometry of the whole.
-      chains: name -> its stages, at least one; names are part of parameter paths. Given as a mapping, kept as
+      chains: name -> stages, at least one; names are part of parameter paths. Given as a mapping, kept as
         pairs.
-      norm: whether one more batch norm belongs to the structure, after the sum. It is not one of the
-        structure's arrays: a network has it already (`nn.Block.bn`), and surgery leaves it there; with a
-        structure that has none, it gives way.
+      norm: whether the structure has a batch norm after the sum. Its arrays do not belong to the structure:
+        the network already has that batch norm (`nn.Block.bn`), which surgery keeps if this is True and
+        removes if it is False.
 
     Raises:
-      ValueError: no chain, a name with `/` or twice, or stages that are not defined for this layer, all
-        listed with the reasons.
+      ValueError: no chain, a name that contains `/` or occurs twice, or stages that are not defined for this
+        layer, all listed with the reasons.
     """
 
     layer: Geometry
@@ -252,12 +253,12 @@ class Structure:
 
     @functools.cached_property
     def placed(self) -> dict[str, tuple[Part, ...]]:
-        """The stages of each chain, at their places."""
+        """The parts of each chain, by its name."""
         return {name: tuple(_parts(self.layer, name, chain)) for name, chain in self.chains}
 
     @property
     def parts(self) -> Iterator[Part]:
-        """All stages, chain after chain."""
+        """All parts, chain after chain."""
         for chain in self.placed.values():
             yield from chain
 
@@ -266,7 +267,7 @@ class Structure:
         return {part.key: part.shape for part in self.parts if part.stage.trained}
 
     def followers(self, *kinds: Follower) -> dict[str, Part]:
-        """The stages that are followed by one of these, by key."""
+        """Returns the parts that are followed by one of `kinds`, by key."""
         return {part.key: part for part in self.parts if part.stage.then in kinds}
 
     def merge(
@@ -276,13 +277,13 @@ class Structure:
         *,
         dtype: Any = jnp.float32,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The one convolution that the chains are: its kernel K, and its shift b, (out,), or None for none.
+        """Merges the chains into one convolution: its kernel K, and its shift b, (out,), or None.
 
         Args:
           tensors: key -> tensor of each trained stage.
-          affines: key -> (a, b) of each stage that is followed by something, (channels,) each, b None for a
-            scale.
-          dtype: of the tensors that are not trained.
+          affines: key -> (a, b) of each stage that is followed by a norm or a scale, (channels,) each; b is
+            None for a scale.
+          dtype: dtype of the non-trainable tensors.
         """
         kernels, shifts = zip(*(_merged(chain, tensors, affines, dtype) for chain in self.placed.values()))
         known = [shift for shift in shifts if shift is not None]
@@ -299,15 +300,13 @@ class Structure:
         }
 
     def branch_set(self, *, stack: Shape = ()) -> BranchSet:
-        """What is left of the structure when its scales are constants: what scales and optimizers are made
-        for.
+        """Returns the structure with constant scales as a `BranchSet`, which scales and optimizers use.
 
         Args:
-          stack: leading axes of the arrays, where equal layers are stacked.
+          stack: leading axes of the arrays of stacked layers.
 
         Raises:
-          ValueError: chains that have no constant rule: of several stages, with a batch norm, or with a fixed
-            tensor.
+          ValueError: chains without a constant rule: with several stages, a batch norm, or a fixed tensor.
         """
         wrong = [
             name
@@ -326,7 +325,7 @@ class Structure:
         return BranchSet((*stack, *self.layer.kernel), maps, self.layer.groups, stacked=len(stack))
 
     def with_constants(self) -> "Structure":
-        """The same with constant scales in place of trainable ones."""
+        """Returns the structure with constant scales in place of trainable ones."""
 
         def frozen(stage: Stage) -> Stage:
             return dataclasses.replace(stage, then="constant") if stage.then == "scale" else stage
@@ -349,7 +348,7 @@ def _parts(layer: Geometry, name: str, chain: Chain) -> Iterator[Part]:
 
 
 def _problems(layer: Geometry, chain: Chain) -> Iterator[str]:
-    """Why this chain cannot stand in this layer."""
+    """Yields the reasons why this chain is not defined for this layer."""
     if not chain:
         yield "it has no stage"
         return
@@ -380,13 +379,13 @@ def _problems(layer: Geometry, chain: Chain) -> Iterator[str]:
 def _merged(
     chain: Sequence[Part], tensors: Mapping[str, jax.Array], affines: Mapping[str, Affine], dtype: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Kernel and shift of one chain: K and c_n of the module's text."""
+    """Returns kernel and shift of one chain: K and c_n of the module's docstring."""
     merged: jax.Array | None = None
     constant: jax.Array | None = None  # c_j; None while it is zero
     for part in chain:
         kernel = part.kernel(tensors, dtype)
         a, b = affines.get(part.key, (None, None))
-        # No product with ones where nothing follows: their dtype would widen a sum in half precision.
+        # Multiplying by ones where nothing follows would widen a sum in half precision to their dtype.
         kernel = kernel if a is None else algebra.scale_output(kernel, a)
         if constant is not None:
             constant = algebra.constant_response(kernel, constant)
@@ -399,13 +398,15 @@ def _merged(
     return merged, constant
 
 
-# --- Descriptions: what the literature calls blocks.
+# --- Descriptions of published blocks
 
 
 def normed(*maps: Branch, decay_identity: bool = True) -> dict[str, Chain]:
-    """Each map followed by a batch norm of its own, under the map's name. Identities and poolings are not
-    trained: the norm's scale is their weight, and that of the identity is decayed with the kernels, unless
-    `decay_identity` is False."""
+    """Returns chains of one map and its batch norm, by the map's name.
+
+    The vectors of identities and poolings are not trained, because the norm's scale is their weight. It is
+    decayed with the kernels unless `decay_identity` is False.
+    """
     return {
         m.name: (Stage(m, "norm", trained=m.has_scale, decay_gain=decay_identity and not m.has_scale),)
         for m in maps
@@ -413,12 +414,12 @@ def normed(*maps: Branch, decay_identity: bool = True) -> dict[str, Chain]:
 
 
 def scaled(*maps: Branch) -> dict[str, Chain]:
-    """Each map with a trainable scale, under the map's name; an identity's vector is trained in its place."""
+    """Returns chains of one map with a trainable scale, by the map's name (of an identity, the vector)."""
     return {m.name: (Stage(m, "scale" if m.has_scale else ""),) for m in maps}
 
 
-def usual(layer: Geometry) -> list[Branch]:
-    """A layer's own kernel, a 1x1 where that is smaller, and the identity where it is defined."""
+def default_maps(layer: Geometry) -> list[Branch]:
+    """Returns a layer's own kernel, a 1x1 kernel if that is smaller, and the identity if it is defined."""
     maps: list[Branch] = [Kernel(layer.window)]
     maps += [Kernel((1,) * layer.axes)] if layer.has_pointwise else []
     return [*maps, Identity()] if layer.has_identity else maps
@@ -427,7 +428,7 @@ def usual(layer: Geometry) -> list[Branch]:
 def of_branches(
     branches: BranchSet | Sequence[Branch], layer: Geometry, *, then: Follower = "scale"
 ) -> Structure:
-    """The structure of given branches, each followed by a batch norm (`then` "norm") or a scale."""
+    """Returns the structure of these branches, each followed by a batch norm (`then` "norm") or a scale."""
     maps = branches.branches if isinstance(branches, BranchSet) else tuple(branches)
     if then == "norm":
         return Structure(layer, normed(*maps))
@@ -436,13 +437,12 @@ def of_branches(
 
 
 def repopt(layer: Geometry) -> Structure:
-    """RepOptimizer's search (arXiv 2205.15242, section 3.1): the usual branches with scales and no norm
-    inside.
+    """RepOptimizer's search (arXiv 2205.15242, section 3.1): k x k + 1x1 + identity, a scale each.
 
-    A depthwise layer gets no identity: its 1x1 branch is one factor for each channel, which is the same map,
-    and a structure with both would count it twice.
+    A depthwise layer gets no identity: its 1x1 branch, one factor for each channel, is the same map, which
+    would otherwise count twice.
     """
-    maps = [m for m in usual(layer) if not (layer.is_depthwise and isinstance(m, Identity))]
+    maps = [m for m in default_maps(layer) if not (layer.is_depthwise and isinstance(m, Identity))]
     return Structure(layer, scaled(*maps), norm=True)
 
 
@@ -455,14 +455,14 @@ def repopt_ghost(layer: Geometry) -> Structure:
 
 def repvgg(layer: Geometry) -> Structure:
     """RepVGG (arXiv 2101.03697, section 3.2): k x k + 1x1 + identity, a batch norm each."""
-    return Structure(layer, normed(*usual(layer)))
+    return Structure(layer, normed(*default_maps(layer)))
 
 
 def mobileone(layer: Geometry, *, copies: int = 1) -> Structure:
     """MobileOne (arXiv 2206.04040, section 3.3): RepVGG's branches, the first of them `copies` times."""
     if copies < 1:
         raise ValueError(f"`copies` is {copies}: a block has at least one convolution")
-    own, *others = usual(layer)
+    own, *others = default_maps(layer)
     return Structure(
         layer, {f"{own.name}_{j}": normed(own)[own.name] for j in range(copies)} | normed(*others)
     )
@@ -471,15 +471,14 @@ def mobileone(layer: Geometry, *, copies: int = 1) -> Structure:
 def repghost(layer: Geometry) -> Structure:
     """RepGhost (arXiv 2211.06088, section 3): the kernel and the identity, a batch norm each.
 
-    As published the identity's batch norm is decayed like any other: not.
+    As published, no batch norm is decayed, that of the identity included.
     """
     maps = [Kernel(layer.window), *([Identity()] if layer.has_identity else [])]
     return Structure(layer, normed(*maps, decay_identity=False))
 
 
 def acnet(layer: Geometry) -> Structure:
-    """ACNet (arXiv 1908.03930, section 3): the square kernel and, for each axis, one that is 1 wide along
-    it."""
+    """ACNet (arXiv 1908.03930, section 3): the square kernel and, for each axis, one of size 1 along it."""
     thin = [
         Kernel(tuple(1 if i == axis else n for i, n in enumerate(layer.window))) for axis in range(layer.axes)
     ]
@@ -489,9 +488,9 @@ def acnet(layer: Geometry) -> Structure:
 def dbb(layer: Geometry, *, middle: int | None = None) -> Structure:
     """Diverse Branch Block (arXiv 2103.13425, section 3.3): kernel, 1x1, 1x1 -> average, 1x1 -> kernel.
 
-    A depthwise layer has no 1x1 branch and averages its input itself. `middle`: channels of the last chain
-    between its stages, by default the inputs, twice as many in a depthwise layer. With as many as inputs its
-    1x1 starts at the identity.
+    A depthwise layer has no 1x1 branch, and averages its input without a 1x1. `middle` is the number of
+    channels between the two stages of the last chain, by default as many as inputs, or twice as many in a
+    depthwise layer. With as many as inputs, the 1x1 kernel of that chain starts at the identity.
     """
     own, point, average = Kernel(layer.window), Kernel((1,) * layer.axes), Stage(Pool(), trained=False)
     middle = middle or (2 * layer.inputs if layer.is_depthwise else layer.inputs)
@@ -505,12 +504,11 @@ def dbb(layer: Geometry, *, middle: int | None = None) -> Structure:
 
 
 def replknet(layer: Geometry, *, small: int = 5) -> Structure:
-    """RepLKNet (arXiv 2203.06717, section 3.2): a large kernel and one of `small` taps a side, a norm
-    each."""
+    """RepLKNet (arXiv 2203.06717, section 3.2): a large and a small kernel (`small` a side), a norm each."""
     return Structure(layer, normed(Kernel(layer.window), Kernel(tuple(min(small, n) for n in layer.window))))
 
 
-# UniRepLKNet's dilated kernels, (size, dilation), by the size of the large one.
+# UniRepLKNet's dilated kernels, (size, dilation), by the size of the large kernel.
 DILATED_KERNELS: dict[int, tuple[tuple[int, int], ...]] = {
     17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
     15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
@@ -523,11 +521,10 @@ DILATED_KERNELS: dict[int, tuple[tuple[int, int], ...]] = {
 
 
 def unireplknet(layer: Geometry) -> Structure:
-    """UniRepLKNet's dilated re-parameterization (arXiv 2311.15599, section 3.1): a large kernel and smaller
-    dilated ones, a norm each.
+    """UniRepLKNet (arXiv 2311.15599, section 3.1): a large kernel and smaller dilated ones, a norm each.
 
     Raises:
-      ValueError: a window whose sides differ, or of a size for which no set is published.
+      ValueError: a window whose sides differ, or of a size for which no set of kernels is published.
     """
     size = layer.window[0] if layer.window else 0
     if set(layer.window) != {size} or size not in DILATED_KERNELS:
@@ -541,12 +538,11 @@ def unireplknet(layer: Geometry) -> Structure:
 
 
 def qarepvgg(layer: Geometry, *, pool: bool = False) -> Structure:
-    """QARepVGG (arXiv 2212.01593, section 4): RepVGG with a norm only in the first branch, and one after
-    the sum.
+    """QARepVGG (arXiv 2212.01593, section 4): RepVGG with norms only in the first branch and after the sum.
 
-    With `pool` its second version: an average pooling beside the identity.
+    With `pool`, the second version of the paper: average pooling as a further branch.
     """
-    own, *others = usual(layer)
+    own, *others = default_maps(layer)
     others = [*others, Pool()] if pool and layer.has_identity else others
     plain = {m.name: (Stage(m, "", trained=m.has_scale),) for m in others}
     return Structure(layer, normed(own) | plain, norm=True)
@@ -574,16 +570,16 @@ def default_branches(
     layout: str = "...io",
     stacked: int = 0,
 ) -> BranchSet:
-    """The branches of `repopt` for a layer of which only the kernel is known, as a `BranchSet`.
+    """Returns the branches of `repopt` for a layer of which only the kernel is known, as a `BranchSet`.
 
     k x k -> kxk + 1x1 + identity; depthwise k x k -> kxk + 1x1; a 1x1 or dense layer -> full + identity. The
     1x1 branch and the identity need odd sides; the identity also stride 1 and as many input as output
     channels.
 
     Args:
-      kernel: shape, (*stack, *spatial, in/groups, out), or as `layout` says.
+      kernel: its shape, (*stack, *spatial, in/groups, out), or ordered as `layout` says.
       groups, layout, stacked: as in `BranchSet`.
-      stride: of the layer, one number or one for each spatial axis.
+      stride: the layer's stride, one number or one for each spatial axis.
     """
     shape = tuple(kernel)[stacked:]
     *window, inputs, out = shape if layout == "...io" else (*shape[2:], shape[1], shape[0])

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # torchvision's RandomResizedCrop: the range of the aspect (width / height), and the number of attempts.
-PART_ASPECT = (3 / 4, 4 / 3)
-PART_ATTEMPTS = 10
+CROP_ASPECT = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
 # timm's random erasing: ranges of the share of the area and of the aspect (height / width), and attempts.
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_ASPECT = (0.3, 1 / 0.3)
@@ -57,7 +57,7 @@ def crop_and_flip(images: np.ndarray, rng: RowRng, *, padding: int, flip: bool) 
     return out
 
 
-def random_part(
+def random_resized_crop(
     image: np.ndarray, size: int, area: tuple[float, ...], rng: np.random.Generator
 ) -> np.ndarray:
     """Resizes a random part of a uint8 (height, width, channels) image to (size, size, channels).
@@ -67,16 +67,16 @@ def random_part(
     again, up to ten attempts in all. After those the central part is taken: the whole image, but for what
     makes it wider or higher than these aspects.
     """
-    top, left, height, width = _part(image.shape[0], image.shape[1], area, rng)
+    top, left, height, width = _crop_box(image.shape[0], image.shape[1], area, rng)
     return resize(image[top : top + height, left : left + width], (size, size))
 
 
-def _part(
+def _crop_box(
     height: int, width: int, area: tuple[float, ...], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of `random_part`."""
-    (low, high), (narrowest, widest) = area, PART_ASPECT
-    for _ in range(PART_ATTEMPTS):
+    """Draws top, left, height and width of `random_resized_crop`."""
+    (low, high), (narrowest, widest) = area, CROP_ASPECT
+    for _ in range(CROP_ATTEMPTS):
         pixels = height * width * rng.uniform(low, high)
         aspect = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
         part_height, part_width = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
@@ -221,7 +221,7 @@ def _mix_pair(pair: np.ndarray, rng: np.random.Generator, mixup: float, cutmix: 
 
 
 def random_box(shape: tuple[int, int], share: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of CutMix's box in an image of which about `share` is to remain."""
+    """Draws CutMix's box (top, bottom, left, right) in an image of which about `share` is to remain."""
     edges = []
     for length in shape:
         half = int(length * np.sqrt(1 - share)) // 2

@@ -47,7 +47,7 @@ class Batches(grain.IterDataset):
             buffer = max(1, self._prefetch)
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=buffer),
-                worker_init_fn=_live_as_long_as_parent,
+                worker_init_fn=_tie_to_parent,
             ).map(_copy)
         return iter(dataset)
 
@@ -92,11 +92,11 @@ class BatchIterator(grain.DatasetIterator):
             self._running = None
 
 
-def _live_as_long_as_parent(worker: int, count: int) -> None:
-    """Prepares a worker: it ends when its parent ends, for whatever reason, and not before.
+def _tie_to_parent(worker: int, count: int) -> None:
+    """Initialises a worker so that it ends when its parent ends, for whatever reason, and not before.
 
-    Signals are ignored, because a Ctrl-C, and the signals of a cluster, reach all processes of a group, and
-    the parent needs batches until it has stopped its run in order.
+    Signals are ignored, because Ctrl-C and the signals of a cluster reach all processes of a group, and the
+    parent needs batches until it has stopped its run cleanly.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

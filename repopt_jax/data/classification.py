@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from repopt_jax.data.augment import crop_and_flip, distort, erase, mix, random_part
+from repopt_jax.data.augment import crop_and_flip, distort, erase, mix, random_resized_crop
 from repopt_jax.data.dataset import Source
 from repopt_jax.data.pipeline import Options, Sharding, check_image, endless_batches, one_epoch, pad_rows
 from repopt_jax.data.rng import CROP, RowRng, stream
@@ -40,10 +40,10 @@ def train_batches(
 
     Returns:
       An iterable; `iter` of it has `get_state()` and `set_state(state)` (JSON-able, exact). Each element is
-      {"image": float32 (batch_size // process_count, size, size, channels), "label": int32 (the same
-      batch,)}; where `transform` mixes images also "other", int32 (batch,), the label of the second image
-      in the mixture, and "share", float32 (batch,), the share of the first, in [0, 1]. An image that cannot
-      be read raises ValueError from `next`, naming it.
+      {"image": float32 (batch_size // process_count, size, size, channels), "label": int32
+      (the same batch,)}; where `transform` mixes images also "other", int32 (batch,), the label of the second
+      image in the mixture, and "share", float32 (batch,), the share of the first, in [0, 1]. An image that
+      cannot be read raises ValueError from `next`, naming it.
 
     Raises:
       ValueError: sizes, counts or `cache` that do not fit together or the source; an odd number of rows a
@@ -112,6 +112,6 @@ class LabelledReader:
             if self.area is None or rng is None:
                 images[i] = fit(image, self.size, self.resized)
             else:
-                images[i] = random_part(image, self.size, self.area, stream(rng.seeds[i], CROP))
+                images[i] = random_resized_crop(image, self.size, self.area, stream(rng.seeds[i], CROP))
             labels[i] = example["label"]
         return images, labels

@@ -24,9 +24,9 @@ PERSON_SIGMAS = (
 )
 OTHER_SIGMA = 0.05
 # The number of objects in an image that COCO's evaluation considers.
-MOST_OBJECTS = 100
+MAX_OBJECTS = 100
 # The number of offenders of each kind that a message names.
-NAMED = 3
+MAX_LISTED = 3
 # A box narrower than this, in pixels, counts as empty: in float32 its sides may be equal.
 EMPTY = float(np.finfo(np.float32).eps)
 # The side in a keypoint's name: the word anywhere, a separate letter, or a capital letter as a suffix.
@@ -96,7 +96,7 @@ def open_coco(
         class_names=tuple(train_file.categories.values()),
         keypoint_names=keypoint_names,
         channels=channels,
-        max_objects=min(train.most_objects, MOST_OBJECTS) if max_objects is None else max_objects,
+        max_objects=min(train.most_objects, MAX_OBJECTS) if max_objects is None else max_objects,
         num_train=len(train),
         num_eval=len(evaluation),
         flip_pairs=_flip_pairs(keypoint_names) if flip_pairs is None else _as_pairs(flip_pairs),
@@ -395,9 +395,9 @@ def _repeated(ids: Iterable[Any]) -> list[str]:
 def _add(problems: list[str], what: str, offenders: list[str], remedy: str = "") -> None:
     """Adds a problem to `problems` if there are any offenders."""
     if offenders:
-        more = f" and {len(offenders) - NAMED} more" if len(offenders) > NAMED else ""
+        more = f" and {len(offenders) - MAX_LISTED} more" if len(offenders) > MAX_LISTED else ""
         how = f" ({remedy})" if remedy else ""
-        problems.append(f"{what}: {', '.join(offenders[:NAMED])}{more}{how}")
+        problems.append(f"{what}: {', '.join(offenders[:MAX_LISTED])}{more}{how}")
 
 
 def _refuse(path: Path, problems: list[str]) -> None:

@@ -286,8 +286,8 @@ def objects_in_square(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes, classes and keypoints in the square, without crowds, lost objects, and more than `most` objects.
 
-    The image, resized by `scale` (x, y) to `extent` (x, y), has its upper left corner at `corner` (x, y).
-    An object that the border does not cut is kept however small it is, unless it has no size at all.
+    The image, resized by `scale` (x, y) to `extent` (x, y), has its upper left corner at `corner` (x, y). An
+    object that the border does not cut is kept however small it is, unless it has no size at all.
     """
     whole = np.clip(objects["boxes"] * np.tile(scale, 2), 0, np.tile(extent, 2)) + np.tile(corner, 2)
     boxes = np.clip(whole, 0, size)

@@ -4,8 +4,8 @@ They are the 1,797 digits that scikit-learn carries (the test part of "Optical R
 Digits", E. Alpaydin and C. Kaynak, UCI, 1998, https://doi.org/10.24432/C50P49): 8x8 pixels, 17 grey levels,
 13 writers.
 
-The split is fixed and stratified: of each digit, in scikit-learn's order, every fifth image (the 5th, 10th,
-...) is for testing. Writers are not recorded, so that the same writer occurs in both parts.
+The split is fixed and stratified: of each digit, in scikit-learn's order, every fifth image (5, 10,
+...) is for testing. Writers are not recorded, so the same writer occurs in both parts.
 """
 
 import contextlib

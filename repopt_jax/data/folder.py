@@ -23,8 +23,7 @@ def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) ->
 
     Raises:
       FileNotFoundError: `data_dir`, its `train` or its test folder is missing.
-      ValueError: no classes or only one, classes without images, or test classes that `train` does not
-        have.
+      ValueError: no classes or only one, classes without images, or test classes that `train` does not have.
     """
     root = Path(data_dir).expanduser()
     train_dir, eval_dir = _split_folders(root)

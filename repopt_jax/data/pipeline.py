@@ -2,8 +2,8 @@
 
 What batch k holds is a function of (seed, batch size, k) alone: the order of the images and the random
 numbers of every row are drawn for the *global* batch, and a process then reads only its own rows. The same
-run on one process or eight, with worker processes or without, resumed or not, sees the same images. (The
-rows of the array that several processes make of them are in the order of the mesh's devices.)
+run on one process or eight, with worker processes or without, resumed or not, sees the same images. (The rows
+of the array that several processes make of them are in the order of the mesh's devices.)
 """
 
 from collections.abc import Callable, Hashable

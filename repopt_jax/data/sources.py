@@ -71,8 +71,8 @@ def open_source(source: str, **options: Any) -> Any:
       A `Source` for classification, or an `AnnotatedSource` for detection.
 
     Raises:
-      ValueError: an unknown source, options that are missing or that it does not take (all of them are
-        listed), or data that cannot be used.
+      ValueError: an unknown source, options that are missing or that it does not take (all are listed), or
+        data that cannot be used.
       FileNotFoundError: the folder or the prepared data set does not exist.
       ImportError: the digits are needed and scikit-learn is not installed.
     """

@@ -16,7 +16,7 @@ from repopt_jax.data.transforms import Transform
 
 # A smaller split is read again and again, as if it had this many images: the order of the first epochs costs
 # Grain more time for few images than for many.
-LEAST_IMAGES = 2**17
+MIN_IMAGES = 2**17
 # Batches that are made before the clock starts, for imports and first allocations of memory.
 WARM_UP = 1
 # A photograph: side in pixels and strength of its smooth noise, number of its shapes with edges, standard
@@ -55,7 +55,7 @@ def input_throughput(
     """
     if images < 1:
         raise ValueError(f"`images` is {images}; it must be at least 1")
-    timed = _Timed(source.train, max(source.info.num_train, batch_size, LEAST_IMAGES))
+    timed = _Timed(source.train, max(source.info.num_train, batch_size, MIN_IMAGES))
     batches = train_batches(
         Source(replace(source.info, num_train=len(timed)), timed, source.eval),
         transform,

@@ -31,7 +31,7 @@ class Transform:
       flip: in training, mirror images with probability 1/2.
       area: in training, instead of fitting the whole image, resize a random part of it: the part's share of
         the image's area is drawn from this range and its aspect from [3/4, 4/3] (the crop of ImageNet
-        recipes, which use (0.08, 1.0); see `augment.random_part`).
+        recipes, which use (0.08, 1.0); see `augment.random_resized_crop`).
       resize: resize the shorter side to this instead of `image_size` before the centre is cut out, as in 256
         for an `image_size` of 224, in evaluation, and in training where `area` is None. With it sizes are
         rounded as torchvision's Resize and CenterCrop do; without, to the nearest pixel.

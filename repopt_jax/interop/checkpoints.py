@@ -7,7 +7,7 @@ from repopt_jax.interop.pickles import Record, TensorRef, Unreadable
 
 T = TypeVar("T")
 
-# Where training programs put the weights beside other things, in the order in which they are looked for.
+# The entries in which training programs save the weights, in the order in which they are tried.
 NESTED = ("model", "state_dict", "model_state_dict", "params", "ema")
 
 # Prefixes that wrappers add to every name: data parallel, and `torch.compile`.
@@ -15,13 +15,13 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 
 def select_tensors(value: Any, key: str | None, name: str) -> dict[str, TensorRef]:
-    """The tensors of a file's value by name, without the prefixes of wrappers.
+    """Returns the tensors of a file's value by name, without the prefixes of wrappers.
 
     Args:
-      value: what `pickles.load` gave.
-      key: the entry to take, inside entries with `/`; None for the first of `NESTED` that holds tensors, or
-        those of `value` itself.
-      name: of the file, for messages.
+      value: the result of `pickles.load`.
+      key: the entry to take, with `/` for entries inside entries; None for the first of `NESTED` that holds
+        tensors, or the tensors of `value` itself.
+      name: the file's name, for messages.
 
     Raises:
       Unreadable: no such entry, or no tensors in it.
@@ -45,8 +45,8 @@ def select_tensors(value: Any, key: str | None, name: str) -> dict[str, TensorRe
 
 
 def without_wrappers(tensors: dict[str, T]) -> dict[str, T]:
-    """`tensors` without the prefixes in `WRAPPERS` that all of their names have."""
-    end = 0  # of what all names begin with
+    """Removes the prefixes in `WRAPPERS` that all names have."""
+    end = 0  # length of the common prefix
     while tensors and (
         prefix := next((p for p in WRAPPERS if all(n.startswith(p, end) for n in tensors)), "")
     ):
@@ -55,8 +55,10 @@ def without_wrappers(tensors: dict[str, T]) -> dict[str, T]:
 
 
 def _find_tensors(value: Any, depth: int, seen: set[tuple[int, int]]) -> dict[str, TensorRef]:
-    """The tensors of a module, of an entry in `NESTED`, or of the mapping itself; none if there are none, or
-    if it has been looked at before."""
+    """Returns the tensors of a module, of an entry in `NESTED`, or of the mapping itself.
+
+    The result is empty if there are none, or if the value has been visited before.
+    """
     if (id(value), depth) in seen:
         return {}
     seen.add((id(value), depth))
@@ -70,8 +72,7 @@ def _find_tensors(value: Any, depth: int, seen: set[tuple[int, int]]) -> dict[st
 
 
 def _parts_with_tensors(value: Any, tensors: Mapping[str, Any]) -> list[str]:
-    """Entries that are modules or state dicts, if no tensors, or no more than loose ones beside them, were
-    found."""
+    """Returns entries that are modules or state dicts, unless `tensors` were found inside an entry."""
     if any(name not in _entries(value) for name in tensors):
         return []
     seen, parts = set(), []
@@ -94,7 +95,7 @@ def _is_module(value: Any) -> bool:
     return isinstance(value, Record) and isinstance(value.state, dict) and "_modules" in value.state
 
 
-# Real networks stay far below; files that hold a few modules many times do not.
+# Limits far above those of real networks, against files that hold a few modules many times.
 _MAX_DEPTH = 100
 _MAX_MODULES = 20_000
 _MAX_NAMES = 1_000_000
@@ -102,9 +103,9 @@ _MAX_CHARACTERS = 100_000_000
 
 
 def _module_tensors(module: Record) -> dict[str, TensorRef]:
-    """What `module.state_dict()` would hold: parameters and persistent buffers, parents first."""
+    """Returns what `module.state_dict()` would hold: parameters and persistent buffers, parents first."""
     tensors: dict[str, TensorRef] = {}
-    above: set[int] = set()  # the modules that hold the one that is looked at
+    above: set[int] = set()  # the modules that hold the one being visited
     modules = names = characters = 0
 
     def count(more_names: int, more_characters: int) -> None:
@@ -114,7 +115,7 @@ def _module_tensors(module: Record) -> dict[str, TensorRef]:
             raise ValueError("its modules hold too many names")
 
     def named(prefix: str, part: Any) -> Iterator[tuple[str, str, Any]]:
-        """Names, full names and entries: of tensors and modules."""
+        """Yields names, full names and entries of tensors and modules."""
         entries = _entries(part)
         count(len(entries), 0)
         for name, entry in entries.items():

@@ -1,7 +1,7 @@
-"""Conversion of one network between PyTorch's files and our folders, with its check.
+"""Converts and checks a network between PyTorch's files and our folders.
 
-PyTorch's side of the check is the state dict run by PyTorch (`torch_forward`), ours the network run by JAX,
-on the same random images; and the numbers of parameters on both sides.
+The check compares the state dict run by PyTorch (`torch_forward`) with the network run by JAX on the same
+random images, and the numbers of parameters on both sides.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.interop.files import read_tensors
-from repopt_jax.interop.names import find_scheme, own_scheme, recognise
+from repopt_jax.interop.names import authors_scheme, find_scheme, recognise
 from repopt_jax.interop.networks import (
     Description,
     build,
@@ -31,18 +31,19 @@ from repopt_jax.models import Network
 from repopt_jax.surgery.modules import named_modules
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt")
-SIZE, COUNT = 64, 2  # of the images on which logits are compared: the smallest on which no map is one pixel
-TOLERANCE = 1e-3  # of the largest logit; float32 gives some 1e-6, a mistake in the conversion 1e-2 and more
+SIZE, COUNT = 64, 2  # of the images on which logits are compared: the smallest for which no map is one pixel
+TOLERANCE = 1e-3  # relative to the largest logit: rounding in float32 is about 1e-6, mistakes are above 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The two sides of a conversion compared.
+    """The comparison of the two sides of a conversion.
 
     Attributes:
-      scheme: whose names the PyTorch side has.
-      torch_parameters, parameters: numbers on PyTorch's side and on ours, without batch statistics.
-      difference: largest difference of a logit; None where PyTorch is not installed.
+      scheme: name of the scheme on the PyTorch side.
+      torch_parameters, parameters: numbers of parameters on PyTorch's side and on ours, without batch
+        statistics.
+      difference: largest difference of a logit; None if PyTorch is not installed.
       largest: largest absolute logit.
     """
 
@@ -54,7 +55,7 @@ class Check:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """For people to read."""
+        """The result as lines of text."""
         counts = f"parameters: {self.torch_parameters:,} in PyTorch ({self.scheme}), {self.parameters:,} here"
         if self.difference is None or self.largest is None:
             return counts, "logits not compared: PyTorch is not installed"
@@ -69,11 +70,11 @@ class Check:
 def import_weights(
     path: str | os.PathLike[str], model: str, *, classes: int = 0, key: str | None = None
 ) -> tuple[Any, Description, Check]:
-    """The network that a PyTorch or safetensors file holds.
+    """Reads the network of a PyTorch or safetensors file.
 
     Args:
-      path: the file, as `read_tensors` takes it with `key`.
-      model, classes: as `describe` takes them.
+      path, key: as in `read_tensors`.
+      model, classes: as in `describe`.
 
     Returns:
       The model in evaluation mode, its description, and the check.
@@ -93,13 +94,13 @@ def export_weights(path: str | os.PathLike[str], model: Network, *, names: str =
     Args:
       path: the file.
       model: the network.
-      names: a key of `SCHEMES`; "" for the network's own authors' names.
-      mode: as `own_scheme` takes it, where `names` is "".
+      names: a key of `SCHEMES`; "" for the names of the network's authors.
+      mode: as in `authors_scheme`, if `names` is "".
 
     Raises:
       As `to_torch` and `write_tensors`; ValueError also if the check fails, and then nothing is written.
     """
-    scheme = find_scheme(names).name if names else own_scheme(model, mode)
+    scheme = find_scheme(names).name if names else authors_scheme(model, mode)
     tensors = to_torch(model, scheme)
     checked = check(model, tensors, scheme)
     write_tensors(path, tensors)
@@ -115,9 +116,11 @@ def convert_file(
     key: str | None = None,
     names: str = "",
 ) -> Check:
-    """A PyTorch or safetensors file into a converted folder, or, where `out` ends in one of `TORCH_SUFFIXES`,
-    into such a file in the names of another scheme. Arguments and errors as of `import_weights` and
-    `export_weights`; FileExistsError, before anything is read, if something is at `out`."""
+    """Converts a PyTorch or safetensors file to a converted folder, or to such a file with other names.
+
+    The result is a file if `out` ends in one of `TORCH_SUFFIXES`. Arguments and errors are those of
+    `import_weights` and `export_weights`; FileExistsError, before anything is read, if `out` exists.
+    """
     refuse_existing(out)
     if names and not is_torch_file(out):
         endings = ", ".join(TORCH_SUFFIXES)
@@ -130,11 +133,10 @@ def convert_file(
 
 
 def check(model: Network, tensors: Mapping[str, np.ndarray], scheme: str) -> Check:
-    """Compares `model`, in evaluation mode, with a state dict that is said to be the same network.
+    """Compares `model`, in evaluation mode, with a state dict of the same network.
 
     Raises:
-      ValueError: they are not the same: other counts of parameters, or logits that differ by more than
-        `TOLERANCE` of the largest.
+      ValueError: the numbers of parameters differ, or logits by more than `TOLERANCE` of the largest.
     """
     counts = count_parameters(tensors), count_parameters(model)
     difference = largest = None
@@ -149,14 +151,14 @@ def check(model: Network, tensors: Mapping[str, np.ndarray], scheme: str) -> Che
         ours = np.asarray(nnx.jit(lambda m, x: m(x))(_in_single(model), jnp.asarray(images)))
         difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
     result = Check(scheme, *counts, difference, largest)
-    # Written so that NaN fails.
+    # The comparison is written so that NaN fails.
     if counts[0] != counts[1] or not (difference is None or difference <= TOLERANCE * (largest or 0)):
         raise ValueError(f"the two sides differ, nothing was written: {'; '.join(result.lines)}")
     return result
 
 
 def _in_single(model: nnx.Module) -> nnx.Module:
-    """A copy that computes in the precision of its parameters, whatever it is set to."""
+    """Returns a copy that computes in the dtype of its parameters, whatever its `dtype` is."""
     copy = nnx.clone(model)
     for _, module in named_modules(copy):
         if hasattr(module, "dtype"):
@@ -170,6 +172,6 @@ def is_torch_file(path: str | os.PathLike[str]) -> bool:
 
 
 def refuse_existing(out: str | os.PathLike[str]) -> None:
-    """FileExistsError if something is at `out`."""
+    """Raises FileExistsError if `out` exists."""
     if Path(out).expanduser().exists():
         raise FileExistsError(f"{out} exists: it is not overwritten, give another path or remove it")

@@ -1,8 +1,8 @@
-"""Files of tensors by name: PyTorch's (`.pth`, `.pt`) and safetensors, read and written without PyTorch.
+"""Reads and writes files of named tensors, PyTorch's (`.pth`, `.pt`) and safetensors, without PyTorch.
 
-A PyTorch file is recognised by its content. Since 1.6 it is an uncompressed zip archive of a pickle
-(`data.pkl`) and one entry of raw numbers for each storage; before, it was a row of pickles and then the
-storages. The pickle is never run, see `pickles`.
+A PyTorch file is recognised by its content. Since PyTorch 1.6 it is an uncompressed zip archive of a pickle
+(`data.pkl`) and one entry of raw bytes for each storage; before, it was a sequence of pickles and then the
+storages. The pickle is never executed, see `pickles`.
 """
 
 import contextlib
@@ -25,32 +25,30 @@ from repopt_jax.interop.pickles import DTYPES, STORAGES, StorageRef, TensorRef, 
 
 
 def read_tensors(path: str | os.PathLike[str], *, key: str | None = None) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, as PyTorch orders their axes, with the dtypes that they have in the
-    file (bfloat16 and float8 from `ml_dtypes`).
+    """Reads the tensors of a file by name, with PyTorch's order of axes and the dtypes of the file.
 
-    The file holds a state dict; or a checkpoint with one in it, with whatever else beside it (epoch,
-    optimizer, configuration), of which nothing is read; or a whole pickled module, whose parameters and
-    persistent buffers come under the names that its `state_dict()` would give. The first of the entries
-    `model`, `state_dict`, `model_state_dict`, `params` and `ema` that holds tensors is taken, and only if
-    there is none, the tensors of the file's own mapping. Whatever else a training program saved, or `ema`
-    beside `model`, is asked for by `key`. Prefixes `module.` and `_orig_mod.`, where every name has them,
-    are taken off.
+    The file holds a state dict; or a checkpoint that contains one among other entries (epoch, optimizer,
+    configuration), which are not read; or a whole pickled module, whose parameters and persistent buffers are
+    returned under the names of its `state_dict()`. The first of the entries `model`, `state_dict`,
+    `model_state_dict`, `params` and `ema` that holds tensors is taken; if there is none, the tensors of the
+    file's own mapping. Other entries, or `ema` if there is `model` as well, are chosen by `key`. Prefixes
+    `module.` and `_orig_mod.` are removed if every name has them.
 
-    Nothing in the file is run: see `pickles`.
+    Nothing in the file is executed: see `pickles`.
 
     Args:
       path: a `.pth` or `.pt` file as `torch.save` writes it, now or before PyTorch 1.6, or a safetensors
-        file; the name's ending does not matter.
-      key: the entry of a checkpoint that holds the tensors; entries inside entries with `/`.
+        file; the suffix does not matter.
+      key: the entry of a checkpoint that holds the tensors, with `/` for entries inside entries.
 
     Returns:
-      Read-only arrays, in the file's order (of safetensors: sorted by name). Tensors that share memory in
-      the file share it here.
+      Read-only arrays (bfloat16 and float8 from `ml_dtypes`), in the file's order, or sorted by name for
+      safetensors. Tensors that share memory in the file share it here.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: one sentence naming the file, if it is of another type, empty, truncated or damaged; if it
-        would run code; if it holds no tensors, or none under `key`.
+      ValueError: the file is of another type, empty, truncated or damaged; it would run code; or it holds no
+        tensors, or none under `key`. The message is one sentence that names the file.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -76,10 +74,10 @@ def write_safetensors(
     Args:
       path: the file.
       tensors: name -> array, of any strides; dtypes are kept.
-      metadata: texts for the file's header.
+      metadata: strings for the file's header.
 
     Raises:
-      FileExistsError: something is at `path`.
+      FileExistsError: `path` exists.
       ValueError: dtypes that the format does not have, all listed.
     """
     arrays = _arrays(tensors, set(_SAFETENSORS.values()), "safetensors")
@@ -103,8 +101,8 @@ def write_torch(path: str | os.PathLike[str], tensors: Mapping[str, ArrayLike]) 
       tensors: name -> array, of any strides; dtypes are kept.
 
     Raises:
-      FileExistsError: something is at `path`.
-      ValueError: dtypes without a storage class of PyTorch's, all listed.
+      FileExistsError: `path` exists.
+      ValueError: dtypes without a storage class in PyTorch, all listed.
     """
     storages = {DTYPES[dtype]: storage for storage, dtype in STORAGES.items() if storage != "UntypedStorage"}
     arrays = _arrays(tensors, set(storages), "PyTorch's file format")
@@ -143,7 +141,7 @@ def _read(stream: IO[bytes], file: Path, key: str | None) -> dict[str, np.ndarra
 
 
 class Storages:
-    """The raw numbers of a file's storages, by key, each read when it is first asked for."""
+    """The storages of a file by key, each read at its first use."""
 
     def __init__(self, read: Callable[[str], bytes], *, little_endian: bool):
         self._read = read
@@ -151,19 +149,19 @@ class Storages:
         self._done: dict[tuple[str, np.dtype], np.ndarray] = {}
 
     def elements(self, storage: StorageRef, dtype: np.dtype) -> np.ndarray:
-        """The elements of `storage` as a flat read-only array of `dtype`."""
+        """Returns the elements of `storage` as a flat read-only array of `dtype`."""
         known = (storage.key, dtype)
         if known not in self._done:
             raw = self._read(storage.key)
             whole = raw[: len(raw) // dtype.itemsize * dtype.itemsize]
-            self._done[known] = np.frombuffer(self._in_our_order(whole, dtype), dtype)
+            self._done[known] = np.frombuffer(self._native_order(whole, dtype), dtype)
         start, count = (n * storage.dtype.itemsize // dtype.itemsize for n in (storage.offset, storage.numel))
         elements = self._done[known][start : start + count]
         if elements.size != count:
             raise ValueError(f"storage {storage.key!r} has fewer elements than its tensors")
         return elements
 
-    def _in_our_order(self, raw: bytes, dtype: np.dtype) -> bytes:
+    def _native_order(self, raw: bytes, dtype: np.dtype) -> bytes:
         if not self._swap:
             return raw
         width = dtype.itemsize // (2 if dtype.kind == "c" else 1)
@@ -171,7 +169,7 @@ class Storages:
 
 
 def _open_zip(archive: zipfile.ZipFile, file: Path, size: int) -> tuple[Any, Storages]:
-    """The value and the storages of a file of PyTorch 1.6 or later."""
+    """Reads the value and the storages of a file of PyTorch 1.6 or later."""
     entries = {entry.filename: entry for entry in archive.infolist()}
     if not entries:
         raise Unreadable(f"{file} is an empty archive")
@@ -185,8 +183,8 @@ def _open_zip(archive: zipfile.ZipFile, file: Path, size: int) -> tuple[Any, Sto
     (top,) = tops
     if f"{top}constants.pkl" in entries:
         raise Unreadable(f"{file} is a TorchScript archive: load it in PyTorch and save its `state_dict()`")
-    # PyTorch compresses nothing, so that nothing in the file can be larger than the file. The sizes alone do
-    # not say so: some methods expand the whole of an entry, whatever size it claims.
+    # PyTorch does not compress, so no entry can be larger than the file. Checking the sizes is not enough:
+    # some compression methods expand the whole of an entry, whatever size it claims.
     if any(
         e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries.values()
     ) or (sum(e.file_size for e in entries.values()) > size):
@@ -201,10 +199,10 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def _open_legacy(mapped: mmap.mmap, file: Path) -> tuple[Any, Storages]:
-    """The value and the storages of a file of PyTorch before 1.6.
+    """Reads the value and the storages of a file of PyTorch before 1.6.
 
-    Pickles of a magic number, a protocol number, the machine's properties, the value and the storages' keys;
-    then for each key the number of elements (8 bytes) and the elements, always in little-endian order.
+    It consists of pickles of a magic number, a protocol number, the machine's properties, the value and the
+    storages' keys; then for each key the number of elements (8 bytes) and the elements, little-endian.
     """
     if load(mapped, str(file)) != _MAGIC:
         raise Unreadable(f"{file} is a pickle, but not one that `torch.save` wrote")
@@ -215,7 +213,7 @@ def _open_legacy(mapped: mmap.mmap, file: Path) -> tuple[Any, Storages]:
     places = {}
     keys = load(mapped, str(file))
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise ValueError("the keys of its storages are not texts")  # hashing anything else may never end
+        raise ValueError("the keys of its storages are not strings")  # hashing anything else may never end
     for key in keys:
         numel = int.from_bytes(mapped.read(8), "little", signed=True)
         start, count = mapped.tell(), numel * found[key].dtype.itemsize
@@ -260,9 +258,8 @@ _SAFETENSORS: dict[str, np.dtype] = {
 
 
 def _read_safetensors(content: bytes, file: Path) -> dict[str, np.ndarray]:
-    tensors = dict(
-        sorted(safetensors.deserialize(content), key=lambda item: item[0])
-    )  # they come in another order each time
+    # The library returns them in another order each time.
+    tensors = dict(sorted(safetensors.deserialize(content), key=lambda item: item[0]))
     if not tensors:
         raise Unreadable(f"{file} holds no tensors")
     if unknown := [f"{name} {t['dtype']}" for name, t in tensors.items() if t["dtype"] not in _SAFETENSORS]:
@@ -279,7 +276,7 @@ def _read_safetensors(content: bytes, file: Path) -> dict[str, np.ndarray]:
 
 
 def _arrays(tensors: Mapping[str, ArrayLike], dtypes: set[np.dtype], target: str) -> dict[str, np.ndarray]:
-    """Contiguous arrays in this machine's byte order. (`ascontiguousarray` would make scalars vectors.)"""
+    """Returns contiguous arrays in native byte order. (`ascontiguousarray` would make scalars vectors.)"""
     arrays = {}
     for name, tensor in tensors.items():
         array = np.asarray(tensor)
@@ -293,7 +290,7 @@ def _arrays(tensors: Mapping[str, ArrayLike], dtypes: set[np.dtype], target: str
 
 @contextlib.contextmanager
 def _new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name to write to, which becomes `path` if all goes well and disappears otherwise."""
+    """Yields a temporary file, which is renamed to `path` on success and removed otherwise."""
     file = Path(path).expanduser()
     if file.exists():
         raise FileExistsError(f"{file} exists: files are not overwritten, give another path or remove it")
@@ -305,7 +302,7 @@ def _new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-# PyTorch can map a file into memory instead of reading it if storages start at multiples of this.
+# PyTorch can map a file into memory if storages start at multiples of this.
 _ALIGNMENT = 64
 _LOCAL_HEADER = 30  # bytes of a zip entry before its name
 
@@ -321,7 +318,7 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _pickled(arrays: Mapping[str, np.ndarray], storages: Mapping[np.dtype, str]) -> bytes:
-    """The pickle, of protocol 2, of an ordered dict of tensors whose storages are outside of it."""
+    """Returns the pickle, of protocol 2, of an ordered dict of tensors with storages outside the pickle."""
     ordered = _global("collections", "OrderedDict") + b")R"
     out = [b"\x80\x02", ordered, b"("]
     for index, (name, array) in enumerate(arrays.items()):
@@ -330,7 +327,7 @@ def _pickled(arrays: Mapping[str, np.ndarray], storages: Mapping[np.dtype, str])
             _tuple(_value("storage"), kind, _value(str(index)), _value("cpu"), _value(array.size)) + b"Q"
         )
         shape = _tuple(*map(_value, array.shape))
-        # In elements, and of dimensions that are empty as if they had one.
+        # Strides in elements; empty dimensions count as one element.
         lengths = [max(n, 1) for n in array.shape]
         stride = _tuple(*(_value(math.prod(lengths[axis + 1 :])) for axis in range(array.ndim)))
         arguments = _tuple(storage, _value(0), shape, stride, b"\x89", ordered)

@@ -1,9 +1,9 @@
-"""Descriptions that rebuild networks: found in a PyTorch state dict, and kept in converted folders.
+"""Descriptions from which networks are rebuilt: inferred from PyTorch state dicts, kept in converted folders.
 
 A converted folder holds
 
-weights/        the network's arrays, an Orbax checkpoint
-convert.json    the description of the network; written last, so that a folder with it is complete
+    weights/        the network's arrays, an Orbax checkpoint
+    convert.json    the description of the network, written last, so that a folder that has it is complete
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from flax import nnx
 from repopt_jax import models
 from repopt_jax._version import __version__
 from repopt_jax.interop.names import NETWORKS, arrays_of, recognise
-from repopt_jax.interop.weights import start_random
+from repopt_jax.interop.weights import init_rng_state
 from repopt_jax.nn.branched import Branched
 from repopt_jax.surgery.fuse import fuse
 from repopt_jax.surgery.prepare import Mode, prepare
@@ -29,15 +29,16 @@ from repopt_jax.surgery.prepare import Mode, prepare
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What is needed to rebuild a network.
+    """The arguments from which a network is rebuilt.
 
     Attributes:
       model: its name in `models.list()`.
-      mode: the `surgery.Mode` whose arrays it has; "plain" also for what is trained in mode "repopt".
-      classes: size of the classifier.
-      in_channels: of the images.
-      post_se: squeeze-and-excitation after the ReLU of every block of a VGG.
-      form: "training"; "deployed", all of it given to `fuse`; or "merged", only the branches, as RepGhost's
+      mode: the `surgery.Mode` whose arrays it has; "plain" also for networks that are trained in mode
+        "repopt".
+      classes: number of classes.
+      in_channels: channels of the images.
+      post_se: whether every block of a VGG has squeeze-and-excitation after its ReLU.
+      form: "training"; "deployed", fused entirely; or "merged", with only the branches fused, as RepGhost's
         authors deploy it.
     """
 
@@ -50,12 +51,12 @@ class Description:
 
 
 def describe(tensors: Mapping[str, Any], model: str, *, classes: int = 0) -> Description:
-    """The network of a PyTorch state dict: what its keys and shapes tell, and what they do not.
+    """Infers the description of a PyTorch state dict from its keys and shapes and the name of the model.
 
     Args:
       tensors: key -> anything with a `shape`.
-      model: its name in `models.list()`; upper and lower case are the same.
-      classes: size of the classifier; 0 for that of the file.
+      model: its name in `models.list()`, in upper or lower case.
+      classes: expected number of classes; 0 for any.
 
     Raises:
       ValueError: unknown names, an unknown model, a state dict of another architecture or another number of
@@ -88,10 +89,10 @@ def describe(tensors: Mapping[str, Any], model: str, *, classes: int = 0) -> Des
 
 
 def build(description: Description) -> Any:
-    """The described network in evaluation mode, abstract: shapes and dtypes without values.
+    """Builds the described network in evaluation mode, abstract: shapes and dtypes without values.
 
     Raises:
-      ValueError: an unknown model or mode, or what the model or the mode refuses.
+      ValueError: an unknown model or mode, or arguments that they refuse.
     """
     mode = Mode.parse(description.mode)
 
@@ -108,12 +109,12 @@ def build(description: Description) -> Any:
             return model
         return fuse(model, only=(Branched,) if description.form == "merged" else ())
 
-    # One after the other: the time that random numbers take under a trace grows with its square.
+    # Two separate traces, because the time that random numbers take in a trace grows with its square.
     return nnx.eval_shape(prepared, nnx.eval_shape(make))
 
 
 class _OneKey(nnx.Rngs):
-    """Gives every parameter the same key: where no value is drawn, counting keys takes most of the time."""
+    """Gives every parameter the same key: if no values are drawn, counting keys takes most of the time."""
 
     def params(self) -> jax.Array:
         return jax.random.key(0)
@@ -123,7 +124,7 @@ def save_converted(directory: str | os.PathLike[str], model: nnx.Module, descrip
     """Writes `model` and its description to a new folder, which `load_converted` reads.
 
     Raises:
-      FileExistsError: something is at `directory`.
+      FileExistsError: `directory` exists.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -138,11 +139,11 @@ def save_converted(directory: str | os.PathLike[str], model: nnx.Module, descrip
 
 
 def load_converted(directory: str | os.PathLike[str]) -> Any:
-    """The network of a converted folder, in evaluation mode, with its values.
+    """Reads the network of a converted folder, in evaluation mode.
 
     Raises:
-      FileNotFoundError: no converted network in `directory`.
-      ValueError: one that another version of this library has written.
+      FileNotFoundError: `directory` holds no converted network.
+      ValueError: it was written by a version of this library with other descriptions.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -154,11 +155,11 @@ def load_converted(directory: str | os.PathLike[str]) -> Any:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), nnx.to_pure_dict(arrays_of(model))
     )
     nnx.replace_by_pure_dict(state, ocp.load(str(folder / "weights"), target))
-    return nnx.merge(graph, jax.tree.map(start_random, state))
+    return nnx.merge(graph, jax.tree.map(init_rng_state, state))
 
 
 def read_description(directory: str | os.PathLike[str]) -> Description:
-    """The description that `save_converted` wrote; errors as of `load_converted`."""
+    """Reads the description that `save_converted` wrote; raises as `load_converted`."""
     record = Path(directory).expanduser().absolute() / RECORD
     if not record.is_file():
         raise FileNotFoundError(f"{record.parent} has no {RECORD}: it holds no converted network")
@@ -175,13 +176,15 @@ RECORD = "convert.json"
 
 
 def strides_of(model: models.Network) -> tuple[int, ...]:
-    """The strides of the layers that can be re-parameterized, in order: of a VGG or a MobileOne those of all
-    blocks, which a state dict does not tell."""
-    return tuple(place.geometry.strides[0] for place in model.layers().values())
+    """Returns the strides of the layers that can be re-parameterized, in order.
+
+    For a VGG or a MobileOne these are the strides of all blocks, which a state dict does not contain.
+    """
+    return tuple(spec.geometry.strides[0] for spec in model.layers().values())
 
 
 def count_parameters(tree: Any) -> int:
-    """Numbers in a model or in a PyTorch state dict, without batch statistics and counters."""
+    """Counts the parameters of a model or of a PyTorch state dict, without batch statistics and counters."""
     if isinstance(tree, nnx.Module):
         kept = nnx.state(tree, nnx.Not(nnx.Any(nnx.RngState, nnx.BatchStat)))
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(kept))

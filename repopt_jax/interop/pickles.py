@@ -1,15 +1,15 @@
-"""Reads the pickle of a PyTorch file without running it: `load`.
+"""Reads the pickle of a PyTorch file without executing it: `load`.
 
 A pickle is a program: it names functions of installed modules and calls them. Here it is interpreted by a
-machine that can import nothing and call nothing but a few functions of this module:
+machine that imports nothing and calls only a few functions of this module:
 
     a global                 becomes its name, `Global`
     making an object         becomes an inert `Record` of its class's name, state and items
-    a storage, a tensor      become descriptions, `StorageRef` and `TensorRef`; the numbers are read later
+    a storage, a tensor      become descriptions, `StorageRef` and `TensorRef`; the arrays are read later
     any call not listed      is refused, and so is state for a function or a class
 
-So a checkpoint that holds whole modules of packages that are not installed can be looked at, and nothing in
-a hostile one ever runs. Sizes are checked before anything is allocated for them.
+So a checkpoint with whole modules of packages that are not installed can be read, and no code of a malicious
+one runs. Sizes are checked before memory is allocated for them.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Unreadable(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """What a pickle calls by name, a class or a function: only the name."""
+    """The name of a class or a function to which a pickle refers."""
 
     module: str
     name: str
@@ -42,8 +42,11 @@ class Global:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Record:
-    """An object of a class of which only the name is known. (By identity: what it holds may be hashable or
-    not. Nor is it shown: things that share their parts can be exponentially longer as text.)"""
+    """An object of a class of which only the name is known.
+
+    It is compared by identity, because its contents need not be hashable, and `repr` does not show them,
+    because the text of objects that share parts can be exponentially long.
+    """
 
     made_by: Global
     args: tuple[Any, ...] = ()
@@ -56,8 +59,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class StorageRef:
-    """The memory behind a tensor: `numel` elements of `dtype` from element `offset` of the storage named
-    `key`."""
+    """The memory of a tensor: `numel` elements of `dtype` from element `offset` of the storage `key`."""
 
     key: str
     dtype: np.dtype
@@ -85,7 +87,7 @@ DTYPES: dict[str, np.dtype] = {
     )
 } | {"bool": np.dtype(bool)}
 
-# PyTorch's storage classes; the other dtypes are kept in untyped storages, that is bytes.
+# PyTorch's storage classes; other dtypes are kept in untyped storages, as bytes.
 STORAGES: dict[str, str] = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -102,15 +104,15 @@ STORAGES: dict[str, str] = {
     "UntypedStorage": "uint8",
 }
 
-# A tensor may be larger than its storage (an expanded one repeats its elements): up to here.
+# A tensor may be larger than its storage (an expanded one repeats its elements), up to this many elements.
 EXPANDED_LIMIT = 2**20
 
-# Integers of this size and more have the hashes of smaller ones: as keys, any number of them can collide.
+# Integers from here on have the hashes of smaller ones: as keys, any number of them can collide.
 _HASHED_APART = 2**61 - 1
 _MEMO_LIMIT = 2**32  # the binary opcodes cannot name more
 _LONGEST_GLOBAL = 1000
 
-# Opcodes that put their own argument on the stack: numbers, texts and bytes.
+# Opcodes that push their argument on the stack: numbers, strings and bytes.
 _PUSHED = frozenset(
     (
         *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -122,19 +124,19 @@ _PUSHED = frozenset(
 
 
 def load(stream: bytes | mmap.mmap, name: str, storages: dict[str, StorageRef] | None = None) -> Any:
-    """The value of the pickle that starts at the position of `stream`, which is left behind its end.
+    """Returns the value of the pickle at the position of `stream`, which is moved past the pickle's end.
 
-    Dicts, lists, tuples, texts and numbers are themselves; sets are lists; everything else is one of this
-    module's descriptions.
+    Dicts, lists, tuples, strings and numbers are returned as such, sets as lists, everything else as one of
+    this module's descriptions.
 
     Args:
       stream: the bytes, or a file that is mapped into memory.
-      name: of the file, for messages.
-      storages: is filled with every storage that the pickle names, by key.
+      name: the file's name, for messages.
+      storages: filled with every storage that the pickle names, by key.
 
     Raises:
-      Unreadable: the pickle calls something, or sets something's state, that is not on the list.
-      Exception: many types, where it is truncated or damaged.
+      Unreadable: the pickle contains a call, or a change of state, that is not on the list.
+      Exception: the pickle is truncated or damaged; many types.
     """
     stack: list[Any] = []
     marked: list[list[Any]] = []
@@ -236,7 +238,7 @@ def load(stream: bytes | mmap.mmap, name: str, storages: dict[str, StorageRef] |
             case "BUILD":
                 (state,) = pop(1)
                 _set_state(stack[-1], state, name)
-            case _:  # extension registry, buffers outside of the file, textual persistent ids
+            case _:  # extension registry, buffers outside the file, textual persistent ids
                 raise Unreadable(
                     f"{name} is refused: its pickle uses {opcode.name} at byte {position}, and no file that "
                     "PyTorch writes does"
@@ -245,7 +247,7 @@ def load(stream: bytes | mmap.mmap, name: str, storages: dict[str, StorageRef] |
 
 
 def _global(module: Any, name: Any) -> Global:
-    # Anything else may be nested or shared: endless as text, and as a key.
+    # Anything else may be nested or shared, which makes it endless as text and as a key.
     if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _LONGEST_GLOBAL:
         raise ValueError("a global without a proper name")
     return Global(module, name)
@@ -253,7 +255,7 @@ def _global(module: Any, name: Any) -> Global:
 
 def _call(function: Any, args: Any, name: str) -> Any:
     if not isinstance(args, tuple):
-        raise TypeError("arguments that are no tuple")
+        raise TypeError("arguments that are not a tuple")
     called = str(function) if isinstance(function, Global) else ""
     if called in _TENSORS:
         return _TENSORS[called](name, *args)
@@ -268,7 +270,7 @@ def _call(function: Any, args: Any, name: str) -> Any:
 
 
 def _new(cls: Any, args: Any, name: str) -> Any:
-    """`cls.__new__(cls, *args)`, in which no constructor runs: a record, whatever the class."""
+    """Interprets `cls.__new__(cls, *args)` as a record, whatever the class; no constructor runs."""
     if not isinstance(cls, Global) or not isinstance(args, tuple):
         raise Unreadable(
             f"{name} is refused: it makes an object of {type(cls).__name__}, which is not a class"
@@ -280,27 +282,29 @@ def _set_state(value: Any, state: Any, name: str) -> None:
     match value:
         case Record():
             value.state = state
-        case dict() | TensorRef():  # attributes of an ordered dict (`_metadata`) or of a tensor: not needed
+        case dict() | TensorRef():  # attributes of an ordered dict (`_metadata`) or a tensor are not needed
             pass
         case _:
             shown = str(value) if isinstance(value, Global) else type(value).__name__
             raise Unreadable(
-                f"{name} is refused: it sets attributes of {shown}, which is no object of its own"
+                f"{name} is refused: it sets attributes of {shown}, which is not an object of the file"
             )
 
 
 def _set_items(target: Any, items: list[Any]) -> Any:
     entries = target.items if isinstance(target, Record) else target
     if not isinstance(entries, dict) or len(items) % 2:
-        raise TypeError("items for something that is no dict")
+        raise TypeError("items for something that is not a dict")
     for key, value in zip(items[::2], items[1::2]):
         entries[key if _plain(key) else Record(_OPAQUE, (key,))] = value
     return target
 
 
 def _plain(key: Any) -> bool:
-    """Whether something may be hashed: a deeply nested tuple overflows the C stack, and large integers and
-    floats can be chosen to collide."""
+    """Whether a key may be hashed.
+
+    A deeply nested tuple overflows the C stack, and large integers and floats can be chosen to collide.
+    """
     if isinstance(key, int):
         return abs(key) < _HASHED_APART
     return key is None or isinstance(key, (str, bytes, Global, Record))
@@ -309,12 +313,12 @@ def _plain(key: Any) -> bool:
 def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
-    elif not isinstance(target, Record):  # the elements of a list type of their own hold no weights
-        raise TypeError("elements for something that is no list")
+    elif not isinstance(target, Record):  # the elements of a custom list type hold no weights
+        raise TypeError("elements for something that is not a list")
 
 
 def _persistent(identity: Any, name: str) -> Any:
-    """What PyTorch puts outside of the pickle: storages, and in old files the source text of modules."""
+    """Resolves what PyTorch keeps outside the pickle: storages, and in old files the source of modules."""
     if len(identity) > 6:
         raise ValueError("a persistent id that is too long")
     match identity:
@@ -336,7 +340,7 @@ def _persistent(identity: Any, name: str) -> Any:
 
 
 def _is_size(number: Any) -> bool:
-    """Whether something counts elements, in 64 bits: larger integers are slow to multiply."""
+    """Whether a number can be a size, in 64 bits: larger integers are slow to multiply."""
     return type(number) is int and 0 <= number < 2**63
 
 
@@ -362,7 +366,7 @@ def _tensor(
     dtype = dtype or storage.dtype
     if (
         len(shape) != len(stride)
-        or max(len(shape), len(flags)) > 32  # they may be shared by any number of tensors
+        or max(len(shape), len(flags)) > 32  # any number of tensors may share long ones
         or not all(map(_is_size, (offset, *shape, *stride)))
     ):
         raise ValueError("a tensor's shape, strides, offset or flags")
@@ -379,7 +383,7 @@ def _tensor_with_dtype(
     name: str, storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any,
     dtype: Any, metadata: Any = None,
 ) -> TensorRef:  # fmt: skip
-    """For the dtypes that have no storage class of their own."""
+    """Rebuilds tensors of dtypes without a storage class."""
     known = DTYPES.get(dtype.name) if isinstance(dtype, Global) and dtype.module == "torch" else None
     if known is None:
         shown = dtype if isinstance(dtype, Global) else type(dtype).__name__
@@ -392,20 +396,20 @@ def _parameter(name: str, data: Any, *_: Any) -> Any:
 
 
 def _subclass(name: str, function: Any, cls: Any, args: Any, state: Any) -> Any:
-    """A tensor of a subclass or with attributes of its own: only the tensor."""
+    """Rebuilds only the tensor of a subclass or of a tensor with attributes."""
     return _call(function, args, name)
 
 
 def _mapping(pairs: Any = None) -> dict[Any, Any]:
-    """An ordered dict; Python 2 wrote the pairs as the argument."""
+    """Rebuilds an ordered dict; Python 2 wrote the pairs as the argument."""
     entries = _set_items({}, [part for key, value in pairs or () for part in (key, value)])
     if pairs:
-        pairs.clear()  # used up, so that a small file cannot have one list copied any number of times
+        pairs.clear()  # so that a small file cannot have one list copied any number of times
     return entries
 
 
 def _unchanged(value: Any = ()) -> Any:
-    """Sets, sizes and lists from a list or a tuple: that one itself, not a copy, for the same reason."""
+    """Returns the list or tuple of a set, size or list itself, not a copy, for the same reason."""
     return value
 
 
@@ -431,8 +435,8 @@ _VALUES: dict[str, Callable[..., Any]] = {
     },
 }
 
-# Constructors of plain values that come up beside weights (a date, a path, a best accuracy): recorded, not
-# called.
+# Constructors of plain values that are saved with weights (a date, a path, a best accuracy), which are
+# recorded and not called.
 _RECORDED = {
     f"{module}.{name}"
     for modules, names in (

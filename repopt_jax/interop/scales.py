@@ -1,6 +1,6 @@
-"""Scales of PyTorch searches as `Scales`: `load_torch_scales`.
+"""Reads the scales of PyTorch searches as `Scales`: `load_torch_scales`.
 
-Where the published code keeps them, and where they go: to the layer whose kernel is re-parameterized.
+The published code keeps them under these names; here they belong to the re-parameterized kernel's path.
 
     RepOpt-VGG       stage0, stageN.i       .scale_conv, .scale_1x1, .scale_identity
                      stages/N/i/conv/kernel
@@ -10,7 +10,7 @@ Where the published code keeps them, and where they go: to the layer whose kerne
                      any/module/conv/kernel
 
 Each name is followed by `.weight`, a vector with one entry for each output channel. That of the identity is
-the searched u, from which its trainable weight starts.
+the searched u, the initial value of its trainable weight.
 """
 
 import dataclasses
@@ -39,28 +39,28 @@ from repopt_jax.models import GHOST_VARIANTS, VGG_VARIANTS
 
 
 def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: str | None = None) -> Scales:
-    """The scales of a hyper-search that was run in PyTorch, float32 whatever the file has.
+    """Reads the scales of a hyper-search that was run in PyTorch, as float32.
 
     The file is one of the authors' scale files; or a checkpoint of the whole search network of RepOpt-VGG,
-    RepOpt-GhostNet or a YOLOv6 detector (pickled modules too), of which only the scales are taken. A
-    scale file holds vectors but no kernels' shapes, which then come from `model`, or else from the
-    architecture: RepOpt-VGG's are 3x3, from the previous block's channels to its own, from 3 in the first;
-    RepOpt-GhostNet's 3x3 and depthwise.
+    RepOpt-GhostNet or a YOLOv6 detector (also as a pickled module), of which only the scales are taken. A
+    scale file holds vectors but no shapes of kernels. These are taken from `model`, or else from the
+    architecture: RepOpt-VGG's kernels are 3x3 and map the previous block's channels, or 3 in the first block,
+    to the block's own; RepOpt-GhostNet's are 3x3 and depthwise.
 
     Args:
       path: a file that `read_tensors` reads.
-      model: what the scales are for, as `check_fit` takes it: a model that declares its `branch_sets()`,
+      model: what the scales must fit, as in `check_fit`: a model that declares its `branch_sets()`,
         {path: BranchSet}, or any pytree of parameters.
       key: the entry of a checkpoint that holds the network, as in `read_tensors`.
 
     Returns:
-      Scales whose metadata name the file, and the architecture where the blocks are those of a known variant.
+      Scales whose metadata name the file, and the architecture if the blocks are those of a known variant.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: no file of scales; blocks with missing or misshapen vectors, all listed; NaN or infinite
-        values; blocks of unknown kernels of which `model` says nothing; or scales that do not fit `model`,
-        with every missing, extra and misshapen layer.
+      ValueError: the file holds no scales; blocks with missing or misshapen vectors, all listed; NaN or
+        infinite values; blocks of unknown kernels that `model` does not have; or scales that do not fit
+        `model`, with every missing, extra and misshapen layer.
     """
     file = Path(path)
     tensors = read_tensors(file, key=key)
@@ -86,13 +86,13 @@ def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: s
 
 @dataclasses.dataclass
 class _Block:
-    """A block as the file has it. `vectors` and `keys` are by role, in the order conv, 1x1, identity."""
+    """A block of the file. `vectors` and `keys` are by role, in the order conv, 1x1, identity."""
 
     name: str
     ghost: bool
     keys: dict[str, str]
     vectors: dict[str, np.ndarray]
-    weight: np.ndarray | None  # of the block's own convolution, (out, in/groups, *spatial)
+    weight: np.ndarray | None  # the kernel of the block's convolution, (out, in/groups, *spatial)
 
     @property
     def place(self) -> tuple[int, int] | None:
@@ -115,22 +115,22 @@ class _Block:
         return next(iter(self.vectors.values())).size if self.weight is None else self.weight.shape[0]
 
 
-# What each tensor of a block is. Where a ghost module of the search has a scale, `cheap_operation.1`, one of
-# the RepGhost baseline has a batch norm of that name, with a running mean.
+# The role of each tensor of a block. `cheap_operation.1` is a scale in ghost modules of the search, but a
+# batch norm, with a running mean, in those of the RepGhost baseline.
 _VGG_ROLES = {"scale_conv": "conv", "scale_1x1": "1x1", "scale_identity": "identity"}
 _GHOST_ROLES = {"cheap_operation.1": "conv", "fusion_scale": "identity"}
 _REQUIRED = {False: ("conv", "1x1"), True: ("conv", "identity")}
 
 
 def _blocks(tensors: Mapping[str, np.ndarray]) -> list[_Block]:
-    """The blocks that have scales, in the order of the network."""
+    """Returns the blocks that have scales, in the order of the network."""
     names = dict.fromkeys(
         (found[1] or "", bool(found[3]))
         for tensor in tensors
         if (found := _SCALE.fullmatch(tensor)) and f"{found[1]}.cheap_operation.1.running_mean" not in tensors
     )
     blocks = []
-    # By name, with the numbers in it as numbers.
+    # Sorted by name, with the numbers in it as numbers.
     for name, ghost in sorted(names, key=lambda entry: re.sub(r"\d+", lambda n: n[0].zfill(9), entry[0])):
         prefix = f"{name}." if name else ""
         keys = {
@@ -160,7 +160,7 @@ def _check_vectors(blocks: list[_Block], file: Path) -> None:
 
 
 def _check_no_gaps(blocks: list[_Block], file: Path) -> None:
-    """Without a network to compare with, only the numbering shows that a file of RepOpt-VGG lacks a block."""
+    """Raises ValueError if the numbering shows that a RepOpt-VGG file lacks a block."""
     found = [block.place for block in blocks if block.place]
     if len(found) < len(blocks):
         return
@@ -173,8 +173,7 @@ def _check_no_gaps(blocks: list[_Block], file: Path) -> None:
 
 
 def _known(model: Any, names: list[str]) -> tuple[dict[str, BranchSet], dict[str, Shape]]:
-    """The model's branch sets, where it declares them, and the shapes of its kernels, (*spatial, in/groups,
-    out)."""
+    """Returns the branch sets that the model declares, and its kernels' shapes (*spatial, in/groups, out)."""
     if isinstance(model, DeclaresBranches):
         model = model.branch_sets()
     if isinstance(model, Mapping) and model and all(isinstance(bs, BranchSet) for bs in model.values()):
@@ -186,8 +185,7 @@ def _known(model: Any, names: list[str]) -> tuple[dict[str, BranchSet], dict[str
 def _branch_sets(
     blocks: list[_Block], declared: Mapping[str, BranchSet], kernels: Mapping[str, Shape], file: Path
 ) -> dict[str, BranchSet]:
-    """The branches of every block: with the file's own kernel, else the model's, else the architecture's
-    rule."""
+    """Returns the branches of every block: of the file's kernel, the model's, or the architecture's rule."""
     sets: dict[str, BranchSet] = {}
     unknown, wrong = [], []
     inputs = 3  # channels of the images
@@ -236,20 +234,20 @@ def _kernel(block: _Block, known: Shape | None, inputs: int) -> Shape | None:
 
 
 def _layer(block: _Block, branches: BranchSet) -> LayerScales:
-    # Squares of small scales are zero in half precision: the vectors are widened first.
+    # Squares of small scales underflow in half precision, so the vectors are widened first.
     vectors = [jnp.asarray(vector.astype(np.float32)) for vector in block.vectors.values()]
     return LayerScales(branches, dict(zip(branches.names, vectors)))
 
 
 def _architecture(branch_sets: Mapping[str, BranchSet]) -> str:
-    """The variant whose search has these branches, or ""."""
+    """Returns the name of the variant whose search has these branches, or ""."""
     first = branch_sets.get("stages/0/0/conv/kernel")
     in_channels = 3 if first is None else first.canonical[-2] * first.groups
     for variant in (*VGG_VARIANTS.values(), *GHOST_VARIANTS.values()):
         layers = variant.layers(in_channels)
         if set(layers) == set(branch_sets) and all(
-            place.structures.get("search", repopt)(place.geometry).branch_set() == branch_sets[path]
-            for path, place in layers.items()
+            spec.structures.get("search", repopt)(spec.geometry).branch_set() == branch_sets[path]
+            for path, spec in layers.items()
         ):
             return variant.architecture
     return ""

@@ -1,9 +1,8 @@
-"""A PyTorch state dict run by PyTorch itself, without the class that it came from.
+"""Runs a PyTorch state dict in PyTorch, without the class that it came from.
 
-What a network computes is known from its keys: which convolutions, normalisations and scales a block has,
-and hence which are summed. Only strides are not in a state dict. It is the other side of the check that
-`repopt convert` prints, so it shares nothing with our own forward pass: no module, no convolution, no names.
-PyTorch is imported when it is used.
+The keys determine the computation: which convolutions, normalisations and scales a block has, and hence which
+are summed. Only strides are not in a state dict. `repopt convert` compares the result with our forward pass,
+so this module shares nothing with it: no module, no convolution, no names. PyTorch is imported at first use.
 """
 
 import re
@@ -12,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-# A block's summed branches, each applied in order, with those layers that the block has; then what follows
-# the sum, the squeeze-and-excitation's two layers, and whether it comes before the ReLU.
+# The branches that are summed in a block, each a sequence of layers of which those that the block has are
+# applied; then the layer after the sum, the two layers of squeeze-and-excitation, and whether that comes
+# before the ReLU.
 _GRAMMARS: dict[str, tuple[tuple[tuple[str, ...], ...], str, tuple[str, str], bool]] = {
     "repvgg": (
         (
@@ -73,21 +73,21 @@ def torch_logits(
     strides: Sequence[int] = (),
     eps: float = 1e-5,
 ) -> np.ndarray:
-    """Logits of the network that a state dict describes, in evaluation mode, computed by PyTorch.
+    """Computes the logits of a state dict's network in PyTorch, in evaluation mode.
 
     Args:
       tensors: the state dict; its dtype is that of the computation.
       images: (batch, height, width, channels).
-      scheme: whose names the keys are: "repvgg", "repopt", "mobileone", "repghost" or "timm".
-      strides: of the blocks in order; of a GhostNet they are known from its keys.
-      eps: of the batch norms.
+      scheme: the scheme of the keys: "repvgg", "repopt", "mobileone", "repghost" or "timm".
+      strides: strides of the blocks in order; not needed for a GhostNet, whose keys determine them.
+      eps: epsilon of the batch norms.
 
     Returns:
       (batch, classes).
 
     Raises:
       ModuleNotFoundError: PyTorch is not installed.
-      ValueError: another number of blocks than strides, or a scheme that is not known here.
+      ValueError: the number of blocks is not that of `strides`, or an unknown scheme.
     """
     import torch
 
@@ -118,8 +118,11 @@ class _Run:
         return f"{name}.weight" in self.tensors
 
     def __call__(self, name: str, x: Any, *, stride: int = 1) -> Any:
-        """The layer of that name: a batch norm if it has statistics, else by its weight's rank a convolution
-        (padding half its size, as many groups as its input channels ask for) or a scale."""
+        """Applies the layer of that name: a batch norm if it has statistics, else a convolution or a scale.
+
+        A convolution has a weight of rank 4, is padded by half its size, and its weight's input channels
+        determine the number of groups.
+        """
         from torch.nn import functional
 
         weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
@@ -136,7 +139,7 @@ class _Run:
         return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
 
     def excite(self, down: str, up: str, x: Any, *, hard: bool = False) -> Any:
-        """Squeeze-and-excitation where the state dict has it."""
+        """Applies squeeze-and-excitation if the state dict has it."""
         from torch.nn import functional
 
         if not self.has(down):
@@ -205,5 +208,5 @@ def _ghost_module(run: _Run, name: str, x: Any) -> Any:
 
 
 def _numbers(prefix: str) -> list[int]:
-    """Blocks in the network's order: the stem first, then by their numbers."""
+    """Sort key of blocks in the network's order: the stem first, then by their numbers."""
     return [] if prefix == "stem" else [int(n) for n in re.findall(r"\d+", prefix)]

@@ -1,8 +1,8 @@
-"""Weights from PyTorch state dicts into our models and back, strict both ways.
+"""Converts weights between PyTorch state dicts and our models, strictly in both directions.
 
-Nothing is filled in and nothing is left over: a missing, an extra or a misshapen tensor is an error that
-lists all of them. Only PyTorch's batch counters (`num_batches_tracked`), which no computation here uses, may
-be absent; they are written as zero, so that the original network loads what comes out with `strict=True`.
+Missing, extra and misshapen tensors are an error that lists all of them. Only PyTorch's batch counters
+(`num_batches_tracked`), which no computation uses, may be absent; they are written as zero, so that the
+original network loads the result with `strict=True`.
 """
 
 import logging
@@ -22,9 +22,9 @@ from repopt_jax.interop.names import (
     COUNTER,
     Scheme,
     arrays_of,
+    authors_scheme,
     counters,
     find_scheme,
-    own_scheme,
     recognise,
     torch_names,
 )
@@ -35,18 +35,17 @@ _log = logging.getLogger(__name__)
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Scheme = "auto") -> Model:
-    """A copy of `model` with the values of a PyTorch state dict.
+    """Returns a copy of `model` with the values of a PyTorch state dict.
 
     Args:
-      tensors: key -> array, in PyTorch's order of axes, as `read_tensors` gives them.
-      model: gives the arrays' paths, shapes and dtypes; its values are not used, so that an
-        abstract model (`nnx.eval_shape`) serves as well. Deployed weights go into a model that was given to
-        `fuse`.
-      names: whose names the keys are, a key of `SCHEMES` or a `Scheme`; "auto" recognises it by the keys and
-        logs which it is.
+      tensors: key -> array, in PyTorch's order of axes, as returned by `read_tensors`.
+      model: defines the arrays' paths, shapes and dtypes; its values are not used, so an abstract model
+        (`nnx.eval_shape`) serves as well. For deployed weights, a model that `fuse` returned.
+      names: the scheme of the keys, a key of `SCHEMES` or a `Scheme`; "auto" recognises it by the keys and
+        logs its name.
 
     Returns:
-      A new model; values have the dtype of the model's arrays, so that half precision is widened.
+      A new model. Values have the dtype of the model's arrays, so half precision is widened.
 
     Raises:
       ValueError: unknown names; names that do not fit the model; every missing, extra and misshapen key; or a
@@ -58,7 +57,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
     ours, _ = paths.named_leaves(arrays_of(model))
     expected = {name.key: name.shape_in_torch(tuple(ours[path].shape)) for path, name in places.items()}
     found = {key: tuple(value.shape) for key, value in given.items()}
-    # Of a batch norm that is there and should not be, its other keys say so.
+    # A counter is reported only if no other key shows that its batch norm is extra.
     found |= {
         key: tuple(tensors[key].shape)
         for key in set(tensors) - set(given) - set(counters(places))
@@ -77,8 +76,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
     def value(path: str, leaf: Any) -> Any:
         name = places.get(path)
         if name is None:
-            return start_random(leaf)
-        # A copy: PyTorch's own memory may lie behind the array, and be trained on.
+            return init_rng_state(leaf)
+        # A copy, because the array may share memory with a PyTorch tensor that is trained.
         return jnp.array(name.from_torch(given[name.key]), dtype=leaf.dtype)
 
     graph, state = nnx.split(model)
@@ -86,12 +85,12 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
 
 
 def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.ndarray]:
-    """A PyTorch state dict with the values of `model`, in its dtype.
+    """Returns a PyTorch state dict with the values of `model`, in its dtype.
 
     Args:
       model: the model; `fuse` it first for the deployed form.
-      names: whose names, a key of `SCHEMES` or a `Scheme`; "auto" takes the network's own authors', as
-        `own_scheme` finds them.
+      names: the scheme of the keys, a key of `SCHEMES` or a `Scheme`; "auto" takes that of the network's
+        authors, see `authors_scheme`.
 
     Returns:
       key -> array, in PyTorch's order of axes; batch counters are 0, int64.
@@ -99,7 +98,7 @@ def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.nd
     Raises:
       ValueError: unknown names, or layers that these names have no place for; all of them are listed.
     """
-    places = torch_names(model, own_scheme(model) if names == "auto" else names)
+    places = torch_names(model, authors_scheme(model) if names == "auto" else names)
     arrays, _ = paths.named_leaves(arrays_of(model))
     tensors = {name.key: name.to_torch(arrays[path]) for path, name in places.items()}
     return tensors | {key: np.zeros((), np.int64) for key in counters(places)}
@@ -108,23 +107,25 @@ def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.nd
 def load_torch(
     path: str | os.PathLike[str], model: Model, names: str | Scheme = "auto", *, key: str | None = None
 ) -> Model:
-    """`from_torch` of a file's tensors; `path` and `key` as `read_tensors` takes them, errors as of both."""
+    """Applies `from_torch` to a file's tensors; `path` and `key` as in `read_tensors`, errors as of both."""
     return from_torch(read_tensors(path, key=key), model, names)
 
 
 def save_torch(path: str | os.PathLike[str], model: nnx.Module, names: str | Scheme = "auto") -> None:
-    """Writes `to_torch(model, names)`: as safetensors where `path` ends in `.safetensors`, and where it ends
-    in `.pth` or `.pt`, as a file that `torch.load(path, weights_only=True)` reads.
+    """Writes `to_torch(model, names)` to a file.
+
+    The suffix determines the format: `.safetensors`, or `.pth` and `.pt` for a file that
+    `torch.load(path, weights_only=True)` reads.
 
     Raises:
-      ValueError: another ending, or as `to_torch`.
-      FileExistsError: something is at `path`.
+      ValueError: another suffix, or as `to_torch`.
+      FileExistsError: `path` exists.
     """
     write_tensors(path, to_torch(model, names))
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict in the format that the ending of `path` names; see `save_torch`."""
+    """Writes a state dict in the format of the suffix of `path`; see `save_torch`."""
     writers = {".safetensors": write_safetensors, ".pth": write_torch, ".pt": write_torch}
     suffix = Path(path).suffix
     if suffix not in writers:
@@ -132,9 +133,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
     writers[suffix](path, tensors)
 
 
-def start_random(leaf: Any) -> Any:
-    """State of a random number generator, which no file holds: as it is, or from the seed 0 in an abstract
-    model."""
+def init_rng_state(leaf: Any) -> Any:
+    """Returns the state of a random number generator, which files do not hold: from seed 0 if abstract."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -156,7 +156,7 @@ def _scheme_of(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> Scheme:
 
 
 def _hint(tensors: Mapping[str, np.ndarray]) -> str:
-    """Which model the state dict is for, as far as its keys tell."""
+    """Describes the model of a state dict if its keys are recognised."""
     try:
         found = recognise(tensors)
     except ValueError:

@@ -14,8 +14,8 @@ from repopt_jax.models.mobileone import MOBILEONE_VARIANTS as MOBILEONE_VARIANTS
 from repopt_jax.models.mobileone import MobileOneVariant as MobileOneVariant
 from repopt_jax.models.mobileone import mobileone as mobileone
 from repopt_jax.models.network import Classifier as Classifier
+from repopt_jax.models.network import LayerSpec as LayerSpec
 from repopt_jax.models.network import Network as Network
-from repopt_jax.models.network import Place as Place
 from repopt_jax.models.registry import Entry as Entry
 from repopt_jax.models.registry import create as create
 from repopt_jax.models.registry import find as find

@@ -1,12 +1,12 @@
-"""EfficientRep: a plain backbone of 3x3 blocks that gives a map at each of four strides, for detectors.
+"""EfficientRep: a plain backbone of 3x3 blocks that returns feature maps at four strides, for detectors.
 
 Stage 0 is the stem, one 3x3 block of stride 2. Stages 1 to 4 are each a 3x3 block of stride 2 and then
-`repeats` 3x3 blocks of stride 1, so their maps have strides 4, 8, 16 and 32. Where `sppf` is set the last map
+`repeats` 3x3 blocks of stride 1, so their maps have strides 4, 8, 16 and 32. If `sppf` is set, the last map
 goes through `SimSPPF`.
 
 Paths: block i of stage s is `stages/{s}/{i}`, its kernel `stages/{s}/{i}/conv/kernel`; `sppf/{cv1,cv2}`.
-Source: YOLOv6 (arXiv 2209.02976), section 2.1; published code read for facts. Its batch norms have eps 1e-3
-and momentum 0.97, ours 1e-5 and 0.9.
+Source: YOLOv6 (arXiv 2209.02976), section 2.1, and its published code. Its batch norms have eps 1e-3 and
+momentum 0.97, ours 1e-5 and 0.9.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.models.network import Network, Place, run_stages
+from repopt_jax.models.network import LayerSpec, Network, run_stages
 from repopt_jax.models.vgg import BlockSpec
 from repopt_jax.nn.block import block
 
@@ -29,7 +29,7 @@ class BackboneVariant:
     Attributes:
       name: key in `BACKBONES`.
       widths: output channels of stages 0 to 4.
-      repeats: blocks of stages 1 to 4 after the one that halves the map; stage 0 is one block.
+      repeats: number of blocks of stages 1 to 4 after the strided one; stage 0 is one block.
       sppf: whether the last map goes through `SimSPPF`.
     """
 
@@ -52,7 +52,7 @@ BACKBONES: dict[str, BackboneVariant] = {
         _yolov6("efficientrep-N", 0.25),
         _yolov6("efficientrep-T", 0.375),
         _yolov6("efficientrep-S", 0.5),
-        # Of a face detector that users asked for; its counts 1/3/3/4/3 begin with the stem's.
+        # A face detector's backbone, given as block counts 1/3/3/4/3, of which the first is the stem's.
         BackboneVariant("face", (32, 64, 128, 192, 384), (3, 3, 4, 3)),
         # For scenes of 64 pixels.
         BackboneVariant("scenes", (16, 24, 32, 48, 64), (1, 1, 1, 1)),
@@ -61,12 +61,14 @@ BACKBONES: dict[str, BackboneVariant] = {
 
 
 class EfficientRep(Network):
-    """`__call__`: images (batch, height, width, in_channels) -> the maps of stages 1 to 4, each (batch,
-    ceil(height / stride), ceil(width / stride), width of the stage), strides 4, 8, 16, 32.
+    """The backbone.
+
+    `__call__`: images (batch, height, width, in_channels) -> the maps of stages 1 to 4, each (batch,
+    ceil(height / stride), ceil(width / stride), width of the stage), with strides 4, 8, 16, 32.
 
     Args:
       variant: a row of `BACKBONES`, or one of your own.
-      in_channels: of the images.
+      in_channels: channels of the images.
       activation: "relu" or "relu6".
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
@@ -112,10 +114,10 @@ class EfficientRep(Network):
     def architecture(self) -> str:
         return self.variant.name
 
-    def layers(self) -> dict[str, Place]:
-        """Every block's convolution."""
+    def layers(self) -> dict[str, LayerSpec]:
+        """Returns the convolution of every block."""
         return {
-            f"{spec.path}/conv/kernel": Place(spec.geometry)
+            f"{spec.path}/conv/kernel": LayerSpec(spec.geometry)
             for spec in backbone_specs(self.variant, self.in_channels)
         }
 
@@ -140,7 +142,7 @@ class SimSPPF(nnx.Module):
 
 
 def backbone_specs(variant: BackboneVariant, in_channels: int = 3) -> Iterator[BlockSpec]:
-    """The blocks of a variant in order."""
+    """Yields the blocks of a variant in order."""
     inputs = in_channels
     for stage, (repeats, width) in enumerate(zip((0, *variant.repeats), variant.widths)):
         for index in range(1 + repeats):

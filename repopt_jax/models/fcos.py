@@ -1,8 +1,8 @@
-"""FCOS with keypoints: a detector without anchors, every location of a feature pyramid predicting for itself.
+"""FCOS with keypoints: a detector without anchors, with a prediction at every location of a feature pyramid.
 
 Backbone (`EfficientRep`) -> pyramid of maps of equal width (`FPN`) -> towers of 3x3 blocks shared by all
-levels (`FCOSHead`): class, box with centerness, and keypoints. Re-parameterized are the 3x3 blocks of
-backbone and towers.
+levels (`FCOSHead`): class, box with centerness, and keypoints. The 3x3 blocks of backbone and towers can be
+re-parameterized.
 
 Paths: `backbone/stages/{s}/{i}`, `pyramid/{laterals,outputs,extras}/{i}`,
 `head/{class,box,keypoint}_tower/{i}`, `head/{classes,boxes,centerness,keypoints}`,
@@ -23,13 +23,14 @@ from repopt_jax.core.structure import Geometry
 from repopt_jax.detection.outputs import Locations, Outputs, grid_locations
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
 from repopt_jax.models.mosaic import Mosaic
-from repopt_jax.models.network import Network, Place
+from repopt_jax.models.network import LayerSpec, Network
 from repopt_jax.nn.block import ACTIVATIONS, block, check_activation, conv
 
-# A distance is exp of what the network says, cut here so that no step can make it infinite: at 1097 strides.
+# The network predicts the logarithm of a distance, clipped here so that no step makes it infinite (1097
+# strides).
 MAX_LOG_DISTANCE = 7.0
-# The probability that every location gives to every class at first, so that the many empty ones do not drown
-# the others (RetinaNet, section 4.1).
+# Initial probability of every class at every location, so that the many empty locations do not dominate the
+# loss (RetinaNet, section 4.1).
 PRIOR = 0.01
 BACKBONE_STRIDES = (4, 8, 16, 32)
 
@@ -40,11 +41,11 @@ class DetectorVariant:
 
     Attributes:
       name: key in `DETECTORS`.
-      backbone: of the maps.
+      backbone: variant of the backbone.
       channels: width of the pyramid and of the towers.
-      maps: how many of the backbone's four maps the pyramid takes, counted from the last.
-      levels: of the pyramid; those beyond `maps` come from the backbone's last map.
-      tower: 3x3 blocks of each tower.
+      maps: number of the backbone's four maps that the pyramid takes, counted from the last.
+      levels: levels of the pyramid; those beyond `maps` are made from the backbone's last map.
+      tower: number of 3x3 blocks of each tower.
     """
 
     name: str
@@ -88,14 +89,14 @@ DETECTORS: dict[str, DetectorVariant] = {
 
 
 class FCOS(Network):
-    """`__call__`: images (batch, height, width, in_channels) -> `Outputs`, float32.
+    """The detector. `__call__`: images (batch, height, width, in_channels) -> `Outputs`, float32.
 
     Args:
       variant: a row of `DETECTORS`, or one of your own.
-      num_classes: of objects, without the background.
-      num_keypoints: of each object; 0 for boxes alone.
-      in_channels: of the images.
-      activation: "relu" or "relu6", of all blocks.
+      num_classes: number of object classes, without the background.
+      num_keypoints: number of keypoints of each object; 0 for boxes only.
+      in_channels: channels of the images.
+      activation: "relu" or "relu6", for all blocks.
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
 
@@ -127,7 +128,7 @@ class FCOS(Network):
         return self.head(self.pyramid(self.backbone(x)[-self.variant.maps :]))
 
     def locations(self, image_size: int | tuple[int, int]) -> Locations:
-        """Where the outputs for images of this size (height, width) are; arrays of NumPy."""
+        """Returns the locations of the outputs for images of this size (height, width), as NumPy arrays."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         strides = self.variant.strides
         sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in strides]
@@ -137,12 +138,12 @@ class FCOS(Network):
     def architecture(self) -> str:
         return self.variant.architecture
 
-    def layers(self) -> dict[str, Place]:
-        """The 3x3 convolutions of backbone and towers."""
-        backbone = {f"backbone/{path}": place for path, place in self.backbone.layers().items()}
+    def layers(self) -> dict[str, LayerSpec]:
+        """Returns the 3x3 convolutions of backbone and towers."""
+        backbone = {f"backbone/{path}": spec for path, spec in self.backbone.layers().items()}
         channels = self.variant.channels
         towers = {
-            f"head/{tower}/{i}/conv/kernel": Place(Geometry((3, 3), channels, channels))
+            f"head/{tower}/{i}/conv/kernel": LayerSpec(Geometry((3, 3), channels, channels))
             for tower in self.head.towers
             for i in range(self.variant.tower)
         }
@@ -150,12 +151,12 @@ class FCOS(Network):
 
 
 class FPN(nnx.Module):
-    """Feature pyramid. `__call__`: maps, each half as large as the one before -> `levels` maps of `channels`.
+    """Feature pyramid. `__call__`: maps, each half as large as the previous -> `levels` maps of `channels`.
 
-    Each map goes through a 1x1 layer, has the sum of the coarser ones added, doubled by repeating its pixels
-    (and cut where the size is odd), and goes through a 3x3 layer. Levels beyond the maps come from the last
-    map as it came in, by 3x3 layers of stride 2 with the activation between them. All these layers are plain,
-    with biases.
+    Each map goes through a 1x1 layer; the sum of the coarser maps, upsampled by repeating pixels (and cut if
+    the size is odd), is added; and the result goes through a 3x3 layer. Further levels are made from the last
+    input map by 3x3 layers of stride 2 with the activation between them. All these layers are plain, with
+    biases.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class FPN(nnx.Module):
     def __call__(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
         merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
         for i in reversed(range(len(merged) - 1)):
-            merged[i] = merged[i] + doubled(merged[i + 1], merged[i].shape[1:3])
+            merged[i] = merged[i] + upsample(merged[i + 1], merged[i].shape[1:3])
         levels = [output(x) for output, x in zip(self.outputs, merged)]
         x = maps[-1]
         for i, extra in enumerate(self.extras):
@@ -191,17 +192,17 @@ class FPN(nnx.Module):
         return levels
 
 
-def doubled(x: jax.Array, size: Sequence[int]) -> jax.Array:
-    """Every pixel of (N, h, w, C) twice in both directions, cut to `size` (2h or 2h - 1, 2w or 2w - 1)."""
+def upsample(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """Repeats every pixel of (N, h, w, C) twice in both directions, cropped to `size` (2h or 2h - 1, ...)."""
     return x.repeat(2, axis=1).repeat(2, axis=2)[:, : size[0], : size[1]]
 
 
 class FCOSHead(nnx.Module):
-    """Shared head. `__call__`: one map (N, h, w, channels) a level -> `Outputs`.
+    """Shared head. `__call__`: one map (N, h, w, channels) for each level -> `Outputs`.
 
-    One set of towers for all levels, which go through it together (`Mosaic`). Centerness comes from the box
-    tower. Each level has a learned factor for its distances, distance = exp(factor * prediction), and one for
-    its keypoint offsets.
+    All levels share one set of towers and go through it in one map (`Mosaic`). Centerness is predicted from
+    the box tower. Each level has a trainable factor for its distances, distance = exp(factor * prediction),
+    and one for its keypoint offsets.
     """
 
     def __init__(
@@ -249,7 +250,7 @@ class FCOSHead(nnx.Module):
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """Names of the towers that there are."""
+        """Names of the head's towers."""
         return ("class_tower", "box_tower", *(("keypoint_tower",) if self.keypoints is not None else ()))
 
     def __call__(self, levels: Sequence[jax.Array]) -> Outputs:

@@ -1,23 +1,23 @@
 """RepGhostNet and RepOpt-GhostNet: ghost bottlenecks built plain, one table of widths.
 
-A stem, nine stages of ghost bottlenecks, a 1x1 block, global average pooling, a 1x1 convolution, dropout
-and a dense classifier. Each bottleneck holds two ghost modules, which make their channels with a cheap
-depthwise 3x3 in place of a dense convolution. That cheap layer is what a structure takes the place of:
-`repghost`, or in a search `repopt_ghost`.
+A stem, nine stages of ghost bottlenecks, a 1x1 block, global average pooling, a 1x1 convolution, dropout and
+a dense classifier. Each bottleneck holds two ghost modules, which compute half of the work of a dense
+convolution with a cheap depthwise 3x3. That cheap layer is replaced by a structure: `repghost`, or in a
+search `repopt_ghost`.
 
 Parameter paths, for stage a and bottleneck b (a batch norm has scale, bias, mean, var):
 
     stages/0/0/{conv/kernel,bn/*}                                          the stem
     stages/a/b/ghost1/primary/{conv/kernel,bn/*}                           1x1; ghost2 likewise; a = 1 to 9
-    stages/a/b/ghost1/cheap/{conv/kernel,bn/*}                             what is re-parameterized
-    stages/a/b/depthwise/{conv/kernel,bn/*}                                where the stride is 2
-    stages/a/b/se/{down,up}/{kernel,bias}                                  where the row says so
+    stages/a/b/ghost1/cheap/{conv/kernel,bn/*}                             re-parameterized
+    stages/a/b/depthwise/{conv/kernel,bn/*}                                if the stride is 2
+    stages/a/b/se/{down,up}/{kernel,bias}                                  if the row has `se`
     stages/a/b/shortcut/{0,1}/{conv/kernel,bn/*}                           depthwise, then 1x1
     stages/10/0/{conv/kernel,bn/*}                                         after the last stage
     features/{kernel,bias}, head/{kernel,bias}                             head is the classifier
 
-Sources: RepGhost (arXiv 2211.06088), section 3; RepOptimizer (arXiv 2205.15242), appendix D. There the search
-is described for a 1x1; published code, and this, re-initialise the depthwise 3x3.
+Sources: RepGhost (arXiv 2211.06088), section 3; RepOptimizer (arXiv 2205.15242), appendix D. That appendix
+describes the search for a 1x1 layer; its published code, and this module, re-initialise the depthwise 3x3.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import jax
 from flax import nnx
 
 from repopt_jax.core.structure import Geometry, repopt_ghost
-from repopt_jax.models.network import Classifier, Place
+from repopt_jax.models.network import Classifier, LayerSpec
 from repopt_jax.nn.block import Block, SqueezeExcite, block, conv
 
 
@@ -37,10 +37,10 @@ class GhostRow:
     """One bottleneck at width 1.
 
     Attributes:
-      size: side of its depthwise kernels, those of the ghost modules (3) excepted.
+      size: side of its depthwise kernels, except those of the ghost modules (3).
       hidden: channels between its two ghost modules.
-      outputs: channels of its result.
-      se: whether it has squeeze-and-excitation, of a quarter of the hidden channels.
+      outputs: output channels.
+      se: whether it has squeeze-and-excitation with a quarter of the hidden channels.
       stride: 1 or 2.
     """
 
@@ -97,12 +97,15 @@ class GhostVariant:
     def architecture(self) -> str:
         return f"GhostNet-{self.name}"
 
-    def layers(self, in_channels: int = 3) -> dict[str, Place]:
-        """The cheap layers. The published depth rule is sqrt(2 / (n + 1)) for the n-th ghost module since
-        width or resolution changed, n = 1, 2, ..."""
-        del in_channels  # the stem's, which is not re-parameterized
+    def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:
+        """Returns the cheap layers.
+
+        The published depth rule is sqrt(2 / (n + 1)) for the n-th ghost module since width or resolution
+        changed, n = 1, 2, ...
+        """
+        del in_channels  # only the stem depends on it, and it is not re-parameterized
         return {
-            f"{spec.path}/{name}/cheap/conv/kernel": Place(
+            f"{spec.path}/{name}/cheap/conv/kernel": LayerSpec(
                 Geometry((3, 3), outputs, outputs, outputs), n + 1, {"search": repopt_ghost}
             )
             for spec in ghost_specs(self)
@@ -114,7 +117,7 @@ GHOST_VARIANTS: dict[str, GhostVariant] = {
     name: GhostVariant(name, float(name))
     for name in ("0.5", "0.58", "0.8", "1.0", "1.11", "1.3", "1.5", "2.0")
 }
-# Nobody publishes it: for the embedded digits, it compiles in seconds.
+# An unpublished variant for the embedded digits, which compiles in seconds.
 GHOST_VARIANTS["digits"] = GhostVariant(
     "digits",
     0.5,
@@ -146,7 +149,7 @@ class GhostSpec:
 
     @property
     def modules(self) -> tuple[tuple[str, int, int, int], ...]:
-        """Name, inputs, outputs and number n for the depth rule of its ghost modules."""
+        """Name, inputs, outputs and the depth rule's n of both ghost modules."""
         return (
             ("ghost1", self.inputs, self.hidden, 2 * self.depth - 1),
             ("ghost2", self.hidden, self.outputs, 2 * self.depth),
@@ -162,14 +165,14 @@ def ghostnet(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> Classifier:
-    """A plain GhostNet: images (batch, height, width, in_channels) -> logits (batch, num_classes), float32.
+    """Builds a plain GhostNet: images (batch, height, width, in_channels) -> float32 (batch, num_classes).
 
     Args:
       variant: a row of `GHOST_VARIANTS`, or one of your own.
-      num_classes: size of the classifier.
-      in_channels: of the images.
-      dropout: rate before the classifier, in training mode. Above 0 it needs an `rngs` with a `dropout` (or a
-        default) stream.
+      num_classes: number of classes.
+      in_channels: channels of the images.
+      dropout: rate before the classifier, in training mode. Above 0 it needs `rngs` with a `dropout`
+        (or a default) stream.
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
     """
@@ -189,8 +192,9 @@ def ghostnet(
 class GhostBottleneck(nnx.Module):
     """ghost2(se(depthwise(ghost1(x)))) + shortcut(x): (batch, h, w, in) -> (batch, h', w', out).
 
-    `depthwise` is the strided convolution of bottlenecks that shrink the map; `shortcut` a depthwise and a
-    1x1 convolution where width or resolution change, else x itself."""
+    `depthwise` is the strided convolution of bottlenecks with stride 2. `shortcut` is a depthwise and a 1x1
+    convolution if width or resolution change, else the identity.
+    """
 
     def __init__(self, spec: GhostSpec, *, dtype: Any = None, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
@@ -223,8 +227,7 @@ class GhostBottleneck(nnx.Module):
 
 
 class GhostModule(nnx.Module):
-    """cheap(primary(x)): a 1x1 block to the module's width, and a depthwise 3x3 block, both with
-    `activation`."""
+    """cheap(primary(x)): a 1x1 block to the module's width, then a depthwise 3x3 block, with `activation`."""
 
     def __init__(self, inputs: int, outputs: int, *, activation: str, dtype: Any = None, rngs: nnx.Rngs):
         options = {"activation": activation, "dtype": dtype, "rngs": rngs}
@@ -236,7 +239,7 @@ class GhostModule(nnx.Module):
 
 
 def ghost_specs(variant: GhostVariant) -> Iterator[GhostSpec]:
-    """The bottlenecks of a variant in order."""
+    """Yields the bottlenecks of a variant in order."""
     inputs, depth = _channels(variant.stem, variant), 0
     for stage, rows in enumerate(variant.stages, start=1):
         for index, row in enumerate(rows):
@@ -248,8 +251,7 @@ def ghost_specs(variant: GhostVariant) -> Iterator[GhostSpec]:
 
 
 def divisible(channels: float, by: int = 4) -> int:
-    """The multiple of `by` nearest to `channels`, at least `by`, and never less than nine tenths of
-    `channels`."""
+    """Rounds `channels` to a multiple of `by`, at least `by` and at least nine tenths of `channels`."""
     rounded = max(by, int(channels + by / 2) // by * by)
     return rounded if rounded >= 0.9 * channels else rounded + by
 
@@ -259,5 +261,5 @@ def _channels(number: float, variant: GhostVariant) -> int:
 
 
 def _last_channels(variant: GhostVariant) -> int:
-    """Channels of the 1x1 block after the last stage: twice the last bottleneck's hidden ones."""
+    """Returns the channels of the 1x1 block after the last stage: twice the last bottleneck's hidden ones."""
     return _channels(2 * variant.stages[-1][-1].hidden, variant)

@@ -1,10 +1,10 @@
 """MobileOne: a chain of depthwise and 1x1 blocks, whose copies and branches are a structure (`mobileone`).
 
-Five stages. Stage 0 is one strided 3x3 block; the others are pairs of a depthwise 3x3 and a 1x1 block, the
-first pair of each strided. Then global average pooling and a dense classifier.
+There are five stages, then global average pooling and a dense classifier. Stage 0 is one strided 3x3 block;
+the others are pairs of a depthwise 3x3 and a 1x1 block, the first pair of each strided.
 
 Paths: block i of stage s is `stages/{s}/{i}`, the depthwise block of pair u at 2u, its 1x1 block at 2u + 1;
-the classifier is `head`. Source: MobileOne (arXiv 2206.04040), section 3.3; published code read for facts.
+the classifier is `head`. Source: MobileOne (arXiv 2206.04040), section 3.3, and its published code.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from flax import nnx
 
 from repopt_jax.core.structure import Geometry
 from repopt_jax.core.structure import mobileone as copied
-from repopt_jax.models.network import Classifier, Place
+from repopt_jax.models.network import Classifier, LayerSpec
 from repopt_jax.nn.block import SqueezeExcite, block
 
 
@@ -27,10 +27,10 @@ class MobileOneVariant:
     Attributes:
       name: key in `MOBILEONE_VARIANTS`.
       widths: output channels of stages 0 to 4.
-      copies: how many copies of its convolution every block of stages 1 to 4 has; stage 0 has one.
-      pairs: pairs of depthwise and 1x1 blocks in stages 1 to 4.
-      se_pairs: how many of them, counted from the stage's end, have squeeze-and-excitation, of a sixteenth of
-        the width, in both blocks.
+      copies: number of parallel copies of the convolution in every block of stages 1 to 4; stage 0 has one.
+      pairs: number of pairs of depthwise and 1x1 blocks in stages 1 to 4.
+      se_pairs: number of pairs, counted from the stage's end, in which both blocks have
+        squeeze-and-excitation with a sixteenth of the width.
     """
 
     name: str
@@ -43,10 +43,10 @@ class MobileOneVariant:
     def architecture(self) -> str:
         return f"MobileOne-{self.name}"
 
-    def layers(self, in_channels: int = 3) -> dict[str, Place]:
-        """Every block's convolution; `mobileone` has as many copies of it as this variant says."""
+    def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:
+        """Returns the convolution of every block, with this variant's number of copies for `mobileone`."""
         return {
-            f"{spec.path}/conv/kernel": Place(
+            f"{spec.path}/conv/kernel": LayerSpec(
                 spec.geometry, structures={"mobileone": functools.partial(copied, copies=spec.copies)}
             )
             for spec in mobileone_specs(self, in_channels)
@@ -54,7 +54,7 @@ class MobileOneVariant:
 
 
 def _imagenet(name: str, multipliers: tuple[float, float, float, float], **options: Any) -> MobileOneVariant:
-    """Widths from the paper's multipliers of 64, 128, 256 and 512; stage 0 is never wider than 64."""
+    """Computes widths from the paper's multipliers of 64, 128, 256 and 512; stage 0 has at most 64."""
     a, b, c, d = (int(base * m) for base, m in zip((64, 128, 256, 512), multipliers))
     return MobileOneVariant(name, (min(64, a), a, b, c, d), **options)
 
@@ -67,7 +67,7 @@ MOBILEONE_VARIANTS: dict[str, MobileOneVariant] = {
         _imagenet("s2", (1.5, 2, 2.5, 4)),
         _imagenet("s3", (2, 2.5, 3, 4)),
         _imagenet("s4", (3, 3.5, 3.5, 4), se_pairs=(0, 0, 5, 1)),
-        # Nobody publishes it: for the embedded digits, it compiles in seconds.
+        # An unpublished variant for the embedded digits, which compiles in seconds.
         MobileOneVariant("digits", (8, 8, 8, 16, 16), copies=2, pairs=(1, 1, 1, 1)),
     )
 }
@@ -105,14 +105,14 @@ def mobileone(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> Classifier:
-    """A plain MobileOne, as it is deployed but for its batch norms: images (batch, height, width,
-    in_channels) -> logits (batch, num_classes), float32. Its training form is `to_structure(model,
-    "mobileone", ...)`.
+    """Builds a plain MobileOne: images (batch, height, width, in_channels) -> float32 (batch, num_classes).
+
+    This is the deployed form with batch norms; the training form is `to_structure(model, "mobileone", ...)`.
 
     Args:
       variant: a row of `MOBILEONE_VARIANTS`, or one of your own.
-      num_classes: size of the classifier.
-      in_channels: of the images.
+      num_classes: number of classes.
+      in_channels: channels of the images.
       activation: "relu" or "relu6".
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
@@ -139,7 +139,7 @@ def mobileone(
 
 
 def mobileone_specs(variant: MobileOneVariant, in_channels: int = 3) -> Iterator[MobileOneSpec]:
-    """The blocks of a variant in order."""
+    """Yields the blocks of a variant in order."""
     width, *widths = variant.widths
     yield MobileOneSpec(0, 0, in_channels, width, 3, 2, 1, 1, se=False)
     for stage, (pairs, se_pairs, outputs) in enumerate(zip(variant.pairs, variant.se_pairs, widths), start=1):

@@ -1,17 +1,17 @@
-"""Maps of several sizes laid out in one, so that layers shared by all of them run once.
+"""Feature maps of several sizes laid out in one, so that layers shared by all of them run once.
 
-The first map stands at the left, the others in a column beside it, with a line of zeros between neighbours:
+The first map is at the left, the others are in a column beside it, with a line of zeros between neighbours:
 
     0 0 0 0 . 1 1
     0 0 0 0 . 1 1
     0 0 0 0 . . .
     0 0 0 0 . 2 .
 
-A 3x3 convolution then gives what it gives for each map by itself with a border of zeros, as long as the lines
-between are zeros again at its input (`Mosaic.clear`). The gain is the batch norm's: called once for each map,
-it would normalise each by statistics of its own in training, and all by a mixture of them in evaluation,
-which is another function. Here there is one set of statistics, the same in both; what the lines between give
-is in it, too.
+A 3x3 convolution then gives the same outputs as for each map separately with zero padding, as long as the
+lines between the maps are set to zero before each layer (`Mosaic.clear`). The purpose is batch norm: called
+once for each map, it would normalise each map by separate statistics in training, but all by a mixture of
+them in evaluation, which is another function. Here training and evaluation use one set of statistics, to
+which the lines between the maps contribute as well.
 """
 
 import functools
@@ -23,9 +23,9 @@ import numpy as np
 
 
 class Mosaic:
-    """The layout for maps of these (height, width).
+    """The layout for maps of these sizes (height, width).
 
-    `corners` are the (row, column) of each map's first pixel, `shape` the (height, width) of the whole.
+    `corners` are the (row, column) of each map's first pixel, `shape` is the (height, width) of the whole.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]]):
@@ -38,7 +38,7 @@ class Mosaic:
 
     @functools.cached_property
     def inside(self) -> np.ndarray:
-        """(height, width, 1) bool: where a map is."""
+        """Bool (height, width, 1): True where a map is."""
         mask = np.zeros((*self.shape, 1), bool)
         for (row, column), (h, w) in zip(self.corners, self.sizes):
             mask[row : row + h, column : column + w] = True
@@ -46,11 +46,11 @@ class Mosaic:
 
     @functools.cached_property
     def levels(self) -> np.ndarray:
-        """(L,) the number of the map that each row of `flat` comes from."""
+        """Int (L,): the index of the map that each row of `flat` comes from."""
         return np.repeat(np.arange(len(self.sizes)), [h * w for h, w in self.sizes])
 
     def pack(self, maps: Sequence[jax.Array]) -> jax.Array:
-        """Maps (N, h, w, C) -> (N, *shape, C)."""
+        """Lays out maps (N, h, w, C) in one map (N, *shape, C)."""
         first, *others = maps
         height, width = self.shape
         left = _extended(first, height, first.shape[2])
@@ -62,11 +62,11 @@ class Mosaic:
         return jnp.concatenate([left, _extended(right, height, column)], axis=2)
 
     def clear(self, x: jax.Array) -> jax.Array:
-        """Zeros between the maps."""
+        """Sets everything between the maps to zero."""
         return x if self.inside.all() else jnp.where(self.inside[None], x, 0)
 
     def flat(self, x: jax.Array) -> jax.Array:
-        """(N, *shape, C) -> (N, L, C): the maps one after the other, each row by row."""
+        """Flattens (N, *shape, C) to (N, L, C): the maps one after the other, each row by row."""
         maps = [
             x[:, row : row + h, column : column + w].reshape(x.shape[0], h * w, x.shape[-1])
             for (row, column), (h, w) in zip(self.corners, self.sizes)

@@ -1,9 +1,9 @@
-"""What all networks here are: stages of blocks built plain, which say of themselves which layers can be
-re-parameterized.
+"""The base classes of networks: stages of plain blocks that declare which layers can be re-parameterized.
 
-A network knows nothing of ways of training. `layers` names the kernels that a structure can take the place
-of, and what is particular to them: the number in the depth rule, and descriptions other than the general
-ones. Surgery does the rest."""
+A network does not depend on the way of training. `layers` names the kernels that a structure can replace,
+with what is particular to them: the depth rule's number, and descriptions other than the general ones.
+`surgery` uses it to make a network ready for training.
+"""
 
 import abc
 import dataclasses
@@ -21,15 +21,15 @@ from repopt_jax.nn.block import classifier
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class LayerSpec:
     """A layer that can be re-parameterized.
 
     Attributes:
-      geometry: of the layer.
-      depth: l of the depth rule sqrt(2 / l), 0 for the scale 1; None where nothing is published, for
-        `surgery.depth_scales` to count.
-      structures: name of a structure, or "search" -> the description that this layer has for it in place of
-        the general one.
+      geometry: the layer's geometry.
+      depth: l of the depth rule sqrt(2 / l), 0 for the scale 1; None if none is published, so that
+        `surgery.depth_scales` counts.
+      structures: name of a structure, or "search" -> the description for this layer in place of the general
+        one.
     """
 
     geometry: Geometry
@@ -38,35 +38,33 @@ class Place:
 
 
 class Network(nnx.Module):
-    """A network built plain. Subclasses say which layers can be re-parameterized."""
+    """A plain network. Subclasses declare which layers can be re-parameterized."""
 
     @property
     @abc.abstractmethod
     def architecture(self) -> str:
-        """What files of scales call it."""
+        """The network's name in scales files."""
 
     @abc.abstractmethod
-    def layers(self) -> dict[str, Place]:
-        """Path of each kernel that can be re-parameterized -> its place."""
+    def layers(self) -> dict[str, LayerSpec]:
+        """Returns the kernels that can be re-parameterized: path -> `LayerSpec`."""
 
     def branch_sets(self) -> dict[str, BranchSet]:
-        """Path of each of these kernels -> the branches of its hyper-search."""
+        """Returns the branches of the hyper-search by the paths of `layers`."""
         search = self.descriptions("search")
-        return {path: search[path](place.geometry).branch_set() for path, place in self.layers().items()}
+        return {path: search[path](spec.geometry).branch_set() for path, spec in self.layers().items()}
 
     def descriptions(self, structure: str) -> dict[str, Description]:
-        """Path of each of these kernels -> its description for a structure of `STRUCTURES`, or for
-        "search"."""
+        """Returns each layer's description of a structure in `STRUCTURES`, or of "search", by path."""
         general = repopt if structure == "search" else STRUCTURES[structure]
-        return {path: place.structures.get(structure, general) for path, place in self.layers().items()}
+        return {path: spec.structures.get(structure, general) for path, spec in self.layers().items()}
 
     def depths(self) -> dict[str, int]:
-        """Path of each of these kernels -> its number in the published depth rule; empty where there is
-        none."""
-        return {path: place.depth for path, place in self.layers().items() if place.depth is not None}
+        """Returns l of the published depth rule by path; empty if none is published."""
+        return {path: spec.depth for path, spec in self.layers().items() if spec.depth is not None}
 
     def unit_scales(self) -> Scales:
-        """Scales without a search: all ones."""
+        """Returns scales that are all 1, without a search."""
         return Scales.ones(self.branch_sets()).with_metadata(architecture=self.architecture)
 
 
@@ -76,15 +74,15 @@ class Classifier(Network):
     `__call__`: images (batch, height, width, in_channels) -> logits (batch, num_classes), float32 or wider.
 
     Args:
-      variant: the row that it was made from; it says `architecture` and `layers(in_channels)`.
+      variant: the row that it is made from, which defines `architecture` and `layers(in_channels)`.
       stages: the blocks.
-      width: channels of the last block.
-      num_classes: size of the classifier.
-      in_channels: of the images.
+      width: output channels of the last block.
+      num_classes: number of classes.
+      in_channels: channels of the images.
       features: layer from pooled maps (batch, 1, 1, width) to the features of the classifier, followed by a
-        ReLU; None for none.
-      dropout: rate before the classifier, in training mode. Above 0 it needs `rngs` with a `dropout` (or a
-        default) stream.
+        ReLU; or None.
+      dropout: rate before the classifier, in training mode. Above 0 it needs `rngs` with a `dropout`
+        (or a default) stream.
       dtype: computation dtype.
       rngs: `nnx.Rngs`.
     """
@@ -125,12 +123,12 @@ class Classifier(Network):
     def architecture(self) -> str:
         return self.variant.architecture
 
-    def layers(self) -> dict[str, Place]:
+    def layers(self) -> dict[str, LayerSpec]:
         return self.variant.layers(self.in_channels)
 
 
 def run_stages(stages: nnx.List, x: jax.Array) -> list[jax.Array]:
-    """The map after each stage."""
+    """Returns the feature map after each stage."""
     maps = []
     for stage in stages:
         for block in stage:

@@ -22,9 +22,9 @@ class Entry:
 
     Attributes:
       name: key in `NETWORKS`.
-      family: `family(variant, num_classes=, rngs=, in_channels=, dtype=, **options)` gives it, plain.
+      family: `family(variant, num_classes=, rngs=, in_channels=, dtype=, **options)` builds it, plain.
       variant: the row of its table.
-      mode: the way of training in which it is published, a `surgery.Mode`.
+      mode: the way of training for which it is published, a `surgery.Mode`.
       task: "classify" or "detect".
     """
 
@@ -38,21 +38,21 @@ class Entry:
 def create(
     name: str, *, num_classes: int, in_channels: int = 3, dtype: Any = None, rngs: nnx.Rngs, **options: Any
 ) -> Network:
-    """A network by name, built plain; `surgery.prepare` makes it ready for a way of training.
+    """Builds a plain network by name; `surgery.prepare` makes it ready for a way of training.
 
         model = models.create("repopt-vgg-b1", num_classes=1000, rngs=nnx.Rngs(0))
 
     Args:
-      name: one of `list()`; upper and lower case are the same.
-      num_classes: size of the classifier.
-      in_channels: of the images.
+      name: one of `list()`, in upper or lower case.
+      num_classes: number of classes.
+      in_channels: channels of the images.
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
-      options: what the family takes besides: `post_se` and `activation` of a VGG, `activation` of a
+      options: further arguments of the family: `post_se` and `activation` of a VGG, `activation` of a
         MobileOne, `dropout` of a GhostNet, `num_keypoints` and `activation` of a detector.
 
     Raises:
-      ValueError: an unknown name, with the nearest one; and what the family refuses.
+      ValueError: an unknown name, with the nearest one; or arguments that the family refuses.
       TypeError: an option that the family does not have.
     """
     entry = find(name)
@@ -61,15 +61,15 @@ def create(
 
 
 def list(task: Task | None = None) -> tuple[str, ...]:
-    """Names of all networks, or of those for one task."""
+    """Returns the names of all networks, or of those for one task."""
     return tuple(name for name, entry in NETWORKS.items() if task in (None, entry.task))
 
 
 def register(entry: Entry) -> None:
-    """Adds a network of your own: configs, the command line and `create` then know it by its name.
+    """Adds a network of your own, which `create`, configs and the command line then know by its name.
 
     Raises:
-      ValueError: a name that is taken by another network, or that is not in lower case.
+      ValueError: the name is taken by another network, or is not in lower case.
     """
     if entry.name != entry.name.lower() or NETWORKS.get(entry.name, entry) != entry:
         raise ValueError(f"`entry` is named {entry.name!r}: it must be in lower case and not taken yet")
@@ -85,10 +85,9 @@ def find(name: str) -> Entry:
     return NETWORKS[name.lower()]
 
 
-# Small networks for images of 32 pixels and fewer, which nobody publishes; the others of the table are
-# RepVGG's.
+# Unpublished small networks for images of at most 32 pixels; the other rows are RepVGG's.
 _SMALL = ("cifar-small", "cifar-A0", "digits")
-# What RepOptimizer publishes of the same table.
+# Rows that RepOptimizer publishes as well.
 _REPOPT = ("B1", "B2", "L1", "L2")
 
 

@@ -1,10 +1,11 @@
-"""VGG-style networks: what RepVGG and RepOptimizer train, one table of variants.
+"""The VGG-style networks of RepVGG and RepOptimizer, one table of variants.
 
 Five stages of 3x3 blocks, the first a single block, then global average pooling and a dense classifier.
 
 Paths: block i of stage s is `stages/{s}/{i}`, its kernel `stages/{s}/{i}/conv/kernel`; the classifier is
 `head`. Sources: RepVGG (arXiv 2101.03697) tables 2 and 4, RepOptimizer (arXiv 2205.15242) section 4 and
-appendix B."""
+appendix B.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from flax import nnx
 
 from repopt_jax.core.structure import Geometry
-from repopt_jax.models.network import Classifier, Place
+from repopt_jax.models.network import Classifier, LayerSpec
 from repopt_jax.nn.block import SqueezeExcite, block
 
 
@@ -25,10 +26,11 @@ class VGGVariant:
       name: key in `VGG_VARIANTS`.
       blocks: number of blocks of stages 1 to 4; stage 0 is one block.
       widths: output channels of stages 0 to 4.
-      strides: of the first block of stages 0 to 4.
-      groups: of every second block (counted through the network, stage 0 being block 0): RepVGG's g2 and g4.
-      pre_se: if not 0, every block has squeeze-and-excitation before its ReLU, of its width divided by this:
-        RepVGG-D2se.
+      strides: strides of the first blocks of stages 0 to 4.
+      groups: feature groups of every second block (counted through the network, stage 0 being block 0):
+        RepVGG's g2 and g4.
+      pre_se: if not 0, every block has squeeze-and-excitation before its ReLU, with its width divided by this
+        number: RepVGG-D2se.
     """
 
     name: str
@@ -42,10 +44,10 @@ class VGGVariant:
     def architecture(self) -> str:
         return self.name
 
-    def layers(self, in_channels: int = 3) -> dict[str, Place]:
-        """The depth rule counts the blocks of a stage: 0 for the one that opens it."""
+    def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:
+        """Returns the convolution of every block. The depth rule counts the blocks of a stage from 0."""
         return {
-            f"{spec.path}/conv/kernel": Place(spec.geometry, spec.index)
+            f"{spec.path}/conv/kernel": LayerSpec(spec.geometry, spec.index)
             for spec in block_specs(self, in_channels)
         }
 
@@ -53,8 +55,7 @@ class VGGVariant:
 def _imagenet(
     name: str, blocks: tuple[int, int, int, int], a: float, b: float, groups: int = 1, pre_se: int = 0
 ) -> VGGVariant:
-    """Widths from RepVGG's multipliers: `a` for stages 1 to 3, `b` for stage 4, stage 0 never wider than
-    64."""
+    """Computes widths from RepVGG's multipliers, a for stages 1 to 3, b for 4; stage 0 has at most 64."""
     widths = (min(64, int(64 * a)), int(64 * a), int(128 * a), int(256 * a), int(512 * b))
     return VGGVariant(name, blocks, widths, groups=groups, pre_se=pre_se)
 
@@ -80,8 +81,8 @@ VGG_VARIANTS: dict[str, VGGVariant] = {
         _imagenet("L1", _L, 2, 4),
         _imagenet("L2", _L, 2.5, 5),
         _imagenet("D2se", _L, 2.5, 5, pre_se=16),
-        # For images of 32 pixels and fewer: strides of their own, so that maps do not shrink to one pixel,
-        # where every tap but the centre sees only padding and a search learns nothing.
+        # For images of at most 32 pixels, with smaller strides so that maps do not shrink to one pixel, where
+        # every tap but the centre samples only padding and a search learns nothing.
         VGGVariant("cifar-small", (4, 4, 4, 1), (16, 16, 32, 64, 128), (1, 1, 2, 2, 1)),
         VGGVariant("cifar-A0", _A, (48, 48, 96, 192, 512), (1, 1, 2, 2, 2)),
         VGGVariant("digits", (2, 2, 2, 1), (16, 16, 32, 64, 64), (1, 1, 2, 2, 1)),
@@ -119,19 +120,19 @@ def vgg(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> Classifier:
-    """A plain VGG: images (batch, height, width, in_channels) -> logits (batch, num_classes), float32.
+    """Builds a plain VGG: images (batch, height, width, in_channels) -> logits (batch, num_classes), float32.
 
     Args:
       variant: a row of `VGG_VARIANTS`, or one of your own.
-      num_classes: size of the classifier.
-      in_channels: of the images.
+      num_classes: number of classes.
+      in_channels: channels of the images.
       post_se: squeeze-and-excitation (a quarter of the width) after every block's ReLU: the paper's "L2+SE".
       activation: "relu" or "relu6".
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
 
     Raises:
-      ValueError: `post_se` with a variant that has its own; no class; an unknown activation.
+      ValueError: `post_se` with a variant that has `pre_se`; no class; an unknown activation.
     """
     if post_se and variant.pre_se:
         raise ValueError(
@@ -161,7 +162,7 @@ def vgg(
 
 
 def block_specs(variant: VGGVariant, in_channels: int = 3) -> Iterator[BlockSpec]:
-    """The blocks of a variant in order."""
+    """Yields the blocks of a variant in order."""
     inputs, count = in_channels, 0
     for stage, (blocks, width, stride) in enumerate(
         zip((1, *variant.blocks), variant.widths, variant.strides)

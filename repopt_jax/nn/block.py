@@ -1,11 +1,12 @@
 """The block that all networks are made of, and PyTorch's constants, on which all published recipes rely.
 
-    y = act(se(bn(conv(x))))        se and act in either order, each of the three but conv may be absent
+    y = act(se(bn(conv(x))))        se and act in either order; all but conv are optional
 
-Networks are built of plain blocks. A way of training changes what `conv` is, and whether a batch norm comes
-after it: an `nnx.Conv` with `bn` is plain; `nn.Merged` with `bn` is RepOptimizer's search; `nn.Branched`
-without is RepVGG, which has its norms inside; an `nnx.Conv` without is what is deployed. The block is the
-same in all of them, so a scale that was searched with ReLU6 is used with ReLU6."""
+Networks are built of plain blocks. The way of training determines what `conv` is, and whether a batch norm
+follows it: an `nnx.Conv` with `bn` is plain, `nn.Merged` with `bn` is RepOptimizer's search, `nn.Branched`
+without `bn` is RepVGG, which has its norms inside, and an `nnx.Conv` without `bn` is a deployed block. The
+rest of the block is the same in all of them, so scales that were searched with ReLU6 are used with ReLU6.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ class Block(nnx.Module):
     """act(se(bn(conv(x)))): (batch, *spatial, in) -> (batch, *spatial', out).
 
     Args:
-      conv: any module from maps to maps.
+      conv: any module from feature maps to feature maps.
       bn: the batch norm after it, or None.
       se: squeeze-and-excitation, or None.
       se_first: whether `se` comes before the activation, as in RepVGG-D2se and MobileOne, or after it, as in
@@ -70,9 +71,9 @@ class Block(nnx.Module):
 
 
 class SqueezeExcite(nnx.Module):
-    """Gates channels: x * gate(up(relu(down(mean of x over the map)))). `down` has `hidden` channels.
+    """Gates channels: x * gate(up(relu(down(spatial mean of x)))). `down` has `hidden` output channels.
 
-    The gate is the sigmoid, or with `hard` its piecewise linear form min(max(z + 3, 0), 6) / 6.
+    The gate is the sigmoid or, with `hard`, its piecewise linear form min(max(z + 3, 0), 6) / 6.
     """
 
     def __init__(self, channels: int, hidden: int, *, hard: bool = False, dtype: Any = None, rngs: nnx.Rngs):
@@ -98,7 +99,7 @@ def block(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> Block:
-    """A plain block: a 2-D convolution with odd sides, its batch norm, an activation."""
+    """Makes a plain block: a 2-D convolution with odd sides, its batch norm, an activation."""
     layer = conv(inputs, outputs, size, stride=stride, groups=groups, dtype=dtype, rngs=rngs)
     norm = batch_norm(outputs, dtype=dtype, rngs=rngs)
     return Block(layer, norm, se, se_first=se_first, activation=activation)
@@ -115,7 +116,7 @@ def conv(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A 2-D convolution with odd sides and PyTorch's padding and initialisation."""
+    """Makes a 2-D convolution with odd sides and PyTorch's padding and initialisation."""
     return nnx.Conv(
         inputs,
         outputs,
@@ -139,8 +140,10 @@ def batch_norm(
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.BatchNorm:
-    """Batch norm with PyTorch's constants (its momentum 0.1 is 0.9 here) and a variance without cancellation;
-    its scale starts at `start`."""
+    """Makes a batch norm with PyTorch's constants, whose scale starts at `start`.
+
+    PyTorch's momentum 0.1 is 0.9 in Flax. The variance is computed without cancellation.
+    """
     return nnx.BatchNorm(
         channels,
         momentum=0.9,
@@ -154,14 +157,14 @@ def batch_norm(
 
 
 def classifier(inputs: int, num_classes: int, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.Linear:
-    """A dense layer with PyTorch's initialisation."""
+    """Makes a dense layer with PyTorch's initialisation."""
     return nnx.Linear(
         inputs, num_classes, kernel_init=kernel_init, bias_init=bias_init(inputs), dtype=dtype, rngs=rngs
     )
 
 
 def bias_init(fan_in: int) -> Callable[..., jax.Array]:
-    """PyTorch's default for biases: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """Returns PyTorch's default initialiser for biases: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
 

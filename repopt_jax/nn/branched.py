@@ -1,11 +1,12 @@
-"""A layer that runs every branch of a structure: in the network, the first of the three places for it.
+"""A layer that runs every branch of a structure: the structure is kept in the network.
 
     y = sum over the chains of (f_n o k_n o ... o f_1 o k_1)(x)
 
-Each k is a convolution of its own and each f its batch norm, its scale, or nothing; any structure can be
-run so, at 1.4 to 1.9 times the cost of one convolution. In training a batch norm is not linear, so
+Each k is a separate convolution and each f its batch norm, its scale, or nothing. Any structure can be run in
+this way, at 1.4 to 1.9 times the cost of one convolution. In training a batch norm is not linear, so
 structures with a norm inside have no cheaper form until they are fused. `StructuredLayer` holds the arrays
-and says what the layer merges into; `nn.Merged` is the same layer that merges before it runs."""
+and merges them into a kernel and a bias; `nn.Merged` is the layer that merges before it runs.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -30,34 +31,35 @@ class FrozenScale(nnx.Variable):
 
 
 class StructuredLayer(nnx.Module):
-    """A convolution, or without spatial axes a dense layer, whose numbers are those of a structure.
+    """A convolution or, without spatial axes, a dense layer, with the arrays of a structure.
 
-    It has the attributes that networks read of `nnx.Conv` and `nnx.Linear`: `in_features`, `out_features`,
-    `kernel_size`. Equal layers can be stacked in one, as in any other module, by building it under `nnx.vmap`
-    or, where the structure has no batch norm, with `stack`; it is then run under `nnx.scan` or `nnx.vmap`,
-    which hand `__call__` the arrays of one layer.
+    It has the attributes of `nnx.Conv` and `nnx.Linear` that networks read: `in_features`, `out_features`,
+    `kernel_size`. Equal layers can be stacked in one, by building it under `nnx.vmap` like any module or, if
+    the structure has no batch norm, with `stack`; it is then run under `nnx.scan` or `nnx.vmap`, which pass
+    the arrays of one layer to `__call__`.
 
     Attributes:
-      structure: of one layer.
+      structure: the structure of one layer.
       weights: key of a stage -> its tensor, trainable.
-      scales: key -> the factor (channels,) after it: `nnx.Param`, or `FrozenScale` where it is constant.
-      norms: key -> the batch norm after it.
-      bias: (out,) added to the sum, or None.
+      scales: key -> the factor (channels,) after the stage: `nnx.Param`, or `FrozenScale` if it is constant.
+      norms: key -> the batch norm after the stage.
+      bias: (out,), added to the sum, or None.
 
     Args:
-      structure: the structure, whose layer gives strides, padding and the rest.
-      values: key -> where a vector starts, (*stack, channels): the scale after a stage, or the tensor of an
-        identity that is trained itself. By default `Stage.start`, and ones.
-      stack: leading axes of all arrays, for that many equal layers, each with draws of its own.
-      bias: initial bias (*stack, out), or None for none.
+      structure: the structure, whose layer defines strides, padding, dilation and groups.
+      values: key -> initial value of a vector, (*stack, channels): the scale after a stage, or the tensor of
+        a trained identity. By default `Stage.start` and ones, respectively.
+      stack: leading axes of all arrays, for that many equal layers, each drawn independently.
+      bias: initial bias (*stack, out), or None.
       dtype: computation dtype; by default that of inputs and parameters.
-      precision: of the products, as in `nnx.Conv`.
-      param_dtype: of weights, scales and bias, and, if it is not narrower than float32, of the batch norms.
-      rngs: source of the draws (stream `params`), each tensor as its stage's own layer would be drawn.
+      precision: precision of the products, as in `nnx.Conv`.
+      param_dtype: dtype of weights, scales and bias and, if it is not narrower than float32, of the batch
+        norms.
+      rngs: `nnx.Rngs` with the stream `params`; each tensor is drawn as its stage's own layer would be.
 
     Raises:
-      ValueError: vectors or a bias of another shape, or of a stage that has none; a `stack` of a structure
-        with batch norms.
+      ValueError: vectors or a bias of another shape, or vectors of a stage that has none; a `stack` of a
+        structure with batch norms.
     """
 
     def __init__(
@@ -116,11 +118,11 @@ class StructuredLayer(nnx.Module):
 
     @property
     def stack(self) -> Shape:
-        """The leading axes of the arrays; () for a layer of its own.
+        """The leading axes of the arrays; () for a single layer.
 
         Raises:
-          ValueError: the arrays do not have the shapes of one structure (a stack along another axis than the
-            leading ones, say); all are listed.
+          ValueError: the arrays do not have the shapes of one structure, as after stacking along other axes
+            than the leading ones; all are listed.
         """
         expected = {f"weights/{key}": shape for key, shape in self.structure.shapes().items()}
         expected |= {
@@ -143,15 +145,16 @@ class StructuredLayer(nnx.Module):
         return stack
 
     def vectors(self) -> dict[str, jax.Array]:
-        """What a search finds: the scale after each stage, and the tensor of each identity that is trained
-        itself; (*stack, channels) each."""
+        """Returns what a search finds, (*stack, channels) each: scales, and tensors of trained identities."""
         own = {key: self.weights[key][...] for key in _vectors(self.structure)}
         found = {key: scale[...] for key, scale in self.scales.items()} | own
         return {part.key: found[part.key] for part in self.structure.parts if part.key in found}
 
     def kernel_and_bias(self) -> tuple[jax.Array, jax.Array | None]:
-        """Kernel and bias, or None, of the plain layer that computes what this one does in evaluation mode;
-        of stacked layers with the axes of the stack in front."""
+        """Returns kernel and bias (or None) of the plain layer that equals this one in evaluation mode.
+
+        The arrays of stacked layers have the axes of the stack in front.
+        """
         merge = functools.partial(self.structure.merge, dtype=self._tensor_dtype())
         for _ in self.stack:
             merge = jax.vmap(merge)
@@ -163,12 +166,14 @@ class StructuredLayer(nnx.Module):
         return {key: w[...] for key, w in self.weights.items()}
 
     def _tensor_dtype(self) -> Any:
-        """That of the tensors as they are: a model may have been cast since it was made, and an average by a
-        number of less precision would be another one."""
+        """Returns the tensors' present dtype: the model may have been cast since its construction.
+
+        An average that is computed in a narrower dtype would differ.
+        """
         return jnp.result_type(*self._tensors().values()) if self.weights else self.param_dtype
 
     def _affines(self) -> dict[str, Affine]:
-        """(a, b) of what follows each stage, a batch norm with its running statistics."""
+        """Returns (a, b) of the scale or batch norm after each stage, the latter with running statistics."""
         scales: dict[str, Affine] = {key: (scale[...], None) for key, scale in self.scales.items()}
         return scales | {key: affine_of(norm) for key, norm in self.norms.items()}
 
@@ -188,7 +193,7 @@ class Branched(StructuredLayer):
     """A layer that runs every branch of its structure. See `StructuredLayer` for attributes and arguments."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(*batch, *spatial, in) -> (*batch, *spatial', out), any number of batch axes, none too.
+        """(*batch, *spatial, in) -> (*batch, *spatial', out), with any number of batch axes, also none.
 
         Raises:
           ValueError: the arrays are those of stacked layers.
@@ -199,7 +204,7 @@ class Branched(StructuredLayer):
         return self._finish(functools.reduce(jnp.add, outputs), batch)
 
     def _run_chain(self, chain: tuple[Part, ...], x: jax.Array) -> jax.Array:
-        border: jax.Array | None = None  # what the stages so far make of zeros; None while that is zero
+        border: jax.Array | None = None  # output of the stages so far for zeros; None while that is zero
         for part in chain:
             layer = part.layer
             if border is not None and layer.pad_mode == "constant" and any(map(any, layer.padding)):
@@ -227,10 +232,11 @@ class Branched(StructuredLayer):
         return y
 
     def _border(self, part: Part, border: jax.Array | None) -> jax.Array | None:
-        """What this stage and what follows it make of the constant `border`.
+        """Returns the output of this stage and its norm or scale for the constant input `border`.
 
-        With the running statistics also in training, after this step has moved them, and without a
-        gradient: as in the published block, whose padding is not part of what is trained."""
+        As in the published block, training also uses the running statistics, as updated in this step, and
+        there is no gradient through the padding.
+        """
         norm = self.norms.get(part.key)
         if border is None and norm is None:
             return None
@@ -247,7 +253,7 @@ class Branched(StructuredLayer):
 
 
 def affine_of(norm: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
-    """A batch norm with its running statistics as y = a * x + b: (a, b), (channels,) each."""
+    """Returns (a, b), (channels,) each, of a batch norm with its running statistics as y = a * x + b."""
     mean, var = norm.mean[...], norm.var[...]
     gamma = jnp.ones_like(var) if norm.scale is None else norm.scale[...]
     beta = jnp.zeros_like(var) if norm.bias is None else norm.bias[...]
@@ -256,8 +262,11 @@ def affine_of(norm: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
 
 @functools.singledispatch
 def run_map(m: Branch, x: jax.Array, w: jax.Array, layer: Geometry, precision: Any) -> jax.Array:
-    """What one linear map gives for x by itself. A kind of map that registers nothing is run by its kernel,
-    which takes the whole window's products."""
+    """Applies one linear map to x.
+
+    A kind of branch without a registered function is run as a convolution with its embedded kernel, which
+    costs the products of the whole window.
+    """
     return convolve(x, m.embed(w, layer.kernel), layer, precision=precision)
 
 
@@ -323,14 +332,14 @@ def _unpadded(layer: Geometry) -> Geometry:
 
 
 def _vectors(structure: Structure) -> dict[str, Part]:
-    """The stages whose tensor is a vector that is trained itself: identities without a norm."""
+    """Returns the parts whose tensor is a trained vector: identities without a norm."""
     return {p.key: p for p in structure.parts if p.stage.trained and not p.stage.map.has_scale}
 
 
 def _check_vectors(
     structure: Structure, stack: Shape, values: Mapping[str, jax.Array], bias: jax.Array | None
 ) -> None:
-    """A vector of another shape would be broadcast, or fail in a convolution far from here."""
+    """Raises ValueError for misshapen vectors, which would be broadcast or fail later in a convolution."""
     holders = structure.followers("scale", "constant") | _vectors(structure)
     expected = {key: (*stack, part.layer.outputs) for key, part in holders.items()}
     expected |= {"bias": (*stack, structure.layer.outputs)}

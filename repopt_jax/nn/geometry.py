@@ -1,9 +1,9 @@
-"""The one place that knows how a layer samples its input: the convolution call, padding, and what
-`nnx.Conv` and `nnx.Linear` mean by their arguments.
+"""How a layer samples its input: the convolution, padding, and the arguments of `nnx.Conv` and `nnx.Linear`.
 
-Maps are (batch, *spatial, channels), kernels (*spatial, in/groups, out), with any number of spatial axes,
-none too. Padding is explicit everywhere: "SAME" at stride 2 pads (0, 1) where PyTorch pads (1, 1), and a
-smaller branch would then sample other pixels than the centre of the kernel does."""
+Feature maps are (batch, *spatial, channels), kernels (*spatial, in/groups, out), with any number of spatial
+axes, also none. Padding is explicit everywhere: "SAME" at stride 2 pads (0, 1) where PyTorch pads (1, 1), and
+a smaller branch would then sample other pixels than the centre of the kernel does.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from repopt_jax.core.structure import Geometry, PadMode, Pads, per_axis
 
 Plain: TypeAlias = nnx.Conv | nnx.Linear
 
-# Names of padding that only Flax knows -> what `jnp.pad` calls them.
+# Flax's names of paddings -> those of `jnp.pad`.
 FLAX_PAD_MODES: dict[str, PadMode] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
@@ -31,15 +31,15 @@ def convolve(
     taps: Sequence[algebra.Taps] | None = None,
     precision: Any = None,
 ) -> jax.Array:
-    """The layer's cross-correlation of (batch, *spatial, in) with a kernel.
+    """Computes the layer's cross-correlation of (batch, *spatial, in) with a kernel.
 
     Args:
-      x: the map.
-      kernel: (*layer.window, in/groups, out); or, with `taps`, a smaller one that stands at these taps of the
-        window, and is convolved as such.
-      layer: strides, padding, dilation, groups. Its numbers of channels are not looked at.
-      taps: where in the window the kernel stands, for each spatial axis.
-      precision: of the products, as in `nnx.Conv`.
+      x: the feature map.
+      kernel: (*layer.window, in/groups, out); or, with `taps`, a smaller kernel at these taps of the window,
+        whose other taps cost nothing.
+      layer: strides, padding, dilation, groups. Its numbers of channels are not used.
+      taps: the position of the kernel in the window, for each spatial axis.
+      precision: precision of the products, as in `nnx.Conv`.
     """
     if not layer.axes:
         return jnp.matmul(x, kernel, precision=precision)
@@ -66,23 +66,24 @@ def convolve(
 
 
 def padded(x: jax.Array, layer: Geometry) -> tuple[jax.Array, Pads]:
-    """x with what `layer.pad_mode` puts at its borders, and the zeros that are left for the convolution to
-    add: `layer.padding` or none."""
+    """Pads x unless `layer.pad_mode` is "constant"; also returns the padding left for the convolution."""
     if layer.pad_mode == "constant":
         return x, layer.padding
     return jnp.pad(x, ((0, 0), *layer.padding, (0, 0)), layer.pad_mode), ((0, 0),) * layer.axes
 
 
 def padded_with(x: jax.Array, border: jax.Array, layer: Geometry) -> jax.Array:
-    """x with the constant `border`, (channels,), in the layer's padding; negative padding cuts off."""
+    """Pads x with the constant `border`, (channels,), by the layer's padding; negative padding crops."""
     pads = [(0, 0, 0), *((before, after, 0) for before, after in layer.padding), (0, 0, 0)]
     inside = lax.pad(jnp.ones(x.shape[1:-1], bool)[None, ..., None], False, pads)
     return jnp.where(inside, lax.pad(x, jnp.zeros((), x.dtype), pads), along_channels(border, x))
 
 
 def narrowed(padding: Pads, taps: Sequence[algebra.Taps], layer: Geometry) -> Pads:
-    """Padding with which a smaller kernel at `taps` samples the pixels that it samples inside the layer's
-    window, which has `padding`."""
+    """Returns the padding with which a smaller kernel samples the same pixels as at `taps` of the window.
+
+    `padding` is the padding of the window.
+    """
     narrow = []
     for (before, after), t, n, d in zip(padding, taps, layer.window, layer.dilation):
         beyond = n - t.start - ((t.count - 1) * t.step + 1)
@@ -91,23 +92,22 @@ def narrowed(padding: Pads, taps: Sequence[algebra.Taps], layer: Geometry) -> Pa
 
 
 def one_batch_axis(x: jax.Array, axes: int) -> tuple[jax.Array, tuple[int, ...]]:
-    """x, (*batch, *spatial, in) with `axes` spatial axes, as (n, *spatial, in); and the batch axes it had."""
+    """Reshapes x, (*batch, *spatial, in), to (n, *spatial, in); also returns the shape `batch`."""
     batch = x.shape[: x.ndim - axes - 1]
     return x.reshape(math.prod(batch), *x.shape[len(batch) :]), batch
 
 
 def along_channels(v: jax.Array, y: jax.Array) -> jax.Array:
-    """v, (channels,), reshaped and cast to broadcast against y, so that it also multiplies where rank
-    promotion is an error."""
+    """Reshapes and casts v, (channels,), to broadcast against y, also where rank promotion is an error."""
     return jnp.asarray(v, y.dtype).reshape((1,) * (y.ndim - 1) + v.shape)
 
 
 def geometry_of(layer: Plain) -> Geometry:
-    """What an `nnx.Conv` or `nnx.Linear` samples.
+    """Returns the geometry of an `nnx.Conv` or `nnx.Linear`.
 
     Raises:
-      ValueError: a padding that is not the same numbers for every input, with the pairs to write instead; or
-        another way of computing than that of the two classes, see `check_plain`.
+      ValueError: a padding that depends on the input's size, with the pairs to write instead; or a layer that
+        computes otherwise than these two classes, see `check_plain`.
     """
     check_plain(layer)
     if isinstance(layer, nnx.Linear):
@@ -125,11 +125,10 @@ def geometry_of(layer: Plain) -> Geometry:
 
 
 def explicit_padding(layer: nnx.Conv) -> Pads:
-    """The padding of a convolution as pairs; with "CIRCULAR" and "REFLECT", of what is wrapped or reflected.
+    """Returns the padding of a convolution as pairs, also for "CIRCULAR" and "REFLECT".
 
     Raises:
-      ValueError: a padding that is not the same numbers for every input (`SAME` at a stride above 1), or
-        `CAUSAL`.
+      ValueError: a padding that depends on the input's size (`SAME` at a stride above 1), or `CAUSAL`.
     """
     window, padding = layer.kernel_size, layer.padding
     strides = per_axis(layer.strides or 1, len(window), "strides")
@@ -161,15 +160,16 @@ def explicit_padding(layer: nnx.Conv) -> Pads:
 def plain_layer(
     geometry: Geometry, kernel: jax.Array, bias: jax.Array | None, *, dtype: Any = None, precision: Any = None
 ) -> Plain:
-    """An `nnx.Conv`, or `nnx.Linear` without spatial axes, with this geometry and these arrays, which may
-    have leading axes of a stack.
+    """Makes an `nnx.Conv` or, without spatial axes, an `nnx.Linear` with this geometry and these arrays.
+
+    The arrays may have leading axes of a stack.
 
     Raises:
-      TypeError: a padding that `nnx.Conv` has no name for (wrapped or reflected, but not by half of the
+      TypeError: a padding that `nnx.Conv` cannot express (wrapped or reflected, but not by half of the
         window).
     """
     options = {"dtype": dtype, "precision": precision, "param_dtype": kernel.dtype}
-    # Without values: drawing kernels to replace them costs more than all the rest.
+    # Abstract, because drawing kernels only to replace them would take most of the time.
     made = nnx.eval_shape(lambda: _made(geometry, use_bias=bias is not None, **options))
     if geometry.pad_mode != "constant" and explicit_padding(made) != geometry.padding:  # pyright: ignore
         raise TypeError(
@@ -183,10 +183,10 @@ def plain_layer(
 
 
 def check_plain(module: nnx.Module) -> Plain:
-    """`module`, an `nnx.Conv` or `nnx.Linear` that computes what its kernel says.
+    """Returns `module` if it is an `nnx.Conv` or `nnx.Linear` that is determined by its kernel and bias.
 
     Raises:
-      ValueError: another class, or a function of its own, a mask, or dilated inputs.
+      ValueError: it is of another class, or has a function of its own, a mask, or dilated inputs.
     """
     if not isinstance(module, (nnx.Conv, nnx.Linear)):
         raise ValueError("only nnx.Conv and nnx.Linear can be made of branches")

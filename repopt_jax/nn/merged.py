@@ -1,12 +1,12 @@
-"""A layer that merges the branches of its structure and runs one convolution: in the weights, the second of
-the three places for it.
+"""A layer that merges its branches and runs one convolution: the structure is kept in the weights.
 
     y = conv(x, K),  K = A(weights, scales)
 
-Where no norm stands inside the sum, the branches are linear, so merging them in weight space gives the
-function and the gradients of running every branch, at about the time and the activation memory of a plain
-layer. With scales it is the layer of RepOptimizer's search (ICLR 2023, section 3.1), whose published code
-runs every branch."""
+If there is no norm inside the sum, the branches are linear, so merging them in weight space gives the same
+function and gradients as running every branch, at about the time and the activation memory of a plain layer.
+With scales it is the layer of RepOptimizer's search (ICLR 2023, section 3.1), whose published code runs every
+branch.
+"""
 
 import jax
 from flax import nnx
@@ -25,8 +25,8 @@ class Merged(StructuredLayer):
     See `nn.StructuredLayer` for attributes and arguments.
 
     Raises:
-      ValueError: also a structure with a batch norm inside, which in training is not linear; `nn.Branched`
-        runs it.
+      ValueError: as `nn.StructuredLayer`; or a structure with a batch norm inside, which is not linear in
+        training and needs `nn.Branched`.
     """
 
     def __init__(self, structure: Structure, *, rngs: nnx.Rngs, **options):
@@ -38,7 +38,7 @@ class Merged(StructuredLayer):
         super().__init__(structure, rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(*batch, *spatial, in) -> (*batch, *spatial', out), any number of batch axes, none too.
+        """(*batch, *spatial, in) -> (*batch, *spatial', out), with any number of batch axes, also none.
 
         Raises:
           ValueError: the arrays are those of stacked layers.
@@ -50,13 +50,12 @@ class Merged(StructuredLayer):
         return self._finish(convolve(x, kernel, layer, precision=self.precision), batch)
 
     def merged_kernel(self) -> jax.Array:
-        """K, of the shape of a plain layer's kernel; of stacked layers (*stack, *spatial, in/groups, out)."""
+        """Returns K, (*spatial, in/groups, out), with the axes of the stack in front for stacked layers."""
         kernel, _ = self.kernel_and_bias()
         return kernel
 
     def branch_set(self) -> BranchSet:
-        """The branch set of the arrays as they are, the axes of a stack in front: what scales files and
-        optimizers need.
+        """Returns the branch set that scales files and optimizers use, with the axes of a stack.
 
         Raises:
           ValueError: as `Structure.branch_set`, and as `stack`.

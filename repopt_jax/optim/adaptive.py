@@ -1,19 +1,20 @@
-"""Adam and sign rules that move the merged kernel as they would move its branches.
+"""Adam and sign rules that move a merged kernel as they would move its branches.
 
-Where every embedding places coordinates, branch b sees the gradient s_b * g at each entry that it reaches.
-Its moments are then s_b * m and s_b^2 * v, where m and v are the moments of the plain gradient g, so neither
-the branch tensors nor their moments need to be kept:
+Where every embedding places coordinates, branch b has the gradient s_b * g at each entry that it reaches. Its
+moments are then s_b * m and s_b^2 * v, where m and v are the moments of the plain gradient g, so neither the
+branch tensors nor their moments need to be kept:
 
     Adam   dw_b = -lr * s_b * mhat / (sqrt(s_b^2 * vhat + eps_root) + eps)
            dK   = -lr * sum_b E_b(1) * s_b^2 * mhat / (sqrt(s_b^2 * vhat + eps_root) + eps)
     Lion   dw_b = -lr * sign(s_b * c)
            dK   = -lr * sum_b E_b(1) * |s_b| * sign(c)
 
-Decoupled weight decay shrinks every branch by the same factor, and so K too. Layers whose branches mix taps
+Decoupled weight decay shrinks every branch, and hence K, by the same factor. Layers whose branches mix taps
 (average pooling) need the moments of their branches and are handled by `reparameterize`.
-Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), appendix A, for the idea.
-The rule printed there and in the published code differs: it multiplies the gradient and again the update by
-the power 1 of the scales, see `rule="published"`.
+
+Source of the idea: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), appendix A. The
+rule printed there and in the published code differs: it multiplies both the gradient and the update by the
+first power of the scales, see `rule="published"`.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,7 @@ RULES: tuple[str, ...] = get_args(Rule)
 
 
 class ScaleByRepOptAdamState(NamedTuple):
-    """State of `scale_by_repopt_adam`: step count, first and second moment of the plain gradient, and the
-    scale vectors."""
+    """State of `scale_by_repopt_adam`: step count, moments of the plain gradient, and the scale vectors."""
 
     count: jax.typing.ArrayLike
     mu: Any
@@ -64,15 +64,15 @@ def repopt_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW that trains a plain network as `optax.adamw` would train its multi-branch counterpart.
 
-    A chain of `scale_by_repopt_adam`, decoupled weight decay, and the learning rate. Exact for scales of any
-    sign, eps included.
+    It is a chain of `scale_by_repopt_adam`, decoupled weight decay, and the learning rate. It is exact for
+    scales of any sign, eps included.
 
     Args:
       learning_rate: a number or an Optax schedule.
-      scales: searched, or without a search (`Scales.ones`, `Scales.depth_rule`).
+      scales: those of a search, or without one `Scales.ones` or `Scales.depth_rule`.
       b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.adamw`.
-      weight_decay: of the merged kernels and the other parameters. The training is that of a multi-branch
-        network which decays all its branches alike, the identity's weight included.
+      weight_decay: coefficient for merged kernels and other parameters. It corresponds to a multi-branch
+        network that decays all its branches equally, the identity's weight included.
       mask: which parameters are decayed, as in `optax.adamw`.
       rule: see `scale_by_repopt_adam`.
 
@@ -98,15 +98,15 @@ def repopt_lion(
 ) -> optax.GradientTransformationExtraArgs:
     """Lion that trains a plain network as `optax.lion` would train its multi-branch counterpart.
 
-    A chain of `optax.scale_by_lion`, `repopt_sign_mask`, decoupled weight decay, and the learning rate.
-    Arguments as in `optax.lion` and `repopt_adamw`.
+    It is a chain of `optax.scale_by_lion`, `repopt_sign_mask`, decoupled weight decay, and the learning rate.
+    The arguments are those of `optax.lion` and `repopt_adamw`.
 
     Raises:
       ValueError: as `scale_by_repopt_adam`.
     """
     lion = optax.scale_by_lion(b1, b2, mu_dtype)
     return optax.chain(
-        _by_kind(scales, lambda placed: optax.chain(lion, repopt_sign_mask(placed)), lion),
+        _elementwise_or_by_branch(scales, lambda placed: optax.chain(lion, repopt_sign_mask(placed)), lion),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -123,11 +123,10 @@ def scale_by_repopt_adam(
     nesterov: bool = False,
     rule: Rule = "exact",
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces `optax.scale_by_adam`: moves the kernels that `scales` name as Adam would move their branches,
-    and other leaves as `optax.scale_by_adam` does.
+    """Replaces `optax.scale_by_adam`: moves the kernels in `scales` as Adam would move their branches.
 
-    It takes the plain gradient, so no `repopt_mask` comes before it. To clip, put
-    `clip_by_repopt_global_norm` before it.
+    Other leaves are moved as by `optax.scale_by_adam`. It takes the plain gradient, so no `repopt_mask` comes
+    before it. To clip, put `clip_by_repopt_global_norm` before it.
 
     Args:
       scales: the scales.
@@ -135,8 +134,8 @@ def scale_by_repopt_adam(
       rule: "exact" is the equation at the top of this module. "published" is what the RepOptimizers code
         does, for comparison: with M = sum_b s_b * E_b(1), signed, the gradient is multiplied by M before both
         moments and mhat by M again, so that the update is M * (M * mhat) / (sqrt(M^2 * vhat + eps_root) +
-        eps), about |M| * mhat / sqrt(vhat). That is not the branches' update at entries where scales of
-        different signs add up.
+        eps), about |M| * mhat / sqrt(vhat). This differs from the branches' update at entries where scales of
+        different signs are summed.
 
     Raises:
       ValueError: an unknown rule; scales that are NaN, infinite or all zero in a layer; "published" with a
@@ -195,19 +194,19 @@ def scale_by_repopt_adam(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return _by_kind(scales, elementwise, inner)
+    return _elementwise_or_by_branch(scales, elementwise, inner)
 
 
 def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the *update* of every kernel that `scales` name by sum_b |s_b| * E_b(1), which rules need
-    that take the sign of the gradient or of its moving average.
+    """Multiplies the *update* of every kernel that `scales` name by sum_b |s_b| * E_b(1), after a sign rule.
 
-    It comes after the sign rule and before decay and learning rate::
+    Rules that take the sign of the gradient or of its moving average need it. It comes after the sign rule
+    and before weight decay and the learning rate::
 
         optax.chain(optax.scale_by_sign(), repopt_sign_mask(scales), optax.scale_by_learning_rate(1e-3))
         optax.chain(optax.scale_by_lion(), repopt_sign_mask(scales), optax.add_decayed_weights(1e-3), ...)
 
-    Exact for signSGD, Signum and Lion, whatever the signs of the scales. (A branch whose scale is 0 does not
+    It is exact for signSGD, Signum and Lion and for scales of any sign. (A branch whose scale is 0 does not
     move K and contributes 0.)
 
     Raises:
@@ -242,12 +241,12 @@ def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _by_kind(
+def _elementwise_or_by_branch(
     scales: Scales,
     elementwise: Callable[[Scales], optax.GradientTransformation],
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """`elementwise(scales)`, except in layers whose branches mix taps: there, `inner` on their branches."""
+    """Returns `elementwise(scales)`, with `inner` on the branches of layers whose branches mix taps."""
     check_values(scales)
     mixing = {path: entry for path, entry in scales.entries.items() if not entry.branches.elementwise}
     placed = {path: entry for path, entry in scales.entries.items() if path not in mixing}

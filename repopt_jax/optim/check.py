@@ -1,18 +1,18 @@
-"""Checks a user's whole optimizer, by what it does with made-up gradients.
+"""Checks a user's whole optimizer by running it on synthetic gradients.
 
-A plain network trains as its multi-branch counterpart if its optimizer moves every merged kernel as
-K = A(w) moves when some ordinary optimizer T is given the gradients of the branches: dK = A(T(A^T g)). T is
-unknown, but it treats equal gradients equally. So the optimizer is initialised as for training, the scale
-vectors in its state are replaced by s_b = c_o for all branches b, with one number c_o for each output channel
-o, and two channels, with very different c_o, are given gradients x / c_o. Their branches then see the same
-gradient x, and an exact optimizer moves them by u * c_o with the same u. Adam after the mask, clipping, a
-missing multiplier or one too many do not. The two channels take turns, so that the plain gradient's norm
-differs between two runs where the branches' norm does not: that shows clipping by the plain norm, under any
-rule. Weight decay is what remains where gradients are zero; it must be a multiple of K, and is one of P(K)
-where it comes before the multiplier.
+A plain network trains as its multi-branch counterpart if its optimizer moves every merged kernel as K = A(w)
+moves when some ordinary optimizer T is given the gradients of the branches: dK = A(T(A^T g)). T is unknown,
+but it treats equal gradients equally. The check initialises the optimizer as for training, replaces the scale
+vectors in its state by s_b = c_o for all branches b, with one number c_o for each output channel o, and gives
+two channels with very different c_o the gradients x / c_o. The branches of both channels then have the same
+gradient x, and an exact optimizer moves the channels by u * c_o with the same u. An optimizer with Adam after
+the mask, clipping, or a missing or repeated multiplier does not. A second run swaps the two channels, which
+changes the norm of the plain gradient but not that of the branches: this shows clipping by the plain norm
+under any rule. Weight decay is the update that remains if all gradients are zero. It must be a multiple of K;
+if it comes before the multiplier, it is a multiple of P(K).
 
-All c_o are powers of two, so an exact optimizer passes without a rounding error. The inner optimizer of
-`reparameterize`, which is exact whatever it is, is left out.
+All c_o are powers of two, so an exact optimizer passes without rounding errors. The inner optimizer of
+`reparameterize` is skipped, because `reparameterize` is exact for any inner optimizer.
 """
 
 import enum
@@ -37,12 +37,13 @@ from repopt_jax.optim.sgd import RepOptClipState, RepOptMaskState
 RULES = (RepOptMaskState, RepOptSignMaskState, ScaleByRepOptAdamState, ReparameterizeState)
 WITH_SCALES = (*RULES, RepOptClipState)
 
-# Relative difference of two channels. Exact optimizers: 0, or float32 rounding.
+# Relative difference of two channels: 0 for exact optimizers, or rounding in float32.
 TOLERANCE = 1e-3
-# Relative distance from a multiple. Momentum in bfloat16 is off by 0.4 %, a misplaced decay by half.
-ROUGHLY = 5e-2
-# Steps after which an optimizer that has moved nothing is given up: MultiSteps, schedules that start at 0.
-MOST_STEPS = 64
+# Relative distance from a multiple: 0.4 % for momentum in bfloat16, a half for misplaced decay.
+LOOSE_TOLERANCE = 5e-2
+# The check ends if the optimizer has moved nothing in this many steps. MultiSteps and schedules that start at
+# 0 need several.
+MAX_STEPS = 64
 
 
 class Reason(enum.Enum):
@@ -88,23 +89,23 @@ def check_optimizer(tx: optax.GradientTransformation, scales: Scales, params: An
         tx = optax.chain(repopt_mask(scales), optax.add_decayed_weights(4e-5), optax.sgd(0.1, 0.9))
         check_optimizer(tx, scales, params)
 
-    It runs `tx` on made-up gradients, from a state of its own, for about nine steps (nine times as many as it
-    takes to move a kernel). The optimizer may be made of any transformations and wrappers, of Optax or of
-    your own. Not found are faults that begin only after several updates, an optimizer that moves nothing in
-    its first 64 steps, and, where other kernels have a rule, kernels that `optax.masked` or
-    `optax.partition` hide.
+    It runs `tx` on synthetic gradients, from a new state, for about nine steps (nine times as many as it
+    takes to move a kernel). The optimizer may consist of any transformations and wrappers, Optax's or your
+    own. The check does not find faults that begin only after several updates, faults of an optimizer that
+    moves nothing in its first 64 steps, and kernels that `optax.masked` or `optax.partition` hide if other
+    kernels have a rule.
 
     Args:
       tx: the whole optimizer.
-      scales: what it was made with.
+      scales: the scales that it was made with.
       params: the plain network's parameters: a plain dict, an `nnx.State`, or any other pytree of arrays.
       **extra_args: passed on to `tx.update`.
 
     Raises:
-      OptimizerError: a ValueError; with all `faults`, each with its `Reason`: no rule for these scales (or
-        hidden from all kernels by `optax.masked` or `optax.partition`); a state with other scales; weight
-        decay before the rule; clipping that goes by the plain gradient; Adam, a sign rule or another
-        nonlinear transformation after `repopt_mask`; a wrong multiple, such as a mask that is there twice.
+      OptimizerError: a ValueError with all `faults`, each with its `Reason`: no rule for these scales (or one
+        from which `optax.masked` or `optax.partition` hides all kernels); a state with other scales; weight
+        decay before the rule; clipping by the plain gradient; Adam, a sign rule or another nonlinear
+        transformation after `repopt_mask`; a wrong multiple, as of a repeated mask.
       ValueError: the scales do not fit the parameters.
     """
     if faults := find_faults(tx, scales, params, **extra_args):
@@ -114,7 +115,7 @@ def check_optimizer(tx: optax.GradientTransformation, scales: Scales, params: An
 def find_faults(
     tx: optax.GradientTransformation, scales: Scales, params: Any, **extra_args: Any
 ) -> list[Fault]:
-    """What `check_optimizer` raises with; empty if nothing is wrong."""
+    """Returns the faults with which `check_optimizer` raises; empty if nothing is wrong."""
     check_fit(scales, params)
     params = jax.tree.map(_at_least_float32, params)
     state = tx.init(params)
@@ -126,7 +127,7 @@ def find_faults(
     zeros = jax.tree.map(_zeros, params)  # of which there is no weight decay
     without = probe.run(LARGE, None, zeros)
     decay = jax.tree.map(jnp.subtract, at_rest, without)
-    if not probe.ruled:
+    if not probe.with_rule:
         moves = jax.tree.map(jnp.subtract, probe.run(LARGE, False, params), at_rest)
         return faults + _own_rule(probe, moves, decay)
     wrong = probe.unequal_channels(LARGE, params, at_rest)
@@ -138,63 +139,68 @@ def find_faults(
     return faults + early + _gradient_faults(probe, wrong)
 
 
-# -- what is asked of the optimizer
+# --- Running the optimizer
 
 
 class Size(NamedTuple):
-    """How large the made-up numbers are; powers of two.
+    """Magnitudes of the synthetic numbers; powers of two.
 
     Attributes:
-      gradient: largest entry of the branches' gradients; with `together` about their norm over all kernels.
-      scale: the scales.
+      gradient: largest entry of the branches' gradients or, with `is_norm`, about their global norm.
+      scale: magnitude of the scales.
+      is_norm: whether `gradient` is a norm over all kernels.
     """
 
     gradient: float
     scale: float
-    together: bool = False
+    is_norm: bool = False
 
 
-# Above every threshold of a clipping, before or after the learning rate; and below.
+# Above every clipping threshold, before or after the learning rate; and below.
 LARGE = Size(2.0**27, 2.0**13)
-SMALL = Size(2.0**-13, 1.0, together=True)
+SMALL = Size(2.0**-13, 1.0, is_norm=True)
 # Factors of the two channels' scales, of which one is negative.
 LOW, HIGH = -0.25, 4.0
 
 
 class _Probe:
-    """An optimizer, run from its first state, with made-up scales in it, on made-up gradients."""
+    """Runs an optimizer from its first state, with synthetic scales in it, on synthetic gradients."""
 
     def __init__(self, tx: Any, scales: Scales, params: Any, state: Any, extra_args: Mapping[str, Any]):
         self.params, self.state = params, state
         self.start, self.treedef = paths.named_leaves(params)
         ruled = {path for holder in _states(state, RULES) for path in holder.scales}
-        self.ruled = {p: e.branches for p, e in scales.entries.items() if p in ruled}
-        self.others = {p: e for p, e in scales.entries.items() if p not in ruled}
-        free = {path: _free_entries(branches.layer) for path, branches in self.ruled.items()}
+        self.with_rule = {p: e.branches for p, e in scales.entries.items() if p in ruled}
+        self.without_rule = {p: e for p, e in scales.entries.items() if p not in ruled}
+        free = {path: _free_entries(branches.layer) for path, branches in self.with_rule.items()}
         self.free = {path: entries for path, entries in free.items() if entries is not None}
         self.period = 1
-        # Compiled for the whole tree; everything else is compiled once for all layers of one kind.
+        # This is compiled for the whole tree; everything else is compiled once for all layers of one kind.
         self.step = jax.jit(functools.partial(self._step, tx, tuple(scales.entries), dict(extra_args)))
 
     def find_period(self) -> bool:
-        """Finds how many steps it takes to move a kernel: MultiSteps collects, a schedule may start at 0.
-        False if `MOST_STEPS` are not enough, or if there is nothing that moves."""
-        gradients, state = self.made_up(LARGE, 0, False), self.with_scales(LARGE)
-        for self.period in range(1, MOST_STEPS + 1):
+        """Finds how many steps it takes to move a kernel; returns False if nothing moves in `MAX_STEPS`.
+
+        MultiSteps accumulates gradients, and a schedule may start at 0.
+        """
+        gradients, state = self.gradients(LARGE, 0, False), self.with_scales(LARGE)
+        for self.period in range(1, MAX_STEPS + 1):
             _, state, moved = self.step(gradients, state, self.params)
             if moved:
                 return True
         return False
 
     def run(self, size: Size, swapped: bool | None, params: Any) -> dict[str, jax.Array]:
-        """The sum of the kernels' updates in two phases of `period` steps each, at these parameters; without
-        gradients if `swapped` is None."""
+        """Returns the sum of the kernels' updates in two phases of `period` steps each, at these parameters.
+
+        If `swapped` is None, all gradients are zero.
+        """
         state, total = self.with_scales(size), None
         for phase in (0, 1):
             if swapped is None:
                 gradients = jax.tree.map(_zeros, self.params)
             else:
-                gradients = self.made_up(size, phase, swapped)
+                gradients = self.gradients(size, phase, swapped)
             for _ in range(self.period):
                 moves, state, _ = self.step(gradients, state, params)
                 total = moves if total is None else jax.tree.map(jnp.add, total, moves)
@@ -202,45 +208,45 @@ class _Probe:
         return total
 
     def unequal_channels(self, size: Size, params: Any, at_rest: dict[str, jax.Array]) -> list[str]:
-        """Kernels of which two channels move differently although their branches have the same gradients."""
+        """Returns kernels of which two channels move differently under equal gradients of their branches."""
         if not self.free:
             return []
         run, swapped = (self.run(size, swapped, params) for swapped in (False, True))
         found = {
-            p: _inequality(self.ruled[p], run[p] - at_rest[p], swapped[p] - at_rest[p]) for p in self.free
+            p: _inequality(self.with_rule[p], run[p] - at_rest[p], swapped[p] - at_rest[p]) for p in self.free
         }
         return _above(TOLERANCE, found)
 
     def with_scales(self, size: Size) -> Any:
-        """The first state with made-up scales, and without the inner optimizers of `reparameterize`."""
+        """Returns the first state with synthetic scales, and without inner optimizers of `reparameterize`."""
 
         def replaced(node):
             if not isinstance(node, WITH_SCALES):
                 return node
-            vectors = jax.tree.map(lambda v: _made_up_vector(v, size.scale), node.scales)
+            vectors = jax.tree.map(lambda v: _synthetic_vector(v, size.scale), node.scales)
             if isinstance(node, ReparameterizeState):
                 return ReparameterizeState(vectors, {}, NoInner())
             return node._replace(scales=vectors)
 
         return jax.tree.map(replaced, self.state, is_leaf=lambda node: isinstance(node, WITH_SCALES))
 
-    def made_up(self, size: Size, phase: int, swapped: bool) -> Any:
-        """Gradients of one phase."""
+    def gradients(self, size: Size, phase: int, swapped: bool) -> Any:
+        """Returns the synthetic gradients of one phase."""
         amplitude = size.gradient
-        if size.together:
+        if size.is_norm:
             entries = max(1, sum(int(free.sum()) for free in self.free.values()))
             amplitude /= 2.0 ** np.ceil(np.log2(entries) / 2)
         largest = amplitude / size.scale
-        little = 1e-3 * largest  # or the other leaves would make up most of the norm
+        small = 1e-3 * largest  # otherwise the other leaves would make up most of the norm
         made, seen = [], 0
         for path, p in self.start.items():
             if path in self.free:
-                g = _kernel_gradient(self.ruled[path], p.dtype, seen, largest, phase, swapped)
+                g = _kernel_gradient(self.with_rule[path], p.dtype, seen, largest, phase, swapped)
                 seen += self.free[path].size
-            elif path in self.others:
-                g = _ratio(p, jnp.linalg.norm(p.ravel())) * little
+            elif path in self.without_rule:
+                g = _ratio(p, jnp.linalg.norm(p.ravel())) * small
             elif jnp.issubdtype(p.dtype, jnp.floating):
-                g = jnp.full(p.shape, little / max(1, p.size) ** 0.5, p.dtype)
+                g = jnp.full(p.shape, small / max(1, p.size) ** 0.5, p.dtype)
             else:
                 g = _zeros(p)
             made.append(_placed_like(p, g))
@@ -256,10 +262,13 @@ class _Probe:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any, phase: Any, swapped: Any):
-    """A gradient that is zero but in two channels, 0 and 1. What the branches see there in the two phases is
-    size * (1, -a) in one channel and size * (0.1, 1) in the other; `swapped` swaps them. Over the entries, a
-    and the size cover several orders of magnitude, because Lion responds to a only where a sign changes, and
-    Adam after a clipping by value only near its threshold."""
+    """Returns a gradient that is zero except in channels 0 and 1.
+
+    There the branches' gradients in the two phases are size * (1, -a) in one channel and size * (0.1, 1) in
+    the other; `swapped` swaps the channels. Over the entries, a and size cover several orders of magnitude,
+    because Lion responds to a only where a sign changes, and Adam after clipping by value only near the
+    threshold.
+    """
     free = _free_entries(branches.layer)
     assert free is not None
     index = (seen + jnp.arange(free.size, dtype=jnp.uint32)).reshape(free.shape)
@@ -278,7 +287,7 @@ def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any,
 
 @functools.partial(jax.jit, static_argnums=0)
 def _inequality(branches: BranchSet, run: jax.Array, swapped: jax.Array) -> jax.Array:
-    """By how much two channels move differently under the same gradients, relative to the moves."""
+    """Returns the difference of two channels' moves under the same gradients, relative to the moves."""
     axis, free = _channel_axis(branches), jnp.asarray(_free_entries(branches.layer))
     (low, high), (other_low, other_high) = (
         [jax.lax.index_in_dim(move, i, axis, keepdims=False) / factor for i, factor in enumerate((LOW, HIGH))]
@@ -289,11 +298,11 @@ def _inequality(branches: BranchSet, run: jax.Array, swapped: jax.Array) -> jax.
     return _ratio(jnp.max(jnp.abs(moves[:2] - moves[2:])), jnp.max(jnp.abs(moves)))
 
 
-# -- what the answers say
+# --- Interpreting the moves
 
 
 def _gradient_faults(probe: _Probe, wrong: list[str]) -> list[Fault]:
-    """Why these kernels fail with large gradients."""
+    """Finds out why these kernels fail with large gradients."""
     if not wrong:
         return []
     at_rest = probe.run(SMALL, None, probe.params)
@@ -301,10 +310,12 @@ def _gradient_faults(probe: _Probe, wrong: list[str]) -> list[Fault]:
     once = probe.run(SMALL, False, probe.params)
     twice = probe.run(SMALL._replace(gradient=2 * SMALL.gradient), False, probe.params)
 
-    bent = _above(TOLERANCE, {p: _bend(once[p] - at_rest[p], twice[p] - at_rest[p]) for p in wrong})
+    not_linear = _above(
+        TOLERANCE, {p: _nonlinearity(once[p] - at_rest[p], twice[p] - at_rest[p]) for p in wrong}
+    )
     clipped = [path for path in wrong if path not in small]
-    nonlinear = [path for path in small if path in bent]
-    multiple = [path for path in small if path in wrong and path not in bent]
+    nonlinear = [path for path in small if path in not_linear]
+    multiple = [path for path in small if path in wrong and path not in not_linear]
     if nonlinear:  # with a large eps Adam follows small gradients
         nonlinear, clipped = nonlinear + clipped, []
     return _faults({Reason.CLIPPING: clipped, Reason.NONLINEAR: nonlinear, Reason.WRONG_MULTIPLE: multiple})
@@ -346,42 +357,43 @@ MESSAGES = {
 
 
 def _early_decay(probe: _Probe, decay: dict[str, jax.Array], nonlinear: list[str]) -> list[Fault]:
-    """Weight decay, which is what the parameters contribute to an update without gradients, must be a
-    multiple of K."""
-
-    early = _above(ROUGHLY, {path: _residual(decay[path], probe.start[path]) for path in probe.ruled})
-    # A rule that is not linear makes anything of a decay, before it or after.
+    """Checks that weight decay, the update that remains without gradients, is a multiple of K."""
+    early = _above(
+        LOOSE_TOLERANCE, {path: _residual(decay[path], probe.start[path]) for path in probe.with_rule}
+    )
+    # With a nonlinear rule the decay may be anything, whether it comes before the rule or after it.
     early = [
         path
         for path in early
-        if path not in nonlinear or _transformed_decay(probe, path, decay[path]) <= ROUGHLY
+        if path not in nonlinear or _transformed_decay(probe, path, decay[path]) <= LOOSE_TOLERANCE
     ]
     return _faults({Reason.DECAY_BEFORE_RULE: early})
 
 
 def _transformed_decay(probe: _Probe, path: str, decay: jax.Array) -> jax.Array:
-    """Distance of a decay from P(K)."""
-    branches = probe.ruled[path]
+    """Returns the relative distance of a decay from the nearest multiple of P(K)."""
+    branches = probe.with_rule[path]
     zeros = np.zeros(branches.vector_shape, np.float32)
-    vectors = {name: _made_up_vector(zeros, LARGE.scale) for name in branches.names}
+    vectors = {name: _synthetic_vector(zeros, LARGE.scale) for name in branches.names}
     return _residual(decay, _precondition(branches, probe.start[path], vectors))
 
 
 def _own_rule(probe: _Probe, moves: dict[str, jax.Array], decay: dict[str, jax.Array]) -> list[Fault]:
-    """No rule of ours acts on any kernel. One of the user's own is fine if it moves them by P(g)."""
-
+    """Checks an optimizer without any of our rules: one of the user's own is exact if it moves K by P(g)."""
     transformed = {
         path: _precondition(entry.branches, probe.start[path], entry.vectors)
-        for path, entry in probe.others.items()
+        for path, entry in probe.without_rule.items()
     }
-    if plain := _above(ROUGHLY, {path: _residual(moves[path], p) for path, p in transformed.items()}):
+    if plain := _above(LOOSE_TOLERANCE, {path: _residual(moves[path], p) for path, p in transformed.items()}):
         return _faults({Reason.NO_RULE: plain})
-    early = _above(ROUGHLY, {path: _residual(decay[path], probe.start[path]) for path in probe.others})
+    early = _above(
+        LOOSE_TOLERANCE, {path: _residual(decay[path], probe.start[path]) for path in probe.without_rule}
+    )
     return _faults({Reason.DECAY_BEFORE_RULE: early})
 
 
 def _other_scales(state: Any, scales: Scales) -> list[Fault]:
-    """Scales in the optimizer's state that are not those given."""
+    """Finds scales in the optimizer's state that differ from those given."""
     wrong = set()
     for holder in _states(state, WITH_SCALES):
         for path, vectors in holder.scales.items():
@@ -396,19 +408,22 @@ def _other_scales(state: Any, scales: Scales) -> list[Fault]:
 
 
 def _states(state: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """The states of these types anywhere inside an optimizer's state."""
+    """Returns the states of these types anywhere inside an optimizer's state."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
     return [node for node in nodes if isinstance(node, kinds)]
 
 
 @functools.lru_cache(maxsize=512)
 def _free_entries(layer: BranchSet) -> np.ndarray | None:
-    """Which entries of channels 0 and 1 only scaled branches reach: a boolean array of the kernel's shape
-    without its output axis. None if there are none, or if the two channels are not alike."""
+    """Returns a mask of the entries of channels 0 and 1 that only scaled branches reach.
+
+    It is a boolean array of the kernel's shape without its output axis; None if there are no such entries, or
+    if the two channels are not equivalent.
+    """
     if layer.out < 2 or (layer.out == layer.groups and not layer.elementwise):
         return None
 
-    @jax.jit  # not one program for every operation
+    @jax.jit  # one program instead of one for each operation
     def reached_by_unscaled():
         weights = {b.name: jnp.full(b.shape(layer.canonical), float(not b.has_scale)) for b in layer.branches}
         return layer.merge(weights, {name: jnp.ones(layer.out) for name in layer.names}) != 0
@@ -420,12 +435,12 @@ def _free_entries(layer: BranchSet) -> np.ndarray | None:
 
 
 def _channel_axis(branches: BranchSet) -> int:
-    """The axis of the output channels in a kernel."""
+    """Returns the axis of the output channels in a kernel."""
     return len(branches.kernel) - 1 if branches.layout == "...io" else branches.stacked
 
 
-def _made_up_vector(v: Any, scale: float) -> jax.Array:
-    """Scales like v: two of channels 0 and 1, and one of all others."""
+def _synthetic_vector(v: Any, scale: float) -> jax.Array:
+    """Returns synthetic scales like v, with different ones for channels 0, 1 and all others."""
     made = np.full(v.shape, scale)
     made[..., 0] *= LOW
     made[..., 1:2] *= HIGH
@@ -437,18 +452,18 @@ def _zeros(p: Any) -> jax.Array:
 
 
 def _placed_like(p: Any, x: jax.Array) -> jax.Array:
-    """x, sharded as p is."""
+    """Shards x as p is sharded."""
     sharding = getattr(p, "sharding", None) if is_concrete(p) else None
     return jax.device_put(x, sharding) if isinstance(sharding, jax.NamedSharding) else x
 
 
 def _spread(index: jax.Array, factor: int) -> jax.Array:
-    """Numbers from 0 to 1, evenly spread: the fractional parts of multiples of factor / 2^32."""
+    """Returns evenly spread numbers in [0, 1): the fractional parts of multiples of factor / 2^32."""
     return (index * jnp.uint32(factor)).astype(jnp.float32) / 2.0**32
 
 
 def _at_least_float32(p: Any) -> Any:
-    """Half precision would overflow."""
+    """Widens half precision, which would overflow."""
     if jnp.issubdtype(p.dtype, jnp.floating) and jnp.finfo(p.dtype).bits < 32:
         return p.astype(jnp.float32)
     return p
@@ -460,21 +475,21 @@ def _precondition(branches: BranchSet, g: jax.Array, vectors: Mapping[str, jax.A
 
 
 @jax.jit
-def _bend(once: jax.Array, twice: jax.Array) -> jax.Array:
-    """Relative distance of the second from twice the first."""
+def _nonlinearity(once: jax.Array, twice: jax.Array) -> jax.Array:
+    """Returns the relative distance of the second update from twice the first."""
     return _ratio(jnp.max(jnp.abs(twice - 2 * once)), jnp.max(jnp.abs(twice)))
 
 
 @jax.jit
 def _residual(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Relative distance of x from the nearest multiple of y."""
+    """Returns the relative distance of x from the nearest multiple of y."""
     x, y = (_ratio(a, jnp.max(jnp.abs(a))) for a in (x, y))
     multiple = _ratio(jnp.vdot(x, y), jnp.vdot(y, y))
     return _ratio(jnp.linalg.norm((x - multiple * y).ravel()), jnp.linalg.norm(x.ravel()))
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y, and 0 where that says nothing: y is 0, or something is not finite."""
+    """Returns x / y, or 0 where y is 0 or one of them is not finite."""
     known = jnp.isfinite(jnp.max(jnp.abs(x))) & jnp.isfinite(y) & (y != 0)
     return jnp.where(known, x / jnp.where(known, y, 1), 0)
 

@@ -1,9 +1,9 @@
-"""Any Optax optimizer, exactly, by keeping the branches in the optimizer's state.
+"""Any Optax optimizer, exactly, with the branch tensors in the optimizer's state.
 
-The plain network computes with the merged kernel K = sum_b s_b * E_b(w_b). The state keeps the w_b. The inner
-optimizer is given their gradients, dL/dw_b = E_b^T(s_b * g), and their values; its updates dw_b move the w_b,
-and K moves accordingly, dK = sum_b s_b * E_b(dw_b). The forward and backward passes stay those of the plain
-network, whatever the inner optimizer does: normalise by layer, orthogonalise, factor its moments.
+The plain network computes with the merged kernel K = sum_b s_b * E_b(w_b); the state holds the w_b. The inner
+optimizer is given their gradients, dL/dw_b = E_b^T(s_b * g), and their values. Its updates dw_b move the w_b,
+and K moves by dK = sum_b s_b * E_b(dw_b). The inner optimizer may normalise by layer, orthogonalise or factor
+its moments; the forward and backward passes remain those of the plain network.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from repopt_jax.core import paths
 from repopt_jax.core.scales import Scales, is_concrete
 from repopt_jax.optim.sgd import check_values, require_gradients, state_vectors, visible_scales
 
-# Largest relative difference between the merged `weights` and the kernels of the parameters: rounding to half
-# precision passes, other kernels do not.
-SAME_KERNEL = 2e-2
+# Largest relative difference between the merged `weights` and the kernels of the parameters. It allows for
+# rounding to half precision and rejects other kernels.
+KERNEL_TOLERANCE = 2e-2
 
 
 class ReparameterizeState(NamedTuple):
@@ -30,7 +30,7 @@ class ReparameterizeState(NamedTuple):
       scales: path of a kernel -> branch -> (*stack, out) vector.
       weights: path of a kernel -> branch -> w_b, in the kernel's dtype; empty with `keep_weights=False`.
       inner: state of the inner optimizer, for a tree in which every such kernel is a dict of its branches; or
-        `NoInner()`, with which the moves of the branches are their gradients.
+        `NoInner()`, with which the branches move by their gradients.
     """
 
     scales: dict[str, dict[str, jax.Array]]
@@ -39,9 +39,9 @@ class ReparameterizeState(NamedTuple):
 
 
 class NoInner(NamedTuple):
-    """Replaces the inner optimizer's state to leave the inner optimizer out of `update`.
+    """Takes the place of the inner optimizer's state so that `update` skips the inner optimizer.
 
-    `check_optimizer` does so, because only what surrounds `reparameterize` can be wrong.
+    `check_optimizer` uses it, because only transformations around `reparameterize` can be wrong.
     """
 
 
@@ -60,27 +60,26 @@ def reparameterize(
         model, weights = reinitialize(model, scales, rngs=rngs, return_weights=True)
         tx = reparameterize(optax.lamb(1e-3), scales, weights=weights)
 
-    What `inner` sees is a tree of plain nested dicts, one level for each part of a path, in which a kernel
-    that `scales` name is a dict of its branches (`stages/1/0/conv/kernel/1x1`). Masks and labels of `inner`
-    refer to these paths. The branch tensors of stacked layers stay stacked, as in a multi-branch network
-    whose layers are stacked: a rule that looks at a whole tensor (LAMB's ratio, a factored moment) treats the
-    stack as one tensor.
+    `inner` sees a tree of plain nested dicts, one level for each part of a path, in which a kernel that
+    `scales` name is a dict of its branches (`stages/1/0/conv/kernel/1x1`). Masks and labels of `inner` refer
+    to these paths. The branch tensors of stacked layers remain stacked, as in a multi-branch network with
+    stacked layers: a rule that depends on a whole tensor (LAMB's ratio, a factored moment) treats the stack
+    as one tensor.
 
-    Cost: the state holds the branch tensors, and the state of `inner` is that of the branches. In bytes, with
-    n = sum over the branches of the sizes of their tensors (in a layer 3x3 + 1x1 + identity about 1.11 times
-    the size of the kernel): n numbers for the w_b, and n instead of the kernel's size for each moment that
-    `inner` keeps. The forward and backward passes cost no more. SGD, Adam and Lion need none of this: use
-    `repopt_sgd`, `repopt_adamw`, `repopt_lion`.
+    Cost: let n be the total size of the branch tensors, in a layer of 3x3 + 1x1 + identity about 1.11 times
+    the size of the kernel. The state holds n numbers for the w_b, and for each moment that `inner` keeps n
+    numbers instead of the kernel's size. The forward and backward passes cost no more. SGD, Adam and Lion do
+    not need the branch tensors: use `repopt_sgd`, `repopt_adamw`, `repopt_lion`.
 
     Args:
       inner: the optimizer. Extra arguments of `update` are passed on to it.
       scales: the scales.
-      weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` gives them with the model.
-        A merged kernel does not determine its branches; if they are not given, `init` takes those of least
-        norm. That makes a difference only for rules that look at the weights, such as LAMB's ratio;
-        decoupled decay is not one of them. The transformation holds on to these arrays.
-      keep_weights: False leaves the branch tensors out of the state, for an `inner` that looks at gradients
-        alone (`optax.scale_by_adam()`, say, with decay outside); it is then given no parameters.
+      weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` gives them with the model. A
+        merged kernel does not determine its branches; if they are not given, `init` takes those of least
+        norm. This makes a difference only for rules that depend on the weights, such as LAMB's ratio, but not
+        for decoupled decay. The transformation keeps references to these arrays.
+      keep_weights: False leaves the branch tensors out of the state, for an `inner` that depends only on
+        gradients, such as `optax.scale_by_adam()` with decay outside; it is then given no parameters.
 
     Raises:
       ValueError: scales that are NaN, infinite or all zero in a layer; at `init`, scales or weights that do
@@ -105,7 +104,7 @@ def reparameterize(
                 split[path] = branches.split(leaf, vectors[path])
             else:
                 given = {n: jnp.array(w, leaf.dtype) for n, w in weights.get(path, {}).items()}
-                split[path] = _laid_out_as_splits(given, branches, leaf, vectors[path])
+                split[path] = _sharded_as_splits(given, branches, leaf, vectors[path])
         if weights is not None:
             _check_weights(visible, split, leaves)
         state = inner.init(paths.nested(leaves | split))
@@ -136,7 +135,7 @@ def reparameterize(
             wide = jnp.promote_types(g.dtype, jnp.float32)
             branch_moves = paths.at(moves, path)
             move = branch_sets[path].merge(_cast(branch_moves, wide), _cast(state.scales[path], wide))
-            # In the inner optimizer's dtype, which may be wider than g's: the w_b have moved by it.
+            # In the inner optimizer's dtype, which may be wider than g's, because the w_b have moved in it.
             return move.astype(jnp.result_type(*branch_moves.values()))
 
         return (
@@ -148,13 +147,13 @@ def reparameterize(
 
 
 def _branch_gradients(branches, g, vectors):
-    """E_b^T(s_b * g) in g's dtype, summed in float32 or wider."""
+    """Returns E_b^T(s_b * g) in g's dtype, summed in float32 or wider."""
     wide = jnp.promote_types(g.dtype, jnp.float32)
     return _cast(branches.branch_gradients(g.astype(wide), _cast(vectors, wide)), g.dtype)
 
 
-def _laid_out_as_splits(given, branches, leaf, vectors):
-    """The given branch tensors, sharded as those split from a sharded kernel would be."""
+def _sharded_as_splits(given, branches, leaf, vectors):
+    """Shards the given branch tensors as those that are split from the sharded kernel."""
     if not (is_concrete(leaf) and isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)):
         return given
     shardings = {name: w.sharding for name, w in branches.split(leaf, vectors).items()}
@@ -175,7 +174,7 @@ def _check_weights(scales: Scales, weights, leaves) -> None:
         kernel = entry.branches.merge(weights[path], entry.vectors)
         if is_concrete(kernel) and is_concrete(leaves[path]):
             k = np.asarray(leaves[path], np.float64)
-            if not np.abs(np.asarray(kernel, np.float64) - k).max() <= SAME_KERNEL * np.abs(k).max():
+            if not np.abs(np.asarray(kernel, np.float64) - k).max() <= KERNEL_TOLERANCE * np.abs(k).max():
                 wrong.append(path)
     if wrong:
         raise ValueError(

@@ -1,11 +1,10 @@
-"""The rule of iteration for SGD: transforms the gradient of a merged kernel so that the kernel moves as the
-sum of its branches would.
+"""The rule of iteration for SGD: transforms gradients so that kernels move as the sum of their branches.
 
 A step of SGD on the branches w_b moves K = sum_b s_b * E_b(w_b) by dK = -lr * P(g), with g = dL/dK and P as
 in `core.branches`. Momentum, Nesterov's look-ahead and weight decay that is added after P are linear, so it
-is enough to apply P to the incoming gradient. The gradient of the branches has the squared norm sum_b
-|E_b^T(s_b * g)|^2 = <g, P(g)>; clipping must use that norm. Adam and sign rules are in `adaptive`, all other
-optimizers in `reparameterize`.
+is enough to apply P to the incoming gradient. The gradient of the branches has the squared norm
+sum_b |E_b^T(s_b * g)|^2 = <g, P(g)>; clipping must use that norm. Adam and sign rules are in `adaptive`, all
+other optimizers in `reparameterize`.
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.2 and appendix A.
 """
 
@@ -25,7 +24,7 @@ class RepOptMaskState(NamedTuple):
     """State of `repopt_mask`.
 
     Attributes:
-      scales: path of a kernel -> branch -> (*stack, out) vector. The vectors are in the state so that they
+      scales: path of a kernel -> branch -> vector (*stack, out). The vectors are in the state so that they
         are checkpointed, sharded and resumed with everything else and never become constants of the compiled
         program. The multiplier itself is not stored.
     """
@@ -56,7 +55,7 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
     Raises:
       ValueError: scales that are NaN, infinite or all zero in a layer; at `init`, paths of `scales` that the
         parameters lack or that have another shape; at `update`, paths that the gradients lack. All are
-        listed. Paths that `optax.masked` or `optax.partition` hide are left alone.
+        listed. Paths that `optax.masked` or `optax.partition` hide are skipped.
     """
     check_values(scales)
 
@@ -108,7 +107,7 @@ def clip_by_repopt_global_norm(
 
 
 def repopt_global_norm(gradients: Any, scales: Scales) -> jax.Array:
-    """Norm of the multi-branch network's gradient, computed from the plain one: a scalar, float32 or wider.
+    """Returns the norm of the multi-branch network's gradient, from the plain one, in float32 or wider.
 
     n^2 = sum <g, P(g)> over the kernels that `scales` name + sum |g|^2 over the other leaves.
 
@@ -134,11 +133,11 @@ def repopt_sgd(
 
     Args:
       learning_rate: a number or an Optax schedule.
-      scales: searched, or without a search (`Scales.ones`, `Scales.depth_rule`).
+      scales: those of a search, or without one `Scales.ones` or `Scales.depth_rule`.
       momentum: None for plain SGD.
       nesterov: whether momentum is Nesterov's.
-      weight_decay: coefficient of the L2 term, added to the transformed gradient. The training is that of a
-        multi-branch network which decays all its branches alike, the identity's weight included.
+      weight_decay: coefficient of the L2 term, added to the transformed gradient. It corresponds to a
+        multi-branch network that decays all its branches equally, the identity's weight included.
       mask: which parameters are decayed, as in `optax.add_decayed_weights`.
     """
     return optax.chain(
@@ -149,8 +148,9 @@ def repopt_sgd(
 
 
 def gradient_multipliers(params: Any, scales: Scales, power: int = 2) -> Any:
-    """The dense multipliers m as a pytree like `params`, with ones where `scales` name nothing: for
-    inspection and parity tests.
+    """Returns the dense multipliers m as a pytree like `params`, for inspection and parity tests.
+
+    Parameters that `scales` do not name have ones.
 
     Args:
       params: a pytree of parameters.
@@ -185,10 +185,10 @@ def _global_norm(gradients: Any, scales: Scales, vectors: dict[str, dict[str, ja
 
 
 def state_vectors(scales: Scales, params: Any) -> dict[str, dict[str, jax.Array]]:
-    """The vectors of `visible_scales`, as an optimizer's state holds them.
+    """Returns the vectors of `visible_scales`, as an optimizer's state holds them.
 
-    If the parameters are sharded over a mesh, the vectors are replicated on it. Left on one device, they
-    would be moved by the first compiled step, and the second step would be compiled again.
+    If the parameters are sharded over a mesh, the vectors are replicated on it. If they were left on one
+    device, the first compiled step would move them, and the second step would be compiled again.
     """
     # Copies, because a step that donates its state must not delete the caller's scales.
     vectors = jax.tree.map(jnp.array, visible_scales(scales, params).vectors)
@@ -201,7 +201,7 @@ def state_vectors(scales: Scales, params: Any) -> dict[str, dict[str, jax.Array]
 
 
 def visible_scales(scales: Scales, params: Any) -> Scales:
-    """The entries that no `optax.MaskedNode` of `params` hides, which must fit `params`.
+    """Returns the entries that no `optax.MaskedNode` of `params` hides, after checking that they fit.
 
     Raises:
       ValueError: paths that the parameters lack or that have another shape.
@@ -213,8 +213,10 @@ def visible_scales(scales: Scales, params: Any) -> Scales:
 
 
 def require_gradients(updates: Any, vectors: Iterable[str]) -> None:
-    """Raises ValueError, with every path, if `updates` lack a kernel that the state was made for: it would
-    silently be trained without its scales, or not at all. Kernels that an `optax.MaskedNode` hides are fine.
+    """Raises ValueError, with every path, if `updates` lack a kernel of the optimizer's state.
+
+    It would silently be trained without its scales, or not at all. Kernels that an `optax.MaskedNode` hides
+    may be absent.
     """
     leaves, _ = paths.named_leaves(updates)
     missing = [path for path in vectors if path not in leaves]

@@ -63,7 +63,7 @@ OTHER_STYLE = LineStyle("#000000", (0, (3, 1, 1, 1, 1, 1)))
 def accuracy(
     curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], name: str = "test accuracy"
 ) -> Figure:
-    """Test accuracy, or another metric called `name`, over epochs.
+    """Draws test accuracy, or another metric called `name`, over epochs.
 
     The right half enlarges the second half of training: curves that end close together cannot be
     distinguished on the left. A thick line is the mean over the seeds.
@@ -100,7 +100,7 @@ def accuracy(
 
 
 def scales(history: History) -> Figure:
-    """Mean and spread of each layer's scales over epochs, relative to the mean at the start.
+    """Draws mean and spread of each layer's scales over epochs, relative to the initial mean.
 
     There is a column for each kind of branch. Layers start at different values (the depth rule), which would
     hide how they change.
@@ -138,7 +138,7 @@ def scales(history: History) -> Figure:
 
 
 def movement(history: History) -> Figure:
-    """How far scales move in an epoch, relative to their size, and below it the learning rate."""
+    """Draws how far scales move in an epoch, relative to their size, and below it the learning rate."""
     branches = list(dict.fromkeys(branch for _, branch in history.vectors))
     styles = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", "-.", ":")))
     epochs = history.epochs[1:]
@@ -161,7 +161,7 @@ def movement(history: History) -> Figure:
 
 
 def step_time(times: Mapping[str, float]) -> Figure:
-    """Bars of the time of one training step. `times`: label -> milliseconds."""
+    """Draws bars of the time of one training step. `times`: label -> milliseconds."""
     labels = list(times)[::-1]
     values = [times[label] for label in labels]
     with matplotlib.rc_context(RC):
@@ -177,7 +177,7 @@ def step_time(times: Mapping[str, float]) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file of `DPI`."""
+    """Returns the figure as a PNG file of `DPI`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

@@ -61,7 +61,7 @@ def gallery(
     return _png(contact_sheet(drawings, columns=COLUMNS))
 
 
-class Found(NamedTuple):
+class FoundObject(NamedTuple):
     """An object that was found: its class, score, box (x1, y1, x2, y2) and keypoints (x, y), in pixels."""
 
     name: str
@@ -72,7 +72,7 @@ class Found(NamedTuple):
 
 def predict(
     trained: Trained, image: str | Path, out: str | Path, *, threshold: float | None = None
-) -> list[Found]:
+) -> list[FoundObject]:
     """Finds the objects of an image file, draws them on a copy of it at `out`, and returns them, best first.
 
     Boxes are clipped to the image. Small images are enlarged for the drawing; large ones keep their size.
@@ -109,13 +109,13 @@ def predict(
         raise ValueError(f"cannot write a picture to {out}: use a name that ends in .png or .jpg") from error
     boxes, points = objects["boxes"].tolist(), objects["keypoints"].tolist()
     return [
-        Found(trained.info.class_names[c], float(score), tuple(box), tuple(map(tuple, keypoints)))
+        FoundObject(trained.info.class_names[c], float(score), tuple(box), tuple(map(tuple, keypoints)))
         for c, score, box, keypoints in zip(objects["classes"], objects["scores"], boxes, points)
     ]
 
 
 def least_score(trained: Trained, threshold: float | None = None) -> float:
-    """The least score of objects that are drawn: `threshold`, or by default `THRESHOLD`.
+    """Returns the least score of objects that are drawn: `threshold`, or by default `THRESHOLD`.
 
     Raises:
       ValueError: `threshold` is not between `detect.score_threshold` of the network's config, below which it
@@ -133,7 +133,7 @@ def least_score(trained: Trained, threshold: float | None = None) -> float:
 
 
 def _detector(trained: Trained) -> Callable[[np.ndarray], Detections]:
-    """A function from images to detections as NumPy arrays, compiled once for all batches of a size."""
+    """Returns a function from images to detections as NumPy arrays, compiled once for each batch size."""
     network = split_model(trained.model)
     detect = make_detect(network.graphdef, trained.config)
     return lambda images: jax.device_get(detect(network.params, network.non_trainable, images))
@@ -142,7 +142,7 @@ def _detector(trained: Trained) -> Callable[[np.ndarray], Detections]:
 def _objects(
     detections: Detections, row: int, ratio: float, threshold: float, shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The detections of one image from `threshold` on, in pixels of the original, which has this shape.
+    """Returns the detections of one image from `threshold` on, in pixels of the original of this shape.
 
     The network's input is a square, and its boxes may extend into the padding: they are clipped to the image,
     and those that lie in the padding only are left out.

@@ -1,4 +1,4 @@
-"""Have the scales of a search settled? An answer in plain language, from each epoch's statistics.
+"""Decides from each epoch's statistics whether the scales of a search have settled, in plain language.
 
 A *vector* is the scale of one branch of one layer. Between two records it moves by rms(s_t - s_{t-1}).
 Divided by its rms(s) at the end this has no unit, and its sum over a part of the search is the *path* of that
@@ -78,7 +78,7 @@ def verdict(history: History) -> Verdict:
 
 
 def judge(history: History, key: tuple[str, str]) -> VectorVerdict:
-    """The verdict on one vector, by the criterion in the module's docstring."""
+    """Returns the verdict on one vector, by the criterion in the module's docstring."""
     series = history.vectors[key]
     size = max(float(series["rms"][-1]), np.finfo(float).tiny)
     steps = series["rms_change"][1:] / size
@@ -101,14 +101,14 @@ def judge(history: History, key: tuple[str, str]) -> VectorVerdict:
 
 
 def _clocks(history: History) -> dict[str, np.ndarray]:
-    """The time of each record in epochs, and in full-rate epochs ("rate")."""
+    """Returns the time of each record in epochs, and in full-rate epochs ("rate")."""
     ticks = np.diff(history.epochs)
     clocks = {"epochs": ticks, "rate": ticks * history.rates[1:]}
     return {name: np.concatenate([[0.0], np.cumsum(tick)]) for name, tick in clocks.items()}
 
 
 def _late(clock: np.ndarray, so_far: np.ndarray) -> float:
-    """The path in the last part of the search."""
+    """Returns the path in the last part of the search."""
     start = (1 - LAST_PART) * clock[-1]
     return float(so_far[-1] - np.interp(start, clock, so_far))
 
@@ -216,7 +216,7 @@ def _notes(history: History, vectors: Sequence[VectorVerdict]) -> Iterator[str]:
 
 
 def _short(layer: str) -> str:
-    """The part of a path that a reader needs: stages/1/0 for stages/1/0/conv/kernel."""
+    """Shortens a path for readers: stages/1/0 for stages/1/0/conv/kernel."""
     return layer.removesuffix("/kernel").removesuffix("/conv")
 
 

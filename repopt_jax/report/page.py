@@ -140,7 +140,7 @@ def _percent_or_dash(value: float | None) -> str:
 
 
 def _uncertainty(content: Mapping[str, Any]) -> str:
-    """Whether the results rank the ways of training."""
+    """Says whether the results rank the ways of training."""
     rows, noise = content["rows"], content["noise"]
     if not noise:
         return (
@@ -166,7 +166,7 @@ def _uncertainty(content: Mapping[str, Any]) -> str:
 
 
 def _spread_of_seeds(content: Mapping[str, Any]) -> str:
-    """The differences between seeds of the metric that runs are compared by."""
+    """Describes the differences between seeds of the metric by which runs are compared."""
     metric = METRICS[content["task"]][0]
     seeds = [row["measured"].get(metric.name, ()) for row in content["rows"]]
     spreads = [100 * (max(values) - min(values)) for values in seeds if len(values) > 1]

@@ -122,7 +122,7 @@ def quickstart(
 
 
 def _check(base: Config, seeds: int | None) -> None:
-    """Refuses before the search what would fail only after it."""
+    """Raises ValueError before the search for what would fail after it."""
     problems = []
     if seeds is not None and seeds < 1:
         problems.append(f"`seeds` is {seeds}; it must be at least 1")
@@ -187,7 +187,7 @@ def _deploy(runs: dict[str, Path], folder: Path, log: Log) -> dict[Path, dict[st
 
 
 def variant(base: Config, way: str, mode: str, scales: str, *, seed: int | None = None) -> Config:
-    """A copy of `base` for one run."""
+    """Returns a copy of `base` for one run."""
     config = copy.deepcopy(base)
     config.name = f"quickstart-{way}" if seed is None else f"quickstart-{way}-{seed}"
     config.model.mode, config.scales = mode, scales
@@ -196,7 +196,7 @@ def variant(base: Config, way: str, mode: str, scales: str, *, seed: int | None 
 
 
 def _galleries(base: Config, deployed: Path) -> dict[str, tuple[str, bytes]]:
-    """For detectors, drawings of what the RepOpt network finds, and of the annotated objects."""
+    """Draws what the RepOpt network finds, and the annotated objects, for detectors."""
     if base.task != "detect":
         return {}
     network = load_deployed(deployed / "repopt")
@@ -211,8 +211,7 @@ def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
     """Compares CSLA with `repopt_mask`, with the config's scales on the first training images.
 
     The result is written to `path`, and reused if it is there. The same check is made with weight decay in
-    the
-    wrong place, which must fail: a check that cannot fail shows nothing.
+    the wrong place, which must fail: a check that cannot fail shows nothing.
 
     Returns:
       The fields of `verify.Equivalence` with its two properties, `wrong_order_difference`, `inputs` and
@@ -252,7 +251,7 @@ def _wrong_order(mask: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def summary_lines(rows: Sequence[report.Row]) -> Iterator[str]:
-    """The table of results as lines of text."""
+    """Yields the table of results as lines of text."""
     known = [metric for task in METRICS.values() for metric in task]
     metrics = [metric for metric in known if any(metric.name in row.measured for row in rows)]
     labels = (metric.label for metric in metrics)

@@ -1,4 +1,4 @@
-"""A run's folder read back: its summary, its curves, and how its scales moved."""
+"""Reads a run's folder: its summary, its curves, and how its scales moved."""
 
 import itertools
 import json
@@ -27,11 +27,11 @@ class Run:
     records: tuple[Mapping[str, Any], ...]
 
     def of_kind(self, kind: str) -> list[Mapping[str, Any]]:
-        """The records of one kind: train, eval or scales."""
+        """Returns the records of one kind: train, eval or scales."""
         return [record for record in self.records if record["kind"] == kind]
 
     def curve(self, kind: str, field: str) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs and values of one field, each (records,) float, of the records that have it (not None)."""
+        """Returns epochs and values of one field, each (records,) float, from the records that have it."""
         records = [r for r in self.of_kind(kind) if r.get(field) is not None]
         epochs, values = ([float(r[name]) for r in records] for name in ("epoch", field))
         return np.array(epochs), np.array(values)
@@ -43,8 +43,8 @@ class History:
 
     Attributes:
       epochs: (records,) float, when each record was taken.
-      rates: (records,) float, mean learning rate since the record before, over the highest one of
-        the run; the first entry is 1 and has no meaning.
+      rates: (records,) float, mean learning rate since the record before, over the highest one of the run;
+        the first entry is 1 and has no meaning.
       vectors: (layer path, branch) -> {statistic: (records,) float}, named as in metrics.jsonl.
     """
 
@@ -72,7 +72,7 @@ def read_run(run_dir: str | Path) -> Run:
 
 
 def read_history(run_dir: str | Path) -> History:
-    """How the scales of a search moved.
+    """Reads how the scales of a search moved.
 
     Raises:
       FileNotFoundError: no metrics.jsonl in `run_dir`.
@@ -85,7 +85,7 @@ def read_history(run_dir: str | Path) -> History:
 
 
 def history_of(scales: Sequence[Mapping], train: Sequence[Mapping] = ()) -> History:
-    """A history of `scales` records in order of step; `train` records give the learning rate.
+    """Makes a history from `scales` records in order of step; `train` records have the learning rate.
 
     Without those the rate counts as constant.
 

@@ -112,23 +112,23 @@ def draw_search(history: History, folder: Path) -> list[Path]:
 
 
 def label_of(mode: str, scales: str) -> str:
-    """The name of a way of training: of its mode, or for RepOpt of the source of the scales."""
+    """Returns the name of a way of training: that of its mode or, for RepOpt, of the source of its scales."""
     if mode != "repopt":
         return MODES.get(mode, mode)
     return NAMED_SCALES.get(scales, "RepOpt, searched scales")
 
 
 def table(runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> list[Row]:
-    """One row for each way of training, in the order of their first runs."""
+    """Returns a row for each way of training, in the order of their first runs."""
     return [_row(label, group, deployed) for label, group in _groups(runs).items()]
 
 
 def noise(rows: Sequence[Row]) -> dict[str, float]:
-    """Two standard errors of a difference of accuracies, and the largest difference, both in [0, 1].
+    """Returns two standard errors of a difference of accuracies, and the largest difference, in [0, 1].
 
     Empty if the runs are not compared by an accuracy. All networks are tested on the same images, so that the
-    true error of a difference is smaller; more seeds do not reduce it, as they share the images too.
-    The search network is left out: it is not an alternative to the others.
+    true error of a difference is smaller; more seeds do not reduce it, as they share the images too. The
+    search network is left out: it is not an alternative to the others.
     """
     compared = [row for row in rows if row.label != MODES["search"]] or list(rows)
     means = [row.score for row in compared if row.score is not None]
@@ -140,7 +140,7 @@ def noise(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def standard_error(accuracy: float, count: int) -> float:
-    """Binomial standard error of an accuracy on `count` images, 2 hits and 2 misses added (Agresti, Coull).
+    """Returns the binomial standard error of an accuracy, with 2 hits and 2 misses added (Agresti, Coull).
 
     Without these it would be 0 for a network that makes no mistake on a small test set.
     """
@@ -198,7 +198,7 @@ def _write_pngs(folder: Path, pngs: Mapping[str, bytes]) -> list[Path]:
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Label -> the runs of that way of training."""
+    """Groups runs by the label of their way of training."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(label_of(run.summary["mode"], run.summary["scales"]), []).append(run)

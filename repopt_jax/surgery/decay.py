@@ -1,9 +1,9 @@
-"""Which parameters of a model are decayed, as published: kernels are, and of the vectors only those that
-stand for a kernel.
+"""Weight decay as published: of kernels, and of the vectors that are equivalent to a kernel.
 
-A plain layer says it by what its parameters are; a layer of a structure by its stages
-(`core.structure.Stage`): the identity's vector is decayed with the kernels, because in a plain network that
-kernel is part of the decayed one, and scales are not."""
+In plain layers kernels are decayed. In layers of structures, the stages define it (`core.structure.Stage`):
+the identity's vector is decayed with the kernels, because in a plain network it is part of the decayed
+kernel, and scales are not decayed.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,17 +16,16 @@ from repopt_jax.surgery.modules import join, named_modules
 
 
 def weight_decay_mask(model: nnx.Module) -> Callable[[Any], Any]:
-    """The mask for `optax.add_decayed_weights` and its like: a function from parameters to a tree of
-    booleans.
+    """Returns a mask for `optax.add_decayed_weights`: a function from parameters to a tree of booleans.
 
         optax.add_decayed_weights(4e-5, weight_decay_mask(model))
 
-    Decayed are kernels of all layers, and what the stages of structures say. Biases, batch norms, and other
-    vectors and scalars are not.
+    The kernels of all layers are decayed, and parameters of structures as their stages say. Biases, batch
+    norms, and other vectors and scalars are not.
 
     Raises:
       ValueError: parameters of more than one axis that are neither a layer's kernel nor in a structure, all
-        of them listed: there is no default for them, so give a mask of your own.
+        listed: there is no default for them, so give a mask of your own.
     """
     decayed: dict[str, bool] = {}
     for path, module in named_modules(model):
@@ -37,8 +36,8 @@ def weight_decay_mask(model: nnx.Module) -> Callable[[Any], Any]:
                 decayed.setdefault(join(path, name), name == "kernel" or _undecided(value))
     if unknown := [path for path, value in decayed.items() if value is None]:
         raise ValueError(
-            f"{', '.join(unknown)} are neither kernels nor vectors: whether weight decay applies to them is "
-            "yours to say, in a mask of your own"
+            f"{', '.join(unknown)} are neither kernels nor vectors, so there is no default for their weight "
+            "decay: give a mask of your own"
         )
 
     def mask(params: Any) -> Any:
@@ -48,7 +47,7 @@ def weight_decay_mask(model: nnx.Module) -> Callable[[Any], Any]:
 
 
 def scale_paths(model: nnx.Module) -> frozenset[str]:
-    """Paths of the trainable scales in layers of structures: what a search finds, identities left out."""
+    """Returns the paths of the trainable scales in layers of structures, without the identities' vectors."""
     return frozenset(
         join(path, f"scales/{key}")
         for path, module in named_modules(model)
@@ -58,12 +57,12 @@ def scale_paths(model: nnx.Module) -> frozenset[str]:
 
 
 def _undecided(value: nnx.Param) -> Any:
-    """False for a vector, None for what has more axes."""
+    """Returns False for vectors and scalars, None for arrays with more axes."""
     return False if len(value.shape) <= 1 else None
 
 
 def _of_structure(layer: StructuredLayer) -> Iterator[tuple[str, bool]]:
-    """(path inside the layer, whether it is decayed) of everything that a structure owns."""
+    """Yields (path inside the layer, whether it is decayed) for all parameters of a structure."""
     for part in layer.structure.parts:
         yield f"weights/{part.key}", part.stage.decay
         yield f"scales/{part.key}", part.stage.decay_gain

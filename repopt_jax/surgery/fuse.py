@@ -1,9 +1,10 @@
-"""Deploying: batch norm and branches folded into plain convolutions, as a new model.
+"""Deployment: folds batch norms and branches into plain convolutions, in a new model.
 
 Batch norm with fixed statistics is y = s * x + b (`algebra.bn_affine`), so folding it is the merge of a
-structure (`core.structure`) with a = gamma / sqrt(var + eps). What a block folds into is a function of its
-class; register one with `fuse_block.register` to make `fuse` work for a block of your own, or tell `fuse` in
-`pairs` which batch norm comes after which layer.
+structure (`core.structure`) with a = gamma / sqrt(var + eps). Each class of blocks has a function that folds
+it; register one with `fuse_block.register` for a block of your own, or name in `pairs` which batch norm
+follows which layer.
+
 Source: RepVGG (arXiv 2101.03697), section 3.3.
 """
 
@@ -31,8 +32,7 @@ _FOLDABLE = (nnx.Conv, nnx.Linear, StructuredLayer)
 
 
 class FoldedNorm(nnx.Module):
-    """Gives back its first argument: stands where a batch norm was, which is now part of the layer before
-    it."""
+    """Returns its first argument: takes the place of a batch norm that is folded into the previous layer."""
 
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         return x
@@ -41,28 +41,27 @@ class FoldedNorm(nnx.Module):
 def fuse(
     model: nnx.Module, *, only: tuple[type[nnx.Module], ...] = (), pairs: Mapping[str, str] | None = None
 ) -> nnx.Module:
-    r"""A plain model that computes what `model` computes in evaluation mode; `model` is untouched.
+    r"""Returns a plain model that equals `model` in evaluation mode; `model` itself is unchanged.
 
-    Blocks of this package, and of classes for which `fuse_block` is registered, fold by themselves, and so do
-    layers made of branches (`nn.Branched`, `nn.Merged`) anywhere. Batch norms in classes of your own
-    fold by their paths:
+    Blocks of this package, blocks of classes for which `fuse_block` is registered, and layers of branches
+    (`nn.Branched`, `nn.Merged`) are found and folded. Batch norms in classes of your own are folded by path:
 
         fuse(model, pairs={r"(.*/)?conv(\d*)": r"\1bn\2", r"(.*/)?downsample/0": r"\1downsample/1"})
 
     Args:
       model: the model, in evaluation mode.
-      only: block classes; if given, blocks of other classes stay as they are, and so do batch norms that
-        nothing folds. `only=(nn.Branched,)` merges branches and keeps the batch norms elsewhere: the deployed
-        form of RepGhost that its authors publish.
+      only: block classes; if given, blocks of other classes are kept, as are batch norms that nothing folds.
+        `only=(nn.Branched,)` merges branches and keeps the batch norms elsewhere, which is the deployed form
+        of RepGhost that its authors publish.
       pairs: regular expression for the whole path of a convolution or dense layer -> path of the batch norm
-        that reads its output, and nothing else does, with the groups of the expression; the first that
-        matches counts. The layer takes in the batch norm, in whose place stands a `FoldedNorm`. That
-        nothing else reads the output, and nothing is between the two, is yours to know: `output_difference`
-        tells.
+        that follows it, which may refer to groups of the expression; the first expression that matches
+        counts. The batch norm is folded into the layer and replaced by a `FoldedNorm`. You must know that
+        only this batch norm reads the layer's output, without anything in between; `output_difference` checks
+        it.
 
     Raises:
       ValueError: the model is in training mode (batch norms use batch statistics): call `model.eval()` first;
-        or `pairs` that cannot be folded, all of them with the reasons.
+        or `pairs` that cannot be folded, all with the reasons.
       TypeError: a batch norm that belongs to no block for which `fuse_block` is registered and to no pair, a
         layer that has no plain form, or a class in `only` that is not registered.
     """
@@ -78,7 +77,7 @@ def fuse(
 
     def wanted(module: nnx.Module) -> bool:
         if isinstance(module, Block) and not isinstance(module.conv, _FOLDABLE):
-            return False  # what it holds folds by itself, or is left and named below
+            return False  # its layers are folded on their own, or reported below
         return isinstance(module, only) if only else fuse_block.dispatch(type(module)) is not default
 
     norm_of = _pair_up(model, pairs or {}, wanted)
@@ -104,14 +103,13 @@ def fuse(
 
 @dataclasses.dataclass(frozen=True)
 class OutputDifference:
-    """How far a deployed model's outputs are from the original's.
+    """The difference between the outputs of a deployed model and of the original.
 
     Attributes:
       max_abs: largest absolute difference of an output.
       max_rel: the same, divided by the largest absolute output of the original; of several outputs, the
         largest.
-      agreement: share of the inputs (of a detector: of their locations) for which both have the same largest
-        logit.
+      agreement: fraction of the inputs (for a detector, of their locations) with the same largest logit.
       count: number of inputs.
     """
 
@@ -128,8 +126,11 @@ def output_difference(
     *,
     batch_size: int = 256,
 ) -> OutputDifference:
-    """Runs both models on `images` (count, height, width, channels) and compares their outputs: logits
-    (count, classes), or a tree of arrays (count, ...) of which the first are logits (count, ..., classes)."""
+    """Runs both models on `images` (count, height, width, channels) and compares their outputs.
+
+    Outputs are logits (count, classes), or a tree of arrays (count, ...) of which the first are logits
+    (count, ..., classes).
+    """
     run, run_deployed = nnx.jit(lambda m, x: m(x)), nnx.jit(lambda m, x: m(x))
     batches = [jnp.asarray(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     pairs = [
@@ -151,7 +152,7 @@ def output_difference(
 
 @functools.singledispatch
 def fuse_block(block: nnx.Module) -> nnx.Module:
-    """The deployed form of one block, by its class."""
+    """Returns the deployed form of one block; dispatches on its class."""
     raise TypeError(f"no deployed form is registered for {type(block).__name__}")
 
 
@@ -169,8 +170,10 @@ def _(block: StructuredLayer) -> nnx.Conv | nnx.Linear:
 
 
 def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
-    """One plain layer with a bias that computes bn(layer(x)): K * s and (bias * s) + b, with (s, b) of the
-    batch norm. Of stacked layers, each with its own part of a stacked batch norm."""
+    """Returns one plain layer that computes bn(layer(x)): kernel K * s, bias (bias * s) + b.
+
+    (s, b) are those of the batch norm. Stacked layers are folded with a batch norm that is stacked likewise.
+    """
     s, b = affine_of(bn)
     kernel, bias = _kernel_and_bias(layer)
     scale_output = algebra.scale_output
@@ -180,7 +183,7 @@ def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
 
 
 def _plain(layer: Foldable) -> nnx.Conv | nnx.Linear:
-    """The plain layer that computes what `layer` does in evaluation mode."""
+    """Returns the plain layer that equals `layer` in evaluation mode."""
     return _plain_like(layer, *_kernel_and_bias(layer))
 
 
@@ -191,12 +194,12 @@ def _kernel_and_bias(layer: Foldable) -> tuple[jax.Array, jax.Array | None]:
 
 
 def _plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> Any:
-    """A plain layer that samples what `layer` does, with this kernel and bias."""
+    """Returns a plain layer with the geometry of `layer` and this kernel and bias."""
     if isinstance(layer, StructuredLayer):
         geometry = layer.structure.layer
         return plain_layer(geometry, kernel, bias, dtype=layer.dtype, precision=layer.precision)
     check_plain(layer)
-    plain = nnx.clone(layer)  # keeps what else it has: padding by name, precision
+    plain = nnx.clone(layer)  # keeps its other attributes: padding by name, precision
     plain.kernel.set_value(kernel)
     plain.bias = nnx.data(None if bias is None else nnx.Param(bias.astype(kernel.dtype)))
     plain.use_bias = bias is not None
@@ -207,7 +210,7 @@ def _plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> A
 def _pair_up(
     model: nnx.Module, pairs: Mapping[str, str], is_block: Callable[[nnx.Module], bool]
 ) -> dict[str, str]:
-    """Path of each layer that `pairs` name -> path of its batch norm."""
+    """Returns the path of the batch norm of each layer that `pairs` name, by the layer's path."""
     modules, others = dict(named_modules(model)), aliases(model)
     blocks = [p for p, m in modules.items() if is_block(m) and not isinstance(m, _FOLDABLE)]
     inside = tuple(f"{path}/" if path else "" for path in blocks)
@@ -250,8 +253,10 @@ def _norm_of(
     modules: Mapping[str, nnx.Module],
     every: Mapping[str, Sequence[str]],
 ) -> str:
-    """The own path of the batch norm that comes after `layer`, wherever that is used: `targets` are the paths
-    that the rules give for each of its paths."""
+    """Returns the canonical path of the batch norm that follows `layer` wherever the layer is used.
+
+    `targets` are the paths that the rules give for each path of the layer.
+    """
     own = {use: path for path, uses in every.items() for use in uses}
     norms = [own.get(target, target) for target in targets if target is not None]
     bn = modules.get(norms[0])
@@ -275,7 +280,7 @@ def _norm_of(
 
 
 def _channels(layer: Foldable) -> Shape:
-    """Shape of what belongs to the output channels, with the axes of a stack in front."""
+    """Returns the shape of vectors over the output channels, with the axes of a stack in front."""
     if isinstance(layer, StructuredLayer):
         return (*layer.stack, layer.out_features)
     axes = len(layer.kernel_size) if isinstance(layer, nnx.Conv) else 0

@@ -1,8 +1,7 @@
-"""The layers of any NNX network that can be re-parameterized, and a branch set for each.
+"""Finds the layers of any NNX network that can be re-parameterized, and makes a branch set for each.
 
-A layer is found by its place in the model and read once, here: what its window samples (strides, padding,
-dilation, groups), whether its arrays are stacked for `nnx.scan`, and whether another layer made of branches
-could take its place at all.
+A layer is found by its path in the model and read here only: its geometry (strides, padding, dilation,
+groups), whether its arrays are stacked for `nnx.scan`, and whether a layer made of branches can replace it.
 """
 
 import dataclasses
@@ -25,21 +24,21 @@ Branches: TypeAlias = Sequence[Branch] | Callable[["Layer"], Chosen] | Mapping[s
 
 
 def find_layers(model: nnx.Module, select: Select = None) -> dict[str, "Layer"]:
-    """The convolutions and dense layers of `model` that `select` chooses, by the path of their kernel.
+    """Returns the convolutions and dense layers of `model` that `select` chooses, by their kernels' paths.
 
-    The order is that of the paths, with numbers in them as numbers. A layer that is used in
-    several places comes once, under the path that it has in `nnx.state(model)`.
+    They are sorted by path, with numbers in paths as numbers. A layer that is used in several places occurs
+    once, under its path in `nnx.state(model)`.
 
     Args:
       model: any NNX model.
-      select: which layers. None: every `nnx.Conv` and `nnx.Linear`, or, of a model that declares its
-        `branch_sets()`, those. A regular expression for the whole path of a layer (`encoder/.*`). A function
-        (path, module) -> bool. A type or several. The last three are asked about everything that has a
-        kernel, types about every module.
+      select: which layers. None selects every `nnx.Conv` and `nnx.Linear` or, if the model declares its
+        `branch_sets()`, the layers of these. A regular expression for the whole path of a layer
+        (`encoder/.*`) or a function (path, module) -> bool selects among all modules that have a kernel, a
+        type or a tuple of types among all modules.
 
     Raises:
       ValueError: nothing is selected; a regular expression that names a shared layer by another path than its
-        own; or layers that no branches can replace, all of them with the reasons.
+        own; or layers that branches cannot replace, all with the reasons.
       TypeError: `select` is none of these.
     """
     chosen = _selected(model, select)
@@ -54,22 +53,21 @@ def find_layers(model: nnx.Module, select: Select = None) -> dict[str, "Layer"]:
 def find_branches(
     model: nnx.Module, select: Select = None, branches: Branches = None
 ) -> dict[str, BranchSet]:
-    """A branch set for every layer that `select` chooses, by the path of its kernel: what scales are made
-    for.
+    """Returns a branch set for every layer that `select` chooses, by the path of its kernel.
 
         find_branches(model, r"encoder/.*", {r".*/conv2": [Kernel((3, 3)), Kernel((1, 3)), Kernel((3, 1))]})
 
     Args:
       model: any NNX model.
       select: which layers, as in `find_layers`.
-      branches: None: what the model declares in `branch_sets()`, else those of `repopt`. A sequence: these
-        for every layer. A function of the `Layer`, or a mapping of regular expressions for a layer's whole
-        path (the first that matches counts), that gives a sequence, a `BranchSet`, or None for the default,
-        which layers that no expression matches take too.
+      branches: None for those that the model declares in `branch_sets()`, else those of `repopt`; a sequence
+        for every layer; or a function of the `Layer`, or a mapping from regular expressions for a layer's
+        whole path (the first that matches counts), to a sequence, a `BranchSet`, or None for the default. The
+        default also applies to layers that no expression matches.
 
     Raises:
       ValueError: as `find_layers`; a rule that matches no layer, or a shared layer by another path; or
-        branches that are not defined for their layer, all of them with the reasons.
+        branches that are not defined for their layer, all with the reasons.
       TypeError: `branches` is none of these.
     """
     layers = find_layers(model, select)
@@ -89,13 +87,13 @@ def find_branches(
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A convolution or a dense layer, as far as its branches are concerned.
+    """A convolution or a dense layer that can be re-parameterized.
 
     Attributes:
-      path: of its kernel in the model, `encoder/0/conv/kernel`.
-      geometry: what it samples.
-      stack: leading axes of its arrays, along which equal layers are stacked; () for a layer of its own.
-      has_bias: whether it adds a bias.
+      path: path of its kernel in the model, `encoder/0/conv/kernel`.
+      geometry: its geometry.
+      stack: leading axes of its arrays, along which equal layers are stacked; () for a single layer.
+      has_bias: whether it has a bias.
     """
 
     path: str
@@ -114,7 +112,7 @@ class Layer:
         return (*self.stack, *self.geometry.kernel)
 
     def branch_set(self, branches: Chosen = None) -> BranchSet:
-        """The set of these branches for this layer; those of `repopt` for None.
+        """Returns these branches as a set for this layer; those of `repopt` for None.
 
         Raises:
           ValueError: a branch that is not defined for this layer, or a `BranchSet` of another kernel.
@@ -140,10 +138,10 @@ class Layer:
 
 
 def read_layer(path: str, module: nnx.Module) -> Layer:
-    """The layer that `module` at `path` is.
+    """Describes `module` at `path` as a `Layer`.
 
     Raises:
-      ValueError: it cannot be replaced by branches, with the reason.
+      ValueError: branches cannot replace it, with the reason.
     """
     geometry = geometry_of(module)  # pyright: ignore[reportArgumentType]  (refuses what it is not)
     assert isinstance(module, (nnx.Conv, nnx.Linear))
@@ -161,12 +159,12 @@ def read_layer(path: str, module: nnx.Module) -> Layer:
 
 
 def layers_at(model: nnx.Module, kernels: Iterable[str]) -> dict[str, Layer]:
-    """The layers whose kernels have these paths in `model`.
+    """Returns the layers whose kernels have these paths in `model`.
 
     Raises:
       TypeError: a path that is not the kernel of an `nnx.Conv` or `nnx.Linear`.
-      ValueError: layers that cannot be made of branches, all of them with the reasons; or a shared layer by
-        another path than its own.
+      ValueError: layers that cannot be made of branches, all with the reasons; or a shared layer by another
+        path than its own.
     """
     check_aliases(model, kernels)
     modules = {join(path, "kernel"): (path, m) for path, m in named_modules(model) if _is_plain(m)}
@@ -178,8 +176,7 @@ def layers_at(model: nnx.Module, kernels: Iterable[str]) -> dict[str, Layer]:
 
 
 def check_aliases(model: nnx.Module, kernels: Iterable[str]) -> None:
-    """Raises ValueError if one of `kernels` names a layer that is used in several places by another path than
-    its own; all of them are listed."""
+    """Raises ValueError, with every path, if `kernels` name shared layers by other paths than their own."""
     others = aliases(model)
     pairs = {}
     for kernel in kernels:
@@ -189,7 +186,7 @@ def check_aliases(model: nnx.Module, kernels: Iterable[str]) -> None:
     _refuse_aliases(pairs)
 
 
-# Modules of Flax that change the kernel of the layer that they hold.
+# Flax modules that change the kernel of the layer inside them.
 WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
@@ -236,14 +233,14 @@ def _selected(model: nnx.Module, select: Select) -> dict[str, nnx.Module]:
 def _only_by_alias(
     pattern: re.Pattern[str], found: Iterable[str], others: Mapping[str, str], layers: Iterable[str]
 ) -> dict[str, str]:
-    """The layers' further paths that `pattern` matches although it does not match the layer's own."""
+    """Returns aliases of layers that `pattern` matches although it does not match the layer's own path."""
     return {
         o: own for o, own in others.items() if own in layers and pattern.fullmatch(o) and own not in found
     }
 
 
 def _described(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> dict[str, Layer]:
-    """`read_layer` of all modules; ValueError with every reason where it cannot be."""
+    """Returns `read_layer` of all modules; raises one ValueError with the reasons of all that fail."""
     owners: dict[int, list[str]] = {}
     wrapped: dict[int, str] = {}
     for path, module in named_modules(model):

@@ -8,11 +8,10 @@ from flax import nnx
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Every module of `model` with its path (`stages/1/0/conv`, the model itself being ``), parents first,
-    list entries in numerical order.
+    """Yields every module of `model` with its path, parents first, list entries in numerical order.
 
-    A module that is used in several places comes once, under the path that it has in `nnx.split(model)`;
-    `aliases` tells its other paths.
+    A path is `stages/1/0/conv`, that of the model itself is empty. A module that is used in several places
+    occurs once, under its path in `nnx.split(model)`; `aliases` has its other paths.
     """
     found = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
     for path in sorted(found, key=lambda path: [_natural(part) for part in path]):
@@ -20,10 +19,9 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
 
 
 def aliases(model: nnx.Module) -> dict[str, str]:
-    """The further paths of modules that are used in several places, each with the path under which
-    `named_modules` gives the module.
+    """Returns the other paths of shared modules, each with the module's path in `named_modules`.
 
-    Of a block that is used twice, its layers have two paths as well.
+    The layers of a block that is used twice have two paths as well.
     """
     canonical = {id(module): path for path, module in named_modules(model)}
     found = {}
@@ -34,26 +32,25 @@ def aliases(model: nnx.Module) -> dict[str, str]:
 
 
 class Removed(nnx.Module):
-    """What `replace` gives for a module in whose place `None` is to stand."""
+    """Returned by `replace` to put `None` in the place of a module."""
 
 
 def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.Module | None]) -> nnx.Module:
-    """A copy of `model` in which every module for which `replace(path, module)` gives another one has given
-    way to it, or to `None` where that is a `Removed`.
+    """Returns a copy of `model` with every module replaced for which `replace(path, module)` returns another.
 
-    `model` is untouched; `replace` sees the copy's modules under the paths of `named_modules`, parents first,
-    and is not asked about the inside of what it replaced. A module used in several places is replaced once,
-    by one module, in all of them.
+    If that is a `Removed`, `None` takes the module's place. `model` itself is unchanged. `replace` is called
+    for the copy's modules with the paths of `named_modules`, parents first, but not for modules inside those
+    that it replaced. A module that is used in several places is replaced by one module in all of them.
 
     Raises:
       TypeError: modules in a container that cannot be rebuilt here (other than modules, lists, dicts and
         tuples).
     """
     graph, state = nnx.split(model)
-    copy = nnx.merge(graph, jax.tree.map(own, state), copy=True)
+    copy = nnx.merge(graph, jax.tree.map(copy_leaf, state), copy=True)
     everything = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(copy)}
     done: dict[int, nnx.Module] = {}
-    inside: set[int] = set()  # what went away with a module that was replaced
+    inside: set[int] = set()  # modules inside replaced ones
     kept: list[nnx.Module] = []  # ids stay unique as long as the replaced modules are alive
 
     def visit(path: str, value: Any) -> Any:
@@ -91,19 +88,18 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
     return result
 
 
-def own(leaf: Any) -> Any:
-    """A copy of an array, so that donating one model's arrays to a training step cannot invalidate another's;
-    anything else as it is."""
+def copy_leaf(leaf: Any) -> Any:
+    """Copies an array, so that donating one model's arrays cannot invalidate another's."""
     return leaf.copy() if isinstance(leaf, jax.Array) else leaf
 
 
 def join(path: str, name: str) -> str:
-    """The path of `name` inside `path`; the model's own path is empty."""
+    """Returns the path of `name` inside `path`; the model's own path is empty."""
     return f"{path}/{name}" if path else name
 
 
 def _every_path(path: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, nnx.Module]]:
-    """All modules at or below `value` under all of their paths; not around a cycle again."""
+    """Yields all modules at or below `value` under all of their paths; cycles are followed once."""
     if id(value) in above:
         return
     match value:

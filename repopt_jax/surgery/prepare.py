@@ -1,4 +1,4 @@
-"""The ways to train one network, and making a network ready for one of them."""
+"""The ways of training a network, and the preparation of a plain network for one of them."""
 
 import dataclasses
 import difflib
@@ -16,18 +16,18 @@ from repopt_jax.surgery.structures import to_repvgg, to_structure
 
 
 class Mode(enum.StrEnum):
-    """How a network is trained; everything that has a way of training takes one of these.
+    """How a network is trained.
 
-    PLAIN: as it is. SEARCH: the hyper-search, every selected layer a sum of branches with trainable scales.
-    REPOPT: RepOptimizer, the plain network re-initialised, with scales in the optimizer. The others: every
-    selected layer as the structure of this name in `STRUCTURES`.
+    PLAIN: the network as it is. SEARCH: the hyper-search, in which every selected layer is a sum of branches
+    with trainable scales. REPOPT: RepOptimizer, the plain network re-initialised, with scales in the
+    optimizer. Each of the other modes: every selected layer is the structure of this name in `STRUCTURES`.
     """
 
     PLAIN = "plain"
     SEARCH = "search"
     REPOPT = "repopt"
 
-    if not TYPE_CHECKING:  # one member for each structure, in the way that the documentation of `enum` gives
+    if not TYPE_CHECKING:  # one member for each structure, as the documentation of `enum` does it
         _ignore_ = ("members", "structure")
         members = vars()
         for structure in STRUCTURES:
@@ -57,11 +57,11 @@ class Mode(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What is trained.
+    """A network that is ready for training.
 
     Attributes:
       model: the network.
-      scales: what the optimizer needs (`repopt_mask(scales)`); None where it is an ordinary one.
+      scales: the scales for the optimizer (`repopt_mask(scales)`); None for an ordinary optimizer.
     """
 
     model: Any
@@ -78,24 +78,24 @@ def prepare(
     allow_trained: bool = False,
     rngs: nnx.Rngs,
 ) -> Prepared:
-    """A plain network made ready for a way of training; the given one is untouched.
+    """Prepares a copy of a plain network for a way of training; the given one is unchanged.
 
         prepared = prepare(model, "repopt", scales=load_scales("scales"), rngs=nnx.Rngs(0))
 
     Args:
-      model: the plain network, freshly made.
+      model: the plain network, untrained.
       mode: a `Mode` or its name.
-      scales: repopt: those of a search, needed. search: where the scales start, by default the depth rule.
-        The other modes have none.
-      select: which layers, as in `find_layers`. With mode repopt the scales say it; given all the same, they
-        must be of exactly these.
-      branches: of which branches they are made, as in `find_branches`, in modes search, repopt and repvgg.
-      allow_trained: mode repopt: discard the kernels of a trained model.
-      rngs: source of the draws (stream `params`).
+      scales: required in mode repopt, those of a search; in mode search the initial scales, by default the
+        depth rule. The other modes have none.
+      select: which layers, as in `find_layers`. In mode repopt the scales define the layers; if `select` is
+        given as well, they must be for exactly these layers.
+      branches: the layers' branches, as in `find_branches`, in modes search, repopt and repvgg.
+      allow_trained: in mode repopt, whether to discard the kernels of a trained model.
+      rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
-      ValueError: an unknown mode; scales or branches that the mode has no use for, or scales that it lacks;
-        and what `to_search`, `reinitialize` and `to_structure` raise.
+      ValueError: an unknown mode; scales or branches that the mode does not use, or missing scales; or as
+        `to_search`, `reinitialize` and `to_structure`.
     """
     mode = Mode.parse(mode)
     if scales is not None and mode not in (Mode.SEARCH, Mode.REPOPT):
@@ -103,7 +103,7 @@ def prepare(
             f"mode {mode} has no use for `scales`: leave them out, or train with them in mode {Mode.REPOPT}"
         )
     if branches is not None and mode.is_structure and mode != "repvgg":
-        raise ValueError(f"mode {mode} says itself of which branches its layers are: leave `branches` out")
+        raise ValueError(f"mode {mode} defines the branches of its layers: leave `branches` out")
     match mode:
         case Mode.PLAIN:
             return Prepared(nnx.clone(model))

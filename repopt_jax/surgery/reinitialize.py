@@ -15,7 +15,7 @@ from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.scales import Scales, check_finite, check_fit, is_concrete
 from repopt_jax.surgery.layers import check_aliases
-from repopt_jax.surgery.modules import join, named_modules, own
+from repopt_jax.surgery.modules import copy_leaf, join, named_modules
 from repopt_jax.surgery.structures import key_of
 
 M = TypeVar("M")
@@ -55,29 +55,29 @@ def reinitialize(
     allow_trained: bool = False,
     return_weights: bool = False,
 ) -> Any:
-    """Rule of initialization: every kernel that `scales` name becomes K = sum_b s_b * E_b(w_b), w_b freshly
-    drawn.
+    """Redraws every kernel that `scales` name as K = sum_b s_b * E_b(w_b): the rule of initialization.
 
     Each w_b is drawn as its branch's own layer would be; the identity's weight is the searched u.
 
     Args:
       model: an NNX model, or any pytree of parameters (Linen, Equinox, plain dicts).
       scales: the scales; every one of their paths must be in the model.
-      branch_sets: what the scales must be of, no more and no less, as `find_branches` gives it; by default
-        what the model declares in its `branch_sets()`, and of a model that declares nothing any part.
-      rngs: source of the draws (stream `params`). One key for each path: adding a layer changes no other's
-        draw.
-      allow_trained: do it even if the running statistics of a batch norm show that the model has been
-        trained. (Of a model without batch norm that cannot be told.)
-      return_weights: also returns the branch tensors w_b, path -> branch -> array, which `reparameterize`
-        keeps.
+      branch_sets: the layers and branches that the scales must have exactly, as returned by `find_branches`;
+        by default those that the model declares in its `branch_sets()`. If a model declares none, the scales
+        may cover any part of it.
+      rngs: `nnx.Rngs` with the stream `params`. Each path has its own key, so adding a layer does not change
+        how others are drawn.
+      allow_trained: whether to redraw even if the running statistics of a batch norm show that the model has
+        been trained. (This cannot be detected without batch norms.)
+      return_weights: whether to return the branch tensors w_b as well, path -> branch -> array, which
+        `reparameterize` keeps.
 
     Returns:
-      A new model (or tree), the given one being untouched; or that and the branch tensors.
+      A new model (or tree), the given one being unchanged; or a pair of it and the branch tensors.
 
     Raises:
       ValueError: the scales do not fit (every missing, extra or misshapen path); they name a shared layer by
-        another path than its own; NaN or infinite scales; or the model has been trained.
+        another path than its own; they are NaN or infinite; or the model has been trained.
     """
     check_finite(scales)
     if isinstance(model, nnx.Module):
@@ -95,7 +95,7 @@ def reinitialize(
 
 
 def sample_weights(scales: Scales, key: jax.Array, *, dtype: Any = jnp.float32) -> Weights:
-    """Branch tensors w_b for every layer of `scales`: path -> branch -> array."""
+    """Draws the branch tensors w_b of every layer of `scales`: path -> branch -> array."""
     weights = {}
     for path, entry in scales.entries.items():
         drawn = entry.branches.sample(key_of(path, key), dtype=dtype)
@@ -105,18 +105,17 @@ def sample_weights(scales: Scales, key: jax.Array, *, dtype: Any = jnp.float32) 
 
 
 def merge_weights(scales: Scales, weights: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
-    """K = sum_b s_b * E_b(w_b) for every layer: path -> merged kernel."""
+    """Merges K = sum_b s_b * E_b(w_b) for every layer: path -> merged kernel."""
     return {
         path: entry.branches.merge(weights[path], entry.vectors) for path, entry in scales.entries.items()
     }
 
 
 def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
-    """A copy of an NNX model or a pytree in which the leaves named in `kernels` have these values, in their
-    own dtype.
+    """Returns a copy of an NNX model or a pytree with these kernels by path, cast to the leaves' dtypes.
 
     Raises:
-      ValueError: names that the model lacks. (A search network or one with branches has no merged kernels.)
+      ValueError: paths that the model lacks. (A search network or one with branches has no merged kernels.)
     """
     graph, tree = nnx.split(model) if isinstance(model, nnx.Module) else (None, model)
     names, _ = paths.named_leaves(tree)
@@ -126,14 +125,16 @@ def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
             "made by `to_search` or `to_structure`, has merged kernels"
         )
     tree = paths.map_named(
-        lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else own(leaf), tree
+        lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else copy_leaf(leaf), tree
     )
     return tree if graph is None else nnx.merge(graph, tree, copy=True)
 
 
 def _check_fresh(model: nnx.Module) -> None:
-    """Batch norm's running statistics move at the first training step, so they tell a trained model from a
-    fresh one."""
+    """Raises ValueError if a batch norm's running statistics show that the model has been trained.
+
+    They move at the first training step.
+    """
     trained = []
     for path, module in named_modules(model):
         if isinstance(module, nnx.BatchNorm):
@@ -149,5 +150,5 @@ def _check_fresh(model: nnx.Module) -> None:
 
 
 def arrays_of(model: Any) -> Any:
-    """The arrays of a model, of which scales may cover a part; or the tree that was given."""
+    """Returns the state of an NNX model, or the given tree."""
     return nnx.state(model) if isinstance(model, nnx.Module) else model

@@ -1,5 +1,4 @@
-"""Between a plain network and its search network: make one of any network, extract its scales, and the same
-network with constant scales.
+"""Search networks: makes one of any network, extracts its scales, and makes its twin with constant scales.
 
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.1.
 """
@@ -27,7 +26,7 @@ from repopt_jax.surgery.layers import (
 )
 from repopt_jax.surgery.modules import join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
-from repopt_jax.surgery.structures import filled, replace_layers
+from repopt_jax.surgery.structures import merged_layer, replace_layers
 
 
 def to_search(
@@ -38,29 +37,28 @@ def to_search(
     scales: Literal["depth", "ones"] | Scales = "depth",
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """A copy of any NNX model in which the selected convolutions and dense layers are sums of branches with
-    trainable scales (`nn.Merged`): the network of a hyper-search.
+    """Returns the hyper-search network of any NNX model: selected layers are sums of branches (`nn.Merged`).
 
         search_model = to_search(model, r"(stem|stages/.*)", rngs=nnx.Rngs(0))
 
-    Train it as you would train `model`, then `extract_scales`. Biases, batch norms and everything else are
-    copied; only the selected layers' kernels give way to branch tensors, freshly drawn. A layer that is used
-    in several places stays one layer; layers stacked for `nnx.scan` or `nnx.vmap` stay so, each with scales
-    of its own. A layer's `dtype`, `precision` and its kernel's dtype are kept; metadata of its variables
-    (sharding names) are not.
+    The sums have trainable scales. Train the network as you would train `model`, then call `extract_scales`.
+    Biases, batch norms and everything else are copied; only the selected layers' kernels are replaced, by
+    newly drawn branch tensors. A layer that is used in several places remains one layer; layers stacked for
+    `nnx.scan` or `nnx.vmap` remain stacked, with separate scales. A layer's `dtype`, `precision` and its
+    kernel's dtype are kept; metadata of its variables (sharding names) are not.
 
     Args:
-      model: the network, untouched.
+      model: the network, which is not changed.
       select: which layers, as in `find_layers`; by default all of them.
-      branches: of which branches they are made, as in `find_branches`.
-      scales: where the scales start: "depth", `depth_scales`; "ones"; or given ones, for exactly these layers
-        and branches.
-      rngs: source of the draws (stream `params`). One key for each path: adding a layer changes no other's
-        draw.
+      branches: their branches, as in `find_branches`.
+      scales: initial scales: "depth" for `depth_scales`, "ones", or `Scales` for exactly these layers and
+        branches.
+      rngs: `nnx.Rngs` with the stream `params`. Each path has its own key, so adding a layer does not change
+        how others are drawn.
 
     Raises:
-      ValueError: as `find_layers` and `find_branches`; scales that do not fit, with every path; an unknown
-        word.
+      ValueError: as `find_layers` and `find_branches`; scales that do not fit, with every path; or an unknown
+        name of scales.
     """
     if isinstance(scales, Scales):
         check_aliases(model, scales.entries)
@@ -76,8 +74,7 @@ def to_search(
 
 
 def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None = None) -> Scales:
-    """The scales of every `nn.Merged` layer of a search model, by the path that its merged kernel has in
-    the plain network.
+    """Returns the scales of a search model's `nn.Merged` layers, by the kernels' paths in the plain network.
 
     Raises:
       ValueError: the model has none.
@@ -95,20 +92,19 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
 
 
 def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = None) -> Scales:
-    """Scales without a search for any network: sqrt(2 / l) for the l-th layer of a row of equal ones, 1 for
-    the first (l = 0); u = 1.
+    """Returns the depth rule's scales of any network, without a search: sqrt(2 / l), or 1 at l = 0; u = 1.
 
-    Of a network that declares its numbers (`models.Network.depths`), those. Elsewhere a row begins at a
-    layer that changes the width, has a stride above 1, or comes after a layer of another width. What comes
-    after what is told by the order of the paths, with numbers in them as numbers: a model does not say in
-    which order it calls its layers. Layers that are stacked count on along the stack. For another count
-    give your own to `Scales.depth_rule(find_branches(model, ...), depths)`. Source: RepOptimizer paper,
-    appendix B, where l counts the blocks of a stage.
+    A network may declare its l (`models.Network.depths`). Otherwise l is the index of the layer in a row of
+    equal ones. A row begins at a layer that changes the width, has a stride above 1, or comes after a layer
+    of another width. The order is that of the paths, with numbers in paths as numbers, because a model does
+    not declare the order in which it calls its layers. Stacked layers continue the count along the stack. For
+    other l use `Scales.depth_rule(find_branches(model, ...), depths)`. Source: RepOptimizer paper, appendix
+    B, where l counts the blocks of a stage.
 
     Args:
       model: any NNX model.
       select: which layers, as in `find_layers`.
-      branches: of which branches they are made, as in `find_branches`.
+      branches: their branches, as in `find_branches`.
 
     Raises:
       ValueError: as `find_layers` and `find_branches`.
@@ -135,11 +131,10 @@ def csla_twin(
     *,
     trainable_scales: bool = False,
 ) -> nnx.Module:
-    """A copy of `model` in which every layer that `scales` name is a CSLA layer with these scales and branch
-    tensors.
+    """Returns a copy of `model` whose layers in `scales` are CSLA layers of these scales and tensors.
 
-    With constant scales it is the network that `repopt_mask` imitates: if `model` holds
-    `merge_weights(scales, weights)`, both compute the same function, and keep doing so under training.
+    With constant scales it is the network that `repopt_mask` reproduces: if `model` holds
+    `merge_weights(scales, weights)`, both compute the same function, before and during training.
 
     Raises:
       ValueError: the scales do not fit, name a shared layer by another path than its own, or name layers that
@@ -158,7 +153,7 @@ def _with_scales(
     *,
     trainable_scales: bool = True,
 ) -> nnx.Module:
-    """What `csla_twin` gives, of scales that may cover any part of the model."""
+    """Does the work of `csla_twin`, without a check that the scales fit the whole model."""
     layers = layers_at(model, scales.entries)
     wrong = []
     for path, layer in layers.items():
@@ -174,6 +169,6 @@ def _with_scales(
         structure = of_branches(
             entry.branches, layer.geometry, then="scale" if trainable_scales else "constant"
         )
-        return filled(structure, weights[layer.path], entry.vectors, stack=layer.stack, **options)
+        return merged_layer(structure, weights[layer.path], entry.vectors, stack=layer.stack, **options)
 
     return replace_layers(model, layers, make)

@@ -1,4 +1,4 @@
-"""Putting structures in the place of layers, in a copy of any NNX model."""
+"""Replaces layers by structures in a copy of any NNX model."""
 
 import functools
 import re
@@ -26,28 +26,27 @@ Described: TypeAlias = str | Description | Mapping[str, str | Description]
 def to_structure(
     model: nnx.Module, structure: Described, select: Select = None, *, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """A copy of any NNX model in which each selected layer is of this structure. `fuse` merges them again.
+    """Returns a copy of any NNX model with this structure in each selected layer; `fuse` merges them again.
 
         to_structure(model, "acnet", r"stages/.*", rngs=nnx.Rngs(0))
 
-    A structure with batch norms inside becomes an `nn.Branched`, another one an `nn.Merged`. Where the
-    layer is the convolution of an `nn.Block`, the block's own batch norm gives way, unless the structure
-    has one after its sum, which it then is. In other networks the batch norm after the layer stays. Weights
-    are freshly drawn, one key for each path; biases and everything else are copied.
+    A structure with batch norms inside becomes an `nn.Branched`, any other an `nn.Merged`. If the layer is
+    the convolution of an `nn.Block`, the block's batch norm is removed, unless the structure has one after
+    its sum: then it is kept as that one. In other networks the batch norm after the layer is kept. Weights
+    are newly drawn, with a key for each path; biases and everything else are copied.
 
     Args:
-      model: the network, untouched.
+      model: the network, which is not changed.
       structure: a name in `STRUCTURES`; a description; or a mapping of regular expressions for a layer's
-        whole path to names or descriptions, of which the first that matches counts. For a name the network
-        may have a description of its own (`models.Network.descriptions`).
+        whole path to names or descriptions, of which the first that matches counts. A network may have
+        particular descriptions for a name (`models.Network.descriptions`).
       select: which layers, as in `find_layers`.
-      rngs: source of the draws (stream `params`).
+      rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
       ValueError: as `find_layers`; an unknown name; a rule that matches no selected layer; layers that no
         rule matches, or for which the structure is not defined, all with the reasons; or batch norms for
-        stacked layers: `nnx.scan` and `nnx.vmap` hand on the batch statistics of modules that they have made,
-        and would not know those of new ones.
+        stacked layers, because `nnx.scan` and `nnx.vmap` would not carry the batch statistics of new modules.
     """
     layers = find_layers(model, select)
     describe = _describer(model, structure, [layer.name for layer in layers.values()])
@@ -77,8 +76,7 @@ def to_structure(
 def to_repvgg(
     model: nnx.Module, select: Select = None, branches: Branches = None, *, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """`to_structure(model, "repvgg", ...)`, or with `branches`, as in `find_branches`, these with a batch
-    norm each."""
+    """`to_structure(model, "repvgg", ...)`, or with `branches` (as in `find_branches`) these, a norm each."""
     if branches is None:
         return to_structure(model, "repvgg", select, rngs=rngs)
     described: dict[str, str | Description] = {
@@ -95,10 +93,10 @@ def replace_layers(
     *,
     without_norm: set[str] = frozenset(),  # pyright: ignore[reportArgumentType]
 ) -> nnx.Module:
-    """A copy of `model` with `make(layer, **options)` in the place of each of `layers`.
+    """Returns a copy of `model` with `make(layer, **options)` in place of each of `layers`.
 
-    The options are the bias and the dtypes of the layer that gives way. `without_norm` are the paths of those
-    with which the batch norm of their `nn.Block` goes, unless the layer is also used without this block.
+    The options are the bias and the dtypes of the replaced layer. `without_norm` are the paths of layers with
+    which the batch norm of their `nn.Block` is removed, unless the layer is also used without this block.
     """
     modules, uses = dict(named_modules(model)), Counter(aliases(model).values())
     norms = {
@@ -126,10 +124,10 @@ def replace_layers(
     return replace_modules(model, replace)
 
 
-def filled(
+def merged_layer(
     structure: Structure, weights: Mapping[str, jax.Array], vectors: Mapping[str, jax.Array], **options: Any
 ) -> Merged:
-    """An `nn.Merged` with these tensors and scales: what it would draw itself is left out."""
+    """Makes an `nn.Merged` with these tensors and scales, without drawing initial ones."""
     new = nnx.eval_shape(lambda: Merged(structure, rngs=nnx.Rngs(0), **options))
     for variables, values in ((new.weights, weights), (new.scales, vectors)):
         for name, variable in variables.items():
@@ -140,12 +138,12 @@ def filled(
 
 
 def key_of(path: str, key: jax.Array) -> jax.Array:
-    """The key for the draws of the layer at `path`: adding a layer changes no other's draw."""
+    """Returns the key of the layer at `path`, which does not depend on the other layers."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def find_structure(name: str) -> Description:
-    """The description of this name in `STRUCTURES`; ValueError for an unknown one."""
+    """Returns the description of this name in `STRUCTURES`; raises ValueError for an unknown one."""
     if name not in STRUCTURES:
         raise ValueError(f"there is no structure {name!r}: it must be one of {', '.join(STRUCTURES)}")
     return STRUCTURES[name]
@@ -154,7 +152,7 @@ def find_structure(name: str) -> Description:
 def _describer(
     model: nnx.Module, structure: Described, names: Sequence[str]
 ) -> Callable[[Layer], Description]:
-    """Layer, of those with these names, -> its description."""
+    """Returns a function from a layer, whose name is one of `names`, to its description."""
     if isinstance(structure, str):
         general = find_structure(structure)
         particular = model.descriptions(structure) if isinstance(model, Network) else {}

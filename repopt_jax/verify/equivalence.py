@@ -45,16 +45,16 @@ class Equivalence:
 
     Attributes:
       differences: path of a parameter or batch statistic of the plain model -> largest absolute difference
-        from its counterpart in the CSLA model, divided by that one's largest absolute value (or by a
-        millionth of the network's largest, if that is more: values that are zero but for rounding are not
-        compared).
+        from its counterpart in the CSLA model, divided by the counterpart's largest absolute value (or by a
+        millionth of the network's largest value, if that is more, so that values that are zero up to rounding
+        are not compared).
       losses: loss of the plain model at each step.
       loss_difference: largest relative difference of the two models' losses at a step.
       movement: the largest relative change of a kernel since the start. If the networks do not move, their
         equivalence means nothing.
       steps: number of steps.
-      tolerance: what `equivalent` compares with.
-      reasons: why they are not equivalent, as sentences, the likeliest first; empty if they are.
+      tolerance: the largest difference of equivalent models.
+      reasons: likely reasons of a difference, as sentences, the likeliest first; empty if equivalent.
       compared: the number of steps and the mode of batch norm, as text.
     """
 
@@ -73,11 +73,11 @@ class Equivalence:
 
     @property
     def equivalent(self) -> bool:
-        """False also for NaN, and for networks that moved by no more than they may differ."""
+        """Whether the models agree; False for NaN, and if they did not move more than the tolerance."""
         return self.max_difference <= self.tolerance < self.movement
 
     def worst(self, count: int | None = None) -> list[tuple[str, float]]:
-        """The paths that differ most, NaN first, with their differences; all of them if `count` is None."""
+        """Returns the `count` largest differences with their paths, NaN first; all if `count` is None."""
         ordered = sorted(
             self.differences.items(), key=lambda item: (-np.nan_to_num(item[1], nan=np.inf), item[0])
         )
@@ -85,22 +85,21 @@ class Equivalence:
 
 
 def nesterov_with_decay(mask: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The published recipe: `mask`, weight decay 4e-5, then SGD with Nesterov momentum 0.9 at rate 0.05."""
+    """Returns the published recipe: `mask`, decay 4e-5, SGD with Nesterov momentum 0.9 at rate 0.05."""
     return optax.chain(mask, optax.add_decayed_weights(4e-5), optax.sgd(0.05, 0.9, nesterov=True))
 
 
 def cross_entropy(model: Any, batch: Any) -> jax.Array:
-    """Mean softmax cross-entropy on `batch`, a mapping of "image" (batch, ...) and "label" (batch,)."""
+    """Returns the mean softmax cross-entropy of `batch`: "image" (batch, ...) and "label" (batch,)."""
     logits = model(batch["image"])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The arguments of `verify_equivalence`, which `get_check()` of a file for `repopt verify --check=FILE`
-    returns.
+    """The arguments of `verify_equivalence`, as `get_check()` returns them for `repopt verify --check=FILE`.
 
-    `batches` may be infinite if the number of steps is given on the command line.
+    `batches` may be infinite if the command line gives the number of steps.
     """
 
     model: nnx.Module
@@ -113,7 +112,7 @@ class Check:
     rngs: nnx.Rngs | None = None
 
     def run(self, *, steps: int | None = None, tolerance: float | None = None) -> Equivalence:
-        """`verify_equivalence` on the first `steps` batches (all of them if None)."""
+        """Runs `verify_equivalence` on the first `steps` batches (all of them if None)."""
         return verify_equivalence(
             self.model,
             self.scales,
@@ -148,22 +147,22 @@ def verify_equivalence(
             rngs=nnx.Rngs(0),
         )
 
-    Modules of the model that compute in a narrower type (an attribute `dtype`) are set to float64. Casts
-    inside their code stay.
+    Modules of the model that compute in a narrower dtype (an attribute `dtype`) are set to float64. Casts in
+    their code remain.
 
     Args:
       model: a plain network, in training mode; a copy is trained. It keeps its weights except in the layers
         of `scales`, whose branches are drawn with `rngs`. Dropout draws the same numbers in both networks.
-      scales: the constants.
-      batches: one pytree of arrays a step, at least one; floating-point arrays are used in float64.
-      optimizer: of the plain network, re-parameterized; or a function that makes it from the branch tensors
-        (path -> branch -> array), for `reparameterize(inner, scales, weights=...)`. By default
+      scales: the constant scales.
+      batches: one pytree of arrays for each step, at least one; floating-point arrays are used in float64.
+      optimizer: the re-parameterized optimizer of the plain network; or a function that makes it from the
+        branch tensors (path -> branch -> array), for `reparameterize(inner, scales, weights=...)`. By default
         `nesterov_with_decay(repopt_mask(scales))`.
-      twin_optimizer: its ordinary counterpart, for the CSLA network, whose parameters are the branch tensors
+      twin_optimizer: the ordinary counterpart for the CSLA network, whose parameters are the branch tensors
         `.../weights/<branch>` in place of `.../kernel`. By default `nesterov_with_decay(optax.identity())`.
       loss: (model, batch) -> scalar.
       tolerance: largest relative difference that counts as equal.
-      rngs: source of the branch draws (stream `params`).
+      rngs: `nnx.Rngs` with the stream `params`, from which branches are drawn.
 
     Returns:
       The differences by path and, if they are above the tolerance, the likely reasons.
@@ -210,11 +209,11 @@ def verify_equivalence(
 
 
 def load_check(path: str | Path) -> Check:
-    """What `get_check()` of the Python file `path` returns.
+    """Returns the result of `get_check()` in the Python file `path`.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is no Python file with a `get_check`.
+      ValueError: it is not a Python file with a `get_check`.
       TypeError: `get_check` does not return a `Check`.
     """
     path = Path(path)
@@ -231,48 +230,50 @@ class _Network:
 
     def __init__(self, model: nnx.Module, loss: Loss):
         self.model = model
-        self.graph, self.params, self.rest = nnx.split(model, nnx.Param, ...)
+        self.graph, self.params, self.non_trainable = nnx.split(model, nnx.Param, ...)
         self.loss = loss
 
-    def value(self, params, rest, batch):
-        """The loss, and the variables that are not trained as the forward pass leaves them."""
-        # copy=True: without it the statistics that the forward pass writes would escape the trace of grad
-        merged = nnx.merge(self.graph, params, rest, copy=True)
+    def value(self, params, non_trainable, batch):
+        """Returns the loss, and the non-trainable variables after the forward pass."""
+        # Without copy=True the statistics that the forward pass writes would escape the trace of grad.
+        merged = nnx.merge(self.graph, params, non_trainable, copy=True)
         value = self.loss(merged, batch)
         return value, nnx.split(merged, nnx.Param, ...)[2]
 
     def train(self, tx: optax.GradientTransformation, batches: list) -> reasons.Side:
-        """Trains a copy, one step a batch."""
+        """Trains a copy, one step for each batch."""
 
         @jax.jit
-        def differentiate(params, rest, batch):
-            (value, rest), gradients = jax.value_and_grad(self.value, has_aux=True)(params, rest, batch)
-            return value, rest, gradients, optax.tree.norm(gradients)
+        def differentiate(params, non_trainable, batch):
+            (value, non_trainable), gradients = jax.value_and_grad(self.value, has_aux=True)(
+                params, non_trainable, batch
+            )
+            return value, non_trainable, gradients, optax.tree.norm(gradients)
 
         @jax.jit
         def step(gradients, state, params):
             updates, state = tx.update(gradients, state, params)
             return state, optax.apply_updates(params, updates)
 
-        params, rest, state = self.params, self.rest, tx.init(self.params)
+        params, non_trainable, state = self.params, self.non_trainable, tx.init(self.params)
         losses, norms, first = [], [], {}
         for batch in batches:
-            value, rest, gradients, norm = differentiate(params, rest, batch)
+            value, non_trainable, gradients, norm = differentiate(params, non_trainable, batch)
             if not losses:
                 first = {path: np.asarray(g) for path, g in paths.named_leaves(gradients)[0].items()}
             losses.append(float(value))
             norms.append(float(norm))
             state, params = step(gradients, state, params)
-        trained = nnx.merge(self.graph, params, rest, copy=True)
+        trained = nnx.merge(self.graph, params, non_trainable, copy=True)
         return reasons.Side(self, tx, step, trained, losses, norms, first)
 
 
 def _compared(
     model: nnx.Module, plain: reasons.Side, twin: reasons.Side, scales: Scales, tolerance: float
 ) -> Equivalence:
-    """The two trainings, compared; `model` is the plain network before the first step."""
+    """Compares the two trainings; `model` is the plain network before the first step."""
     start, end, expected = (_values(m) for m in (model, plain.trained, twin.trained))
-    # Zero but for rounding, as a bias in front of a batch norm: rounding is all that could be compared.
+    # For values that are zero up to rounding, as a bias before a batch norm, rounding would be compared.
     sizes = [np.abs(value[np.isfinite(value)]).max(initial=0.0) for value in expected.values()]
     floor = NEGLIGIBLE * float(max(sizes))
     names = {False: "training", True: "evaluation"}
@@ -291,7 +292,7 @@ def _compared(
 
 
 def _values(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Parameters and statistics by path; of a CSLA layer, its merged kernel under the plain layer's path."""
+    """Returns parameters and statistics by path; those of CSLA layers as merged kernels of plain layers."""
     leaves, _ = paths.named_leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     values = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     layers = {path: layer for path, layer in named_modules(model) if isinstance(layer, Merged)}
@@ -307,14 +308,14 @@ def _values(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def _relative(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> float:
-    """Largest difference, relative to b's largest entry or to `floor` where b is smaller."""
+    """Returns the largest difference, relative to b's largest entry or to `floor` if b is smaller."""
     scale = max(np.abs(b).max(), floor)
-    with np.errstate(invalid="ignore"):  # infinite both, so NaN: that is no agreement
+    with np.errstate(invalid="ignore"):  # the difference of two infinities is NaN, which counts as different
         return float(np.abs(a - b).max() / (scale if scale else 1.0))
 
 
 def _as_float64(tree: Any) -> Any:
-    """A copy in which every floating-point array is float64, and every module computes in it."""
+    """Returns a copy in which every floating-point array is float64, and every module computes in float64."""
 
     def widen(x):
         return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.array(x)

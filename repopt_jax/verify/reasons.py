@@ -1,8 +1,9 @@
-"""Why a plain network and its CSLA twin do not train alike: sentences for the user, the likeliest first.
+"""Why a plain network and its CSLA twin train differently: sentences for the user, the likeliest first.
 
-Looks at the two networks before the first step, at the optimizers, at the dtypes, and at the numbers. The
-plain network's optimizer is checked by `optim.check`. Then both optimizers are run on corresponding made-up
-gradients, g for the plain network and E_b^T(s_b * g) for the branches, and their moves are compared.
+The reasons are sought in the two networks before the first step, the optimizers, the dtypes, and the numbers.
+The plain network's optimizer is checked by `optim.check`. Then both optimizers are run on corresponding
+synthetic gradients, g for the plain network and E_b^T(s_b * g) for the branches, and their moves are
+compared.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,13 +24,13 @@ from repopt_jax.surgery.modules import join, named_modules
 
 Named = dict[str, np.ndarray]
 
-# Relative, float64. Loss and gradients of the two networks before the first step agree to about 1e-14.
+# Relative, in float64. Loss and gradients of the two networks before the first step agree to about 1e-14.
 SAME_FUNCTION = 1e-9
-# Relative, float64. The moves of two optimizers that correspond agree to about 1e-12.
+# Relative, in float64. The moves of two corresponding optimizers agree to about 1e-12.
 SAME_MOVE = 1e-8
-# A gradient or move that is this much smaller than the largest is the rounding error of a 0.
+# Gradients and moves below this fraction of the largest are rounding errors of 0.
 ROUNDING = 1e-12
-# By this factor smaller, gradients are clipped by no threshold in use.
+# Gradients that are scaled by this factor are below every clipping threshold in use.
 TINY = 1e-6
 
 
@@ -37,7 +38,7 @@ class Side(NamedTuple):
     """One of the two networks, with its optimizer and its finished training.
 
     Attributes:
-      network: has `model`, `params`, `rest` and `value(params, rest, batch)`.
+      network: has `model`, `params`, `non_trainable` and `value(params, non_trainable, batch)`.
       tx: its optimizer.
       step: (gradients, state, params) -> (state, params), compiled.
       trained: the model after the last step.
@@ -55,11 +56,11 @@ class Side(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Both sides, and what they were trained with.
+    """Both sides, with the data that they were trained on.
 
     Attributes:
       plain, twin: the plain network's side and the CSLA network's.
-      scales, batches: what both were trained with, float64.
+      scales, batches: scales and data of both trainings, in float64.
       knows_branches: whether the plain network's optimizer was made from the branch tensors.
     """
 
@@ -73,7 +74,7 @@ class Pair(NamedTuple):
 def explain(
     pair: Pair, *, difference: float, movement: float, tolerance: float, wrong: list[str]
 ) -> list[str]:
-    """Sentences that say why the two trainings differ by `difference`.
+    """Returns sentences that say why the two trainings differ by `difference`.
 
     Args:
       pair: the two trainings.
@@ -82,7 +83,7 @@ def explain(
     """
     casts = dict(_casts(pair))
     if casts and difference <= 1e3 * max(casts.values()):
-        return list(casts)  # their rounding hides anything finer
+        return list(casts)  # their rounding hides smaller differences
     found = list(_networks(pair))
     if all(np.isfinite(g).all() for g in pair.plain.gradients.values()):
         found += _optimizers(pair)
@@ -104,7 +105,7 @@ def explain(
 
 
 def batch_norm_modes(model: nnx.Module) -> dict[bool, int]:
-    """Whether batch norm uses its running averages -> number of layers."""
+    """Counts batch norms by whether they use running averages."""
     modes: dict[bool, int] = {}
     for _, module in named_modules(model):
         if isinstance(module, nnx.BatchNorm):
@@ -112,11 +113,11 @@ def batch_norm_modes(model: nnx.Module) -> dict[bool, int]:
     return modes
 
 
-# -- the networks
+# --- The networks
 
 
 def _networks(pair: Pair) -> Iterator[str]:
-    """Loss and gradients before any step, on the first batch."""
+    """Compares loss and gradients on the first batch before any step."""
     value, expected = pair.plain.losses[0], pair.twin.losses[0]
     if not (np.isfinite(value) and np.isfinite(expected)):
         return
@@ -140,11 +141,11 @@ def _networks(pair: Pair) -> Iterator[str]:
     yield f"the two networks differ before the first step ({what}): {why}"
 
 
-# -- the optimizers
+# --- The optimizers
 
 
 def _optimizers(pair: Pair) -> list[str]:
-    """What is wrong with `optimizer`, and where `twin_optimizer` is not its counterpart."""
+    """Finds faults of `optimizer`, and where `twin_optimizer` is not its counterpart."""
     faults = find_faults(pair.plain.tx, pair.scales, pair.plain.network.params)
     found = [fault.message for fault in faults]
     reasons = {fault.reason for fault in faults}
@@ -156,22 +157,22 @@ def _optimizers(pair: Pair) -> list[str]:
 
 
 class _Probes:
-    """Both optimizers from their first states, on corresponding gradients."""
+    """Runs both optimizers from their first states on corresponding gradients."""
 
     def __init__(self, pair: Pair):
         self.pair = pair
         norms = [norm for norm in pair.plain.norms if np.isfinite(norm)]
-        # As large as they came to be: a norm may be clipped only later.
+        # As large as the gradients became in training, because clipping may begin only later.
         growth = max(norms) / norms[0] if norms[0] else 1.0
         sizes = {p: growth * float(np.sqrt(np.mean(np.square(g)))) for p, g in pair.plain.gradients.items()}
         least = 1e-3 * (float(np.sqrt(np.mean(np.square(list(sizes.values()))))) or 1.0)
         rng = np.random.default_rng(0)
-        # No leaf without a gradient: one that is dead on this batch may be alive on the next.
+        # Every leaf gets a gradient: one that is zero on this batch may not be on the next.
         self.base = {
             path: max(sizes[path], least) * rng.normal(size=g.shape)
             for path, g in pair.plain.gradients.items()
         }
-        # The first step may have the rate 0, or only collect gradients.
+        # The first steps may have learning rate 0, or only accumulate gradients.
         steps = len(pair.batches)
         moved = (
             np.any([np.any(m) for m in self._plain(count * [1.0]).values()]) for count in range(1, steps + 1)
@@ -179,7 +180,7 @@ class _Probes:
         self.period = next((i for i, m in enumerate(moved, start=1) if m), steps)
 
     def decay(self) -> list[str]:
-        """Weight decay is the move that is left without gradients."""
+        """Compares weight decay, which is the move without gradients."""
         none = self.period * [0.0]
         by_branch = _moves(self.pair.twin, self._branches(none))
         merged = _merged(self.pair.scales, by_branch)
@@ -200,9 +201,9 @@ class _Probes:
         return found
 
     def gradients(self, *, same_decay: bool) -> list[str]:
-        """What both do beyond that when there is a gradient."""
-        # With one size in all steps, clipping would be a constant factor. After the first update, parameters
-        # that moved differently are decayed differently.
+        """Compares the moves that gradients cause beyond weight decay."""
+        # If all steps had one size, clipping would be a constant factor. After the first update, parameters
+        # that moved differently are also decayed differently.
         sizes = [1.0] * self.period + ([0.3, 2.5] if same_decay else [])
         kernels, wrong = self._responses(sizes)
         if not wrong:
@@ -234,7 +235,7 @@ class _Probes:
         ]
 
     def _responses(self, sizes: list[float]) -> tuple[list[str], list[str]]:
-        """Where the two moves differ that gradients of these sizes make."""
+        """Returns where the moves that gradients of these sizes cause differ, see `_differing`."""
         none = [0.0] * len(sizes)
         plain = _minus(self._plain(sizes), self._plain(none))
         by_branch = _minus(
@@ -246,7 +247,7 @@ class _Probes:
         return _differing(plain, expected, SAME_MOVE, self.pair.scales)
 
     def _steps(self, sizes: list[float]) -> list[Named]:
-        """Gradients of successive steps: in each the entries are in other places."""
+        """Returns the gradients of successive steps, with entries that are shifted in each step."""
         return [{path: size * np.roll(g, i) for path, g in self.base.items()} for i, size in enumerate(sizes)]
 
     def _plain(self, sizes: list[float]) -> Named:
@@ -262,7 +263,7 @@ class _Probes:
 
 
 def _moves(side: Side, gradients: Iterable[Mapping[str, Any]]) -> Named:
-    """How far the optimizer moves each parameter in these steps from its first state, by path."""
+    """Returns the move of each parameter in these steps from the optimizer's first state, by path."""
     start, treedef = paths.named_leaves(side.network.params)
     params, state = side.network.params, side.tx.init(side.network.params)
     for by_path in gradients:
@@ -273,7 +274,7 @@ def _moves(side: Side, gradients: Iterable[Mapping[str, Any]]) -> Named:
 
 
 def _branch_gradients(scales: Scales, gradients: Mapping[str, Any]) -> Named:
-    """Gradients of the CSLA network's parameters, by its paths, from those of the plain network."""
+    """Converts gradients of the plain network to those of the CSLA network, by its paths."""
     found = {}
     for path, g in gradients.items():
         if (entry := scales.entries.get(path)) is None:
@@ -285,7 +286,7 @@ def _branch_gradients(scales: Scales, gradients: Mapping[str, Any]) -> Named:
 
 
 def _merged(scales: Scales, moves: Mapping[str, Any]) -> Named:
-    """Moves of the plain network's parameters, by its paths, from those of the CSLA network."""
+    """Converts moves of the CSLA network's parameters to those of the plain network, by its paths."""
     found = dict(moves)
     for path, entry in scales.entries.items():
         parts = {name: jnp.asarray(found.pop(_in_twin(path, name))) for name in entry.branches.names}
@@ -294,14 +295,14 @@ def _merged(scales: Scales, moves: Mapping[str, Any]) -> Named:
 
 
 def _in_twin(kernel: str, branch: str) -> str:
-    """The path of a branch's tensor in the CSLA network."""
+    """Returns the path of a branch's tensor in the CSLA network."""
     return join(kernel.rpartition("/")[0], f"weights/{branch}")
 
 
 def _differing(
     a: Named, b: Named, tolerance: float, scales: Scales | None = None
 ) -> tuple[list[str], list[str]]:
-    """Paths at which a and b differ: those that the scales name, and all. NaN differs from nothing."""
+    """Returns the paths at which a and b differ: those in the scales, and all. NaN is not a difference."""
     floor = ROUNDING * max(np.abs(values[path]).max() for values in (a, b) for path in a)
     wrong = [
         path
@@ -316,13 +317,15 @@ def _minus(a: Named, b: Named) -> Named:
     return {path: a[path] - b[path] for path in a}
 
 
-# -- the numbers
+# --- The numbers
 
 
 def _casts(pair: Pair) -> Iterator[tuple[str, float]]:
-    """Casts to a narrower type than float64, each with the spacing of that type's numbers."""
+    """Yields casts to narrower dtypes than float64, each with that dtype's machine epsilon."""
     network, batch = pair.plain.network, pair.batches[0]
-    loss = jax.make_jaxpr(lambda params: network.value(params, network.rest, batch)[0])(network.params)
+    loss = jax.make_jaxpr(lambda params: network.value(params, network.non_trainable, batch)[0])(
+        network.params
+    )
     if types := set(_narrowed(loss.jaxpr)):
         yield (
             f"model or loss cast to {', '.join(sorted(types))}, so the networks agree only to its precision: "
@@ -345,7 +348,7 @@ def _spacing(types: Iterable[str]) -> float:
 
 
 def _narrowed(jaxpr: Any) -> Iterator[str]:
-    """Floating-point types to which a program converts wider numbers."""
+    """Yields the floating-point dtypes to which a program converts wider ones."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "convert_element_type":
             before, after = equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
@@ -360,7 +363,7 @@ def _narrowed(jaxpr: Any) -> Iterator[str]:
 
 
 def _rounding(pair: Pair, difference: float, wrong: list[str]) -> Iterator[str]:
-    """What turns rounding into a difference, where everything agrees step by step."""
+    """Explains how rounding becomes a difference although both agree step by step."""
     gradients = pair.plain.gradients
     largest = max(np.abs(g).max() for g in gradients.values())
     largest = largest if np.isfinite(largest) else 0.0
@@ -384,7 +387,7 @@ def _rounding(pair: Pair, difference: float, wrong: list[str]) -> Iterator[str]:
 
 
 def _numbers(pair: Pair) -> Iterator[str]:
-    """Where NaN and infinity begin."""
+    """Finds where NaN and infinity begin."""
     for number, batch in enumerate(pair.batches):
         leaves, _ = paths.named_leaves(batch)
         floats = {p: x for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}

@@ -1,12 +1,12 @@
-"""What PyTorch code bases call the arrays of our networks: one small table for each."""
+"""The names of our networks' arrays in PyTorch code bases: one small table for each."""
 
 from repopt_jax.interop.names.lookup import COUNTER as COUNTER
 from repopt_jax.interop.names.lookup import SCHEMES as SCHEMES
 from repopt_jax.interop.names.lookup import Recognised as Recognised
 from repopt_jax.interop.names.lookup import arrays_of as arrays_of
+from repopt_jax.interop.names.lookup import authors_scheme as authors_scheme
 from repopt_jax.interop.names.lookup import counters as counters
 from repopt_jax.interop.names.lookup import find_scheme as find_scheme
-from repopt_jax.interop.names.lookup import own_scheme as own_scheme
 from repopt_jax.interop.names.lookup import recognise as recognise
 from repopt_jax.interop.names.lookup import torch_names as torch_names
 from repopt_jax.interop.names.scheme import BIASED as BIASED

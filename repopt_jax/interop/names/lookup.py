@@ -1,4 +1,4 @@
-"""The known schemes: which of them a state dict has, which is a network's own, and what it calls arrays."""
+"""The known schemes: recognising that of a state dict, finding that of a network, and naming arrays."""
 
 import collections
 import re
@@ -23,7 +23,7 @@ COUNTER = "num_batches_tracked"
 
 
 class Recognised(NamedTuple):
-    """What a state dict holds, as far as its keys tell."""
+    """The scheme and the form of a network that a state dict's keys show."""
 
     scheme: Scheme
     layout: Layout
@@ -34,8 +34,9 @@ class Recognised(NamedTuple):
 
 
 def torch_names(model: nnx.Module, scheme: str | Scheme) -> dict[str, TorchName]:
-    """What `scheme` calls every array of `model`: our path -> `TorchName`. The state of random number
-    generators has no counterpart and is left out.
+    """Returns the names of every array of `model` in `scheme`: our path -> `TorchName`.
+
+    The state of random number generators has no counterpart and is left out.
 
     Args:
       model: an NNX model, also an abstract one from `nnx.eval_shape`.
@@ -51,13 +52,13 @@ def torch_names(model: nnx.Module, scheme: str | Scheme) -> dict[str, TorchName]
 
 
 def counters(names: Mapping[str, TorchName]) -> list[str]:
-    """Keys of the batch counters (`num_batches_tracked`) that PyTorch's batch norms have beside `names`."""
+    """Returns the keys of the batch counters (`num_batches_tracked`) that PyTorch adds to `names`."""
     found = (name.key.rpartition(".") for name in names.values())
     return [f"{layer}.{COUNTER}" for layer, _, array in found if array == "running_mean"]
 
 
 def find_scheme(scheme: str | Scheme) -> Scheme:
-    """The scheme of that name; ValueError for an unknown one."""
+    """Returns the scheme of that name; raises ValueError for an unknown one."""
     if isinstance(scheme, Scheme):
         return scheme
     if scheme not in SCHEMES:
@@ -66,16 +67,16 @@ def find_scheme(scheme: str | Scheme) -> Scheme:
     return SCHEMES[scheme]
 
 
-def own_scheme(model: nnx.Module, mode: str = "") -> str:
-    """The scheme of the network's own authors, of those that have a name for every array.
+def authors_scheme(model: nnx.Module, mode: str = "") -> str:
+    """Returns the scheme of the network's authors, among those that have a name for every array.
 
     Args:
       model: the network.
-      mode: the `surgery.Mode` in which it was trained. A deployed network does not tell: without it, a VGG
-        has RepVGG's names.
+      mode: the `surgery.Mode` in which it was trained. A deployed network does not show it; without it, a VGG
+        gets RepVGG's names.
 
     Raises:
-      ValueError: there is none, with what each one lacks.
+      ValueError: there is none, with what each scheme lacks.
     """
     fitting, complaints = [], []
     mode = Mode.PLAIN if mode == Mode.REPOPT else mode
@@ -87,7 +88,7 @@ def own_scheme(model: nnx.Module, mode: str = "") -> str:
         except ValueError as error:
             complaints.append(str(error).partition(". Others:")[0])
         else:
-            # Code bases also have other authors' networks, as baselines.
+            # Code bases also name other authors' networks, as baselines.
             fitting.append((layout.mode != mode, layout.mode != scheme.name, len(fitting), scheme.name))
     if fitting:
         return min(fitting)[-1]
@@ -98,13 +99,13 @@ def own_scheme(model: nnx.Module, mode: str = "") -> str:
 
 
 def recognise(tensors: Mapping[str, Any]) -> Recognised:
-    """Whose names a state dict has, and which form of which network it is, from keys that only they have.
+    """Recognises the scheme, network and form of a state dict by keys that only they have.
 
     Args:
       tensors: key -> anything with a `shape`.
 
     Raises:
-      ValueError: no scheme's; the known ones are listed.
+      ValueError: the keys are of no known scheme; the known ones are listed.
     """
     lines = [f"{key} {','.join(map(str, tensor.shape))}" for key, tensor in tensors.items()]
     for scheme in SCHEMES.values():
@@ -117,12 +118,12 @@ def recognise(tensors: Mapping[str, Any]) -> Recognised:
 
 
 def arrays_of(model: nnx.Module) -> Any:
-    """The model's state without its random number generators."""
+    """Returns the model's state without its random number generators."""
     return nnx.state(model, nnx.Not(nnx.RngState))
 
 
 def _layouts(model: nnx.Module, scheme: Scheme) -> list[Layout]:
-    """Those that are for this network."""
+    """Returns the scheme's layouts for this network."""
     variant = getattr(model, "variant", None)
     return [
         layout
@@ -132,10 +133,10 @@ def _layouts(model: nnx.Module, scheme: Scheme) -> list[Layout]:
 
 
 def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName]]:
-    """The layout that has a name for every array of `model`, and the names; errors as of `torch_names`."""
+    """Returns the layout that names every array of `model`, and the names; raises as `torch_names`."""
     arrays, _ = paths.named_leaves(arrays_of(model))
     tables = [(layout, {path: layout.key(path) for path in arrays}) for layout in _layouts(model, scheme)]
-    # Of tables that do not fit, the error is about the one that lacks the least.
+    # If no table fits, the error is about the one that lacks the fewest names.
     layout, keys = min(
         tables or [(Layout(), dict.fromkeys(arrays))], key=lambda table: list(table[1].values()).count(None)
     )
@@ -165,7 +166,7 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName
 
 
 def _other_branches(model: Network, layout: Layout) -> Iterator[str]:
-    """Layers that have names for all of their branches, and lack some that they have there."""
+    """Yields layers whose branches all have names but are not all the branches of the code base."""
     layers = {join(p, "kernel"): m for p, m in named_modules(model) if isinstance(m, StructuredLayer)}
     described = model.descriptions(layout.mode) if layers else {}
     for path, layer in layers.items():
@@ -176,5 +177,5 @@ def _other_branches(model: Network, layout: Layout) -> Iterator[str]:
 
 
 def _layer(path: str) -> str:
-    """The path of the layer that an array belongs to."""
+    """Returns the path of the layer that an array belongs to."""
     return re.sub(r"/(kernel|bias|scale|mean|var|(weights|scales|norms)/.*)$", "", path)

@@ -1,4 +1,4 @@
-"""MobileOne as its authors name it. Source: apple/ml-mobileone (Apple's licence), read for facts."""
+"""MobileOne as its authors name it. Names from apple/ml-mobileone (Apple's licence)."""
 
 import functools
 

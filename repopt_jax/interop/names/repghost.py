@@ -1,4 +1,4 @@
-"""RepGhostNet as its authors name it. Source: ChengpengChen/RepGhost (MIT licence), read for facts."""
+"""RepGhostNet as its authors name it. Names from ChengpengChen/RepGhost (MIT licence)."""
 
 import functools
 
@@ -10,7 +10,7 @@ OUTSIDE: Table = (
     ("features", "conv_head", BIASED),
     ("head", "classifier", BIASED),
 )
-# Here the stem is stage 0, there stages are counted without it.
+# Our stage 0 is the stem, which the code base does not count as a stage.
 BLOCKS = ((r"stages/(\d+)/(\d+)", lambda match: f"blocks.{int(match[1]) - 1}.{match[2]}"),)
 INSIDE: Table = (
     ("conv", "conv", TENSOR),  # of the 1x1 block after the last stage

@@ -1,6 +1,6 @@
 """RepOpt-VGG, RepOpt-GhostNet and their baselines as the authors of RepOptimizer name them.
 
-Source: DingXiaoH/RepOptimizers (MIT licence), read for facts."""
+Names from DingXiaoH/RepOptimizers (MIT licence)."""
 
 from repopt_jax.interop.names.repghost import GHOST, cheap, ghost_layout
 from repopt_jax.interop.names.repvgg import BLOCK, vgg_layout

@@ -1,4 +1,4 @@
-"""RepVGG as its authors name it. Source: DingXiaoH/RepVGG (MIT licence), read for facts."""
+"""RepVGG as its authors name it. Names from DingXiaoH/RepVGG (MIT licence)."""
 
 import functools
 

@@ -1,6 +1,6 @@
 """RepVGG, MobileOne and RepGhostNet as timm names them; the last has its authors' names there.
 
-Source: huggingface/pytorch-image-models (Apache 2.0), read for facts."""
+Names from huggingface/pytorch-image-models (Apache 2.0)."""
 
 import functools
 
@@ -8,7 +8,7 @@ from repopt_jax.interop.names import repghost
 from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Scheme
 
 _HEAD = (("head", "head.fc", BIASED),)
-# Here the stem is stage 0, there stages are counted without it.
+# Our stage 0 is the stem, which the code base does not count as a stage.
 _BLOCKS = (
     ("stages/0/0", "stem"),
     (r"stages/(\d+)/(\d+)", lambda match: f"stages.{int(match[1]) - 1}.{match[2]}"),
