@@ -16,8 +16,15 @@ One thing is different: the identity's weight of Ghost is decayed, which there i
 search trains the network that the target's optimizer stands for.
 """
 
-from repopt_jax.train.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
-from repopt_jax.train.recipes import parse_argument, smoke
+from repopt_jax.train.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    parse_argument,
+    smoke,
+)
 
 # Network -> top-1 of the search itself, where it is told: paper (arXiv 2205.15242), table 6. It is no measure
 # of the scales: other strides give a better search and worse scales.

@@ -27,8 +27,15 @@ that, "made no difference"); for the widest RepGhosts RandAugment is that of the
 
 import dataclasses
 
-from repopt_jax.train.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
-from repopt_jax.train.recipes import parse_argument, smoke
+from repopt_jax.train.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    parse_argument,
+    smoke,
+)
 
 # Network -> way of training -> published top-1. RepOpt ("", and Ghost's both): README of RepOptimizers; plain
 # SGD: paper (arXiv 2205.15242), table 4; RepVGG there: table 2, 32 images a device.

@@ -6,9 +6,8 @@ The network travels as a static graph definition and two plain dicts: `params`, 
 Arrays lie on one mesh with the axes `data` and `fsdp`. A batch is divided over both axes. Of the state, what
 `STATE_TABLE` calls SHARDED is divided along `fsdp`, and what it calls REPLICATED lies whole on every device.
 The models carry no sharding; `jax.jit` inserts the communication. One process or many run the same program,
-which sees
-the whole batch: batch statistics are over the *global* batch, as with synchronised batch norm on several
-GPUs, unless the step is made with the statistics of each device.
+which sees the whole batch: batch statistics are over the *global* batch, as with synchronised batch norm on
+several GPUs, unless the step is made with the statistics of each device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from repopt_jax.core import paths
 from repopt_jax.train.config import mesh_problems
@@ -73,9 +72,8 @@ class TrainState(NamedTuple):
     def network(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params, non_trainable) of the network that is evaluated and deployed: the moving average where
         there is one."""
-        return (
-            (self.ema["params"], self.ema["non_trainable"]) if self.ema else (self.params, self.non_trainable)
-        )
+        network = self.ema or self._asdict()
+        return network["params"], network["non_trainable"]
 
 
 class Network(NamedTuple):
@@ -353,6 +351,23 @@ def fsdp_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
         return replicated(mesh)
     largest = max(divisible, key=lambda axis: shape[axis])
     return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+
+
+def first_device() -> SingleDeviceSharding:
+    """The first device of this process."""
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def abstract(tree: Any, sharding: Any = None) -> Any:
+    """Shapes and dtypes of a tree of arrays or shapes: on one sharding, or on those of a tree like it; None
+    for the sharding of each array itself."""
+    if sharding is None:
+        sharding = jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+    def shape(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(shape, tree, jax.tree.broadcast(sharding, tree))
 
 
 def put_state(state: Any, sharding: Any) -> Any:
