@@ -145,4 +145,8 @@ def make_schedule(
         first = start if by_epoch else start + (peak - start) / warmup
         rise = optax.linear_schedule(first, peak, warmup if by_epoch else max(warmup - 1, 1))
         schedule = optax.join_schedules([rise, lambda t: fall(t + before)], [warmup])
-    return (lambda step: schedule(step // steps_per_epoch)) if by_epoch else schedule
+
+    def of_epoch(step: Any) -> Any:
+        return schedule(step // steps_per_epoch)
+
+    return of_epoch if by_epoch else schedule

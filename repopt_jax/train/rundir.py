@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from repopt_jax._version import __version__
 from repopt_jax.core import paths
@@ -100,7 +101,7 @@ def summarize(
         test_accuracy=test.get("accuracy"),
         test_loss=test.get("loss"),
         test_count=test.get("count"),
-        train_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        train_parameters=optax.tree.size(state.params),
         step_ms_median=None if speed is None else 1e3 * config.batch_size / speed,
         images_per_s=speed,
         wall_s=seconds,
