@@ -96,8 +96,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         if not writing and not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory.parent} has no checkpoint yet: let the run train")
-        self._writing = writing
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._writing, self._keep_last, self._keep_best = writing, keep_last, keep_best
         self._scores = {} if scores is None else scores
         self._checked: dict[int, bool] = {}
         self._latest: int | None = None

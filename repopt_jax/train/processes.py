@@ -2,10 +2,9 @@
 outside.
 
 All processes run the same program and wait for each other whenever arrays are exchanged. What one of them
-finds out
-alone, for instance that a folder is missing, it must pass on, or the others wait for ever: `in_all_processes`
-does that. A process that dies is noticed by its connections (CPU, at once) or by its missing heartbeats,
-after which JAX ends the others.
+finds out alone, for instance that a folder is missing, it must pass on, or the others wait for ever:
+`in_all_processes` does that. A process that dies is noticed by its connections (CPU, at once) or by its
+missing heartbeats, after which JAX ends the others.
 """
 
 import contextlib

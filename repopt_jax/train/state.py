@@ -129,7 +129,9 @@ def make_train_step(
       and of the objective's sums since the last line of the log, this step's learning rate "lr", and
       "bad_step".
     """
-    gradients = _accumulated(_gradients(graphdef, objective), accumulate)
+    gradients = _gradients(graphdef, objective)
+    if accumulate > 1:
+        gradients = _accumulated(gradients, accumulate)
     if statistics_mesh is not None:
         gradients = _on_each_device(gradients, statistics_mesh)
 
@@ -149,8 +151,13 @@ def make_train_step(
         if ema is not None:
             network = {"params": params, "non_trainable": non_trainable}
             averages = _moving_average(averages, network, ema, state.step)
-        state = TrainState(
-            *(state.step + 1, params, non_trainable, opt_state, metric_sums, bad_step, state.previous_scales),
+        state = state._replace(
+            step=state.step + 1,
+            params=params,
+            non_trainable=non_trainable,
+            opt_state=opt_state,
+            metric_sums=metric_sums,
+            bad_step=bad_step,
             ema=averages,
         )
         return state, means
@@ -210,8 +217,6 @@ def _gradients(graphdef: Any, objective: Objective) -> Gradients:
 
 def _accumulated(gradients: Gradients, count: int) -> Gradients:
     """`gradients` of `count` parts of a batch, one after the other: only one part's activations are alive."""
-    if count == 1:
-        return gradients
 
     def parts(value):
         # Row i goes to part i % count, so that each part is divided over the devices as the batch is and no
@@ -240,8 +245,7 @@ def _on_each_device(gradients: Gradients, mesh: Mesh) -> Gradients:
     def mean_change(old, new):
         if not jnp.issubdtype(new.dtype, jnp.inexact):  # counters, the same on all devices
             return new
-        # The mean of the change: what does not change, as the constant scales, stays as it is to the last
-        # bit.
+        # The mean of the change: what does not change, as the constant scales, stays so to the last bit.
         return old + jax.lax.pmean(new - old, AXES)
 
     def local(params, non_trainable, batch):
@@ -254,8 +258,7 @@ def _on_each_device(gradients: Gradients, mesh: Mesh) -> Gradients:
 
 
 def _moving_average(averages: Any, values: Any, decay: float, step: jax.Array) -> Any:
-    """e + (1 - d) (x - e), d = min(decay, (1 + t) / (10 + t)): early averages must not remember the first
-    draw.
+    """e + (1 - d) (x - e), d = min(decay, (1 + t) / (10 + t)): early averages forget the first draw.
 
     `optax.incremental_update` computes (1 - d) x + d e, which moves constant scales by rounding.
     """
