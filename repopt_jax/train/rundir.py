@@ -151,11 +151,12 @@ class RunFolder:
           ValueError: the run began on other data.
           OSError: no permission, or not a folder.
         """
+        dataset = json.dumps(dataclasses.asdict(info), indent=2)
 
         def write() -> None:
             with self._os_errors("write to"):
                 self.path.mkdir(parents=True, exist_ok=True)
-                for name, text in (("config.json", to_json(config)), ("dataset.json", _json(info))):
+                for name, text in (("config.json", to_json(config)), ("dataset.json", dataset)):
                     if is_first() and not (self.path / name).exists():
                         replace_file(self.path / name, text + "\n")
 
@@ -222,10 +223,6 @@ class RunFolder:
                 f"(it has {', '.join(sorted(strangers)[:3])}); choose an empty or a new folder"
             )
         return None
-
-
-def _json(info: Info) -> str:
-    return json.dumps(dataclasses.asdict(info), indent=2)
 
 
 def info_from_json(task: str, fields: Mapping[str, Any]) -> Info:
