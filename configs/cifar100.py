@@ -16,8 +16,15 @@ becomes 2.4. One thing is different: the identity's weight of Ghost is decayed, 
 by its name. So the search trains the network that the target's optimizer reproduces.
 """
 
-from repopt_jax.train.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
-from repopt_jax.train.recipes import parse_argument, smoke
+from repopt_jax.train.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    parse_argument,
+    smoke,
+)
 
 # Network -> published top-1 of the search itself: paper (arXiv 2205.15242), table 6. It does not measure the
 # quality of the scales: other strides give a better search and worse scales.

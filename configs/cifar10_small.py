@@ -12,8 +12,7 @@ image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` aft
 (`cifar10_small.py:search,smoke`) runs two short epochs on a few embedded digits.
 """
 
-from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
-from repopt_jax.train.recipes import parse_argument, smoke
+from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, parse_argument, smoke
 
 # Mode -> scales.
 RUNS = {"plain": "", "search": "", "repopt": "runs/cifar10_small/search/scales", "repvgg": ""}

@@ -10,8 +10,7 @@
 argument (`digits.py:search,smoke`) runs two short epochs on a few images.
 """
 
-from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
-from repopt_jax.train.recipes import parse_argument, smoke
+from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, parse_argument, smoke
 
 # Argument -> mode, scales.
 RUNS = {

@@ -27,8 +27,15 @@ other recipes, not timm's `rand-m9-mstd0.5`; their half precision is bfloat16, n
 
 import dataclasses
 
-from repopt_jax.train.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
-from repopt_jax.train.recipes import parse_argument, smoke
+from repopt_jax.train.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    parse_argument,
+    smoke,
+)
 
 # Network -> way of training -> published top-1. RepOpt ("", and Ghost's both): README of RepOptimizers; plain
 # SGD: paper (arXiv 2205.15242), table 4; RepVGG there: table 2, 32 images a device.

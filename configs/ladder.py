@@ -20,8 +20,7 @@ argument (`ladder.py:search,smoke`) runs two short epochs on a few embedded digi
 import dataclasses
 from typing import Any
 
-from repopt_jax.train.config import Config, load_config
-from repopt_jax.train.recipes import parse_argument, smoke
+from repopt_jax.train.config import Config, load_config, parse_argument, smoke
 
 SEARCHED = "runs/ladder/search-0/scales"
 

@@ -13,8 +13,15 @@ makes all of them. By hand:
 argument (`scenes.py:search,smoke`) runs two short epochs on a few scenes.
 """
 
-from repopt_jax.train.config import Config, DataConfig, DetectConfig, ModelConfig, OptimConfig
-from repopt_jax.train.recipes import parse_argument, smoke
+from repopt_jax.train.config import (
+    Config,
+    DataConfig,
+    DetectConfig,
+    ModelConfig,
+    OptimConfig,
+    parse_argument,
+    smoke,
+)
 
 # Mode -> scales.
 RUNS = {"plain": "", "search": "", "repopt": "runs/scenes/search/scales", "repvgg": ""}

@@ -16,7 +16,8 @@ from flax import nnx
 from repopt_jax import data, models, train
 from repopt_jax.models import GhostRow, GhostVariant, VGGVariant
 from repopt_jax.models.registry import NETWORKS
-from repopt_jax.train import build, recipes
+from repopt_jax.train import build
+from repopt_jax.train import config as configs
 from repopt_jax.train.deploy import deploy
 from repopt_jax.train.optimizer import make_schedule
 from repopt_jax.train.state import make_mesh
@@ -77,14 +78,14 @@ def test_every_argument_can_run_on_eight_devices(file, somewhere):
 
 
 def test_arguments_are_told_apart():
-    assert recipes.parse_argument("", ("a", "b")) == ("a", False)
-    assert recipes.parse_argument("", ("a", "b"), default="b") == ("b", False)
-    assert recipes.parse_argument("b,smoke", ("a", "b")) == ("b", True)
-    assert recipes.parse_argument(",smoke", ("a", "b")) == ("a", True)
+    assert configs.parse_argument("", ("a", "b")) == ("a", False)
+    assert configs.parse_argument("", ("a", "b"), default="b") == ("b", False)
+    assert configs.parse_argument("b,smoke", ("a", "b")) == ("b", True)
+    assert configs.parse_argument(",smoke", ("a", "b")) == ("a", True)
     with pytest.raises(ValueError, match=r"'serch' \(did you mean 'search'\?\) must be one of plain, search"):
-        recipes.parse_argument("serch", ("plain", "search"))
+        configs.parse_argument("serch", ("plain", "search"))
     with pytest.raises(ValueError, match=r"ends in 'smok': only ',smoke'"):
-        recipes.parse_argument("plain,smok", ("plain", "search"))
+        configs.parse_argument("plain,smok", ("plain", "search"))
 
 
 def test_recipes_that_are_told_in_words():
@@ -249,10 +250,10 @@ def test_a_smoke_leaves_the_config_as_it_is():
     for run in RUNS:
         config = train.load_config(run)
         before = dataclasses.asdict(config)
-        small = recipes.smoke(config)
+        small = configs.smoke(config)
         assert dataclasses.asdict(config) == before
         assert small.published is None
-        assert recipes.smoke(small) == dataclasses.replace(small, name=f"{small.name}-smoke")
+        assert configs.smoke(small) == dataclasses.replace(small, name=f"{small.name}-smoke")
 
 
 @pytest.mark.long

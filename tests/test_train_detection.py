@@ -19,7 +19,7 @@ from repopt_jax.data.pipeline import subset
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
 from repopt_jax.report import gallery, quickstart, records
-from repopt_jax.train import build, checking, deploy
+from repopt_jax.train import build, deploy
 from repopt_jax.train.state import make_mesh
 
 TINY = models.DetectorVariant(
@@ -123,7 +123,7 @@ def test_every_mode_trains_and_deploys_to_the_same_outputs(runs, tmp_path, mode)
 
 def test_the_training_is_that_of_the_network_with_branches(runs):
     """What the trainer does, clipping and decay included, in float64 against the CSLA network."""
-    check = checking.config_check(tiny(scales=runs / "search" / "scales", batch_size=2, optim__clip_norm=0.5))
+    check = build.config_check(tiny(scales=runs / "search" / "scales", batch_size=2, optim__clip_norm=0.5))
     result = check.run(steps=3)
     assert result.equivalent, result.reasons
     assert result.max_difference < 1e-10

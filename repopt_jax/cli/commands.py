@@ -198,7 +198,7 @@ def verify(args: argparse.Namespace) -> int:
             check = load_check(args.check)
         else:
             config = read_config(args.config, args.overrides)
-            from repopt_jax.train.checking import config_check
+            from repopt_jax.train.build import config_check
 
             check, steps = config_check(config), steps or 10
         result = check.run(steps=steps, tolerance=args.tolerance)

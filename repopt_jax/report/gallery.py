@@ -13,10 +13,10 @@ from repopt_jax.data.images import decode_image, resize
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
 from repopt_jax.detection.drawing import contact_sheet, draw_detections
-from repopt_jax.train.build import Trained
+from repopt_jax.train.build import Trained, make_task
 from repopt_jax.train.deploy import open_test
 from repopt_jax.train.state import split_model
-from repopt_jax.train.tasks import detection_transform, make_detect
+from repopt_jax.train.tasks import make_detect
 
 # Detections from this score on are drawn, which are more often right than wrong; the evaluation takes all
 # above `detect.score_threshold`.
@@ -98,7 +98,7 @@ def predict(
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}")
     pixels = decode_image(path.read_bytes(), channels=trained.info.channels, name=str(path))
-    transform = detection_transform(trained.config.data)
+    transform = make_task(trained.config).transform(trained.config.data)
     fitted, ratio = letterbox(pixels, transform.image_size)
     detections = _detector(trained)(normalise(fitted[None], transform.pixels))
     objects = _objects(detections, 0, ratio, threshold, pixels.shape)

@@ -24,7 +24,7 @@ from repopt_jax._version import __version__
 from repopt_jax.optim.sgd import repopt_mask
 from repopt_jax.report import monitor, records, report
 from repopt_jax.report.gallery import gallery
-from repopt_jax.train.checking import config_check
+from repopt_jax.train.build import config_check
 from repopt_jax.train.config import Config, differing_fields, from_json, to_json, validate
 from repopt_jax.train.deploy import Deployed, deploy, load_deployed
 from repopt_jax.train.loop import run

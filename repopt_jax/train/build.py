@@ -1,11 +1,14 @@
-"""What a config says, as objects: the task, the data, the network with its scales, and a trained network read
-back."""
+"""What a config says, as objects: the task, the data, the network with its scales, the compiled program, a
+trained network read back, and a check of the training's equivalence.
+"""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -14,14 +17,17 @@ from repopt_jax.core.scales import Scales
 from repopt_jax.optim.check import check_optimizer
 from repopt_jax.surgery.decay import scale_paths, weight_decay_mask
 from repopt_jax.surgery.prepare import Mode, prepare
-from repopt_jax.surgery.search import extract_scales
+from repopt_jax.surgery.reinitialize import sample_weights
+from repopt_jax.surgery.search import csla_twin, extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import Config
+from repopt_jax.train.config import Config, validate
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
 from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rundir import RunFolder
 from repopt_jax.train.state import (
     TrainState,
+    abstract,
+    first_device,
     init_state,
     make_train_step,
     merge_model,
@@ -29,7 +35,8 @@ from repopt_jax.train.state import (
     split_model,
     state_sharding,
 )
-from repopt_jax.train.tasks import Classification, Detection, Task
+from repopt_jax.train.tasks import Classification, Detection, Evaluator, Task
+from repopt_jax.verify.equivalence import Check
 
 TASKS: dict[str, type[Task]] = {"classify": Classification, "detect": Detection}
 
@@ -44,14 +51,11 @@ class Feed(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What is compiled, and where the state that it moves lies.
-
-    `evaluate(params, rest, batches)` gives the numbers of an evaluation.
-    """
+    """What is compiled, and where the state that it moves lies."""
 
     graphdef: Any
     train_step: Any
-    evaluate: Callable[[Any, Any, Iterable[dict[str, Any]]], dict[str, Any]]
+    evaluate: Evaluator
     sharding: TrainState
 
 
@@ -64,148 +68,47 @@ class Trained(NamedTuple):
     step: int
 
 
+# -- the data
+
+
 def make_task(config: Config) -> Task:
     return TASKS[config.task](config)
 
 
+def open_data(config: Config) -> tuple[Any, Any]:
+    """The data set of a run and what is done to its images.
+
+    Raises:
+      FileNotFoundError, ValueError: as `data.open_source`.
+    """
+    return make_task(config).open_data(config.data)
+
+
 def open_feed(config: Config) -> Feed:
-    task = make_task(config)
-    source, transform = task.open_data(config.data)
-    train_limit, eval_limit = config.data.train_limit, config.data.eval_limit
+    """The data of a run, this process's part of them.
+
+    Raises:
+      FileNotFoundError, ValueError: as `data.open_source`.
+    """
+    task, settings = make_task(config), config.data
+    source, transform = task.open_data(settings)
     shared: dict[str, Any] = {
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
-        "workers": config.data.workers,
-        "prefetch": config.data.prefetch,
+        "workers": settings.workers,
+        "prefetch": settings.prefetch,
     }
+    size, limit = config.batch_size, settings.train_limit
+    shown = {"batch_size": config.eval_batch_size, "limit": settings.eval_limit}
     return Feed(
         source,
-        task.train_batches(
-            source,
-            transform,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            limit=train_limit,
-            **shared,
-        ),
-        task.eval_batches(source, transform, batch_size=config.eval_batch_size, limit=eval_limit, **shared),
-        data.steps_per_epoch(source, config.batch_size, limit=train_limit),
+        task.train_batches(source, transform, batch_size=size, seed=config.seed, limit=limit, **shared),
+        task.eval_batches(source, transform, **shown, **shared),
+        data.steps_per_epoch(source, size, limit=limit),
     )
 
 
-def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, TrainState]:
-    """Network and optimizer as jitted steps, and the state before the first one, on its devices.
-
-    Raises:
-      ValueError: scales that do not fit the network, a mesh that divides none of its arrays.
-      FileNotFoundError: the scales are missing.
-    """
-    steps, info = feed.steps_per_epoch, feed.source.info
-    # Not every host may see the same folders.
-    scales = in_all_processes("load the scales", lambda: _scales(config, info))
-    model = _at_once(lambda: _network(config, info, scales))
-    scales = _multiplier(config, scales)
-    return _program(config, model, scales, mesh, steps_per_epoch=steps, source=feed.source)
-
-
-def abstract_program(
-    config: Config, info: Any, mesh: Mesh, *, steps_per_epoch: int
-) -> tuple[Program, TrainState]:
-    """`build_program` without an array: the state is made of `jax.ShapeDtypeStruct` with shardings, for
-    `program.train_step.lower(state, batch)`. The mesh may be of devices that are not there.
-
-    Its `evaluate` cannot be used, as there are no images. Errors are those of `build_program`.
-    """
-    scales = _scales(config, info)  # real ones: their values are checked
-    model = nnx.eval_shape(lambda: _network(config, info, scales))
-    scales = _multiplier(config, scales)
-    return _program(config, model, scales, mesh, steps_per_epoch=steps_per_epoch, source=None)
-
-
-def _program(
-    config: Config, model: Any, scales: Scales | None, mesh: Mesh, *, steps_per_epoch: int, source: Any
-) -> tuple[Program, TrainState]:
-    task, optim = make_task(config), config.optim
-    schedule = make_schedule(
-        optim, epochs=config.epochs, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
-    )
-    decayed = weight_decay_mask(model)
-    tx = make_optimizer(optim, schedule, scales=scales, batch_size=config.batch_size, decayed=decayed)
-    if config.freeze_scales is not None:
-        after = round(config.freeze_scales * config.epochs * steps_per_epoch)
-        tx = hold_scales(tx, scale_paths(model), after=after)
-    network = split_model(model)
-    if scales is not None and source is not None:
-        check_optimizer(tx, scales, network.params)
-    marks = None
-    if config.model.mode == Mode.SEARCH:
-        find = lambda model: extract_scales(model).vectors  # noqa: E731
-        marks = find(model) if source is not None else nnx.eval_shape(find, model)
-
-    def first_state(params: Any, rest: Any, marks: Any) -> TrainState:
-        network_of = network._replace(params=params, non_trainable=rest)
-        return init_state(network_of, tx, sums=task.sums, previous_scales=marks, ema=optim.ema is not None)
-
-    arrays = network.params, network.non_trainable, marks
-    sharding = state_sharding(mesh, jax.eval_shape(first_state, *arrays))
-    train_step = make_train_step(
-        network.graphdef,
-        tx,
-        schedule,
-        task.objective,
-        log_every=config.log_every,
-        accumulate=optim.accumulate,
-        ema=optim.ema,
-        statistics_mesh=mesh if config.mesh.statistics == "device" else None,
-        sharding=sharding,
-    )
-    if source is None:
-        shapes = jax.eval_shape(first_state, *arrays)
-        state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, sharding
-        )
-        return Program(network.graphdef, train_step, _cannot_evaluate, sharding), state
-    evaluate = task.make_evaluator(network.graphdef, source, mesh)
-    state = put_state(first_state(*arrays), sharding)
-    return Program(network.graphdef, train_step, evaluate, sharding), state
-
-
-def _cannot_evaluate(params: Any, rest: Any, batches: Any) -> Any:
-    raise ValueError("an abstract program has no images to evaluate")
-
-
-def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Trained:
-    """The network of a run, finished or not, on the first local device; its moving average where there is
-    one.
-
-    Args:
-      run_dir: folder of the run.
-      checkpoint: "latest", "best" (by the first number of its evaluations, see `tasks.METRICS`), or a step.
-
-    Raises:
-      FileNotFoundError: no run, or no such checkpoint, in `run_dir`.
-      ValueError: `checkpoint` is something else.
-    """
-    folder = RunFolder(run_dir)
-    config, info = folder.read()
-    network = split_model(nnx.eval_shape(lambda: _network(config, info, None)))
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    network = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), network)
-    with open_checkpoints(folder, config) as checkpoints:
-        step = checkpoints.find(checkpoint)
-        params, rest = checkpoints.load_network(network.params, network.non_trainable, step=step)
-    model = merge_model(network.graphdef, params, rest)
-    model.eval()
-    return Trained(model, config, info, step)
-
-
-def open_checkpoints(folder: RunFolder, config: Config) -> Checkpoints:
-    """The checkpoints of a run, for reading, with the scores of its evaluations so far.
-
-    Raises:
-      FileNotFoundError: there are none.
-    """
-    return Checkpoints(folder.checkpoints, scores=folder.scores(config.task))
+# -- the network
 
 
 def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
@@ -259,10 +162,156 @@ def _at_once(make: Callable[[], Any]) -> Any:
     return nnx.merge(graphdefs[-1], state)
 
 
-def open_data(config: Config) -> tuple[Any, Any]:
-    """The data set of a run and what is done to its images.
+# -- the program
+
+
+def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, TrainState]:
+    """Network and optimizer as jitted steps, and the state before the first one, on its devices.
 
     Raises:
-      FileNotFoundError, ValueError: as `data.open_source`.
+      ValueError: scales that do not fit the network, a mesh that divides none of its arrays.
+      FileNotFoundError: the scales are missing.
     """
-    return make_task(config).open_data(config.data)
+    info = feed.source.info
+    # Not every host may see the same folders.
+    scales = in_all_processes("load the scales", lambda: _scales(config, info))
+    model = _at_once(lambda: _network(config, info, scales))
+    return _program(config, model, _multiplier(config, scales), mesh, feed.steps_per_epoch, feed.source)
+
+
+def abstract_program(
+    config: Config, info: Any, mesh: Mesh, *, steps_per_epoch: int
+) -> tuple[Program, TrainState]:
+    """`build_program` without an array: the state is made of `jax.ShapeDtypeStruct` with shardings, for
+    `program.train_step.lower(state, batch)`. The mesh may be of devices that are not there.
+
+    Its `evaluate` cannot be used, as there are no images. Errors are those of `build_program`.
+    """
+    scales = _scales(config, info)  # real ones: their values are checked
+    model = nnx.eval_shape(lambda: _network(config, info, scales))
+    return _program(config, model, _multiplier(config, scales), mesh, steps_per_epoch, source=None)
+
+
+def _program(
+    config: Config, model: Any, scales: Scales | None, mesh: Mesh, steps_per_epoch: int, source: Any
+) -> tuple[Program, TrainState]:
+    """The program and the first state of a network: without a data set of an abstract one, else of a real
+    one."""
+    task, optim, network = make_task(config), config.optim, split_model(model)
+    schedule = _schedule(config, steps_per_epoch)
+    tx = make_optimizer(
+        optim, schedule, scales=scales, batch_size=config.batch_size, decayed=weight_decay_mask(model)
+    )
+    if config.freeze_scales is not None:
+        after = round(config.freeze_scales * config.epochs * steps_per_epoch)
+        tx = hold_scales(tx, scale_paths(model), after=after)
+    if scales is not None and source is not None:
+        check_optimizer(tx, scales, network.params)
+
+    def first_state(params: Any, rest: Any) -> TrainState:
+        searched = None
+        if config.model.mode == Mode.SEARCH:
+            searched = extract_scales(merge_model(network.graphdef, params, rest)).vectors
+        drawn = network._replace(params=params, non_trainable=rest)
+        return init_state(drawn, tx, sums=task.sums, previous_scales=searched, ema=optim.ema is not None)
+
+    arrays = network.params, network.non_trainable
+    shapes = jax.eval_shape(first_state, *arrays)
+    sharding = state_sharding(mesh, shapes)
+    train_step = make_train_step(
+        network.graphdef,
+        tx,
+        schedule,
+        task.objective,
+        log_every=config.log_every,
+        accumulate=optim.accumulate,
+        ema=optim.ema,
+        statistics_mesh=mesh if config.mesh.statistics == "device" else None,
+        sharding=sharding,
+    )
+    if source is None:
+        return Program(network.graphdef, train_step, _no_images, sharding), abstract(shapes, sharding)
+    evaluate = task.make_evaluator(network.graphdef, source, mesh)
+    state = put_state(first_state(*arrays), sharding)
+    return Program(network.graphdef, train_step, evaluate, sharding), state
+
+
+def _no_images(params: Any, non_trainable: Any, batches: Any) -> Any:
+    raise ValueError("an abstract program has no images to evaluate")
+
+
+def _schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    lengths = {"epochs": config.epochs, "steps_per_epoch": steps_per_epoch}
+    return make_schedule(config.optim, **lengths, batch_size=config.batch_size)
+
+
+def config_check(config: Config) -> Check:
+    """What a config trains, as a check of its equivalence: network, scales, data, loss and optimizer as the
+    trainer would build them, and the optimizer without scales for the twin. The batches are endless.
+
+    Raises:
+      ValueError: the config is wrong, or trains nothing that could be equivalent: its mode is not "repopt",
+        or its rules leave the multiplier out.
+      FileNotFoundError: as `open_data` and `build_model`.
+    """
+    validate(config, device_count=1)
+    feed = open_feed(config)
+    model, scales = build_model(config, feed.source.info)
+    if scales is None:
+        raise ValueError(
+            f"`model.mode` is {config.model.mode!r} and `rules` {config.rules!r}: what is checked is a "
+            "network whose gradients are multiplied by scales, so add --config.model.mode=repopt "
+            "--config.scales=depth (or the folder of a search) --config.rules=both"
+        )
+    model.train()
+    # The network with branches, of which only the paths matter: it decays branches where `model` has kernels.
+    twin = nnx.eval_shape(
+        lambda: csla_twin(model, scales, sample_weights(scales, jax.random.key(config.seed)))
+    )
+    schedule = _schedule(config, feed.steps_per_epoch)
+    make = functools.partial(make_optimizer, config.optim, schedule, batch_size=config.batch_size)
+    return Check(
+        model,
+        scales,
+        feed.train,
+        optimizer=make(scales=scales, decayed=weight_decay_mask(model)),
+        twin_optimizer=make(decayed=weight_decay_mask(twin)),
+        loss=lambda model, batch: make_task(config).objective(model, batch)[0],
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+# -- a run's network, read back
+
+
+def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Trained:
+    """The network of a run, finished or not, on the first local device; its moving average where there is
+    one.
+
+    Args:
+      run_dir: folder of the run.
+      checkpoint: "latest", "best" (by the first number of its evaluations, see `tasks.METRICS`), or a step.
+
+    Raises:
+      FileNotFoundError: no run, or no such checkpoint, in `run_dir`.
+      ValueError: `checkpoint` is something else.
+    """
+    folder = RunFolder(run_dir)
+    config, info = folder.read()
+    network = split_model(nnx.eval_shape(lambda: _network(config, info, None)))
+    _, params, rest = abstract(network, first_device())
+    with open_checkpoints(folder, config) as checkpoints:
+        step = checkpoints.find(checkpoint)
+        params, rest = checkpoints.load_network(params, rest, step=step)
+    model = merge_model(network.graphdef, params, rest)
+    model.eval()
+    return Trained(model, config, info, step)
+
+
+def open_checkpoints(folder: RunFolder, config: Config) -> Checkpoints:
+    """The checkpoints of a run, for reading, with the scores of its evaluations so far.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    return Checkpoints(folder.checkpoints, scores=folder.scores(config.task))

@@ -1,13 +1,12 @@
 """Checkpoints of a run: state, position in the data and clock as one unit. The only module that knows how
 Orbax writes a run.
 
-checkpoints/8/                the checkpoint of step 8, one Orbax checkpoint of the items
-  model, ema                  the network, and its moving average where there is one: each can be read alone
-  trainer                     the optimizer's state and what else a step reads
-  progress                    the position in the data, the clock, and whether an evaluation is still to be
-  made manifest.json               size and checksum of every file; written last: with it the checkpoint is
-  complete
-checkpoints/damaged/          checkpoints that were found damaged or incomplete, as they were found
+checkpoints/8/     the checkpoint of step 8, one Orbax checkpoint of the items
+  model, ema       the network, and its moving average where there is one: each can be read alone
+  trainer          the optimizer's state and what else a step reads
+  progress         the position in the data, the clock, and whether an evaluation is still to be made
+  manifest.json    size and checksum of every file; written last: with it the checkpoint is complete
+checkpoints/damaged/    checkpoints that were found damaged or incomplete, as they were found
 
 Orbax writes the files beside their final place while training goes on and renames them when they are
 complete. Then the manifest is written, and only then older checkpoints are removed. So a process killed at
@@ -21,11 +20,10 @@ differ from those that wrote them.
 """
 
 import contextlib
-import errno
 import hashlib
+import itertools
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -36,16 +34,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from repopt_jax.train.processes import gather_texts, in_all_processes, is_first
-from repopt_jax.train.rundir import replace_file
-from repopt_jax.train.state import TrainState
+from repopt_jax.train.rundir import os_errors, replace_file
+from repopt_jax.train.state import TrainState, abstract
 
 logger = logging.getLogger(__name__)
 
-DAMAGED = "damaged"
 MANIFEST = "manifest.json"
 _REMOVED = ".removed"  # suffix of a checkpoint that is being deleted
 
@@ -100,8 +96,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         if not writing and not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory.parent} has no checkpoint yet: let the run train")
-        self._writing = writing
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._writing, self._keep_last, self._keep_best = writing, keep_last, keep_best
         self._scores = {} if scores is None else scores
         self._checked: dict[int, bool] = {}
         self._latest: int | None = None
@@ -157,8 +152,7 @@ class Checkpoints:
         self, step: int, state: TrainState, progress: Progress, *, scheduled: bool = True, wait: bool = False
     ) -> None:
         """Starts to write one checkpoint, after the one before is complete. When this returns, the state may
-        be
-        donated: nothing reads its buffers any more.
+        be donated: nothing reads its buffers any more.
 
         Args:
           step: its number.
@@ -172,12 +166,10 @@ class Checkpoints:
           OSError: it cannot be written; or the one before could not.
         """
         self.wait()
-        with _clear_write_error(step), _progress_as_json():
+        with os_errors(f"write the checkpoint of step {step}"), _progress_as_json():
             # Where no folder can be made, Orbax would leave its own tasks unfinished.
             tempfile.TemporaryFile(dir=self.directory).close()
-            response = ocp.save_checkpointables_async(
-                str(self.directory / str(step)), _items(state, progress)
-            )
+            response = ocp.save_checkpointables_async(str(self._folder(step)), _items(state, progress))
         self._saving = self._thread.submit(self._finalize, step, scheduled, response)
         if wait:
             self.wait()
@@ -203,7 +195,7 @@ class Checkpoints:
         Args:
           state: its shapes, dtypes and shardings are those to restore to; its values are not used.
         """
-        loaded = self._load(self.latest, _items(jax.tree.map(_abstract, state), None))
+        loaded = self._load(self.latest, _items(abstract(state), None))
         fields = {**loaded["model"], "ema": loaded.get("ema", {}), **loaded["trainer"]}
         return TrainState(**fields), Progress(**loaded["progress"])
 
@@ -215,8 +207,8 @@ class Checkpoints:
           step: of the checkpoint, as `find` gives it; the newest when None.
         """
         step = self.latest if step is None else step
-        item = "ema" if (self.directory / str(step) / "ema").is_dir() else "model"
-        target = jax.tree.map(_abstract, {"params": params, "non_trainable": non_trainable})
+        item = "ema" if step is not None and (self._folder(step) / "ema").is_dir() else "model"
+        target = abstract({"params": params, "non_trainable": non_trainable})
         loaded = self._load(step, {item: target})[item]
         return loaded["params"], loaded["non_trainable"]
 
@@ -237,19 +229,19 @@ class Checkpoints:
 
     def _finalize(self, step: int, scheduled: bool, response: Any) -> int:
         """In the thread: waits for the files, writes the manifest, and removes older checkpoints."""
-        with _clear_write_error(step):
+        with os_errors(f"write the checkpoint of step {step}"):
             response.result()
             if is_first():
-                write_manifest(self.directory / str(step), scheduled=scheduled)
+                write_manifest(self._folder(step), scheduled=scheduled)
                 self._remove_old()
         return step
 
     def _remove_old(self) -> None:
-        manifests = {step: read_manifest(self.directory / str(step)) for step in self._complete()}
-        scheduled = {step: manifest.get("scheduled", True) for step, manifest in manifests.items()}
+        # One whose manifest is damaged counts as scheduled.
+        scheduled = {s: read_manifest(self._folder(s)).get("scheduled", True) for s in self._complete()}
         keep = kept(scheduled, self._scores, last=self._keep_last, best=self._keep_best)
         for step in set(scheduled) - keep:
-            folder = self.directory / str(step)
+            folder = self._folder(step)
             # Renamed first: killed in the middle, it leaves nothing that looks like a damaged checkpoint.
             removed = folder.with_name(folder.name + _REMOVED)
             try:
@@ -264,7 +256,7 @@ class Checkpoints:
         problems: dict[int, str] = {}
         newest = None
         for step in sorted(self._numbered(), reverse=True):
-            if (problem := manifest_problem(self.directory / str(step))) is None:
+            if (problem := manifest_problem(self._folder(step))) is None:
                 newest = step
                 break
             problems[step] = problem
@@ -289,12 +281,11 @@ class Checkpoints:
         return newest
 
     def _move_aside(self, step: int) -> Path:
-        folder = self.directory / DAMAGED
-        folder.mkdir(exist_ok=True)
-        names = (f"{step}{again}" for again in ("", *(f"-{n}" for n in range(2, 10**6))))
-        aside = next(folder / name for name in names if not (folder / name).exists())
-        (self.directory / str(step)).rename(aside)
-        return aside
+        aside, times = self.directory / "damaged" / str(step), itertools.count(2)
+        aside.parent.mkdir(exist_ok=True)
+        while aside.exists():
+            aside = aside.with_name(f"{step}-{next(times)}")
+        return self._folder(step).rename(aside)
 
     def _remove_leftovers(self) -> None:
         """Removes the files of a save or of a removal that was interrupted."""
@@ -311,24 +302,27 @@ class Checkpoints:
         if step is None:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint that is whole")
         with _progress_as_json():
-            return ocp.load_checkpointables(str(self.directory / str(step)), items)
+            return ocp.load_checkpointables(str(self._folder(step)), items)
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
 
     def _numbered(self) -> list[int]:
         return [int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir()]
 
     def _complete(self) -> list[int]:
         """Steps of the checkpoints that were written to their end, damaged since or not."""
-        return [step for step in self._numbered() if (self.directory / str(step) / MANIFEST).is_file()]
+        return [step for step in self._numbered() if (self._folder(step) / MANIFEST).is_file()]
 
     def _first_whole(self, steps: list[int]) -> int | None:
         return next((step for step in steps if self._is_whole(step)), None)
 
     def _is_whole(self, step: int) -> bool:
         if step not in self._checked:
-            folder = self.directory / str(step)
-            problem = manifest_problem(folder)
+            problem = manifest_problem(self._folder(step))
             self._checked[step] = problem is None
-            if problem is not None and folder.is_dir():  # else the run that writes here has removed it
+            # Where there is no folder any more, the run that writes here has removed it.
+            if problem is not None and self._folder(step).is_dir():
                 logger.warning(
                     "the checkpoint of step %d in %s is skipped: %s", step, self.directory, problem
                 )
@@ -370,10 +364,6 @@ def _of_first_process(decide: Callable[[], int | None]) -> int | None:
     return int(first) if first else None
 
 
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
 # -- the manifest of a folder: size and checksum of every file in it
 
 
@@ -407,57 +397,22 @@ def manifest_problem(folder: Path) -> str | None:
     if not (manifest := read_manifest(folder)):
         return f"its {MANIFEST} cannot be read"
     for name, expected in manifest["files"].items():
-        if problem := _file_problem(folder / name, expected):
-            return f"its file {name} {problem}"
+        path = folder / name
+        try:
+            if (size := path.stat().st_size) != expected["bytes"]:
+                return f"its file {name} has {size} bytes, not {expected['bytes']}"
+            if _checksum(path) != expected["blake2b"]:
+                return f"its file {name} does not hold what was written to it"
+        except FileNotFoundError:
+            return f"its file {name} is missing"
+        except OSError as error:
+            return f"its file {name} cannot be read: {error.strerror or error}"
     return None
-
-
-def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"has {size} bytes, not {expected['bytes']}"
-        return None if _checksum(path) == expected["blake2b"] else "does not hold what was written to it"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
 
 
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-# -- errors of a disk that is full or read-only
-
-
-@contextlib.contextmanager
-def _clear_write_error(step: int) -> Iterator[None]:
-    """Raises an error of the file system as one `OSError` that says so, whatever Orbax made of it."""
-    try:
-        yield
-    except Exception as error:
-        reason = _file_error(error)
-        if reason is None:
-            raise
-        raise type(reason)(
-            f"cannot write the checkpoint of step {step}: {reason.strerror or reason}"
-        ) from error
-
-
-def _file_error(error: BaseException | None) -> OSError | None:
-    """The error of the file system behind `error`, if there is one. TensorStore has it in its text only."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        if found := re.search(r"os_error_code='(\d+)'", str(error)):
-            number = int(found[1])
-            return OSError(number, os.strerror(number))
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """What a run is: plain typed dataclasses, how they are read and written, and whether they can run.
 
-A config file defines `get_config(arg="") -> Config`. Everything that is known of a field stands at the field:
-its default, what it means, its range or choices, and where it applies. `validate` checks all of that, and
-lists all problems at once. The dataclasses are not frozen, because `ml_collections.config_flags` writes
+A config file defines `get_config(arg="") -> Config`. Its argument names one of its runs; `,smoke` after it
+(`digits.py:search,smoke`) asks for `smoke` of that run. Everything that is known of a field stands at the
+field: its default, what it means, its range or choices, and where it applies. `validate` checks all of that,
+and lists all problems at once. The dataclasses are not frozen, because `ml_collections.config_flags` writes
 `--config.optim.learning_rate=0.05` into them; nothing changes one after that.
 """
 
@@ -13,7 +14,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,11 @@ def setting(default: Any, **rules: Any) -> Any:
           on with another value.
     """
     return dataclasses.field(default=default, metadata=rules)
+
+
+def only_of(field: dataclasses.Field) -> Mapping[str, tuple[str, ...]]:
+    """The rule `only` of a field, empty where it has a meaning everywhere."""
+    return field.metadata.get("only", {})
 
 
 @dataclasses.dataclass
@@ -211,6 +217,11 @@ class OptimConfig:
     accumulate: int = setting(1, at_least=1)
     ema: float | None = setting(None, at_least=0, at_most=1)
 
+    def constants(self) -> dict[str, Any]:
+        """The fields that only some optimizers have, this one among them, where they are not None."""
+        own = (f.name for f in dataclasses.fields(self) if self.name in only_of(f).get("optim.name", ()))
+        return {name: value for name in own if (value := getattr(self, name)) is not None}
+
 
 @dataclasses.dataclass
 class DetectConfig:
@@ -305,17 +316,6 @@ class Config:
     detect: DetectConfig = dataclasses.field(default_factory=DetectConfig, metadata={"only": DETECT})
 
 
-def _optimizers_of(field: dataclasses.Field) -> tuple[str, ...]:
-    return field.metadata.get("only", {}).get("optim.name", ())
-
-
-# Optimizer -> the fields of `OptimConfig` that are its own.
-OPTIMIZERS = {
-    name: tuple(f.name for f in dataclasses.fields(OptimConfig) if name in _optimizers_of(f))
-    for name in ("sgd", "adamw", "lion")
-}
-
-
 # -- files
 
 
@@ -378,9 +378,14 @@ def _from_dict(cls: Any, values: dict[str, Any], prefix: str, unknown: list[str]
     for name, value in known.items():
         if dataclasses.is_dataclass(fields[name]):
             known[name] = _from_dict(fields[name], value, f"{prefix}{name}.", unknown)
-        elif isinstance(value, list):  # JSON has no tuples
-            known[name] = tuple(value)
+        else:
+            known[name] = tuples(value)
     return cls(**known)
+
+
+def tuples(value: Any) -> Any:
+    """A value that JSON gave back, with the tuples for which it has lists."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def differing_fields(first: Config, second: Config) -> list[str]:
@@ -408,11 +413,11 @@ class _Setting(NamedTuple):
 def _settings(section: Any, prefix: str = "", only: Mapping[str, Any] | None = None) -> Iterator[_Setting]:
     for field in dataclasses.fields(section):
         value, name = getattr(section, field.name), prefix + field.name
-        rules = {**field.metadata, "only": {**(only or {}), **field.metadata.get("only", {})}}
+        rules = {**field.metadata, "only": {**(only or {}), **only_of(field)}}
         if dataclasses.is_dataclass(value):
             yield from _settings(value, f"{name}.", rules["only"])
         else:
-            yield _Setting(name, tuple(value) if isinstance(value, list) else value, field.default, rules)
+            yield _Setting(name, tuples(value), field.default, rules)
 
 
 def validate(config: Config, *, device_count: int | None = None) -> None:
@@ -428,12 +433,16 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
     devices = jax.device_count() if device_count is None else device_count
     problems = [
         *_field_problems(config),
-        *_model_problems(config),
         *_scales_problems(config),
         *_data_problems(config.data),
         *_schedule_problems(config.optim),
         *_device_problems(config, devices),
     ]
+    model = config.model
+    if model.post_se and model.name in models.list() and models.find(model.name).family is not models.vgg:
+        problems.append(
+            f"`model.post_se`=True does nothing with `model.name`={model.name!r}: leave it at False"
+        )
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         problems.append(
             "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
@@ -492,16 +501,9 @@ def _range_problem(setting: _Setting, settings: Mapping[str, _Setting]) -> str |
     return None if inside else " and ".join(words)
 
 
-def _closest(value: Any, known: tuple[str, ...]) -> str:
+def _closest(value: Any, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _model_problems(config: Config) -> Iterator[str]:
-    """A field of the network that its family does not have."""
-    model = config.model
-    if model.post_se and model.name in models.list() and models.find(model.name).family is not models.vgg:
-        yield f"`model.post_se`=True does nothing with `model.name`={model.name!r}: leave it at False"
 
 
 def _scales_problems(config: Config) -> Iterator[str]:
@@ -517,7 +519,7 @@ def _scales_problems(config: Config) -> Iterator[str]:
             "with them in mode 'repopt'"
         )
     if not scales and mode == Mode.REPOPT:
-        yield ("`model.mode`='repopt' needs `scales`: 'depth', 'ones', or the directory that a search wrote")
+        yield "`model.mode`='repopt' needs `scales`: 'depth', 'ones', or the directory that a search wrote"
     if "://" in scales:
         yield f"`scales`={scales!r} is a URL: {MOUNTED}"
     elif scales and scales not in NAMED_SCALES and not os.path.isdir(scales):
@@ -589,3 +591,82 @@ def mesh_problems(data: int | None, fsdp: int, devices: int) -> list[str]:
             "leave `mesh.data` out (None) for as many as there are"
         ]
     return []
+
+
+# -- what the files of `configs/` share
+
+# Function that makes networks -> the network that stands for all of them in a `smoke`.
+SMALLEST = {
+    models.vgg: "vgg-digits",
+    models.ghostnet: "repghost-digits",
+    models.mobileone: "mobileone-digits",
+}
+SMOKE_SIDE = 8  # of the images: the digits' own
+
+
+def parse_argument(arg: str, choices: Iterable[str], default: str | None = None) -> tuple[str, bool]:
+    """(run, whether `,smoke` follows it) of a config file's argument; an empty one means `default`, or else
+    the first choice.
+
+    Raises:
+      ValueError: no such run, with the nearest one, or something else after the comma.
+    """
+    choices = tuple(choices)
+    name, _, option = arg.partition(",")
+    name = name or default or choices[0]
+    if name not in choices:
+        raise ValueError(
+            f"argument {arg!r}{_closest(name, choices)} must be one of {', '.join(choices)}, or that and "
+            "',smoke'"
+        )
+    if option not in ("", "smoke"):
+        raise ValueError(f"argument {arg!r} ends in {option!r}: only ',smoke' can follow the run")
+    return name, option == "smoke"
+
+
+def smoke(config: Config) -> Config:
+    """The same recipe as a run of seconds that needs no data: two epochs of a network of its family that
+    fits the embedded digits, on a few of them; or of a detector, which keeps its network, on a few scenes.
+
+    Mode, optimizer, schedule, augmentation, mixing, dtype, accumulation, moving average and mesh stay as they
+    are. Scales from a folder become those of the depth rule, for there is no search to take them from;
+    lengths in pixels and epochs shrink with the image and the run. The given config is left as it is.
+    """
+    model, data = config.model, config.data
+    if config.task == "detect":
+        batch_size, eval_batch_size = 8, 8
+        data = dataclasses.replace(data, source="scenes", data_dir="", scenes=(16, 8))
+    else:
+        batch_size, eval_batch_size = 16, 32
+        model = dataclasses.replace(model, name=SMALLEST[models.find(model.name).family])
+        share = SMOKE_SIDE / data.image_size
+        data = dataclasses.replace(
+            data,
+            source="digits",
+            name="",
+            data_dir="",
+            mean=(0.3,),
+            std=(0.37,),
+            image_size=SMOKE_SIDE,
+            resize=None if data.resize is None else round(data.resize * share),
+            crop_padding=data.crop_padding and max(1, round(data.crop_padding * share)),
+            train_limit=32,
+            eval_limit=40,
+            workers=0,
+        )
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}-smoke",
+        epochs=2,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        eval_every=1,
+        log_every=1,
+        checkpoint_every=0,
+        published=None,
+        scales=config.scales if config.scales in ("", *NAMED_SCALES) else "depth",
+        scales_mean=False,
+        model=model,
+        data=data,
+        optim=dataclasses.replace(config.optim, warmup_epochs=min(config.optim.warmup_epochs, 1.0)),
+    )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -25,7 +26,7 @@ from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
 from repopt_jax.train.config import Config, from_json
 from repopt_jax.train.rundir import PART, RunFolder, info_from_json, read_json, replace_file
-from repopt_jax.train.state import make_mesh, split_model
+from repopt_jax.train.state import Network, abstract, first_device, make_mesh, merge_model, split_model
 from repopt_jax.train.tasks import METRICS, Task
 
 RECORD = "deploy.json"
@@ -64,17 +65,13 @@ class Deployed:
     test_accuracy: float | None
     test_loss: float | None
     test_count: int
-    test: dict[str, Any] = dataclasses.field(default_factory=dict)
+    test: dict[str, Any]
     library_version: str = __version__
     reused: bool = False
 
 
 def deploy(
-    run_dir: str | Path,
-    out_dir: str | Path,
-    *,
-    data_dir: str | None = None,
-    checkpoint: str | int = "latest",
+    run_dir: str | Path, out_dir: str | Path, *, data_dir: str | None = None, checkpoint: str | int = "latest"
 ) -> Deployed:
     """Fuses the network of a run's checkpoint into plain convolutions and saves it in `out_dir`.
 
@@ -100,20 +97,15 @@ def deploy(
     fused = fuse(trained.model)
     difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
     test = evaluate(trained._replace(model=fused), data_dir=data_dir)
-    weights = split_model(fused)
-    ocp.save(
-        str(out_dir / "weights"),
-        {"params": weights.params, "non_trainable": weights.non_trainable},
-        overwrite=True,
-    )
+    ocp.save(str(out_dir / "weights"), _arrays(split_model(fused)), overwrite=True)
     deployed = Deployed(
         **origin,
         max_abs=difference.max_abs,
         max_rel=difference.max_rel,
         agreement=difference.agreement,
         compared=difference.count,
-        train_parameters=_count(trained.model),
-        deploy_parameters=_count(fused),
+        train_parameters=optax.tree.size(nnx.state(trained.model, nnx.Param)),
+        deploy_parameters=optax.tree.size(nnx.state(fused, nnx.Param)),
         test_accuracy=test.get("accuracy"),
         test_loss=test["loss"],
         test_count=test["count"],
@@ -135,17 +127,16 @@ def load_deployed(directory: str | Path) -> Trained:
         raise FileNotFoundError(f"{directory} has no deploy.json: it holds no deployed network")
     config = from_json(json.dumps(record["config"]))
     info = info_from_json(config.task, record["dataset"])
-    # Scales shape training, not the fused network; their folder may be gone.
-    model, _ = build_model(dataclasses.replace(config, scales=""), info)
-    model.eval()
-    network = split_model(fuse(model))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = {"params": network.params, "non_trainable": network.non_trainable}
-    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), arrays)
-    loaded = ocp.load(str(directory / "weights"), target)
-    return Trained(
-        nnx.merge(network.graphdef, loaded["params"], loaded["non_trainable"]), config, info, record["step"]
-    )
+
+    def fused() -> Any:
+        # Scales shape training, not the fused network; their folder may be gone.
+        model, _ = build_model(dataclasses.replace(config, scales=""), info)
+        model.eval()
+        return fuse(model)
+
+    network = split_model(nnx.eval_shape(fused))
+    loaded = ocp.load(str(directory / "weights"), abstract(_arrays(network), first_device()))
+    return Trained(merge_model(network.graphdef, **loaded), config, info, record["step"])
 
 
 def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> Trained:
@@ -194,13 +185,9 @@ def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any,
             f"the network was trained on {len(wanted)} classes ({', '.join(wanted[:6])} ...) and the data "
             f"have {len(found)} ({', '.join(found[:6])} ...): give the data that it was trained on"
         )
+    size, limit = config.eval_batch_size, config.data.eval_limit
     batches = task.eval_batches(
-        source,
-        transform,
-        batch_size=config.eval_batch_size,
-        limit=config.data.eval_limit,
-        process_index=0,
-        process_count=1,
+        source, transform, batch_size=size, limit=limit, process_index=0, process_count=1
     )
     return task, source, batches
 
@@ -247,13 +234,13 @@ def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
     return None
 
 
+def _arrays(network: Network) -> dict[str, Any]:
+    return {"params": network.params, "non_trainable": network.non_trainable}
+
+
 def _plain(value: Any) -> dict[str, Any]:
     """A dataclass as what JSON gives back, so that stored and fresh values compare."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
-
-
-def _count(model: nnx.Module) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 # -- other forms
@@ -262,13 +249,7 @@ SCALES = "scales"
 
 
 def convert(
-    source: str,
-    out: str,
-    *,
-    model: str = "",
-    classes: int = 0,
-    key: str = "",
-    to: str = "",
+    source: str, out: str, *, model: str = "", classes: int = 0, key: str = "", to: str = ""
 ) -> tuple[str, ...]:
     """Converts `source` to `out` and returns a description of the result, line by line.
 

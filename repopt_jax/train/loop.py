@@ -81,9 +81,7 @@ def run(
     )
     if summary is not None:
         return summary
-    feed = in_all_processes(
-        "open the data", lambda: open_feed(config), describe=lambda feed: _describe_data(feed.source.info)
-    )
+    feed = in_all_processes("open the data", lambda: open_feed(config), describe=_describe_data)
     mesh = make_mesh(config.mesh.fsdp, data=config.mesh.data)
     program, state = build_program(config, feed, mesh)
 
@@ -95,45 +93,51 @@ def run(
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, writing=True, scores=scores, **keep)
         )
-        # What a run starts from, the first that there is:
-        #   1. the finished run in `out_dir`, which is returned as it is (above);
-        #   2. the last checkpoint in `out_dir`: state, data position and clock. The scales come with the
-        #      optimizer's state, and re-initialisation, which belongs to step 0, is overwritten;
-        #   3. scales: the network was re-initialised by them in `build_program`;
-        #   4. a fresh draw from the seed, also there.
-        start, resumed = checkpoints.latest, Progress(None, 0.0)
+        start = checkpoints.latest
+        state, resumed = _first_state(config, state, checkpoints, mesh)
         if start is not None:
-            fresh = state
-            state, resumed = checkpoints.restore(fresh)
-            if config.model.mode == Mode.REPOPT:
-                check_scales(fresh, state, source=config.scales)
-            del fresh
-            _warn_of_other_devices(config, resumed, mesh)
             batches.set_state(resumed.data)
-        pending, start = resumed.evaluation_pending, start or 0
-        feeder = stack.enter_context(contextlib.closing(Feeder(batches)))
-        metrics = stack.enter_context(
-            MetricsWriter(
-                folder.path,
-                resume_step=checkpoints.latest,
-                evaluated=not pending,
-                tensorboard=config.tensorboard,
-            )
+        log = MetricsWriter(
+            folder.path,
+            resume_step=start,
+            evaluated=not resumed.evaluation_pending,
+            tensorboard=config.tensorboard,
         )
         total = config.epochs * feed.steps_per_epoch
-        bar = stack.enter_context(
-            ProgressBar(config.name, config.task, total=total, start=start, shown=progress)
-        )
+        bar = ProgressBar(config.name, config.task, total=total, start=start or 0, shown=progress)
         job = _Job(
-            *(config, folder, feed, mesh, program, feeder, checkpoints, scores, metrics, bar, total),
-            seconds_before=resumed.seconds,
-            stop=_Stop(stop or (lambda: False)),
+            *(config, folder, feed, mesh, program, checkpoints, scores, total, resumed.seconds),
+            ask=stop or (lambda: False),
+            feeder=stack.enter_context(contextlib.closing(Feeder(batches))),
+            metrics=stack.enter_context(log),
+            bar=stack.enter_context(bar),
             warning=WaitWarning(config.name, workers=config.data.workers),
         )
-        if pending and _evaluate(job, state, start) is None:
-            return _finish(job, state, finished=False)
-        state, finished = _train(job, state, start)
+        state, finished = _train(job, state, start or 0, evaluate_first=resumed.evaluation_pending)
         return _finish(job, state, finished=finished)
+
+
+def _first_state(
+    config: Config, fresh: TrainState, checkpoints: Checkpoints, mesh: Mesh
+) -> tuple[TrainState, Progress]:
+    """What a run starts from, the first that there is:
+
+      1. the finished run in `out_dir`, which `run` returns as it is;
+      2. the last checkpoint in `out_dir`: state, data position and clock. The scales come with the
+         optimizer's state, and re-initialisation, which belongs to step 0, is overwritten;
+      3. scales: `fresh` was re-initialised by them in `build_program`;
+      4. a fresh draw from the seed, also there.
+
+    Raises:
+      ValueError: the run began with other scales.
+    """
+    if checkpoints.latest is None:
+        return fresh, Progress(None, 0.0)
+    state, resumed = checkpoints.restore(fresh)
+    if config.model.mode == Mode.REPOPT:
+        check_scales(fresh, state, source=config.scales)
+    _warn_of_other_devices(config, resumed, mesh)
+    return state, resumed
 
 
 @dataclasses.dataclass
@@ -145,16 +149,22 @@ class _Job:
     feed: Feed
     mesh: Mesh
     program: Program
-    feeder: Feeder
     checkpoints: Checkpoints
     scores: dict[int, float]
-    metrics: MetricsWriter
-    bar: ProgressBar
     total: int
     seconds_before: float
-    stop: "_Stop"
+    ask: Callable[[], bool]
+    feeder: Feeder
+    metrics: MetricsWriter
+    bar: ProgressBar
     warning: WaitWarning
+    stopping: bool = False
     began: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def asked_to_stop(self) -> bool:
+        """Asks until the answer is True, and remembers that."""
+        self.stopping = self.stopping or self.ask()
+        return self.stopping
 
     @property
     def seconds(self) -> float:
@@ -175,23 +185,15 @@ class _Job:
         return step % every == 0 or step == self.total or best
 
 
-class _Stop:
-    """Calls `stop` until it returns True, and remembers that."""
-
-    def __init__(self, stop: Callable[[], bool]):
-        self._stop, self.requested = stop, False
-
-    def __call__(self) -> bool:
-        self.requested = self.requested or self._stop()
-        return self.requested
-
-
 class _Stopped(Exception):
     """Raised between the batches of an evaluation, to leave it."""
 
 
-def _train(job: _Job, state: TrainState, start: int) -> tuple[TrainState, bool]:
-    """Makes the steps `start` + 1 to the last; the second result is False if the run was stopped before."""
+def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) -> tuple[TrainState, bool]:
+    """Makes the steps `start` + 1 to the last, after the evaluation of step `start` where it is still to be
+    made; the second result is False if the run was stopped before the end."""
+    if evaluate_first and _evaluate(job, state, start) is None:
+        return state, False
     if start == job.total:
         return state, True
     if start == 0:
@@ -208,25 +210,24 @@ def _train(job: _Job, state: TrainState, start: int) -> tuple[TrainState, bool]:
         watch.tick()
         epoch_ends, last = step % job.feed.steps_per_epoch == 0, step == job.total
         job.feeder.step_started(means, more=not last)
-        stopping = job.stop()
+        job.asked_to_stop()
         with _explain_write_error(job):
             job.checkpoints.check()
         if step % job.config.log_every == 0 or last:
             _log(job, means, step, watch)
-        if epoch_ends or stopping or job.saves_at(step):
+        if epoch_ends or job.stopping or job.saves_at(step):
             jax.block_until_ready(state)  # so that the pause does not hide the end of the last step
             with watch.paused():
-                state, stopping = _between_steps(job, state, step, epoch_ends)
-        if stopping:
+                state = _between_steps(job, state, step, epoch_ends)
+        if job.stopping:
             return state, False
         if not last:
             batch = put_batch(job.feeder.take(), job.mesh)
     return state, True
 
 
-def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool) -> tuple[TrainState, bool]:
-    """Records scales, evaluates and saves, in this order: see the module's docstring. The second result says
-    whether the run stops here."""
+def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool) -> TrainState:
+    """Records scales, evaluates and saves, in this order: see the module's docstring."""
     pending = False
     if epoch_ends:
         state = _record_scales(job, state, step)
@@ -234,10 +235,9 @@ def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool) ->
         pending = job.evaluates_at(step) and evaluation is None
         if not pending:
             job.bar.end_epoch(step // job.feed.steps_per_epoch, evaluation)
-    stopping = job.stop.requested
-    if stopping or job.saves_at(step):
-        _save(job, state, step, pending=pending, wait=stopping or step == job.total)
-    return state, stopping
+    if job.stopping or job.saves_at(step):
+        _save(job, state, step, pending=pending, wait=job.stopping or step == job.total)
+    return state
 
 
 def _log(job: _Job, means: dict[str, jax.Array], step: int, watch: Stopwatch) -> None:
@@ -255,7 +255,7 @@ def _log(job: _Job, means: dict[str, jax.Array], step: int, watch: Stopwatch) ->
 
 def _record_scales(job: _Job, state: TrainState, step: int) -> TrainState:
     """In a search, writes the statistics of the scale vectors and keeps the vectors for the next record."""
-    if job.config.model.mode != "search":
+    if job.config.model.mode != Mode.SEARCH:
         return state
     model = merge_model(job.program.graphdef, state.params, state.non_trainable)
     vectors = jax.device_get(extract_scales(model).vectors)
@@ -272,7 +272,7 @@ def _evaluate(job: _Job, state: TrainState, step: int) -> dict[str, Any] | None:
 
     def batches() -> Iterator[Any]:
         for batch in job.feed.eval:
-            if job.stop():
+            if job.asked_to_stop():
                 raise _Stopped
             yield batch
 
@@ -293,9 +293,10 @@ def _save(job: _Job, state: TrainState, step: int, *, pending: bool, wait: bool)
     Raises:
       FloatingPointError: the state is not worth one.
     """
-    _check_finite(job, int(jax.device_get(state.bad_step)))
-    if not bool(jax.device_get(all_finite(state.params))):
-        raise FloatingPointError(_not_finite(job, f"a parameter after step {step}"))
+    bad_step, finite = jax.device_get((state.bad_step, all_finite(state.params)))
+    _check_finite(job, int(bad_step))
+    if not finite:
+        raise _not_finite(job, f"a parameter after step {step}")
     with _explain_write_error(job):
         job.metrics.sync()
         progress = Progress(job.feeder.position, job.seconds, pending, job.mesh.size)
@@ -309,12 +310,12 @@ def _write(job: _Job, record: dict[str, Any]) -> None:
 
 def _check_finite(job: _Job, bad_step: int) -> None:
     if bad_step >= 0:
-        raise FloatingPointError(_not_finite(job, f"the loss of step {bad_step}"))
+        raise _not_finite(job, f"the loss of step {bad_step}")
 
 
-def _not_finite(job: _Job, what: str) -> str:
-    return (
-        f"{what} is not finite; {_last_checkpoint(job)} in {job.checkpoints.directory}. "
+def _not_finite(job: _Job, what: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what} is not finite; {_last_checkpoint(job)}. "
         "A lower `optim.learning_rate` or a longer `optim.warmup_epochs` usually helps"
     )
 
@@ -326,7 +327,7 @@ def _explain_write_error(job: _Job) -> Iterator[None]:
         yield
     except OSError as error:
         raise type(error)(
-            f"{error}; {_last_checkpoint(job)} in {job.checkpoints.directory}, and nothing up to it is lost. "
+            f"{error}; {_last_checkpoint(job)}, and nothing up to it is lost. "
             "Make it possible to write there, and run the same again to go on"
         ) from error
 
@@ -335,31 +336,33 @@ def _last_checkpoint(job: _Job) -> str:
     with contextlib.suppress(OSError):  # the error that is being raised says more
         job.checkpoints.wait()
     step = job.checkpoints.latest
-    return "no checkpoint was written" if step is None else f"the checkpoint of step {step} is kept"
+    kept = "no checkpoint was written" if step is None else f"the checkpoint of step {step} is kept"
+    return f"{kept} in {job.checkpoints.directory}"
 
 
 def _finish(job: _Job, state: TrainState, *, finished: bool) -> Summary:
     """Returns the summary; of a finished run it is also written, after the scales of a search."""
     barrier("all records written")
-    summary = summarize(
-        job.config, read_records(job.folder.metrics), state, seconds=job.seconds, finished=finished
-    )
-    if finished:
-        # The scales are there already if the run was killed before its summary; the same state wrote them.
-        if job.config.model.mode == "search" and not job.folder.scales.exists():
-            metadata = ScalesMetadata(
-                architecture=make_task(job.config).architecture(),
-                dataset=job.feed.source.info.name,
-                config=to_json(job.config),
-                step=summary.steps,
-            )
-            model = merge_model(job.program.graphdef, *state.network)
-            save_scales(job.folder.scales, extract_scales(model, metadata=metadata))
-        job.folder.finish(summary)
+    config, folder = job.config, job.folder
+    summary = summarize(config, read_records(folder.metrics), state, seconds=job.seconds, finished=finished)
+    if not finished:
+        return summary
+    # The scales are there already if the run was killed before its summary; the same state wrote them.
+    if config.model.mode == Mode.SEARCH and not folder.scales.exists():
+        metadata = ScalesMetadata(
+            architecture=make_task(config).architecture(),
+            dataset=job.feed.source.info.name,
+            config=to_json(config),
+            step=summary.steps,
+        )
+        model = merge_model(job.program.graphdef, *state.network)
+        save_scales(folder.scales, extract_scales(model, metadata=metadata))
+    folder.finish(summary)
     return summary
 
 
-def _describe_data(info: Any) -> str:
+def _describe_data(feed: Feed) -> str:
+    info = feed.source.info
     return (
         f"{info.name}: {info.num_train} training and {info.num_eval} test images, {info.num_classes} classes"
     )
@@ -405,15 +408,13 @@ def check_scales(fresh: TrainState, restored: TrainState, *, source: str) -> Non
         )
 
 
-def _scales_in(tree: Any) -> dict[str, np.ndarray]:
-    """ "Layer branch" -> vector, of the leaves below an entry `scales`."""
+def _scales_in(opt_state: Any) -> dict[str, np.ndarray]:
+    """ "Layer branch" -> vector, of the leaves below an entry `scales` of an optimizer's state."""
     found = {}
-    for path, leaf in paths.named_leaves(tree)[0].items():
-        before, mark, after = f"/{path}".partition("/scales/")
+    for path, leaf in paths.named_leaves(opt_state)[0].items():
+        _, mark, name = f"/{path}".partition("/scales/")
         if mark:
-            # In an optimizer's state the layer's path comes behind the entry, in a network before it.
-            *layer, branch = [*([] if "/" in after else before.split("/")), *after.split("/")]
-            found[f"{'/'.join(filter(None, layer))} {branch}"] = np.ravel(jax.device_get(leaf))
+            found[" ".join(name.rsplit("/", 1))] = np.ravel(jax.device_get(leaf))
     return found
 
 

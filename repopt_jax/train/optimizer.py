@@ -16,7 +16,7 @@ from repopt_jax.core import paths
 from repopt_jax.core.scales import Scales
 from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
 from repopt_jax.optim.sgd import clip_by_repopt_global_norm, repopt_sgd
-from repopt_jax.train.config import OPTIMIZERS, OptimConfig
+from repopt_jax.train.config import OptimConfig
 
 
 def make_optimizer(
@@ -38,17 +38,14 @@ def make_optimizer(
       scales: the optimizer and the norm by which it clips become those of the network with branches:
         `repopt_sgd`, `repopt_adamw`, `repopt_lion`; `clip_by_repopt_global_norm`.
     """
-    own: dict[str, Any] = {field: getattr(optim, field) for field in OPTIMIZERS[optim.name]}
-    constants = {field: value for field, value in own.items() if value is not None}
     decay = optim.weight_decay * (decay_factor(batch_size) if optim.decay_scaling == "batch" else 1)
-    constants |= {"weight_decay": decay, "mask": decayed}
+    constants = {**optim.constants(), "weight_decay": decay, "mask": decayed}
     plain, repopt = READY[optim.name]
     tx = plain(schedule, **constants) if scales is None else repopt(schedule, scales, **constants)
-    if optim.clip_norm is None:
+    if (norm := optim.clip_norm) is None:
         return tx
-    if scales is None:
-        return optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
-    return optax.chain(clip_by_repopt_global_norm(optim.clip_norm, scales), tx)
+    clip = optax.clip_by_global_norm(norm) if scales is None else clip_by_repopt_global_norm(norm, scales)
+    return optax.chain(clip, tx)
 
 
 def decay_factor(batch_size: int) -> float:
@@ -61,17 +58,10 @@ def decay_factor(batch_size: int) -> float:
 
 
 def decayed_sgd(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    mask: Any,
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float, mask: Any, **constants: Any
 ) -> optax.GradientTransformation:
-    """`repopt_sgd` without scales: decay, then SGD with momentum."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask), optax.sgd(learning_rate, momentum, nesterov)
-    )
+    """`repopt_sgd` without scales: decay, then `optax.sgd` with its `constants`."""
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), optax.sgd(learning_rate, **constants))
 
 
 # Name in a config -> the optimizer without and with scales.
@@ -100,10 +90,10 @@ def hold_scales(
     """
 
     def hold(tree, held):
-        return paths.map_named(
-            lambda path, leaf: jnp.where(held, jnp.zeros_like(leaf), leaf) if path in scales else leaf,
-            tree,
-        )
+        def keep(path, leaf):
+            return jnp.where(held, jnp.zeros_like(leaf), leaf) if path in scales else leaf
+
+        return paths.map_named(keep, tree)
 
     def init_fn(params):
         return HoldScalesState(jnp.zeros((), jnp.int32), inner.init(params))
@@ -138,38 +128,25 @@ def make_schedule(
     Raises:
       ValueError: `optim.base_batch` without `batch_size`.
     """
-    by_epoch = optim.schedule_by == "epoch"
-    factor = _rate_factor(optim.base_batch, batch_size)
+    if optim.base_batch is not None and batch_size is None:
+        raise ValueError(f"`batch_size` is missing: the rate is for {optim.base_batch} images (`base_batch`)")
+    factor = batch_size / optim.base_batch if batch_size and optim.base_batch else 1
     start, peak, least = (
         factor * rate for rate in (optim.warmup_start, optim.learning_rate, optim.min_learning_rate)
     )
+    by_epoch = optim.schedule_by == "epoch"
     unit = 1 if by_epoch else steps_per_epoch
     total = epochs * unit
     warmup = min(math.ceil(optim.warmup_epochs * unit), total - 1)
     before = warmup if optim.cosine_over == "run" else 0
-    fall = _fall(peak, least, total - warmup + before)
-    if warmup == 0:
-        schedule = fall
-    else:
+    fall = optax.cosine_decay_schedule(peak, total - warmup + before, alpha=least / peak if peak else 0.0)
+    schedule = fall
+    if warmup > 0:
         first = start if by_epoch else start + (peak - start) / warmup
         rise = optax.linear_schedule(first, peak, warmup if by_epoch else max(warmup - 1, 1))
         schedule = optax.join_schedules([rise, lambda t: fall(t + before)], [warmup])
-    if not by_epoch:
-        return schedule
 
     def of_epoch(step: Any) -> Any:
         return schedule(step // steps_per_epoch)
 
-    return of_epoch
-
-
-def _rate_factor(base_batch: int | None, batch_size: int | None) -> float:
-    if base_batch is None:
-        return 1
-    if batch_size is None:
-        raise ValueError(f"`batch_size` is missing: the rate is for {base_batch} images (`base_batch`)")
-    return batch_size / base_batch
-
-
-def _fall(peak: float, least: float, steps: int) -> optax.Schedule:
-    return optax.cosine_decay_schedule(peak, steps, alpha=least / peak if peak else 0.0)
+    return of_epoch if by_epoch else schedule

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -37,27 +36,22 @@ class Feeder:
         self._batches = batches
         self._batch_thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="step-done")
-        self._requested: Future | None = None
+        self._requested: Future  # the batch that is being made, and when it was ready
+        self._taken: tuple[float, float]  # when the last batch was ready, and when it was wanted
         self._done: Future | None = None  # when the step that was started last is done
-        # When the last batch was ready, and when it was wanted.
-        self._taken: tuple[float, float] | None = None
         self._waited = 0.0
         self.position: Any = batches.get_state()
 
     def request(self) -> None:
-        """Starts to make the next batch. `position` is that of this batch until the one after is
-        requested."""
+        """Starts to make the next batch, of which `position` is from here on."""
         self.position = self._batches.get_state()
         self._requested = self._batch_thread.submit(lambda: (next(self._batches), time.perf_counter()))
 
     def take(self) -> dict[str, Any]:
         """Returns the batch that was requested; waits for it, and raises what making it raised."""
         wanted = time.perf_counter()
-        if self._requested is None:
-            raise RuntimeError("`take` without `request`: no batch is being made")
-        requested, self._requested = self._requested, None
-        batch, ready = requested.result()
-        self._taken = (ready, wanted)
+        batch, ready = self._requested.result()
+        self._taken = ready, wanted
         return batch
 
     def step_started(self, result: Any, *, more: bool = True) -> None:
@@ -70,10 +64,8 @@ class Feeder:
         if more:
             self.request()
         if self._done is not None:
-            done = self._done.result()
-            if self._taken is not None:
-                ready, wanted = self._taken
-                self._waited += max(0.0, ready - max(done, wanted))
+            ready, wanted = self._taken
+            self._waited += max(0.0, ready - max(self._done.result(), wanted))
         self._done = self._step_thread.submit(lambda: (jax.block_until_ready(result), time.perf_counter())[1])
 
     def waited(self) -> float:
@@ -91,9 +83,6 @@ class Stopwatch:
     """Measures seconds and steps of training since the last reading, without the pauses."""
 
     def __init__(self) -> None:
-        self._restart()
-
-    def _restart(self) -> None:
         self._since, self._steps = time.perf_counter(), 0
 
     def tick(self) -> None:
@@ -109,9 +98,9 @@ class Stopwatch:
 
     def read(self) -> tuple[float, int]:
         """Seconds and steps since the last reading, at least one step; starts again."""
-        seconds, steps = time.perf_counter() - self._since, max(self._steps, 1)
-        self._restart()
-        return seconds, steps
+        now, since, steps = time.perf_counter(), self._since, self._steps
+        self._since, self._steps = now, 0
+        return now - since, max(steps, 1)
 
 
 class WaitWarning:
@@ -120,8 +109,7 @@ class WaitWarning:
     def __init__(self, name: str, *, workers: int):
         """`name` of the run; `workers` that it has."""
         self._name, self._workers = name, workers
-        self._first = True
-        self._warned_in: int | None = None
+        self._first, self._warned_in = True, -1  # the epoch of the last warning
 
     def check(self, record: Mapping[str, Any], *, seconds: float) -> None:
         """Looks at a "train" record that spans `seconds`. The first does not count: in it the workers
@@ -183,10 +171,5 @@ class ProgressBar:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._progress.stop()

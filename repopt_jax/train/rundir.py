@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from repopt_jax._version import __version__
+from repopt_jax.core import paths
 from repopt_jax.data import DatasetInfo, DetectionInfo
-from repopt_jax.train.config import MOUNTED, Config, differing_fields, from_json, to_json
+from repopt_jax.train.config import MOUNTED, Config, differing_fields, from_json, to_json, tuples
 from repopt_jax.train.processes import barrier, in_all_processes, is_first
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
@@ -49,11 +52,11 @@ class Summary:
       wall_s: seconds from the start of training to its end, over all sessions.
       finished: False if the run was asked to stop before its end.
       versions, device: what it ran on.
-      reused: True if the run was already finished and nothing was done.
       task: "classify" or "detect".
       test: all numbers of the last evaluation by name, as `tasks.METRICS` has them for this task.
       data_wait: median over the log's lines of the share of the time that the device waited for data.
       published: the test accuracy that the authors of the recipe report, if the config has it.
+      reused: True if the run was already finished and nothing was done.
     """
 
     name: str
@@ -72,11 +75,11 @@ class Summary:
     finished: bool
     versions: dict[str, str]
     device: str
+    task: str
+    test: dict[str, Any]
+    data_wait: float | None
+    published: float | None
     reused: bool = False
-    task: str = "classify"
-    test: dict[str, Any] = dataclasses.field(default_factory=dict)
-    data_wait: float | None = None
-    published: float | None = None
 
 
 def summarize(
@@ -86,6 +89,8 @@ def summarize(
     trained = [record for record in records if record["kind"] == "train"]
     speed = statistics.median(record["images_per_s"] for record in trained) if trained else None
     test = next((record for record in reversed(records) if record["kind"] == "eval"), {})
+    libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
     return Summary(
         name=config.name,
         mode=config.model.mode,
@@ -96,12 +101,12 @@ def summarize(
         test_accuracy=test.get("accuracy"),
         test_loss=test.get("loss"),
         test_count=test.get("count"),
-        train_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        train_parameters=optax.tree.size(state.params),
         step_ms_median=None if speed is None else 1e3 * config.batch_size / speed,
         images_per_s=speed,
         wall_s=seconds,
         finished=finished,
-        versions=_versions(),
+        versions={"python": platform.python_version(), "repopt_jax": __version__, **versions},
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         task=config.task,
         test={metric.name: test.get(metric.name) for metric in METRICS[config.task]} if test else {},
@@ -146,26 +151,24 @@ class RunFolder:
           ValueError: the run began on other data.
           OSError: no permission, or not a folder.
         """
+        dataset = json.dumps(dataclasses.asdict(info), indent=2)
+
+        def write() -> None:
+            with self._os_errors("write to"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                for name, text in (("config.json", to_json(config)), ("dataset.json", dataset)):
+                    if is_first() and not (self.path / name).exists():
+                        replace_file(self.path / name, text + "\n")
+
+        def check() -> None:
+            stored, found = self.read()
+            self._check_same(stored, config)
+            if found != info:
+                raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
+
         barrier("folder looked at")  # no process may find what another one has just written
-        in_all_processes("write to `out_dir`", lambda: self._write_claim(config, info))
-        found = in_all_processes("find its own run in `out_dir`", lambda: self._read_own(config))
-        if found != info:
-            raise ValueError(f"`out_dir` {self.path} holds a run that began on {found}, not on {info}")
-
-    def _write_claim(self, config: Config, info: Info) -> None:
-        with self._os_errors("write to"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name, text in (
-                ("config.json", to_json(config)),
-                ("dataset.json", json.dumps(dataclasses.asdict(info), indent=2)),
-            ):
-                if not (self.path / name).exists():
-                    self._write(name, text)
-
-    def _read_own(self, config: Config) -> Info:
-        stored, info = self.read()
-        self._check_same(stored, config)
-        return info
+        in_all_processes("write to `out_dir`", write)
+        in_all_processes("find its own run in `out_dir`", check)
 
     def _check_same(self, stored: Config, config: Config) -> None:
         if differing := differing_fields(stored, config):
@@ -198,10 +201,11 @@ class RunFolder:
         values: dict[str, Any] = dataclasses.asdict(summary)
         values.pop("reused")
         with self._os_errors("write to"):
-            self._write("summary.json", json.dumps(values, indent=2))
+            if is_first():
+                replace_file(self.path / "summary.json", json.dumps(values, indent=2) + "\n")
 
     def _os_errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
-        return _os_errors(f"{verb} `out_dir` {self.path}", "; choose another folder")
+        return os_errors(f"{verb} `out_dir` {self.path}", "; choose another folder")
 
     def _stored_config(self) -> Config | None:
         path = self.path / "config.json"
@@ -220,31 +224,11 @@ class RunFolder:
             )
         return None
 
-    def _write(self, name: str, text: str) -> None:
-        if is_first():
-            replace_file(self.path / name, text + "\n")
-
 
 def info_from_json(task: str, fields: Mapping[str, Any]) -> Info:
     """What is known of a data set, from the fields that JSON kept of it."""
     kind = {"classify": DatasetInfo, "detect": DetectionInfo}[task]
-    return kind(**{name: _tuples(value) for name, value in fields.items()})
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has lists where there were tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _versions() -> dict[str, str]:
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
-    found = {"python": platform.python_version(), "repopt_jax": __version__}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"  # no reason to lose a run that is finished
-    return found
+    return kind(**{name: tuples(value) for name, value in fields.items()})
 
 
 # -- files
@@ -287,12 +271,29 @@ def _sync(file: int) -> None:
 
 
 @contextlib.contextmanager
-def _os_errors(doing: str, advice: str = "") -> Iterator[None]:
-    """Raises an `OSError` again with what could not be done, and what to do."""
+def os_errors(doing: str, advice: str = "") -> Iterator[None]:
+    """Raises an error of the file system again, whatever Orbax made of it, as one `OSError` with what could
+    not be done, and what to do."""
     try:
         yield
-    except OSError as error:
-        raise type(error)(f"cannot {doing}: {error.strerror or error}{advice}") from error
+    except Exception as error:
+        if (reason := _file_error(error)) is None:
+            raise
+        raise type(reason)(f"cannot {doing}: {reason.strerror or reason}{advice}") from error
+
+
+def _file_error(error: BaseException | None) -> OSError | None:
+    """The error of the file system behind `error`, if there is one. TensorStore has it in its text only."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            number = int(found[1])
+            return OSError(number, os.strerror(number))
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 # -- the log
@@ -316,20 +317,22 @@ class MetricsWriter:
         unless it counts as `evaluated`.
 
         Raises:
-          ImportError: TensorBoard is asked for and tensorboardX is not installed.
           OSError: the file cannot be written.
         """
         # The first process writes; the others hold the same numbers and drop them.
         path = Path(directory) / "metrics.jsonl"
         self._path = path if is_first() else Path(os.devnull)
-        with _os_errors(f"write to {self._path}"):
+        with os_errors(f"write to {self._path}"):
             if is_first():
                 _drop_after(path, resume_step, evaluated)
             # Without a buffer: what could not be written is not tried again when the file is closed.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         self._board = None
         if tensorboard and is_first():
-            self._board = _open_board(Path(directory), resume_step)
+            from tensorboardX import SummaryWriter  # of an extra, which `validate` asks for
+
+            purge = None if resume_step is None else resume_step + 1
+            self._board = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=purge)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record; it has a "kind" and a "step".
@@ -338,12 +341,13 @@ class MetricsWriter:
           OSError: it cannot be written.
         """
         line = (json.dumps(record) + "\n").encode()
-        with _os_errors(f"write to {self._path}"):
+        with os_errors(f"write to {self._path}"):
             while line:
                 line = line[self._file.write(line) or 0 :]
         if self._board is not None:
-            for name, value in _scalars(record):
-                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            for name, value in paths.named_leaves(dict(record))[0].items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def sync(self) -> None:
         """Waits until all records are on disk: a checkpoint promises the lines up to its step.
@@ -351,7 +355,7 @@ class MetricsWriter:
         Raises:
           OSError: they cannot be written.
         """
-        with _os_errors(f"write to {self._path}"):
+        with os_errors(f"write to {self._path}"):
             _sync(self._file.fileno())
 
     def close(self) -> None:
@@ -382,25 +386,6 @@ def _drop_after(path: Path, step: int | None, evaluated: bool) -> None:
     replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _open_board(directory: Path, resume_step: int | None) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
-        ) from error
-    purge = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
-
-
-def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name not in ("step", "kind"):
-            yield prefix + name, value
-
-
 def scale_statistics(
     scales: Mapping[str, Mapping[str, Any]], previous: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, dict[str, float]]]:
@@ -414,21 +399,14 @@ def scale_statistics(
       Layer path -> branch -> mean, std, min, max, rms (root mean square), negative (a count) and rms_change
       (root mean square of the difference from `previous`).
     """
-    return {
-        path: {name: _vector_statistics(v, previous[path][name]) for name, v in vectors.items()}
-        for path, vectors in scales.items()
-    }
 
+    def statistics_of(vector: Any, before: Any) -> dict[str, float]:
+        v, moved = np.asarray(vector, np.float64), np.asarray(vector, np.float64) - before
+        return {
+            **{name: float(getattr(v, name)()) for name in ("mean", "std", "min", "max")},
+            "rms": float(np.sqrt((v**2).mean())),
+            "negative": int((v < 0).sum()),
+            "rms_change": float(np.sqrt((moved**2).mean())),
+        }
 
-def _vector_statistics(vector: Any, previous: Any) -> dict[str, float]:
-    v = np.asarray(vector, np.float64)
-    moved = v - np.asarray(previous, np.float64)
-    return {
-        "mean": float(v.mean()),
-        "std": float(v.std()),
-        "min": float(v.min()),
-        "max": float(v.max()),
-        "rms": float(np.sqrt((v**2).mean())),
-        "negative": int((v < 0).sum()),
-        "rms_change": float(np.sqrt((moved**2).mean())),
-    }
+    return jax.tree.map(statistics_of, dict(scales), dict(previous))

@@ -6,9 +6,8 @@ The network travels as a static graph definition and two plain dicts: `params`, 
 Arrays lie on one mesh with the axes `data` and `fsdp`. A batch is divided over both axes. Of the state, what
 `STATE_TABLE` calls SHARDED is divided along `fsdp`, and what it calls REPLICATED lies whole on every device.
 The models carry no sharding; `jax.jit` inserts the communication. One process or many run the same program,
-which sees
-the whole batch: batch statistics are over the *global* batch, as with synchronised batch norm on several
-GPUs, unless the step is made with the statistics of each device.
+which sees the whole batch: batch statistics are over the *global* batch, as with synchronised batch norm on
+several GPUs, unless the step is made with the statistics of each device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from repopt_jax.core import paths
 from repopt_jax.train.config import mesh_problems
@@ -73,9 +72,8 @@ class TrainState(NamedTuple):
     def network(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params, non_trainable) of the network that is evaluated and deployed: the moving average where
         there is one."""
-        return (
-            (self.ema["params"], self.ema["non_trainable"]) if self.ema else (self.params, self.non_trainable)
-        )
+        network = self.ema or self._asdict()
+        return network["params"], network["non_trainable"]
 
 
 class Network(NamedTuple):
@@ -131,7 +129,9 @@ def make_train_step(
       and of the objective's sums since the last line of the log, this step's learning rate "lr", and
       "bad_step".
     """
-    gradients = _accumulated(_gradients(graphdef, objective), accumulate)
+    gradients = _gradients(graphdef, objective)
+    if accumulate > 1:
+        gradients = _accumulated(gradients, accumulate)
     if statistics_mesh is not None:
         gradients = _on_each_device(gradients, statistics_mesh)
 
@@ -151,8 +151,13 @@ def make_train_step(
         if ema is not None:
             network = {"params": params, "non_trainable": non_trainable}
             averages = _moving_average(averages, network, ema, state.step)
-        state = TrainState(
-            *(state.step + 1, params, non_trainable, opt_state, metric_sums, bad_step, state.previous_scales),
+        state = state._replace(
+            step=state.step + 1,
+            params=params,
+            non_trainable=non_trainable,
+            opt_state=opt_state,
+            metric_sums=metric_sums,
+            bad_step=bad_step,
             ema=averages,
         )
         return state, means
@@ -212,8 +217,6 @@ def _gradients(graphdef: Any, objective: Objective) -> Gradients:
 
 def _accumulated(gradients: Gradients, count: int) -> Gradients:
     """`gradients` of `count` parts of a batch, one after the other: only one part's activations are alive."""
-    if count == 1:
-        return gradients
 
     def parts(value):
         # Row i goes to part i % count, so that each part is divided over the devices as the batch is and no
@@ -242,8 +245,7 @@ def _on_each_device(gradients: Gradients, mesh: Mesh) -> Gradients:
     def mean_change(old, new):
         if not jnp.issubdtype(new.dtype, jnp.inexact):  # counters, the same on all devices
             return new
-        # The mean of the change: what does not change, as the constant scales, stays as it is to the last
-        # bit.
+        # The mean of the change: what does not change, as the constant scales, stays so to the last bit.
         return old + jax.lax.pmean(new - old, AXES)
 
     def local(params, non_trainable, batch):
@@ -256,8 +258,7 @@ def _on_each_device(gradients: Gradients, mesh: Mesh) -> Gradients:
 
 
 def _moving_average(averages: Any, values: Any, decay: float, step: jax.Array) -> Any:
-    """e + (1 - d) (x - e), d = min(decay, (1 + t) / (10 + t)): early averages must not remember the first
-    draw.
+    """e + (1 - d) (x - e), d = min(decay, (1 + t) / (10 + t)): early averages forget the first draw.
 
     `optax.incremental_update` computes (1 - d) x + d e, which moves constant scales by rounding.
     """
@@ -353,6 +354,23 @@ def fsdp_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
         return replicated(mesh)
     largest = max(divisible, key=lambda axis: shape[axis])
     return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+
+
+def first_device() -> SingleDeviceSharding:
+    """The first device of this process."""
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def abstract(tree: Any, sharding: Any = None) -> Any:
+    """Shapes and dtypes of a tree of arrays or shapes: on one sharding, or on those of a tree like it; None
+    for the sharding of each array itself."""
+    if sharding is None:
+        sharding = jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+    def shape(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(shape, tree, jax.tree.broadcast(sharding, tree))
 
 
 def put_state(state: Any, sharding: Any) -> Any:

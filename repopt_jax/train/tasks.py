@@ -59,29 +59,34 @@ def format_metrics(task: str, measured: Mapping[str, Any]) -> str:
 
 
 class Task(abc.ABC):
-    """What one config learns."""
+    """What one config learns.
 
-    # What the log averages beside the loss, and the dtype in which it is summed.
+    Attributes:
+      sums: what the log averages beside the loss, and the dtype in which it is summed.
+      transform_type: a dataclass whose fields are settings of the same names.
+      train_batches, eval_batches: the functions of `data`.
+    """
+
     sums: ClassVar[Mapping[str, Any]]
+    transform_type: ClassVar[type]
+    train_batches: ClassVar[Callable[..., Any]]
+    eval_batches: ClassVar[Callable[..., Any]]
 
     def __init__(self, config: Config):
         self.config = config
 
-    @abc.abstractmethod
     def open_data(self, settings: DataConfig) -> tuple[Any, Any]:
         """The data set and what is done to its images.
 
         Raises:
           FileNotFoundError, ValueError: the data are missing or cannot be used.
         """
+        return data.open_configured(settings), self.transform(settings)
 
-    @abc.abstractmethod
-    def train_batches(self, source: Any, transform: Any, **options: Any) -> Any:
-        """As `data.train_batches`."""
-
-    @abc.abstractmethod
-    def eval_batches(self, source: Any, transform: Any, **options: Any) -> Any:
-        """As `data.eval_batches`."""
+    def transform(self, settings: DataConfig) -> Any:
+        """What is done to images."""
+        names = (field.name for field in dataclasses.fields(self.transform_type))
+        return self.transform_type(**{name: getattr(settings, name) for name in names})
 
     @abc.abstractmethod
     def model_options(self, info: Any) -> dict[str, Any]:
@@ -137,30 +142,9 @@ class Classification(Task):
     """One label an image: cross-entropy, of mixed images too, and accuracy."""
 
     sums = {"accuracy": jnp.int32}  # noqa: RUF012  (constant)
-
-    def open_data(self, settings: DataConfig) -> tuple[data.Source, data.Transform]:
-        source = data.open_configured(settings)
-        transform = data.Transform(
-            image_size=settings.image_size,
-            crop_padding=settings.crop_padding,
-            flip=settings.flip,
-            area=settings.area,
-            resize=settings.resize,
-            randaugment=settings.randaugment,
-            jitter=settings.jitter,
-            erasing=settings.erasing,
-            mixup=settings.mixup,
-            cutmix=settings.cutmix,
-            mean=settings.mean,
-            std=settings.std,
-        )
-        return source, transform
-
-    def train_batches(self, source, transform, **options):
-        return data.train_batches(source, transform, **options)
-
-    def eval_batches(self, source, transform, **options):
-        return data.eval_batches(source, transform, **options)
+    transform_type = data.Transform
+    train_batches = staticmethod(data.train_batches)
+    eval_batches = staticmethod(data.eval_batches)
 
     def model_options(self, info: data.DatasetInfo) -> dict[str, Any]:
         model = self.config.model
@@ -257,15 +241,9 @@ class Detection(Task):
     `models.FCOS`."""
 
     sums = {f"{part}_loss": jnp.float32 for part in PARTS}  # noqa: RUF012  (constant)
-
-    def open_data(self, settings: DataConfig) -> tuple[data.AnnotatedSource, data.DetectionTransform]:
-        return data.open_configured(settings), detection_transform(settings)
-
-    def train_batches(self, source, transform, **options):
-        return data.train_detection_batches(source, transform, **options)
-
-    def eval_batches(self, source, transform, **options):
-        return data.eval_detection_batches(source, transform, **options)
+    transform_type = data.DetectionTransform
+    train_batches = staticmethod(data.train_detection_batches)
+    eval_batches = staticmethod(data.eval_detection_batches)
 
     def model_options(self, info: data.DetectionInfo) -> dict[str, Any]:
         return {"num_keypoints": info.num_keypoints, "activation": self.config.model.activation}
@@ -315,7 +293,6 @@ class Detection(Task):
         return evaluate
 
     def _check_truth(self, source: data.AnnotatedSource) -> None:
-        """Without an object, average precision is not defined."""
         limit = self.config.data.eval_limit
         used = subset(source.info.num_eval, limit, "eval")
         if all(source.eval.objects(int(index))["crowd"].all() for index in used):
@@ -323,17 +300,6 @@ class Detection(Task):
                 f"no object is to be found on the {len(used)} test images, so that average precision is not "
                 f"defined: raise `data.eval_limit` (it is {limit}), or give other images"
             )
-
-
-def detection_transform(settings: DataConfig) -> data.DetectionTransform:
-    """What is done to the images of a detector."""
-    return data.DetectionTransform(
-        image_size=settings.image_size,
-        flip=settings.flip,
-        zoom=settings.zoom,
-        mean=settings.mean,
-        std=settings.std,
-    )
 
 
 def make_detect(graphdef: Any, config: Config):
