@@ -6,10 +6,10 @@ of that run.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 
 from repopt_jax import models
+from repopt_jax.hints import did_you_mean
 from repopt_jax.train.config import NAMED_SCALES, Config, DataConfig
 
 # The network that stands for the others made by the same function.
@@ -33,8 +33,7 @@ def parse_argument(arg: str, choices: Iterable[str], default: str | None = None)
     name, _, option = arg.partition(",")
     name = name or default or choices[0]
     if name not in choices:
-        near = difflib.get_close_matches(name, choices, n=1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        meant = did_you_mean(name, choices)
         raise ValueError(f"argument {arg!r}{meant} must be one of {', '.join(choices)}, or that and ',smoke'")
     if option not in ("", "smoke"):
         raise ValueError(f"argument {arg!r} ends in {option!r}: only ',smoke' can follow the run")
