@@ -491,7 +491,7 @@ class BranchSet:
 
     @classmethod
     def from_json(cls, text: str) -> "BranchSet":
-        """Inverse of `to_json`. A text without `stacked`, as older versions wrote, is of a layer of its own.
+        """Inverse of `to_json`.
 
         Raises:
           ValueError: a branch type that is not defined here (import the module that defines it first).
@@ -504,13 +504,8 @@ class BranchSet:
                 raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(Branch.types)}")
             fields_of = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.items()}
             branches.append(Branch.types[kind](**fields_of))
-        return cls(
-            tuple(fields["kernel"]),
-            tuple(branches),
-            fields["groups"],
-            fields["layout"],
-            fields.get("stacked", 0),
-        )
+        kernel, groups, layout, stacked = (fields[k] for k in ("kernel", "groups", "layout", "stacked"))
+        return cls(tuple(kernel), tuple(branches), groups, layout, stacked)
 
     def _by_layer(self, fn: Callable[..., T], *arrays: Any) -> T:
         """fn, which is for one layer, for every layer of the stack, whose axes all arrays have in front."""
