@@ -5,12 +5,13 @@ import functools
 import os
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from twins import LAYERS, MIXING, problem, relative
+from twins import LAYERS, MIXING, assert_close, problem, relative
 
 from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.core.structure import default_branches
@@ -63,7 +64,7 @@ def expected(rule):
 def test_every_layer_ends_as_its_branches_do(x64, rule):
     p = everything()
     assert relative({n: k["kernel"] for n, k in p.start().items() if n in p.weights}, expected(rule)) > 0.05
-    assert relative(p.train(RULES[rule][1](p.scales)), expected(rule)) <= EXACT
+    assert_close(p.train(RULES[rule][1](p.scales)), expected(rule), EXACT)
 
 
 def test_sign_mask_after_any_sign_rule(x64):
@@ -74,7 +75,7 @@ def test_sign_mask_after_any_sign_rule(x64):
         return optax.chain(optax.trace(0.9), optax.scale_by_sign(), *after, optax.scale_by_learning_rate(LR))
 
     end = p.train_twin(signum())
-    assert relative(p.train(signum(adaptive.repopt_sign_mask(p.scales))), end) <= EXACT
+    assert_close(p.train(signum(adaptive.repopt_sign_mask(p.scales))), end, EXACT)
     assert relative(p.train(signum()), end) > WRONG
     assert (
         relative(p.train(signum(optim.repopt_mask(p.scales))), end) > WRONG
@@ -161,7 +162,7 @@ def test_plain_leaves_move_as_in_optax(x64):
             grads = jax.tree.map(lambda p: jnp.sin(p + 1), params)
             found, x = a.update(grads, x, params)
             wanted, y = b.update(grads, y, params)
-            jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, rtol=1e-14), found, wanted)
+            chex.assert_trees_all_close(found, wanted, rtol=1e-14)
 
 
 RELEASED = Path(os.environ.get("REPOPT_TEST_DATA", "")) / "scales" / "RepOpt-VGG-B1-scales.pth"
@@ -193,4 +194,4 @@ def test_released_scales(x64, rule):
         ours = lambda scales: optax.chain(optim.repopt_mask(scales), ordinary())  # noqa: E731
     else:
         ordinary, ours = RULES[rule]
-    assert relative(p.train(ours(p.scales)), p.train_twin(ordinary())) <= EXACT
+    assert_close(p.train(ours(p.scales)), p.train_twin(ordinary()), EXACT)

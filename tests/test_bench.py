@@ -266,9 +266,9 @@ def test_the_recipe_of_the_input_is_the_published_one():
     ("changes", "words"),
     [
         ({"rounds": 2}, "`rounds` is 2.*at least 3"),
-        ({"model": "repopt-vgg-b11"}, "'repopt-vgg-b11'.*did you mean repopt-vgg-b1"),
+        ({"model": "repopt-vgg-b11"}, "'repopt-vgg-b11'.*did you mean 'repopt-vgg-b1"),
         ({"dtypes": ("float16",)}, "'float16' is none of float32, bfloat16"),
-        ({"networks": ("repvg",)}, "did you mean repvgg"),
+        ({"networks": ("repvg",)}, "did you mean 'repvgg"),
         ({"batches": (0,)}, "`batch` 0 must be at least 1"),
         ({"batches": ()}, "`batch` is empty"),
         ({"memory": float("nan")}, "`memory` is nan"),
@@ -346,11 +346,11 @@ def test_without_torch_the_rest_goes_on(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["updat"], "unknown part 'updat' (did you mean update?)"),
+        (["updat"], "unknown part 'updat' (did you mean 'update'?)"),
         (["update", "--rounds=1"], "at least 3"),
         (["update", "--batch=a"], "argument --batch: invalid integers value: 'a'"),
         (["update", "--tf32=maybe"], "argument --tf32: invalid choice: 'maybe'"),
-        (["update", "--modle=repopt-vgg-b1"], "did you mean --model?"),
+        (["update", "--modle=repopt-vgg-b1"], "did you mean '--model'?"),
         ([], "required: PARTS"),
     ],
 )

@@ -3,7 +3,6 @@ random."""
 
 import dataclasses
 import itertools
-import json
 import os
 
 import hypothesis
@@ -166,13 +165,6 @@ def test_scales_of_another_layer_of_the_stack_are_noticed(x64):
 def test_a_stack_that_leaves_no_kernel(stacked):
     with pytest.raises(ValueError, match=r"`stacked` is .*`kernel` \(3, 4, 4\) .* of layers, 0 to 1"):
         BranchSet((3, 4, 4), (Kernel((3,)),), stacked=stacked)
-
-
-def test_text_of_older_versions_has_no_stack():
-    text = default_branches((3, 3, 4, 4)).to_json()
-    fields = json.loads(text)
-    assert fields.pop("stacked") == 0
-    assert BranchSet.from_json(json.dumps(fields)) == default_branches((3, 3, 4, 4))
 
 
 def test_average_pooling_has_no_elementwise_rule(x64):

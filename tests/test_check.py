@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -416,7 +417,7 @@ def test_what_is_given_is_not_changed_and_what_never_moves_is_not_accused():
     check.check_optimizer(repopt_sgd(0.0, scales), scales, params)
     check.check_optimizer(optax.set_to_zero(), scales, params)
     check.check_optimizer(optax.sgd(0.1), Scales({}), params)
-    jax.tree.map(np.testing.assert_array_equal, before, (scales, params))
+    chex.assert_trees_all_equal(before, (scales, params))
     with pytest.raises(ValueError, match="do not fit the model"):
         check.check_optimizer(repopt_sgd(0.1, scales), scales, {"a": params["a"]})
 

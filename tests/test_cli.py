@@ -136,9 +136,9 @@ def test_no_command_shows_the_help_and_fails(capsys):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["trian"], ["unknown command 'trian' (did you mean train?)"]),
-        (["--verson"], ["unknown option --verson (did you mean --version?)"]),
-        (["train", "--confg=x"], ["unknown option --confg (did you mean --config?)"]),
+        (["trian"], ["unknown command 'trian' (did you mean 'train'?)"]),
+        (["--verson"], ["unknown option --verson (did you mean '--version'?)"]),
+        (["train", "--confg=x"], ["unknown option --confg (did you mean '--config'?)"]),
         (["train", "--out=x"], ["required: --config"]),
         (["train", "--config=digits"], ["required: --out"]),
         (["train", "--config=digits", "--out"], ["--out", "expected one argument"]),
@@ -182,7 +182,7 @@ def test_unknown_config_field_and_bad_value(capsys, train, tmp_path):
     refused(
         capsys,
         train("--config.optim.learning_rat=1"),
-        "unknown config field optim.learning_rat (did you mean optim.learning_rate?)",
+        "unknown config field optim.learning_rat (did you mean 'optim.learning_rate'?)",
         code=2,
     )
     refused(
@@ -655,7 +655,7 @@ def test_python_m_repopt_jax():
         check=False,
     )
     assert done.returncode == 2
-    assert_one_sentence(done.stderr, "did you mean --config")
+    assert_one_sentence(done.stderr, "did you mean '--config'")
 
 
 def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):

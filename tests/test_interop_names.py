@@ -604,8 +604,12 @@ def test_names_and_numbers_that_contradict_the_file():
     refused(lambda: interop.load_converted("nowhere"), "convert.json", error=FileNotFoundError)
 
 
-def test_a_converted_folder_of_another_version(tmp_path):
+def test_a_converted_folder_without_weights_or_of_another_version(tmp_path):
     (tmp_path / networks.RECORD).write_text('{"model": "repvgg-A0", "kind": "", "library_version": "0.0"}')
+    refused(
+        lambda: interop.load_converted(tmp_path), "has no weights", "interrupted", error=FileNotFoundError
+    )
+    (tmp_path / networks.WEIGHTS).mkdir()
     refused(lambda: interop.load_converted(tmp_path), "is of version 0.0", "convert the file again")
 
 

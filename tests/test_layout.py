@@ -17,6 +17,7 @@ PACKAGE = Path(repopt_jax.__file__).parent
 # no optimizers.
 LEVELS = {
     "_version": 0,
+    "hints": 0,
     "userfile": 0,
     "core": 1,
     "data": 0,

@@ -1,13 +1,16 @@
 """What every optimizer of the package must do in other people's loops: one battery, run on each of them."""
 
+import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from twins import assert_close
 
 from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel
 from repopt_jax.core.scales import LayerScales, Scales
@@ -43,6 +46,7 @@ PLACED_ONLY = ("repopt_adamw, published", "repopt_sign_mask")  # refuse branches
 every = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
+@functools.cache
 def setting(name, *, dtype=jnp.float32, width=4, window=(3, 3)):
     """An optimizer, parameters and a gradient: a layer with scales, a stack of two, with average pooling if
     the optimizer takes it, and a vector without."""
@@ -74,25 +78,35 @@ def setting(name, *, dtype=jnp.float32, width=4, window=(3, 3)):
     return OPTIMIZERS[name](scales), tree(), tree(), scales
 
 
-def described(tree):
-    return jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), tree)
+def weak_types(tree):
+    return jax.tree.map(lambda a: a.weak_type, tree)
 
 
 def close(found, expected, tolerance=CLOSE):
-    def check(f, e):
-        e = np.asarray(e, np.float64)
-        assert np.abs(np.asarray(f, np.float64) - e).max() <= tolerance * max(np.abs(e).max(), 1e-6)
-
-    jax.tree.map(check, found, expected)
+    assert_close(found, expected, tolerance)
 
 
-def steps(tx, params, gradients, count=2, **extra):
-    """The parameters after a few steps, and the optimizer's last state."""
+# One optimizer's update is compiled once for all the tests that take it as it is.
+update = jax.jit(lambda tx, *arguments: tx.update(*arguments), static_argnums=0)
+
+
+def eager(tx, *arguments):
+    """Operation by operation: those of a wrapped optimizer are compiled already, its program is not."""
+    return tx.update(*arguments)
+
+
+def first_step(tx, params, gradients):
+    """The updates of the first step, and the state after it."""
+    return update(tx, gradients, tx.init(params), params)
+
+
+def two_steps(tx, params, gradients, *, update=update):
+    """The parameters after two steps."""
     state = tx.init(params)
-    for _ in range(count):
-        updates, state = tx.update(gradients, state, params, **extra)
+    for _ in range(2):
+        updates, state = update(tx, gradients, state, params)
         params = optax.apply_updates(params, updates)
-    return params, state
+    return params
 
 
 @every
@@ -102,14 +116,12 @@ def test_under_jit_nothing_changes_its_type_and_the_second_step_compiles_nothing
     step = jax.jit(tx.update)
     state = tx.init(params)
     updates, new = step(gradients, state, params)
-    assert described(new) == described(state)
-    assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(
-        lambda p: (p.shape, p.dtype), params
-    )
-    updates, _ = step(updates, new, optax.apply_updates(params, updates))
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    assert weak_types(new) == weak_types(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    step(updates, new, optax.apply_updates(params, updates))
     assert step._cache_size() == 1
-    eager = tx.update(gradients, state, params)
-    close((updates, new)[1], eager[1], COARSE if dtype == jnp.bfloat16 else CLOSE)
+    close((updates, new), tx.update(gradients, state, params), COARSE if dtype == jnp.bfloat16 else CLOSE)
 
 
 @every
@@ -118,15 +130,12 @@ def test_bfloat16_follows_float32(name):
     left."""
     tx, params, gradients, _ = setting(name, dtype=jnp.bfloat16)
     as_float32 = jax.tree.map(lambda a: a.astype(jnp.float32), (params, gradients))
-    found, _ = tx.update(gradients, tx.init(params), params)
-    expected, _ = tx.update(as_float32[1], tx.init(as_float32[0]), as_float32[0])
-    close(found, expected, COARSE)
+    close(first_step(tx, params, gradients)[0], first_step(tx, *as_float32)[0], COARSE)
 
 
 @every
 def test_a_step_that_donates_its_state_leaves_the_scales(name):
-    _, params, gradients, scales = setting(name)
-    tx = OPTIMIZERS[name](scales)
+    tx, params, gradients, scales = setting(name)
     jax.jit(lambda s, g, p: tx.update(g, s, p), donate_argnums=0)(tx.init(params), gradients, params)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(scales))
     tx.init(params)
@@ -136,7 +145,8 @@ def test_a_step_that_donates_its_state_leaves_the_scales(name):
 def test_unknown_extra_arguments_are_let_pass(name):
     tx, params, gradients, _ = setting(name)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
-    close(steps(tx, params, gradients, value=1.0, who="knows")[0], steps(tx, params, gradients)[0])
+    told = optax.GradientTransformation(tx.init, functools.partial(tx.update, value=1.0, who="knows"))
+    close(two_steps(told, params, gradients, update=eager), two_steps(tx, params, gradients))
 
 
 @every
@@ -144,18 +154,20 @@ def test_half_precision_gradients_of_float32_parameters(name):
     """As in Optax, the update is as wide as the optimizer computes, that of kernels too."""
     tx, params, gradients, _ = setting(name)
     half = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients)
-    updates, state = tx.update(half, tx.init(params), params)
+    updates, state = first_step(tx, params, half)
     assert updates["a"]["kernel"].dtype == updates["norm"]["scale"].dtype
-    assert described(state) == described(tx.init(params))
+    start = tx.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
+    assert weak_types(state) == weak_types(start)
     wide = jax.tree.map(lambda g: g.astype(jnp.float32), half)
-    close(updates, tx.update(wide, tx.init(params), params)[0], COARSE)
+    close(updates, first_step(tx, params, wide)[0], COARSE)
 
 
 @every
 def test_no_constant_of_a_parameters_size_in_the_program(name):
     """The multipliers are computed from vectors. A dense one would be 64 x 64 x 9 numbers of text."""
     tx, params, gradients, _ = setting(name, width=64)
-    text = jax.jit(tx.update).lower(gradients, tx.init(params), params).as_text()
+    text = jax.jit(tx.update).lower(gradients, jax.eval_shape(tx.init, params), params).as_text()
     literals = re.findall(r'dense<"0x([0-9A-Fa-f]+)">', text) + re.findall(r"dense<\[(.*?)\]>", text)
     assert max((len(literal) for literal in literals), default=0) < 1000
     assert "tensor<3x3x64x64xf32>" in text
@@ -167,7 +179,7 @@ def test_sharded_parameters(name, axis):
     """The numbers of one device; updates and state lie after a step where they lay before it."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     tx, params, gradients, _ = setting(name, window=(3, 3) if axis else (4, 3))
-    expected, _ = steps(tx, params, gradients)
+    expected = two_steps(tx, params, gradients)
     whole = jax.NamedSharding(mesh, jax.P())
 
     def where_it_lies(a):
@@ -212,7 +224,7 @@ def test_nnx_optimizer(name):
     step = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
     for _ in range(2):
         step(model, optimizer, grads)
-    close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), steps(tx, params, gradients)[0])
+    close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), two_steps(tx, params, gradients))
 
 
 @every
@@ -221,10 +233,12 @@ def test_masked_and_partition(name):
     tx, params, gradients, scales = setting(name)
     alone = {"a": params["a"]}
     shown = Scales({"a/kernel": scales.entries["a/kernel"]})
-    expected, _ = steps(OPTIMIZERS[name](shown), alone, {"a": gradients["a"]})
-    found, _ = steps(optax.masked(tx, {"a": True, "b": False, "norm": False}), params, gradients)
+    expected = two_steps(OPTIMIZERS[name](shown), alone, {"a": gradients["a"]}, update=eager)
+    masked = optax.masked(tx, {"a": True, "b": False, "norm": False})
+    found = two_steps(masked, params, gradients, update=eager)
     close(found["a"], expected["a"])
-    found, _ = steps(optax.partition({"ours": tx, "frozen": optax.set_to_zero()}, labels), params, gradients)
+    frozen = optax.partition({"ours": tx, "frozen": optax.set_to_zero()}, labels)
+    found = two_steps(frozen, params, gradients, update=eager)
     close(found["a"], expected["a"])
     close(found["b"], params["b"])
 
@@ -240,25 +254,22 @@ def test_multi_steps_takes_the_mean_gradient(name):
     tx, params, gradients, _ = setting(name)
     other = jax.tree.map(lambda g: g**2, gradients)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, gradients, other)
-    accumulate = optax.MultiSteps(tx, 2)
-    state = accumulate.init(params)
-    step = jax.jit(accumulate.update)
-    updates, state = step(gradients, state, params)
-    assert not any(np.any(u) for u in jax.tree.leaves(updates))
-    updates, state = step(other, state, params)
-    close(updates, tx.update(mean, tx.init(params), params)[0])
+    accumulate = optax.MultiSteps(tx, 2).gradient_transformation()
+    updates, state = first_step(accumulate, params, gradients)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
+    updates, _ = update(accumulate, other, state, params)
+    close(updates, first_step(tx, params, mean)[0])
 
 
 @every
 def test_apply_if_finite_skips_a_bad_gradient(name):
     tx, params, gradients, _ = setting(name)
     guarded = optax.apply_if_finite(tx, 3)
-    state = guarded.init(params)
     bad = gradients | {"a": {"kernel": gradients["a"]["kernel"].at[0, 0, 0, 0].set(jnp.nan)}}
-    updates, state = jax.jit(guarded.update)(bad, state, params)
-    assert not any(np.any(u) for u in jax.tree.leaves(updates))
-    updates, state = guarded.update(gradients, state, params)
-    close(updates, tx.update(gradients, tx.init(params), params)[0])
+    updates, state = first_step(guarded, params, bad)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
+    updates, _ = update(guarded, gradients, state, params)
+    close(updates, first_step(tx, params, gradients)[0])
 
 
 @every
@@ -276,7 +287,7 @@ def test_pmap(name):
     parallel = jax.pmap(step, axis_name="batch", devices=jax.devices()[:count])
     for _ in range(2):
         many = parallel(*many, parts)
-    expected, _ = steps(tx, params, gradients)
+    expected = two_steps(tx, params, gradients)
     for device in range(count):
         close(jax.tree.map(lambda a, d=device: a[d], many[0]), expected)
 
@@ -314,8 +325,7 @@ def test_inject_hyperparams_around_it(name):
     before, state = step(gradients, state, params)
     state.hyperparams["number"] = jnp.asarray(0.4)
     after, _ = step(gradients, state, params)
-    other = jax.jit(make(scales, 0.1).update)
-    expected, state = other(gradients, make(scales, 0.1).init(params), params)
+    expected, state = first_step(make(scales, 0.1), params, gradients)
     close(before, expected)
     close(after, jax.jit(make(scales, 0.4).update)(gradients, state, params)[0])
 
@@ -340,7 +350,7 @@ def test_inject_hyperparams_of_the_ready_made(factory, changed):
         state.hyperparams[field] = jnp.asarray(value)
     updates, state = jax.jit(tx.update)(gradients, state, params)
     fixed = factory(0.1, scales, **changed)
-    close(updates, fixed.update(gradients, fixed.init(params), params)[0])
+    close(updates, first_step(fixed, params, gradients)[0])
 
 
 @every

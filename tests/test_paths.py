@@ -115,3 +115,22 @@ def test_names_without_values_leave_no_blanks():
     assert paths.describe_difference({"a": "", "b": ""}, {"c": ""}) == (
         "2 missing entries: a, b; 1 extra entries: c"
     )
+
+
+def test_natural_order_counts_in_every_part_and_puts_parents_first():
+    names = [
+        "conv10",
+        "conv2/kernel",
+        "conv2",
+        "a/10",
+        "a/9/b",
+        "a/9",
+        "a",
+        "",
+        "1x1",
+        "stage2.10",
+        "stage2.9",
+    ]
+    assert sorted(names, key=paths.natural_order) == [
+        *("", "1x1", "a", "a/9", "a/9/b", "a/10", "conv2", "conv2/kernel", "conv10", "stage2.9", "stage2.10")
+    ]

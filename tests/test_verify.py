@@ -1,6 +1,7 @@
 """The checker agrees where the equivalence holds; where an optimizer, a model or a loss breaks it, it says
 why."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +117,7 @@ def test_a_network_and_its_twin_stay_together(setting):
     assert result.steps == len(result.losses) == 12
     assert "stages/1/1/conv/kernel" in result.differences
     assert "stages/1/1/bn/mean" in result.differences  # statistics are compared too
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, nnx.state(model)))
+    chex.assert_trees_all_equal(before, nnx.state(model))
     assert model.head.kernel.dtype == jnp.float32
     assert result.compared.startswith("12 steps in float64, batch norm in training mode (6 layers)")
 

@@ -8,6 +8,7 @@ branches are trained by Optax's own optimizer.
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,6 +243,21 @@ def entries(branches, branch):
             add(place, i, o, (*branch.size, inputs, out), (*tap, i, o))
     to, source, factor = zip(*found)
     return np.array(to), np.array(source), np.array(factor)
+
+
+def assert_close(found, expected, tolerance):
+    """Every leaf of `found` within `tolerance` times the largest entry of the expected leaf."""
+
+    def size(leaf):
+        return np.abs(wide(leaf)).max(initial=0.0) or 1e-6
+
+    def wide(leaf):
+        return np.asarray(leaf).astype(np.float64)
+
+    scaled = jax.tree.map(lambda e: wide(e) / size(e), expected)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda f, e: wide(f) / size(e), found, expected), scaled, rtol=0, atol=tolerance
+    )
 
 
 def distance(found, expected):

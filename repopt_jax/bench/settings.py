@@ -1,13 +1,13 @@
 """What is measured: the network, its input, and how often."""
 
 import dataclasses
-import difflib
 import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
 
 from repopt_jax import models
+from repopt_jax.hints import did_you_mean
 
 # Name on the command line -> title in results, mode, and scales.
 NETWORKS: dict[str, tuple[str, str, str]] = {
@@ -91,10 +91,8 @@ class Settings:
 
 def _unknown(name: str, values: Iterable[str], known: Iterable[str]) -> list[str]:
     known = list(known)
-    problems = []
-    for value in values:
-        if value not in known:
-            near = difflib.get_close_matches(value, known, n=1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            problems.append(f"`{name}` {value!r} is none of {', '.join(known)}{meant}")
-    return problems
+    return [
+        f"`{name}` {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}"
+        for value in values
+        if value not in known
+    ]

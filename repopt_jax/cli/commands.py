@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from repopt_jax.cli.config import read_config
-from repopt_jax.cli.errors import UsageError, did_you_mean, print_error, sentence
+from repopt_jax.cli.errors import UsageError, print_error, sentence
 from repopt_jax.cli.jobs import distributed, single_process
+from repopt_jax.hints import did_you_mean
 
 
 @single_process

@@ -6,7 +6,8 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from repopt_jax.cli.errors import UsageError, did_you_mean
+from repopt_jax.cli.errors import UsageError
+from repopt_jax.hints import did_you_mean
 
 
 def read_config(file_and_arg: str, overrides: Sequence[str] = ()) -> Any:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterable
 
 # Packages that only some commands need -> the extra that installs them.
 EXTRAS = {
@@ -74,15 +73,3 @@ def sentence(error: BaseException) -> str:
         # More often a bug than the user's mistake: say how to find where it was raised.
         text = f"{type(error).__name__}: {text} (REPOPT_TRACEBACK=1 shows where)"
     return text or type(error).__name__
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The hint " (did you mean X?)" with the known name that is most similar to `name`, or whose part after
-    the last dot is (`learning_rat`: `optim.learning_rate`); empty if none is similar."""
-    import difflib
-
-    known = list(known)
-    last = {one.rpartition(".")[2]: one for one in known}
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    near = near or [last[n] for n in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]
-    return f" (did you mean {near[0]}?)" if near else ""

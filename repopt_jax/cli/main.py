@@ -14,7 +14,8 @@ from typing import Any
 
 from repopt_jax._version import __version__
 from repopt_jax.cli import commands
-from repopt_jax.cli.errors import UsageError, did_you_mean, fail, report
+from repopt_jax.cli.errors import UsageError, fail, report
+from repopt_jax.hints import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:

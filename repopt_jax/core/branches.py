@@ -499,15 +499,10 @@ class BranchSet:
             kind = branch.pop("type")
             if kind not in Branch.types:
                 raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(Branch.types)}")
-            arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.items()}
-            branches.append(Branch.types[kind](**arguments))
-        return cls(
-            tuple(fields["kernel"]),
-            tuple(branches),
-            fields["groups"],
-            fields["layout"],
-            fields.get("stacked", 0),
-        )
+            fields_of = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.items()}
+            branches.append(Branch.types[kind](**fields_of))
+        kernel, groups, layout, stacked = (fields[k] for k in ("kernel", "groups", "layout", "stacked"))
+        return cls(tuple(kernel), tuple(branches), groups, layout, stacked)
 
     def _by_layer(self, fn: Callable[..., T], *arrays: Any) -> T:
         """Maps fn, which is for one layer, over the stack, whose axes are the leading ones of all arrays."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey
 
 T = TypeVar("T")
 
@@ -30,11 +30,10 @@ def named_leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> 
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """`/`-joined name of a key path. The `.value` that an NNX variable adds below its name is not part of
-    it."""
+    """`/`-joined name of a key path, without the `.value` that an NNX variable adds below its name."""
     if path and isinstance(path[-1], GetAttrKey) and path[-1].name in ("value", "raw_value"):
         path = path[:-1]
-    return "/".join(_key_name(key) for key in path)
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -60,6 +59,14 @@ def at(tree: Any, path: str) -> Any:
     for part in path.split("/"):
         node = node[part]
     return node
+
+
+def natural_order(path: str) -> list[list[str | int]]:
+    """Key for sorting paths: conv2 before conv10 in every part of a path, parents first."""
+    return [
+        [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+        for name in path.split("/")
+    ]
 
 
 def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str]) -> dict[str, T]:
@@ -137,17 +144,3 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """The first `most` names of a list, and how many more there are: for messages."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
-
-
-def _key_name(key: Any) -> str:
-    match key:
-        case DictKey():
-            return str(key.key)
-        case FlattenedIndexKey():
-            return str(key.key)
-        case GetAttrKey():
-            return key.name
-        case SequenceKey():
-            return str(key.idx)
-        case _:
-            return str(key).strip(".[]'\"")

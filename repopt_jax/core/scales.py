@@ -268,6 +268,25 @@ def check_finite(scales: Scales, *, where: str = "") -> None:
         raise ValueError(f"the scales{where} hold NaN or infinite values: {', '.join(bad)}")
 
 
+def check_values(scales: Scales) -> None:
+    """Raises ValueError, with every path, if scales are NaN or infinite, or if all scales of a layer are 0:
+    its branches could neither contribute to the kernel nor be trained. Traced values are not looked at."""
+    check_finite(scales)
+    dead = []
+    for path, entry in scales.entries.items():
+        scaled = [b.name for b in entry.branches.branches if b.has_scale]
+        vectors = [entry.vectors[name] for name in scaled if name in entry.vectors]
+        shape = entry.branches.vector_shape
+        if vectors and all(is_concrete(v) and np.shape(v) == shape for v in vectors):
+            alive = np.any([np.any(np.asarray(v), axis=-1) for v in vectors], axis=0)
+            dead += [f"{path}{at.tolist() or ''}" for at in np.argwhere(~alive)]
+    if dead:
+        raise ValueError(
+            f"all scales are 0 at {', '.join(dead)}, so these kernels would not be trained: leave the layers "
+            "out of the scales, or search them again"
+        )
+
+
 def is_concrete(x: Any) -> bool:
     """Whether x has values: it is neither a tracer nor a `jax.ShapeDtypeStruct`."""
     return not isinstance(x, (Tracer, jax.ShapeDtypeStruct))

@@ -2,8 +2,8 @@
 
 A converted folder holds
 
-    weights/        the network's arrays, an Orbax checkpoint
-    convert.json    the description of the network, written last, so that a folder that has it is complete
+convert.json    the description of the network
+weights/        the network's arrays, an Orbax checkpoint; written last, and whole or not there
 """
 
 import dataclasses
@@ -131,11 +131,10 @@ def save_converted(directory: str | os.PathLike[str], model: nnx.Module, descrip
     folder = Path(directory).expanduser().absolute()
     if folder.exists():
         raise FileExistsError(f"{folder} exists: give another path or remove it")
-    ocp.save(str(folder / "weights"), nnx.to_pure_dict(arrays_of(model)))
+    folder.mkdir(parents=True)
     record = {**dataclasses.asdict(description), "library_version": __version__}
-    part = folder / (RECORD + ".part")
-    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / RECORD)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    ocp.save(str(folder / WEIGHTS), nnx.to_pure_dict(arrays_of(model)))
 
 
 def load_converted(directory: str | os.PathLike[str]) -> Any:
@@ -154,7 +153,7 @@ def load_converted(directory: str | os.PathLike[str]) -> Any:
     target = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), nnx.to_pure_dict(arrays_of(model))
     )
-    nnx.replace_by_pure_dict(state, ocp.load(str(folder / "weights"), target))
+    nnx.replace_by_pure_dict(state, ocp.load(str(folder / WEIGHTS), target))
     return nnx.merge(graph, jax.tree.map(init_rng_state, state))
 
 
@@ -163,6 +162,10 @@ def read_description(directory: str | os.PathLike[str]) -> Description:
     record = Path(directory).expanduser().absolute() / RECORD
     if not record.is_file():
         raise FileNotFoundError(f"{record.parent} has no {RECORD}: it holds no converted network")
+    if not (record.parent / WEIGHTS).is_dir():
+        raise FileNotFoundError(
+            f"{record.parent} has no {WEIGHTS}: its conversion was interrupted, repeat it"
+        )
     fields = json.loads(record.read_text(encoding="utf-8"))
     version = fields.pop("library_version", "?")
     if set(fields) != {field.name for field in dataclasses.fields(Description)}:
@@ -172,7 +175,7 @@ def read_description(directory: str | os.PathLike[str]) -> Description:
     return Description(**fields)
 
 
-RECORD = "convert.json"
+RECORD, WEIGHTS = "convert.json", "weights"
 
 
 def strides_of(model: models.Network) -> tuple[int, ...]:

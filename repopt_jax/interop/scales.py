@@ -130,8 +130,7 @@ def _blocks(tensors: Mapping[str, np.ndarray]) -> list[_Block]:
         if (found := _SCALE.fullmatch(tensor)) and f"{found[1]}.cheap_operation.1.running_mean" not in tensors
     )
     blocks = []
-    # Sorted by name, with the numbers in it as numbers.
-    for name, ghost in sorted(names, key=lambda entry: re.sub(r"\d+", lambda n: n[0].zfill(9), entry[0])):
+    for name, ghost in sorted(names, key=lambda entry: paths.natural_order(entry[0])):
         prefix = f"{name}." if name else ""
         keys = {
             role: f"{prefix}{layer}.weight" for layer, role in (_GHOST_ROLES if ghost else _VGG_ROLES).items()

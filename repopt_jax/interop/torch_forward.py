@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from repopt_jax.core.paths import natural_order
+
 # The branches that are summed in a block, each a sequence of layers of which those that the block has are
 # applied; then the layer after the sum, the two layers of squeeze-and-excitation, and whether that comes
 # before the ReLU.
@@ -99,7 +101,7 @@ def torch_logits(
         if scheme not in _GRAMMARS:
             raise ValueError(f"`scheme` is {scheme!r}: it must be one of {', '.join(_GRAMMARS)}, repghost")
         places = r"(stem|stage0|stage\d+\.\d+|stages\.\d+\.\d+)\."
-        blocks = sorted({m[1] for key in tensors if (m := re.match(places, key))}, key=_numbers)
+        blocks = sorted({m[1] for key in tensors if (m := re.match(places, key))}, key=_block_order)
         if len(blocks) != len(strides):
             raise ValueError(f"`strides` has {len(strides)} entries and the state dict {len(blocks)} blocks")
         for block, stride in zip(blocks, strides):
@@ -168,7 +170,7 @@ def _sum_block(run: _Run, prefix: str, x: Any, stride: int, scheme: str) -> Any:
 def _ghost(run: _Run, x: Any) -> Any:
     x = run("bn1", run("conv_stem", x, stride=2)).relu()
     found = {m[1] for key in run.tensors if (m := re.match(r"(blocks\.\d+\.\d+)\.", key))}
-    *blocks, last = sorted(found, key=_numbers)
+    *blocks, last = sorted(found, key=natural_order)
     for block in blocks:
         stride = 2 if run.has(f"{block}.conv_dw") else 1
         y = _ghost_module(run, f"{block}.ghost1", x).relu()
@@ -207,6 +209,6 @@ def _ghost_module(run: _Run, name: str, x: Any) -> Any:
     return run(f"{name}.final_bn", total) if run.has(f"{name}.final_bn") else total
 
 
-def _numbers(prefix: str) -> list[int]:
-    """Sort key of blocks in the network's order: the stem first, then by their numbers."""
-    return [] if prefix == "stem" else [int(n) for n in re.findall(r"\d+", prefix)]
+def _block_order(prefix: str) -> tuple[bool, list]:
+    """Blocks in the network's order: the stem first, then by their numbers."""
+    return prefix != "stem", natural_order(prefix)

@@ -1,12 +1,12 @@
 """Every network by name: `create` and `list`."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any, Literal
 
 from flax import nnx
 
+from repopt_jax.hints import did_you_mean
 from repopt_jax.models.fcos import DETECTORS, FCOS
 from repopt_jax.models.ghost import GHOST_VARIANTS, ghostnet
 from repopt_jax.models.mobileone import MOBILEONE_VARIANTS, mobileone
@@ -79,8 +79,7 @@ def register(entry: Entry) -> None:
 def find(name: str) -> Entry:
     """The entry of this name; ValueError for an unknown one."""
     if name.lower() not in NETWORKS:
-        near = difflib.get_close_matches(name.lower(), NETWORKS, n=1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        meant = did_you_mean(name, NETWORKS)
         raise ValueError(f"there is no network {name!r}{meant}: it must be one of {', '.join(NETWORKS)}")
     return NETWORKS[name.lower()]
 

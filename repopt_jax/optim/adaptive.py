@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import optax
 
 from repopt_jax.core import paths
-from repopt_jax.core.scales import LayerScales, Scales
+from repopt_jax.core.scales import LayerScales, Scales, check_values
 from repopt_jax.optim.reparameterize import reparameterize
-from repopt_jax.optim.sgd import check_values, require_gradients, state_vectors
+from repopt_jax.optim.sgd import require_gradients, state_vectors
 
 Rule = Literal["exact", "published"]
 RULES: tuple[str, ...] = get_args(Rule)

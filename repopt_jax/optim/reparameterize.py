@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 from repopt_jax.core import paths
-from repopt_jax.core.scales import Scales, is_concrete
-from repopt_jax.optim.sgd import check_values, require_gradients, state_vectors, visible_scales
+from repopt_jax.core.scales import Scales, check_values, is_concrete
+from repopt_jax.optim.sgd import require_gradients, state_vectors, visible_scales
 
 # Largest relative difference between the merged `weights` and the kernels of the parameters. It allows for
 # rounding to half precision and rejects other kernels.

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from repopt_jax.core import paths
-from repopt_jax.core.scales import Scales, check_finite, check_fit, is_concrete
+from repopt_jax.core.scales import Scales, check_fit, check_values, is_concrete
 
 
 class RepOptMaskState(NamedTuple):
@@ -224,25 +223,6 @@ def require_gradients(updates: Any, vectors: Iterable[str]) -> None:
         raise ValueError(
             f"the gradients lack kernels that the optimizer was initialised with: {', '.join(missing)}; give "
             "`update` gradients of the same tree of parameters as `init`"
-        )
-
-
-def check_values(scales: Scales) -> None:
-    """Raises ValueError, with every path, if scales are NaN or infinite, or if all scales of a layer are 0:
-    its branches could neither contribute to the kernel nor be trained. Traced values are not looked at."""
-    check_finite(scales)
-    dead = []
-    for path, entry in scales.entries.items():
-        scaled = [b.name for b in entry.branches.branches if b.has_scale]
-        vectors = [entry.vectors[name] for name in scaled if name in entry.vectors]
-        shape = entry.branches.vector_shape
-        if vectors and all(is_concrete(v) and np.shape(v) == shape for v in vectors):
-            alive = np.any([np.any(np.asarray(v), axis=-1) for v in vectors], axis=0)
-            dead += [f"{path}{at.tolist() or ''}" for at in np.argwhere(~alive)]
-    if dead:
-        raise ValueError(
-            f"all scales are 0 at {', '.join(dead)}, so these kernels would not be trained: leave the layers "
-            "out of the scales, or search them again"
         )
 
 

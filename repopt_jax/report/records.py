@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from repopt_jax.core.paths import natural_order
 from repopt_jax.train.rundir import read_json, read_records
 
 
@@ -100,16 +101,11 @@ def history_of(scales: Sequence[Mapping], train: Sequence[Mapping] = ()) -> Hist
         (layer, branch): {
             field: np.array([float(r["layers"][layer][branch][field]) for r in scales]) for field in fields
         }
-        for layer, branches in sorted(scales[0]["layers"].items(), key=_natural)
+        for layer, branches in sorted(scales[0]["layers"].items(), key=lambda item: natural_order(item[0]))
         for branch, fields in sorted(branches.items(), key=_largest_first)
     }
     epochs = np.array([float(r["epoch"]) for r in scales])
     return History(epochs, _rates([r["step"] for r in scales], train), vectors)
-
-
-def _natural(item: tuple[str, Any]) -> list[Any]:
-    """stages/3/2 before stages/3/10."""
-    return [int(part) if part.isdigit() else part for part in item[0].split("/")]
 
 
 def _largest_first(item: tuple[str, Any]) -> tuple[bool, list[int]]:

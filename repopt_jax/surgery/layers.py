@@ -264,15 +264,7 @@ def _described(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> dict[str
             problems.append(f"{path} ({type(module).__name__}): {error}")
     if problems:
         raise ValueError(f"layers that cannot be made of branches: {'; '.join(problems)}")
-    return dict(sorted(found.items(), key=lambda item: _reading_order(item[0])))
-
-
-def _reading_order(path: str) -> list[list[tuple[int, str]]]:
-    """conv2 before conv10, and so in every part of a path."""
-    return [
-        [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-        for name in path.split("/")
-    ]
+    return dict(sorted(found.items(), key=lambda item: paths.natural_order(item[0])))
 
 
 def _chooser(model: nnx.Module, layers: Mapping[str, Layer], branches: Branches) -> Callable[[Layer], Chosen]:

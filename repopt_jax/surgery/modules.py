@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from repopt_jax.core.paths import natural_order
+
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Yields every module of `model` with its path, parents first, list entries in numerical order.
@@ -13,9 +15,8 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     A path is `stages/1/0/conv`, that of the model itself is empty. A module that is used in several places
     occurs once, under its path in `nnx.split(model)`; `aliases` has its other paths.
     """
-    found = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    for path in sorted(found, key=lambda path: [_natural(part) for part in path]):
-        yield "/".join(path), found[path]
+    found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    yield from sorted(found.items(), key=lambda item: natural_order(item[0]))
 
 
 def aliases(model: nnx.Module) -> dict[str, str]:
@@ -73,7 +74,7 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
             if new is not None:
                 inside.update(id(child) for _, child in nnx.iter_modules(module))
             else:
-                for name, child in sorted(_attributes(module), key=lambda item: _natural(item[0])):
+                for name, child in sorted(_attributes(module), key=lambda item: natural_order(item[0])):
                     if (changed := visit(join(path, name), child)) is not child:
                         removed = isinstance(changed, Removed)
                         setattr(module, name, nnx.data(None) if removed else changed)
@@ -118,8 +119,3 @@ def _every_path(path: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple
 
 def _attributes(module: nnx.Module) -> list[tuple[str, Any]]:
     return [item for item in vars(module).items() if not item[0].startswith("_pytree__")]
-
-
-def _natural(name: str) -> tuple[int, str]:
-    """List entries in numerical order."""
-    return (int(name), "") if name.isdecimal() else (-1, name)

@@ -1,7 +1,6 @@
 """The ways of training a network, and the preparation of a plain network for one of them."""
 
 import dataclasses
-import difflib
 import enum
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ from flax import nnx
 
 from repopt_jax.core.scales import Scales
 from repopt_jax.core.structure import STRUCTURES
+from repopt_jax.hints import did_you_mean
 from repopt_jax.surgery.layers import Branches, Select, find_branches
 from repopt_jax.surgery.reinitialize import reinitialize
 from repopt_jax.surgery.search import to_search
@@ -43,10 +43,8 @@ class Mode(enum.StrEnum):
         try:
             return cls(text)
         except ValueError:
-            near = difflib.get_close_matches(str(text).lower(), list(cls), n=1)
-            meant = f" (did you mean '{near[0]}'?)" if near else ""
             raise ValueError(
-                f"there is no mode {text!r}{meant}: it must be one of {', '.join(cls)}"
+                f"there is no mode {text!r}{did_you_mean(text, cls)}: it must be one of {', '.join(cls)}"
             ) from None
 
     @property

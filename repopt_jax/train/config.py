@@ -8,7 +8,6 @@ and lists all problems at once. The dataclasses are not frozen, because `ml_coll
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
@@ -24,6 +23,7 @@ from repopt_jax import models, userfile
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import LEAST_SIZE
 from repopt_jax.data.transforms import LARGEST_MAGNITUDE
+from repopt_jax.hints import did_you_mean
 from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.surgery.prepare import Mode
 
@@ -463,7 +463,7 @@ def _field_problems(config: Config) -> Iterator[str]:
         name, value, default, rules = setting
         known = choices(setting)
         if known is not None and value not in known:
-            yield f"`{name}`={value!r} must be one of {', '.join(known)}{_closest(value, known)}"
+            yield f"`{name}`={value!r} must be one of {', '.join(known)}{did_you_mean(value, known)}"
         if value is not None and (limits := _range_problem(setting, settings)):
             numbers = "hold finite numbers" if isinstance(value, tuple) else "be a finite number"
             yield f"`{name}`={value} must {numbers}, {limits}{', or None' if default is None else ''}"
@@ -499,11 +499,6 @@ def _range_problem(setting: _Setting, settings: Mapping[str, _Setting]) -> str |
             entries = setting.value if isinstance(setting.value, tuple) else (setting.value,)
             inside = inside and all(math.isfinite(entry) and holds(entry, limit) for entry in entries)
     return None if inside else " and ".join(words)
-
-
-def _closest(value: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(value), known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _scales_problems(config: Config) -> Iterator[str]:
@@ -616,7 +611,7 @@ def parse_argument(arg: str, choices: Iterable[str], default: str | None = None)
     name = name or default or choices[0]
     if name not in choices:
         raise ValueError(
-            f"argument {arg!r}{_closest(name, choices)} must be one of {', '.join(choices)}, or that and "
+            f"argument {arg!r}{did_you_mean(name, choices)} must be one of {', '.join(choices)}, or that and "
             "',smoke'"
         )
     if option not in ("", "smoke"):
