@@ -1,7 +1,5 @@
 """Networks for tests: counted without being made, filled with random numbers, and checked against loops."""
 
-import types
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,17 +8,18 @@ from flax import nnx
 
 from repopt_jax import fuse, prepare
 from repopt_jax.core import paths
+from repopt_jax.nn.rngs import counted_in_python
 from repopt_jax.surgery.modules import named_modules
 
 
 def abstract(build, *args, **options):
-    """The shapes of `build(*args, rngs=..., **options)`; nothing is drawn.
+    """The shapes of `build(*args, rngs=..., **options)`; nothing is drawn."""
 
-    One key for everything: with an `nnx.Rngs` tracing takes a time that grows with the square of the number
-    of layers. Hence no dropout here.
-    """
-    key = jax.random.key(0)
-    return nnx.eval_shape(lambda: build(*args, **options, rngs=types.SimpleNamespace(params=lambda: key)))
+    def counted():
+        with counted_in_python(nnx.Rngs(0)) as rngs:
+            return build(*args, **options, rngs=rngs)
+
+    return nnx.eval_shape(counted)
 
 
 def made_ready(build, mode, *args, **options):

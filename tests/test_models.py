@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -309,3 +310,19 @@ def test_what_does_not_fit_is_refused():
         network(TINY, num_classes=0)
     with pytest.raises(ValueError, match="`activation` is 'gelu': it must be one of relu, relu6, none"):
         network(TINY, activation="gelu")
+
+
+def test_keys_counted_in_python_are_those_of_flax():
+    """Also the keys that dropout keeps, and those that are drawn afterwards."""
+    by_create, by_family = nnx.Rngs(3), nnx.Rngs(3)
+    entry = models.find("repghost-digits")
+    options = {"num_classes": 10, "in_channels": 3, "dropout": 0.2}
+    found = models.create(entry.name, **options, rngs=by_create)
+    expected = entry.family(entry.variant, **options, rngs=by_family)
+    assert by_create.default.count[...] == by_family.default.count[...] > 20
+    for model in (found, expected):
+        model.train()
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    for _ in range(2):
+        chex.assert_trees_all_equal(found(x), expected(x))
+    chex.assert_trees_all_equal(nnx.state(found), nnx.state(expected))

@@ -99,7 +99,7 @@ def build(description: Description) -> Any:
     def make() -> nnx.Module:
         options: dict[str, Any] = {"post_se": True} if description.post_se else {}
         sizes = {"num_classes": description.classes, "in_channels": description.in_channels}
-        return models.create(description.model, **sizes, **options, rngs=_OneKey(0))
+        return models.create(description.model, **sizes, **options, rngs=nnx.Rngs(0))
 
     def prepared(model: nnx.Module) -> nnx.Module:
         if mode not in (Mode.PLAIN, Mode.REPOPT):
@@ -109,15 +109,7 @@ def build(description: Description) -> Any:
             return model
         return fuse(model, only=(Branched,) if description.form == "merged" else ())
 
-    # Two separate traces, because the time that random numbers take in a trace grows with its square.
-    return nnx.eval_shape(prepared, nnx.eval_shape(make))
-
-
-class _OneKey(nnx.Rngs):
-    """Gives every parameter the same key: if no values are drawn, counting keys takes most of the time."""
-
-    def params(self) -> jax.Array:
-        return jax.random.key(0)
+    return nnx.eval_shape(lambda: prepared(make()))
 
 
 def save_converted(directory: str | os.PathLike[str], model: nnx.Module, description: Description) -> None:

@@ -12,6 +12,7 @@ from repopt_jax.models.ghost import GHOST_VARIANTS, ghostnet
 from repopt_jax.models.mobileone import MOBILEONE_VARIANTS, mobileone
 from repopt_jax.models.network import Network
 from repopt_jax.models.vgg import VGG_VARIANTS, vgg
+from repopt_jax.nn.rngs import counted_in_python
 
 Task = Literal["classify", "detect"]
 
@@ -57,7 +58,8 @@ def create(
     """
     entry = find(name)
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
-    return entry.family(entry.variant, **sizes, dtype=dtype, rngs=rngs, **options)
+    with counted_in_python(rngs) as counted:
+        return entry.family(entry.variant, **sizes, dtype=dtype, rngs=counted, **options)
 
 
 def list(task: Task | None = None) -> tuple[str, ...]:

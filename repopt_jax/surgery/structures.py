@@ -17,6 +17,7 @@ from repopt_jax.models.network import Network
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged
+from repopt_jax.nn.rngs import counted_in_python
 from repopt_jax.surgery.layers import Branches, Layer, Select, find_branches, find_layers
 from repopt_jax.surgery.modules import Removed, aliases, join, named_modules, replace_modules
 
@@ -67,7 +68,8 @@ def to_structure(
 
     def make(layer: Layer, **options: Any) -> StructuredLayer:
         kind = Branched if made[layer.path].followers("norm") else Merged
-        return kind(made[layer.path], rngs=nnx.Rngs(params=key_of(layer.path, key)), **options)
+        with counted_in_python(nnx.Rngs(params=key_of(layer.path, key))) as own:
+            return kind(made[layer.path], rngs=own, **options)
 
     without_norm = {path for path, s in made.items() if not s.norm}
     return replace_layers(model, layers, make, without_norm=without_norm)
