@@ -130,6 +130,7 @@ def test_two_processes_leave_the_run_of_one(digits, tmp_path, repopt, in_one_pro
     assert (summary["steps"], summary["test_count"], summary["finished"]) == (12, 20, True)
 
 
+@pytest.mark.kills
 def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_process):
     """SIGTERM to one of them; the run is finished by one process on four devices."""
     from repopt_jax.cli.main import main
@@ -152,6 +153,7 @@ def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_pro
     assert json.loads((out / "summary.json").read_text())["steps"] == epochs * 4
 
 
+@pytest.mark.kills
 def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_process):
     """In a run that one process began, two went on with, and one finishes."""
     from repopt_jax.cli.main import main
