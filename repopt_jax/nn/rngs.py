@@ -25,7 +25,7 @@ def counted_in_python(rngs: nnx.Rngs) -> Iterator[nnx.Rngs]:
         setattr(counted, name, stream)
     yield counted
     for name, stream in streams.items():
-        count = stream.count.get_value() + np.uint32(stream.drawn)
+        count = stream.count.get_value() + np.uint32(stream.drawn or 0)
         rngs[name].count.set_value(count)
         stream.count.set_value(count)
         stream.drawn = None

@@ -68,7 +68,7 @@ def join(coordinator: str = "", count: int | None = None, index: int | None = No
         jax.distributed.initialize(coordinator, count, index, **_timeouts())
 
 
-def _timeouts() -> dict[str, int]:
+def _timeouts() -> dict[str, Any]:
     return {"heartbeat_timeout_seconds": HEARTBEAT_S, "shutdown_timeout_seconds": SHUTDOWN_S}
 
 
