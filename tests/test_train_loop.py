@@ -122,6 +122,19 @@ def test_finished_run_is_reused(digits, unbroken):
     assert (unbroken("repopt") / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"wall_s": None}, {"colour": "blue"}], ids=["lacks", "other"])
+def test_a_summary_of_other_fields_is_refused(digits, tmp_path, unbroken, change):
+    shutil.copytree(unbroken("search"), tmp_path / "run")
+    path = tmp_path / "run" / "summary.json"
+    fields = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in fields.items() if name != "wall_s" or value}))
+    lacks, has = ("wall_s", "nothing") if "wall_s" in change else ("nothing", "colour")
+    with pytest.raises(
+        ValueError, match=rf"summary\.json is damaged .* it lacks {lacks} and has {has} beside"
+    ):
+        train.run(tiny_config("search", digits), tmp_path / "run", progress=False)
+
+
 # -- gone wrong
 # ---
 

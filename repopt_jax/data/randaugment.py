@@ -36,7 +36,7 @@ def randaugment(image: Image.Image, magnitude: int, rng: np.random.Generator) ->
 
     Args:
       image: mode L or RGB. Grey images have no colour to strengthen, so `color` leaves them as they are.
-      magnitude: in [1, `transforms.LARGEST_MAGNITUDE`]; strengths are integers in [0, `magnitude`).
+      magnitude: in [1, `transforms.MAX_MAGNITUDE`]; strengths are integers in [0, `magnitude`).
       rng: draws the operations, their strengths and what else is random.
 
     Returns:

@@ -31,7 +31,7 @@ KEYPOINTS = ("top", "bottom", "left", "right", "centroid")
 SIGMAS = (0.1, 0.1, 0.1, 0.1, 0.05)
 STROKE = 0.4
 # Side of the smallest scene, in pixels: in a smaller one a digit has too few to be recognised.
-LEAST_SIZE = 32
+MIN_SIZE = 32
 # Side of the 8x8 image with a rim of one empty pixel, which makes the stroke fade out where it touches the
 # border of the image.
 RIMMED = 8 + 2
@@ -67,7 +67,7 @@ def open_scenes(
       ValueError: arguments out of their ranges; it lists all of them.
       ImportError: scikit-learn, which carries the digits, is not installed.
     """
-    least = {"seed": 0, "num_train": 1, "num_eval": 1, "size": LEAST_SIZE, "max_objects": 1}
+    least = {"seed": 0, "num_train": 1, "num_eval": 1, "size": MIN_SIZE, "max_objects": 1}
     given = (seed, num_train, num_eval, size, max_objects)
     problems = [
         f"`{name}` is {value}; it must be at least {smallest}"

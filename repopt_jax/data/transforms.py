@@ -13,7 +13,7 @@ from repopt_jax.data.images import resize
 
 # The largest magnitude of RandAugment, three times the customary range: beyond it hardly an operation leaves
 # anything of an image.
-LARGEST_MAGNITUDE = 30
+MAX_MAGNITUDE = 30
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Transform:
             (
                 "randaugment",
                 self.randaugment is None or _is_magnitude(self.randaugment),
-                f"None or an integer in [1, {LARGEST_MAGNITUDE}]",
+                f"None or an integer in [1, {MAX_MAGNITUDE}]",
             ),
             ("jitter", 0 <= self.jitter < math.inf, "finite and at least 0"),
             ("erasing", 0 <= self.erasing <= 1, "in [0, 1]"),
@@ -152,4 +152,4 @@ def _is_share_range(area: tuple[float, ...]) -> bool:
 
 
 def _is_magnitude(value: int) -> bool:
-    return isinstance(value, int | np.integer) and 1 <= value <= LARGEST_MAGNITUDE
+    return isinstance(value, int | np.integer) and 1 <= value <= MAX_MAGNITUDE

@@ -21,8 +21,8 @@ import jax
 
 from repopt_jax import models, userfile
 from repopt_jax.data import SOURCES
-from repopt_jax.data.scenes import LEAST_SIZE
-from repopt_jax.data.transforms import LARGEST_MAGNITUDE
+from repopt_jax.data.scenes import MIN_SIZE
+from repopt_jax.data.transforms import MAX_MAGNITUDE
 from repopt_jax.hints import did_you_mean
 from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.surgery.prepare import Mode
@@ -145,7 +145,7 @@ class DataConfig:
     flip: bool = False
     area: tuple[float, ...] | None = setting(None, only=CLASSIFY)
     resize: int | None = setting(None, at_least="data.image_size", only=CLASSIFY)
-    randaugment: int | None = setting(None, at_least=1, at_most=LARGEST_MAGNITUDE, only=CLASSIFY)
+    randaugment: int | None = setting(None, at_least=1, at_most=MAX_MAGNITUDE, only=CLASSIFY)
     jitter: float = setting(0.0, at_least=0, only=CLASSIFY)
     erasing: float = setting(0.0, at_least=0, at_most=1, only=CLASSIFY)
     mixup: float = setting(0.0, at_least=0, only=CLASSIFY)
@@ -532,8 +532,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield f"`data.data_dir`={data.data_dir!r} is a URL: {MOUNTED}"
     if len(data.scenes) != 2:
         yield f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation"
-    if data.source == "scenes" and data.image_size < LEAST_SIZE:
-        yield f"`data.image_size`={data.image_size} must be at least {LEAST_SIZE} for scenes"
+    if data.source == "scenes" and data.image_size < MIN_SIZE:
+        yield f"`data.image_size`={data.image_size} must be at least {MIN_SIZE} for scenes"
     paired = data.flip_pairs or ()
     if len(paired) % 2 or len(set(paired)) < len(paired):
         yield (

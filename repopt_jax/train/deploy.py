@@ -25,7 +25,14 @@ from repopt_jax.interop.networks import load_converted
 from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
 from repopt_jax.train.config import Config, from_json
-from repopt_jax.train.rundir import PART, RunFolder, info_from_json, read_json, replace_file
+from repopt_jax.train.rundir import (
+    PART,
+    RunFolder,
+    from_record,
+    info_from_json,
+    read_json,
+    replace_file,
+)
 from repopt_jax.train.state import Network, abstract, first_device, make_mesh, merge_model, split_model
 from repopt_jax.train.tasks import METRICS, Task
 
@@ -217,7 +224,7 @@ def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
     if record is not None:
         differing = [name for name in origin if record.get(name) != origin[name]]
         if not differing:
-            return Deployed(**{**record, "reused": True})
+            return from_record(Deployed, record, out_dir / RECORD, reused=True)
         raise ValueError(
             f"`out_dir` {out_dir} holds another deployment (of {record.get('run')}, step "
             f"{record.get('step')}; it differs in {', '.join(differing)}): choose another folder, or remove "

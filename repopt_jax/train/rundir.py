@@ -18,7 +18,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -31,6 +31,8 @@ from repopt_jax.train.config import MOUNTED, Config, differing_fields, from_json
 from repopt_jax.train.processes import barrier, in_all_processes, is_first
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
+
+R = TypeVar("R")
 
 Info = DatasetInfo | DetectionInfo
 
@@ -142,7 +144,7 @@ class RunFolder:
             self._check_same(stored, config)
         if stored is None or done is None:
             return None
-        return Summary(**done, reused=True)
+        return from_record(Summary, done, self.path / "summary.json", reused=True)
 
     def claim(self, config: Config, info: Info) -> None:
         """Makes the folder that of this run. Call after `finished`.
@@ -260,6 +262,23 @@ def read_json(path: Path, *, default: Any = None) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def from_record(kind: type[R], record: Any, path: Path, **changes: Any) -> R:
+    """Returns the dataclass `kind` of the fields that the file at `path` held, with some of them changed.
+
+    Raises:
+      ValueError: the record lacks a field, or has others.
+    """
+    record = record if isinstance(record, dict) else {}
+    names = {field.name for field in dataclasses.fields(kind)}
+    lacking, others = sorted(names - record.keys() - changes.keys()), sorted(record.keys() - names)
+    if lacking or others:
+        raise ValueError(
+            f"{path} is damaged or of another version: it lacks {', '.join(lacking) or 'nothing'} and has "
+            f"{', '.join(others) or 'nothing'} beside; remove its folder, or choose another one"
+        )
+    return kind(**{**record, **changes})
 
 
 def _sync(file: int) -> None:
