@@ -271,7 +271,7 @@ def from_record(kind: type[R], record: Any, path: Path, **changes: Any) -> R:
       ValueError: the record lacks a field, or has others.
     """
     record = record if isinstance(record, dict) else {}
-    names = {field.name for field in dataclasses.fields(kind)}
+    names = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     lacking, others = sorted(names - record.keys() - changes.keys()), sorted(record.keys() - names)
     if lacking or others:
         raise ValueError(
