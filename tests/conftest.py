@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What is compiled here runs seldom, and what is computed does not depend on the optimizations; with the
 # variable at 0 everything is compiled as in use, which takes twice as long.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = program_cache.compile_flags(os.environ)
 # The processes of pytest-xdist and those that tests start inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(program_cache.folder())
