@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.surgery import SearchTree as SearchTree
     from repopt_jax.surgery import depth_scales as depth_scales
     from repopt_jax.surgery import extract_scales as extract_scales
+    from repopt_jax.surgery import fast_on_cpu as fast_on_cpu
     from repopt_jax.surgery import find_branches as find_branches
     from repopt_jax.surgery import find_layers as find_layers
     from repopt_jax.surgery import fuse as fuse
@@ -80,9 +81,9 @@ _NAMES = {
         "scale_by_repopt_adam",
     ),
     "surgery": (
-        *("Mode", "SearchTree", "depth_scales", "extract_scales", "find_branches", "find_layers", "fuse"),
-        *("prepare", "reinitialize", "search_tree", "to_repvgg", "to_search", "to_structure"),
-        "weight_decay_mask",
+        *("Mode", "SearchTree", "depth_scales", "extract_scales", "fast_on_cpu", "find_branches"),
+        *("find_layers", "fuse", "prepare", "reinitialize", "search_tree", "to_repvgg", "to_search"),
+        *("to_structure", "weight_decay_mask"),
     ),
     "verify": ("verify_equivalence",),
 }

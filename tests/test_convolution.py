@@ -1,0 +1,284 @@
+"""Convolutions lowered for a CPU against XLA's own, with every transformation of JAX; and XLA's text
+elsewhere."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tolerances
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from repopt_jax import fast_on_cpu, find_layers
+from repopt_jax.nn import convolution
+from repopt_jax.nn.convolution import conv_general_dilated, xla_convolutions
+
+LETTERS = "DHW"
+
+
+@st.composite
+def cases(draw):
+    """Shapes and options of a convolution that has at least one output."""
+    axes = draw(st.integers(1, 3))
+    window = draw(st.lists(st.integers(1, 4), min_size=axes, max_size=axes))
+    dilation = draw(st.lists(st.integers(1, 2), min_size=axes, max_size=axes))
+    strides = draw(st.lists(st.integers(1, 3), min_size=axes, max_size=axes))
+    padding = draw(st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 3)), min_size=axes, max_size=axes))
+    sizes = [
+        (n - 1) * d + 1 - before - after + draw(st.integers(0, 4))
+        for n, d, (before, after) in zip(window, dilation, padding)
+    ]
+    sizes = [max(size, 1 - before - after, 2) for size, (before, after) in zip(sizes, padding)]
+    groups = draw(st.sampled_from([1, 2, 3, 4]))
+    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    spatial = LETTERS[-axes:]
+    numbers = draw(
+        st.sampled_from(
+            [
+                (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+                (f"NC{spatial}", f"OI{spatial}", f"NC{spatial}"),
+                (f"{spatial}NC", f"I{spatial}O", f"C{spatial}N"),
+            ]
+        )
+    )
+    options = {
+        "window_strides": strides,
+        "padding": padding,
+        "rhs_dilation": dilation,
+        "dimension_numbers": numbers,
+        "feature_group_count": groups,
+    }
+    lengths = dict(zip(spatial, sizes)) | {"N": draw(st.integers(1, 3)), "C": inputs}
+    kernel = dict(zip(spatial, window)) | {"I": inputs // groups, "O": outputs}
+    shapes = [lengths[c] for c in numbers[0]], [kernel[c] for c in numbers[1]]
+    return shapes, options
+
+
+def operands(shapes, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def results(operation, x, w, v, u):
+    """A convolution, both gradients of a curved function of it, a derivative forwards, one of a gradient,
+    and a batch of each operand; compiled at once."""
+
+    @jax.jit
+    def everything(x, w, v, u):
+        def curved(x, w):
+            return jnp.sum(jnp.sin(operation(x, w)))
+
+        gradients = jax.grad(curved, (0, 1))
+        return (
+            operation(x, w),
+            gradients(x, w),
+            jax.jvp(operation, (x, w), (v, u))[1],
+            jax.jvp(gradients, (x, w), (v, u))[1],
+            jax.vmap(operation, (0, None))(jnp.stack([x, v]), w),
+            jax.vmap(operation, (None, 0), 1)(x, jnp.stack([w, u])),
+            jax.vmap(operation)(jnp.stack([x, v]), jnp.stack([w, u])),
+            jax.grad(jax.checkpoint(curved), 1)(x, w),
+        )
+
+    return everything(x, w, v, u)
+
+
+def far(found, expected):
+    """The largest difference of any result, as a share of 1 + its largest number."""
+    leaves = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in leaves]
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(np.abs(a - b).max(initial=0) / (1 + np.abs(b).max(initial=0)) for a, b in pairs)
+
+
+def both(case, dtype):
+    shapes, options = case
+    arrays = operands(shapes * 2, dtype)
+    ours = results(functools.partial(conv_general_dilated, **options), *arrays)
+    with xla_convolutions():
+        theirs = results(functools.partial(conv_general_dilated, **options), *arrays)
+    chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
+    return ours, theirs
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_every_shape_as_xla(case):
+    with jax.enable_x64(True):
+        assert far(*both(case, jnp.float64)) < tolerances.CONVOLUTIONS["float64"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=10, deadline=None)
+@given(cases())
+def test_every_shape_as_xla_to_rounding(dtype, case):
+    assert far(*both(case, dtype)) < tolerances.CONVOLUTIONS[dtype]
+
+
+IMAGES = {"padding": [(1, 1)] * 2, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+def conv(x, w, *, strides=(1, 1), convolution=conv_general_dilated):
+    return convolution(x, w, strides, **IMAGES, feature_group_count=x.shape[-1] // w.shape[-2])
+
+
+def training(x, w):
+    """What a training step has of a convolution: the value and both gradients."""
+    return jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(conv(x, w))), (0, 1))(x, w)
+
+
+def images(groups, inputs, outputs, dtype=jnp.float32, batch=8, size=8):
+    """A map and the kernel of a convolution with these channels in a group."""
+    return operands(([batch, size, size, groups * inputs], [3, 3, inputs, groups * outputs]), dtype)
+
+
+KINDS = [(6, 1, 1), (6, 1, 2), (4, 3, 2), (3, 16, 8), (1, 8, 8)]  # groups, inputs and outputs of each
+
+
+@pytest.mark.parametrize(
+    ("kind", "forms"),
+    [
+        ((6, 1, 1), ["by_taps", "by_taps", "depthwise_kernel"]),
+        ((6, 1, 2), ["by_taps", "by_taps", "depthwise_kernel"]),
+        ((4, 3, 2), ["by_taps", "by_taps", "by_groups"]),
+        ((3, 16, 8), ["by_groups", "by_taps", "by_groups"]),
+        ((1, 8, 8), []),
+    ],
+    ids=str,
+)
+def test_forms(monkeypatch, kind, forms):
+    """Of the value and the gradients; a dense convolution is XLA's."""
+    chosen = []
+    choose = convolution.choose
+
+    def noted(*args, **kwargs):
+        chosen.append(choose(*args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(convolution, "choose", noted)
+    jax.jit(training).lower(*images(*kind, size=9))
+    assert sorted(form.__name__ for form in chosen if form.__name__ != "bind") == sorted(forms)
+
+
+def test_a_map_that_is_shifted_shows(monkeypatch, x64):
+    """The control: a form that reads one pixel beside."""
+    expected = training(*images(6, 1, 1, jnp.float64))
+    plan = convolution._plan
+
+    def shifted(size, taps, stride, padding, *more):
+        before, after = padding
+        return plan(size, taps, stride, (before + 1, after - 1), *more)
+
+    monkeypatch.setattr(convolution, "_plan", shifted)
+    assert far(jax.jit(lambda *a: training(*a))(*images(6, 1, 1, jnp.float64)), expected) > 0.01
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_other_platforms_see_the_same_text(kind, platform):
+    def text():
+        step = jax.jit(lambda x, w: training(x, w))
+        return step.trace(*images(*kind)).lower(lowering_platforms=(platform,)).as_text()
+
+    ours = text()
+    with xla_convolutions():
+        assert ours == text()
+
+
+COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce", "reduce-scatter")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_several_devices_exchange_what_they_did(kind):
+    """A batch that lies on four of them."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axis)) for axis in (["data"], [])
+    )
+
+    def program():
+        step = jax.jit(
+            lambda x, w: training(x, w), in_shardings=(batch, whole), out_shardings=(whole, (batch, whole))
+        )
+        return step.lower(*images(*kind)).compile()
+
+    ours = program()
+    with xla_convolutions():
+        theirs = program()
+    for name in COLLECTIVES:
+        assert ours.as_text().count(f"{name}(") <= theirs.as_text().count(f"{name}("), name
+    found, expected = (compiled(*images(*kind)) for compiled in (ours, theirs))
+    assert far(found, expected) < tolerances.CONVOLUTIONS["float32"]
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["unchecked", "checked"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_in_a_shard_map(kind, checked, x64):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    x, w = images(*kind, jnp.float64)
+
+    def local(x, w):
+        w = lax.pcast(w, "data", to="varying") if checked else w
+        return conv(x, w), lax.psum(jax.grad(lambda w: jnp.sum(jnp.sin(conv(x, w))))(w), "data")
+
+    y, gradient = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(spec, whole), out_specs=(spec, whole), check_vma=checked)
+    )(x, w)
+    assert far(y, conv(x, w, convolution=lax.conv_general_dilated)) < tolerances.CONVOLUTIONS["float64"]
+    assert far(gradient, training(x, w)[1][1]) < tolerances.CONVOLUTIONS["float64"]
+
+
+def test_what_xla_refuses_is_refused():
+    x, w = images(6, 1, 1)
+    with pytest.raises(TypeError, match=r"dtypes"):
+        conv(x, w.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="feature_group_count"):
+        conv_general_dilated(x, w, (1, 1), **IMAGES, feature_group_count=4)
+
+
+def test_without_outputs_and_with_integers():
+    x, w = images(6, 1, 1, size=1)
+    numbers = {"dimension_numbers": IMAGES["dimension_numbers"], "feature_group_count": 6}
+    assert conv_general_dilated(x, w, (1, 1), "VALID", **numbers).shape == (8, 0, 0, 6)
+    x, w = images(6, 1, 1, jnp.int32)
+    chex.assert_trees_all_equal(conv(x, w), conv(x, w, convolution=lax.conv_general_dilated))
+
+
+class Separable(nnx.Module):
+    """A stranger's network with every kind of convolution."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+        self.depthwise = nnx.Conv(8, 8, (3, 3), feature_group_count=8, padding="CIRCULAR", rngs=rngs)
+        self.grouped = nnx.List([nnx.Conv(8, 8, (3, 3), feature_group_count=2, rngs=rngs)])
+        self.own = nnx.Conv(8, 8, (1, 1), conv_general_dilated=own_convolution, rngs=rngs)
+
+    def __call__(self, x):
+        return self.own(self.grouped[0](self.depthwise(self.stem(x)))).mean((1, 2))
+
+
+def own_convolution(*args, **kwargs):
+    return lax.conv_general_dilated(*args, **kwargs)
+
+
+def test_a_stranger_s_network(x64):
+    model = Separable(nnx.Rngs(0))
+    fast = fast_on_cpu(model)
+    assert fast.own.conv_general_dilated is own_convolution
+    for layer, before in ((fast.stem, model.stem), (fast.grouped[0], model.grouped[0])):
+        assert layer.conv_general_dilated is conv_general_dilated
+        assert before.conv_general_dilated is lax.conv_general_dilated
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, 16, 3)))
+
+    def loss(model):
+        return jnp.sum(jnp.sin(model(x)))
+
+    found, expected = (jax.tree.leaves(nnx.grad(loss)(m)) for m in (fast, model))
+    assert far(found, expected) < 1e-5  # of float32 parameters
+    assert find_layers(fast, "depthwise").keys() == find_layers(model, "depthwise").keys()
