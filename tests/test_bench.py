@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import repopt_jax
 from repopt_jax import cli
-from repopt_jax.bench import PARTS, Settings, bench, chart, results, suite, timing, update
+from repopt_jax.bench import PARTS, Settings, bench, chart, conv, results, suite, timing, update
 from repopt_jax.bench.feeding import recipe
 from repopt_jax.bench.networks import abstract_model, config_of
 from repopt_jax.bench.results import Section
@@ -394,6 +394,23 @@ def test_help_names_every_part(capsys):
     assert all(f"\n  {part} " in said for part in PARTS)
 
 
+SMALL_CONVOLUTIONS = (
+    conv.Case(2, 6, 4, 4),
+    conv.Case(2, 5, 4, 4, stride=2, groups=4),
+    conv.Case(2, 6, 4, 8, window=5, groups=2),
+)
+
+
+def test_convolutions_are_compared_with_xla_s(monkeypatch, tmp_path):
+    monkeypatch.setattr(conv, "CASES", SMALL_CONVOLUTIONS[1:2])
+    (section,) = bench(["conv"], TINY, out=tmp_path / "x")["sections"]
+    assert section["title"] == "Convolution 3x3 depthwise, stride 2, 4 to 4 channels, 2 of 5x5, float32"
+    assert {name.partition(",")[0] for name in section["candidates"]} == set(conv.PASSES)
+    for name in conv.PASSES:
+        assert section["candidates"][name]["ratios"].keys() == {f"{name}, XLA"}
+    assert "| forward | forward, XLA |" in (tmp_path / "x.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def torch_step():
     """Where PyTorch is installed."""
@@ -442,3 +459,12 @@ def test_the_step_of_pytorch_trains(torch_step):
     losses = [float(candidate.start()) for _ in range(20)]
     candidate.wait(None)
     assert losses[-1] < 0.5 * losses[0]  # of the same four images
+
+
+@pytest.mark.parametrize("name", conv.PASSES)
+@pytest.mark.parametrize("case", SMALL_CONVOLUTIONS, ids=str)
+def test_the_convolution_of_pytorch_is_ours(torch_step, case, name):
+    ours, theirs = (make(case, "float32", name)[0].start() for make in (conv.of_jax, conv.of_torch))
+    found = {"forward": theirs, "input gradient": theirs[0], "kernel gradient": theirs[1]}[name].numpy()
+    order = (2, 3, 1, 0) if name == "kernel gradient" else (0, 2, 3, 1)
+    np.testing.assert_allclose(ours, found.transpose(order), rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 from repopt_jax import models
 from repopt_jax.bench import results
 from repopt_jax.bench.compiling import bench_compile
+from repopt_jax.bench.conv import bench_conv
 from repopt_jax.bench.feeding import bench_input
 from repopt_jax.bench.inference import bench_inference
 from repopt_jax.bench.results import Section
@@ -32,6 +33,7 @@ PARTS: dict[str, Callable[[Settings], list[Section]]] = {
     "largest": bench_largest,
     "inference": bench_inference,
     "torch": _bench_torch,
+    "conv": bench_conv,
     "compile": bench_compile,
     "input": bench_input,
 }

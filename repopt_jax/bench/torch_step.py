@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from torch import nn
 
@@ -140,6 +141,28 @@ def torch_updating(arrays: Any, facts: Facts, **how: bool) -> tuple[Candidate, F
     for tensor in tensors:
         tensor.grad = tensor.detach().clone()
     return Candidate(sgd_of(tensors, **how).step, wait), facts
+
+
+def convolving(
+    x: np.ndarray, w: np.ndarray, g: np.ndarray, dtype: str, name: str, *, stride: int, groups: int
+) -> Candidate:
+    """Runs one pass of a convolution with `conv.arrays`: "forward", "input gradient" or "kernel gradient"."""
+    device, kind = torch_device(), getattr(torch, dtype)
+
+    def tensor(a: np.ndarray, order: tuple[int, ...]) -> torch.Tensor:
+        return (
+            torch.from_numpy(a).permute(order).to(device, kind).contiguous(memory_format=torch.channels_last)
+        )
+
+    images, gradient = tensor(x, (0, 3, 1, 2)), tensor(g, (0, 3, 1, 2))
+    kernel = tensor(w, (3, 2, 0, 1))
+    half = (w.shape[0] // 2,) * 2
+    if name == "forward":
+        return Candidate(lambda: nn.functional.conv2d(images, kernel, None, stride, half, 1, groups), wait)
+    mask = [name == "input gradient", name == "kernel gradient", False]
+    backward = torch.ops.aten.convolution_backward
+    rest = (None, (stride,) * 2, half, (1, 1), False, (0, 0), groups, mask)
+    return Candidate(lambda: backward(gradient, images, kernel, *rest), wait)
 
 
 def plain_network(variant: VGGVariant, classes: int) -> nn.Sequential:

@@ -251,6 +251,7 @@ def bench(args: argparse.Namespace) -> int:
       largest      the largest batch whose training step fits in the memory
       inference    deployed networks, fused and not
       torch        training step and update in PyTorch, on the same device
+      conv         single convolutions: our forms for a CPU, XLA's, PyTorch's
       compile      compile time of a training step
       input        images/s of one core of the input pipeline, and the cores that the step needs"""
     with _logging():
