@@ -203,7 +203,8 @@ def by_taps(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
             cut = [slice(start, limit, p.step) for p, start, limit in zip(plans, starts, limits)]
             for i, of_output in enumerate(of_each_output):
                 weights = w[(*(t for t, _ in taps), i)].astype(wide)
-                total = total + of_output[(slice(None), *cut)].astype(wide) * _along(weights, axes)
+                weights = lax.broadcast_in_dim(weights, total.shape, (axes + 1,))
+                total = total + of_output[(slice(None), *cut)].astype(wide) * weights
         return total
 
     phases = [phase(residues) for residues in itertools.product(*(range(len(p.taps)) for p in plans))]
@@ -227,14 +228,13 @@ def depthwise_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array
     repeats = g.shape[-1] // x.shape[-1]
     if repeats > 1:
         x = jnp.repeat(x, repeats, axis=-1)
+    axes, dilation = x.ndim - 2, params["rhs_dilation"]
+    counts = [p.size for p in _plans(x.shape[1:-1], g.shape[1:-1], params)]
+    reach = [(n - 1) * d + 1 for n, d in zip(g.shape[1:-1], dilation)]
     x = lax.pad(x, jnp.zeros((), dtype), [(0, 0, 0), *((*p, 0) for p in params["padding"]), (0, 0, 0)])
-    axes = x.ndim - 2
-    window, dilation, strides = g.shape[1:-1], params["rhs_dilation"], params["window_strides"]
-    reach = [(n - 1) * d + 1 for n, d in zip(window, dilation)]
-    counts = [(size - r) // s + 1 for size, r, s in zip(x.shape[1:-1], reach, strides)]
     products = []
     for tap in itertools.product(*map(range, counts)):
-        starts = [t * s for t, s in zip(tap, strides)]
+        starts = [t * s for t, s in zip(tap, params["window_strides"])]
         limits = [start + r for start, r in zip(starts, reach)]
         shifted = lax.slice(x, (0, *starts, 0), (x.shape[0], *limits, x.shape[-1]), (1, *dilation, 1))
         products.append(shifted.astype(wide) * g.astype(wide))
@@ -300,10 +300,6 @@ def _interleaved(phases: list[jax.Array], plans: list[_Plan]) -> jax.Array:
 def _wide(dtype: Any) -> Any:
     """What products are summed in."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def _along(v: jax.Array, axes: int) -> jax.Array:
-    return v.reshape((1,) * (axes + 1) + v.shape)
 
 
 def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:

@@ -255,7 +255,7 @@ def config_check(config: Config) -> Check:
       FileNotFoundError: as `open_data` and `build_model`.
     """
     validate(config, device_count=1)
-    feed = open_feed(config)
+    task, feed = make_task(config), open_feed(config)
     model, scales = build_model(config, feed.source.info)
     if scales is None:
         raise ValueError(
@@ -276,7 +276,7 @@ def config_check(config: Config) -> Check:
         feed.train,
         optimizer=make(scales=scales, decayed=weight_decay_mask(model)),
         twin_optimizer=make(decayed=weight_decay_mask(twin)),
-        loss=lambda model, batch: make_task(config).objective(model, batch)[0],
+        loss=lambda model, batch: task.objective(model, batch)[0],
         rngs=nnx.Rngs(config.seed),
     )
 
