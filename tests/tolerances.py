@@ -39,5 +39,5 @@ TORCH_VARIANCE_APART = 0.01
 WITHOUT_MULTIPLIERS = 0.05
 
 # Convolutions as lowered for a CPU against XLA's, with their derivatives, of 1 + an array's largest entry;
-# measured over the drawn cases: 1e-15, 5e-7 and 1e-2.
-CONVOLUTIONS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-2}
+# measured over 60 drawn cases each, on both Pythons: 1.0e-15, 2.1e-6 and 4.7e-3.
+CONVOLUTIONS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
