@@ -2,6 +2,7 @@
 elsewhere."""
 
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -99,7 +100,8 @@ def far(found, expected):
 def both(case, dtype):
     shapes, options = case
     arrays = operands(shapes * 2, dtype)
-    ours = results(functools.partial(conv_general_dilated, **options), *arrays)
+    with mock.patch.object(convolution, "PHASED_OUTPUTS", 1):  # what is drawn is small
+        ours = results(functools.partial(conv_general_dilated, **options), *arrays)
     with xla_convolutions():
         theirs = results(functools.partial(conv_general_dilated, **options), *arrays)
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
@@ -127,9 +129,9 @@ def conv(x, w, *, strides=(1, 1), convolution=conv_general_dilated):
     return convolution(x, w, strides, **IMAGES, feature_group_count=x.shape[-1] // w.shape[-2])
 
 
-def training(x, w):
+def training(x, w, strides=(1, 1)):
     """What a training step has of a convolution: the value and both gradients."""
-    return jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(conv(x, w))), (0, 1))(x, w)
+    return jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(conv(x, w, strides=strides))), (0, 1))(x, w)
 
 
 def images(groups, inputs, outputs, dtype=jnp.float32, batch=8, size=8):
@@ -140,19 +142,9 @@ def images(groups, inputs, outputs, dtype=jnp.float32, batch=8, size=8):
 KINDS = [(6, 1, 1), (6, 1, 2), (4, 3, 2), (3, 16, 8), (1, 8, 8)]  # groups, inputs and outputs of each
 
 
-@pytest.mark.parametrize(
-    ("kind", "forms"),
-    [
-        ((6, 1, 1), ["by_taps", "by_taps", "depthwise_kernel"]),
-        ((6, 1, 2), ["by_taps", "by_taps", "depthwise_kernel"]),
-        ((4, 3, 2), ["by_taps", "by_taps", "by_groups"]),
-        ((3, 16, 8), ["by_groups", "by_taps", "by_groups"]),
-        ((1, 8, 8), []),
-    ],
-    ids=str,
-)
-def test_forms(monkeypatch, kind, forms):
-    """Of the value and the gradients; a dense convolution is XLA's."""
+@pytest.fixture
+def forms_of(monkeypatch):
+    """The names of the forms that the convolutions of a function are lowered to."""
     chosen = []
     choose = convolution.choose
 
@@ -160,9 +152,34 @@ def test_forms(monkeypatch, kind, forms):
         chosen.append(choose(*args, **kwargs))
         return chosen[-1]
 
+    def names(function, *args):
+        chosen.clear()
+        jax.jit(lambda *args: function(*args)).lower(*args)
+        return sorted({form.__name__ for form in chosen} - {"bind"})
+
     monkeypatch.setattr(convolution, "choose", noted)
-    jax.jit(training).lower(*images(*kind, size=9))
-    assert sorted(form.__name__ for form in chosen if form.__name__ != "bind") == sorted(forms)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("kind", "forms"),
+    [
+        ((6, 1, 1), ["by_taps", "depthwise_kernel"]),
+        ((6, 1, 2), ["by_taps", "depthwise_kernel"]),
+        ((4, 3, 2), ["by_groups", "by_taps"]),
+        ((3, 16, 8), ["by_groups", "by_taps"]),
+        ((1, 8, 8), []),
+    ],
+    ids=str,
+)
+def test_forms(forms_of, kind, forms):
+    """Of the value and the gradients; where none is named, a dense convolution is XLA's."""
+    assert forms_of(training, *images(*kind, size=9)) == forms
+
+
+@pytest.mark.parametrize(("size", "forms"), [(33, ["by_phases"]), (31, [])])
+def test_a_dense_gradient_is_by_phases_where_maps_are_large(forms_of, size, forms):
+    assert forms_of(functools.partial(training, strides=(2, 2)), *images(1, 8, 8, size=size)) == forms
 
 
 def test_a_map_that_is_shifted_shows(monkeypatch, x64):

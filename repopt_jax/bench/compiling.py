@@ -10,7 +10,7 @@ import time
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from repopt_jax.bench.networks import abstract_training, precision, title
+from repopt_jax.bench.networks import abstract_training, title, tracing
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.step import section_of
@@ -56,7 +56,7 @@ def _compile(settings: Settings, dtype: str, batch: int) -> Section:
 def seconds(name: str, settings: Settings, dtype: str, batch: int) -> tuple[float, float]:
     """Returns the seconds of tracing and lowering, and of compiling; no array is made."""
     step, state, images = abstract_training(name, settings, dtype, batch)
-    with without_caches(), precision(settings.tf32):
+    with without_caches(), tracing(name, settings.tf32):
         begin = time.perf_counter()
         lowered = step.lower(state, images)
         middle = time.perf_counter()

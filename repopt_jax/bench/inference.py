@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.bench.networks import new_model, precision, random_batch, title
+from repopt_jax.bench.networks import new_model, random_batch, title, tracing
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.step import add_speed, section_of
@@ -37,8 +37,8 @@ def _inference(settings: Settings, dtype: str, batch: int) -> Section:
         model = new_model(name, settings, dtype)
         model.eval()
         for form, make in (("fused", fuse), ("not fused", lambda model: model)):
-            builders[f"{title(name)}, {form}"] = lambda model=model, make=make: inferring(
-                make(model), images, dtype, settings.tf32
+            builders[f"{title(name)}, {form}"] = lambda name=name, model=model, make=make: inferring(
+                name, make(model), images, dtype, settings.tf32
             )
     first = next(iter(builders))
     found = measure(builders, settings.rounds, dict.fromkeys(builders, (first,)))
@@ -46,7 +46,7 @@ def _inference(settings: Settings, dtype: str, batch: int) -> Section:
     return section_of("inference", "Inference", settings, dtype, batch, found)
 
 
-def inferring(model: Any, images: jax.Array, dtype: str, tf32: bool) -> tuple[Candidate, Facts]:
+def inferring(name: str, model: Any, images: jax.Array, dtype: str, tf32: bool) -> tuple[Candidate, Facts]:
     """Runs a network in evaluation mode on one batch, with weights in `dtype` as deployed."""
     graphdef, state = nnx.split(model)
 
@@ -56,7 +56,7 @@ def inferring(model: Any, images: jax.Array, dtype: str, tf32: bool) -> tuple[Ca
 
     state = jax.tree.map(as_deployed, state)
     run: Callable[..., Any] = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
-    with precision(tf32):
+    with tracing(name, tf32):
         compiled = run.lower(state, images).compile()
     facts = {"weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)), **memory(compiled)}
     return Candidate(lambda: compiled(state, images)), facts

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.bench.settings import NETWORKS, Settings
+from repopt_jax.bench.settings import NETWORKS, XLA, Settings
 from repopt_jax.data import DatasetInfo
+from repopt_jax.nn.convolution import xla_convolutions
 from repopt_jax.train.build import Feed, abstract_program, build_model, build_program
 from repopt_jax.train.config import Config, ModelConfig, OptimConfig
 from repopt_jax.train.state import batch_sharding, make_mesh
@@ -97,7 +98,12 @@ def one_device() -> Any:
 
 
 @contextlib.contextmanager
-def precision(tf32: bool):
-    """Allows TF32 for float32 if the device has it (JAX's default), or disables it."""
-    with contextlib.nullcontext() if tf32 else jax.default_matmul_precision("highest"):
+def tracing(name: str, tf32: bool):
+    """Inside, programs of this network are traced: with TF32 for float32 if the device has it (JAX's default)
+    or without, and with the convolutions that `NETWORKS` says."""
+    with contextlib.ExitStack() as stack:
+        if not tf32:
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        if name == XLA:
+            stack.enter_context(xla_convolutions())
         yield

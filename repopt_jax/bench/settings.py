@@ -9,12 +9,15 @@ from typing import Any
 from repopt_jax import models
 from repopt_jax.hints import did_you_mean
 
+XLA = "xla"
 # Name on the command line -> title in results, mode, and scales.
 NETWORKS: dict[str, tuple[str, str, str]] = {
     "plain": ("plain", "plain", ""),
     "repopt": ("RepOpt", "repopt", "depth"),
     "search": ("search, merged in weight space", "search", ""),
     "repvgg": ("RepVGG", "repvgg", ""),
+    # What `nn.conv_general_dilated` is worth; the same program everywhere but on a CPU.
+    XLA: ("plain, XLA's convolutions", "plain", ""),
 }
 DTYPES = ("float32", "bfloat16")
 MIN_ROUNDS = 3
@@ -47,7 +50,7 @@ class Settings:
     dtypes: tuple[str, ...] = ("float32",)
     rounds: int = 15
     classes: int = 1000
-    networks: tuple[str, ...] = tuple(NETWORKS)
+    networks: tuple[str, ...] = tuple(name for name in NETWORKS if name != XLA)
     memory: float | None = None
     tf32: bool = True
     images: str = ""

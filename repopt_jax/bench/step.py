@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from repopt_jax.bench.networks import abstract_training, precision, title, training
+from repopt_jax.bench.networks import abstract_training, title, tracing, training
 from repopt_jax.bench.results import Section
-from repopt_jax.bench.settings import Settings
+from repopt_jax.bench.settings import XLA, Settings
 from repopt_jax.bench.timing import (
     DOES_NOT_FIT,
     Builder,
@@ -24,7 +24,7 @@ from repopt_jax.bench.timing import (
 
 LOG = logging.getLogger(__name__)
 
-PLAIN, REPVGG = title("plain"), title("repvgg")
+PLAIN, REPVGG, WITH_XLA = title("plain"), title("repvgg"), title(XLA)
 # The search for the largest batch ends within 1/RESOLUTION of it, after compiling at most this many programs.
 RESOLUTION = 32
 MAX_COMPILED = 12
@@ -42,7 +42,7 @@ def _step(settings: Settings, dtype: str, batch: int) -> Section:
     builders: dict[str, Builder] = {
         title(name): (lambda name=name: stepping(name, settings, dtype, batch)) for name in settings.networks
     }
-    found = measure(builders, settings.rounds, dict.fromkeys(builders, (PLAIN, REPVGG)))
+    found = measure(builders, settings.rounds, dict.fromkeys(builders, (PLAIN, REPVGG, WITH_XLA)))
     add_speed(found, batch)
     return section_of("step", "Training step", settings, dtype, batch, found)
 
@@ -50,7 +50,7 @@ def _step(settings: Settings, dtype: str, batch: int) -> Section:
 def stepping(name: str, settings: Settings, dtype: str, batch: int) -> tuple[Candidate, Facts]:
     """Runs training steps of one network, each from the state after the previous one."""
     step, state, images = training(name, settings, dtype, batch)
-    with precision(settings.tf32):
+    with tracing(name, settings.tf32):
         compiled = step.lower(state, images).compile()
     return Candidate(carrying(compiled, [state], images)), memory(compiled)
 
@@ -125,7 +125,7 @@ class Programs:
         """Returns the bytes that the step needs."""
         step, state, images = abstract_training(self.name, self.settings, self.dtype, batch)
         try:
-            with precision(self.settings.tf32):
+            with tracing(self.name, self.settings.tf32):
                 self.compiled[batch] = step.lower(state, images).compile()
             self.peaks[batch] = memory(self.compiled[batch])["peak_bytes"]
         except Exception as error:  # some compilers refuse what cannot fit

@@ -17,7 +17,7 @@ from torch import nn
 from repopt_jax import models
 from repopt_jax.bench.networks import title
 from repopt_jax.bench.results import Section
-from repopt_jax.bench.settings import Settings
+from repopt_jax.bench.settings import XLA, Settings
 from repopt_jax.bench.step import add_speed, section_of, stepping
 from repopt_jax.bench.timing import Builder, Candidate, Facts, measure
 from repopt_jax.bench.update import (
@@ -54,7 +54,7 @@ def bench_torch(settings: Settings) -> list[Section]:
 
 def _steps(settings: Settings, dtype: str, batch: int) -> Section:
     LOG.info("torch: %s", settings.label(dtype, batch))
-    names = [name for name in ("plain", "repopt", "repvgg") if name in settings.networks]
+    names = [name for name in ("plain", "repopt", "repvgg", XLA) if name in settings.networks]
     builders: dict[str, Builder] = {
         f"{title(name)}, JAX": (lambda name=name: stepping(name, settings, dtype, batch)) for name in names
     }

@@ -25,6 +25,7 @@ from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, Efficient
 from repopt_jax.models.mosaic import Mosaic
 from repopt_jax.models.network import LayerSpec, Network
 from repopt_jax.nn.block import ACTIVATIONS, block, check_activation, conv
+from repopt_jax.nn.convolution import conv_general_dilated
 
 # The network predicts the logarithm of a distance, clipped here so that no step makes it infinite (1097
 # strides).
@@ -234,6 +235,7 @@ class FCOSHead(nnx.Module):
                 padding=((1, 1), (1, 1)),
                 kernel_init=nnx.initializers.normal(0.01),
                 bias_init=nnx.initializers.constant(bias),
+                conv_general_dilated=conv_general_dilated,
                 dtype=dtype,
                 rngs=rngs,
             )

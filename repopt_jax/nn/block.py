@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from repopt_jax.nn.convolution import conv_general_dilated
+
 # Default initialisation of PyTorch's layers, uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -127,6 +129,7 @@ def conv(
         use_bias=bias,
         kernel_init=kernel_init,
         bias_init=bias_init(inputs // groups * size * size),
+        conv_general_dilated=conv_general_dilated,
         dtype=dtype,
         rngs=rngs,
     )

@@ -31,6 +31,8 @@ _enabled = contextvars.ContextVar("repopt_jax_convolutions", default=True)
 # More terms in a sum, or more groups, make a program that takes longer to compile than is won.
 MAX_TERMS = 80
 MAX_GROUPS = 64
+# Outputs of an image from which residue by residue is faster than multiplying zeros.
+PHASED_OUTPUTS = 1024
 # Input channels of a group up to which XLA's program for one group is no faster than its program for all.
 NARROW = 4
 
@@ -75,10 +77,9 @@ def _compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., jax.Array]:
     return jax.jit(functools.partial(_conv.bind, **dict(params)))
 
 
-def _by_this_primitive(function: Callable[..., Any], *args: Any) -> Any:
-    """Evaluates `function`, which returns one array and uses XLA's convolutions, by this module's in their
-    place."""
-    traced = jax.make_jaxpr(function)(*args)
+def _by_this_primitive(rule: Callable[..., jax.Array], args: Sequence[Any], **params: Any) -> jax.Array:
+    """Evaluates `rule(*args, **params)`, which uses XLA's convolutions, by this module's in their place."""
+    traced = _traced(rule, tuple(map(jax.typeof, args)), tuple(sorted(params.items())))
     values = dict(zip(traced.jaxpr.constvars, traced.consts)) | dict(zip(traced.jaxpr.invars, args))
 
     def value(variable: Any) -> Any:
@@ -92,19 +93,34 @@ def _by_this_primitive(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+# The layers of a network repeat each other, and tracing a rule takes longer than the rest of differentiating.
+@functools.lru_cache(maxsize=4096)
+def _traced(rule: Callable[..., jax.Array], avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.make_jaxpr(functools.partial(rule, **dict(params)))(*avals)
+
+
+def _cotangent_of_lhs(cotangent: Any, rhs: Any, aval: Any, **params: Any) -> Any:
+    return ad.primitive_transposes[_XLA](cotangent, ad.UndefinedPrimal(aval), rhs, **params)[0]
+
+
+def _cotangent_of_rhs(cotangent: Any, lhs: Any, aval: Any, **params: Any) -> Any:
+    return ad.primitive_transposes[_XLA](cotangent, lhs, ad.UndefinedPrimal(aval), **params)[1]
+
+
+def _mapped(lhs: Any, rhs: Any, axes: tuple[int | None, ...], **params: Any) -> Any:
+    return jax.vmap(lambda lhs, rhs: _XLA.bind(lhs, rhs, **params), in_axes=axes)(lhs, rhs)
+
+
 def _transpose_lhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
-    rule, unknown = ad.primitive_transposes[_XLA], ad.UndefinedPrimal(lhs.aval)
-    return _by_this_primitive(lambda ct, rhs: rule(ct, unknown, rhs, **params)[0], cotangent, rhs)
+    return _by_this_primitive(_cotangent_of_lhs, (cotangent, rhs), aval=lhs.aval, **params)
 
 
 def _transpose_rhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
-    rule, unknown = ad.primitive_transposes[_XLA], ad.UndefinedPrimal(rhs.aval)
-    return _by_this_primitive(lambda ct, lhs: rule(ct, lhs, unknown, **params)[1], cotangent, lhs)
+    return _by_this_primitive(_cotangent_of_rhs, (cotangent, lhs), aval=rhs.aval, **params)
 
 
 def _batched(args: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, int]:
-    function = jax.vmap(lambda lhs, rhs: _XLA.bind(lhs, rhs, **params), in_axes=tuple(axes))
-    return _by_this_primitive(function, *args), 0
+    return _by_this_primitive(_mapped, args, axes=tuple(axes), **params), 0
 
 
 def _lower_for_cpu(context: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
@@ -144,11 +160,13 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
     numbers = params["dimension_numbers"]
     groups, batch_groups = params["feature_group_count"], params["batch_group_count"]
     outputs = _outputs(lhs, rhs, params)
-    empty = 0 in (*lhs.shape, *rhs.shape, outputs)
-    if max(groups, batch_groups) == 1 or empty or not jnp.issubdtype(lhs.dtype, jnp.floating):
+    if 0 in (*lhs.shape, *rhs.shape, outputs) or not jnp.issubdtype(lhs.dtype, jnp.floating):
         return _XLA.bind
     strided, dilated = (any(n != 1 for n in params[name]) for name in ("window_strides", "lhs_dilation"))
     window = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
+    if max(groups, batch_groups) == 1:
+        phased = dilated and not strided and window > 1 and outputs >= PHASED_OUTPUTS
+        return by_phases if phased else _XLA.bind
     if groups > 1:
         inputs = rhs.shape[numbers.rhs_spec[1]]
         if inputs * window <= MAX_TERMS and not (strided and dilated):
@@ -162,7 +180,7 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
 
 
 def by_groups(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    """A dense convolution by XLA for each group, for which it has a fast program."""
+    """A dense convolution for each group, for which XLA has a fast program."""
     numbers = params["dimension_numbers"]
     of_batch = params["batch_group_count"] > 1
     groups = params["batch_group_count"] if of_batch else params["feature_group_count"]
@@ -172,7 +190,39 @@ def by_groups(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
         jnp.split(rhs, groups, numbers.rhs_spec[0]),
         strict=True,
     )
-    return jnp.concatenate([_XLA.bind(x, w, **dense) for x, w in parts], numbers.out_spec[1])
+    return jnp.concatenate([choose(x, w, dense)(x, w, **dense) for x, w in parts], numbers.out_spec[1])
+
+
+def by_phases(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+    """A convolution of a dilated map, as the input gradient of a strided one is: a convolution of the map
+    as it is for each residue of the outputs by the dilation, in place of one that multiplies its zeros."""
+    numbers = params["dimension_numbers"]
+    spatial, window = numbers.lhs_spec[2:], numbers.rhs_spec[2:]
+    plans = _plans([lhs.shape[a] for a in spatial], [rhs.shape[a] for a in window], params)
+    channels_last = (0, len(plans) + 1, *range(1, len(plans) + 1))
+    part = {
+        **params,
+        "dimension_numbers": numbers._replace(out_spec=channels_last),
+        "lhs_dilation": (1,) * len(plans),
+    }
+    outputs = rhs.shape[numbers.rhs_spec[0]]
+
+    def phase(residues: tuple[int, ...]) -> jax.Array:
+        taps = [plan.taps[r] for plan, r in zip(plans, residues)]
+        if not all(taps):
+            dtype = params["preferred_element_type"] or lhs.dtype
+            return jnp.zeros((lhs.shape[numbers.lhs_spec[0]], *(p.count for p in plans), outputs), dtype)
+        w, dilation, padding = rhs, [], []
+        for plan, pairs, axis, map_axis in zip(plans, taps, window, spatial):
+            (first, start), (last, end) = pairs[0], pairs[-1]
+            step = (last - first) // max(len(pairs) - 1, 1) or 1
+            w = lax.slice_in_dim(w, first, last + 1, step, axis)
+            dilation.append((end - start) // max(len(pairs) - 1, 1) or 1)
+            padding.append((-start, end + plan.count - lhs.shape[map_axis]))
+        return _XLA.bind(lhs, w, **{**part, "rhs_dilation": tuple(dilation), "padding": tuple(padding)})
+
+    phases = [phase(residues) for residues in itertools.product(*(range(len(p.taps)) for p in plans))]
+    return _from_channels_last(_interleaved(phases, plans), numbers.out_spec)
 
 
 def by_taps(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:

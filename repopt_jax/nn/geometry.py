@@ -54,7 +54,7 @@ def convolve(
     numbers = lax.ConvDimensionNumbers(
         (0, axes + 1, *spatial), (axes + 1, axes, *range(axes)), (0, axes + 1, *spatial)
     )
-    return lax.conv_general_dilated(
+    return conv_general_dilated(
         x,
         kernel,
         layer.strides,
@@ -222,6 +222,7 @@ def _made(geometry: Geometry, **options: Any) -> Plain:
         padding=padding,
         kernel_dilation=geometry.dilation,
         feature_group_count=geometry.groups,
+        conv_general_dilated=conv_general_dilated,
         rngs=rngs,
         **options,
     )
