@@ -16,6 +16,7 @@ from flax import nnx
 from PIL import Image
 
 from repopt_jax import interop, models
+from repopt_jax.cli import huge_pages
 from repopt_jax.cli.config import read_config
 from repopt_jax.cli.main import main, parse
 from repopt_jax.core import scales as scales_module
@@ -656,6 +657,52 @@ def test_python_m_repopt_jax():
     )
     assert done.returncode == 2
     assert_one_sentence(done.stderr, "did you mean '--config'")
+
+
+MADVISE = "always [madvise] never\n"
+
+
+@pytest.mark.parametrize(
+    ("tunables", "enabled", "libc", "expected"),
+    [
+        (None, MADVISE, "glibc 2.36", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=1", MADVISE, "glibc 2.36", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", MADVISE, "glibc 2.36", None),
+        (None, "[always] madvise never", "glibc 2.36", None),
+        (None, "always madvise [never]", "glibc 2.36", None),
+        (None, MADVISE, "glibc 2.34", None),
+        (None, MADVISE, "musl 1.2", None),
+        (None, MADVISE, "", None),
+    ],
+)
+def test_huge_pages_are_asked_for_where_that_helps(tunables, enabled, libc, expected):
+    environment = {"HOME": "/"} | ({"GLIBC_TUNABLES": tunables} if tunables else {})
+    found = huge_pages.with_huge_pages(environment, enabled, libc)
+    assert found == (None if expected is None else environment | {"GLIBC_TUNABLES": expected})
+
+
+def test_a_command_starts_anew_with_huge_pages_once(tmp_path):
+    if huge_pages.with_huge_pages({}, MADVISE, os.confstr("CS_GNU_LIBC_VERSION") or "") is None:
+        pytest.skip("this C library cannot ask for huge pages")
+    (tmp_path / "enabled").write_text(MADVISE)
+    program = f"""
+import os, sys
+from pathlib import Path
+from repopt_jax.cli import commands, huge_pages, main
+huge_pages.ENABLED = Path({str(tmp_path / "enabled")!r})
+commands.verify = lambda args: print("runs", end="") or 0
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+sys.exit(main())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-c", program, "verify", "--config=a config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second, end = done.stdout.splitlines()
+    assert end == "runs"
+    pid, *rest = first.split(" ", 2)
+    assert rest == ["None", "['verify', '--config=a config']"]
+    assert second == " ".join([pid, "glibc.malloc.hugetlb=1", rest[1]])
 
 
 def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):

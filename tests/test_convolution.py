@@ -100,7 +100,9 @@ def far(found, expected):
 def both(case, dtype):
     shapes, options = case
     arrays = operands(shapes * 2, dtype)
-    with mock.patch.object(convolution, "PHASED_OUTPUTS", 1):  # what is drawn is small
+    # What is drawn is small, and of several chunks.
+    small = dict.fromkeys(("PHASED_OUTPUTS", "MIN_CHANNELS", "MIN_KERNEL_CHANNELS", "MIN_POSITIONS"), 1)
+    with mock.patch.multiple(convolution, **small, CHUNK_BYTES=500):
         ours = results(functools.partial(conv_general_dilated, **options), *arrays)
     with xla_convolutions():
         theirs = results(functools.partial(conv_general_dilated, **options), *arrays)
@@ -134,12 +136,14 @@ def training(x, w, strides=(1, 1)):
     return jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(conv(x, w, strides=strides))), (0, 1))(x, w)
 
 
-def images(groups, inputs, outputs, dtype=jnp.float32, batch=8, size=8):
+def images(groups, inputs, outputs, window=3, *, dtype=jnp.float32, size=12):
     """A map and the kernel of a convolution with these channels in a group."""
-    return operands(([batch, size, size, groups * inputs], [3, 3, inputs, groups * outputs]), dtype)
+    shapes = [8, size, size, groups * inputs], [window, window, inputs, groups * outputs]
+    return operands(shapes, dtype)
 
 
-KINDS = [(6, 1, 1), (6, 1, 2), (4, 3, 2), (3, 16, 8), (1, 8, 8)]  # groups, inputs and outputs of each
+# Groups, inputs and outputs of each, side of the window.
+KINDS = [(6, 1, 1), (6, 1, 2), (4, 3, 2), (3, 16, 8), (1, 8, 8), (1, 32, 32, 1)]
 
 
 @pytest.fixture
@@ -167,24 +171,30 @@ def forms_of(monkeypatch):
         ((6, 1, 1), ["by_taps", "depthwise_kernel"]),
         ((6, 1, 2), ["by_taps", "depthwise_kernel"]),
         ((4, 3, 2), ["by_groups", "by_taps"]),
-        ((3, 16, 8), ["by_groups", "by_taps"]),
-        ((1, 8, 8), []),
+        ((3, 16, 8), ["by_groups", "by_taps", "dense_kernel"]),
+        ((1, 8, 8), ["dense_kernel"]),
+        ((1, 4, 8), []),
+        ((1, 32, 32, 1), ["dense_kernel", "pointwise"]),
     ],
     ids=str,
 )
 def test_forms(forms_of, kind, forms):
     """Of the value and the gradients; where none is named, a dense convolution is XLA's."""
-    assert forms_of(training, *images(*kind, size=9)) == forms
+    assert forms_of(training, *images(*kind)) == forms
 
 
-@pytest.mark.parametrize(("size", "forms"), [(33, ["by_phases"]), (31, [])])
-def test_a_dense_gradient_is_by_phases_where_maps_are_large(forms_of, size, forms):
-    assert forms_of(functools.partial(training, strides=(2, 2)), *images(1, 8, 8, size=size)) == forms
+@pytest.mark.parametrize(
+    ("channels", "size", "forms"),
+    [(8, 33, ["by_phases", "dense_kernel"]), (8, 31, ["dense_kernel"]), (4, 31, []), (8, 9, [])],
+)
+def test_forms_of_a_strided_dense_layer(forms_of, channels, size, forms):
+    strided = functools.partial(training, strides=(2, 2))
+    assert forms_of(strided, *images(1, channels, channels, size=size)) == forms
 
 
 def test_a_map_that_is_shifted_shows(monkeypatch, x64):
     """The control: a form that reads one pixel beside."""
-    expected = training(*images(6, 1, 1, jnp.float64))
+    expected = training(*images(6, 1, 1, dtype=jnp.float64))
     plan = convolution._plan
 
     def shifted(size, taps, stride, padding, *more):
@@ -192,7 +202,7 @@ def test_a_map_that_is_shifted_shows(monkeypatch, x64):
         return plan(size, taps, stride, (before + 1, after - 1), *more)
 
     monkeypatch.setattr(convolution, "_plan", shifted)
-    assert far(jax.jit(lambda *a: training(*a))(*images(6, 1, 1, jnp.float64)), expected) > 0.01
+    assert far(jax.jit(lambda *a: training(*a))(*images(6, 1, 1, dtype=jnp.float64)), expected) > 0.01
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
@@ -235,10 +245,11 @@ def test_several_devices_exchange_what_they_did(kind):
 
 @pytest.mark.parametrize("checked", [False, True], ids=["unchecked", "checked"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_in_a_shard_map(kind, checked, x64):
+def test_in_a_shard_map(monkeypatch, kind, checked, x64):
+    monkeypatch.setattr(convolution, "CHUNK_BYTES", 1)  # image by image, in a loop
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    x, w = images(*kind, jnp.float64)
+    x, w = images(*kind, dtype=jnp.float64)
 
     def local(x, w):
         w = lax.pcast(w, "data", to="varying") if checked else w
@@ -263,7 +274,7 @@ def test_without_outputs_and_with_integers():
     x, w = images(6, 1, 1, size=1)
     numbers = {"dimension_numbers": IMAGES["dimension_numbers"], "feature_group_count": 6}
     assert conv_general_dilated(x, w, (1, 1), "VALID", **numbers).shape == (8, 0, 0, 6)
-    x, w = images(6, 1, 1, jnp.int32)
+    x, w = images(6, 1, 1, dtype=jnp.int32)
     chex.assert_trees_all_equal(conv(x, w), conv(x, w, convolution=lax.conv_general_dilated))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from repopt_jax._version import __version__
-from repopt_jax.cli import commands
+from repopt_jax.cli import commands, huge_pages
 from repopt_jax.cli.errors import UsageError, fail, report
 from repopt_jax.hints import did_you_mean
 
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, code=2)
     except SystemExit as done:  # argparse has printed help or the version
         return int(done.code or 0)
+    if argv is None and args.computes:  # as a program of its own, not called by one
+        huge_pages.restart()
     try:
         return args.command(args)
     except BaseException as error:
@@ -97,11 +99,11 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     program.options.append("--version")
     added = program.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable[[argparse.Namespace], int]) -> _Parser:
+    def add(name: str, command: Callable[[argparse.Namespace], int], *, computes: bool = True) -> _Parser:
         description = inspect.getdoc(command) or ""
         summary = description.partition("\n")[0].rstrip(".")
         parser = added.add_parser(name, description=description, help=summary)
-        parser.set_defaults(command=command)
+        parser.set_defaults(command=command, computes=computes)
         return parser
 
     quickstart = add("quickstart", commands.quickstart)
@@ -158,7 +160,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     verify.option("--tolerance=X", "largest relative difference that counts as equal (1e-10)", type=float)
     verify.option("--layers=N", "how many of the worst layers are listed (5), or all", type=count, default=5)
 
-    convert = add("convert", commands.convert)
+    convert = add("convert", commands.convert, computes=False)
     convert.add_argument(
         "source", metavar="IN", type=path, help=".pth, .pt or .safetensors: a file; else a folder"
     )

@@ -33,6 +33,13 @@ MAX_TERMS = 80
 MAX_GROUPS = 64
 # Outputs of an image from which residue by residue is faster than multiplying zeros.
 PHASED_OUTPUTS = 1024
+# Channels from which a layer of 1x1 is faster as a product of matrices.
+MIN_CHANNELS = 32
+# What the product of matrices of a dense kernel's gradient needs: channels, and pixels of the gradient. Their
+# operands are made for so many bytes at a time.
+MIN_KERNEL_CHANNELS = 8
+MIN_POSITIONS = 128
+CHUNK_BYTES = 3 * 2**20
 # Input channels of a group up to which XLA's program for one group is no faster than its program for all.
 NARROW = 4
 
@@ -95,7 +102,9 @@ def _by_this_primitive(rule: Callable[..., jax.Array], args: Sequence[Any], **pa
 
 # The layers of a network repeat each other, and tracing a rule takes longer than the rest of differentiating.
 @functools.lru_cache(maxsize=4096)
-def _traced(rule: Callable[..., jax.Array], avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> Any:
+def _traced(
+    rule: Callable[..., jax.Array], avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]
+) -> Any:
     return jax.make_jaxpr(functools.partial(rule, **dict(params)))(*avals)
 
 
@@ -165,8 +174,14 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
     strided, dilated = (any(n != 1 for n in params[name]) for name in ("window_strides", "lhs_dilation"))
     window = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
     if max(groups, batch_groups) == 1:
-        phased = dilated and not strided and window > 1 and outputs >= PHASED_OUTPUTS
-        return by_phases if phased else _XLA.bind
+        channels = min(rhs.shape[numbers.rhs_spec[0]], lhs.shape[numbers.lhs_spec[1]])
+        if window == 1 and not (strided and dilated) and channels >= MIN_CHANNELS:
+            return pointwise
+        if dilated:
+            return by_phases if not strided and window > 1 and outputs >= PHASED_OUTPUTS else _XLA.bind
+        channels = min(rhs.shape[numbers.rhs_spec[0]], lhs.shape[numbers.lhs_spec[0]])
+        is_kernel = whole and outputs <= min(window, MAX_TERMS) and channels >= MIN_KERNEL_CHANNELS
+        return dense_kernel if is_kernel and (outputs == 1 or window >= MIN_POSITIONS) else _XLA.bind
     if groups > 1:
         inputs = rhs.shape[numbers.rhs_spec[1]]
         if inputs * window <= MAX_TERMS and not (strided and dilated):
@@ -190,7 +205,101 @@ def by_groups(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
         jnp.split(rhs, groups, numbers.rhs_spec[0]),
         strict=True,
     )
-    return jnp.concatenate([choose(x, w, dense)(x, w, **dense) for x, w in parts], numbers.out_spec[1])
+    products = [choose(x, w, dense, whole=of_batch)(x, w, **dense) for x, w in parts]
+    return jnp.concatenate(products, numbers.out_spec[1])
+
+
+def pointwise(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+    """A window of one: a product of matrices, of the pixels that are sampled."""
+    numbers = params["dimension_numbers"]
+    x, w = _channels_last(lhs, numbers.lhs_spec), _kernel_last(rhs, numbers.rhs_spec)
+    pads = [(*pair, spread - 1) for pair, spread in zip(params["padding"], params["lhs_dilation"])]
+    strides = params["window_strides"]
+    if all(spread == 1 for spread in params["lhs_dilation"]):
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+        x = lax.slice(x, (0,) * x.ndim, x.shape, (1, *strides, 1))
+    y = lax.dot_general(
+        x,
+        w.reshape(w.shape[-2:]),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    if any(spread != 1 for spread in params["lhs_dilation"]):
+        y = lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    return _from_channels_last(y, numbers.out_spec)
+
+
+def dense_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+    """The gradient of a dense kernel: a product of matrices whose rows are pixels.
+
+        k[t, c, f] = sum over n, o of x[n, t s + o d - before, c] g[n, o, f]
+
+    x is `lhs`, whose batch is the channels and whose features are the images; g is `rhs`. The columns are the
+    shifts of x by each tap; where the first axis is neither strided nor dilated, its taps shift g in place of
+    x, which makes the product square and its operands small. They are made for a few images at a time, as
+    many as a cache holds.
+    """
+    numbers = params["dimension_numbers"]
+    batch, feature, *spatial = numbers.lhs_spec
+    x = _channels_last(lhs, (feature, batch, *spatial))
+    out, inputs, *spatial = numbers.rhs_spec
+    g = _channels_last(rhs, (inputs, out, *spatial))
+    dtype, wide, zero = lhs.dtype, _wide(lhs.dtype), jnp.zeros((), lhs.dtype)
+    strides, dilation = params["window_strides"], params["rhs_dilation"]
+    _, *sizes, outputs = g.shape
+    channels, axes = x.shape[-1], len(sizes)
+    counts = [p.size for p in _plans(x.shape[1:-1], sizes, params)]
+    of_g = counts[0] if axes > 1 and strides[0] == dilation[0] == 1 else 1
+    of_x = [1, *counts[1:]] if of_g > 1 else counts
+    reach = [(n - 1) * d + 1 for n, d in zip(sizes, dilation)]
+    if of_g > 1:
+        reach[0] += of_g - 1
+
+    def product(x: jax.Array, g: jax.Array) -> jax.Array:
+        x = lax.pad(x, zero, [(0, 0, 0), *((*pair, 0) for pair in params["padding"]), (0, 0, 0)])
+        g = lax.pad(g, zero, [(0, 0, 0), (of_g - 1, of_g - 1, 0), *[(0, 0, 0)] * axes])
+        # Fused with what follows, the padding would be computed for every shift.
+        x, g = lax.optimization_barrier((x, g))
+        columns = []
+        for tap in itertools.product(*map(range, of_x)):
+            starts = [t * s for t, s in zip(tap, strides)]
+            limits = [start + r for start, r in zip(starts, reach)]
+            columns.append(lax.slice(x, (0, *starts, 0), (x.shape[0], *limits, channels), (1, *dilation, 1)))
+        shifts = [lax.slice_in_dim(g, t, t + sizes[0] + of_g - 1, axis=1) for t in reversed(range(of_g))]
+        a, b = (
+            jnp.concatenate(parts, -1).reshape(-1, parts[0].shape[-1] * len(parts))
+            for parts in (columns, shifts)
+        )
+        return lax.dot_general(
+            a, b, (((0,), (0,)), ((), ())), precision=params["precision"], preferred_element_type=wide
+        )
+
+    of_image = math.prod(reach) // math.prod(dilation) * (math.prod(of_x) * channels + of_g * outputs)
+    total = _over_images(product, x, g, CHUNK_BYTES // (of_image * dtype.itemsize))
+    k = total.reshape(*of_x, channels, of_g, outputs)
+    k = jnp.moveaxis(k, -2, 0).reshape(of_g * of_x[0], *of_x[1:], channels, outputs)
+    k = jnp.moveaxis(k, -2, 0).astype(params["preferred_element_type"] or dtype)
+    return _from_channels_last(k, numbers.out_spec)
+
+
+def _over_images(function: Callable[..., jax.Array], x: jax.Array, g: jax.Array, at_once: int) -> jax.Array:
+    """The sum of `function` over chunks of about `at_once` images of both, by a loop."""
+    images = x.shape[0]
+    size = images // math.ceil(images / max(at_once, 1))
+    divisors = [n for n in range(size // 2 + 1, size + 1) if images % n == 0]
+    size = divisors[-1] if divisors else size  # what is left over would be compiled once more
+    count, rest = divmod(images, size)
+    if count == 1:
+        total = function(x[:size], g[:size])
+    else:
+
+        def more(i: jax.Array, total: jax.Array) -> jax.Array:
+            return total + function(*(lax.dynamic_slice_in_dim(a, i * size, size) for a in (x, g)))
+
+        shape = jax.eval_shape(function, x[:size], g[:size])
+        total = lax.fori_loop(0, count, more, jnp.zeros(shape.shape, shape.dtype))
+    return total + function(x[-rest:], g[-rest:]) if rest else total
 
 
 def by_phases(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
@@ -281,6 +390,8 @@ def depthwise_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array
     axes, dilation = x.ndim - 2, params["rhs_dilation"]
     counts = [p.size for p in _plans(x.shape[1:-1], g.shape[1:-1], params)]
     reach = [(n - 1) * d + 1 for n, d in zip(g.shape[1:-1], dilation)]
+    # Padded when g is there: a padded map would be kept from the forward pass on, up to four times the map.
+    x, g = lax.optimization_barrier((x, g))
     x = lax.pad(x, jnp.zeros((), dtype), [(0, 0, 0), *((*p, 0) for p in params["padding"]), (0, 0, 0)])
     products = []
     for tap in itertools.product(*map(range, counts)):
