@@ -297,8 +297,8 @@ def _over_images(function: Callable[..., jax.Array], x: jax.Array, g: jax.Array,
         def more(i: jax.Array, total: jax.Array) -> jax.Array:
             return total + function(*(lax.dynamic_slice_in_dim(a, i * size, size) for a in (x, g)))
 
-        shape = jax.eval_shape(function, x[:size], g[:size])
-        total = lax.fori_loop(0, count, more, jnp.zeros(shape.shape, shape.dtype))
+        nothing = function(x[:0], g[:0])  # zeros, of the type that the sum has in a `shard_map`
+        total = lax.fori_loop(0, count, more, nothing)
     return total + function(x[-rest:], g[-rest:]) if rest else total
 
 
