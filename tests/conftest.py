@@ -23,25 +23,27 @@ from repopt_jax import data
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The files that take longest, with their CPU seconds where nothing is compiled yet (Python 3.11, AMD EPYC).
+# The files that take longest, with their seconds where nothing is compiled yet (Python 3.11, AMD EPYC).
 # They start first, so that both processes end at about the same time.
 LONGEST = {
-    "test_optimizers.py": 166,
-    "test_resume.py": 153,
-    "test_reparameterize.py": 95,
-    "test_train_detection.py": 93,
-    "test_any_network.py": 90,
-    "test_processes.py": 82,
-    "test_cli.py": 78,
-    "test_configs.py": 92,
-    "test_parallel.py": 65,
-    "test_adaptive.py": 62,
-    "test_train_loop.py": 59,
-    "test_models_ghost.py": 53,
-    "test_verify.py": 40,
-    "test_detection_model.py": 38,
-    "test_train_state.py": 38,
-    "test_examples.py": 34,
+    "test_resume.py": 106,
+    "test_processes.py": 98,
+    "test_any_network.py": 89,
+    "test_models_ghost.py": 79,
+    "test_optimizers.py": 68,
+    "test_parallel.py": 63,
+    "test_reparameterize.py": 63,
+    "test_cli.py": 60,
+    "test_train_detection.py": 56,
+    "test_configs.py": 52,
+    "test_verify.py": 49,
+    "test_convolution.py": 48,
+    "test_train_loop.py": 46,
+    "test_structure.py": 44,
+    "test_adaptive.py": 34,
+    "test_torch_parity.py": 32,
+    "test_check.py": 32,
+    "test_interop_names.py": 30,
 }
 
 

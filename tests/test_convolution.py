@@ -110,7 +110,7 @@ def both(case, dtype):
     return ours, theirs
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases())
 def test_every_shape_as_xla(case):
     with jax.enable_x64(True):
@@ -118,7 +118,7 @@ def test_every_shape_as_xla(case):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(cases())
 def test_every_shape_as_xla_to_rounding(dtype, case):
     assert far(*both(case, dtype)) < tolerances.CONVOLUTIONS[dtype]

@@ -1,9 +1,10 @@
 """Convolutions that are also fast on a CPU: `conv_general_dilated` in place of that of `jax.lax`.
 
-XLA's CPU backend has a fast program for dense convolutions and none for grouped and depthwise ones: on 16
-maps of 32x32x64, a 3x3 depthwise layer takes 28 ms of an EPYC core and its input gradient as long (at
-stride 2, 99 ms); the kernel gradient of 16 groups takes 2.4 s. The forms below take 0.3 to 10 ms (jax
-0.10.2, float32).
+XLA's CPU backend has a fast program for the forward pass of a dense convolution. It is slow in kernel
+gradients, in input gradients of strided layers, and in everything that is grouped or depthwise: on 16 maps of
+32x32x64, a 3x3 depthwise layer takes 28 ms of an EPYC core and its input gradient as long (at stride 2, 99
+ms), and the kernel gradient of 16 groups 2.4 s. The forms below take 0.3 to 10 ms (jax 0.10.2, float32).
+`scripts/xla_cpu_convolutions.py` shows it without this library, `repopt bench conv` with it.
 
 This module is a JAX primitive that means the same operation, and is differentiated, batched and partitioned
 by the rules of the operation that it stands for. Only what it is lowered to depends on the platform: on a CPU
@@ -174,14 +175,16 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
     strided, dilated = (any(n != 1 for n in params[name]) for name in ("window_strides", "lhs_dilation"))
     window = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
     if max(groups, batch_groups) == 1:
-        channels = min(rhs.shape[numbers.rhs_spec[0]], lhs.shape[numbers.lhs_spec[1]])
-        if window == 1 and not (strided and dilated) and channels >= MIN_CHANNELS:
+        batch, inputs = (lhs.shape[axis] for axis in numbers.lhs_spec[:2])
+        features = rhs.shape[numbers.rhs_spec[0]]
+        if window == 1 and not (strided and dilated) and min(inputs, features) >= MIN_CHANNELS:
             return pointwise
         if dilated:
             return by_phases if not strided and window > 1 and outputs >= PHASED_OUTPUTS else _XLA.bind
-        channels = min(rhs.shape[numbers.rhs_spec[0]], lhs.shape[numbers.lhs_spec[0]])
-        is_kernel = whole and outputs <= min(window, MAX_TERMS) and channels >= MIN_KERNEL_CHANNELS
-        return dense_kernel if is_kernel and (outputs == 1 or window >= MIN_POSITIONS) else _XLA.bind
+        # In the gradient of a kernel the channels are the batch: an axis that lies after the images.
+        is_kernel = whole and numbers.lhs_spec[0] > numbers.lhs_spec[1] and outputs <= MAX_TERMS
+        enough = min(batch, features) >= MIN_KERNEL_CHANNELS and (outputs == 1 or window >= MIN_POSITIONS)
+        return dense_kernel if is_kernel and enough else _XLA.bind
     if groups > 1:
         inputs = rhs.shape[numbers.rhs_spec[1]]
         if inputs * window <= MAX_TERMS and not (strided and dilated):
