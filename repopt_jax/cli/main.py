@@ -191,8 +191,8 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     bench.option("--classes=N", "of the classifier (1000)", type=int)
     bench.option(
         "--networks=NAME,...",
-        "of step, largest, inference, torch and compile: plain, repopt, search, repvgg (these four), "
-        "xla (plain, with XLA's own convolutions)",
+        "of step, torch and so on: plain, repopt, search, repvgg (these four), "
+        "xla (plain, XLA's convolutions)",
         type=words,
     )
     bench.option("--memory=GB", "limit for the largest batch (what the device has)", type=float)
