@@ -3,7 +3,8 @@
 #
 #     sh scripts/cpu_bench.sh [PATH]
 #
-# About 20 minutes on 2 cores; torch is needed for `torch` and for PyTorch's column of `conv`.
+# Single convolutions go to PATH_conv.json and so on, everything else to PATH.json. Ten minutes on 2 cores; torch is
+# needed for `torch` and for PyTorch's column of `conv`.
 set -eu
 out=${1:-scripts/results/bench_cpu}
 bench() { python -m repopt_jax bench "$@" --out="$out"; }
@@ -21,6 +22,7 @@ done
 for model in vgg-digits repopt-ghostnet-digits mobileone-digits; do
   bench step --model=$model --size=16 --batch=64 --classes=10 --rounds=9 --networks=plain,xla
 done
-bench conv --rounds=9
 bench optimizers --rounds=9
 bench input --model=repvgg-a0 --batch=4 --rounds=5
+out=${out}_conv
+bench conv --rounds=9

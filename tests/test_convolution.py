@@ -185,11 +185,19 @@ def test_forms(forms_of, kind, forms):
 
 @pytest.mark.parametrize(
     ("channels", "size", "forms"),
-    [(8, 33, ["by_phases", "dense_kernel"]), (8, 31, ["dense_kernel"]), (4, 31, []), (8, 9, [])],
+    [
+        (8, 33, ["by_phases", "dense_kernel"]),
+        (8, 31, ["dense_kernel"]),
+        (4, 31, []),
+        (8, 9, []),
+        (682, 4, []),
+        (683, 4, ["by_phases"]),
+    ],
 )
 def test_forms_of_a_strided_dense_layer(forms_of, channels, size, forms):
     strided = functools.partial(training, strides=(2, 2))
-    assert forms_of(strided, *images(1, channels, channels, size=size)) == forms
+    x, w = [8, size, size, channels], [3, 3, channels, channels]
+    assert forms_of(strided, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, w))) == forms
 
 
 def test_a_map_that_is_shifted_shows(monkeypatch, x64):

@@ -32,8 +32,9 @@ _enabled = contextvars.ContextVar("repopt_jax_convolutions", default=True)
 # More terms in a sum, or more groups, make a program that takes longer to compile than is won.
 MAX_TERMS = 80
 MAX_GROUPS = 64
-# Outputs of an image from which residue by residue is faster than multiplying zeros.
+# Outputs of an image, and weights, from which residue by residue is faster than multiplying zeros.
 PHASED_OUTPUTS = 1024
+PHASED_WEIGHTS = 2**22
 # Channels from which a layer of 1x1 is faster as a product of matrices.
 MIN_CHANNELS = 32
 # What the product of matrices of a dense kernel's gradient needs: channels, and pixels of the gradient. Their
@@ -180,7 +181,8 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
         if window == 1 and not (strided and dilated) and min(inputs, features) >= MIN_CHANNELS:
             return pointwise
         if dilated:
-            return by_phases if not strided and window > 1 and outputs >= PHASED_OUTPUTS else _XLA.bind
+            large = outputs >= PHASED_OUTPUTS or math.prod(rhs.shape) >= PHASED_WEIGHTS
+            return by_phases if large and window > 1 and not strided else _XLA.bind
         # In the gradient of a kernel the channels are the batch: an axis that lies after the images.
         is_kernel = whole and numbers.lhs_spec[0] > numbers.lhs_spec[1] and outputs <= MAX_TERMS
         enough = min(batch, features) >= MIN_KERNEL_CHANNELS and (outputs == 1 or window >= MIN_POSITIONS)
@@ -278,7 +280,8 @@ def dense_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
             a, b, (((0,), (0,)), ((), ())), precision=params["precision"], preferred_element_type=wide
         )
 
-    of_image = math.prod(reach) // math.prod(dilation) * (math.prod(of_x) * channels + of_g * outputs)
+    rows = (sizes[0] + of_g - 1) * math.prod(sizes[1:])
+    of_image = rows * (math.prod(of_x) * channels + of_g * outputs)
     total = _over_images(product, x, g, CHUNK_BYTES // (of_image * dtype.itemsize))
     k = total.reshape(*of_x, channels, of_g, outputs)
     k = jnp.moveaxis(k, -2, 0).reshape(of_g * of_x[0], *of_x[1:], channels, outputs)
