@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import compiled_text
+import program_cache
 
 # A vector of scales takes no more memory than its numbers and this: TPUs round buffers up.
 PADDING_BYTES = 1024
@@ -169,6 +170,7 @@ def facts_of(devices: str, cases: Sequence[Case]) -> list[Facts]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     # Compiled as in use, and here: the tests' own settings are inherited.
     env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    env |= {"XLA_FLAGS": program_cache.flags_in_use(os.environ)}
     child = subprocess.run(
         [sys.executable, __file__, "check", devices],
         input=json.dumps([dataclasses.asdict(case) for case in cases]),

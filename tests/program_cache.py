@@ -39,6 +39,12 @@ def compile_flags(environment: Mapping[str, str]) -> str:
     return f"{flags} {OLD_LOOPS}".strip()
 
 
+def flags_in_use(environment: Mapping[str, str]) -> str:
+    """`XLA_FLAGS` without what `compile_flags` adds, for a process with another compiler than the CPU's: the
+    TPU's reads the variable too, and ends the process at a flag that it does not know."""
+    return environment.get("XLA_FLAGS", "").replace(OLD_LOOPS, "").strip()
+
+
 def root() -> Path:
     """The folder of all versions and processors, in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repopt_jax" / "tests"

@@ -34,6 +34,13 @@ def test_without_a_place_for_it_the_folder_is_a_temporary_one(tmp_path, monkeypa
     assert program_cache.folder() == tmp_path / "repopt-compiled-"
 
 
+def test_another_compiler_does_not_get_the_flag_of_the_cpus():
+    for flags in ("", "--xla_dump_to=somewhere"):
+        environment = {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        ours = {"XLA_FLAGS": program_cache.compile_flags(environment)}
+        assert program_cache.flags_in_use(ours) == flags
+
+
 def test_what_was_not_used_for_longest_is_removed(tmp_path):
     old = write(tmp_path / "jaxlib-1" / "a", 40, used=1)
     middle = write(tmp_path / "jaxlib-2" / "b", 40, used=2)
