@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.surgery import fast_on_cpu as fast_on_cpu
     from repopt_jax.surgery import find_branches as find_branches
     from repopt_jax.surgery import find_layers as find_layers
+    from repopt_jax.surgery import find_structures as find_structures
     from repopt_jax.surgery import fuse as fuse
     from repopt_jax.surgery import prepare as prepare
     from repopt_jax.surgery import reinitialize as reinitialize
@@ -82,8 +83,8 @@ _NAMES = {
     ),
     "surgery": (
         *("Mode", "SearchTree", "depth_scales", "extract_scales", "fast_on_cpu", "find_branches"),
-        *("find_layers", "fuse", "prepare", "reinitialize", "search_tree", "to_repvgg", "to_search"),
-        *("to_structure", "weight_decay_mask"),
+        *("find_layers", "find_structures", "fuse", "prepare", "reinitialize", "search_tree"),
+        *("to_repvgg", "to_search", "to_structure", "weight_decay_mask"),
     ),
     "verify": ("verify_equivalence",),
 }

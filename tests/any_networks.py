@@ -198,6 +198,35 @@ class MLP(nnx.Module):
         return last(x)
 
 
+class Separable(nnx.Module):
+    """Depthwise layers of several sizes, one of them strided and dilated, one with two outputs for each
+    input, and 1x1 layers between them."""
+
+    def __init__(self, *, rngs):
+        def depthwise(size, outputs=4, **options):
+            return nnx.Conv(
+                4, outputs, (size, size), feature_group_count=4, use_bias=False, **options, rngs=rngs
+            )
+
+        def norm(channels):
+            return nnx.BatchNorm(channels, use_fast_variance=False, rngs=rngs)
+
+        self.stem = nnx.Conv(2, 4, (1, 1), rngs=rngs)
+        self.large = depthwise(7)
+        self.large_bn = norm(4)
+        self.mix = nnx.Conv(4, 4, (1, 1), use_bias=False, rngs=rngs)
+        self.strided = depthwise(5, strides=2, kernel_dilation=2, padding=((3, 4), (4, 4)))
+        self.strided_bn = norm(4)
+        self.wide = depthwise(3, 8, padding="CIRCULAR")
+        self.wide_bn = norm(8)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.leaky_relu(self.large_bn(self.large(self.stem(x))))
+        x = nnx.leaky_relu(self.strided_bn(self.strided(self.mix(x))))
+        return self.head(nnx.leaky_relu(self.wide_bn(self.wide(x))).mean((1, 2)))
+
+
 def drawn(model, seed=0, dtype=jnp.float32):
     """The abstract `model` with random parameters and the statistics of a fresh batch norm."""
     rng = np.random.default_rng(seed)
@@ -262,6 +291,8 @@ NETWORKS = {
     "3-D": Case(Volume, (4, 6, 6, 2), 3),
     "MLP": Case(MLP, (6,), 4),
 }
+
+DEPTHWISE = Case(Separable, (8, 9, 2), 6)
 
 
 def squared_error(model, batch):

@@ -21,6 +21,7 @@ from repopt_jax.core.structure import STRUCTURES
 from repopt_jax.models import VGGVariant, vgg
 from repopt_jax.nn import Branched, Merged
 from repopt_jax.optim.sgd import repopt_mask
+from repopt_jax.surgery.choose import find_structures
 from repopt_jax.surgery.fuse import FoldedNorm
 from repopt_jax.surgery.layers import find_branches, find_layers
 from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
@@ -389,6 +390,15 @@ def test_a_search_network_of_one_s_own_is_deployed(name, x64):
     assert relative(run(branches_alone, x), run(model, x)) <= EXACT
 
 
+# What has nothing to gain or makes the logits.
+LEFT_ALONE = {
+    "1-D": {"head/kernel"},
+    "3-D": {"head/kernel"},
+    "MLP": {"layers/0/kernel", "layers/3/kernel"},
+    "ResNet-18": {"fc/kernel", *(f"stages/{i}/0/downsample/layers/0/kernel" for i in (1, 2))},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "structure"), [("1-D", "repvgg"), ("3-D", "dbb"), ("MLP", "repvgg"), ("ResNet-18", "acnet")]
 )
@@ -399,6 +409,9 @@ def test_a_structure_of_any_network(name, structure, x64):
     model = settled(nnx.eval_shape(lambda m: to_structure(m, structure, rngs=nnx.Rngs(1)), plain))
     normed = {f"{p}/kernel": m for p, m in named_modules(model) if isinstance(m, Branched)}
     layers = find_layers(plain)
+    taken = {path: choice for path, choice in find_structures(plain, structure).items() if choice.structure}
+    assert set(layers) - set(taken) == LEFT_ALONE[name]
+    layers = {path: layers[path] for path in taken}
     described = {path: STRUCTURES[structure](layer.geometry) for path, layer in layers.items()}
     assert {path: m.structure for path, m in normed.items()} == described
     assert {p: m.bias is not None for p, m in normed.items()} == {p: v.has_bias for p, v in layers.items()}
@@ -612,7 +625,9 @@ def test_what_has_no_repvgg_form():
     model = NETWORKS["scanned stack"].fresh()
     stacked = "it is a stacked layer, whose branches would need batch norms made by the same nnx.vmap"
     with pytest.raises(ValueError, match=rf"blocks/conv: {stacked}.*; blocks/mix: {stacked}"):
-        to_repvgg(model, rngs=nnx.Rngs(0))
+        to_repvgg(model, ".*", rngs=nnx.Rngs(0))
+    some = to_repvgg(model, rngs=nnx.Rngs(0))
+    assert [p for p, m in named_modules(some) if isinstance(m, Branched)] == ["stem"]
     assert isinstance(to_repvgg(model, "stem|head", rngs=nnx.Rngs(0)).stem, Branched)
 
 
@@ -711,7 +726,7 @@ def test_any_number_of_batch_axes(layer, batch, x64):
     model = nnx.Sequential(plain)
     shape = (*batch, 5, 6, 2) if layer == "conv" else (*batch, 3)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape))
-    search, repvgg = to_search(model, rngs=nnx.Rngs(1)), to_repvgg(model, rngs=nnx.Rngs(2))
+    search, repvgg = to_search(model, rngs=nnx.Rngs(1)), to_repvgg(model, "layers/0", rngs=nnx.Rngs(2))
     repvgg.eval()
     for new in (search, repvgg):
         made = new.layers[0]

@@ -413,6 +413,14 @@ def normed(*maps: Branch, decay_identity: bool = True) -> dict[str, Chain]:
     }
 
 
+def starting(chains: Mapping[str, Chain], first: float, others: float) -> dict[str, Chain]:
+    """Returns chains whose last batch norms start at these scales: of the first chain, and of the others."""
+    return {
+        name: (*chain[:-1], dataclasses.replace(chain[-1], start=others if j else first))
+        for j, (name, chain) in enumerate(chains.items())
+    }
+
+
 def scaled(*maps: Branch) -> dict[str, Chain]:
     """Returns chains of one map with a trainable scale, by the map's name (of an identity, the vector)."""
     return {m.name: (Stage(m, "scale" if m.has_scale else ""),) for m in maps}
@@ -468,43 +476,91 @@ def mobileone(layer: Geometry, *, copies: int = 1) -> Structure:
     )
 
 
-def repghost(layer: Geometry) -> Structure:
+def repghost(layer: Geometry, *, raw_identity: bool = False) -> Structure:
     """RepGhost (arXiv 2211.06088, section 3): the kernel and the identity, a batch norm each.
 
-    As published, no batch norm is decayed, that of the identity included.
+    As published, no batch norm is decayed, that of the identity included. With `raw_identity`, one of the
+    paper's other forms, the identity has no batch norm.
     """
     maps = [Kernel(layer.window), *([Identity()] if layer.has_identity else [])]
-    return Structure(layer, normed(*maps, decay_identity=False))
+    chains = normed(*maps, decay_identity=False)
+    if raw_identity and "identity" in chains:
+        chains["identity"] = (Stage(Identity(), "", trained=False),)
+    return Structure(layer, chains)
 
 
-def acnet(layer: Geometry) -> Structure:
-    """ACNet (arXiv 1908.03930, section 3): the square kernel and, for each axis, one of size 1 along it."""
+def acnet(layer: Geometry, *, gamma: float = 1.0, single_init: bool = False) -> Structure:
+    """ACNet (arXiv 1908.03930, section 3): the square kernel and, for each axis, one of size 1 along it.
+
+    The centre taps of all kernels coincide, also where the layer pads less than half of its window: the thin
+    kernels then cut the border off. A dilated layer dilates them too.
+
+    Args:
+      layer: the layer.
+      gamma: where the scale of every batch norm starts. The published networks use 1 for ImageNet and, for
+        CIFAR, 1/3, with which the sum starts about as large as one branch.
+      single_init: whether the square kernel alone counts at the start: its scale is 1 and the others 0.
+
+    Raises:
+      ValueError: both; or a `gamma` that is no finite number.
+    """
+    if single_init and gamma != 1:
+        raise ValueError(f"`gamma` is {gamma} with `single_init`, which starts at 1 and 0: give one of them")
+    if not math.isfinite(gamma):
+        raise ValueError(f"`gamma` is {gamma}: it must be a finite number")
     thin = [
         Kernel(tuple(1 if i == axis else n for i, n in enumerate(layer.window))) for axis in range(layer.axes)
     ]
-    return Structure(layer, normed(Kernel(layer.window), *reversed(thin)))
+    chains = normed(Kernel(layer.window), *reversed(thin))
+    return Structure(layer, starting(chains, gamma, 0.0 if single_init else gamma))
 
 
-def dbb(layer: Geometry, *, middle: int | None = None) -> Structure:
+def dbb(layer: Geometry, *, middle: int | None = None, single_init: bool = False) -> Structure:
     """Diverse Branch Block (arXiv 2103.13425, section 3.3): kernel, 1x1, 1x1 -> average, 1x1 -> kernel.
 
-    A depthwise layer has no 1x1 branch, and averages its input without a 1x1. `middle` is the number of
-    channels between the two stages of the last chain, by default as many as inputs, or twice as many in a
-    depthwise layer. With as many as inputs, the 1x1 kernel of that chain starts at the identity.
+    A depthwise layer has no 1x1 branch, and averages its input without a 1x1. The average is over the taps of
+    the layer's own window, of a dilated layer over the dilated ones, where the published code averages over a
+    dense window, which is no kernel of this layer. The stage before the last pads with what it makes of
+    zeros, by whatever padding the layer has.
+
+    Args:
+      layer: the layer.
+      middle: channels between the two stages of the last chain, by default as many as inputs, or twice as
+        many in a depthwise layer. With as many as inputs, that chain's 1x1 kernel starts at the identity.
+      single_init: whether the layer's own kernel alone counts at the start: the scale of its batch norm is
+        1, those of the last norms of the other chains are 0.
+
+    Raises:
+      ValueError: a `middle` that is not positive, or that the groups do not divide.
     """
+    if middle is not None and middle < 1:
+        raise ValueError(
+            f"`middle` is {middle}: a chain of two stages needs at least one channel between them"
+        )
     own, point, average = Kernel(layer.window), Kernel((1,) * layer.axes), Stage(Pool(), trained=False)
-    middle = middle or (2 * layer.inputs if layer.is_depthwise else layer.inputs)
+    # A layer with several outputs for each input is a grouped one here, as in the published code: an average
+    # alone would give it too few channels.
+    depthwise = layer.is_depthwise and layer.outputs == layer.inputs
+    middle = middle or (2 * layer.inputs if depthwise else layer.inputs)
     widen = Stage(point, channels=middle, residual=middle == layer.inputs)
     chains = normed(own)
-    if layer.is_depthwise:
+    if depthwise:
         chains["average"] = (average,)
     else:
         chains |= normed(point) | {"average": (Stage(point, channels=layer.outputs), average)}
-    return Structure(layer, chains | {f"{point.name}_{own.name}": (widen, Stage(own))})
+    chains |= {f"{point.name}_{own.name}": (widen, Stage(own))}
+    return Structure(layer, starting(chains, 1.0, 0.0) if single_init else chains)
 
 
 def replknet(layer: Geometry, *, small: int = 5) -> Structure:
-    """RepLKNet (arXiv 2203.06717, section 3.2): a large and a small kernel (`small` a side), a norm each."""
+    """RepLKNet (arXiv 2203.06717, section 3.2): a large and a small kernel, a batch norm each.
+
+    `small` is the side of the small kernel, which is no larger than the layer's window along any axis: a
+    layer of 5x5 has the one kernel only.
+
+    Raises:
+      ValueError: a small kernel that cannot be centred in the window.
+    """
     return Structure(layer, normed(Kernel(layer.window), Kernel(tuple(min(small, n) for n in layer.window))))
 
 
@@ -560,6 +616,16 @@ STRUCTURES: dict[str, Description] = {
     "qarepvgg": qarepvgg,
     "qarepvgg2": functools.partial(qarepvgg, pool=True),
 }
+
+
+def _is_ordinary(layer: Geometry) -> bool:
+    """Whether the window has more than one tap and no side of seven or more."""
+    return layer.taps > 1 and max(layer.window) < 7
+
+
+# Description -> whether its authors give a layer the structure. The others stay a plain convolution with its
+# batch norm in their networks, though the structure is defined for them.
+PUBLISHED_FOR: dict[Description, Callable[[Geometry], bool]] = {acnet: _is_ordinary, dbb: _is_ordinary}
 
 
 def default_branches(

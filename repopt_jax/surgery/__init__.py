@@ -1,5 +1,7 @@
 """Structural changes of NNX models, each of which returns a new model."""
 
+from repopt_jax.surgery.choose import Choice as Choice
+from repopt_jax.surgery.choose import find_structures as find_structures
 from repopt_jax.surgery.cpu import fast_on_cpu as fast_on_cpu
 from repopt_jax.surgery.decay import weight_decay_mask as weight_decay_mask
 from repopt_jax.surgery.fuse import fuse as fuse

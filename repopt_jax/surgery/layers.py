@@ -41,13 +41,22 @@ def find_layers(model: nnx.Module, select: Select = None) -> dict[str, "Layer"]:
         own; or layers that branches cannot replace, all with the reasons.
       TypeError: `select` is none of these.
     """
+    return _all_of(*survey_layers(model, select))
+
+
+def survey_layers(model: nnx.Module, select: Select = None) -> tuple[dict[str, "Layer"], dict[str, str]]:
+    """Returns `find_layers`, and those that branches cannot replace: path -> "(class): reason".
+
+    Raises:
+      ValueError, TypeError: as `find_layers`, but for what is in the second mapping.
+    """
     chosen = _selected(model, select)
     if not chosen:
         known = [path or "the model itself" for path, m in named_modules(model) if _is_plain(m)]
         there = f"its layers are {paths.listed(known, 8)}" if known else "it has no nnx.Conv or nnx.Linear"
         what = "" if select is None else f" that `select` = {select!r} chooses"
         raise ValueError(f"`model` has no layer{what}: {there}")
-    return _described(model, chosen)
+    return _read(model, chosen)
 
 
 def find_branches(
@@ -241,6 +250,18 @@ def _only_by_alias(
 
 def _described(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> dict[str, Layer]:
     """Returns `read_layer` of all modules; raises one ValueError with the reasons of all that fail."""
+    return _all_of(*_read(model, modules))
+
+
+def _all_of(found: dict[str, Layer], problems: Mapping[str, str]) -> dict[str, Layer]:
+    if problems:
+        listed = "; ".join(f"{path} {why}" for path, why in problems.items())
+        raise ValueError(f"layers that cannot be made of branches: {listed}")
+    return found
+
+
+def _read(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Returns `read_layer` of the modules by path, and "(class): reason" of those that fail."""
     owners: dict[int, list[str]] = {}
     wrapped: dict[int, str] = {}
     for path, module in named_modules(model):
@@ -249,7 +270,7 @@ def _described(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> dict[str
                 owners.setdefault(id(value), []).append(path)
             if isinstance(module, WRAPPERS) and isinstance(value, nnx.Module):
                 wrapped[id(value)] = f"{path} ({type(module).__name__})"
-    found, problems = {}, []
+    found, problems = {}, {}
     for path, module in modules.items():
         try:
             layer = read_layer(path, module)
@@ -261,10 +282,8 @@ def _described(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> dict[str
                 raise ValueError(f"{wrapped[id(module)]} normalises its kernel before each use")
             found[layer.path] = layer
         except ValueError as error:
-            problems.append(f"{path} ({type(module).__name__}): {error}")
-    if problems:
-        raise ValueError(f"layers that cannot be made of branches: {'; '.join(problems)}")
-    return dict(sorted(found.items(), key=lambda item: paths.natural_order(item[0])))
+            problems[path] = f"({type(module).__name__}): {error}"
+    return dict(sorted(found.items(), key=lambda item: paths.natural_order(item[0]))), problems
 
 
 def _chooser(model: nnx.Module, layers: Mapping[str, Layer], branches: Branches) -> Callable[[Layer], Chosen]:

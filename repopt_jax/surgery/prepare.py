@@ -9,6 +9,7 @@ from flax import nnx
 from repopt_jax.core.scales import Scales
 from repopt_jax.core.structure import STRUCTURES
 from repopt_jax.hints import did_you_mean
+from repopt_jax.surgery.choose import Options
 from repopt_jax.surgery.layers import Branches, Select, find_branches
 from repopt_jax.surgery.reinitialize import reinitialize
 from repopt_jax.surgery.search import to_search
@@ -73,6 +74,7 @@ def prepare(
     scales: Scales | None = None,
     select: Select = None,
     branches: Branches = None,
+    options: Options = None,
     allow_trained: bool = False,
     rngs: nnx.Rngs,
 ) -> Prepared:
@@ -88,12 +90,13 @@ def prepare(
       select: which layers, as in `find_layers`. In mode repopt the scales define the layers; if `select` is
         given as well, they must be for exactly these layers.
       branches: the layers' branches, as in `find_branches`, in modes search, repopt and repvgg.
+      options: arguments of the structure, such as {"gamma": 1 / 3} in mode acnet, as in `find_structures`.
       allow_trained: in mode repopt, whether to discard the kernels of a trained model.
       rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
-      ValueError: an unknown mode; scales or branches that the mode does not use, or missing scales; or as
-        `to_search`, `reinitialize` and `to_structure`.
+      ValueError: an unknown mode; scales, branches or options that the mode does not use, or missing scales;
+        or as `to_search`, `reinitialize` and `to_structure`.
     """
     mode = Mode.parse(mode)
     if scales is not None and mode not in (Mode.SEARCH, Mode.REPOPT):
@@ -102,6 +105,9 @@ def prepare(
         )
     if branches is not None and mode.is_structure and mode != "repvgg":
         raise ValueError(f"mode {mode} defines the branches of its layers: leave `branches` out")
+    if options and (not mode.is_structure or branches is not None):
+        what = f"mode {mode}" if branches is None else "a network of given `branches`"
+        raise ValueError(f"{what} has no structure that takes `options` {dict(options)}: leave them out")
     match mode:
         case Mode.PLAIN:
             return Prepared(nnx.clone(model))
@@ -124,4 +130,4 @@ def prepare(
             return Prepared(fresh, scales)
     if branches is not None:
         return Prepared(to_repvgg(model, select, branches, rngs=rngs))
-    return Prepared(to_structure(model, mode.value, select, rngs=rngs))
+    return Prepared(to_structure(model, mode.value, select, options=options, rngs=rngs))

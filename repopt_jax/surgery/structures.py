@@ -1,35 +1,41 @@
 """Replaces layers by structures in a copy of any NNX model."""
 
 import functools
+import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.core import paths
-from repopt_jax.core.structure import STRUCTURES, Description, Structure, of_branches
-from repopt_jax.models.network import Network
+from repopt_jax.core.scales import DeclaresBranches
+from repopt_jax.core.structure import Description, Structure, of_branches
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged
 from repopt_jax.nn.rngs import counted_in_python
-from repopt_jax.surgery.layers import Branches, Layer, Select, find_branches, find_layers
+from repopt_jax.surgery.choose import Described, Options, find_classifier, find_structures
+from repopt_jax.surgery.layers import Branches, Layer, Select, find_branches
 from repopt_jax.surgery.modules import Removed, aliases, join, named_modules, replace_modules
 
-Described: TypeAlias = str | Description | Mapping[str, str | Description]
+_log = logging.getLogger(__name__)
 
 
 def to_structure(
-    model: nnx.Module, structure: Described, select: Select = None, *, rngs: nnx.Rngs
+    model: nnx.Module,
+    structure: Described,
+    select: Select = None,
+    *,
+    options: Options = None,
+    rngs: nnx.Rngs,
 ) -> nnx.Module:
     """Returns a copy of any NNX model with this structure in each selected layer; `fuse` merges them again.
 
-        to_structure(model, "acnet", r"stages/.*", rngs=nnx.Rngs(0))
+        to_structure(model, "acnet", r"stages/.*", options={"gamma": 1 / 3}, rngs=nnx.Rngs(0))
 
     A structure with batch norms inside becomes an `nn.Branched`, any other an `nn.Merged`. If the layer is
     the convolution of an `nn.Block`, the block's batch norm is removed, unless the structure has one after
@@ -41,29 +47,30 @@ def to_structure(
       structure: a name in `STRUCTURES`; a description; or a mapping of regular expressions for a layer's
         whole path to names or descriptions, of which the first that matches counts. A network may have
         particular descriptions for a name (`models.Network.descriptions`).
-      select: which layers, as in `find_layers`.
+      select: which layers, as in `find_layers`. Without it, layers to which the structure adds nothing, the
+        dense layer that makes the logits, and layers for which it is not defined are left as they are;
+        `find_structures` lists them with the reasons.
+      options: arguments of the descriptions, as in `find_structures`.
       rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
-      ValueError: as `find_layers`; an unknown name; a rule that matches no selected layer; layers that no
-        rule matches, or for which the structure is not defined, all with the reasons; or batch norms for
-        stacked layers, because `nnx.scan` and `nnx.vmap` would not carry the batch statistics of new modules.
+      ValueError: as `find_layers`; an unknown name or option; a rule that matches no selected layer; no layer
+        that becomes the structure; or layers that `select` chooses and no rule matches, or for which the
+        structure is not defined, all with the reasons. The latter are also stacked layers with batch norms,
+        because `nnx.scan` and `nnx.vmap` would not carry the batch statistics of new modules.
     """
-    layers = find_layers(model, select)
-    describe = _describer(model, structure, [layer.name for layer in layers.values()])
-    made, problems = {}, []
-    for path, layer in layers.items():
-        try:
-            made[path] = describe(layer)(layer.geometry)
-            if layer.stack and made[path].followers("norm"):
-                raise ValueError(
-                    "it is a stacked layer, whose branches would need batch norms made by the same nnx.vmap: "
-                    "leave it out with `select`, or build the network of `nn.Branched`"
-                )
-        except ValueError as error:
-            problems.append(f"{layer.name}: {error}")
-    if problems:
-        raise ValueError(f"`structure` is not defined for all selected layers: {'; '.join(problems)}")
+    choices = find_structures(model, structure, select, options=options)
+    made = {path: choice.structure for path, choice in choices.items() if choice.structure is not None}
+    left = {path.rpartition("/")[0]: choice for path, choice in choices.items() if choice.structure is None}
+    undefined = [f"{name}: {choice.reason}" for name, choice in left.items() if choice.undefined]
+    if undefined and select is not None:
+        raise ValueError(f"`structure` is not defined for all selected layers: {'; '.join(undefined)}")
+    reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in left.items())
+    if not made:
+        raise ValueError(f"no layer of `model` becomes `structure`: {'; '.join(undefined) or reasons}")
+    if reasons:
+        _log.info("%d layers become a structure; left as they are: %s", len(made), reasons)
+    layers = {path: choice.layer for path, choice in choices.items() if path in made and choice.layer}
     key = rngs.params()
 
     def make(layer: Layer, **options: Any) -> StructuredLayer:
@@ -78,14 +85,20 @@ def to_structure(
 def to_repvgg(
     model: nnx.Module, select: Select = None, branches: Branches = None, *, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """`to_structure(model, "repvgg", ...)`, or with `branches` (as in `find_branches`) these, a norm each."""
+    """`to_structure(model, "repvgg", ...)`, or with `branches` (as in `find_branches`) these, a norm each.
+
+    With `branches`, too, the dense layer that makes the logits is left as it is unless `select` chooses it.
+    """
     if branches is None:
         return to_structure(model, "repvgg", select, rngs=rngs)
+    sets = {path.rpartition("/")[0]: bs for path, bs in find_branches(model, select, branches).items()}
+    if select is None and not isinstance(model, DeclaresBranches):
+        sets.pop(find_classifier(model), None)
     described: dict[str, str | Description] = {
-        re.escape(path.rpartition("/")[0]): functools.partial(of_branches, branch_set, then="norm")
-        for path, branch_set in find_branches(model, select, branches).items()
+        re.escape(name): functools.partial(of_branches, branch_set, then="norm")
+        for name, branch_set in sets.items()
     }
-    return to_structure(model, described, select, rngs=rngs)
+    return to_structure(model, described, lambda path, _: path in sets, rngs=rngs)
 
 
 def replace_layers(
@@ -142,40 +155,3 @@ def merged_layer(
 def key_of(path: str, key: jax.Array) -> jax.Array:
     """Returns the key of the layer at `path`, which does not depend on the other layers."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def find_structure(name: str) -> Description:
-    """Returns the description of this name in `STRUCTURES`; raises ValueError for an unknown one."""
-    if name not in STRUCTURES:
-        raise ValueError(f"there is no structure {name!r}: it must be one of {', '.join(STRUCTURES)}")
-    return STRUCTURES[name]
-
-
-def _describer(
-    model: nnx.Module, structure: Described, names: Sequence[str]
-) -> Callable[[Layer], Description]:
-    """Returns a function from a layer, whose name is one of `names`, to its description."""
-    if isinstance(structure, str):
-        general = find_structure(structure)
-        particular = model.descriptions(structure) if isinstance(model, Network) else {}
-        return lambda layer: particular.get(layer.path, general)
-    if isinstance(structure, Mapping):
-        rules = [
-            (paths.compiled(pattern, "structure"), _describer(model, one, names))
-            for pattern, one in structure.items()
-        ]
-        idle = [p.pattern for p, _ in rules if not any(p.fullmatch(name) for name in names)]
-        if idle:
-            raise ValueError(
-                f"the rules {', '.join(map(repr, idle))} of `structure` match none of the layers "
-                f"{paths.listed(names, 8)}"
-            )
-
-        def by_rule(layer: Layer) -> Description:
-            for pattern, describe in rules:
-                if pattern.fullmatch(layer.name):
-                    return describe(layer)
-            raise ValueError(f"no rule of `structure` matches it, of {list(structure)}")
-
-        return by_rule
-    return lambda layer: structure

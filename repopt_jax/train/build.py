@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from repopt_jax import data
 from repopt_jax.core.scales import Scales
 from repopt_jax.optim.check import check_optimizer
+from repopt_jax.surgery.choose import parse_options
 from repopt_jax.surgery.decay import scale_paths, weight_decay_mask
 from repopt_jax.surgery.prepare import Mode, prepare
 from repopt_jax.surgery.reinitialize import sample_weights
@@ -129,7 +130,8 @@ def _network(config: Config, info: Any, scales: Scales | None) -> Any:
         mode, scales = Mode.PLAIN, None
     # A key of its own: the branches' draws must not repeat the network's.
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return prepare(model, mode, scales=scales, rngs=nnx.Rngs(key)).model
+    options = parse_options(config.model.structure_options)
+    return prepare(model, mode, scales=scales, options=options, rngs=nnx.Rngs(key)).model
 
 
 def _scales(config: Config, info: Any) -> Scales | None:

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import jax
 
 from repopt_jax import models, userfile
+from repopt_jax.core.structure import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
 from repopt_jax.data.transforms import MAX_MAGNITUDE
 from repopt_jax.hints import did_you_mean
 from repopt_jax.nn.block import ACTIVATIONS
+from repopt_jax.surgery.choose import find_structure, parse_options
 from repopt_jax.surgery.prepare import Mode
 
 # Task -> where its images can come from.
@@ -74,6 +76,8 @@ class ModelConfig:
       name: in `models.list()`, of the config's task.
       mode: how it is trained, a `surgery.Mode`: "plain", "search" (scales are trained), "repopt" (scales in
         the optimizer), or as a structure: "repvgg", "acnet" and so on.
+      structure_options: arguments of the structure, such as "gamma=1/3" in mode "acnet" or "copies=4" in mode
+        "mobileone"; `core.structure` has those of each.
       post_se: adds squeeze-and-excitation after every block (VGG-style networks).
       dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32. Detectors
         compute in float32.
@@ -82,6 +86,7 @@ class ModelConfig:
 
     name: str = setting("vgg-digits", choices=lambda config: models.list(config.task))
     mode: str = setting("plain", choices=tuple(mode.value for mode in Mode))
+    structure_options: str = setting("", only={"model.mode": tuple(STRUCTURES)})
     post_se: bool = setting(False, only=CLASSIFY)
     dtype: str = setting("float32", choices=("float32", "bfloat16"), only=CLASSIFY)
     activation: str = setting("relu", choices=tuple(ACTIVATIONS), only=DETECT)
@@ -434,6 +439,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
     problems = [
         *_field_problems(config),
         *_scales_problems(config),
+        *_structure_problems(config.model),
         *_data_problems(config.data),
         *_schedule_problems(config.optim),
         *_device_problems(config, devices),
@@ -522,6 +528,15 @@ def _scales_problems(config: Config) -> Iterator[str]:
             f"`scales`={scales!r} is neither {' nor '.join(NAMED_SCALES)} nor a directory: run the search "
             "first, or give the directory that it wrote"
         )
+
+
+def _structure_problems(model: ModelConfig) -> Iterator[str]:
+    try:
+        options = parse_options(model.structure_options)
+        if model.mode in STRUCTURES:
+            find_structure(model.mode, options)
+    except ValueError as error:
+        yield f"`model.structure_options`={model.structure_options!r}: {error}"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:

@@ -1,0 +1,242 @@
+"""Which layers of a model become which structure, and why the others stay as they are.
+
+`to_structure` replaces what `find_structures` returns, so that the latter is its plan to look at:
+
+    for path, choice in find_structures(model, "dbb").items():
+        print(path, choice)     # stages/0/0/conv1/kernel 3x3 + 1x1 + average + 1x1_3x3
+
+    fc/kernel                   # left as it is: it is the dense layer that makes the logits ...
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeAlias
+
+from flax import nnx
+
+from repopt_jax.core import paths
+from repopt_jax.core.branches import Kernel
+from repopt_jax.core.scales import DeclaresBranches
+from repopt_jax.core.structure import PUBLISHED_FOR, STRUCTURES, Description, Structure
+from repopt_jax.hints import did_you_mean
+from repopt_jax.models.network import Network
+from repopt_jax.surgery.layers import Layer, Select, survey_layers
+from repopt_jax.surgery.modules import join, named_modules
+
+Described: TypeAlias = str | Description | Mapping[str, str | Description]
+Options: TypeAlias = Mapping[str, Any] | None
+
+
+class Choice(NamedTuple):
+    """What becomes of a layer.
+
+    Attributes:
+      structure: the structure, or None if the layer stays as it is.
+      reason: why it stays; "" if it does not.
+      undefined: whether it stays because it cannot be this structure.
+      layer: the layer; None if it cannot be made of any branches.
+    """
+
+    structure: Structure | None
+    reason: str = ""
+    undefined: bool = False
+    layer: Layer | None = None
+
+    def __str__(self) -> str:
+        if self.structure is None:
+            return f"left as it is: {self.reason}"
+        return " + ".join(name for name, _ in self.structure.chains)
+
+
+def find_structures(
+    model: nnx.Module, structure: Described, select: Select = None, *, options: Options = None
+) -> dict[str, Choice]:
+    """Returns what `to_structure` with these arguments makes of each layer, by the path of its kernel.
+
+    Without `select` some layers are left as they are: those for which the structure is not defined; the dense
+    layer that makes the logits (`find_classifier`); and those where it has nothing to add, because its only
+    chain would be the layer's own kernel, as a 1x1 layer's in ACNet, or because the authors of the structure
+    keep such layers plain (`core.structure.PUBLISHED_FOR`). A model that declares its `branch_sets()` decides
+    by itself: the layers that it declares become the structure if it is defined for them, no others.
+
+    With `select` every layer that it chooses becomes the structure.
+
+    Args:
+      model: any NNX model.
+      structure: a name in `STRUCTURES`; a description; or a mapping of regular expressions for a layer's
+        whole path to names or descriptions, of which the first that matches counts. A network may have
+        particular descriptions for a name (`models.Network.descriptions`).
+      select: which layers, as in `find_layers`.
+      options: arguments of the descriptions, such as {"gamma": 1 / 3} for "acnet"; for `structure` a mapping,
+        of all of them.
+
+    Raises:
+      ValueError: an unknown name or option; a rule that matches no layer; or as `find_layers` for a `select`
+        that chooses nothing.
+      TypeError: `select` is none of the above.
+    """
+    layers, unreadable = survey_layers(model, select)
+    describe = _describer(model, structure, [layer.name for layer in layers.values()], options)
+    declares = isinstance(model, DeclaresBranches)
+    classifier = None if declares or select is not None else find_classifier(model)
+    found = {join(path, "kernel"): Choice(None, why, undefined=True) for path, why in unreadable.items()}
+    for path, layer in layers.items():
+        try:
+            description = describe(layer)
+            made = description(layer.geometry)
+            if layer.stack and made.followers("norm"):
+                raise ValueError(
+                    "it is a stacked layer, whose branches would need batch norms made by the same nnx.vmap: "
+                    "leave it out with `select`, or build the network of `nn.Branched`"
+                )
+        except ValueError as error:
+            found[path] = Choice(None, str(error), undefined=True, layer=layer)
+            continue
+        reason = ""
+        if select is None and not declares:
+            reason = _reason_to_stay(layer, made, description, classifier)
+        found[path] = Choice(None if reason else made, reason, layer=layer)
+    if declares and select is None:
+        others = (join(p, "kernel") for p, m in named_modules(model) if isinstance(m, (nnx.Conv, nnx.Linear)))
+        undeclared = Choice(None, "the model does not declare it: choose it with `select`")
+        found |= {path: undeclared for path in others if path not in found}
+    return dict(sorted(found.items(), key=lambda item: paths.natural_order(item[0])))
+
+
+def _reason_to_stay(
+    layer: Layer, structure: Structure, description: Description, classifier: str | None
+) -> str:
+    """Returns why a layer is not taken unless `select` chooses it, or ""."""
+    if layer.name == classifier:
+        return "it is the dense layer that makes the logits: choose it with `select` if it is not"
+    own = Kernel(layer.geometry.window)
+    if [[(s.map, s.then in ("norm", "")) for s in chain] for _, chain in structure.chains] == [[(own, True)]]:
+        return "the structure would have its own kernel only"
+    while isinstance(description, functools.partial):
+        description = description.func
+    if description in PUBLISHED_FOR and not PUBLISHED_FOR[description](layer.geometry):
+        window = "x".join(map(str, layer.geometry.window)) or "dense"
+        return f"the published networks keep {window} layers plain: choose it with `select` for the structure"
+    return ""
+
+
+def find_classifier(model: nnx.Module) -> str | None:
+    """Returns the path of the dense layer that makes the logits, or None without an `nnx.Linear`.
+
+    A model does not say in which order it uses its layers, so this goes by where networks have their
+    classifiers: of the dense layers nearest to the model itself, the one whose outputs no other layer takes,
+    by its width, and of several the last in the order of paths (`fc2` after `fc1`, `layers/10` after
+    `layers/9`).
+    """
+    modules = dict(named_modules(model))
+    dense = [(path, module) for path, module in modules.items() if isinstance(module, nnx.Linear)]
+
+    def rank(indexed: tuple[int, tuple[str, nnx.Linear]]) -> tuple[int, bool, int]:
+        index, (path, module) = indexed
+        widths = {
+            getattr(other, name, None)
+            for other in modules.values()
+            for name in ("in_features", "num_features")
+            if other is not module
+        }
+        return path.count("/"), module.out_features in widths, -index
+
+    return min(enumerate(dense), key=rank)[1][0] if dense else None
+
+
+# --- Descriptions by name, with options
+
+
+def find_structure(name: str, options: Options = None) -> Description:
+    """Returns the description of this name in `STRUCTURES`, with these arguments.
+
+    Raises:
+      ValueError: an unknown name, with the nearest one, or an unknown option.
+    """
+    if name not in STRUCTURES:
+        hint = did_you_mean(name, STRUCTURES)
+        raise ValueError(f"there is no structure {name!r}{hint}: it must be one of {', '.join(STRUCTURES)}")
+    return with_options(STRUCTURES[name], options, name)
+
+
+def with_options(description: Description, options: Options, name: str = "") -> Description:
+    """Returns a description with these arguments; raises ValueError for those that it does not have."""
+    if not options:
+        return description
+    known = [p.name for p in inspect.signature(description).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if wrong := [option for option in options if option not in known]:
+        what = name or getattr(description, "__name__", "the description")
+        hint = did_you_mean(wrong[0], known)
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise ValueError(f"{what} has no option {', '.join(map(repr, wrong))}{hint}: {takes}")
+    return functools.partial(description, **options)
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Returns the options that a text gives: "gamma=1/3, single_init=false" -> {"gamma": 1 / 3, ...}.
+
+    A value is a whole number, a fraction, a decimal number, true, false or none.
+
+    Raises:
+      ValueError: anything else, or an option that is given twice.
+    """
+    options: dict[str, Any] = {}
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not name.isidentifier() or name in options:
+            raise ValueError(f"{item!r} of {text!r} is not `name=value`, each name once")
+        options[name] = _value(value, item)
+    return options
+
+
+def _value(text: str, item: str) -> Any:
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{item!r}: its value must be a finite number, a fraction, true, false or none")
+    return number
+
+
+def _describer(
+    model: nnx.Module, structure: Described, names: Sequence[str], options: Options
+) -> Callable[[Layer], Description]:
+    """Returns a function from a layer, whose name is one of `names`, to its description."""
+    if isinstance(structure, str):
+        general = find_structure(structure, options)
+        particular = model.descriptions(structure) if isinstance(model, Network) else {}
+        return lambda layer: (
+            with_options(particular[layer.path], options, structure) if layer.path in particular else general
+        )
+    if isinstance(structure, Mapping):
+        rules = [
+            (paths.compiled(pattern, "structure"), _describer(model, one, names, options))
+            for pattern, one in structure.items()
+        ]
+        idle = [p.pattern for p, _ in rules if not any(p.fullmatch(name) for name in names)]
+        if idle:
+            raise ValueError(
+                f"the rules {', '.join(map(repr, idle))} of `structure` match none of the layers "
+                f"{paths.listed(names, 8)}"
+            )
+
+        def by_rule(layer: Layer) -> Description:
+            for pattern, describe in rules:
+                if pattern.fullmatch(layer.name):
+                    return describe(layer)
+            raise ValueError(f"no rule of `structure` matches it, of {list(structure)}")
+
+        return by_rule
+    described = with_options(structure, options)
+    return lambda layer: described

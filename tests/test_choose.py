@@ -1,0 +1,318 @@
+"""Which layers of any network become which structure, with which options; and that all merge exactly."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import tolerances
+from any_networks import DEPTHWISE, NETWORKS
+from flax import nnx
+from networks import abstract, count, relative, settled_statistics
+
+from repopt_jax import Geometry, fuse, models, prepare, to_structure
+from repopt_jax.core import structure as structures
+from repopt_jax.core.branches import Kernel
+from repopt_jax.core.structure import STRUCTURES, acnet, dbb, repghost
+from repopt_jax.nn import Branched, Merged
+from repopt_jax.surgery.choose import find_classifier, find_structure, find_structures, parse_options
+from repopt_jax.surgery.modules import named_modules
+
+PLAIN = Geometry((3, 3), 4, 4)
+CASES = {name: NETWORKS[name] for name in ("ResNet-18", "U-Net", "1-D")} | {"depthwise": DEPTHWISE}
+# Options under which other branches are run, beside every structure by its name.
+OPTIONS = {
+    "mobileone": {"copies": 3},
+    "dbb": {"middle": 12},
+    "repghost": {"raw_identity": True},
+    "replknet": {"small": 3},
+}
+
+
+def taken(choices):
+    return {path.rpartition("/")[0] for path, choice in choices.items() if choice.structure is not None}
+
+
+def reasons(choices):
+    return {path.rpartition("/")[0]: c.reason for path, c in choices.items() if c.structure is None}
+
+
+# -- exactness
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_structure_of_a_network_merges_exactly(name, x64):
+    """Branch by branch and merged."""
+    case = CASES[name]
+    plain, made = case.abstract(), {}
+    for structure in STRUCTURES:
+        for options in ({}, OPTIONS.get(structure)):
+            if options is not None and taken(find_structures(plain, structure, options=options)):
+                convert = functools.partial(to_structure, structure=structure, options=options)
+                new = nnx.eval_shape(lambda m, c=convert: c(m, rngs=nnx.Rngs(0)), plain)
+                made[structure, str(options)] = settled_statistics(new)
+
+    x = case.batches(1, dtype=np.float64)[0]["x"]
+    assert len(made) >= 9
+    for key, model in made.items():
+        branched = model(x)
+        difference = apart(fuse(model, only=(Branched, Merged))(x), branched)
+        assert difference <= tolerances.STRUCTURES, key
+    # Negative control: a fresh batch norm would hide what is forgotten.
+    for norm in next(m for _, m in named_modules(model) if isinstance(m, Branched)).norms.values():
+        norm.mean[...] += 0.5
+    assert apart(model(x), branched) > tolerances.STRUCTURES_APART
+
+
+def apart(found, expected):
+    """The largest difference, in the largest deviation of an output between the inputs of a batch: of what an
+    input brings about, not of the biases."""
+    deviation = np.asarray(expected).std(axis=0).max()
+    return float(np.abs(np.asarray(found) - np.asarray(expected)).max() / deviation)
+
+
+# -- which layers
+
+
+def test_what_is_left_as_it_is():
+    plain = NETWORKS["ResNet-18"].abstract()
+    found = find_structures(plain, "acnet")
+    assert len(found) == NETWORKS["ResNet-18"].layers
+    downsample = [f"stages/{i}/0/downsample/layers/0" for i in (1, 2)]
+    assert set(reasons(found)) == {"fc", *downsample}
+    assert str(found["fc/kernel"]).startswith("left as it is: it is the dense layer that makes the logits")
+    assert str(found["conv1/kernel"]) == "3x3 + 3x1 + 1x3"
+    assert reasons(found)[downsample[0]] == "the structure would have its own kernel only"
+    # In DBB a 1x1 layer has branches to gain, but not in the published networks.
+    assert (
+        "the published networks keep 1x1 layers plain"
+        in reasons(find_structures(plain, "dbb"))[downsample[0]]
+    )
+    assert taken(find_structures(plain, functools.partial(dbb, middle=8))) == taken(found)
+    # A 1x1 layer of as many outputs as inputs gains the identity unless it is strided.
+    assert set(reasons(find_structures(plain, "repvgg"))) == {"fc", *downsample}
+
+
+def test_selected_layers_are_taken_or_refused():
+    plain = NETWORKS["ResNet-18"].abstract()
+    assert taken(find_structures(plain, "acnet", r"fc|stages/1/0/downsample/layers/0")) == {
+        "fc",
+        "stages/1/0/downsample/layers/0",
+    }
+    chosen = nnx.eval_shape(lambda m: to_structure(m, "dbb", r"fc|conv1", rngs=nnx.Rngs(0)), plain)
+    assert isinstance(chosen.fc, Branched)
+    assert isinstance(chosen.conv1, Branched)
+    with pytest.raises(
+        ValueError, match=r"not defined for all selected layers: conv1: the window is \(3, 3\)"
+    ):
+        to_structure(plain, "unireplknet", "conv1", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^no layer of `model` becomes `structure`: conv1: the window is"):
+        to_structure(plain, "unireplknet", rngs=nnx.Rngs(0))
+
+
+def test_by_default_a_structure_goes_where_it_is_defined():
+    found = find_structures(DEPTHWISE.abstract(), "unireplknet")
+    assert taken(found) == {"large", "strided"}
+    assert all(found[f"{name}/kernel"].undefined for name in ("stem", "mix", "wide"))
+    assert taken(find_structures(DEPTHWISE.abstract(), "replknet")) == {"large"}
+    assert taken(find_structures(DEPTHWISE.abstract(), "dbb")) == {"strided", "wide"}
+    unet = find_structures(NETWORKS["U-Net"].abstract(), "repvgg")
+    assert reasons(unet) == {"out": "the structure would have its own kernel only"} | {
+        "deeper": "the structure would have its own kernel only"
+    }
+    # Two taps have no centre.
+    assert "cannot be centred" in reasons(find_structures(NETWORKS["U-Net"].abstract(), "acnet"))["deeper"]
+
+
+class Unreadable(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 2, (3, 3), rngs=rngs)
+        self.same = nnx.Conv(2, 2, (3, 3), strides=2, rngs=rngs)
+
+
+def test_a_layer_that_no_branches_can_replace():
+    model = Unreadable(nnx.Rngs(0))
+    found = find_structures(model, "repvgg")
+    assert taken(found) == {"conv"}
+    assert "padding 'SAME' with strides (2, 2) depends on the input's size" in reasons(found)["same"]
+    assert isinstance(to_structure(model, "repvgg", rngs=nnx.Rngs(0)).same, nnx.Conv)
+    with pytest.raises(ValueError, match=r"not defined for all selected layers: same: .*padding 'SAME'"):
+        to_structure(model, "repvgg", "same|conv", rngs=nnx.Rngs(0))
+
+
+class Dense(nnx.Module):
+    """Dense layers with these (inputs, outputs), by name."""
+
+    def __init__(self, *, rngs, **sizes):
+        for name, (inputs, outputs) in sizes.items():
+            setattr(self, name, nnx.Linear(inputs, outputs, rngs=rngs))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"fc1": (4, 6), "fc2": (6, 3)}, "fc2"),
+        ({"fc9": (4, 4), "fc10": (4, 4)}, "fc10"),
+        # By name the last, but it feeds the others.
+        ({"head": (6, 3), "patch": (4, 6)}, "head"),
+        ({"logits": (8, 10), "proj": (8, 8)}, "logits"),
+        ({}, None),
+    ],
+)
+def test_the_classifier(sizes, expected):
+    assert find_classifier(nnx.eval_shape(lambda: Dense(rngs=nnx.Rngs(0), **sizes))) == expected
+
+
+def test_classifiers_of_the_other_networks():
+    found = {name: find_classifier(case.abstract()) for name, case in NETWORKS.items()}
+    assert found == {
+        "ResNet-18": "fc",
+        "U-Net": None,
+        "shared head": None,
+        "scanned stack": "head",
+        "1-D": "head",
+        "3-D": "head",
+        "MLP": "layers/3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("vgg-digits", "repvgg"), ("mobileone-digits", "mobileone"), ("repghost-digits", "repghost")],
+)
+def test_a_network_that_declares_its_layers_decides_by_itself(name, mode):
+    """Among them 1x1 layers of one copy, which elsewhere would have nothing to gain."""
+    model = abstract(models.create, name, num_classes=10)
+    found = find_structures(model, mode)
+    assert taken(found) == {path.rpartition("/")[0] for path in model.layers()}
+    assert reasons(found)["head"] == "the model does not declare it: choose it with `select`"
+
+
+PARAMETERS = {
+    ("vgg-digits", "repvgg"): 125610,
+    ("vgg-digits", "dbb"): 261913,
+    ("mobileone-digits", "mobileone"): 2722,
+    ("mobileone-digits", "acnet"): 2026,
+    ("mobileone-digits", "dbb"): 4753,
+    ("repghost-digits", "repghost"): 4114,
+    ("fcos-scenes", "qarepvgg"): 217746,
+}
+
+
+@pytest.mark.parametrize(("name", "mode"), PARAMETERS)
+def test_networks_of_ours_keep_their_numbers_of_parameters(name, mode):
+    """1x1 layers of DBB among them, which other networks keep plain."""
+
+    def build(rngs):
+        return prepare(models.create(name, num_classes=10, rngs=rngs), mode, rngs=rngs).model
+
+    assert count(abstract(build)) == PARAMETERS[name, mode]
+
+
+# -- options
+
+
+def starts(structure):
+    return {part.key: part.stage.start for part in structure.followers("norm").values()}
+
+
+def test_options_of_acnet_and_dbb():
+    assert starts(acnet(PLAIN)) == {"3x3": 1, "3x1": 1, "1x3": 1}
+    assert starts(acnet(PLAIN, gamma=1 / 3)) == dict.fromkeys(("3x3", "3x1", "1x3"), 1 / 3)
+    assert starts(acnet(PLAIN, single_init=True)) == {"3x3": 1, "3x1": 0, "1x3": 0}
+    inner = {"average_0": 1, "1x1_3x3_0": 1}
+    assert (
+        starts(dbb(PLAIN, single_init=True)) == {"3x3": 1, "1x1": 0, "average_1": 0, "1x1_3x3_1": 0} | inner
+    )
+    assert set(starts(dbb(PLAIN)).values()) == {1}
+    depthwise = dbb(Geometry((3, 3), 4, 4, 4), single_init=True)
+    assert starts(depthwise) == {"3x3": 1, "average": 0, "1x1_3x3_0": 1, "1x1_3x3_1": 0}
+    assert depthwise.placed["1x1_3x3"][0].layer.outputs == 8
+    assert dbb(PLAIN, middle=6).placed["1x1_3x3"][0].layer.outputs == 6
+    several = dbb(Geometry((3, 3), 4, 8, 4))
+    assert [name for name, _ in several.chains] == ["3x3", "1x1", "average", "1x1_3x3"]
+    raw = dict(repghost(PLAIN, raw_identity=True).chains)["identity"]
+    assert [stage.then for stage in raw] == [""]
+
+
+def test_the_square_kernel_alone_starts_as_the_plain_layer():
+    """What `single_init` is for."""
+    model = nnx.Sequential(nnx.Conv(4, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0)))
+    for name in ("acnet", "dbb"):
+        layer = to_structure(model, name, options={"single_init": True}, rngs=nnx.Rngs(0)).layers[0]
+        kernel, bias = layer.kernel_and_bias()
+        assert relative(kernel, layer.weights["3x3"][...] / math.sqrt(1 + 1e-5)) <= 1e-6
+        assert not np.asarray(bias).any()
+
+
+def test_options_by_name_and_by_description():
+    model = NETWORKS["1-D"].abstract()
+
+    def made(structure, **arguments):
+        return find_structures(model, structure, **arguments)["wide/kernel"].structure
+
+    by_name = made("acnet", options={"gamma": 1 / 3})
+    assert by_name == made(functools.partial(acnet, gamma=1 / 3)) == made(acnet, options={"gamma": 1 / 3})
+    assert by_name == made({".*": "acnet"}, options={"gamma": 1 / 3}) != made("acnet")
+    # Of a network's own description too: MobileOne's has two copies here.
+    one = abstract(models.create, "mobileone-digits", num_classes=2)
+    for options, copies in ((None, 2), ({"copies": 3}, 3)):
+        layer = find_structures(one, "mobileone", options=options)["stages/1/0/conv/kernel"].structure
+        assert [name for name, _ in layer.chains][:copies] == [f"3x3_{j}" for j in range(copies)]
+    ready = nnx.eval_shape(
+        lambda m: prepare(m, "mobileone", options={"copies": 1}, rngs=nnx.Rngs(0)).model, one
+    )
+    assert "3x3_1" not in ready.stages[1][1].conv.norms
+    assert set(ready.stages[0][0].conv.norms) == {"3x3_0", "1x1"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: find_structure("replk"), r"no structure 'replk' \(did you mean 'replknet'\?\)"),
+        (lambda: find_structure("unireplk"), r"\(did you mean 'unireplknet'\?\)"),
+        (
+            lambda: find_structure("acnet", {"gama": 1}),
+            r"acnet has no option 'gama' \(did you mean 'gamma'\?\): it",
+        ),
+        (lambda: find_structure("repvgg", {"copies": 1}), "repvgg has no option 'copies': it takes none"),
+        (lambda: acnet(PLAIN, gamma=0.5, single_init=True), "`gamma` is 0.5 with `single_init`"),
+        (lambda: acnet(PLAIN, gamma=math.nan), "`gamma` is nan: it must be a finite number"),
+        (lambda: dbb(PLAIN, middle=0), "`middle` is 0: a chain of two stages needs"),
+        (lambda: dbb(Geometry((3, 3), 4, 4, 2), middle=3), "`groups` is 2: it must divide"),
+        (
+            lambda: structures.replknet(Geometry((9, 9), 4, 4), small=4),
+            "a kernel of 4 taps .* cannot be centred",
+        ),
+        (lambda: parse_options("copies"), "'copies' of 'copies' is not `name=value`"),
+        (lambda: parse_options("a=1, a=2"), "each name once"),
+        (lambda: parse_options("gamma=1/0"), "'gamma=1/0': its value must be a finite number"),
+        (lambda: parse_options("gamma=x"), "must be a finite number, a fraction, true, false or none"),
+        (
+            lambda: prepare(nnx.Sequential(), "plain", options={"gamma": 1}, rngs=nnx.Rngs(0)),
+            r"mode plain has no structure that takes `options` \{'gamma': 1\}",
+        ),
+    ],
+)
+def test_wrong_names_and_options(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_options_as_text():
+    assert parse_options("") == {}
+    assert parse_options("gamma=1/3, single_init=False,middle=none") == {
+        "gamma": 1 / 3,
+        "single_init": False,
+        "middle": None,
+    }
+    assert parse_options("small = 7,gamma=0.5") == {"small": 7, "gamma": 0.5}
+
+
+@pytest.mark.parametrize("size", structures.DILATED_KERNELS)
+def test_unireplknet_has_a_set_for_every_published_size(size):
+    structure = structures.unireplknet(Geometry((size, size), 2, 2, 2))
+    own, *small = [chain[0].map for _, chain in structure.chains]
+    assert own == Kernel((size, size))
+    assert [(m.size[0], m.dilation[0]) for m in small] == list(structures.DILATED_KERNELS[size])
+    assert max((k - 1) * d + 1 for k, d in structures.DILATED_KERNELS[size]) <= size
