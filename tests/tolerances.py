@@ -31,8 +31,11 @@ PROCESSES = 1e-5
 LOGITS_FLOAT32, LOGITS_FLOAT64 = 1e-4, 1e-9
 # The same of a mistake in the conversion; measured: at least 0.65.
 LOGITS_WRONG = 0.1
-# Any number after 20 steps in PyTorch and here, float64, of numbers up to 3; measured: 8.9e-15.
+# Any number after 20 steps in PyTorch and here, float64, of numbers up to 3; measured: 8.9e-15, and 1.5e-14
+# of networks of published blocks.
 TRAINED_AS_TORCH = 1e-8
+# The same with all parameters decayed, or another running variance in DBB's padding; measured: 0.1, 0.02.
+TRAINED_APART = 1e-3
 # Running variances over n - 1 and over n, at least somewhere; measured: 0.066.
 TORCH_VARIANCE_APART = 0.01
 # A kernel after 3 steps without the multipliers; measured: 0.56.
@@ -51,3 +54,8 @@ STRUCTURES_APART = 0.05
 # A fused network against the one with branches, float32, after two steps, of the largest logit; measured:
 # at most 2.4e-7.
 FUSED_FLOAT32 = 1e-4
+
+# A network of published blocks in PyTorch and here, float64, of the largest logit; measured: 7.5e-16.
+BLOCKS = 1e-10
+# The same with the thin kernels of ACNet exchanged, or zeros in DBB's padding; measured: 0.53, 0.018.
+BLOCKS_WRONG = 1e-3

@@ -6,6 +6,7 @@ from repopt_jax.interop.files import write_torch as write_torch
 from repopt_jax.interop.names import SCHEMES as SCHEMES
 from repopt_jax.interop.names import Layout as Layout
 from repopt_jax.interop.names import Scheme as Scheme
+from repopt_jax.interop.names import block_scheme as block_scheme
 from repopt_jax.interop.names import recognise as recognise
 from repopt_jax.interop.networks import load_converted as load_converted
 from repopt_jax.interop.scales import load_torch_scales as load_torch_scales

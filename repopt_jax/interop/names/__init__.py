@@ -1,5 +1,8 @@
 """The names of our networks' arrays in PyTorch code bases: one small table for each."""
 
+from repopt_jax.interop.names.blocks import BLOCK_NAMES as BLOCK_NAMES
+from repopt_jax.interop.names.blocks import block_rows as block_rows
+from repopt_jax.interop.names.blocks import block_scheme as block_scheme
 from repopt_jax.interop.names.lookup import COUNTER as COUNTER
 from repopt_jax.interop.names.lookup import SCHEMES as SCHEMES
 from repopt_jax.interop.names.lookup import Recognised as Recognised

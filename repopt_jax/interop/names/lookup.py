@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from repopt_jax.core import paths
+from repopt_jax.core.branches import Kernel
 from repopt_jax.interop.names import mobileone, repghost, repopt, repvgg, timm
 from repopt_jax.interop.names.scheme import NETWORKS, Layout, Scheme, TorchName
 from repopt_jax.models import Network
@@ -135,7 +136,11 @@ def _layouts(model: nnx.Module, scheme: Scheme) -> list[Layout]:
 def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName]]:
     """Returns the layout that names every array of `model`, and the names; raises as `torch_names`."""
     arrays, _ = paths.named_leaves(arrays_of(model))
-    tables = [(layout, {path: layout.key(path) for path in arrays}) for layout in _layouts(model, scheme)]
+    roles = _roles(model)
+    tables = [
+        (layout, {path: layout.key(roles.get(path, path)) or layout.key(path) for path in arrays})
+        for layout in _layouts(model, scheme)
+    ]
     # If no table fits, the error is about the one that lacks the fewest names.
     layout, keys = min(
         tables or [(Layout(), dict.fromkeys(arrays))], key=lambda table: list(table[1].values()).count(None)
@@ -143,7 +148,7 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName
     problems = []
     if nameless := dict.fromkeys(_layer(path) for path, key in keys.items() if key is None):
         problems.append(f"the layers {', '.join(nameless)}")
-    elif isinstance(model, Network):
+    else:
         problems += _other_branches(model, layout)
     for path, block in named_modules(model):
         if not isinstance(block, Block) or block.se is None or scheme.se_first in (None, block.se_first):
@@ -165,15 +170,35 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName
     }
 
 
-def _other_branches(model: Network, layout: Layout) -> Iterator[str]:
+def _other_branches(model: nnx.Module, layout: Layout) -> Iterator[str]:
     """Yields layers whose branches all have names but are not all the branches of the code base."""
-    layers = {join(p, "kernel"): m for p, m in named_modules(model) if isinstance(m, StructuredLayer)}
-    described = model.descriptions(layout.mode) if layers else {}
+    layers = {p: m for p, m in named_modules(model) if isinstance(m, StructuredLayer)}
+    declared = model.descriptions(layout.mode) if layers and isinstance(model, Network) else {}
+    described = {path.removesuffix("/kernel"): description for path, description in declared.items()}
+    for pattern, description in layout.described:
+        described |= dict.fromkeys((path for path in layers if re.fullmatch(pattern, path)), description)
     for path, layer in layers.items():
+        if path not in described:
+            continue
         structures = layer.structure, described[path](layer.structure.layer)
         ours, theirs = (", ".join(sorted(part.key for part in s.parts)) for s in structures)
         if ours != theirs:
-            yield f"{path.removesuffix('/kernel')}: it is made of {ours}, there of {theirs}"
+            yield f"{path}: it is made of {ours}, there of {theirs}"
+
+
+def _roles(model: nnx.Module) -> dict[str, str]:
+    """Returns the paths of the arrays in layers of branches -> those in the tables of `blocks`."""
+    found = {}
+    for path, layer in named_modules(model):
+        if isinstance(layer, StructuredLayer):
+            own = Kernel(layer.structure.layer.window).name
+            for part in layer.structure.parts:
+                role = "_".join("own" if word == own else word for word in part.key.split("_"))
+                kind = "deltas" if part.stage.residual else "weights"
+                found[join(path, f"weights/{part.key}")] = join(path, f"{kind}/{role}")
+                for array in ("scale", "bias", "mean", "var"):
+                    found[join(path, f"norms/{part.key}/{array}")] = join(path, f"norms/{role}/{array}")
+    return found
 
 
 def _layer(path: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from repopt_jax.core.structure import Description
 from repopt_jax.models import GhostVariant, MobileOneVariant, VGGVariant
 
 # Names of a layer's arrays, ours -> PyTorch's. The tensors of a structure (`conv/weights/3x3`) and its scales
@@ -40,10 +41,12 @@ class Layout:
       signature: regular expression for the beginning of a line "key shape", such as "linear.weight 10,64", by
         which a state dict is recognised; of the known ones the first that matches counts.
       rows: (pattern, name, arrays): the pattern must match the whole path of a layer, and the name may refer
-        to its groups.
+        to its groups. In layers of branches, paths can also be those of `names.blocks`, which come first.
       blocks: (pattern, name) of the paths of blocks, inside of which `inside` counts; the name may also be a
         function of the match.
       inside: rows whose patterns are for paths inside a block, and whose names follow the block's name.
+      described: (pattern, description): the structure that the names are for, of the layers of branches whose
+        path the pattern matches. A network of ours describes its layers itself.
     """
 
     network: str = ""
@@ -53,6 +56,7 @@ class Layout:
     rows: Table = ()
     blocks: tuple[tuple[str, Name], ...] = ()
     inside: Table = ()
+    described: tuple[tuple[str, Description], ...] = ()
 
     def key(self, path: str) -> str | None:
         """Returns the code base's key of the array at our `path`, or None."""

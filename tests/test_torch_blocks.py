@@ -1,0 +1,250 @@
+"""Published blocks inside a network of one's own: PyTorch's keys and outputs, with branches and deployed, and
+the same training."""
+
+import numpy as np
+import optax
+import pytest
+import tolerances
+from flax import nnx
+
+from repopt_jax import Structure, fuse, interop, to_structure, weight_decay_mask
+from repopt_jax.core.structure import dbb
+from repopt_jax.interop import Layout, Scheme, block_scheme
+from repopt_jax.interop.names import BIASED, block_rows, torch_names
+from repopt_jax.nn.branched import Branched
+from repopt_jax.surgery.modules import named_modules
+
+torch = pytest.importorskip("torch")
+
+import torch_blocks as reference  # noqa: E402
+from block_forms import CLASSES, FORMS, Layers, Shape  # noqa: E402
+from networks import abstract  # noqa: E402
+from torch_forms import arrays, relative, run_ours, run_torch, tensors  # noqa: E402
+from torch_networks import randomise  # noqa: E402
+from torch_training import (  # noqa: E402
+    DECAY,
+    MOMENTUM,
+    RATE,
+    running_variance,
+    train_ours,
+    train_torch,
+    training_batches,
+)
+
+torch.set_num_threads(1)
+
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def keys(convolutions="", norms="", biased=""):
+    """The keys of these layers, named in one text each."""
+    return (
+        {f"{name}.weight" for name in (convolutions + " " + biased).split()}
+        | {f"{name}.{part}" for name in norms.split() for part in NORM}
+        | {f"{name}.bias" for name in biased.split()}
+    )
+
+
+# Published keys of the second block of each network.
+KEYS = {
+    "acnet": keys("square_conv ver_conv hor_conv", "square_bn ver_bn hor_bn"),
+    "dbb": keys(
+        "dbb_origin.conv dbb_1x1.conv dbb_avg.conv dbb_1x1_kxk.idconv1 dbb_1x1_kxk.conv2",
+        "dbb_origin.bn dbb_1x1.bn dbb_avg.bn.bn dbb_avg.avgbn dbb_1x1_kxk.bn1.bn dbb_1x1_kxk.bn2",
+    ),
+    "dbb, depthwise": keys(
+        "dbb_origin.conv dbb_1x1_kxk.conv1 dbb_1x1_kxk.conv2",
+        "dbb_origin.bn dbb_avg.avgbn dbb_1x1_kxk.bn1.bn dbb_1x1_kxk.bn2",
+    ),
+    "replknet": keys("lkb_origin.conv small_conv.conv", "lkb_origin.bn small_conv.bn"),
+    "unireplknet": keys(
+        "lk_origin dil_conv_k5_1 dil_conv_k5_2 dil_conv_k3_3 dil_conv_k3_4",
+        "origin_bn dil_bn_k5_1 dil_bn_k5_2 dil_bn_k3_3 dil_bn_k3_4",
+    ),
+    "qarepvgg": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
+    "qarepvgg2": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
+    "repvgg": keys("rbr_dense.conv rbr_1x1.conv", "rbr_dense.bn rbr_1x1.bn rbr_identity"),
+}
+
+
+def image():
+    """An odd and an even side at once."""
+    return np.random.default_rng(0).normal(size=(2, 13, 14, 3))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_keys_and_outputs_with_branches_and_deployed(name, x64):
+    form = FORMS[name]
+    network = randomise(form.network().double())
+    state, x, scheme = arrays(network), image(), form.scheme()
+    if name in KEYS:
+        prefix = "layers.1."
+        assert {key.removeprefix(prefix) for key in state if key.startswith(prefix)} == KEYS[name]
+    model = interop.from_torch(state, form.model(), scheme)
+    expected = run_torch(network, x)
+    assert relative(run_ours(model, x), expected) <= tolerances.BLOCKS
+    back = interop.to_torch(model, scheme)
+    assert set(back) == set(state)
+    assert all(np.array_equal(back[key], value) for key, value in state.items())
+
+    plain = form.deployed_network().double()
+    deployed = fuse(model, pairs=form.pairs)
+    assert not [m for _, m in named_modules(deployed) if isinstance(m, (Branched, nnx.BatchNorm))]
+    plain.load_state_dict(tensors(interop.to_torch(deployed, scheme)), strict=True)
+    assert relative(run_torch(plain.eval(), x), expected) <= tolerances.BLOCKS
+    # And from there to here.
+    again = interop.from_torch(arrays(plain), deployed, scheme)
+    assert relative(run_ours(again, x), expected) <= tolerances.BLOCKS
+
+
+def exchanged(state):
+    """With the names of ACNet's thin kernels the other way round."""
+    other = {"ver_conv": "hor_conv", "hor_conv": "ver_conv"}
+    names = {key: key.split(".") for key in state}
+    swapped = {key: ".".join(other.get(part, part) for part in parts) for key, parts in names.items()}
+    return {key: state[swapped[key]].reshape(value.shape) for key, value in state.items()}
+
+
+def without_border(network):
+    """DBB with zeros around what its first stages give."""
+    for module in network.modules():
+        if isinstance(module, reference.NormAndPad):
+            module.border = 0
+
+
+@pytest.mark.parametrize("name", ["acnet", "dbb"])
+def test_mistakes_show(name, x64):
+    """Negative controls of the test above."""
+    form = FORMS[name]
+    network = randomise(form.network().double())
+    state = arrays(network)
+    if name == "dbb":
+        without_border(network)
+    given = exchanged(state) if name == "acnet" else state
+    model = interop.from_torch(given, form.model(), form.scheme())
+    assert relative(run_ours(model, image()), run_torch(network, image())) > tolerances.BLOCKS_WRONG
+
+
+# -- training
+
+# The blocks that are trained, and further arguments of PyTorch's: DBB pads with the running variance, which
+# PyTorch takes over n - 1 and we over n, so that it trains there with ours.
+TRAINED = {
+    "acnet": {},
+    "dbb": {"norm": reference.BiasedNorm},
+    "dbb, depthwise": {"norm": reference.BiasedNorm},
+    "qarepvgg2": {},
+    "replknet": {},
+    "unireplknet": {},
+}
+
+
+def trained(form, network, *, decay=None):
+    """(PyTorch's start, its end, ours, what its norms saw) of twenty steps."""
+    start, batches = arrays(network), training_batches(CLASSES, (9, 10))
+    model = interop.from_torch(start, form.model(), form.scheme())
+    mask = weight_decay_mask(model) if decay is None else decay
+    tx = optax.chain(optax.add_decayed_weights(DECAY, mask), optax.sgd(RATE, MOMENTUM, nesterov=True))
+    seen = train_torch(network, batches, {})
+    ours = interop.to_torch(train_ours(model, batches, tx), form.scheme())
+    return start, arrays(network), ours, seen
+
+
+def farthest(ours, theirs, *, leave=()):
+    return max(np.abs(ours[key] - theirs[key]).max() for key in theirs if not key.endswith(leave))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_twenty_steps_of_training(name, x64):
+    """Nesterov momentum, decay, batch norm in training mode: every number, running means included."""
+    form = FORMS[name]
+    network = randomise(form.network(**TRAINED[name]).double())
+    start, theirs, ours, seen = trained(form, network)
+    leave = ("running_var", "num_batches_tracked")
+    assert farthest(ours, theirs, leave=leave) <= tolerances.TRAINED_AS_TORCH
+    moved = [key for key in theirs if key.endswith(("running_mean", "weight"))]
+    assert min(np.abs(theirs[key] - start[key]).max() for key in moved) > 1e-4
+    # The one known difference: PyTorch keeps the variance over n - 1, we the one over n that normalises.
+    for key in (key for key in theirs if key.endswith("running_var")):
+        steps = seen[key.removesuffix(".running_var")]
+        biased = isinstance(network.get_submodule(key.removesuffix(".running_var")), reference.BiasedNorm)
+        for found, unbiased in ((theirs, not biased), (ours, False)):
+            expected = running_variance(start[key], steps, unbiased=unbiased)
+            assert np.abs(found[key] - expected).max() <= tolerances.TRAINED_AS_TORCH
+
+
+def test_other_trainings_go_elsewhere(x64):
+    """Negative controls: a decay of all parameters; and DBB padded by PyTorch's own running variance."""
+    leave = ("running_var", "num_batches_tracked")
+    form = FORMS["acnet"]
+    _, theirs, ours, _ = trained(form, randomise(form.network().double()), decay=lambda params: True)
+    assert farthest(ours, theirs, leave=leave) > tolerances.TRAINED_APART
+    form = FORMS["dbb"]
+    _, theirs, ours, _ = trained(form, randomise(form.network().double()))
+    assert farthest(ours, theirs, leave=leave) > tolerances.TRAINED_APART
+
+
+# -- names
+
+
+def test_the_form_that_keeps_the_norm_after_the_sum(x64):
+    """QARepVGG's for training with quantization."""
+    form = FORMS["qarepvgg"]
+    network = randomise(form.network().double())
+    model = interop.from_torch(arrays(network), form.model(), form.scheme())
+    model.eval()
+    merged = fuse(model, only=(Branched,))
+    found = {key for key in interop.to_torch(merged, form.scheme()) if key.startswith("layers.1.")}
+    assert found == {f"layers.1.{key}" for key in keys("", "bn", "rbr_reparam")}
+    assert relative(run_ours(merged, image()), run_torch(network, image())) <= tolerances.BLOCKS
+
+
+def test_weights_without_counters(x64):
+    """As ACNet's authors store them, in HDF5 files."""
+    form = FORMS["acnet"]
+    state = arrays(randomise(form.network()))
+    some = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    model = interop.from_torch(some, form.model(), form.scheme())
+    assert set(interop.to_torch(model, form.scheme())) == set(state)
+
+
+def test_several_kinds_of_blocks_in_one_network(x64):
+    shapes = (Shape(3, 4, 3, 2), Shape(4, 4, 3))
+    network = reference.Chain(
+        [shapes[0].made(reference.ACBlock), shapes[1].made(reference.DiverseBranch)], 4, CLASSES
+    )
+    state = arrays(randomise(network.double()))
+    structures = {r"layers/0": "acnet", r"layers/1": "dbb"}
+    model = abstract(lambda rngs: to_structure(Layers(shapes, False, rngs=rngs), structures, rngs=rngs))
+    rows = (
+        *block_rows("acnet", "layers/0", "layers.0"),
+        *block_rows("dbb", "layers/(1)", r"layers.\1"),
+        ("fc", "fc", BIASED),
+    )
+    both = Scheme("both", "ACNet and DBB", (Layout(rows=rows),))
+    loaded = interop.from_torch(state, model, both)
+    assert relative(run_ours(loaded, image()), run_torch(network, image())) <= tolerances.LOGITS_FLOAT32
+
+
+def test_what_has_no_names():
+    model = FORMS["dbb"].model()
+    blocks, rows = {r"layers/(\d+)": r"layers.\1"}, (("fc", "fc", BIASED),)
+    with pytest.raises(ValueError, match=r"'acnet blocks' .*no place for the layers layers/0"):
+        torch_names(model, block_scheme("acnet", blocks, rows))
+    with pytest.raises(ValueError, match="no names of 'search' blocks: `structure` must be one of repvgg"):
+        block_rows("search", "layers", "layers")
+    with pytest.raises(ValueError, match="no structure 'dbbs'"):
+        block_scheme("dbbs", blocks)
+    with pytest.raises(ValueError, match=r"`blocks` holds '\(', which is no regular expression"):
+        block_scheme("dbb", {"(": "x"})
+    # Every branch has a name, but the average, which the block has as well, is missing.
+
+    def without_average(layer):
+        return Structure(layer, {name: chain for name, chain in dbb(layer).chains if name != "average"})
+
+    shapes = FORMS["dbb"].shapes
+    model = abstract(lambda rngs: to_structure(Layers(shapes, False, rngs=rngs), without_average, rngs=rngs))
+    with pytest.raises(
+        ValueError, match="layers/0: it is made of 1x1, 1x1_3x3_0, 1x1_3x3_1, 3x3, there of 1x1, "
+    ):
+        torch_names(model, block_scheme("dbb", blocks, rows))

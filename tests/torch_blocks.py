@@ -1,0 +1,208 @@
+"""Blocks of the literature in PyTorch, with the attribute names of their code bases, and networks of them.
+
+Written for the tests from the papers and from the published names, with nothing of the package in them. A
+block is `Block(inputs, outputs, size, stride=1, groups=1, ...)` and pads by half of its size unless it says
+otherwise; `Deployed` is the one convolution that a code base makes of it.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch_networks import conv_bn
+
+
+class BiasedNorm(nn.BatchNorm2d):
+    """A batch norm whose running variance is over n, as the one that normalises, and not over n - 1."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.no_grad():
+            variance, mean = torch.var_mean(x, (0, 2, 3), unbiased=False)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance, self.momentum)
+        return functional.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
+
+
+def convolution(inputs, outputs, size, stride, groups, padding, bias=False):
+    return nn.Conv2d(inputs, outputs, size, stride, padding, groups=groups, bias=bias)
+
+
+class ACBlock(nn.Module):
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, padding=None):
+        super().__init__()
+        half = size // 2
+        padding = half if padding is None else padding
+        # A thin kernel pads less than the square one, and cuts off where that would be less than nothing.
+        self.cut, thin = max(half - padding, 0), max(padding - half, 0)
+        self.square_conv = convolution(inputs, outputs, size, stride, groups, padding)
+        self.square_bn = nn.BatchNorm2d(outputs)
+        self.ver_conv = convolution(inputs, outputs, (size, 1), stride, groups, (padding, thin))
+        self.ver_bn = nn.BatchNorm2d(outputs)
+        self.hor_conv = convolution(inputs, outputs, (1, size), stride, groups, (thin, padding))
+        self.hor_bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        height, width, cut = x.shape[2], x.shape[3], self.cut
+        tall, broad = x[..., cut : width - cut], x[..., cut : height - cut, :]
+        return (
+            self.square_bn(self.square_conv(x))
+            + self.ver_bn(self.ver_conv(tall))
+            + self.hor_bn(self.hor_conv(broad))
+        )
+
+
+class NormAndPad(nn.Module):
+    """A batch norm and then a border of what it makes of zeros, by its running statistics."""
+
+    def __init__(self, channels, width, norm):
+        super().__init__()
+        self.bn, self.width, self.border = norm(channels), width, 1
+
+    def forward(self, x):
+        y = self.bn(x)
+        with torch.no_grad():
+            scale = self.bn.weight / (self.bn.running_var + self.bn.eps).sqrt()
+            border = (self.bn.bias - self.bn.running_mean * scale).view(1, -1, 1, 1)
+        w = self.width
+        inside = functional.pad(torch.ones_like(y[:1, :1]), (w, w, w, w))
+        return functional.pad(y, (w, w, w, w)) + self.border * (1 - inside) * border
+
+
+class PlusIdentity(nn.Conv2d):
+    """A 1x1 convolution whose weight is what is added to the identity."""
+
+    def __init__(self, channels, groups):
+        super().__init__(channels, channels, 1, groups=groups, bias=False)
+        each = channels // groups
+        own = torch.zeros(channels, each, 1, 1)
+        own[torch.arange(channels), torch.arange(channels) % each] = 1
+        self.own = own
+
+    def forward(self, x):
+        weight = self.weight + self.own.to(self.weight)
+        return functional.conv2d(x, weight, groups=self.groups)
+
+
+class DiverseBranch(nn.Module):
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, middle=None, norm=nn.BatchNorm2d):
+        super().__init__()
+        padding, depthwise = size // 2, groups == outputs
+        self.dbb_origin = conv_bn(inputs, outputs, size, stride, groups)
+        self.dbb_avg = nn.Sequential()
+        if depthwise:
+            self.dbb_avg.add_module("avg", nn.AvgPool2d(size, stride, padding))
+        else:
+            self.dbb_1x1 = conv_bn(inputs, outputs, 1, stride, groups)
+            self.dbb_avg.add_module("conv", convolution(inputs, outputs, 1, 1, groups, 0))
+            self.dbb_avg.add_module("bn", NormAndPad(outputs, padding, norm))
+            self.dbb_avg.add_module("avg", nn.AvgPool2d(size, stride))
+        self.dbb_avg.add_module("avgbn", nn.BatchNorm2d(outputs))
+        middle = middle or (2 * inputs if depthwise else inputs)
+        self.dbb_1x1_kxk = nn.Sequential()
+        if middle == inputs:
+            self.dbb_1x1_kxk.add_module("idconv1", PlusIdentity(inputs, groups))
+        else:
+            self.dbb_1x1_kxk.add_module("conv1", convolution(inputs, middle, 1, 1, groups, 0))
+        self.dbb_1x1_kxk.add_module("bn1", NormAndPad(middle, padding, norm))
+        self.dbb_1x1_kxk.add_module("conv2", convolution(middle, outputs, size, stride, groups, 0))
+        self.dbb_1x1_kxk.add_module("bn2", nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = self.dbb_origin(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
+        return y + self.dbb_1x1(x) if hasattr(self, "dbb_1x1") else y
+
+
+class LargeKernel(nn.Module):
+    """RepLKNet's pair of depthwise kernels."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, small=5):
+        super().__init__()
+        self.lkb_origin = conv_bn(inputs, outputs, size, stride, groups)
+        self.small_conv = conv_bn(inputs, outputs, small, stride, groups)
+
+    def forward(self, x):
+        return self.lkb_origin(x) + self.small_conv(x)
+
+
+class DilatedReparam(nn.Module):
+    """UniRepLKNet's: `sets` are (size, dilation) of the small kernels."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, sets=()):
+        super().__init__()
+        self.lk_origin = convolution(inputs, outputs, size, stride, groups, size // 2)
+        self.origin_bn = nn.BatchNorm2d(outputs)
+        self.names = [f"k{k}_{r}" for k, r in sets]
+        for (k, r), name in zip(sets, self.names):
+            small = nn.Conv2d(
+                inputs, outputs, k, stride, r * (k - 1) // 2, dilation=r, groups=groups, bias=False
+            )
+            self.add_module(f"dil_conv_{name}", small)
+            self.add_module(f"dil_bn_{name}", nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = self.origin_bn(self.lk_origin(x))
+        for name in self.names:
+            y = y + getattr(self, f"dil_bn_{name}")(getattr(self, f"dil_conv_{name}")(x))
+        return y
+
+
+class QuantizationAware(nn.Module):
+    """QARepVGG's: no norm on the 1x1 kernel and the identity, one after the sum; with `pool` the second
+    version."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, pool=False):
+        super().__init__()
+        self.rbr_dense = conv_bn(inputs, outputs, size, stride, groups)
+        self.rbr_1x1 = convolution(inputs, outputs, 1, stride, groups, 0)
+        self.same, self.pool, self.size = inputs == outputs and stride == 1, pool, size
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        y = self.rbr_dense(x) + self.rbr_1x1(x)
+        if self.same:
+            y = y + x
+            if self.pool:
+                y = y + functional.avg_pool2d(x, self.size, 1, self.size // 2)
+        return self.bn(y)
+
+
+class ThreeNorms(nn.Module):
+    """RepVGG's."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1):
+        super().__init__()
+        self.rbr_dense = conv_bn(inputs, outputs, size, stride, groups)
+        self.rbr_1x1 = conv_bn(inputs, outputs, 1, stride, groups)
+        self.rbr_identity = nn.BatchNorm2d(inputs) if inputs == outputs and stride == 1 else None
+
+    def forward(self, x):
+        y = self.rbr_dense(x) + self.rbr_1x1(x)
+        return y if self.rbr_identity is None else y + self.rbr_identity(x)
+
+
+class Deployed(nn.Module):
+    """One convolution with a bias, by the name that a code base gives it."""
+
+    def __init__(self, name, inputs, outputs, size, stride=1, groups=1, padding=None, **_):
+        super().__init__()
+        padding = size // 2 if padding is None else padding
+        self.name = name
+        self.add_module(name, convolution(inputs, outputs, size, stride, groups, padding, bias=True))
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+
+class Chain(nn.Module):
+    """Blocks with a ReLU after each, pooling and a classifier: `layers.0` ... `fc`."""
+
+    def __init__(self, blocks, width, classes):
+        super().__init__()
+        self.layers = nn.Sequential(*blocks)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x):
+        for block in self.layers:
+            x = functional.relu(block(x))
+        return self.fc(x.mean((2, 3)))
