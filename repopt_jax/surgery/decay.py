@@ -12,16 +12,22 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.nn.branched import StructuredLayer
+from repopt_jax.surgery.custom_l2 import repvgg_layers
 from repopt_jax.surgery.modules import join, named_modules
 
 
-def weight_decay_mask(model: nnx.Module) -> Callable[[Any], Any]:
+def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable[[Any], Any]:
     """Returns a mask for `optax.add_decayed_weights`: a function from parameters to a tree of booleans.
 
         optax.add_decayed_weights(4e-5, weight_decay_mask(model))
 
     The kernels of all layers are decayed, and parameters of structures as their stages say. Biases, batch
     norms, and other vectors and scalars are not.
+
+    Args:
+      model: the model.
+      custom_l2: whether the loss has the penalty `surgery.custom_l2`: then the kernels in RepVGG layers and
+        the scales of their batch norms are not decayed, but the scale of the identity's batch norm is.
 
     Raises:
       ValueError: parameters of more than one axis that are neither a layer's kernel nor in a structure, all
@@ -34,6 +40,10 @@ def weight_decay_mask(model: nnx.Module) -> Callable[[Any], Any]:
         for name, value in vars(module).items():
             if isinstance(value, nnx.Param):
                 decayed.setdefault(join(path, name), name == "kernel" or _undecided(value))
+    if custom_l2:
+        for path, layer in repvgg_layers(model).items():
+            for key in layer.structure.shapes():
+                decayed |= {join(path, f"weights/{key}"): False, join(path, f"norms/{key}/scale"): False}
     if unknown := [path for path, value in decayed.items() if value is None]:
         raise ValueError(
             f"{', '.join(unknown)} are neither kernels nor vectors, so there is no default for their weight "

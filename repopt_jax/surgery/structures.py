@@ -93,7 +93,7 @@ def to_repvgg(
         return to_structure(model, "repvgg", select, rngs=rngs)
     sets = {path.rpartition("/")[0]: bs for path, bs in find_branches(model, select, branches).items()}
     if select is None and not isinstance(model, DeclaresBranches):
-        sets.pop(find_classifier(model), None)
+        sets = {name: bs for name, bs in sets.items() if name != find_classifier(model)}
     described: dict[str, str | Description] = {
         re.escape(name): functools.partial(of_branches, branch_set, then="norm")
         for name, branch_set in sets.items()

@@ -16,16 +16,18 @@ from repopt_jax import data
 from repopt_jax.core.scales import Scales
 from repopt_jax.optim.check import check_optimizer
 from repopt_jax.surgery.choose import parse_options
+from repopt_jax.surgery.custom_l2 import custom_l2
 from repopt_jax.surgery.decay import scale_paths, weight_decay_mask
 from repopt_jax.surgery.prepare import Mode, prepare
 from repopt_jax.surgery.reinitialize import sample_weights
 from repopt_jax.surgery.search import csla_twin, extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.config import Config, validate
-from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule
+from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule, weight_decay
 from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rundir import RunFolder
 from repopt_jax.train.state import (
+    Objective,
     TrainState,
     abstract,
     first_device,
@@ -201,9 +203,11 @@ def _program(
     one."""
     task, optim, network = make_task(config), config.optim, split_model(model)
     schedule = _schedule(config, steps_per_epoch)
-    tx = make_optimizer(
-        optim, schedule, scales=scales, batch_size=config.batch_size, decayed=weight_decay_mask(model)
-    )
+    decayed = weight_decay_mask(model, custom_l2=optim.custom_l2)
+    tx = make_optimizer(optim, schedule, scales=scales, batch_size=config.batch_size, decayed=decayed)
+    objective = task.objective
+    if optim.custom_l2:
+        objective = with_custom_l2(objective, weight_decay(optim, config.batch_size))
     if config.freeze_scales is not None:
         after = round(config.freeze_scales * config.epochs * steps_per_epoch)
         tx = hold_scales(tx, scale_paths(model), after=after)
@@ -224,7 +228,7 @@ def _program(
         network.graphdef,
         tx,
         schedule,
-        task.objective,
+        objective,
         log_every=config.log_every,
         accumulate=optim.accumulate,
         ema=optim.ema,
@@ -236,6 +240,16 @@ def _program(
     evaluate = task.make_evaluator(network.graphdef, source, mesh)
     state = put_state(first_state(*arrays), sharding)
     return Program(network.graphdef, train_step, evaluate, sharding), state
+
+
+def with_custom_l2(objective: Objective, decay: float) -> Objective:
+    """The objective with decay / 2 * `surgery.custom_l2` in its loss, by the variances after this step."""
+
+    def penalised(model, batch):
+        loss, sums = objective(model, batch)
+        return loss + decay / 2 * custom_l2(model), sums
+
+    return penalised
 
 
 def _no_images(params: Any, non_trainable: Any, batches: Any) -> Any:

@@ -183,6 +183,9 @@ class OptimConfig:
       b1, b2: of AdamW and Lion, eps: of AdamW; None for Optax's value.
       weight_decay: for SGD added to the (multiplied) gradient; for the others decoupled from it, which takes
         far larger values.
+      custom_l2: of SGD in mode "repvgg": the loss, in the log too, has RepVGG's penalty of merged kernels,
+        weight_decay / 2 * `surgery.custom_l2`, in place of the decay of their branches. The authors of
+        QARepVGG find that its networks quantize badly.
       decay_scaling: "batch" multiplies `weight_decay` by batch * max(1, round(64 / batch)) / 64, as YOLOv6
         and the detectors that follow it do: 1 for every batch that divides 64, 2 at 128.
       warmup_epochs: epochs of the linear rise.
@@ -211,6 +214,7 @@ class OptimConfig:
     b2: float | None = setting(None, at_least=0, less_than=1, only={"optim.name": ("adamw", "lion")})
     eps: float | None = setting(None, at_least=0, only={"optim.name": ("adamw",)})
     weight_decay: float = setting(4e-5, at_least=0)
+    custom_l2: bool = setting(False, only={"model.mode": ("repvgg",), "optim.name": ("sgd",)})
     decay_scaling: str = setting("none", choices=("none", "batch"))
     warmup_epochs: float = setting(0.0, at_least=0, at_most="epochs")
     warmup_start: float = setting(0.0, at_least=0, at_most="optim.learning_rate")
@@ -224,7 +228,8 @@ class OptimConfig:
 
     def constants(self) -> dict[str, Any]:
         """The fields that only some optimizers have, this one among them, where they are not None."""
-        own = (f.name for f in dataclasses.fields(self) if self.name in only_of(f).get("optim.name", ()))
+        constants = (f for f in dataclasses.fields(self) if tuple(only_of(f)) == ("optim.name",))
+        own = (f.name for f in constants if self.name in only_of(f)["optim.name"])
         return {name: value for name in own if (value := getattr(self, name)) is not None}
 
 

@@ -38,14 +38,18 @@ def make_optimizer(
       scales: the optimizer and the norm by which it clips become those of the network with branches:
         `repopt_sgd`, `repopt_adamw`, `repopt_lion`; `clip_by_repopt_global_norm`.
     """
-    decay = optim.weight_decay * (decay_factor(batch_size) if optim.decay_scaling == "batch" else 1)
-    constants = {**optim.constants(), "weight_decay": decay, "mask": decayed}
+    constants = {**optim.constants(), "weight_decay": weight_decay(optim, batch_size), "mask": decayed}
     plain, repopt = READY[optim.name]
     tx = plain(schedule, **constants) if scales is None else repopt(schedule, scales, **constants)
     if (norm := optim.clip_norm) is None:
         return tx
     clip = optax.clip_by_global_norm(norm) if scales is None else clip_by_repopt_global_norm(norm, scales)
     return optax.chain(clip, tx)
+
+
+def weight_decay(optim: OptimConfig, batch_size: int) -> float:
+    """The coefficient of weight decay for this batch."""
+    return optim.weight_decay * (decay_factor(batch_size) if optim.decay_scaling == "batch" else 1)
 
 
 def decay_factor(batch_size: int) -> float:

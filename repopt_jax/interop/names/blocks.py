@@ -20,7 +20,7 @@ DingXiaoH/{ACNet,DiverseBranchBlock,RepVGG,RepLKNet-pytorch} (MIT licence), AILa
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from repopt_jax.core import paths
 from repopt_jax.hints import did_you_mean
@@ -149,13 +149,13 @@ def block_scheme(
         paths.compiled(pattern, "blocks")
     described = tuple((pattern, description) for pattern in blocks)
 
-    def layout(form: str) -> Layout:
+    def layout(form: Literal["training", "deployed"]) -> Layout:
         inside = (
             row
             for pattern, name in blocks.items()
             for row in block_rows(structure, pattern, name, deployed=form == "deployed")
         )
-        return Layout(mode=structure, form=form, rows=(*inside, *rows), described=described)  # pyright: ignore
+        return Layout(mode=structure, form=form, rows=(*inside, *rows), described=described)
 
     about = f"{structure} blocks in a network of its own"
     return Scheme(f"{structure} blocks", about, (layout("training"), layout("deployed")))
