@@ -1,14 +1,17 @@
 """Which layers of any network become which structure, with which options; and that all merge exactly."""
 
 import functools
+import inspect
 import math
+from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
 import tolerances
-from any_networks import DEPTHWISE, NETWORKS
+from any_networks import DEPTHWISE, NETWORKS, squared_error
 from flax import nnx
-from networks import abstract, count, relative, settled_statistics
+from networks import abstract, count, parameter_shapes, relative, settled_statistics
 
 from repopt_jax import Geometry, fuse, models, prepare, to_structure
 from repopt_jax.core import structure as structures
@@ -16,6 +19,7 @@ from repopt_jax.core.branches import Kernel
 from repopt_jax.core.structure import STRUCTURES, acnet, dbb, repghost
 from repopt_jax.nn import Branched, Merged
 from repopt_jax.surgery.choose import find_classifier, find_structure, find_structures, parse_options
+from repopt_jax.surgery.fuse import FoldedNorm
 from repopt_jax.surgery.modules import named_modules
 
 PLAIN = Geometry((3, 3), 4, 4)
@@ -316,3 +320,69 @@ def test_unireplknet_has_a_set_for_every_published_size(size):
     assert own == Kernel((size, size))
     assert [(m.size[0], m.dilation[0]) for m in small] == list(structures.DILATED_KERNELS[size])
     assert max((k - 1) * d + 1 for k, d in structures.DILATED_KERNELS[size]) <= size
+
+
+def test_the_documentation_has_every_structure_with_its_options():
+    text = (Path(__file__).parents[1] / "docs" / "structures.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert set(STRUCTURES) <= set(rows)
+    table = text[: text.index("## Which layers")]
+    for name, description in STRUCTURES.items():
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| `{name}`"))
+        parameters = inspect.signature(description).parameters.values()
+        assert all(f"`{p.name}`" in row for p in parameters if p.kind is p.KEYWORD_ONLY), name
+
+
+# -- insert, train, convert
+
+
+PAIRS = {r"(.*/)?conv(\d)": r"\1bn\2", r"(.*/)downsample/layers/0": r"\1downsample/layers/1"}
+
+
+def test_an_existing_network_gets_blocks_is_trained_and_converted():
+    """A structure by place, for a layer and its batch norm: DBB on the way up, ACNet on the way down."""
+    pairs = {r"(.*/)conv(\d)": r"\1bn\2"}
+    case = NETWORKS["U-Net"]
+    original = case.fresh()
+    rules = {r"leave/.*": "dbb", r"enter/.*": "acnet"}
+    model = to_structure(original, rules, pairs=pairs, rngs=nnx.Rngs(0))  # insert
+
+    assert set(model.leave.conv1.norms) == {"3x3", "1x1", "average_0", "average_1", "1x1_3x3_0", "1x1_3x3_1"}
+    assert set(model.enter.conv2.norms) == {"3x3", "3x1", "1x3"}
+    assert isinstance(model.enter.bn2, FoldedNorm)
+    assert isinstance(model.middle.bn2, nnx.BatchNorm)
+
+    (batch,) = case.batches(1)  # train
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        loss, gradients = nnx.value_and_grad(squared_error)(model, batch)
+        optimizer.update(model, gradients)
+        return loss
+
+    losses = [float(step(model, optimizer, batch)) for _ in range(6)]
+    assert losses[-1] < 0.9 * losses[0]
+
+    model.eval()
+    converted = fuse(model, pairs=pairs)  # convert
+
+    original.eval()
+    plain = fuse(original, pairs=pairs)
+    assert parameter_shapes(converted) == parameter_shapes(plain)
+    assert {type(m) for _, m in named_modules(converted)} == {type(m) for _, m in named_modules(plain)}
+    assert relative(converted(batch["x"]), model(batch["x"])) <= tolerances.FUSED_FLOAT32
+
+
+def test_which_batch_norms_are_removed():
+    """Those of layers that become a structure without a norm after its sum."""
+    model = abstract(lambda rngs: NETWORKS["ResNet-18"].build(rngs=rngs))
+    for structure, kept in (
+        ("repvgg", {"downsample/layers/1"}),
+        ("qarepvgg", {"bn1", "bn2", "downsample/layers/1"}),
+    ):
+        new = nnx.eval_shape(lambda m, s=structure: to_structure(m, s, pairs=PAIRS, rngs=nnx.Rngs(0)), model)
+        norms = {p for p, m in named_modules(new) if isinstance(m, nnx.BatchNorm) and "/norms/" not in p}
+        assert {p for p in norms if p.startswith("stages/1/0/")} == {f"stages/1/0/{name}" for name in kept}
+    with pytest.raises(ValueError, match="the rules 'conv9' match none of the layers"):
+        to_structure(model, "repvgg", pairs={"conv9": "bn9"}, rngs=nnx.Rngs(0))

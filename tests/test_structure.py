@@ -24,6 +24,7 @@ from repopt_jax.core.structure import (
     mobileone,
     of_branches,
     qarepvgg,
+    repghost,
     replknet,
     repopt,
     repopt_ghost,
@@ -45,6 +46,7 @@ LAYERS = {
     "strided": Geometry((3, 3), 4, 4, strides=2),
     "grouped": Geometry((3, 3), 4, 8, 2),
     "depthwise": Geometry((3, 3), 4, 4, 4),
+    "depthwise, wider": Geometry((3, 3), 4, 8, 4),
     "depthwise, strided": Geometry((5, 5), 4, 4, 4, strides=2),
     "dilated": Geometry((3, 3), 4, 4, dilation=2),
     "dilated, strided, grouped": Geometry((3, 3), 4, 4, 2, strides=2, dilation=2),
@@ -61,6 +63,7 @@ LAYERS = {
 DESCRIPTIONS = STRUCTURES | {
     "mobileone": functools.partial(mobileone, copies=2),
     "dbb, wide": functools.partial(dbb, middle=12),
+    "repghost, raw": functools.partial(repghost, raw_identity=True),
 }
 
 

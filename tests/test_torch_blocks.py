@@ -16,10 +16,11 @@ from repopt_jax.surgery.modules import named_modules
 
 torch = pytest.importorskip("torch")
 
+import forms  # noqa: E402
 import torch_blocks as reference  # noqa: E402
 from block_forms import CLASSES, FORMS, Layers, Shape  # noqa: E402
 from networks import abstract  # noqa: E402
-from torch_forms import arrays, relative, run_ours, run_torch, tensors  # noqa: E402
+from torch_forms import VGG, arrays, relative, run_ours, run_torch, tensors  # noqa: E402
 from torch_networks import randomise  # noqa: E402
 from torch_training import (  # noqa: E402
     DECAY,
@@ -224,6 +225,15 @@ def test_several_kinds_of_blocks_in_one_network(x64):
     both = Scheme("both", "ACNet and DBB", (Layout(rows=rows),))
     loaded = interop.from_torch(state, model, both)
     assert relative(run_ours(loaded, image()), run_torch(network, image())) <= tolerances.LOGITS_FLOAT32
+
+
+def test_blocks_in_networks_of_ours():
+    """Where the block's batch norm has given way."""
+    model = nnx.eval_shape(lambda: forms.vgg(VGG, "acnet"))
+    blocks = {r"stages/(\d+)/(\d+)/conv": r"stage\1.\2"}
+    names = torch_names(model, block_scheme("acnet", blocks, (("head", "linear", BIASED),)))
+    assert names["stages/1/1/conv/weights/1x3"].key == "stage1.1.hor_conv.weight"
+    assert names["stages/1/1/conv/norms/3x1/mean"].key == "stage1.1.ver_bn.running_mean"
 
 
 def test_what_has_no_names():

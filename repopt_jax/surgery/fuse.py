@@ -32,7 +32,7 @@ _FOLDABLE = (nnx.Conv, nnx.Linear, StructuredLayer)
 
 
 class FoldedNorm(nnx.Module):
-    """Returns its first argument: takes the place of a batch norm that is folded into the previous layer."""
+    """Returns its first argument: takes the place of a batch norm that the layer before it has taken in."""
 
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         return x
@@ -80,7 +80,7 @@ def fuse(
             return False  # its layers are folded on their own, or reported below
         return isinstance(module, only) if only else fuse_block.dispatch(type(module)) is not default
 
-    norm_of = _pair_up(model, pairs or {}, wanted)
+    norm_of = pair_up(model, pairs or {}, wanted)
     taken_in = set(norm_of.values())
 
     def replace(path: str, module: Any) -> nnx.Module | None:
@@ -207,10 +207,16 @@ def _plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> A
     return plain
 
 
-def _pair_up(
+def pair_up(
     model: nnx.Module, pairs: Mapping[str, str], is_block: Callable[[nnx.Module], bool]
 ) -> dict[str, str]:
-    """Returns the path of the batch norm of each layer that `pairs` name, by the layer's path."""
+    """Returns the path of the batch norm of each layer that `pairs` name, by the layer's path.
+
+    Layers and batch norms inside modules for which `is_block` is true are left out.
+
+    Raises:
+      ValueError: rules that match no layer, or batch norms that do not belong to one layer alone, all listed.
+    """
     modules, others = dict(named_modules(model)), aliases(model)
     blocks = [p for p, m in modules.items() if is_block(m) and not isinstance(m, _FOLDABLE)]
     inside = tuple(f"{path}/" if path else "" for path in blocks)
@@ -232,6 +238,10 @@ def _pair_up(
         )
     for path, layer in layers.items():
         targets = [_first_match(rules, use) for use in every[path]]
+        # A norm that was folded or removed before has nothing left to fold.
+        targets = [
+            None if t and isinstance(modules.get(others.get(t, t)), FoldedNorm) else t for t in targets
+        ]
         if any(target is not None for target in targets):
             try:
                 found[path] = _norm_of(path, layer, targets, outside, every)

@@ -5,7 +5,7 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged
 from repopt_jax.nn.rngs import counted_in_python
 from repopt_jax.surgery.choose import Described, Options, find_classifier, find_structures
+from repopt_jax.surgery.fuse import FoldedNorm, pair_up
 from repopt_jax.surgery.layers import Branches, Layer, Select, find_branches
 from repopt_jax.surgery.modules import Removed, aliases, join, named_modules, replace_modules
 
@@ -31,16 +32,18 @@ def to_structure(
     select: Select = None,
     *,
     options: Options = None,
+    pairs: Mapping[str, str] | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """Returns a copy of any NNX model with this structure in each selected layer; `fuse` merges them again.
+    r"""Returns a copy of any NNX model with this structure in each selected layer; `fuse` merges them again.
 
         to_structure(model, "acnet", r"stages/.*", options={"gamma": 1 / 3}, rngs=nnx.Rngs(0))
+        to_structure(model, "dbb", pairs={r"(.*/)?conv(\d)": r"\1bn\2"}, rngs=nnx.Rngs(0))
 
     A structure with batch norms inside becomes an `nn.Branched`, any other an `nn.Merged`. If the layer is
     the convolution of an `nn.Block`, the block's batch norm is removed, unless the structure has one after
-    its sum: then it is kept as that one. In other networks the batch norm after the layer is kept. Weights
-    are newly drawn, with a key for each path; biases and everything else are copied.
+    its sum: then it is kept as that one. In other networks the batch norm after the layer is kept, unless
+    `pairs` names it. Weights are newly drawn, with a key for each path; biases and all else are copied.
 
     Args:
       model: the network, which is not changed.
@@ -51,13 +54,17 @@ def to_structure(
         dense layer that makes the logits, and layers for which it is not defined are left as they are;
         `find_structures` lists them with the reasons.
       options: arguments of the descriptions, as in `find_structures`.
+      pairs: which batch norm follows which layer, as in `fuse`. It is removed where the layer becomes a
+        structure without a norm after its sum, because published blocks have those of the branches in its
+        place. `fuse` takes the same pairs, for the layers that are left.
       rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
-      ValueError: as `find_layers`; an unknown name or option; a rule that matches no selected layer; no layer
-        that becomes the structure; or layers that `select` chooses and no rule matches, or for which the
-        structure is not defined, all with the reasons. The latter are also stacked layers with batch norms,
-        because `nnx.scan` and `nnx.vmap` would not carry the batch statistics of new modules.
+      ValueError: as `find_layers`; an unknown name or option; a rule that matches no selected layer; `pairs`
+        that do not belong together, as in `fuse`; no layer that becomes the structure; or layers that
+        `select` chooses and no rule matches, or for which the structure is not defined, all with the reasons.
+        The latter are also stacked layers with batch norms, because `nnx.scan` and `nnx.vmap` would not carry
+        the batch statistics of new modules.
     """
     choices = find_structures(model, structure, select, options=options)
     made = {path: choice.structure for path, choice in choices.items() if choice.structure is not None}
@@ -79,7 +86,11 @@ def to_structure(
             return kind(made[layer.path], rngs=own, **options)
 
     without_norm = {path for path, s in made.items() if not s.norm}
-    return replace_layers(model, layers, make, without_norm=without_norm)
+    after = pair_up(model, pairs, lambda module: isinstance(module, Block)) if pairs else {}
+    removed = {
+        after[layer.name] for path, layer in layers.items() if path in without_norm and layer.name in after
+    }
+    return replace_layers(model, layers, make, without_norm=without_norm, removed=removed)
 
 
 def to_repvgg(
@@ -106,12 +117,14 @@ def replace_layers(
     layers: Mapping[str, Layer],
     make: Callable[..., StructuredLayer],
     *,
-    without_norm: set[str] = frozenset(),  # pyright: ignore[reportArgumentType]
+    without_norm: Collection[str] = (),
+    removed: Collection[str] = (),
 ) -> nnx.Module:
     """Returns a copy of `model` with `make(layer, **options)` in place of each of `layers`.
 
     The options are the bias and the dtypes of the replaced layer. `without_norm` are the paths of layers with
     which the batch norm of their `nn.Block` is removed, unless the layer is also used without this block.
+    `removed` are the paths of other batch norms, which a `FoldedNorm` replaces.
     """
     modules, uses = dict(named_modules(model)), Counter(aliases(model).values())
     norms = {
@@ -125,6 +138,8 @@ def replace_layers(
     def replace(path: str, module: Any) -> nnx.Module | None:
         if path in norms:
             return Removed()
+        if path in removed:
+            return FoldedNorm()
         layer = layers.get(join(path, "kernel"))
         if layer is None or not isinstance(module, (nnx.Conv, nnx.Linear)):
             return None
