@@ -44,6 +44,9 @@ LONGEST = {
     "test_torch_parity.py": 32,
     "test_check.py": 32,
     "test_interop_names.py": 30,
+    "test_torch_blocks.py": 30,
+    "test_train_structures.py": 30,
+    "test_choose.py": 30,
 }
 
 

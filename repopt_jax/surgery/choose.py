@@ -1,16 +1,17 @@
 """Which layers of a model become which structure, and why the others stay as they are.
 
-`to_structure` replaces what `find_structures` returns, so that the latter is its plan to look at:
+`find_structures` is the plan that `to_structure` carries out:
 
     for path, choice in find_structures(model, "dbb").items():
-        print(path, choice)     # stages/0/0/conv1/kernel 3x3 + 1x1 + average + 1x1_3x3
+        print(path, choice)
 
-    fc/kernel                   # left as it is: it is the dense layer that makes the logits ...
+prints `conv1/kernel 3x3 + 1x1 + average + 1x1_3x3` and `fc/kernel left as it is: it is the dense layer ...`.
 """
 
 import functools
 import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
@@ -82,7 +83,10 @@ def find_structures(
     describe = _describer(model, structure, [layer.name for layer in layers.values()], options)
     declares = isinstance(model, DeclaresBranches)
     classifier = None if declares or select is not None else find_classifier(model)
-    found = {join(path, "kernel"): Choice(None, why, undefined=True) for path, why in unreadable.items()}
+    found = {
+        join(path, "kernel"): Choice(None, why.partition(": ")[2], undefined=True)
+        for path, why in unreadable.items()
+    }
     for path, layer in layers.items():
         try:
             description = describe(layer)
@@ -115,9 +119,8 @@ def _reason_to_stay(
     own = Kernel(layer.geometry.window)
     if [[(s.map, s.then in ("norm", "")) for s in chain] for _, chain in structure.chains] == [[(own, True)]]:
         return "the structure would have its own kernel only"
-    while isinstance(description, functools.partial):
-        description = description.func
-    if description in PUBLISHED_FOR and not PUBLISHED_FOR[description](layer.geometry):
+    usual = PUBLISHED_FOR.get(_unwrapped(description))
+    if usual and not usual(layer.geometry):
         window = "x".join(map(str, layer.geometry.window)) or "dense"
         return f"the published networks keep {window} layers plain: choose it with `select` for the structure"
     return ""
@@ -163,16 +166,34 @@ def find_structure(name: str, options: Options = None) -> Description:
 
 
 def with_options(description: Description, options: Options, name: str = "") -> Description:
-    """Returns a description with these arguments; raises ValueError for those that it does not have."""
+    """Returns a description with these arguments.
+
+    Raises:
+      ValueError: arguments that it does not have, or whose values are not of its types.
+    """
     if not options:
         return description
+    what = name or getattr(description, "__name__", "the description")
     known = [p.name for p in inspect.signature(description).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if wrong := [option for option in options if option not in known]:
-        what = name or getattr(description, "__name__", "the description")
         hint = did_you_mean(wrong[0], known)
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise ValueError(f"{what} has no option {', '.join(map(repr, wrong))}{hint}: {takes}")
+    types = typing.get_type_hints(_unwrapped(description))
+    for option, value in options.items():
+        expected = types.get(option, object)
+        number = (int, float) if expected is float else expected
+        if not isinstance(value, number) or (isinstance(value, bool) and expected not in (bool, object)):
+            kind = getattr(expected, "__name__", expected)
+            raise ValueError(f"option `{option}` of {what} is {value!r}: it must be of type {kind}")
     return functools.partial(description, **options)
+
+
+def _unwrapped(description: Description) -> Description:
+    """Returns the function of a description with arguments."""
+    while isinstance(description, functools.partial):
+        description = description.func
+    return description
 
 
 def parse_options(text: str) -> dict[str, Any]:

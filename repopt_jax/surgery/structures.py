@@ -75,8 +75,10 @@ def to_structure(
     reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in left.items())
     if not made:
         raise ValueError(f"no layer of `model` becomes `structure`: {'; '.join(undefined) or reasons}")
-    if reasons:
-        _log.info("%d layers become a structure; left as they are: %s", len(made), reasons)
+    _log.info("%d layers become a structure; left as they are: %s", len(made), reasons or "none")
+    unreadable = [f"{name}: {c.reason}" for name, c in left.items() if c.undefined and not c.layer]
+    if unreadable:  # often a mistake, such as the padding 'SAME' of strided layers
+        _log.warning("layers that no branches can replace are left as they are: %s", "; ".join(unreadable))
     layers = {path: choice.layer for path, choice in choices.items() if path in made and choice.layer}
     key = rngs.params()
 
