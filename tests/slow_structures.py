@@ -10,7 +10,8 @@ import itertools
 
 import numpy as np
 
-from repopt_jax.core.branches import AfterPointwise, Average, Identity, Kernel, Pool
+from repopt_jax.core.branches import AfterPointwise, Average, Frequency, Identity, Kernel, Pool
+from repopt_jax.core.structure import Geometry
 
 MOMENTUM, EPSILON = 0.9, 1e-5  # of every batch norm here
 
@@ -32,7 +33,7 @@ def run(structure, arrays, x, *, training=False, wrong=""):
         for j, stage in enumerate(chain):
             key = name if len(chain) == 1 else f"{name}_{j}"
             last = j + 1 == len(chain)
-            layer = structure.layer if last else structure.layer.pointwise(stage.channels or y.shape[-1])
+            layer = _layer(structure.layer, chain, j, y.shape[-1])
             taps = _taps(stage, arrays["weights"].get(key), layer, y.shape[-1])
             y = _sum_of_taps(y, taps, layer, border if wrong != "border" else 0 * border)
             border = sum(_by_group(border[None], w, layer.groups)[0] for _, w in taps)
@@ -46,6 +47,16 @@ def run(structure, arrays, x, *, training=False, wrong=""):
             border = np.real(border)  # the padding has no gradient
         total = total + y
     return total, statistics
+
+
+def _layer(layer, chain, j, inputs):
+    """The geometry of stage j: depthwise over the window, 1x1 before or after that, or the layer's own."""
+    if (t := chain[j].expansion) is not None:
+        options = {name: getattr(layer, name) for name in ("strides", "dilation", "padding", "pad_mode")}
+        return Geometry(layer.window, inputs, inputs * t, inputs, **options)
+    if j + 1 < len(chain):
+        return layer.pointwise(chain[j].channels or inputs)
+    return layer if chain[0].expansion is None else layer.pointwise(layer.outputs)
 
 
 def arrays_of(layer):
@@ -112,9 +123,20 @@ def _taps(stage, w, layer, inputs):
         case Pool():
             v = np.ones(out) if w is None else w
             return [(at, own * v / len(everywhere)) for at in everywhere]
+        case Frequency():
+            return [(at, w.reshape(-1, out) * _cosines(at, window, out)) for at in everywhere]
         case Average():
             return [(at, w.reshape(-1, out) / len(everywhere)) for at in everywhere]
     raise TypeError(stage.map)
+
+
+def _cosines(at, window, out):
+    """The frequency table at one tap: each axis has its share of the channels, and its own index of them."""
+    row, share = np.zeros(out), [out * i // len(window) for i in range(len(window) + 1)]
+    for axis, n in enumerate(window):
+        for c in range(share[axis], share[axis + 1]):
+            row[c] = np.cos(np.pi * (at[axis] + 0.5) * (c - share[axis] + 1) / n)
+    return row
 
 
 def _sum_of_taps(x, taps, layer, border):

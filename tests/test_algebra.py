@@ -45,6 +45,38 @@ def test_place_and_covers_agree_with_loops(size, window, dilation, starts):
     np.testing.assert_array_equal(algebra.covers((*window, 2, 3), taps), ones.astype(bool))
 
 
+@pytest.mark.parametrize(("size", "window"), [((1, 1), (3, 3)), ((1, 3), (3, 3)), ((1,), (5,))])
+def test_placing_single_taps_under_every_transformation(x64, size, window):
+    """It is a primitive of its own, whose derivatives, batches and programs must be those of `lax.pad`."""
+    taps = algebra.centred_taps(size, window, (1,) * len(size))
+    rng = np.random.default_rng(0)
+    w, v = (jnp.asarray(rng.normal(size=(2, *size, 2, 3))) for _ in range(2))
+    g = jnp.asarray(rng.normal(size=(2, *window, 2, 3)))
+    pads = [(0, 0, 0), *((t.start, n - t.start - t.count, 0) for t, n in zip(taps, window)), *[(0, 0, 0)] * 2]
+
+    def padded(w):
+        return jax.lax.pad(w, jnp.zeros(()), pads)
+
+    def placed(w):
+        return jax.vmap(lambda w: algebra.place(w, window, taps))(w)
+
+    def last(w):  # mapped over another axis
+        moved = jax.vmap(lambda w: algebra.place(w, window, taps), in_axes=-1, out_axes=-1)
+        return jnp.moveaxis(moved(jnp.moveaxis(w, 0, -1)), -1, 0)
+
+    for fn in (placed, jax.jit(placed), jax.checkpoint(placed), last):
+        np.testing.assert_array_equal(fn(w), padded(w))
+        for found, expected in zip(jax.jvp(fn, (w,), (v,)), jax.jvp(padded, (w,), (v,))):
+            np.testing.assert_array_equal(found, expected)
+        (adjoint,), (expected,) = (jax.linear_transpose(f, w)(g) for f in (fn, padded))
+        np.testing.assert_array_equal(adjoint, expected)
+
+    def curved(fn):
+        return jax.grad(lambda w: jnp.vdot(v, jax.grad(lambda w: jnp.sum(jnp.sin(fn(w)) * g))(w)))
+
+    np.testing.assert_allclose(curved(placed)(w), curved(padded)(w), rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("size", [(2, 2), (4, 1), (0, 1)])
 def test_a_kernel_that_cannot_be_centred_is_refused(size):
     with pytest.raises(ValueError, match="cannot be centred in a window of 3 taps"):

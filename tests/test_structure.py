@@ -16,13 +16,14 @@ from networks import abstract, assert_close, randomised, relative
 from slow_structures import arrays_of, image
 
 from repopt_jax import Geometry, Identity, Kernel, Pool, Stage, Structure, nn
-from repopt_jax.core.branches import Average
+from repopt_jax.core.branches import Average, Frequency
 from repopt_jax.core.structure import (
     STRUCTURES,
     acnet,
     dbb,
     mobileone,
     of_branches,
+    orepa,
     qarepvgg,
     repghost,
     replknet,
@@ -106,6 +107,7 @@ def test_every_description_is_defined_for_some_layers_and_most_for_all():
     }
     by_window = {"plain", "wider", "strided", "grouped", "depthwise", "dilated", "circular", "reflected"}
     assert by_window < set(undefined.pop("unireplknet"))
+    assert undefined.pop("orepa") == ["1x1", "dense"]
     assert undefined == {name: [] for name in undefined}
 
 
@@ -171,6 +173,7 @@ def test_without_norms_the_layer_can_merge_before_it_runs(x64, kind):
     """And its gradients are those of the branches."""
     layer = LAYERS[kind]
     structures = {"search": repopt(layer), "ghost": repopt_ghost(layer)}
+    structures |= {name: s for name, s in defined(layer).items() if name == "orepa"}
     layers = {n: [made(s, kind) for kind in (nn.Merged, nn.Branched)] for n, s in structures.items()}
     x = image(layer)
 
@@ -218,10 +221,13 @@ def layers(draw):
 def structures(draw):
     layer = draw(layers())
     sizes = [tuple(draw(st.sampled_from([k for k in (1, 3, 5) if k <= n])) for n in layer.window)]
-    maps = [Kernel(layer.window), Kernel((1,) * layer.axes), Kernel(sizes[0]), Average()]
+    maps = [Kernel(layer.window), Kernel((1,) * layer.axes), Kernel(sizes[0]), Average(), Frequency()]
     maps += [Kernel((3,) * layer.axes, (2,) * layer.axes)] if min(layer.window) >= 5 else []
     follow = st.sampled_from(["norm", "scale", "constant", ""])
     chains = {}
+    if layer.taps > 1 and draw(st.booleans()):
+        first = Stage(Kernel(layer.window), draw(follow), expansion=draw(st.integers(1, 2)))
+        chains["depthwise"] = (first, Stage(Kernel((1,) * layer.axes), draw(follow)))
     for i in range(draw(st.integers(1, 3))):
         chain, width = [], layer.inputs
         for _ in range(draw(st.integers(0, 2))):
@@ -267,6 +273,7 @@ def test_published_descriptions():
     assert names(functools.partial(replknet, small=3), LAYERS["large"]) == ["9x9", "3x3"]
     assert names(unireplknet, LAYERS["large"]) == ["9x9", "5x5", "5x5_d2x2", "3x3_d3x3", "3x3_d4x4"]
     assert names(functools.partial(qarepvgg, pool=True)) == ["3x3", "1x1", "identity", "pool"]
+    assert names(orepa) == ["3x3", "average", "frequency", "1x1_3x3", "depthwise_1x1", "1x1"]
     assert [s(LAYERS["plain"]).norm for s in (repopt, qarepvgg, repvgg, dbb)] == [True, True, False, False]
 
 
@@ -292,6 +299,10 @@ def test_branch_set_and_back():
         ({"a": (Stage(Kernel((3, 3)), trained=False),)}, "only an identity or a pooling has a fixed tensor"),
         ({"a": (Stage(Kernel((3, 3)), channels=6),)}, "gives 6 channels, the layer 4"),
         ({"a": (Stage(Kernel((3, 3)), residual=True),)}, "`residual` needs a 1x1 stage"),
+        ({"a": (Stage(Kernel((3, 3)), expansion=2),)}, "`expansion` is for the first of two stages"),
+        ({"a": (Stage(Kernel((3, 3)), expansion=2), Stage(Identity()))}, "identity stands after a depthwise"),
+        ({"a": (Stage(Kernel((3, 3)), expansion=0), Stage(Kernel((1, 1))))}, "an `expansion` of at least 1"),
+        ({"a": (Stage(Kernel((1, 1))), Stage(Kernel((3, 3)), expansion=2))}, "`expansion` is for the first"),
         ({"a": (Stage(Kernel((3, 3)), "batch"),)}, "`then` is 'batch'"),
         ({"a": (Stage(Pool()),), "b": (Stage(Kernel((2, 2))),)}, "b: a kernel of 2 taps"),
     ],

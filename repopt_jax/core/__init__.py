@@ -7,6 +7,7 @@ from repopt_jax.core.branches import BranchSet as BranchSet
 from repopt_jax.core.branches import Identity as Identity
 from repopt_jax.core.branches import Kernel as Kernel
 from repopt_jax.core.branches import Pool as Pool
+from repopt_jax.core.parametrization import Parametrization as Parametrization
 from repopt_jax.core.scales import Scales as Scales
 from repopt_jax.core.scales import load_scales as load_scales
 from repopt_jax.core.scales import save_scales as save_scales

@@ -5,13 +5,17 @@ axes, and (in, out) for a dense layer. A *window* is a kernel's spatial shape. E
 first argument, so that `jax.linear_transpose` gives its adjoint.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 
@@ -49,10 +53,60 @@ def centred_taps(size: Sequence[int], window: Sequence[int], dilation: Sequence[
 
 def place(w: jax.Array, window: Sequence[int], taps: Sequence[Taps]) -> jax.Array:
     """Places w, (*size, in/g, out), at `taps` of an otherwise zero kernel (*window, in/g, out)."""
+    if all(t.count in (1, n) for t, n in zip(taps, window)):
+        return _at_tap(w, [(n, t.start) if t.count < n else None for t, n in zip(taps, window)])
     padding = [
         (t.start, n - t.start - ((t.count - 1) * t.step + 1), t.step - 1) for t, n in zip(taps, window)
     ]
     return lax.pad(w, jnp.zeros((), w.dtype), [*padding, (0, 0, 0), (0, 0, 0)])
+
+
+def _at_tap(w: jax.Array, spatial: Sequence[tuple[int, int] | None]) -> jax.Array:
+    places = (*spatial, *(None,) * (w.ndim - len(spatial)))
+    return _spread.bind(w, places=places) if any(places) else w
+
+
+# `lax.pad` of axes of length one: (length, index) for each axis, or None. XLA's CPU backend writes to memory
+# what it pads; a comparison of indices it computes where it is read. The adjoint is a slice, which that of a
+# comparison would not be.
+_spread = core.Primitive("repopt_spread")
+
+
+def _compared(w: jax.Array, *, places: Sequence[tuple[int, int] | None]) -> jax.Array:
+    shape = tuple(n if place is None else place[0] for n, place in zip(w.shape, places))
+    here = jnp.ones((), bool)
+    for axis, place in enumerate(places):
+        if place is not None:
+            here = here & (lax.broadcasted_iota(jnp.int32, shape, axis) == place[1])
+    return jnp.where(here, jnp.broadcast_to(w, shape), jnp.zeros((), w.dtype))
+
+
+def _sliced(cotangent: Any, w: Any, *, places: Sequence[tuple[int, int] | None]) -> list[Any]:
+    if isinstance(cotangent, ad.Zero):
+        return [ad.Zero(w.aval)]
+    for axis, place in enumerate(places):
+        if place is not None:
+            cotangent = lax.slice_in_dim(cotangent, place[1], place[1] + 1, axis=axis)
+    return [cotangent]
+
+
+def _batched(args: Sequence[Any], dims: Sequence[Any], *, places: Sequence[Any]) -> tuple[Any, int]:
+    (w,), (dim,) = args, dims
+    return _spread.bind(w, places=(*places[:dim], None, *places[dim:])), dim
+
+
+@functools.cache
+def _compiled(places: tuple[tuple[int, int] | None, ...]) -> Callable[..., jax.Array]:
+    return jax.jit(functools.partial(_spread.bind, places=places))
+
+
+_spread.def_impl(lambda w, *, places: _compiled(places)(w))
+_spread.def_abstract_eval(
+    lambda w, *, places: w.update(shape=tuple(n if p is None else p[0] for n, p in zip(w.shape, places)))
+)
+mlir.register_lowering(_spread, mlir.lower_fun(_compared, multiple_results=False))
+ad.deflinear2(_spread, _sliced)
+batching.primitive_batchers[_spread] = _batched
 
 
 def covers(shape: Sequence[int], taps: Sequence[Taps]) -> jax.Array:
@@ -96,8 +150,13 @@ def diagonal(shape: Sequence[int]) -> jax.Array:
 
 
 def identity(v: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Returns the kernel that multiplies channel c by v[c]: (out,) -> `shape`."""
-    return jnp.where(diagonal(shape), _along_outputs(v, shape), 0)
+    """Returns the kernel that multiplies channel c by v[c]: (out,) -> `shape`.
+
+    It is placed, and not chosen by `diagonal`, so that its adjoint reads the centre tap alone.
+    """
+    window, channels = shape[:-2], (*(1,) * (len(shape) - 2), *shape[-2:])
+    centre = jnp.where(own_channel(channels), _along_outputs(v, channels), 0)
+    return place(centre, window, centre_tap(window))
 
 
 def channel_average(v: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -132,6 +191,44 @@ def after_pointwise(w: jax.Array, c: jax.Array) -> jax.Array:
     # By default TPUs and GPUs multiply in lower precision, but this must be an exact identity.
     merged = jnp.einsum("gim,...mgo->...igo", c, by_group, precision=lax.Precision.HIGHEST)
     return merged.reshape(*size, c.shape[1], out)
+
+
+def before_pointwise(w: jax.Array, c: jax.Array, inputs: int, groups: int = 1) -> jax.Array:
+    """Returns the kernel of a depthwise convolution w followed by a 1x1 convolution C.
+
+    w is (*window, 1, in * t), with t outputs for each input channel, one channel after the other; C is
+    (*ones, inputs * t, out) with inputs = in/groups. The result, (*window, inputs, out), is
+    K[..., i, o] = sum_j w[..., 0, i * t + j] * C[i * t + j, o], where i counts within the group of o.
+    """
+    *window, _, middle = w.shape
+    t, out = middle // (inputs * groups), c.shape[-1]
+    merged = jnp.einsum(
+        "...gij,ijgo->...igo",
+        w.reshape(*window, groups, inputs, t),
+        c.reshape(inputs, t, groups, out // groups),
+        precision=lax.Precision.HIGHEST,
+    )
+    return merged.reshape(*window, inputs, out)
+
+
+def frequencies(shape: Sequence[int]) -> np.ndarray:
+    """Returns OREPA's table of cosines, (*window, 1, out), for a kernel of `shape`.
+
+    The output channels are divided evenly among the spatial axes. The channels of one axis, j = 0, 1, ...,
+    vary only along it: cos(pi * (h + 1/2) * (j + 1) / n) at tap h of n. In a 3x3 window it is the published
+    table: the first half of the channels varies from row to row, the second from column to column.
+    """
+    *window, _, out = shape
+    table = np.zeros((*window, 1, out))
+    first = 0
+    for axis, n in enumerate(window):
+        last = out * (axis + 1) // len(window)
+        j = np.arange(last - first)
+        cosines = np.cos(np.pi * (np.arange(n)[:, None] + 0.5) * (j + 1) / n)
+        along = [n if a == axis else 1 for a in range(len(window))]
+        table[..., first:last] = cosines.reshape(*along, 1, last - first)
+        first = last
+    return table
 
 
 def constant_response(kernel: jax.Array, c: jax.Array) -> jax.Array:
@@ -184,3 +281,21 @@ def bn_affine(
     gamma, beta, mean, var = (jnp.asarray(v, dtype) for v in (gamma, beta, mean, var))
     s = gamma * lax.rsqrt(var + eps)
     return s, beta - mean * s
+
+
+def least_norm(forward: Callable[[Any], jax.Array], target: jax.Array, like: Any) -> Any:
+    """Returns the x of least norm for which forward(x) is nearest to `target`, by conjugate gradients.
+
+    `forward` is linear, from trees like `like` to arrays like `target`; the result has the precision of its
+    dtype. The normal equations in x, unlike forward(forward^T(y)) = target, are consistent for every target.
+    Starting at 0, the iterates stay in the range of the transpose, which makes the norm of the solution
+    least.
+    """
+    transpose = jax.linear_transpose(forward, like)
+    found, _ = jax.scipy.sparse.linalg.cg(
+        lambda x: transpose(forward(x))[0],
+        transpose(target)[0],
+        tol=float(jnp.finfo(target.dtype).eps),
+        maxiter=1000,
+    )
+    return found

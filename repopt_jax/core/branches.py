@@ -195,6 +195,32 @@ class Average(Branch):
 
 
 @dataclasses.dataclass(frozen=True)
+class Frequency(Branch):
+    """A 1x1 kernel times a fixed table of cosines over the window, `algebra.frequencies`: OREPA's frequency
+    prior (arXiv 2204.00826, section 3.2).
+
+    K[h, w, i, o] = w[i, o] * table[h, w, o]. E E^T mixes the taps, so the SGD rule is P(g). The table is
+    computed for the layer and is not part of scales files.
+    """
+
+    places: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "frequency"
+
+    def shape(self, kernel):
+        return (*(1,) * (len(kernel) - 2), *kernel[-2:])
+
+    def embed(self, w, kernel):
+        return w * jnp.asarray(algebra.frequencies(kernel), w.dtype)
+
+    def check(self, kernel, groups):
+        if len(kernel) == 2:
+            raise ValueError("a dense layer has no window over which a frequency could be defined")
+
+
+@dataclasses.dataclass(frozen=True)
 class AfterPointwise(Branch):
     """A non-trainable 1x1 convolution C followed by a centred kernel of spatial shape `size`.
 
@@ -459,14 +485,8 @@ class BranchSet:
             x = jnp.where(m > 0, kernel / jnp.where(m > 0, m, 1), 0)
             weights = self.branch_gradients(x, scales)
         else:
-            # The normal equations in w, unlike P(x) = kernel, are consistent for every kernel. Starting at 0,
-            # the iterates stay in the range of the transpose, which makes the norm of the solution least.
-            weights, _ = jax.scipy.sparse.linalg.cg(
-                lambda w: self.branch_gradients(self.merge(w, scales), scales),
-                self.branch_gradients(kernel.astype(wide), scales),
-                tol=float(jnp.finfo(wide).eps),
-                maxiter=1000,
-            )
+            like = {b.name: jax.ShapeDtypeStruct(b.shape(self.canonical), wide) for b in self.branches}
+            weights = algebra.least_norm(lambda w: self.merge(w, scales), kernel.astype(wide), like)
         return {name: w.astype(kernel.dtype) for name, w in weights.items()}
 
     def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:

@@ -5,17 +5,17 @@ is one of these functions (`STRUCTURES`). A structure is data. It can be run bra
 merged into one kernel before each use (`nn.Merged`), merged permanently (`surgery.fuse`), or kept in the
 optimizer (`Structure.branch_set`).
 
-A chain consists of any number of 1x1 stages and then one stage over the layer's window. Stage j has a kernel
-k_j, followed by a batch norm, a scale or nothing, which is y = a_j * x + b_j for each channel. The chain is
-then one convolution
+A chain consists of any number of 1x1 stages and then one stage over the layer's window; or of a depthwise
+stage over the window and then one 1x1 stage. Stage j has a kernel k_j, followed by a batch norm, a scale or
+nothing, which is y = a_j * x + b_j for each channel. The chain is then one convolution
 
     K = a_n * k_n o (a_{n-1} * k_{n-1} o ... (a_1 * k_1))
     b = c_n,   c_j = a_j * (k_j applied to c_{j-1}) + b_j,   c_0 = 0
 
-where o is `algebra.after_pointwise`, and c_j is the output of the first j stages for an input of zeros
-(`algebra.constant_response`). The layer is the sum of its chains. At the border this is exact only if the
-input of the last stage is padded with c_{n-1} instead of zeros, as in DBB (arXiv 2103.13425, `BNAndPad`) and,
-for every chain, in `nn.Branched`.
+where o is `algebra.after_pointwise` or, after a depthwise stage, `algebra.before_pointwise`, and c_j is the
+output of the first j stages for an input of zeros (`algebra.constant_response`). The layer is the sum of its
+chains. At the border this is exact only if the input of a stage over the window is padded with c_{j-1}
+instead of zeros, as in DBB (arXiv 2103.13425, `BNAndPad`) and, for every chain, in `nn.Branched`.
 """
 
 import dataclasses
@@ -28,7 +28,16 @@ import jax
 import jax.numpy as jnp
 
 from repopt_jax.core import algebra
-from repopt_jax.core.branches import Branch, BranchSet, Identity, Kernel, Pool, Shape
+from repopt_jax.core.branches import (
+    Average,
+    Branch,
+    BranchSet,
+    Frequency,
+    Identity,
+    Kernel,
+    Pool,
+    Shape,
+)
 
 Pads = tuple[tuple[int, int], ...]
 PadMode = Literal["constant", "wrap", "reflect"]
@@ -174,7 +183,10 @@ class Stage:
       trained: False for an identity or a pooling whose vector is fixed at ones.
       residual: for a 1x1 stage that keeps the width: its kernel is the tensor plus the identity, and the
         tensor is initialised with zeros.
+      expansion: the stage is depthwise, over the layer's window, with this number of output channels for
+        each input channel, and the last stage is a 1x1; None for any other stage.
       start: initial value of the batch norm's scale or of the factor.
+      gain: the tensor's initial values are drawn from this multiple of the usual range (`Branch.sample`).
       decay: whether weight decay applies to the tensor.
       decay_gain: whether weight decay applies to the batch norm's scale or to the factor.
     """
@@ -184,7 +196,9 @@ class Stage:
     channels: int | None = None
     trained: bool = True
     residual: bool = False
+    expansion: int | None = None
     start: float = 1.0
+    gain: float = 1.0
     decay: bool = True
     decay_gain: bool = False
 
@@ -215,6 +229,13 @@ class Part(NamedTuple):
         w = tensors[self.key] if self.stage.trained else jnp.ones(self.shape, dtype)
         k = self.stage.map.embed(w, self.layer.kernel)
         return k + algebra.diagonal(self.layer.kernel).astype(k.dtype) if self.stage.residual else k
+
+    def sample(self, key: jax.Array, dtype: Any) -> jax.Array:
+        """Draws the stage's tensor as its own layer would be initialised, times the stage's gain."""
+        if self.stage.residual:
+            return jnp.zeros(self.shape, dtype)
+        drawn = self.stage.map.sample(key, self.layer.kernel, dtype)
+        return drawn if self.stage.gain == 1 else self.stage.gain * drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,12 +313,7 @@ class Structure:
     def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
         """Draws each trained tensor as its stage's own layer would be initialised."""
         parts = [part for part in self.parts if part.stage.trained]
-        return {
-            part.key: jnp.zeros(part.shape, dtype)
-            if part.stage.residual
-            else part.stage.map.sample(k, part.layer.kernel, dtype)
-            for part, k in zip(parts, jax.random.split(key, len(parts)))
-        }
+        return {part.key: part.sample(k, dtype) for part, k in zip(parts, jax.random.split(key, len(parts)))}
 
     def branch_set(self, *, stack: Shape = ()) -> BranchSet:
         """Returns the structure with constant scales as a `BranchSet`, which scales and optimizers use.
@@ -337,13 +353,18 @@ Description = Callable[[Geometry], Structure]
 
 
 def _parts(layer: Geometry, name: str, chain: Chain) -> Iterator[Part]:
+    rest = layer  # the geometry of the stages that are left
     for j, stage in enumerate(chain):
         key = name if len(chain) == 1 else f"{name}_{j}"
-        if j + 1 < len(chain):
-            own = layer.pointwise(stage.channels or layer.inputs)
-            layer = dataclasses.replace(layer, inputs=own.outputs)
+        if stage.expansion is not None:
+            middle = layer.inputs * stage.expansion
+            own = dataclasses.replace(layer, outputs=middle, groups=layer.inputs)
+            rest = dataclasses.replace(layer, inputs=middle).pointwise(layer.outputs)
+        elif j + 1 < len(chain):
+            own = rest.pointwise(stage.channels or rest.inputs)
+            rest = dataclasses.replace(rest, inputs=own.outputs)
         else:
-            own = layer
+            own = rest
         yield Part(key, stage, own)
 
 
@@ -352,14 +373,22 @@ def _problems(layer: Geometry, chain: Chain) -> Iterator[str]:
     if not chain:
         yield "it has no stage"
         return
-    for stage in chain[:-1]:
-        if (
-            not isinstance(stage.map, Kernel)
-            or set(stage.map.size) - {1}
-            or len(stage.map.size) != layer.axes
-        ):
-            yield f"{stage.map.name} stands before another stage, where only a 1x1 kernel can"
+    expansion = chain[0].expansion
+    depthwise = expansion is not None
+    for stage in chain[1:] if depthwise else chain[:-1]:
+        if not _is_pointwise(stage, layer):
+            side = "after a depthwise stage" if depthwise else "before another stage"
+            yield f"{stage.map.name} stands {side}, where only a 1x1 kernel can"
             return
+    if any(stage.expansion is not None for stage in chain[1:]) or (depthwise and len(chain) != 2):
+        yield "`expansion` is for the first of two stages, of which the second is a 1x1 kernel"
+        return
+    if expansion is not None and (not isinstance(chain[0].map, Kernel) or expansion < 1 or layer.taps == 1):
+        yield (
+            f"a depthwise stage is a kernel over a window of several taps with an `expansion` of at least 1, "
+            f"not {chain[0].map.name} over {layer.window} with {expansion}"
+        )
+        return
     if chain[-1].channels not in (None, layer.outputs):
         yield f"its last stage gives {chain[-1].channels} channels, the layer {layer.outputs}"
     for stage in chain:
@@ -376,12 +405,17 @@ def _problems(layer: Geometry, chain: Chain) -> Iterator[str]:
         yield str(error)
 
 
+def _is_pointwise(stage: Stage, layer: Geometry) -> bool:
+    return isinstance(stage.map, Kernel) and stage.map.size == (1,) * layer.axes
+
+
 def _merged(
     chain: Sequence[Part], tensors: Mapping[str, jax.Array], affines: Mapping[str, Affine], dtype: Any
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns kernel and shift of one chain: K and c_n of the module's docstring."""
     merged: jax.Array | None = None
     constant: jax.Array | None = None  # c_j; None while it is zero
+    groups = chain[-1].layer.groups
     for part in chain:
         kernel = part.kernel(tensors, dtype)
         a, b = affines.get(part.key, (None, None))
@@ -391,8 +425,10 @@ def _merged(
             constant = algebra.constant_response(kernel, constant)
         if b is not None:
             constant = b if constant is None else constant + b
-        if merged is not None:
-            kernel = algebra.after_pointwise(kernel, algebra.by_groups(merged, part.layer.groups))
+        if merged is not None and chain[0].stage.expansion is not None:
+            kernel = algebra.before_pointwise(merged, kernel, chain[0].layer.inputs // groups, groups)
+        elif merged is not None:
+            kernel = algebra.after_pointwise(kernel, algebra.by_groups(merged, groups))
         merged = kernel
     assert merged is not None  # a chain has a stage
     return merged, constant
@@ -604,6 +640,39 @@ def qarepvgg(layer: Geometry, *, pool: bool = False) -> Structure:
     return Structure(layer, normed(own) | plain, norm=True)
 
 
+def orepa(layer: Geometry) -> Structure:
+    """OREPA (arXiv 2204.00826, section 3.2): six linear branches with a trainable scale each, then a norm.
+
+    The kernel, a 1x1 spread over the window, a 1x1 times a table of cosines, a 1x1 followed by a kernel, a
+    1x1, and a depthwise kernel of eight outputs a channel followed by a 1x1. There is no norm inside the
+    sum, so that the branches are merged before each convolution. The tensors are drawn from Kaiming's
+    uniform distribution, +-sqrt(6 / fan_in).
+
+    Raises:
+      ValueError: a layer without a window of several taps, for which the branches are one and the same map.
+    """
+    if layer.taps == 1:
+        raise ValueError(f"the window is {layer.window}: with one tap all branches would be the same map")
+    own, point = Kernel(layer.window), Kernel((1,) * layer.axes)
+
+    def stage(m: Branch, start: float | None = None, **options: Any) -> Stage:
+        then = "" if start is None else "scale"
+        return Stage(m, then, start=1.0 if start is None else start, gain=math.sqrt(6), **options)
+
+    middle = 2 * layer.inputs if layer.groups > 4 else layer.inputs
+    widen = stage(point, channels=middle, residual=middle == layer.inputs)
+    chains = {
+        own.name: (stage(own, 0.25),),
+        "average": (stage(Average(), 0.25),),
+        "frequency": (stage(Frequency(), 0.0),),
+        f"{point.name}_{own.name}": (widen, stage(own, 0.5)),
+        f"depthwise_{point.name}": (stage(own, expansion=8), stage(point, 0.5)),
+    }
+    if layer.has_pointwise:
+        chains[point.name] = (stage(point, 1.0),)
+    return Structure(layer, chains, norm=True)
+
+
 # Name of a structure -> its description.
 STRUCTURES: dict[str, Description] = {
     "repvgg": repvgg,
@@ -615,6 +684,7 @@ STRUCTURES: dict[str, Description] = {
     "unireplknet": unireplknet,
     "qarepvgg": qarepvgg,
     "qarepvgg2": functools.partial(qarepvgg, pool=True),
+    "orepa": orepa,
 }
 
 

@@ -47,6 +47,8 @@ class Merged(StructuredLayer):
         layer = self.structure.layer
         x, batch = one_batch_axis(x, layer.axes)
         x, kernel = promote_dtype((x, self.merged_kernel()), dtype=self.dtype)
+        # Otherwise XLA's CPU backend merges once for the output and once more for the gradient of the input.
+        kernel = jax.lax.optimization_barrier(kernel)
         return self._finish(convolve(x, kernel, layer, precision=self.precision), batch)
 
     def merged_kernel(self) -> jax.Array:
