@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.core import Geometry as Geometry
     from repopt_jax.core import Identity as Identity
     from repopt_jax.core import Kernel as Kernel
+    from repopt_jax.core import Parametrization as Parametrization
     from repopt_jax.core import Pool as Pool
     from repopt_jax.core import Scales as Scales
     from repopt_jax.core import Stage as Stage
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.core import save_scales as save_scales
     from repopt_jax.optim import check_optimizer as check_optimizer
     from repopt_jax.optim import clip_by_repopt_global_norm as clip_by_repopt_global_norm
+    from repopt_jax.optim import decay_mask as decay_mask
     from repopt_jax.optim import gradient_multipliers as gradient_multipliers
     from repopt_jax.optim import reparameterize as reparameterize
     from repopt_jax.optim import repopt_adamw as repopt_adamw
@@ -49,11 +51,13 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.optim import scale_by_repopt_adam as scale_by_repopt_adam
     from repopt_jax.surgery import Mode as Mode
     from repopt_jax.surgery import SearchTree as SearchTree
+    from repopt_jax.surgery import branches_of as branches_of
     from repopt_jax.surgery import depth_scales as depth_scales
     from repopt_jax.surgery import extract_scales as extract_scales
     from repopt_jax.surgery import fast_on_cpu as fast_on_cpu
     from repopt_jax.surgery import find_branches as find_branches
     from repopt_jax.surgery import find_layers as find_layers
+    from repopt_jax.surgery import find_parametrizations as find_parametrizations
     from repopt_jax.surgery import find_structures as find_structures
     from repopt_jax.surgery import fuse as fuse
     from repopt_jax.surgery import prepare as prepare
@@ -73,18 +77,21 @@ _SUBPACKAGES = (
 # Subpackage -> the names of it that are also names of the package.
 _NAMES = {
     "core": (
-        *("AfterPointwise", "Average", "Branch", "BranchSet", "Geometry", "Identity", "Kernel", "Pool"),
-        *("Scales", "Stage", "Structure", "default_branches", "load_scales", "paths", "save_scales"),
+        *("AfterPointwise", "Average", "Branch", "BranchSet", "Geometry", "Identity", "Kernel"),
+        *("Parametrization", "Pool", "Scales", "Stage", "Structure", "default_branches", "load_scales"),
+        *("paths", "save_scales"),
     ),
     "optim": (
-        *("check_optimizer", "clip_by_repopt_global_norm", "gradient_multipliers", "reparameterize"),
+        *("check_optimizer", "clip_by_repopt_global_norm", "decay_mask", "gradient_multipliers"),
+        "reparameterize",
         *("repopt_adamw", "repopt_lion", "repopt_mask", "repopt_sgd", "repopt_sign_mask"),
         "scale_by_repopt_adam",
     ),
     "surgery": (
-        *("Mode", "SearchTree", "depth_scales", "extract_scales", "fast_on_cpu", "find_branches"),
-        *("find_layers", "find_structures", "fuse", "prepare", "reinitialize", "search_tree"),
-        *("to_repvgg", "to_search", "to_structure", "weight_decay_mask"),
+        *("Mode", "SearchTree", "branches_of", "depth_scales", "extract_scales", "fast_on_cpu"),
+        *("find_branches", "find_layers", "find_parametrizations", "find_structures", "fuse"),
+        *("prepare", "reinitialize", "search_tree", "to_repvgg", "to_search", "to_structure"),
+        "weight_decay_mask",
     ),
     "verify": ("verify_equivalence",),
 }

@@ -195,7 +195,7 @@ def test_branch_sets_of_one_s_own():
     result = verify_equivalence(model, random_scales(sets), batches, loss=squared_error, rngs=nnx.Rngs(1))
     assert result.max_difference <= EQUIVALENT
     assert result.movement > 1e-3
-    search = to_search(model, branches=CUSTOM, rngs=nnx.Rngs(0))
+    search = to_search(model, branches=CUSTOM, trained=False, rngs=nnx.Rngs(0))
     assert extract_scales(search).branch_sets == sets
 
 
@@ -207,7 +207,7 @@ def test_a_search_network_of_any_network(name, tmp_path):
     case = NETWORKS[name]
     model = case.fresh()
     before, types = values(model), [type(m) for _, m in named_modules(model)]
-    search = to_search(model, rngs=nnx.Rngs(3))
+    search = to_search(model, trained=False, rngs=nnx.Rngs(3))
     assert [type(m) for _, m in named_modules(model)] == types
     chex.assert_trees_all_equal(values(model), before)
     sets = find_branches(model)
@@ -302,8 +302,8 @@ def test_added_and_reordered_layers_keep_their_scales_and_draws():
     small = drawn(nnx.eval_shape(lambda: Grown("a", "c", rngs=nnx.Rngs(0))))
     grown = drawn(nnx.eval_shape(lambda: Grown("c", "b", "a", rngs=nnx.Rngs(0))), seed=1)
     scales = random_scales(find_branches(small))
-    kept, other = (values(reinitialize(m, scales, rngs=nnx.Rngs(2))) for m in (small, grown))
-    searches = [to_search(m, scales="ones", rngs=nnx.Rngs(2)) for m in (small, grown)]
+    kept, other = (values(reinitialize(m, scales, trained=False, rngs=nnx.Rngs(2))) for m in (small, grown))
+    searches = [to_search(m, scales="ones", trained=False, rngs=nnx.Rngs(2)) for m in (small, grown)]
     started, other_started = (values(search) for search in searches)
     for name in ("a", "c"):
         path = f"parts/{name}/kernel"
@@ -316,9 +316,9 @@ def test_added_and_reordered_layers_keep_their_scales_and_draws():
 def test_a_search_that_starts_from_given_scales():
     model = NETWORKS["MLP"].fresh()
     given = random_scales(find_branches(model, r"layers/[12]"))
-    search = to_search(model, r"layers/[12]", scales=given, rngs=nnx.Rngs(0))
+    search = to_search(model, r"layers/[12]", scales=given, trained=False, rngs=nnx.Rngs(0))
     chex.assert_trees_all_equal(extract_scales(search).vectors, given.vectors)
-    ones = extract_scales(to_search(model, scales="ones", rngs=nnx.Rngs(0)))
+    ones = extract_scales(to_search(model, scales="ones", trained=False, rngs=nnx.Rngs(0)))
     assert all((v == 1).all() for v in jax.tree.leaves(ones))
 
 
@@ -635,7 +635,8 @@ def test_what_has_no_repvgg_form():
 
 
 def test_a_mode_by_its_name():
-    assert [Mode.parse(mode) for mode in Mode] == list(Mode) == ["plain", "search", "repopt", *STRUCTURES]
+    assert [Mode.parse(mode) for mode in Mode] == list(Mode)
+    assert list(Mode) == ["plain", "search", "repopt", "online", *STRUCTURES]
     assert [mode for mode in Mode if mode.is_structure] == list(STRUCTURES)
     for text, near in (("hyper-search", "search"), ("RepVgg", "repvgg"), ("repot", "repopt")):
         with pytest.raises(
@@ -644,7 +645,7 @@ def test_a_mode_by_its_name():
             Mode.parse(text)
     with pytest.raises(
         ValueError,
-        match=r"^there is no mode 'x': it must be one of plain, search, repopt, repvgg, mobile",
+        match=r"^there is no mode 'x': it must be one of plain, search, repopt, online, repvgg",
     ):
         Mode.parse("x")
 
@@ -654,22 +655,33 @@ def test_every_mode_makes_the_network_that_is_trained():
     select = r"layers/[12]"
     scales = random_scales(find_branches(model, select))
     rngs = nnx.Rngs(0)
-    plain = prepare(model, Mode.PLAIN, rngs=rngs)
+    make = functools.partial(prepare, trained=False)
+    plain = make(model, Mode.PLAIN, rngs=rngs)
     assert plain.model is not model
     chex.assert_trees_all_equal(values(plain.model), values(model))
-    search = prepare(model, "search", select=select, rngs=rngs)
+    search = make(model, "search", select=select, rngs=rngs)
     assert [type(layer) for layer in search.model.layers] == [nnx.Linear, Merged, Merged, nnx.Linear]
-    given = prepare(model, "search", scales=scales, select=select, rngs=rngs)
+    given = make(model, "search", scales=scales, select=select, rngs=nnx.Rngs(3))
     chex.assert_trees_all_equal(extract_scales(given.model).vectors, scales.vectors)
-    repopt = prepare(model, "repopt", scales=scales, rngs=nnx.Rngs(4))
-    expected = reinitialize(model, scales, rngs=nnx.Rngs(4))
+    online = make(model, "online", scales=scales, select=select, rngs=nnx.Rngs(3))
+    chex.assert_trees_all_equal(values(online.model), values(given.model))
+    repopt = make(model, "repopt", scales=scales, rngs=nnx.Rngs(4))
+    expected = reinitialize(model, scales, trained=False, rngs=nnx.Rngs(4))
     chex.assert_trees_all_equal(values(repopt.model), values(expected))
-    repvgg = prepare(model, "repvgg", select=select, branches=[Kernel(())], rngs=rngs)
+    repvgg = make(model, "repvgg", select=select, branches=[Kernel(())], rngs=rngs)
     assert [type(layer) for layer in repvgg.model.layers[1:3]] == [Branched] * 2
-    acnet = prepare(model, "acnet", select=select, rngs=rngs)
+    acnet = make(model, "acnet", select=select, rngs=rngs)
     assert [type(layer) for layer in acnet.model.layers[1:3]] == [Branched] * 2
     assert repopt.scales is scales
-    assert plain.scales is search.scales is given.scales is repvgg.scales is acnet.scales is None
+    assert (
+        plain.scales
+        is search.scales
+        is given.scales
+        is online.scales
+        is repvgg.scales
+        is acnet.scales
+        is None
+    )
 
 
 def test_mode_mistakes():

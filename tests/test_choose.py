@@ -244,7 +244,9 @@ def test_the_square_kernel_alone_starts_as_the_plain_layer():
     """What `single_init` is for."""
     model = nnx.Sequential(nnx.Conv(4, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0)))
     for name in ("acnet", "dbb"):
-        layer = to_structure(model, name, options={"single_init": True}, rngs=nnx.Rngs(0)).layers[0]
+        layer = to_structure(
+            model, name, options={"single_init": True}, trained=False, rngs=nnx.Rngs(0)
+        ).layers[0]
         kernel, bias = layer.kernel_and_bias()
         assert relative(kernel, layer.weights["3x3"][...] / math.sqrt(1 + 1e-5)) <= 1e-6
         assert not np.asarray(bias).any()

@@ -91,13 +91,17 @@ def test_the_identity_does_not_count_and_a_channel_of_zero_scales_is_finite(x64)
 def test_where_t_is_equal_it_is_half_of_the_sum_of_the_centres(x64):
     """Of a fresh network: (K_c + P)^2 / 2; and the plain sum of squares of a layer without a smaller 1x1."""
     model = to_repvgg(
-        nnx.Sequential(nnx.Conv(4, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0))), rngs=nnx.Rngs(1)
+        nnx.Sequential(nnx.Conv(4, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0))),
+        trained=False,
+        rngs=nnx.Rngs(1),
     )
     kernel, point = (np.asarray(model.layers[0].weights[name][...]) for name in ("3x3", "1x1"))
     expected = (kernel**2).sum() - (kernel[1, 1] ** 2).sum() + ((kernel[1, 1] + point[0, 0]) ** 2).sum() / 2
     assert float(custom_l2(model)) == pytest.approx(expected, rel=1e-6)
     single = to_repvgg(
-        nnx.Sequential(nnx.Conv(4, 4, (1, 1), use_bias=False, rngs=nnx.Rngs(0))), rngs=nnx.Rngs(1)
+        nnx.Sequential(nnx.Conv(4, 4, (1, 1), use_bias=False, rngs=nnx.Rngs(0))),
+        trained=False,
+        rngs=nnx.Rngs(1),
     )
     expected = (np.asarray(single.layers[0].weights["1x1"][...]) ** 2).sum()
     assert float(custom_l2(single)) == pytest.approx(expected, rel=1e-6)

@@ -38,7 +38,15 @@ SCALED = {"repopt": {"scales": "depth"}}
 
 @pytest.mark.parametrize(
     ("mode", "scales"),
-    [("search", ""), ("plain", ""), ("repopt", "ones"), ("acnet", ""), ("repvgg", "")],
+    [
+        ("search", ""),
+        ("plain", ""),
+        ("repopt", "ones"),
+        ("acnet", ""),
+        ("online", "ones"),
+        ("orepa", ""),
+        ("repvgg", ""),
+    ],
 )
 def test_two_steps_of_each_mode(digits, tmp_path, mode, scales):
     config = tiny_config(

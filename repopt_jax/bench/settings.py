@@ -15,6 +15,7 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
     "plain": ("plain", "plain", ""),
     "repopt": ("RepOpt", "repopt", "depth"),
     "search": ("search, merged in weight space", "search", ""),
+    "orepa": ("OREPA, merged in weight space", "orepa", ""),
     "repvgg": ("RepVGG", "repvgg", ""),
     # What `nn.conv_general_dilated` is worth; the same program everywhere but on a CPU.
     XLA: ("plain, XLA's convolutions", "plain", ""),
@@ -50,7 +51,7 @@ class Settings:
     dtypes: tuple[str, ...] = ("float32",)
     rounds: int = 15
     classes: int = 1000
-    networks: tuple[str, ...] = tuple(name for name in NETWORKS if name != XLA)
+    networks: tuple[str, ...] = ("plain", "repopt", "search", "repvgg")
     memory: float | None = None
     tf32: bool = True
     images: str = ""

@@ -7,6 +7,7 @@ from repopt_jax.optim.adaptive import scale_by_repopt_adam as scale_by_repopt_ad
 from repopt_jax.optim.check import OptimizerError as OptimizerError
 from repopt_jax.optim.check import Reason as Reason
 from repopt_jax.optim.check import check_optimizer as check_optimizer
+from repopt_jax.optim.reparameterize import decay_mask as decay_mask
 from repopt_jax.optim.reparameterize import reparameterize as reparameterize
 from repopt_jax.optim.sgd import clip_by_repopt_global_norm as clip_by_repopt_global_norm
 from repopt_jax.optim.sgd import gradient_multipliers as gradient_multipliers

@@ -30,7 +30,7 @@ from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.paths import listed
 from repopt_jax.core.scales import Scales, check_fit, is_concrete
 from repopt_jax.optim.adaptive import RepOptSignMaskState, ScaleByRepOptAdamState
-from repopt_jax.optim.reparameterize import NoInner, ReparameterizeState
+from repopt_jax.optim.reparameterize import NoInner, ReparameterizeState, TrainedStructureState
 from repopt_jax.optim.sgd import RepOptClipState, RepOptMaskState
 
 # States of the transformations that multiply by the scales, and of all that hold scales.
@@ -55,6 +55,7 @@ class Reason(enum.Enum):
     CLIPPING = "clipping"
     NONLINEAR = "nonlinear"
     WRONG_MULTIPLE = "wrong multiple"
+    TRAINED_SCALES = "trained scales"
 
 
 class Fault(NamedTuple):
@@ -105,7 +106,8 @@ def check_optimizer(tx: optax.GradientTransformation, scales: Scales, params: An
       OptimizerError: a ValueError with all `faults`, each with its `Reason`: no rule for these scales (or one
         from which `optax.masked` or `optax.partition` hides all kernels); a state with other scales; weight
         decay before the rule; clipping by the plain gradient; Adam, a sign rule or another nonlinear
-        transformation after `repopt_mask`; a wrong multiple, as of a repeated mask.
+        transformation after `repopt_mask`; a wrong multiple, as of a repeated mask; scales that are trained,
+        for which constant scales are no counterpart.
       ValueError: the scales do not fit the parameters.
     """
     if faults := find_faults(tx, scales, params, **extra_args):
@@ -119,6 +121,8 @@ def find_faults(
     check_fit(scales, params)
     params = jax.tree.map(_at_least_float32, params)
     state = tx.init(params)
+    if trained := _trained_scales(state):
+        return [trained]
     faults = _other_scales(state, scales)
     probe = _Probe(tx, scales, params, state, extra_args)
     if not scales.entries or not probe.find_period():
@@ -390,6 +394,19 @@ def _own_rule(probe: _Probe, moves: dict[str, jax.Array], decay: dict[str, jax.A
         LOOSE_TOLERANCE, {path: _residual(decay[path], probe.start[path]) for path in probe.without_rule}
     )
     return _faults({Reason.DECAY_BEFORE_RULE: early})
+
+
+def _trained_scales(state: Any) -> Fault | None:
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TrainedStructureState))
+    kernels = [path for node in nodes if isinstance(node, TrainedStructureState) for path in node.theta]
+    if not kernels:
+        return None
+    message = (
+        f"the optimizer trains the scales of {paths.listed(kernels)} (`reparameterize` with "
+        "trainable_scales=True), and is not to be compared with branches of constant scales: its counterpart "
+        "is the network that `prepare` makes in mode online, under the optimizer inside"
+    )
+    return Fault(Reason.TRAINED_SCALES, tuple(kernels), message)
 
 
 def _other_scales(state: Any, scales: Scales) -> list[Fault]:

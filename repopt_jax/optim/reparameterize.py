@@ -4,6 +4,10 @@ The plain network computes with the merged kernel K = sum_b s_b * E_b(w_b); the 
 optimizer is given their gradients, dL/dw_b = E_b^T(s_b * g), and their values. Its updates dw_b move the w_b,
 and K moves by dK = sum_b s_b * E_b(dw_b). The inner optimizer may normalise by layer, orthogonalise or factor
 its moments; the forward and backward passes remain those of the plain network.
+
+With trainable scales, or branches that are products of tensors, K = A(theta) is not linear. The state then
+holds theta, the inner optimizer is given A'(theta)^T g, and the kernel moves by A(theta_new) - K. No search
+is needed: the structure is trained on the target itself, as OREPA does in the network (arXiv 2204.00826).
 """
 
 from collections.abc import Mapping
@@ -15,8 +19,15 @@ import numpy as np
 import optax
 
 from repopt_jax.core import paths
+from repopt_jax.core.parametrization import (
+    Parametrization,
+    Theta,
+    parametrizations,
+    scale_vectors,
+    theta_of,
+)
 from repopt_jax.core.scales import Scales, check_values, is_concrete
-from repopt_jax.optim.sgd import require_gradients, state_vectors, visible_scales
+from repopt_jax.optim.sgd import hidden_paths, require_gradients, state_vectors, visible_scales
 
 # Largest relative difference between the merged `weights` and the kernels of the parameters. It allows for
 # rounding to half precision and rejects other kernels.
@@ -45,12 +56,26 @@ class NoInner(NamedTuple):
     """
 
 
+class TrainedStructureState(NamedTuple):
+    """State of `reparameterize` with trainable scales.
+
+    Attributes:
+      theta: path of a kernel -> {"weights": {stage: tensor}, "scales": {stage: factor}}, in the kernel's
+        dtype or float32, whichever is wider.
+      inner: state of the inner optimizer, for a tree in which theta takes the place of every such kernel.
+    """
+
+    theta: dict[str, Theta]
+    inner: Any
+
+
 def reparameterize(
     inner: optax.GradientTransformation,
-    scales: Scales,
+    scales: Scales | Mapping[str, Parametrization],
     *,
-    weights: Mapping[str, Mapping[str, jax.Array]] | None = None,
+    weights: Mapping[str, Any] | None = None,
     keep_weights: bool = True,
+    trainable_scales: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a plain network as `inner` would train its multi-branch counterpart, for any Optax optimizer.
 
@@ -66,6 +91,19 @@ def reparameterize(
     stacked layers: a rule that depends on a whole tensor (LAMB's ratio, a factored moment) treats the stack
     as one tensor.
 
+    With `trainable_scales=True` the scales are trained with the weights, and `scales` are their initial
+    values; or instead of scales, any structures without batch norms inside (`find_parametrizations`)::
+
+        structures = find_parametrizations(model, "orepa")
+        model, theta = reinitialize(model, structures, rngs=rngs, return_weights=True)
+        inner = optax.adamw(1e-3, mask=decay_mask(structures))
+        tx = reparameterize(inner, structures, weights=theta, trainable_scales=True)
+
+    `inner` then sees `stages/1/0/conv/kernel/weights/1x1` and `stages/1/0/conv/kernel/scales/1x1`;
+    `decay_mask` decays what the structure decays. This is the same training as that of a network of
+    `nn.Merged` layers (mode "online" of `prepare`). `update` needs the parameters, and every step moves each
+    kernel to A(theta) whatever else has changed it, so that nothing may follow in the chain.
+
     Cost: let n be the total size of the branch tensors, in a layer of 3x3 + 1x1 + identity about 1.11 times
     the size of the kernel. The state holds n numbers for the w_b, and for each moment that `inner` keeps n
     numbers instead of the kernel's size. The forward and backward passes cost no more. SGD, Adam and Lion do
@@ -73,22 +111,33 @@ def reparameterize(
 
     Args:
       inner: the optimizer. Extra arguments of `update` are passed on to it.
-      scales: the scales.
-      weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` gives them with the model. A
-        merged kernel does not determine its branches; if they are not given, `init` takes those of least
-        norm. This makes a difference only for rules that depend on the weights, such as LAMB's ratio, but not
-        for decoupled decay. The transformation keeps references to these arrays.
+      scales: the scales or, with `trainable_scales`, structures by the kernels' paths.
+      weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` gives them with the model;
+        for structures path -> theta. A merged kernel does not determine its branches; if they are not given,
+        `init` takes those of least norm. With constant scales this makes a difference only for rules that
+        depend on the weights, such as LAMB's ratio, but not for decoupled decay. The transformation keeps
+        references to these arrays.
       keep_weights: False leaves the branch tensors out of the state, for an `inner` that depends only on
         gradients, such as `optax.scale_by_adam()` with decay outside; it is then given no parameters.
+      trainable_scales: whether the scales are trained.
 
     Raises:
       ValueError: scales that are NaN, infinite or all zero in a layer; at `init`, scales or weights that do
         not fit the parameters, or weights whose merge is not the kernel; at `update`, gradients that lack a
         kernel, or no `params` although `inner` needs them.
+      TypeError: structures without `trainable_scales`.
     """
+    if not keep_weights and (weights is not None or trainable_scales):
+        unused = "`weights` are given" if weights is not None else "`trainable_scales` is True"
+        raise ValueError(f"{unused} and `keep_weights` is False: the branch tensors would not be used")
+    if trainable_scales:
+        return _with_trained_scales(inner, scales, weights)
+    if not isinstance(scales, Scales):
+        raise TypeError(
+            f"`scales` is a {type(scales).__name__}: it must be a `Scales`, or with trainable_scales=True a "
+            "mapping of the kernels' paths to structures (`find_parametrizations`)"
+        )
     check_values(scales)
-    if weights is not None and not keep_weights:
-        raise ValueError("`weights` are given and `keep_weights` is False: they would not be used")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
@@ -146,6 +195,131 @@ def reparameterize(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _with_trained_scales(
+    inner: optax.GradientTransformation,
+    scales: Scales | Mapping[str, Parametrization],
+    given: Mapping[str, Any] | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Does the work of `reparameterize` for kernels K = A(theta)."""
+    if isinstance(scales, Scales):
+        check_values(scales)
+        given = None if given is None else theta_of(scales, given)
+    structures = parametrizations(scales) if isinstance(scales, Scales) else dict(scales)
+    initial = scale_vectors(scales) if isinstance(scales, Scales) else {}
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        leaves, _ = paths.named_leaves(params)
+        hidden = hidden_paths(structures, params)
+        visible = {path: s for path, s in structures.items() if path not in hidden}
+        _check_shapes(visible, leaves)
+        theta = {}
+        for path, structure in visible.items():
+            kernel = leaves[path]
+            kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+            if given is None:
+                theta[path] = structure.split(kernel, scales=initial.get(path))
+            else:
+                copies = jax.tree.map(lambda x, k=kernel: jnp.array(x, k.dtype), dict(given.get(path, {})))
+                theta[path] = _on_mesh_of(leaves[path], copies)
+        _check_theta(visible, theta, leaves)
+        return TrainedStructureState(theta, inner.init(paths.nested(leaves | theta)))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(
+                "`params` are missing: with trainable scales the kernels move to A(theta), so `update` needs "
+                "the parameters, `tx.update(gradients, state, params)`"
+            )
+        require_gradients(updates, state.theta)
+        gradients, _ = paths.named_leaves(updates)
+        leaves, _ = paths.named_leaves(params)
+        of_theta = {p: structures[p].gradients(theta, gradients[p]) for p, theta in state.theta.items()}
+        moves, inner_state = inner.update(
+            paths.nested(gradients | of_theta),
+            state.inner,
+            paths.nested(leaves | state.theta),
+            **extra_args,
+        )
+        theta: dict[str, Any] = {
+            path: optax.apply_updates(old, paths.at(moves, path)) for path, old in state.theta.items()
+        }
+
+        def move(path, g):
+            del g
+            if path not in theta:
+                return paths.at(moves, path)
+            kernel = structures[path].merge(theta[path])
+            return kernel - leaves[path].astype(kernel.dtype)
+
+        return paths.map_named(move, updates), TrainedStructureState(theta, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def decay_mask(structures: Scales | Mapping[str, Parametrization], default: Any = None) -> Any:
+    """Returns the weight-decay mask of an optimizer inside `reparameterize(..., trainable_scales=True)`.
+
+        optax.adamw(1e-3, weight_decay=0.05, mask=decay_mask(structures))
+
+    Tensors and scales are decayed as the stages of the structure say: kernels and the identity's vector are,
+    scales are not. So this is `weight_decay_mask` of the network of `nn.Merged` layers.
+
+    Args:
+      structures: those of `reparameterize`.
+      default: a function from a tree of parameters to a tree of booleans, for all other parameters
+        (`surgery.weight_decay_mask` of the plain network); by default arrays of more than one axis are
+        decayed.
+    """
+    known = parametrizations(structures) if isinstance(structures, Scales) else dict(structures)
+    flat = {
+        f"{path}/{kind}/{key}": decayed
+        for path, structure in known.items()
+        for kind, entries in structure.decayed().items()
+        for key, decayed in entries.items()
+    }
+
+    def mask(params: Any) -> Any:
+        leaves, _ = paths.named_leaves(params)
+        others = {path: leaf for path, leaf in leaves.items() if path not in flat}
+        if default is None:
+            chosen = {path: leaf.ndim > 1 for path, leaf in others.items()}
+        else:
+            chosen, _ = paths.named_leaves(default(paths.nested(others)))
+        return paths.map_named(lambda path, _: flat[path] if path in flat else chosen[path], params)
+
+    return mask
+
+
+def _check_shapes(structures: Mapping[str, Parametrization], leaves: Mapping[str, Any]) -> None:
+    expected = {path: structure.kernel for path, structure in structures.items()}
+    found = {path: tuple(leaves[path].shape) for path in expected if path in leaves}
+    if difference := paths.describe_difference(expected, found, noun="kernels"):
+        raise ValueError(f"the structures do not fit the parameters: {difference}")
+
+
+def _check_theta(structures, theta, leaves) -> None:
+    """Raises ValueError if theta has other shapes than the structures, or merges into other kernels."""
+    expected, found = {}, {}
+    for path, structure in structures.items():
+        shapes = structure.shapes()
+        expected |= {f"{path}/{kind}/{key}": s for kind in shapes for key, s in shapes[kind].items()}
+        entries = {kind: theta[path].get(kind, {}) for kind in shapes}
+        found |= {f"{path}/{kind}/{key}": w.shape for kind in shapes for key, w in entries[kind].items()}
+    if difference := paths.describe_difference(expected, found, noun="arrays"):
+        raise ValueError(f"`weights` do not fit the structures: {difference}")
+    merged = {path: structure.merge(theta[path]) for path, structure in structures.items()}
+    _check_merged(merged, leaves)
+
+
+def _on_mesh_of(kernel, theta):
+    """Replicates given arrays over the mesh of a sharded kernel."""
+    sharding = getattr(kernel, "sharding", None)
+    if not (is_concrete(kernel) and isinstance(sharding, jax.NamedSharding)):
+        return theta
+    return jax.device_put(theta, jax.NamedSharding(sharding.mesh, jax.P()))
+
+
 def _branch_gradients(branches, g, vectors):
     """Returns E_b^T(s_b * g) in g's dtype, summed in float32 or wider."""
     wide = jnp.promote_types(g.dtype, jnp.float32)
@@ -169,9 +343,12 @@ def _check_weights(scales: Scales, weights, leaves) -> None:
     found = {f"{path}/{name}": w.shape for path, ws in weights.items() for name, w in ws.items()}
     if difference := paths.describe_difference(expected, found, noun="branch tensors"):
         raise ValueError(f"`weights` do not fit the scales: {difference}")
+    _check_merged({p: e.branches.merge(weights[p], e.vectors) for p, e in scales.entries.items()}, leaves)
+
+
+def _check_merged(merged: Mapping[str, jax.Array], leaves: Mapping[str, Any]) -> None:
     wrong = []
-    for path, entry in scales.entries.items():
-        kernel = entry.branches.merge(weights[path], entry.vectors)
+    for path, kernel in merged.items():
         if is_concrete(kernel) and is_concrete(leaves[path]):
             k = np.asarray(leaves[path], np.float64)
             if not np.abs(np.asarray(kernel, np.float64) - k).max() <= KERNEL_TOLERANCE * np.abs(k).max():

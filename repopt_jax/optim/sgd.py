@@ -205,7 +205,7 @@ def visible_scales(scales: Scales, params: Any) -> Scales:
     Raises:
       ValueError: paths that the parameters lack or that have another shape.
     """
-    hidden = _hidden(scales.entries, params)
+    hidden = hidden_paths(scales.entries, params)
     visible = Scales({p: e for p, e in scales.entries.items() if p not in hidden}, scales.metadata)
     check_fit(visible, params)
     return visible
@@ -219,15 +219,15 @@ def require_gradients(updates: Any, vectors: Iterable[str]) -> None:
     """
     leaves, _ = paths.named_leaves(updates)
     missing = [path for path in vectors if path not in leaves]
-    if missing := sorted(set(missing) - _hidden(missing, updates)):
+    if missing := sorted(set(missing) - hidden_paths(missing, updates)):
         raise ValueError(
             f"the gradients lack kernels that the optimizer was initialised with: {', '.join(missing)}; give "
             "`update` gradients of the same tree of parameters as `init`"
         )
 
 
-def _hidden(names: Iterable[str], tree: Any) -> set[str]:
-    """Those of `names` at or below an `optax.MaskedNode` of `tree`."""
+def hidden_paths(names: Iterable[str], tree: Any) -> set[str]:
+    """Returns those of `names` at or below an `optax.MaskedNode` of `tree`."""
     nodes, _ = paths.named_leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     hidden = [path for path, node in nodes.items() if isinstance(node, optax.MaskedNode)]
     return {name for name in names if any(h in ("", name) or name.startswith(f"{h}/") for h in hidden)}

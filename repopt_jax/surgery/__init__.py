@@ -17,5 +17,7 @@ from repopt_jax.surgery.search import extract_scales as extract_scales
 from repopt_jax.surgery.search import to_search as to_search
 from repopt_jax.surgery.searchtree import SearchTree as SearchTree
 from repopt_jax.surgery.searchtree import search_tree as search_tree
+from repopt_jax.surgery.structures import find_parametrizations as find_parametrizations
 from repopt_jax.surgery.structures import to_repvgg as to_repvgg
 from repopt_jax.surgery.structures import to_structure as to_structure
+from repopt_jax.surgery.trained import branches_of as branches_of

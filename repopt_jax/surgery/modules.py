@@ -1,5 +1,6 @@
 """Walking and rebuilding NNX models by path."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,6 +98,11 @@ def copy_leaf(leaf: Any) -> Any:
 def join(path: str, name: str) -> str:
     """Returns the path of `name` inside `path`; the model's own path is empty."""
     return f"{path}/{name}" if path else name
+
+
+def key_of(path: str, key: jax.Array) -> jax.Array:
+    """Returns the key of the layer at `path`, which does not depend on the other layers."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def _every_path(path: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, nnx.Module]]:

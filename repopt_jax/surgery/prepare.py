@@ -11,9 +11,10 @@ from repopt_jax.core.structure import STRUCTURES
 from repopt_jax.hints import did_you_mean
 from repopt_jax.surgery.choose import Options
 from repopt_jax.surgery.layers import Branches, Select, find_branches
-from repopt_jax.surgery.reinitialize import reinitialize
+from repopt_jax.surgery.reinitialize import reinitialize, with_kernels
 from repopt_jax.surgery.search import to_search
 from repopt_jax.surgery.structures import to_repvgg, to_structure
+from repopt_jax.surgery.trained import Keep
 
 
 class Mode(enum.StrEnum):
@@ -21,12 +22,14 @@ class Mode(enum.StrEnum):
 
     PLAIN: the network as it is. SEARCH: the hyper-search, in which every selected layer is a sum of branches
     with trainable scales. REPOPT: RepOptimizer, the plain network re-initialised, with scales in the
-    optimizer. Each of the other modes: every selected layer is the structure of this name in `STRUCTURES`.
+    optimizer. ONLINE: the network of the search, trained on the target itself and fused, without a search
+    before. Each of the other modes: every selected layer is the structure of this name in `STRUCTURES`.
     """
 
     PLAIN = "plain"
     SEARCH = "search"
     REPOPT = "repopt"
+    ONLINE = "online"
 
     if not TYPE_CHECKING:  # one member for each structure, as the documentation of `enum` does it
         _ignore_ = ("members", "structure")
@@ -47,6 +50,11 @@ class Mode(enum.StrEnum):
             raise ValueError(
                 f"there is no mode {text!r}{did_you_mean(text, cls)}: it must be one of {', '.join(cls)}"
             ) from None
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether the mode takes scales: to multiply gradients, or as initial values."""
+        return self in (Mode.SEARCH, Mode.REPOPT, Mode.ONLINE)
 
     @property
     def is_structure(self) -> bool:
@@ -75,7 +83,9 @@ def prepare(
     select: Select = None,
     branches: Branches = None,
     options: Options = None,
+    trained: bool | None = None,
     allow_trained: bool = False,
+    keep: Keep = None,
     rngs: nnx.Rngs,
 ) -> Prepared:
     """Prepares a copy of a plain network for a way of training; the given one is unchanged.
@@ -85,13 +95,14 @@ def prepare(
     Args:
       model: the plain network, untrained.
       mode: a `Mode` or its name.
-      scales: required in mode repopt, those of a search; in mode search the initial scales, by default the
-        depth rule. The other modes have none.
+      scales: required in mode repopt, those of a search; in modes search and online the initial scales, by
+        default the depth rule. The other modes have none.
       select: which layers, as in `find_layers`. In mode repopt the scales define the layers; if `select` is
         given as well, they must be for exactly these layers.
-      branches: the layers' branches, as in `find_branches`, in modes search, repopt and repvgg.
+      branches: the layers' branches, as in `find_branches`, in modes search, repopt, online and repvgg.
       options: arguments of the structure, such as {"gamma": 1 / 3} in mode acnet, as in `find_structures`.
-      allow_trained: in mode repopt, whether to discard the kernels of a trained model.
+      trained, allow_trained, keep: what becomes of the kernels of a trained model, as in `reinitialize`,
+        `to_search` and `to_structure`. Mode plain keeps them.
       rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
@@ -99,7 +110,7 @@ def prepare(
         or as `to_search`, `reinitialize` and `to_structure`.
     """
     mode = Mode.parse(mode)
-    if scales is not None and mode not in (Mode.SEARCH, Mode.REPOPT):
+    if scales is not None and not mode.has_scales:
         raise ValueError(
             f"mode {mode} has no use for `scales`: leave them out, or train with them in mode {Mode.REPOPT}"
         )
@@ -108,12 +119,13 @@ def prepare(
     if options and (not mode.is_structure or branches is not None):
         what = f"mode {mode}" if branches is None else "a network of given `branches`"
         raise ValueError(f"{what} has no structure that takes `options` {dict(options)}: leave them out")
+    kernels: dict[str, Any] = {"trained": trained, "allow_trained": allow_trained, "keep": keep}
     match mode:
         case Mode.PLAIN:
-            return Prepared(nnx.clone(model))
-        case Mode.SEARCH:
+            return Prepared(with_kernels(model, {}))  # whose arrays can be donated
+        case Mode.SEARCH | Mode.ONLINE:
             start = "depth" if scales is None else scales
-            return Prepared(to_search(model, select, branches, scales=start, rngs=rngs))
+            return Prepared(to_search(model, select, branches, scales=start, rngs=rngs, **kernels))
         case Mode.REPOPT:
             if scales is None:
                 raise ValueError(
@@ -125,9 +137,9 @@ def prepare(
                 scales,
                 rngs=rngs,
                 branch_sets=find_branches(model, select, branches) if chosen else None,
-                allow_trained=allow_trained,
+                **kernels,
             )
             return Prepared(fresh, scales)
     if branches is not None:
-        return Prepared(to_repvgg(model, select, branches, rngs=rngs))
-    return Prepared(to_structure(model, mode.value, select, options=options, rngs=rngs))
+        return Prepared(to_repvgg(model, select, branches, rngs=rngs, **kernels))
+    return Prepared(to_structure(model, mode.value, select, options=options, rngs=rngs, **kernels))

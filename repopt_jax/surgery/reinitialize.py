@@ -8,15 +8,15 @@ from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
-from repopt_jax.core.scales import Scales, check_finite, check_fit, is_concrete
+from repopt_jax.core.parametrization import Parametrization, Theta
+from repopt_jax.core.scales import Scales, check_finite, check_fit
 from repopt_jax.surgery.layers import check_aliases
-from repopt_jax.surgery.modules import copy_leaf, join, named_modules
-from repopt_jax.surgery.structures import key_of
+from repopt_jax.surgery.modules import copy_leaf, key_of
+from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
 
 M = TypeVar("M")
 Weights = dict[str, dict[str, jax.Array]]
@@ -25,11 +25,13 @@ Weights = dict[str, dict[str, jax.Array]]
 @overload
 def reinitialize(
     model: M,
-    scales: Scales,
+    scales: Scales | Mapping[str, Parametrization],
     *,
     rngs: nnx.Rngs,
     branch_sets: Mapping[str, BranchSet] | None = None,
+    trained: bool | None = None,
     allow_trained: bool = False,
+    keep: Keep = None,
     return_weights: Literal[False] = False,
 ) -> M: ...
 
@@ -41,18 +43,36 @@ def reinitialize(
     *,
     rngs: nnx.Rngs,
     branch_sets: Mapping[str, BranchSet] | None = None,
+    trained: bool | None = None,
     allow_trained: bool = False,
+    keep: Keep = None,
     return_weights: Literal[True],
 ) -> tuple[M, Weights]: ...
 
 
+@overload
+def reinitialize(
+    model: M,
+    scales: Mapping[str, Parametrization],
+    *,
+    rngs: nnx.Rngs,
+    branch_sets: None = None,
+    trained: bool | None = None,
+    allow_trained: bool = False,
+    keep: Keep = None,
+    return_weights: Literal[True],
+) -> tuple[M, dict[str, Theta]]: ...
+
+
 def reinitialize(
     model: Any,
-    scales: Scales,
+    scales: Scales | Mapping[str, Parametrization],
     *,
     rngs: nnx.Rngs,
     branch_sets: Mapping[str, BranchSet] | None = None,
+    trained: bool | None = None,
     allow_trained: bool = False,
+    keep: Keep = None,
     return_weights: bool = False,
 ) -> Any:
     """Redraws every kernel that `scales` name as K = sum_b s_b * E_b(w_b): the rule of initialization.
@@ -61,36 +81,49 @@ def reinitialize(
 
     Args:
       model: an NNX model, or any pytree of parameters (Linen, Equinox, plain dicts).
-      scales: the scales; every one of their paths must be in the model.
+      scales: the scales; every one of their paths must be in the model. Or structures by the kernels' paths
+        (`find_parametrizations`), whose kernels become A(theta) for a theta that is drawn.
       branch_sets: the layers and branches that the scales must have exactly, as returned by `find_branches`;
         by default those that the model declares in its `branch_sets()`. If a model declares none, the scales
         may cover any part of it.
       rngs: `nnx.Rngs` with the stream `params`. Each path has its own key, so adding a layer does not change
         how others are drawn.
-      allow_trained: whether to redraw even if the running statistics of a batch norm show that the model has
-        been trained. (This cannot be detected without batch norms.)
-      return_weights: whether to return the branch tensors w_b as well, path -> branch -> array, which
-        `reparameterize` keeps.
+      trained: whether the model has been trained; None to look at its batch norms, or without any at its
+        biases.
+      allow_trained: whether to discard the kernels of a model that has been trained, or of which that cannot
+        be told.
+      keep: "split" keeps all kernels as they are. What is returned as weights then merges into them
+        (`branches_of`).
+      return_weights: whether to return the branch tensors w_b as well, path -> branch -> array (for
+        structures path -> theta), which `reparameterize` keeps.
 
     Returns:
       A new model (or tree), the given one being unchanged; or a pair of it and the branch tensors.
 
     Raises:
       ValueError: the scales do not fit (every missing, extra or misshapen path); they name a shared layer by
-        another path than its own; they are NaN or infinite; or the model has been trained.
+        another path than its own; they are NaN or infinite; or the model has been trained, or may have been.
     """
-    check_finite(scales)
     if isinstance(model, nnx.Module):
-        check_aliases(model, scales.entries)
-    if branch_sets is None:
-        check_fit(scales, model)
+        check_aliases(model, scales.entries if isinstance(scales, Scales) else scales)
+    if isinstance(scales, Scales):
+        check_finite(scales)
+        check_fit(scales, model if branch_sets is None else branch_sets)
+        if branch_sets is not None:
+            check_fit(scales, arrays_of(model))
+    elif branch_sets is not None:
+        raise ValueError("`branch_sets` are given with structures: leave them out, structures have branches")
+    lost = "re-initialising would discard its kernels"
+    require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
+    if keep == "split":
+        fresh, weights = with_kernels(model, {}), branches_of(model, scales, near=None)
+    elif isinstance(scales, Scales):
+        weights = sample_weights(scales, rngs.params())
+        fresh = with_kernels(model, merge_weights(scales, weights))
     else:
-        check_fit(scales, branch_sets)
-        check_fit(scales, arrays_of(model))
-    if isinstance(model, nnx.Module) and not allow_trained:
-        _check_fresh(model)
-    weights = sample_weights(scales, rngs.params())
-    fresh = with_kernels(model, merge_weights(scales, weights))
+        key = rngs.params()
+        weights = {path: structure.sample(key_of(path, key)) for path, structure in scales.items()}
+        fresh = with_kernels(model, {path: scales[path].merge(theta) for path, theta in weights.items()})
     return (fresh, weights) if return_weights else fresh
 
 
@@ -128,25 +161,6 @@ def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
         lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else copy_leaf(leaf), tree
     )
     return tree if graph is None else nnx.merge(graph, tree, copy=True)
-
-
-def _check_fresh(model: nnx.Module) -> None:
-    """Raises ValueError if a batch norm's running statistics show that the model has been trained.
-
-    They move at the first training step.
-    """
-    trained = []
-    for path, module in named_modules(model):
-        if isinstance(module, nnx.BatchNorm):
-            for name, start in (("mean", 0.0), ("var", 1.0)):
-                value = getattr(module, name)[...]
-                if is_concrete(value) and not np.all(np.asarray(value) == start):
-                    trained.append(join(path, name))
-    if trained:
-        raise ValueError(
-            f"the model has been trained (batch statistics {paths.listed(trained)} have moved) and "
-            "re-initialising would discard its kernels: give a fresh model, or allow_trained=True"
-        )
 
 
 def arrays_of(model: Any) -> Any:

@@ -27,6 +27,7 @@ from repopt_jax.surgery.layers import (
 from repopt_jax.surgery.modules import join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
 from repopt_jax.surgery.structures import merged_layer, replace_layers
+from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
 
 
 def to_search(
@@ -35,6 +36,9 @@ def to_search(
     branches: Branches = None,
     *,
     scales: Literal["depth", "ones"] | Scales = "depth",
+    trained: bool | None = None,
+    allow_trained: bool = False,
+    keep: Keep = None,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
     """Returns the hyper-search network of any NNX model: selected layers are sums of branches (`nn.Merged`).
@@ -53,12 +57,15 @@ def to_search(
       branches: their branches, as in `find_branches`.
       scales: initial scales: "depth" for `depth_scales`, "ones", or `Scales` for exactly these layers and
         branches.
+      trained, allow_trained: as in `reinitialize`.
+      keep: "split" keeps the kernels of a trained network: the branch tensors are those of least norm that
+        merge into them (`branches_of`).
       rngs: `nnx.Rngs` with the stream `params`. Each path has its own key, so adding a layer does not change
         how others are drawn.
 
     Raises:
-      ValueError: as `find_layers` and `find_branches`; scales that do not fit, with every path; or an unknown
-        name of scales.
+      ValueError: as `find_layers` and `find_branches`; scales that do not fit, with every path; an unknown
+        name of scales; or the model has been trained, or may have been.
     """
     if isinstance(scales, Scales):
         check_aliases(model, scales.entries)
@@ -69,7 +76,9 @@ def to_search(
         scales = Scales.ones(find_branches(model, select, branches))
     else:
         raise ValueError(f"`scales` is {scales!r}: it must be 'depth', 'ones' or a `Scales`")
-    weights = sample_weights(scales, rngs.params())
+    lost = "a search network would have other kernels"
+    require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
+    weights = branches_of(model, scales) if keep else sample_weights(scales, rngs.params())
     return _with_scales(model, scales, weights)
 
 

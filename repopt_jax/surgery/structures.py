@@ -3,7 +3,6 @@
 import functools
 import logging
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -12,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from repopt_jax.core import paths
+from repopt_jax.core.parametrization import Parametrization
 from repopt_jax.core.scales import DeclaresBranches
-from repopt_jax.core.structure import Description, Structure, of_branches
+from repopt_jax.core.structure import Structure, of_branches, repopt
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged
@@ -21,7 +22,8 @@ from repopt_jax.nn.rngs import counted_in_python
 from repopt_jax.surgery.choose import Described, Options, find_classifier, find_structures
 from repopt_jax.surgery.fuse import FoldedNorm, pair_up
 from repopt_jax.surgery.layers import Branches, Layer, Select, find_branches
-from repopt_jax.surgery.modules import Removed, aliases, join, named_modules, replace_modules
+from repopt_jax.surgery.modules import Removed, aliases, join, key_of, named_modules, replace_modules
+from repopt_jax.surgery.trained import Keep, require_untrained
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +35,9 @@ def to_structure(
     *,
     options: Options = None,
     pairs: Mapping[str, str] | None = None,
+    trained: bool | None = None,
+    allow_trained: bool = False,
+    keep: Keep = None,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
     r"""Returns a copy of any NNX model with this structure in each selected layer; `fuse` merges them again.
@@ -57,6 +62,10 @@ def to_structure(
       pairs: which batch norm follows which layer, as in `fuse`. It is removed where the layer becomes a
         structure without a norm after its sum, because published blocks have those of the branches in its
         place. `fuse` takes the same pairs, for the layers that are left.
+      trained, allow_trained: as in `reinitialize`.
+      keep: "split" keeps the function of a trained network, for structures without batch norms inside: the
+        tensors of the branches merge into its kernels (`Parametrization.split`). With a norm inside there
+        are no tensors that compute the same in training.
       rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
@@ -64,26 +73,32 @@ def to_structure(
         that do not belong together, as in `fuse`; no layer that becomes the structure; or layers that
         `select` chooses and no rule matches, or for which the structure is not defined, all with the reasons.
         The latter are also stacked layers with batch norms, because `nnx.scan` and `nnx.vmap` would not carry
-        the batch statistics of new modules.
+        the batch statistics of new modules. Or the model has been trained, or may have been.
     """
-    choices = find_structures(model, structure, select, options=options)
-    made = {path: choice.structure for path, choice in choices.items() if choice.structure is not None}
-    left = {path.rpartition("/")[0]: choice for path, choice in choices.items() if choice.structure is None}
-    undefined = [f"{name}: {choice.reason}" for name, choice in left.items() if choice.undefined]
-    if undefined and select is not None:
-        raise ValueError(f"`structure` is not defined for all selected layers: {'; '.join(undefined)}")
-    reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in left.items())
-    if not made:
-        raise ValueError(f"no layer of `model` becomes `structure`: {'; '.join(undefined) or reasons}")
-    _log.info("%d layers become a structure; left as they are: %s", len(made), reasons or "none")
-    unreadable = [f"{name}: {c.reason}" for name, c in left.items() if c.undefined and not c.layer]
-    if unreadable:  # often a mistake, such as the padding 'SAME' of strided layers
-        _log.warning("layers that no branches can replace are left as they are: %s", "; ".join(unreadable))
-    layers = {path: choice.layer for path, choice in choices.items() if path in made and choice.layer}
+    lost = "a network of new branches would have other kernels"
+    require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
+    taken = _taken(model, structure, select, options)
+    made = {layer.path: one for layer, one in taken}
+    normed = [path.rpartition("/")[0] for path, one in made.items() if one.followers("norm")]
+    if keep and normed:
+        raise ValueError(
+            f"the structures of {paths.listed(normed)} have batch norms, which rescale whatever the kernels "
+            "are: leave `keep` out and give allow_trained=True to start anew"
+        )
+    layers = {layer.path: layer for layer, _ in taken}
     key = rngs.params()
+
+    leaves, _ = paths.named_leaves(nnx.state(model)) if keep else ({}, None)
 
     def make(layer: Layer, **options: Any) -> StructuredLayer:
         kind = Branched if made[layer.path].followers("norm") else Merged
+        if keep:
+            one = Parametrization(made[layer.path], layer.stack)
+            near = one.sample(key_of(layer.path, key)) if one.is_product else None
+            theta = one.split(leaves[layer.path][...], near)
+            return merged_layer(
+                one.structure, theta["weights"], theta["scales"], stack=layer.stack, **options
+            )
         with counted_in_python(nnx.Rngs(params=key_of(layer.path, key))) as own:
             return kind(made[layer.path], rngs=own, **options)
 
@@ -95,23 +110,80 @@ def to_structure(
     return replace_layers(model, layers, make, without_norm=without_norm, removed=removed)
 
 
+def find_parametrizations(
+    model: nnx.Module, structure: Described = repopt, select: Select = None, *, options: Options = None
+) -> dict[str, Parametrization]:
+    """Returns a structure for each layer that becomes one, by its kernel's path, to be kept in the optimizer.
+
+        structures = find_parametrizations(model, "orepa", r"stages/.*")
+        model, theta = reinitialize(model, structures, rngs=rngs, return_weights=True)
+        tx = reparameterize(inner, structures, weights=theta, trainable_scales=True)
+
+    Args:
+      model: the plain network.
+      structure: as in `to_structure`, without batch norms inside; by default RepOptimizer's branches, k x k +
+        1x1 + identity, with a scale each.
+      select, options: as in `to_structure`.
+
+    Raises:
+      ValueError: as `to_structure`; or structures with batch norms inside.
+    """
+    found, problems = {}, []
+    for layer, one in _taken(model, structure, select, options):
+        try:
+            found[layer.path] = Parametrization(one, layer.stack)
+        except ValueError as error:
+            problems.append(f"{layer.name}: {error}")
+    if problems:
+        raise ValueError(f"`structure` cannot be kept in the optimizer: {'; '.join(problems)}")
+    return found
+
+
+def _taken(
+    model: nnx.Module, structure: Described, select: Select, options: Options
+) -> list[tuple[Layer, Structure]]:
+    """Returns the layers that become a structure, after `find_structures`."""
+    choices = find_structures(model, structure, select, options=options)
+    left = {path.rpartition("/")[0]: choice for path, choice in choices.items() if choice.structure is None}
+    undefined = [f"{name}: {choice.reason}" for name, choice in left.items() if choice.undefined]
+    if undefined and select is not None:
+        raise ValueError(f"`structure` is not defined for all selected layers: {'; '.join(undefined)}")
+    reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in left.items())
+    taken = [(c.layer, c.structure) for c in choices.values() if c.layer and c.structure is not None]
+    if not taken:
+        raise ValueError(f"no layer of `model` becomes `structure`: {'; '.join(undefined) or reasons}")
+    _log.info("%d layers become a structure; left as they are: %s", len(taken), reasons or "none")
+    unreadable = [f"{name}: {c.reason}" for name, c in left.items() if c.undefined and not c.layer]
+    if unreadable:  # often a mistake, such as the padding 'SAME' of strided layers
+        _log.warning("layers that no branches can replace are left as they are: %s", "; ".join(unreadable))
+    return taken
+
+
 def to_repvgg(
-    model: nnx.Module, select: Select = None, branches: Branches = None, *, rngs: nnx.Rngs
+    model: nnx.Module,
+    select: Select = None,
+    branches: Branches = None,
+    *,
+    trained: bool | None = None,
+    allow_trained: bool = False,
+    keep: Keep = None,
+    rngs: nnx.Rngs,
 ) -> nnx.Module:
     """`to_structure(model, "repvgg", ...)`, or with `branches` (as in `find_branches`) these, a norm each.
 
     With `branches`, too, the dense layer that makes the logits is left as it is unless `select` chooses it.
     """
+    kernels: dict[str, Any] = {"trained": trained, "allow_trained": allow_trained, "keep": keep}
     if branches is None:
-        return to_structure(model, "repvgg", select, rngs=rngs)
+        return to_structure(model, "repvgg", select, rngs=rngs, **kernels)
     sets = {path.rpartition("/")[0]: bs for path, bs in find_branches(model, select, branches).items()}
     if select is None and not isinstance(model, DeclaresBranches):
         sets = {name: bs for name, bs in sets.items() if name != find_classifier(model)}
-    described: dict[str, str | Description] = {
+    described: Described = {
         re.escape(name): functools.partial(of_branches, branch_set, then="norm")
         for name, branch_set in sets.items()
     }
-    return to_structure(model, described, lambda path, _: path in sets, rngs=rngs)
+    return to_structure(model, described, lambda path, _: path in sets, rngs=rngs, **kernels)
 
 
 def replace_layers(
@@ -167,8 +239,3 @@ def merged_layer(
     if new.bias is not None:
         new.bias.set_value(options["bias"])
     return new
-
-
-def key_of(path: str, key: jax.Array) -> jax.Array:
-    """Returns the key of the layer at `path`, which does not depend on the other layers."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))

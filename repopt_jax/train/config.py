@@ -75,7 +75,8 @@ class ModelConfig:
     Attributes:
       name: in `models.list()`, of the config's task.
       mode: how it is trained, a `surgery.Mode`: "plain", "search" (scales are trained), "repopt" (scales in
-        the optimizer), or as a structure: "repvgg", "acnet" and so on.
+        the optimizer), "online" (scales are trained, on the target itself), or as a structure: "repvgg",
+        "acnet" and so on.
       structure_options: arguments of the structure, such as "gamma=1/3" in mode "acnet" or "copies=4" in mode
         "mobileone"; `core.structure` has those of each.
       post_se: adds squeeze-and-excitation after every block (VGG-style networks).
@@ -285,8 +286,8 @@ class Config:
       seed: of the initial weights and of the order and augmentation of the images.
       epochs, batch_size, eval_batch_size: batch sizes are over all devices.
       scales: "ones", "depth", or the path of a scales directory. In mode "repopt" the network is
-        re-initialised by them and its gradients are multiplied; in mode "search" they are where the scales
-        start, "" being "depth". The other modes have none, "".
+        re-initialised by them and its gradients are multiplied; in modes "search" and "online" they are where
+        the scales start, "" being "depth". The other modes have none, "".
       scales_mean: replaces each vector of searched scales by its mean over the channels.
       rules: what scales do in mode "repopt": "both", "init" (re-initialise the network only) or "multiplier"
         (multiply its gradients only).
@@ -519,7 +520,7 @@ def _scales_problems(config: Config) -> Iterator[str]:
             f"`scales_mean` with `scales`={scales!r}, which are the same in all channels: give the directory "
             "of searched ones"
         )
-    if scales and mode in tuple(Mode) and mode not in (Mode.SEARCH, Mode.REPOPT):
+    if scales and mode in tuple(Mode) and not Mode(mode).has_scales:
         yield (
             f"`scales`={scales!r} with `model.mode`={mode!r}, which takes none: leave it empty, or train "
             "with them in mode 'repopt'"

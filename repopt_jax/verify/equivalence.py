@@ -27,6 +27,7 @@ from repopt_jax.surgery.layers import check_aliases, layers_at
 from repopt_jax.surgery.modules import join, named_modules
 from repopt_jax.surgery.reinitialize import Weights, merge_weights, sample_weights, with_kernels
 from repopt_jax.surgery.search import csla_twin
+from repopt_jax.surgery.trained import Keep, branches_of
 from repopt_jax.verify import reasons
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -109,6 +110,7 @@ class Check:
     twin_optimizer: optax.GradientTransformation | None = None
     loss: Loss = cross_entropy
     tolerance: float = 1e-10
+    keep: Keep = None
     rngs: nnx.Rngs | None = None
 
     def run(self, *, steps: int | None = None, tolerance: float | None = None) -> Equivalence:
@@ -121,6 +123,7 @@ class Check:
             twin_optimizer=self.twin_optimizer,
             loss=self.loss,
             tolerance=self.tolerance if tolerance is None else tolerance,
+            keep=self.keep,
             rngs=self.rngs or nnx.Rngs(0),
         )
 
@@ -134,6 +137,7 @@ def verify_equivalence(
     twin_optimizer: optax.GradientTransformation | None = None,
     loss: Loss = cross_entropy,
     tolerance: float = 1e-10,
+    keep: Keep = None,
     rngs: nnx.Rngs,
 ) -> Equivalence:
     """Trains the CSLA network and the plain network in float64 and compares them.
@@ -162,6 +166,8 @@ def verify_equivalence(
         `.../weights/<branch>` in place of `.../kernel`. By default `nesterov_with_decay(optax.identity())`.
       loss: (model, batch) -> scalar.
       tolerance: largest relative difference that counts as equal.
+      keep: "split" checks training on from the kernels that the model has: the CSLA network's branches are
+        those of least norm that merge into them (`branches_of`), and nothing is drawn.
       rngs: `nnx.Rngs` with the stream `params`, from which branches are drawn.
 
     Returns:
@@ -186,7 +192,10 @@ def verify_equivalence(
         data = [_as_float64(jax.tree.map(jnp.asarray, batch)) for batch in batches]
         if not data:
             raise ValueError("`batches` is empty: at least one batch is needed to train on")
-        weights = _sample(scales, rngs.params(), dtype=jnp.float64)
+        if keep not in (None, "split"):
+            raise ValueError(f"`keep` is {keep!r}: it must be 'split' or None")
+        drawn = _sample(scales, rngs.params(), dtype=jnp.float64)
+        weights = branches_of(model, scales) if keep else drawn
         if optimizer is None or twin_optimizer is None:
             tx, twin_tx = nesterov_with_decay(repopt_mask(scales)), nesterov_with_decay(optax.identity())
         else:
