@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.core import Geometry as Geometry
     from repopt_jax.core import Identity as Identity
     from repopt_jax.core import Kernel as Kernel
+    from repopt_jax.core import Local as Local
     from repopt_jax.core import Parametrization as Parametrization
     from repopt_jax.core import Pool as Pool
     from repopt_jax.core import Scales as Scales
@@ -78,8 +79,8 @@ _SUBPACKAGES = (
 _NAMES = {
     "core": (
         *("AfterPointwise", "Average", "Branch", "BranchSet", "Geometry", "Identity", "Kernel"),
-        *("Parametrization", "Pool", "Scales", "Stage", "Structure", "default_branches", "load_scales"),
-        *("paths", "save_scales"),
+        *("Local", "Parametrization", "Pool", "Scales", "Stage", "Structure", "default_branches"),
+        *("load_scales", "paths", "save_scales"),
     ),
     "optim": (
         *("check_optimizer", "clip_by_repopt_global_norm", "decay_mask", "gradient_multipliers"),

@@ -47,6 +47,7 @@ LONGEST = {
     "test_torch_blocks.py": 30,
     "test_train_structures.py": 30,
     "test_choose.py": 30,
+    "test_models_repmlp.py": 30,
 }
 
 

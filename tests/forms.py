@@ -24,6 +24,12 @@ def ghostnet(variant, mode="plain", *, form="training", num_classes=3):
     return in_form(models.ghostnet(variant, **options, rngs=nnx.Rngs(0)), mode, form)
 
 
+def repmlpnet(variant, mode="repmlp", *, form="training", num_classes=3, **options):
+    return in_form(
+        models.RepMLPNet(variant, num_classes=num_classes, **options, rngs=nnx.Rngs(0)), mode, form
+    )
+
+
 def in_form(model, mode, form):
     """The plain `model` made ready for `mode`, in evaluation mode, and `form` as in `interop`'s `Layout`."""
     if mode == CSLA:

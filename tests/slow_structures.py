@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from repopt_jax.core.branches import AfterPointwise, Average, Frequency, Identity, Kernel, Pool
+from repopt_jax.core.branches import AfterPointwise, Average, Frequency, Identity, Kernel, Local, Pool
 from repopt_jax.core.structure import Geometry
 
 MOMENTUM, EPSILON = 0.9, 1e-5  # of every batch norm here
@@ -38,10 +38,14 @@ def run(structure, arrays, x, *, training=False, wrong=""):
             y = _sum_of_taps(y, taps, layer, border if wrong != "border" else 0 * border)
             border = sum(_by_group(border[None], w, layer.groups)[0] for _, w in taps)
             if key in arrays["scales"]:
-                y, border = y * arrays["scales"][key], border * arrays["scales"][key]
+                factors = np.repeat(arrays["scales"][key], stage.shared)
+                y, border = y * factors, border * factors
             if key in arrays["norms"]:
                 first = wrong == "bias" and not last
+                # A norm that maps share sees one channel of each map, its positions as pixels.
+                y, border = _maps(y, stage.shared), _maps(border, stage.shared)
                 y, border, statistics[key] = _norm(y, border, arrays["norms"][key], training, first)
+                y, border = _flat(y, stage.shared), _flat(border, stage.shared)
             if wrong == "groups" and not last:
                 y = _interleaved(y, layer.groups)
             border = np.real(border)  # the padding has no gradient
@@ -76,6 +80,15 @@ def image(layer, seed=1, size=5):
     least = [(n - 1) * d + 1 for n, d in zip(layer.window, layer.dilation)]
     shape = (2, *(max(size + i % 2, n) for i, n in enumerate(least)), layer.inputs)
     return np.random.default_rng(seed).normal(size=shape)
+
+
+def _maps(y, shared):
+    """(..., maps * positions) as (..., positions, maps), and as it is if nothing is shared."""
+    return y if shared == 1 else np.swapaxes(y.reshape(*y.shape[:-1], -1, shared), -1, -2)
+
+
+def _flat(y, shared):
+    return y if shared == 1 else np.swapaxes(y, -1, -2).reshape(*y.shape[:-2], -1)
 
 
 def _norm(y, border, norm, training, without_shift):
@@ -125,6 +138,18 @@ def _taps(stage, w, layer, inputs):
             return [(at, own * v / len(everywhere)) for at in everywhere]
         case Frequency():
             return [(at, w.reshape(-1, out) * _cosines(at, window, out)) for at in everywhere]
+        case Local(size):
+            # Output channel s T + p is position p of map s, where pixel q has the tap q - p + size // 2.
+            found = []
+            for q in everywhere:
+                matrix = np.zeros((inputs // groups, out), w.dtype)
+                for o in range(out):
+                    s, p = divmod(o, len(everywhere))
+                    tap = [a - b + k // 2 for a, b, k in zip(q, everywhere[p], size)]
+                    if all(0 <= t < k for t, k in zip(tap, size)):
+                        matrix[:, o] = w[(*tap, slice(None), s)]
+                found.append((q, matrix))
+            return found
         case Average():
             return [(at, w.reshape(-1, out) / len(everywhere)) for at in everywhere]
     raise TypeError(stage.map)

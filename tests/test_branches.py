@@ -3,6 +3,7 @@ random."""
 
 import dataclasses
 import itertools
+import math
 import os
 
 import hypothesis
@@ -21,6 +22,7 @@ from repopt_jax.core.branches import (
     BranchSet,
     Identity,
     Kernel,
+    Local,
     Pool,
 )
 from repopt_jax.core.structure import default_branches
@@ -66,6 +68,18 @@ def branch_sets(draw, mixing=True):
     return BranchSet((*stack, *kernel), tuple(chosen), groups, layout, len(stack))
 
 
+@st.composite
+def map_sets(draw):
+    """A layer with an output for each position of its window, with branches inside the window."""
+    window = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
+    groups, inputs, maps = (draw(st.integers(1, 2)) for _ in range(3))
+    sizes = itertools.product(*(range(1, 2 * n, 2) for n in window))
+    candidates = [Kernel(window), Average(), *map(Local, sizes)]
+    chosen = draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=3, unique_by=lambda b: b.name))
+    kernel = (*window, inputs, groups * maps * math.prod(window))
+    return BranchSet(kernel, tuple(chosen), groups)
+
+
 def draw_scales(branches, seed=0):
     """Random vectors of mixed sign."""
     rng = np.random.default_rng(seed)
@@ -76,7 +90,7 @@ def draw_kernel(branches, seed=0):
     return np.random.default_rng(seed + 1).normal(size=branches.kernel)
 
 
-@hypothesis.given(branch_sets(), st.integers(0, 2**16))
+@hypothesis.given(branch_sets() | map_sets(), st.integers(0, 2**16))
 def test_merge_gradients_and_precondition_against_the_jacobian(branches, seed):
     """K = J w, dL/dw = J^T g and P(g) = J J^T g, with J the Jacobian of the merge made entry by entry: the
     change of K when SGD moves the branches."""
@@ -120,7 +134,7 @@ def test_multiplier_is_the_diagonal_and_there_is_nothing_else(branches, seed):
         np.testing.assert_allclose(np.ravel(absolutes), np.abs(j).sum(axis=1), rtol=EXACT)
 
 
-@hypothesis.given(branch_sets())
+@hypothesis.given(branch_sets() | map_sets())
 def test_json_round_trip(branches):
     assert BranchSet.from_json(branches.to_json()) == branches
     assert hash(BranchSet.from_json(branches.to_json())) == hash(branches)
@@ -222,6 +236,11 @@ def test_default_branches(kernel, options, names):
         ((3, 3, 4, 4), (), 1, "at least one"),
         ((3, 3, 4, 4), (Kernel((3, 3)),), 3, "must divide the 4 output channels"),
         ((4,), (Kernel(()),), 1, "must be a shape"),
+        ((3, 3, 1, 8), (Local((3, 3)),), 1, "has 8 outputs in 1 groups, where it needs maps of 9 outputs"),
+        ((3, 3, 1, 9), (Local((3, 3)),), 3, "has 9 outputs in 3 groups"),
+        ((3, 3, 1, 9), (Local((2, 3)),), 1, "must have an odd side below 2 \\* n"),
+        ((3, 1, 1, 3), (Local((3, 3)),), 1, "must have an odd side below 2 \\* n"),
+        ((4, 4), (Local(()),), 1, "has no window to be inside of"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(kernel, branches, groups, message):

@@ -13,7 +13,7 @@ from optax import contrib
 
 import repopt_jax
 from repopt_jax.core import paths
-from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel
+from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, Local
 from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.core.structure import default_branches
 from repopt_jax.optim import check
@@ -33,6 +33,14 @@ MIXING = {
     "a/kernel": BranchSet((3, 3, 4, 4), (Kernel((3, 3)), Average(), Identity())),
     "b/kernel": BranchSet((2, 3, 4, 2), (Kernel((3,)), Average()), stacked=1),
     "c/kernel": BranchSet((4, 2, 3, 3), (Kernel((3, 3)), FIXED), groups=2, layout="oi..."),
+}
+
+
+# The outputs of a map share the tensors of its branches: two maps are compared, where there are two.
+MAPS = {
+    "a/kernel": BranchSet((3, 3, 1, 18), (Kernel((3, 3)), Local((1, 1)), Local((3, 3))), 2),
+    "b/kernel": BranchSet((2, 3, 2, 6), (Kernel((3,)), Local((3,))), stacked=1),
+    "c/kernel": BranchSet((2, 2, 1, 4), (Kernel((2, 2)), Local((3, 3)))),
 }
 
 
@@ -70,6 +78,7 @@ SETTINGS = {
     "State": (scales_of(PLACED), True),
     "mixing": (scales_of(MIXING), False),
     "mixing State": (scales_of(MIXING), True),
+    "maps": (scales_of(MAPS), False),
     "without a search": (Scales.ones(PLACED), False),
 }
 

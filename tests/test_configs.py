@@ -49,6 +49,8 @@ PARAMETERS = {
     **{"imagenet:repghost-0.8": 3_278_968, "imagenet:repghost-1.0": 4_073_604},
     **{"imagenet:repghost-1.11": 4_539_984, "imagenet:repghost-1.3": 5_478_612},
     **{"imagenet:repghost-1.5": 6_575_336, "imagenet:repghost-2.0": 9_796_124},
+    **{"repmlp:T224": 38_293_608, "repmlp:T256": 58_687_848, "repmlp:B224": 68_242_712},
+    **{"repmlp:B256": 96_447_512, "repmlp:D256": 86_887_648, "repmlp:L256": 117_641_560},
 }
 
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from repopt_jax import fast_on_cpu, find_layers
 from repopt_jax.nn import convolution
-from repopt_jax.nn.convolution import conv_general_dilated, xla_convolutions
+from repopt_jax.nn.convolution import conv_general_dilated, product_of_tiles, xla_convolutions
 
 LETTERS = "DHW"
 
@@ -35,7 +35,20 @@ def cases(draw):
         for n, d, (before, after) in zip(window, dilation, padding)
     ]
     sizes = [max(size, 1 - before - after, 2) for size, (before, after) in zip(sizes, padding)]
-    groups = draw(st.sampled_from([1, 2, 3, 4]))
+    return draw(of_sizes(sizes, window, strides, padding, dilation))
+
+
+@st.composite
+def tiles(draw):
+    """Windows that lie side by side, with something left over at the end of an axis."""
+    window = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    sizes = [draw(st.integers(1, 3)) * n + draw(st.integers(0, n - 1)) for n in window]
+    return draw(of_sizes(sizes, window, window, [(0, 0)] * len(window), [1] * len(window)))
+
+
+@st.composite
+def of_sizes(draw, sizes, window, strides, padding, dilation):
+    axes, groups = len(sizes), draw(st.sampled_from([1, 2, 3, 4]))
     inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
     spatial = LETTERS[-axes:]
     numbers = draw(
@@ -97,13 +110,13 @@ def far(found, expected):
     return max(np.abs(a - b).max(initial=0) / (1 + np.abs(b).max(initial=0)) for a, b in pairs)
 
 
-def both(case, dtype):
+def both(case, dtype, operation=conv_general_dilated):
     shapes, options = case
     arrays = operands(shapes * 2, dtype)
     # What is drawn is small, and of several chunks.
     small = dict.fromkeys(("PHASED_OUTPUTS", "MIN_CHANNELS", "MIN_KERNEL_CHANNELS", "MIN_POSITIONS"), 1)
     with mock.patch.multiple(convolution, **small, CHUNK_BYTES=500):
-        ours = results(functools.partial(conv_general_dilated, **options), *arrays)
+        ours = results(functools.partial(operation, **options), *arrays)
     with xla_convolutions():
         theirs = results(functools.partial(conv_general_dilated, **options), *arrays)
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
@@ -115,6 +128,29 @@ def both(case, dtype):
 def test_every_shape_as_xla(case):
     with jax.enable_x64(True):
         assert far(*both(case, jnp.float64)) < tolerances.CONVOLUTIONS["float64"]
+
+
+@settings(max_examples=12, deadline=None)
+@given(tiles())
+def test_tiles_as_xla(case):
+    with jax.enable_x64(True):
+        assert far(*both(case, jnp.float64, product_of_tiles)) < tolerances.CONVOLUTIONS["float64"]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_tiles_are_a_product_of_matrices_and_other_windows_are_not(platform):
+    def text(size, stride, operation=product_of_tiles, padding=0):
+        options = IMAGES | {"padding": [(padding, padding)] * 2, "feature_group_count": 2}
+        step = jax.jit(lambda x, w: operation(x, w, (stride, stride), **options))
+        x, w = jnp.zeros((2, 8, 8, 4)), jnp.zeros((size, size, 2, 6))
+        return step.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "dot_general" in text(4, 4)
+    assert "convolution" not in text(4, 4)
+    for size, stride, padding in ((4, 3, 0), (3, 4, 0), (4, 4, 1)):
+        assert text(size, stride, padding=padding) == text(size, stride, conv_general_dilated, padding)
+    with xla_convolutions():
+        assert text(4, 4) == text(4, 4, lambda *args, **options: lax.conv_general_dilated(*args, **options))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

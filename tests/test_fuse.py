@@ -8,15 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import abstract, conv_by_hand, random_input, randomised, relative
+from networks import abstract, conv_by_hand, norm_by_hand, random_input, randomised, relative
 
 from repopt_jax import Geometry, fuse, prepare, to_structure
 from repopt_jax.core import paths
 from repopt_jax.core.structure import dbb, repopt, repvgg
 from repopt_jax.models import VGGVariant, vgg
-from repopt_jax.nn import Block, Branched, Merged
-from repopt_jax.nn.block import block, conv
-from repopt_jax.surgery.fuse import OutputDifference, fold_batch_norm, fuse_block, output_difference
+from repopt_jax.nn import Block, Branched, ChannelAffine, Merged, PreNorm
+from repopt_jax.nn.block import batch_norm, block, conv
+from repopt_jax.surgery.fuse import (
+    OutputDifference,
+    fold_batch_norm,
+    fold_input_norm,
+    fuse_block,
+    output_difference,
+)
 from repopt_jax.surgery.modules import named_modules
 
 EXACT = 1e-12  # of the largest output, float64; measured: 8e-16 at most
@@ -64,6 +70,26 @@ def test_fused_networks_compute_the_same(mode, options, x64):
 
 def random_block(build, *args, **options):
     return randomised(abstract(build, *args, **options))
+
+
+@pytest.mark.parametrize(("size", "groups", "left"), [(1, 1, False), (1, 2, False), (3, 2, True)])
+def test_a_norm_of_the_input_is_folded_where_nothing_is_padded(size, groups, left, x64):
+    """With zeros around a map that the norm has shifted, it stays as a factor and a shift."""
+
+    def build(rngs):
+        layer = block(4, 6, size, groups=groups, rngs=rngs)
+        return layer.replaced(layer.conv, layer.bn, pre=batch_norm(4, kind=PreNorm, rngs=rngs))
+
+    model = random_block(build)
+    fused, x = fuse(model), random_input(2, 5, 6, 4)
+    expected = conv_by_hand(norm_by_hand(x, model.pre), model.conv.kernel[...], groups=groups)
+    expected = np.maximum(norm_by_hand(expected, model.bn), 0)
+    assert relative(model(x), expected) <= EXACT
+    assert relative(fused(x), expected) <= EXACT
+    assert isinstance(fused.pre, ChannelAffine) == left
+    # Negative control: folded all the same, the padding would be wrong.
+    folded = model.replaced(fold_input_norm(fold_batch_norm(model.conv, model.bn), model.pre), None, pre=None)
+    assert (relative(folded(x), expected) > FORGOTTEN) == left
 
 
 def fold_by_hand(kernel, bn, *, eps=1e-5, mean=True):

@@ -17,7 +17,7 @@ from repopt_jax.core.paths import named_leaves
 from repopt_jax.interop import Layout, Scheme, convert, networks
 from repopt_jax.interop.names import SCHEMES, TorchName, arrays_of, authors_scheme, recognise, torch_names
 from repopt_jax.interop.networks import Description, build, describe
-from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, VGGVariant, registry
+from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, RepMLPVariant, VGGVariant, registry
 from repopt_jax.nn.block import block
 from repopt_jax.surgery.modules import named_modules
 
@@ -25,6 +25,8 @@ VGG = VGGVariant("tiny", (2, 1, 1, 1), (4, 4, 4, 6, 8))
 VGG_SE = VGGVariant("tiny-se", (1, 1, 1, 1), (16, 16, 16, 16, 16), pre_se=16)
 ONE = MobileOneVariant("tiny", (4, 4, 4, 4, 32), 2, (1, 1, 1, 2), (0, 0, 0, 1))
 GHOST = GhostVariant("tiny", 0.5, ((GhostRow(3, 8, 16, False, 1),), (GhostRow(5, 16, 16, True, 2),)), 16, 20)
+
+MLP = RepMLPVariant("tiny", (4, 8), (1, 2), (4, 2), (2, 4), patch=2)
 
 TENSOR = ("weight",)
 BIASED = ("weight", "bias")
@@ -47,6 +49,22 @@ def ghost(mode="plain", **options):
 def one(**options):
     return lambda: forms.mobileone(ONE, **options)
 
+
+def mlp(mode="repmlp", **options):
+    return lambda: forms.repmlpnet(MLP, mode, **options)
+
+
+# What a unit of RepMLPNet has in every form.
+UNIT = keys(
+    prebn1=NORM,
+    prebn2=NORM,
+    repmlp_block__gp__fc1=BIASED,
+    repmlp_block__gp__fc2=BIASED,
+    ffn_block__ffn_fc1__conv=TENSOR,
+    ffn_block__ffn_fc1__bn=NORM,
+    ffn_block__ffn_fc2__conv=TENSOR,
+    ffn_block__ffn_fc2__bn=NORM,
+)
 
 # scheme, our network, a prefix, the published keys under it
 PUBLISHED = {
@@ -231,12 +249,46 @@ PUBLISHED = {
             shortcut__3=NORM,
         ),
     ),
+    "repmlp": (
+        "repmlp",
+        mlp(),
+        "stages.1.1.",
+        UNIT
+        | keys(
+            repmlp_block__fc3=TENSOR,
+            repmlp_block__fc3_bn=NORM,
+            repmlp_block__repconv1__conv=TENSOR,
+            repmlp_block__repconv1__bn=NORM,
+            repmlp_block__repconv3__conv=TENSOR,
+            repmlp_block__repconv3__bn=NORM,
+        ),
+    ),
+    "repmlp plain": (
+        "repmlp",
+        mlp("plain"),
+        "stages.0.0.",
+        UNIT | keys(repmlp_block__fc3=TENSOR, repmlp_block__fc3_bn=NORM),
+    ),
+    "repmlp deployed": (
+        "repmlp",
+        mlp(form="merged"),
+        "stages.1.0.",
+        UNIT | keys(repmlp_block__fc3=BIASED),
+    ),
     "timm repghost": ("timm", ghost("repghost"), "blocks.2.0.", keys(conv=TENSOR, bn1=NORM)),
 }
 # What is not in a block, by the classifier's name.
 OUTSIDE = {
     "linear": keys(linear=BIASED),
     "head": {"head.fc.weight", "head.fc.bias"},
+    "head_norm": keys(
+        conv_embedding__conv=TENSOR,
+        conv_embedding__bn=NORM,
+        embeds__0__conv=TENSOR,
+        embeds__0__bn=NORM,
+        head_norm=NORM,
+        head=BIASED,
+    ),
     "classifier": keys(conv_stem=TENSOR, bn1=NORM, conv_head=BIASED, classifier=BIASED),
 }
 
@@ -320,6 +372,7 @@ def test_the_networks_own_names_are_the_default():
     assert own["repopt target"] == own["repopt search"] == own["repopt csla"] == "repopt"
     assert own["repvgg"] == own["repvgg deployed"] == own["timm repvgg"] == own["repopt repvgg"] == "repvgg"
     assert own["mobileone"] == own["mobileone deployed"] == "mobileone"
+    assert own["repmlp"] == own["repmlp plain"] == own["repmlp deployed"] == "repmlp"
     assert own["repopt ghost target"] == own["repopt ghost search"] == "repopt"
     assert own["repghost"] == own["repghost deployed"] == own["repopt ghost rep"] == "repghost"
 
@@ -341,12 +394,15 @@ def test_a_deployed_vgg_has_the_names_of_the_mode_it_was_trained_in():
         ("mobileone-s4", "mobileone", 14_951_248),
         ("repopt-ghostnet-0.5", "plain", 2_309_008),
         ("repghost-2.0", "repghost", 9_796_124),
+        ("repmlpnet-t224", "repmlp", 38_293_608),
     ],
 )
 def test_published_numbers_of_parameters_by_name(model, mode, count):
     """With 1000 classes, counted on the published code; and no two arrays have one key."""
     abstract = build(Description(model, mode, 1000))
-    for scheme in (authors_scheme(abstract), "timm" if "repopt" not in model else "repopt"):
+    for scheme in {authors_scheme(abstract), "repopt" if "repopt" in model else "timm"} - {
+        "timm" if "repmlp" in model else ""
+    }:
         names = torch_names(abstract, scheme)
         assert len({name.key for name in names.values()}) == len(names)
     assert networks.count_parameters(abstract) == count
@@ -366,6 +422,25 @@ def test_kernels_move_their_axes(window, inputs, outputs):
     assert ours.shape == (*window, inputs, outputs)
     for o, i, *taps in np.ndindex(shape):
         assert ours[(*taps, i, o)] == tensor[(o, i, *taps)]
+    assert np.array_equal(name.to_torch(ours), tensor)
+    assert name.shape_in_torch(ours.shape) == tensor.shape
+
+
+@given(
+    window=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    inputs=st.integers(1, 2),
+    outputs=st.integers(1, 5),
+)
+@settings(max_examples=20, deadline=None)
+def test_kernels_over_flattened_maps_get_a_window(window, inputs, outputs):
+    """Entry by entry: column i T + q there is input i at position q of the window here."""
+    positions = list(np.ndindex(*window))
+    tensor = np.random.default_rng(0).normal(size=(outputs, inputs * len(positions), *(1 for _ in window)))
+    name = TorchName("k", "kernel", tuple(window))
+    ours = name.from_torch(tensor)
+    assert ours.shape == (*window, inputs, outputs)
+    for o, i, q in np.ndindex(outputs, inputs, len(positions)):
+        assert ours[(*positions[q], i, o)] == tensor[o, i * len(positions) + q].item()
     assert np.array_equal(name.to_torch(ours), tensor)
     assert name.shape_in_torch(ours.shape) == tensor.shape
 
@@ -545,6 +620,7 @@ def tiny_networks(monkeypatch):
         ("mobileone", models.mobileone, ONE),
         ("repopt-ghostnet", models.ghostnet, GHOST),
         ("repghost", models.ghostnet, GHOST),
+        ("repmlpnet", models.RepMLPNet, MLP),
     ):
         entry = models.Entry(f"{prefix}-tiny", make, variant, "plain")
         monkeypatch.setitem(registry.NETWORKS, entry.name, entry)
@@ -563,6 +639,9 @@ def tiny_networks(monkeypatch):
         ("mobileone-tiny", "timm", one(form="deployed"), "mobileone", "deployed"),
         ("repopt-ghostnet-tiny", "repopt", ghost("plain"), "plain", "training"),
         ("repghost-tiny", "repghost", ghost("repghost", form="merged"), "repghost", "merged"),
+        ("repmlpnet-tiny", "repmlp", mlp(), "repmlp", "training"),
+        ("repmlpnet-tiny", "repmlp", mlp("plain"), "plain", "training"),
+        ("repmlpnet-tiny", "repmlp", mlp(form="merged"), "repmlp", "merged"),
     ],
 )
 def test_a_converted_folder_gives_the_network_back(name, scheme, make, mode, form, tiny_networks, tmp_path):

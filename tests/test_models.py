@@ -73,12 +73,13 @@ def test_every_network_has_a_name():
     assert set(names) <= set(everything)
     assert {"repopt-vgg-b1", "repvgg-a0", "vgg-digits", "repghost-0.5", "mobileone-s0"} < set(names)
     counts = {"repopt-vgg": 4, "repvgg": 16, "vgg": 3, "repopt-ghostnet": 9, "repghost": 9, "mobileone": 6}
-    for prefix, number in (counts | {"fcos": 5}).items():
+    for prefix, number in (counts | {"repmlpnet": 7, "fcos": 5}).items():
         assert sum(name.rpartition("-")[0].startswith(prefix) for name in names) == number, prefix
     for name in names:
         entry = models.find(name.upper())
         assert entry.name == name
-        assert Mode.parse(entry.mode) in (Mode.REPOPT, Mode.REPVGG, Mode.REPGHOST, Mode.MOBILEONE)
+        modes = Mode.REPOPT, Mode.REPVGG, Mode.REPGHOST, Mode.MOBILEONE, Mode.REPMLP
+        assert Mode.parse(entry.mode) in modes
         assert entry.task.startswith("detect") == name.startswith("fcos")
     assert models.find("repopt-vgg-b1").variant is models.find("repvgg-b1").variant is VGG_VARIANTS["B1"]
 
@@ -308,8 +309,10 @@ def test_what_does_not_fit_is_refused():
         network(VGG_VARIANTS["D2se"], post_se=True)
     with pytest.raises(ValueError, match="`num_classes` is 0: a classifier needs one class at least"):
         network(TINY, num_classes=0)
-    with pytest.raises(ValueError, match="`activation` is 'gelu': it must be one of relu, relu6, none"):
-        network(TINY, activation="gelu")
+    with pytest.raises(
+        ValueError, match="`activation` is 'swish': it must be one of relu, relu6, gelu, none"
+    ):
+        network(TINY, activation="swish")
 
 
 def test_keys_counted_in_python_are_those_of_flax():

@@ -2,6 +2,7 @@
 reference of `slow_structures`."""
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,7 @@ from networks import abstract, assert_close, randomised, relative
 from slow_structures import arrays_of, image
 
 from repopt_jax import Geometry, Identity, Kernel, Pool, Stage, Structure, nn
-from repopt_jax.core.branches import Average, Frequency
+from repopt_jax.core.branches import Average, Frequency, Local
 from repopt_jax.core.structure import (
     STRUCTURES,
     acnet,
@@ -27,8 +28,10 @@ from repopt_jax.core.structure import (
     qarepvgg,
     repghost,
     replknet,
+    repmlp,
     repopt,
     repopt_ghost,
+    repopt_mlp,
     repvgg,
     unireplknet,
 )
@@ -60,6 +63,9 @@ LAYERS = {
     "dense": Geometry((), 5, 5),
     "large": Geometry((9, 9), 3, 3, 3),
     "oblong": Geometry((3, 5), 4, 4),
+    # With an output for each position of the window, which lies side by side or does not.
+    "maps": Geometry((3, 3), 2, 18, 2, strides=3, padding=((0, 0), (0, 0))),
+    "maps of every window": Geometry((2, 3), 2, 12, strides=(2, 1)),
 }
 DESCRIPTIONS = STRUCTURES | {
     "mobileone": functools.partial(mobileone, copies=2),
@@ -108,7 +114,11 @@ def test_every_description_is_defined_for_some_layers_and_most_for_all():
     by_window = {"plain", "wider", "strided", "grouped", "depthwise", "dilated", "circular", "reflected"}
     assert by_window < set(undefined.pop("unireplknet"))
     assert undefined.pop("orepa") == ["1x1", "dense"]
-    assert undefined == {name: [] for name in undefined}
+    maps = {"maps", "maps of every window"}
+    assert set(undefined.pop("repmlp")) == set(LAYERS) - maps
+    for name in ("dbb", "dbb, wide"):  # pooling keeps the channels, and a 1x1 kernel needs a centre
+        assert set(undefined.pop(name)) <= maps
+    assert {name for kinds in undefined.values() for name in kinds} <= {"maps of every window"}
 
 
 def with_norms(trained, statistics):
@@ -116,17 +126,20 @@ def with_norms(trained, statistics):
     return trained | {"norms": norms}
 
 
-@pytest.mark.parametrize("kind", ["plain", "strided", "grouped", "depthwise"])
+@pytest.mark.parametrize("kind", ["plain", "strided", "grouped", "depthwise", "maps"])
 def test_training_is_the_reference(x64, kind):
     """Of every description, in one program: running statistics after a step and the gradient along a random
     direction, from statistics of the batch; the padding after a norm is that of the running statistics,
     without a gradient."""
     base, layers, rng = LAYERS[kind], {}, np.random.default_rng(2)
     for name, description in DESCRIPTIONS.items():
-        window = (5, 5) if name == "unireplknet" else (3, 3)
-        layer = Geometry(window, base.inputs, base.outputs, base.groups, strides=base.strides)
-        layers[name] = made(description(layer))
-        layers[name].train()
+        window, padding = ((5, 5), None) if name == "unireplknet" else ((3, 3), base.padding)
+        layer = Geometry(
+            window, base.inputs, base.outputs, base.groups, strides=base.strides, padding=padding
+        )
+        with contextlib.suppress(ValueError):  # where each is defined is a test of its own
+            layers[name] = made(description(layer))
+            layers[name].train()
     x = image(LAYERS[kind])
     target = rng.normal(size=jax.eval_shape(lambda m: m(x), layers["repvgg"]).shape)
 
@@ -168,12 +181,25 @@ def test_mistakes_show(x64, mistake):
         assert relative(y, wrong) > MISTAKE
 
 
+def with_scales(structure):
+    """With scales in the place of its norms."""
+    chains = {
+        name: tuple(dataclasses.replace(stage, then="scale") for stage in chain)
+        for name, chain in structure.chains
+    }
+    return dataclasses.replace(structure, chains=chains)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_without_norms_the_layer_can_merge_before_it_runs(x64, kind):
     """And its gradients are those of the branches."""
     layer = LAYERS[kind]
     structures = {"search": repopt(layer), "ghost": repopt_ghost(layer)}
     structures |= {name: s for name, s in defined(layer).items() if name == "orepa"}
+    if kind.startswith("maps"):
+        structures["maps"] = repopt_mlp(layer)
+        structures["a scale for each map"] = with_scales(repmlp(layer))
+        structures["a constant for each map"] = with_scales(repmlp(layer)).with_constants()
     layers = {n: [made(s, kind) for kind in (nn.Merged, nn.Branched)] for n, s in structures.items()}
     x = image(layer)
 
@@ -274,6 +300,8 @@ def test_published_descriptions():
     assert names(unireplknet, LAYERS["large"]) == ["9x9", "5x5", "5x5_d2x2", "3x3_d3x3", "3x3_d4x4"]
     assert names(functools.partial(qarepvgg, pool=True)) == ["3x3", "1x1", "identity", "pool"]
     assert names(orepa) == ["3x3", "average", "frequency", "1x1_3x3", "depthwise_1x1", "1x1"]
+    assert names(repmlp, LAYERS["maps"]) == names(repopt_mlp, LAYERS["maps"])
+    assert names(repmlp, LAYERS["maps"]) == ["3x3", "local_1x1", "local_3x3"]
     assert [s(LAYERS["plain"]).norm for s in (repopt, qarepvgg, repvgg, dbb)] == [True, True, False, False]
 
 
@@ -285,6 +313,8 @@ def test_branch_set_and_back():
     assert structure.branch_set(stack=(2,)).kernel == (2, 3, 3, 4, 4)
     with pytest.raises(ValueError, match="3x3, 1x1, identity are not one trained map"):
         repvgg(LAYERS["plain"]).branch_set()
+    with pytest.raises(ValueError, match=r"local_1x1, local_3x3 are not .* a constant scale for each output"):
+        with_scales(repmlp(LAYERS["maps"])).branch_set()
 
 
 @pytest.mark.parametrize(
@@ -305,6 +335,9 @@ def test_branch_set_and_back():
         ({"a": (Stage(Kernel((1, 1))), Stage(Kernel((3, 3)), expansion=2))}, "`expansion` is for the first"),
         ({"a": (Stage(Kernel((3, 3)), "batch"),)}, "`then` is 'batch'"),
         ({"a": (Stage(Pool()),), "b": (Stage(Kernel((2, 2))),)}, "b: a kernel of 2 taps"),
+        ({"a": (Stage(Local((3, 3))),)}, "the layer has 4 outputs in 1 groups, where it needs maps of 9"),
+        ({"a": (Stage(Kernel((3, 3)), shared=3),)}, "`shared` is 3: it must divide the 4 channels"),
+        ({"a": (Stage(Kernel((3, 3)), "", shared=2),)}, "`shared` is 2: it must divide .* of a norm or a"),
     ],
 )
 def test_what_a_structure_refuses(chains, message):

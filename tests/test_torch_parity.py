@@ -22,7 +22,7 @@ from torch_forms import FORMS, abstract, arrays, compiled, images, relative, run
 
 def same_numbers(form, dtype, tolerance):
     network = reference.randomise(form.network().to(getattr(torch, dtype)))
-    state, x = arrays(network), images(dtype)
+    state, x = arrays(network), images(dtype, size=form.size)
     model = from_torch(state, abstract(form, dtype))
     theirs, ours = run_torch(network, x), run_ours(model, x)
     assert ours.dtype == dtype
@@ -41,7 +41,7 @@ def same_numbers(form, dtype, tolerance):
 # One with each kind of layer: with scales, with batch norms in the branches, folded; depthwise, with either
 # gate.
 @pytest.mark.parametrize(
-    "name", ["repopt search", "repvgg se", "timm mobileone", "mobileone deployed", "repghost"]
+    "name", ["repopt search", "repvgg se", "timm mobileone", "mobileone deployed", "repghost", "repmlp"]
 )
 def test_logits_float32(name):
     same_numbers(FORMS[name], "float32", tolerances.LOGITS_FLOAT32)
@@ -54,7 +54,12 @@ def test_logits_float64(form, x64):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("repvgg", {}), ("mobileone", {}), ("repghost", {"only": (our_nn.Branched,)})],
+    [
+        ("repvgg", {}),
+        ("mobileone", {}),
+        ("repghost", {"only": (our_nn.Branched,)}),
+        ("repmlp", {"only": (our_nn.Branched,)}),
+    ],
 )
 def test_our_deployed_network_in_pytorch(name, options, x64):
     """Trained there, deployed here, run there: all in one circle."""
@@ -67,7 +72,7 @@ def test_our_deployed_network_in_pytorch(name, options, x64):
     model = abstract(deployed, "float64")
     nnx.update(model, fused(state))
     plain.load_state_dict(tensors(to_torch(model, deployed.scheme)), strict=True)
-    x = images("float64")
+    x = images("float64", size=trained.size)
     assert relative(run_torch(plain.eval(), x), run_torch(network, x)) <= tolerances.LOGITS_FLOAT64
 
 

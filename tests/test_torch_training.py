@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 import torch_networks as reference  # noqa: E402
 from forms import CSLA  # noqa: E402
-from torch_forms import abstract, arrays, vgg_form  # noqa: E402
+from torch_forms import FORMS, abstract, arrays, vgg_form  # noqa: E402
 from torch_training import recipe, running_variance, train_ours, train_torch, training_batches  # noqa: E402
 
 SMALL = VGGVariant("small", (2, 1, 1, 1), (4, 4, 6, 6, 8), (1, 2, 1, 1, 1))
@@ -59,19 +59,22 @@ def official_masks(network, scales):
         ("plain", reference.PlainBlock),
         (CSLA, reference.LinearAddition),
         ("repvgg", reference.ThreeBranches),
+        ("repmlp", None),
     ],
 )
 def test_twenty_steps_of_training(mode, block, x64):
     """Nesterov momentum, decay, batch norm in training mode; plain, with RepOptimizer's multipliers."""
-    form = vgg_form("repopt", mode, block, variant=SMALL)
+    form, size = vgg_form("repopt", mode, block, variant=SMALL), (7, 8)
+    if mode == "repmlp":
+        form, size = FORMS["repmlp"], FORMS["repmlp"].size
     network = reference.randomise(form.network().double())
     start = arrays(network)
     model = from_torch(start, abstract(form, "float64"))
     scales = mixed_scales(SMALL) if mode == "plain" else None
-    batches = training_batches()
+    batches = training_batches(size=size)
     seen = train_torch(network, batches, {} if scales is None else official_masks(network, scales))
     trained = train_ours(model, batches, recipe(scales))
-    theirs, ours = arrays(network), to_torch(trained, "repopt")
+    theirs, ours = arrays(network), to_torch(trained, form.scheme)
 
     variances = {key for key in theirs if key.endswith("running_var")}
     counters = {key for key in theirs if key.endswith("num_batches_tracked")}

@@ -81,6 +81,9 @@ def test_networks_and_what_their_families_do_not_have():
             train.validate(train.Config(model=train.ModelConfig(name=name, mode=mode)))
     with pytest.raises(ValueError, match=r"did you mean 'repghost-0.5"):
         train.validate(train.Config(model=train.ModelConfig(name="repghost-0.55")))
+    mlp = train.ModelConfig(name="repmlpnet-t224", mode="repmlp")
+    with pytest.raises(ValueError, match=r"maps .* whole tiles .*'repmlpnet-t224': .* a multiple of 224"):
+        train.validate(train.Config(model=mlp, data=DataConfig(image_size=200)))
     with pytest.raises(ValueError, match=r"`model.post_se`=True does nothing with .*'repghost-0.5'"):
         train.validate(train.Config(model=train.ModelConfig(name="repghost-0.5", post_se=True)))
 
@@ -285,7 +288,7 @@ def test_config_files_are_found_by_name():
     assert config_file("digits") == config_file("digits.py")
     assert train.load_config("digits:search").model.mode == "search"
     with pytest.raises(
-        FileNotFoundError, match="ones are cifar100, cifar10_small, digits, imagenet, ladder, scenes"
+        FileNotFoundError, match="ones are cifar100, cifar10_small, digits, imagenet, ladder, repmlp, scenes"
     ):
         train.load_config("didgits:search")
     with pytest.raises(ValueError, match="must be one of plain, search"):

@@ -33,7 +33,7 @@ def structure_config(mode, digits, **changes):
     return tiny_config(mode, digits, epochs=1, batch_size=24, checkpoint_every=0, **changes)
 
 
-@pytest.mark.parametrize("mode", [name for name in STRUCTURES if name != "unireplknet"])
+@pytest.mark.parametrize("mode", [name for name in STRUCTURES if name not in ("unireplknet", "repmlp")])
 def test_a_structure_trains_and_fuses(mode, digits):
     options, norms = MODES.get(mode, ("", None))
     config = structure_config(mode, digits, model__structure_options=options)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch_networks as reference
 from flax import nnx
-from forms import CSLA, ghostnet, mobileone, vgg
+from forms import CSLA, ghostnet, mobileone, repmlpnet, vgg
 
-from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, VGGVariant
+from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, RepMLPVariant, VGGVariant
 from repopt_jax.models.ghost import ghost_specs
 
 torch.set_num_threads(1)  # more only wait for one another on arrays this small
@@ -33,16 +33,22 @@ GHOST = GhostVariant(
     stem=16,
     features=20,
 )
+MLP = RepMLPVariant("tiny", (4, 8, 8), (1, 2, 1), (6, 3, 3), (2, 4, 8), patch=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One form of one network: `make` makes ours, `network` PyTorch's, `strides` are those of its blocks."""
+    """One form of one network: `make` makes ours, `network` PyTorch's, `strides` are those of its blocks, and
+    `size` that of the images."""
 
     scheme: str
     make: Callable[[], Any]
     network: Callable[[], Any]
     strides: tuple[int, ...] = ()
+    size: tuple[int, int] = (
+        15,
+        18,
+    )  # an odd and an even side: at stride 2, "SAME" would show on the even one
 
 
 def strides(variant):
@@ -89,6 +95,16 @@ def ghost_form(scheme, mode, theirs, *, form="training"):
     )
 
 
+def mlp_form(mode, theirs, *, form="training", **options):
+    stages = list(zip(MLP.widths, MLP.units, MLP.sides, MLP.sets))
+    return Form(
+        "repmlp",
+        lambda: repmlpnet(MLP, mode, form=form, num_classes=CLASSES, **options),
+        lambda: reference.RepMLPNet(stages, MLP.patch, CLASSES, theirs, **options),
+        size=(MLP.image_size, 2 * MLP.image_size),  # several tiles a map, and not the same number along both
+    )
+
+
 FORMS = {
     "repopt target": vgg_form("repopt", "plain", reference.PlainBlock),
     "repopt target se": vgg_form("repopt", "plain", reference.PlainBlock, post_se=True),
@@ -111,12 +127,14 @@ FORMS = {
     "repopt ghost rep": ghost_form("repopt", "repghost", "rep"),
     "repghost": ghost_form("repghost", "repghost", "train"),
     "repghost deployed": ghost_form("repghost", "repghost", "deploy", form="merged"),
+    "repmlp": mlp_form("repmlp", "train"),
+    "repmlp plain": mlp_form("plain", "plain"),
+    "repmlp deployed": mlp_form("repmlp", "deploy", form="merged"),
 }
 
 
-def images(dtype, batch=2):
-    """An odd and an even side at once; at stride 2, padding by SAME would show on the even one."""
-    return np.random.default_rng(0).normal(size=(batch, 15, 18, 3)).astype(dtype)
+def images(dtype, batch=2, size=Form.size):
+    return np.random.default_rng(0).normal(size=(batch, *size, 3)).astype(dtype)
 
 
 def arrays(network):

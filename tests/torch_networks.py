@@ -5,6 +5,8 @@ is compared is two implementations. Every class takes its widths and strides, so
 ones.
 """
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -363,6 +365,116 @@ class GhostNet(nn.Module):
         x = self.blocks(functional.relu(self.bn1(self.conv_stem(x))))
         x = functional.relu(self.conv_head(functional.adaptive_avg_pool2d(x, 1))).flatten(1)
         return self.classifier(functional.dropout(x, self.dropout, self.training))
+
+
+# -- RepMLPNet, as its authors name it
+
+
+class Perceptron(nn.Module):
+    """The gate: a number for each image and channel, of the mean over the map."""
+
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.fc1 = conv(channels, hidden, 1, bias=True)
+        self.fc2 = conv(hidden, channels, 1, bias=True)
+
+    def forward(self, x):
+        return self.fc2(functional.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class Mixing(nn.Module):
+    """A dense layer for each tile of a map, channel c with kernel c mod `sets`; convolutions in the tile.
+
+    `form` is "train", "deploy" or "plain" (without the convolutions). With `published_order` the tiles are
+    put together as if the rows were ordered by groups of channels first.
+    """
+
+    def __init__(self, channels, side, sets, form="train", published_order=False):
+        super().__init__()
+        self.side, self.sets, self.published_order = side, sets, published_order
+        self.gp = Perceptron(channels, channels // 4)
+        rows = sets * side * side
+        self.fc3 = nn.Conv2d(rows, rows, 1, groups=sets, bias=form == "deploy")
+        self.fc3_bn = nn.Identity() if form == "deploy" else nn.BatchNorm2d(sets)
+        if form == "train":
+            self.repconv1 = conv_bn(sets, sets, 1, groups=sets)
+            self.repconv3 = conv_bn(sets, sets, 3, groups=sets)
+
+    def forward(self, x):
+        side, sets = self.side, self.sets
+        batch, channels, height, width = x.shape
+        down, across, repeats = height // side, width // side, channels // sets
+        outputs = {}
+        for i in range(down):
+            for j in range(across):
+                tile = x[:, :, i * side : (i + 1) * side, j * side : (j + 1) * side]
+                for r in range(repeats):
+                    outputs[i, j, r] = tile[:, r * sets : (r + 1) * sets]
+        places = list(outputs)  # rows of one image, in the order of the published code
+        rows = torch.stack([outputs[place] for place in places], 1).reshape(-1, sets, side, side)
+        y = self.fc3_bn(self.fc3(rows.reshape(-1, sets * side * side, 1, 1)).reshape(rows.shape))
+        for name in ("repconv1", "repconv3"):
+            if hasattr(self, name):
+                y = y + getattr(self, name)(rows)
+        y = y.reshape(batch, len(places), sets, side, side)
+        if self.published_order:
+            places = [(i, j, r) for r in range(repeats) for i in range(down) for j in range(across)]
+        result = torch.empty_like(x)
+        for row, (i, j, r) in enumerate(places):
+            spot = result[:, r * sets : (r + 1) * sets, i * side : (i + 1) * side]
+            spot[:, :, :, j * side : (j + 1) * side] = y[:, row]
+        return result * self.gp(x)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.ffn_fc1 = conv_bn(channels, 4 * channels, 1)
+        self.ffn_fc2 = conv_bn(4 * channels, channels, 1)
+
+    def forward(self, x):
+        return self.ffn_fc2(functional.gelu(self.ffn_fc1(x)))
+
+
+class MixingUnit(nn.Module):
+    def __init__(self, channels, side, sets, form="train", published_order=False):
+        super().__init__()
+        self.prebn1, self.prebn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.repmlp_block = Mixing(channels, side, sets, form, published_order)
+        self.ffn_block = FeedForward(channels)
+
+    def forward(self, x):
+        x = x + self.repmlp_block(self.prebn1(x))
+        return x + self.ffn_block(self.prebn2(x))
+
+
+class RepMLPNet(nn.Module):
+    """`stages`: tuples (channels, units, side of the tiles, sets)."""
+
+    def __init__(self, stages, patch, classes, form="train", published_order=False):
+        super().__init__()
+
+        def smaller(inputs, outputs, factor):
+            layer = nn.Conv2d(inputs, outputs, factor, factor, bias=False)
+            return named(conv=layer, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU())
+
+        widths = [width for width, *_ in stages]
+        self.conv_embedding = smaller(3, widths[0], patch)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(MixingUnit(width, side, sets, form, published_order) for _ in range(units))
+            for width, units, side, sets in stages
+        )
+        self.embeds = nn.ModuleList(smaller(a, b, 2) for a, b in itertools.pairwise(widths))
+        self.head_norm = nn.BatchNorm2d(widths[-1])
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, x):
+        x = self.conv_embedding(x)
+        for i, stage in enumerate(self.stages):
+            x = self.embeds[i - 1](x) if i else x
+            for unit in stage:
+                x = unit(x)
+        return self.head(self.head_norm(x).mean((2, 3)))
 
 
 def randomise(network, seed=0):

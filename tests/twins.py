@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, Pool
+from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, Local, Pool
 from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.core.structure import Geometry, default_branches
 from repopt_jax.nn.geometry import convolve
@@ -55,8 +55,12 @@ LAYERS = {
         (6, 6),
     ),
     "stacked averages": (BranchSet((2, 3, 3, 2), (Kernel((3,)), Average()), stacked=1), (6,)),
+    "inside maps": (
+        BranchSet((2, 3, 1, 12), (Kernel((2, 3)), Local((1, 1)), Local((3, 3))), 2),
+        (3, 4),
+    ),
 }
-MIXING = ("average pooling", "fixed 1x1, then 3x3", "stacked averages")
+MIXING = ("average pooling", "fixed 1x1, then 3x3", "stacked averages", "inside maps")
 
 
 def mixed_signs(rng, branches):
@@ -237,6 +241,14 @@ def entries(branches, branch):
             group = o * len(c) // out
             place = centred(tap, branch.size, (1,) * len(window))
             add(place, i, o, (*branch.size, mid, out), (*tap, m, o), c[group, i, m])
+    elif isinstance(branch, Local):
+        positions = list(np.ndindex(*window))
+        for *tap, i, o in np.ndindex(*branch.size, inputs, out):
+            position = positions[o % len(positions)]
+            place = tuple(p + t - k // 2 for p, t, k in zip(position, tap, branch.size))
+            if all(0 <= at < n for at, n in zip(place, window)):
+                maps = out // len(positions)
+                add(place, i, o, (*branch.size, inputs, maps), (*tap, i, o // len(positions)))
     else:
         for *tap, i, o in np.ndindex(*branch.size, inputs, out):
             place = centred(tap, branch.size, branch.dilation)

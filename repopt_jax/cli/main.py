@@ -167,15 +167,15 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     convert.add_argument("target", metavar="OUT", type=path, help="likewise; it must not exist")
     convert.option(
         "--model=NAME",
-        "of a file: repopt-vgg-B1, repvgg-A0, mobileone-s0, repghost-0.5, repopt-ghostnet-0.5 ...",
+        "of a file: repopt-vgg-B1, repvgg-A0, mobileone-s0, repghost-0.5, repmlpnet-t224 ...",
         default="",
     )
     convert.option("--classes=N", "number of classes that a file must have (any)", type=int, default=0)
     convert.option("--key=ENTRY", "of a checkpoint: the entry with the weights, if it is unusual", default="")
     convert.option(
         "--to=NAMES",
-        "names in OUT: repopt, repvgg, mobileone, repghost, timm (those of the network's authors); or "
-        "scales: of a file, only its scales",
+        "names in OUT: repopt, repvgg, mobileone, repghost, repmlp, timm (those of the network's authors); "
+        "or scales: of a file, only its scales",
         default="",
     )
 

@@ -6,6 +6,7 @@ from repopt_jax.core.branches import Branch as Branch
 from repopt_jax.core.branches import BranchSet as BranchSet
 from repopt_jax.core.branches import Identity as Identity
 from repopt_jax.core.branches import Kernel as Kernel
+from repopt_jax.core.branches import Local as Local
 from repopt_jax.core.branches import Pool as Pool
 from repopt_jax.core.parametrization import Parametrization as Parametrization
 from repopt_jax.core.scales import Scales as Scales

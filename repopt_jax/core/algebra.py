@@ -180,6 +180,23 @@ def average(w: jax.Array, window: Sequence[int]) -> jax.Array:
     return jnp.broadcast_to(w / math.prod(window), (*window, *w.shape[-2:]))
 
 
+def inject(w: jax.Array, window: Sequence[int]) -> jax.Array:
+    """Returns the dense layer over a map of shape `window` that equals a convolution, padded with zeros.
+
+    w, (*size, in/g, maps) with odd sides, becomes (*window, in/g, maps * T) for T positions of the window:
+    K[q, i, s T + p] = w[q - p + size // 2, i, s], zero where w has no such tap. Output channel s T + p is
+    position p of map s, in the order of the axes. Source: RepMLPNet (arXiv 2112.11081), locality injection.
+    """
+    axes = len(window)
+    for size, n in zip(w.shape[:axes], window):
+        tap, q, p = (lax.broadcasted_iota(jnp.int32, (size, n, n), axis) for axis in range(3))
+        band = (tap == q - p + size // 2).astype(w.dtype)
+        # The axis goes, (q, p) come last. A sum over zeros and a one: exact if products are not rounded.
+        w = jnp.tensordot(w, band, ((0,), (0,)), precision=lax.Precision.HIGHEST)
+    order = (*range(2, w.ndim, 2), 0, 1, *range(3, w.ndim, 2))
+    return w.transpose(order).reshape(*window, w.shape[0], w.shape[1] * math.prod(window))
+
+
 def after_pointwise(w: jax.Array, c: jax.Array) -> jax.Array:
     """Returns the kernel of a 1x1 convolution C followed by a convolution w: sum_m C[i, m] * w[..., m, o].
 
@@ -267,6 +284,17 @@ def scale_output(w: jax.Array, s: ArrayLike) -> jax.Array:
     """Multiplies w by one factor for each output channel, the last axis: (..., out), (out,) -> (..., out)."""
     s = jnp.asarray(s)
     return w * s.reshape((1,) * (w.ndim - 1) + s.shape)
+
+
+def scale_input(w: jax.Array, s: jax.Array) -> jax.Array:
+    """Multiplies w by one factor for each input channel: (*spatial, in/groups, out), (in,) -> the same shape.
+
+    The two shapes determine the number of groups, as in `constant_response`.
+    """
+    *_, inputs, out = w.shape
+    groups = s.shape[0] // inputs
+    of_output = jnp.repeat(s.reshape(groups, inputs), out // groups, axis=0).T
+    return w * of_output.reshape((1,) * (w.ndim - 2) + of_output.shape)
 
 
 def bn_affine(

@@ -77,6 +77,10 @@ class Branch(abc.ABC):
         bound = 1 / math.sqrt(math.prod(shape[:-1]))
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
+    def tied(self, kernel: Shape) -> int:
+        """Number of consecutive output channels, counted from 0, that one entry of w_b may reach."""
+        return 1
+
     def check(self, kernel: Shape, groups: int) -> None:  # noqa: B027  (optional: most branches fit any layer)
         """Raises ValueError with the reason if the branch is not defined for this layer."""
 
@@ -275,6 +279,59 @@ class AfterPointwise(Branch):
             raise ValueError(
                 f"its matrix, (groups, in/groups, mid) = {np.shape(self.matrix)}, must have {kernel[-2]} "
                 f"input channels in 1 or {groups} groups"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Local(Branch):
+    """A convolution inside the window, of spatial shape `size`, in a layer with an output for each position.
+
+    Such a layer is dense over a map: its outputs are maps of the window's shape, and channel s T + p is
+    position p of map s, T positions to a map. The branch is a convolution of the window's pixels, with stride
+    1 and zeros around the window. Each entry of w lands at many entries of K (a banded Toeplitz matrix for
+    each map), so there is no elementwise multiplier, and the SGD rule is P(g). Source: RepMLPNet (arXiv
+    2112.11081), locality injection.
+
+    Attributes:
+      size: spatial shape of w, which is (*size, in/groups, maps); odd, and at most 2 n - 1 in a window of n.
+    """
+
+    size: Shape
+
+    places: ClassVar[bool] = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+
+    @property
+    def name(self) -> str:
+        return f"local_{'x'.join(map(str, self.size))}"
+
+    def shape(self, kernel):
+        return (*self.size, kernel[-2], kernel[-1] // math.prod(kernel[:-2]))
+
+    def embed(self, w, kernel):
+        return algebra.inject(w, kernel[:-2])
+
+    def tied(self, kernel):
+        return math.prod(kernel[:-2])
+
+    def check(self, kernel, groups):
+        *window, _, out = kernel
+        if not window:
+            raise ValueError("a dense layer without spatial axes has no window to be inside of")
+        if len(self.size) != len(window) or any(
+            k < 1 or k % 2 == 0 or k >= 2 * n for k, n in zip(self.size, window)
+        ):
+            raise ValueError(
+                f"`size` {self.size} must have an odd side below 2 * n for each side n of the window "
+                f"{tuple(window)}: beyond that no position has the taps"
+            )
+        if out % (groups * math.prod(window)):
+            raise ValueError(
+                f"the layer has {out} outputs in {groups} groups, where it needs maps of "
+                f"{math.prod(window)} outputs, one for each position of the window {tuple(window)}, in each "
+                "group"
             )
 
 

@@ -86,7 +86,7 @@ class Parametrization:
         scaled = self.structure.followers("scale")
         return {
             "weights": {key: (*self.stack, *shape) for key, shape in self.structure.shapes().items()},
-            "scales": {key: (*self.stack, part.layer.outputs) for key, part in scaled.items()},
+            "scales": {key: (*self.stack, part.channels) for key, part in scaled.items()},
         }
 
     def decayed(self) -> dict[str, dict[str, bool]]:
@@ -159,7 +159,7 @@ class Parametrization:
         dtype = jnp.result_type(*trained.values(), jnp.float32)
         constant = self.structure.followers("constant").items()
         return dict(trained) | {
-            key: jnp.full((*stack, part.layer.outputs), part.stage.start, dtype) for key, part in constant
+            key: jnp.full((*stack, part.channels), part.stage.start, dtype) for key, part in constant
         }
 
     def _merge(self, theta: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
@@ -178,7 +178,7 @@ class Parametrization:
 
     def _start(self, dtype: Any) -> dict[str, jax.Array]:
         scaled = self.structure.followers("scale")
-        return {k: jnp.full((*self.stack, p.layer.outputs), p.stage.start, dtype) for k, p in scaled.items()}
+        return {k: jnp.full((*self.stack, p.channels), p.stage.start, dtype) for k, p in scaled.items()}
 
     def _split(self, kernel: jax.Array, near: Theta) -> Theta:
         """Does the work of `split` for one layer: d of least norm with A(near + d) = kernel."""
@@ -197,8 +197,8 @@ class Parametrization:
         found = {key: start[key] + change[key] for key in moved}
         # What the iteration has left is the kernel's own branch's, so that nothing is lost by rounding.
         if own := self._own_part():
-            ones = jnp.ones((own.layer.outputs,), kernel.dtype)
-            s = self.scales(near["scales"]).get(own.key, ones)
+            ones = jnp.ones((own.channels,), kernel.dtype)
+            s = own.spread(self.scales(near["scales"]).get(own.key, ones))
             inverse = jnp.where(s == 0, 0, 1 / jnp.where(s == 0, 1, s)).astype(kernel.dtype)
             found[own.key] = found[own.key] + algebra.scale_output(kernel - merge(found), inverse)
         return {"weights": weights | found, "scales": near["scales"]}

@@ -35,6 +35,7 @@ from repopt_jax.core.branches import (
     Frequency,
     Identity,
     Kernel,
+    Local,
     Pool,
     Shape,
 )
@@ -133,6 +134,12 @@ class Geometry:
         return math.prod(self.window)
 
     @property
+    def tiles(self) -> bool:
+        """Whether windows of several taps lie side by side: no overlap, gap, padding or dilation."""
+        padded = any(map(any, self.padding)) or set(self.dilation) - {1}
+        return self.taps > 1 and self.strides == self.window and not padded
+
+    @property
     def is_odd(self) -> bool:
         """Whether the window has a centre tap."""
         return all(n % 2 for n in self.window)
@@ -189,6 +196,8 @@ class Stage:
       gain: the tensor's initial values are drawn from this multiple of the usual range (`Branch.sample`).
       decay: whether weight decay applies to the tensor.
       decay_gain: whether weight decay applies to the batch norm's scale or to the factor.
+      shared: number of consecutive output channels that share one channel of the batch norm (its statistics,
+        scale and bias) or one factor: the positions of a map in a layer whose outputs are maps.
     """
 
     map: Branch
@@ -201,6 +210,7 @@ class Stage:
     gain: float = 1.0
     decay: bool = True
     decay_gain: bool = False
+    shared: int = 1
 
 
 Chain = tuple[Stage, ...]
@@ -223,6 +233,15 @@ class Part(NamedTuple):
     def shape(self) -> Shape:
         """Shape of the stage's tensor."""
         return self.stage.map.shape(self.layer.kernel)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the norm, or of factors, after the stage."""
+        return self.layer.outputs // self.stage.shared
+
+    def spread(self, v: jax.Array) -> jax.Array:
+        """Repeats v, (*stack, channels), for the outputs that share a channel, unless it has all of them."""
+        return v if v.shape[-1] == self.layer.outputs else jnp.repeat(v, self.stage.shared, axis=-1)
 
     def kernel(self, tensors: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
         """Returns k_j, of the shape `layer.kernel`."""
@@ -302,8 +321,8 @@ class Structure:
 
         Args:
           tensors: key -> tensor of each trained stage.
-          affines: key -> (a, b) of each stage that is followed by a norm or a scale, (channels,) each; b is
-            None for a scale.
+          affines: key -> (a, b) of each stage that is followed by a norm or a scale, (channels,) each, of the
+            stage or, where several share one, of the norm or scale; b is None for a scale.
           dtype: dtype of the non-trainable tensors.
         """
         kernels, shifts = zip(*(_merged(chain, tensors, affines, dtype) for chain in self.placed.values()))
@@ -322,7 +341,8 @@ class Structure:
           stack: leading axes of the arrays of stacked layers.
 
         Raises:
-          ValueError: chains without a constant rule: with several stages, a batch norm, or a fixed tensor.
+          ValueError: chains without a constant rule: with several stages, a batch norm, a fixed tensor, or a
+            scale that outputs share.
         """
         wrong = [
             name
@@ -330,12 +350,13 @@ class Structure:
             if len(chain) > 1
             or not chain[0].trained
             or chain[0].residual
+            or chain[0].shared != 1
             or (chain[0].then in ("scale", "constant")) != chain[0].map.has_scale
         ]
         if wrong:
             raise ValueError(
-                f"the chains {', '.join(wrong)} are not one trained map with a constant scale each: no "
-                "scales describe them"
+                f"the chains {', '.join(wrong)} are not one trained map with a constant scale for each "
+                "output: no scales describe them"
             )
         maps = tuple(chain[0].map for _, chain in self.chains)
         return BranchSet((*stack, *self.layer.kernel), maps, self.layer.groups, stacked=len(stack))
@@ -401,6 +422,9 @@ def _problems(layer: Geometry, chain: Chain) -> Iterator[str]:
             part.stage.map.check(part.layer.kernel, layer.groups)
             if part.stage.residual and (part.layer.taps > 1 or part.layer.inputs != part.layer.outputs):
                 yield "`residual` needs a 1x1 stage with as many outputs as inputs"
+            shared, outputs = part.stage.shared, part.layer.outputs
+            if shared != 1 and (part.stage.then == "" or shared < 1 or outputs % shared):
+                yield f"`shared` is {shared}: it must divide the {outputs} channels of a norm or a scale"
     except ValueError as error:
         yield str(error)
 
@@ -418,7 +442,7 @@ def _merged(
     groups = chain[-1].layer.groups
     for part in chain:
         kernel = part.kernel(tensors, dtype)
-        a, b = affines.get(part.key, (None, None))
+        a, b = (v if v is None else part.spread(v) for v in affines.get(part.key, (None, None)))
         # Multiplying by ones where nothing follows would widen a sum in half precision to their dtype.
         kernel = kernel if a is None else algebra.scale_output(kernel, a)
         if constant is not None:
@@ -437,16 +461,18 @@ def _merged(
 # --- Descriptions of published blocks
 
 
-def normed(*maps: Branch, decay_identity: bool = True) -> dict[str, Chain]:
+def normed(*maps: Branch, decay_identity: bool = True, shared: int = 1) -> dict[str, Chain]:
     """Returns chains of one map and its batch norm, by the map's name.
 
     The vectors of identities and poolings are not trained, because the norm's scale is their weight. It is
-    decayed with the kernels unless `decay_identity` is False.
+    decayed with the kernels unless `decay_identity` is False. `shared` is that of every `Stage`.
     """
-    return {
-        m.name: (Stage(m, "norm", trained=m.has_scale, decay_gain=decay_identity and not m.has_scale),)
-        for m in maps
-    }
+
+    def stage(m: Branch) -> Stage:
+        gain = decay_identity and not m.has_scale
+        return Stage(m, "norm", trained=m.has_scale, decay_gain=gain, shared=shared)
+
+    return {m.name: (stage(m),) for m in maps}
 
 
 def starting(chains: Mapping[str, Chain], first: float, others: float) -> dict[str, Chain]:
@@ -673,6 +699,24 @@ def orepa(layer: Geometry) -> Structure:
     return Structure(layer, chains, norm=True)
 
 
+def repmlp(layer: Geometry) -> Structure:
+    """RepMLPNet (arXiv 2112.11081, locality injection): a dense layer over a map, and 1x1 and 3x3 in it.
+
+    The layer's window is the map, and each of its positions an output of each group (see `Local`). Every
+    branch has a batch norm whose channels are maps: all positions of a map share its statistics.
+    """
+    return Structure(layer, normed(*_dense_and_local(layer), shared=layer.taps))
+
+
+def repopt_mlp(layer: Geometry) -> Structure:
+    """The branches of `repmlp` for a search: a scale for each output of each branch, a norm after the sum."""
+    return Structure(layer, scaled(*_dense_and_local(layer)), norm=True)
+
+
+def _dense_and_local(layer: Geometry) -> list[Branch]:
+    return [Kernel(layer.window), *(Local((k,) * layer.axes) for k in (1, 3))]
+
+
 # Name of a structure -> its description.
 STRUCTURES: dict[str, Description] = {
     "repvgg": repvgg,
@@ -685,6 +729,7 @@ STRUCTURES: dict[str, Description] = {
     "qarepvgg": qarepvgg,
     "qarepvgg2": functools.partial(qarepvgg, pool=True),
     "orepa": orepa,
+    "repmlp": repmlp,
 }
 
 

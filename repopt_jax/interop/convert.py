@@ -31,7 +31,9 @@ from repopt_jax.models import Network
 from repopt_jax.surgery.modules import named_modules
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt")
-SIZE, COUNT = 64, 2  # of the images on which logits are compared: the smallest for which no map is one pixel
+# Of the images on which logits are compared: the smallest for which no map is one pixel, where a network has
+# no size of its own.
+SIZE, COUNT = 64, 2
 TOLERANCE = 1e-3  # relative to the largest logit: rounding in float32 is about 1e-6, mistakes are above 1e-2
 
 
@@ -45,6 +47,7 @@ class Check:
         statistics.
       difference: largest difference of a logit; None if PyTorch is not installed.
       largest: largest absolute logit.
+      size: side of the images on which logits are compared.
     """
 
     scheme: str
@@ -52,6 +55,7 @@ class Check:
     parameters: int
     difference: float | None
     largest: float | None
+    size: int = SIZE
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -60,7 +64,7 @@ class Check:
         if self.difference is None or self.largest is None:
             return counts, "logits not compared: PyTorch is not installed"
         share = self.difference / (self.largest or 1)
-        images = f"{COUNT} random images of {SIZE} x {SIZE}"
+        images = f"{COUNT} random images of {self.size} x {self.size}"
         return (
             counts,
             f"largest logit difference {self.difference:.2e} ({share:.2e} of the largest), {images}",
@@ -140,9 +144,10 @@ def check(model: Network, tensors: Mapping[str, np.ndarray], scheme: str) -> Che
     """
     counts = count_parameters(tensors), count_parameters(model)
     difference = largest = None
+    size = getattr(getattr(model, "variant", None), "image_size", SIZE)
     if importlib.util.find_spec("torch") is not None:
         channels = getattr(model, "in_channels", 3)
-        images = np.random.default_rng(0).normal(size=(COUNT, SIZE, SIZE, channels)).astype(np.float32)
+        images = np.random.default_rng(0).normal(size=(COUNT, size, size, channels)).astype(np.float32)
         single = {
             key: value.astype(np.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
             for key, value in tensors.items()
@@ -150,7 +155,7 @@ def check(model: Network, tensors: Mapping[str, np.ndarray], scheme: str) -> Che
         theirs = torch_logits(single, images, scheme=scheme, strides=strides_of(model))
         ours = np.asarray(nnx.jit(lambda m, x: m(x))(_in_single(model), jnp.asarray(images)))
         difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
-    result = Check(scheme, *counts, difference, largest)
+    result = Check(scheme, *counts, difference, largest, size)
     # The comparison is written so that NaN fails.
     if counts[0] != counts[1] or not (difference is None or difference <= TOLERANCE * (largest or 0)):
         raise ValueError(f"the two sides differ, nothing was written: {'; '.join(result.lines)}")

@@ -67,11 +67,13 @@ def describe(tensors: Mapping[str, Any], model: str, *, classes: int = 0) -> Des
     layout = found.layout
     if not isinstance(entry.variant, NETWORKS[layout.network]):
         raise ValueError(f"the state dict holds {found}, which is no {model}")
-    heads = [f"{name}.weight" for name in ("linear", "head.fc", "classifier") if f"{name}.weight" in tensors]
+    names = ("linear", "head.fc", "classifier", "head")
+    heads = [f"{name}.weight" for name in names if f"{name}.weight" in tensors]
     stems = [
         key
         for key, tensor in tensors.items()
-        if re.match(r"(stage0|stem|conv_stem)\.(?!se\.|post_se\.|attn\.)", key) and len(tensor.shape) == 4
+        if re.match(r"(stage0|stem|conv_stem|conv_embedding)\.(?!se\.|post_se\.|attn\.)", key)
+        and len(tensor.shape) == 4
     ]
     if not heads or not stems:
         raise ValueError(f"the state dict holds {found} without its {'stem' if heads else 'classifier'}")

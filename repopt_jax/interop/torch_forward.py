@@ -80,8 +80,9 @@ def torch_logits(
     Args:
       tensors: the state dict; its dtype is that of the computation.
       images: (batch, height, width, channels).
-      scheme: the scheme of the keys: "repvgg", "repopt", "mobileone", "repghost" or "timm".
-      strides: strides of the blocks in order; not needed for a GhostNet, whose keys determine them.
+      scheme: the scheme of the keys: "repvgg", "repopt", "mobileone", "repghost", "repmlp" or "timm".
+      strides: strides of the blocks in order; not needed for a GhostNet or a RepMLPNet, whose keys and shapes
+        determine them.
       eps: epsilon of the batch norms.
 
     Returns:
@@ -98,8 +99,12 @@ def torch_logits(
     with torch.no_grad():
         if "conv_stem.weight" in tensors:
             return _ghost(run, x).numpy()
+        if "conv_embedding.conv.weight" in tensors:
+            return _repmlp(run, x).numpy()
         if scheme not in _GRAMMARS:
-            raise ValueError(f"`scheme` is {scheme!r}: it must be one of {', '.join(_GRAMMARS)}, repghost")
+            raise ValueError(
+                f"`scheme` is {scheme!r}: it must be one of {', '.join(_GRAMMARS)}, repghost, repmlp"
+            )
         places = r"(stem|stage0|stage\d+\.\d+|stages\.\d+\.\d+)\."
         blocks = sorted({m[1] for key in tensors if (m := re.match(places, key))}, key=_block_order)
         if len(blocks) != len(strides):
@@ -207,6 +212,48 @@ def _ghost_module(run: _Run, name: str, x: Any) -> Any:
         if layers:
             total = y if total is None else total + y
     return run(f"{name}.final_bn", total) if run.has(f"{name}.final_bn") else total
+
+
+def _repmlp(run: _Run, x: Any) -> Any:
+    from torch.nn import functional
+
+    places = r"(conv_embedding|stages\.\d+\.\d+|embeds\.\d+)\."
+    blocks = {m[1] for key in run.tensors if (m := re.match(places, key))}
+    for block in sorted(blocks, key=_stage_order):
+        if not block.startswith("stages"):
+            weight = run.tensors[f"{block}.conv.weight"]
+            x = run(f"{block}.bn", functional.conv2d(x, weight, stride=tuple(weight.shape[2:]))).relu()
+            continue
+        x = x + _mixer(run, f"{block}.repmlp_block", run(f"{block}.prebn1", x))
+        ffn, y = f"{block}.ffn_block", run(f"{block}.prebn2", x)
+        y = functional.gelu(run(f"{ffn}.ffn_fc1.bn", run(f"{ffn}.ffn_fc1.conv", y)))
+        x = x + run(f"{ffn}.ffn_fc2.bn", run(f"{ffn}.ffn_fc2.conv", y))
+    return run.dense("head", run("head_norm", x).mean((2, 3)))
+
+
+def _mixer(run: _Run, name: str, x: Any) -> Any:
+    """A RepMLP block: every tile of the map goes through `fc3`, whose groups are for channels in turn."""
+    gate = run(f"{name}.gp.fc2", run(f"{name}.gp.fc1", x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+    outputs, positions = run.tensors[f"{name}.fc3.weight"].shape[:2]
+    side, sets = round(positions**0.5), outputs // positions
+    batch, channels, height, width = x.shape
+    shape = (batch, channels // sets, sets, height // side, side, width // side, side)
+    rows = x.reshape(shape).permute(0, 1, 3, 5, 2, 4, 6)
+    y = run(f"{name}.fc3", rows.reshape(-1, outputs, 1, 1)).reshape(-1, sets, side, side)
+    y = run(f"{name}.fc3_bn", y) if run.has(f"{name}.fc3_bn") else y
+    for size in (1, 3):
+        if run.has(f"{name}.repconv{size}.conv"):
+            inside = run(f"{name}.repconv{size}.conv", rows.reshape(-1, sets, side, side))
+            y = y + run(f"{name}.repconv{size}.bn", inside)
+    return y.reshape(rows.shape).permute(0, 1, 4, 2, 5, 3, 6).reshape(x.shape) * gate
+
+
+def _stage_order(block: str) -> tuple[int, int]:
+    """A RepMLPNet's blocks in order: the embedding, then each stage and what follows it."""
+    if block.startswith("stages"):
+        stage, unit = map(int, block.split(".")[1:])
+        return stage, unit
+    return (-1, 0) if block == "conv_embedding" else (int(block.split(".")[1]), 10**6)
 
 
 def _block_order(prefix: str) -> tuple[bool, list]:

@@ -21,6 +21,9 @@ from repopt_jax.models.registry import create as create
 from repopt_jax.models.registry import find as find
 from repopt_jax.models.registry import list as list
 from repopt_jax.models.registry import register as register
+from repopt_jax.models.repmlp import REPMLP_VARIANTS as REPMLP_VARIANTS
+from repopt_jax.models.repmlp import RepMLPNet as RepMLPNet
+from repopt_jax.models.repmlp import RepMLPVariant as RepMLPVariant
 from repopt_jax.models.vgg import VGG_VARIANTS as VGG_VARIANTS
 from repopt_jax.models.vgg import VGGVariant as VGGVariant
 from repopt_jax.models.vgg import vgg as vgg

@@ -11,6 +11,7 @@ from repopt_jax.models.fcos import DETECTORS, FCOS
 from repopt_jax.models.ghost import GHOST_VARIANTS, ghostnet
 from repopt_jax.models.mobileone import MOBILEONE_VARIANTS, mobileone
 from repopt_jax.models.network import Network
+from repopt_jax.models.repmlp import REPMLP_VARIANTS, RepMLPNet
 from repopt_jax.models.vgg import VGG_VARIANTS, vgg
 from repopt_jax.nn.rngs import counted_in_python
 
@@ -50,7 +51,8 @@ def create(
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
       options: further arguments of the family: `post_se` and `activation` of a VGG, `activation` of a
-        MobileOne, `dropout` of a GhostNet, `num_keypoints` and `activation` of a detector.
+        MobileOne, `dropout` of a GhostNet, `published_order` of a RepMLPNet, `num_keypoints` and
+        `activation` of a detector.
 
     Raises:
       ValueError: an unknown name, with the nearest one; or arguments that the family refuses.
@@ -109,6 +111,8 @@ def _entries() -> dict[str, Entry]:
         add("repghost-", key, ghostnet, row, "repghost", "classify")
     for key, row in MOBILEONE_VARIANTS.items():
         add("mobileone-", key, mobileone, row, "mobileone", "classify")
+    for key, row in REPMLP_VARIANTS.items():
+        add("repmlpnet-", key, RepMLPNet, row, "repmlp", "classify")
     for key, row in DETECTORS.items():
         add("fcos-", key.removeprefix("fcos-"), FCOS, row, "repopt", "detect")
     return found

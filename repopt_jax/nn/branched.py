@@ -20,9 +20,10 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from repopt_jax.core import algebra, paths
-from repopt_jax.core.branches import AfterPointwise, Average, Branch, Identity, Kernel, Pool, Shape
+from repopt_jax.core.branches import AfterPointwise, Average, Branch, Identity, Kernel, Local, Pool, Shape
 from repopt_jax.core.structure import Affine, Geometry, Part, Structure
-from repopt_jax.nn.block import batch_norm
+from repopt_jax.nn.block import SharedNorm, batch_norm
+from repopt_jax.nn.convolution import tiled
 from repopt_jax.nn.geometry import along_channels, convolve, narrowed, one_batch_axis, padded, padded_with
 
 
@@ -93,14 +94,15 @@ class StructuredLayer(nnx.Module):
         self.weights = nnx.Dict({key: nnx.Param(jnp.asarray(w, param_dtype)) for key, w in tensors.items()})
         self.scales = nnx.Dict({})
         for key, part in structure.followers("scale", "constant").items():
-            start = jnp.full((*stack, part.layer.outputs), part.stage.start, param_dtype)
+            start = jnp.full((*stack, part.channels), part.stage.start, param_dtype)
             variable = nnx.Param if part.stage.then == "scale" else FrozenScale
             self.scales[key] = variable(jnp.asarray(given.get(key, start), param_dtype))
         self.norms = nnx.Dict({})
         for key, part in normed.items():
             wide = jnp.promote_types(param_dtype, jnp.float32)
+            options = {"start": part.stage.start, "shared": part.stage.shared}
             self.norms[key] = batch_norm(
-                part.layer.outputs, start=part.stage.start, dtype=dtype, param_dtype=wide, rngs=rngs
+                part.layer.outputs, dtype=dtype, param_dtype=wide, rngs=rngs, **options
             )
         self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype)))
 
@@ -126,7 +128,7 @@ class StructuredLayer(nnx.Module):
         """
         expected = {f"weights/{key}": shape for key, shape in self.structure.shapes().items()}
         expected |= {
-            f"scales/{key}": (part.layer.outputs,)
+            f"scales/{key}": (part.channels,)
             for key, part in self.structure.followers("scale", "constant").items()
         }
         found = {f"weights/{key}": tuple(w.shape) for key, w in self.weights.items()}
@@ -228,7 +230,7 @@ class Branched(StructuredLayer):
             case "norm":
                 return self.norms[part.key](y)
             case "scale" | "constant":
-                return y * along_channels(self.scales[part.key][...], y)
+                return y * along_channels(part.spread(self.scales[part.key][...]), y)
         return y
 
     def _border(self, part: Part, border: jax.Array | None) -> jax.Array | None:
@@ -248,16 +250,22 @@ class Branched(StructuredLayer):
             a, b = affine_of(norm)
             constant = constant * a + b
         elif part.key in self.scales:
-            constant = constant * self.scales[part.key][...]
+            constant = constant * part.spread(self.scales[part.key][...])
         return lax.stop_gradient(constant)
 
 
 def affine_of(norm: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
-    """Returns (a, b), (channels,) each, of a batch norm with its running statistics as y = a * x + b."""
+    """Returns (a, b) of a batch norm with its running statistics as y = a * x + b.
+
+    Both are (channels,), the channels of its input, also where several share one channel of the norm.
+    """
     mean, var = norm.mean[...], norm.var[...]
     gamma = jnp.ones_like(var) if norm.scale is None else norm.scale[...]
     beta = jnp.zeros_like(var) if norm.bias is None else norm.bias[...]
-    return algebra.bn_affine(gamma, beta, mean, var, eps=norm.epsilon)
+    a, b = algebra.bn_affine(gamma, beta, mean, var, eps=norm.epsilon)
+    if isinstance(norm, SharedNorm):
+        a, b = (jnp.repeat(v, norm.shared, axis=-1) for v in (a, b))
+    return a, b
 
 
 @functools.singledispatch
@@ -305,6 +313,17 @@ def _(m: AfterPointwise, x, w, layer, precision):
     return convolve(y, w, layer, taps=taps, precision=precision)
 
 
+@run_map.register
+def _(m: Local, x, w, layer, precision):
+    if not layer.tiles:
+        return convolve(x, m.embed(w, layer.kernel), layer, precision=precision)
+    tiles = tiled(x, layer.window)
+    inside = Geometry(m.size, layer.inputs, w.shape[-1], layer.groups)
+    y = convolve(one_batch_axis(tiles, layer.axes)[0], w, inside, precision=precision)
+    y = y.reshape(*tiles.shape[: layer.axes + 1], layer.taps, w.shape[-1])
+    return jnp.swapaxes(y, -1, -2).reshape(*y.shape[:-2], layer.outputs)
+
+
 def _average(y: jax.Array, layer: Geometry) -> jax.Array:
     y, padding = padded(y, layer)
     total = lax.reduce_window(
@@ -341,7 +360,7 @@ def _check_vectors(
 ) -> None:
     """Raises ValueError for misshapen vectors, which would be broadcast or fail later in a convolution."""
     holders = structure.followers("scale", "constant") | _vectors(structure)
-    expected = {key: (*stack, part.layer.outputs) for key, part in holders.items()}
+    expected = {key: (*stack, part.channels) for key, part in holders.items()}
     expected |= {"bias": (*stack, structure.layer.outputs)}
     found = {name: tuple(jnp.shape(v)) for name, v in values.items()}
     found |= {} if bias is None else {"bias": tuple(jnp.shape(bias))}

@@ -6,7 +6,7 @@ a smaller branch would then sample other pixels than the centre of the kernel do
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -16,7 +16,7 @@ from jax import lax
 
 from repopt_jax.core import algebra
 from repopt_jax.core.structure import Geometry, PadMode, Pads, per_axis
-from repopt_jax.nn.convolution import conv_general_dilated
+from repopt_jax.nn.convolution import conv_general_dilated, product_of_tiles
 
 Plain: TypeAlias = nnx.Conv | nnx.Linear
 
@@ -54,7 +54,7 @@ def convolve(
     numbers = lax.ConvDimensionNumbers(
         (0, axes + 1, *spatial), (axes + 1, axes, *range(axes)), (0, axes + 1, *spatial)
     )
-    return conv_general_dilated(
+    return convolution_of(layer)(
         x,
         kernel,
         layer.strides,
@@ -64,6 +64,22 @@ def convolve(
         feature_group_count=layer.groups,
         precision=precision,
     )
+
+
+def convolution_of(layer: Geometry) -> Callable[..., jax.Array]:
+    """Returns the function that computes the layer's convolution, of the arguments of `jax.lax`'s."""
+    return product_of_tiles if layer.tiles else conv_general_dilated
+
+
+def joined(y: jax.Array, window: Sequence[int]) -> jax.Array:
+    """Puts tiles together: (batch, *tiles, maps * positions) -> (batch, *spatial, maps).
+
+    Channel s T + p of a tile is position p of map s, T positions of `window`.
+    """
+    axes, (batch, *tiles, _) = len(window), y.shape
+    y = y.reshape(batch, *tiles, -1, *window)
+    order = [n for axis in range(axes) for n in (1 + axis, 2 + axes + axis)]
+    return y.transpose(0, *order, 1 + axes).reshape(batch, *(t * n for t, n in zip(tiles, window)), -1)
 
 
 def padded(x: jax.Array, layer: Geometry) -> tuple[jax.Array, Pads]:
@@ -195,7 +211,7 @@ def check_plain(module: nnx.Module) -> Plain:
     base, function = (nnx.Conv, "conv_general_dilated") if is_conv else (nnx.Linear, "dot_general")
     if type(module).__call__ is not base.__call__:
         raise ValueError(f"its class has a __call__ of its own, in place of that of nnx.{base.__name__}")
-    if getattr(module, function) not in (getattr(lax, function), conv_general_dilated):
+    if getattr(module, function) not in (getattr(lax, function), conv_general_dilated, product_of_tiles):
         raise ValueError(f"it computes with a `{function}` of its own")
     if isinstance(module, nnx.Conv):
         dilation = module.input_dilation or 1
@@ -222,7 +238,7 @@ def _made(geometry: Geometry, **options: Any) -> Plain:
         padding=padding,
         kernel_dilation=geometry.dilation,
         feature_group_count=geometry.groups,
-        conv_general_dilated=conv_general_dilated,
+        conv_general_dilated=convolution_of(geometry),
         rngs=rngs,
         **options,
     )

@@ -11,6 +11,9 @@ changes the norm of the plain gradient but not that of the branches: this shows 
 under any rule. Weight decay is the update that remains if all gradients are zero. It must be a multiple of K;
 if it comes before the multiplier, it is a multiple of P(K).
 
+The two channels are 0 and the next one that shares no entry of a branch's tensor with it: 1, or in a layer
+whose outputs are positions of maps the same position of the next map.
+
 All c_o are powers of two, so an exact optimizer passes without rounding errors. The inner optimizer of
 `reparameterize` is skipped, because `reparameterize` is exact for any inner optimizer.
 """
@@ -224,10 +227,14 @@ class _Probe:
     def with_scales(self, size: Size) -> Any:
         """Returns the first state with synthetic scales, and without inner optimizers of `reparameterize`."""
 
+        def synthetic(path: str, vectors: Mapping[str, Any]) -> dict[str, jax.Array]:
+            second = _second(self.with_rule[path].layer) if path in self.with_rule else 1
+            return {name: _synthetic_vector(v, size.scale, second) for name, v in vectors.items()}
+
         def replaced(node):
             if not isinstance(node, WITH_SCALES):
                 return node
-            vectors = jax.tree.map(lambda v: _synthetic_vector(v, size.scale), node.scales)
+            vectors = {path: synthetic(path, of_layer) for path, of_layer in node.scales.items()}
             if isinstance(node, ReparameterizeState):
                 return ReparameterizeState(vectors, {}, NoInner())
             return node._replace(scales=vectors)
@@ -266,7 +273,7 @@ class _Probe:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any, phase: Any, swapped: Any):
-    """Returns a gradient that is zero except in channels 0 and 1.
+    """Returns a gradient that is zero except in the two channels.
 
     There the branches' gradients in the two phases are size * (1, -a) in one channel and size * (0.1, 1) in
     the other; `swapped` swaps the channels. Over the entries, a and size cover several orders of magnitude,
@@ -285,7 +292,7 @@ def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any,
     made = jnp.zeros(branches.kernel, dtype)
     for number, values in enumerate((low / LOW, high / HIGH)):
         values = jnp.broadcast_to(values * amplitude, (*branches.stack, *free.shape)).astype(dtype)
-        made = jnp.where(channel == number, jnp.expand_dims(values, axis), made)
+        made = jnp.where(channel == number * _second(branches.layer), jnp.expand_dims(values, axis), made)
     return made
 
 
@@ -293,8 +300,9 @@ def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any,
 def _inequality(branches: BranchSet, run: jax.Array, swapped: jax.Array) -> jax.Array:
     """Returns the difference of two channels' moves under the same gradients, relative to the moves."""
     axis, free = _channel_axis(branches), jnp.asarray(_free_entries(branches.layer))
+    factors = {0: LOW, _second(branches.layer): HIGH}
     (low, high), (other_low, other_high) = (
-        [jax.lax.index_in_dim(move, i, axis, keepdims=False) / factor for i, factor in enumerate((LOW, HIGH))]
+        [jax.lax.index_in_dim(move, i, axis, keepdims=False) / factor for i, factor in factors.items()]
         for move in (run, swapped)
     )
     moves = jnp.stack([low, high, other_high, other_low])
@@ -378,7 +386,8 @@ def _transformed_decay(probe: _Probe, path: str, decay: jax.Array) -> jax.Array:
     """Returns the relative distance of a decay from the nearest multiple of P(K)."""
     branches = probe.with_rule[path]
     zeros = np.zeros(branches.vector_shape, np.float32)
-    vectors = {name: _synthetic_vector(zeros, LARGE.scale) for name in branches.names}
+    second = _second(branches.layer)
+    vectors = {name: _synthetic_vector(zeros, LARGE.scale, second) for name in branches.names}
     return _residual(decay, _precondition(branches, probe.start[path], vectors))
 
 
@@ -432,12 +441,17 @@ def _states(state: Any, kinds: tuple[type, ...]) -> list[Any]:
 
 @functools.lru_cache(maxsize=512)
 def _free_entries(layer: BranchSet) -> np.ndarray | None:
-    """Returns a mask of the entries of channels 0 and 1 that only scaled branches reach.
+    """Returns a mask of the entries of the two channels that only scaled branches reach.
 
     It is a boolean array of the kernel's shape without its output axis; None if there are no such entries, or
     if the two channels are not equivalent.
     """
-    if layer.out < 2 or (layer.out == layer.groups and not layer.elementwise):
+    second = _second(layer)
+    in_other_groups = second >= layer.out // layer.groups
+    if layer.out <= second or (
+        # Where a branch mixes channels, it may do so differently in each group.
+        in_other_groups and any(not b.places and b.tied(layer.canonical) == 1 for b in layer.branches)
+    ):
         return None
 
     @jax.jit  # one program instead of one for each operation
@@ -447,8 +461,13 @@ def _free_entries(layer: BranchSet) -> np.ndarray | None:
 
     reached = np.asarray(reached_by_unscaled())
     reached = np.moveaxis(reached, _channel_axis(layer), 0)
-    free = ~(reached[0] | reached[1])
+    free = ~(reached[0] | reached[second])
     return free if free.any() else None
+
+
+def _second(layer: BranchSet) -> int:
+    """Returns the channel that is compared with channel 0."""
+    return max(branch.tied(layer.canonical) for branch in layer.branches)
 
 
 def _channel_axis(branches: BranchSet) -> int:
@@ -456,11 +475,11 @@ def _channel_axis(branches: BranchSet) -> int:
     return len(branches.kernel) - 1 if branches.layout == "...io" else branches.stacked
 
 
-def _synthetic_vector(v: Any, scale: float) -> jax.Array:
-    """Returns synthetic scales like v, with different ones for channels 0, 1 and all others."""
+def _synthetic_vector(v: Any, scale: float, second: int) -> jax.Array:
+    """Returns synthetic scales like v, with different ones for channels 0, `second` and all others."""
     made = np.full(v.shape, scale)
     made[..., 0] *= LOW
-    made[..., 1:2] *= HIGH
+    made[..., second : second + 1] *= HIGH
     return _placed_like(v, jnp.asarray(made, v.dtype))
 
 

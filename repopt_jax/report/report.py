@@ -21,6 +21,7 @@ NAMED_SCALES = {"": "plain SGD", "ones": "RepOpt, all ones", "depth": "RepOpt, d
 MODES = {
     **{"plain": "plain SGD", "search": "search network", "repvgg": "RepVGG", "repghost": "RepGhost"},
     **{"mobileone": "MobileOne", "acnet": "ACNet", "dbb": "DBB", "qarepvgg": "QARepVGG"},
+    "repmlp": "RepMLP",
 }
 
 

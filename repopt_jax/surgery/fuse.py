@@ -21,9 +21,9 @@ from flax import nnx
 
 from repopt_jax.core import algebra, paths
 from repopt_jax.core.branches import Shape
-from repopt_jax.nn.block import Block
+from repopt_jax.nn.block import Block, ChannelAffine, PreNorm
 from repopt_jax.nn.branched import Branched, StructuredLayer, affine_of
-from repopt_jax.nn.geometry import check_plain, plain_layer
+from repopt_jax.nn.geometry import check_plain, explicit_padding, plain_layer
 from repopt_jax.nn.merged import Merged
 from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
 
@@ -158,9 +158,18 @@ def fuse_block(block: nnx.Module) -> nnx.Module:
 
 @fuse_block.register
 def _(block: Block) -> Block:
-    return block.replaced(
-        _plain(block.conv) if block.bn is None else fold_batch_norm(block.conv, block.bn), None
-    )
+    layer = _plain(block.conv) if block.bn is None else fold_batch_norm(block.conv, block.bn)
+    if not isinstance(block.pre, nnx.BatchNorm):
+        return block.replaced(layer, None)
+    if isinstance(layer, nnx.Conv) and any(map(any, explicit_padding(layer))):
+        # The layer pads with zeros what the norm has shifted, which no bias expresses.
+        return block.replaced(layer, None, pre=fuse_block(block.pre))
+    return block.replaced(fold_input_norm(layer, block.pre), None, pre=None)
+
+
+@fuse_block.register
+def _(block: PreNorm) -> ChannelAffine:
+    return ChannelAffine(*affine_of(block), dtype=block.dtype)
 
 
 @fuse_block.register(Branched)
@@ -180,6 +189,20 @@ def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
     for _ in s.shape[:-1]:  # the axes of a stack
         scale_output = jax.vmap(scale_output)
     return _plain_like(layer, scale_output(kernel, s), b if bias is None else b + bias * s)
+
+
+def fold_input_norm(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> Any:
+    """Returns one plain layer that computes layer(bn(x)): the kernel times s, and its response to b.
+
+    (s, b) are those of the batch norm. It is exact if the layer pads its input with nothing.
+    """
+    s, b = affine_of(bn)
+    kernel, bias = _kernel_and_bias(layer)
+    scale_input, response = algebra.scale_input, algebra.constant_response
+    for _ in s.shape[:-1]:  # the axes of a stack
+        scale_input, response = jax.vmap(scale_input), jax.vmap(response)
+    shift = response(kernel, b)
+    return _plain_like(layer, scale_input(kernel, s), shift if bias is None else shift + bias)
 
 
 def _plain(layer: Foldable) -> nnx.Conv | nnx.Linear:

@@ -82,7 +82,8 @@ class ModelConfig:
       post_se: adds squeeze-and-excitation after every block (VGG-style networks).
       dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32. Detectors
         compute in float32.
-      activation: of a detector, "relu" or "relu6". Scales are searched with the one that trains with them.
+      activation: of a detector, a key of `nn.ACTIVATIONS`. Scales are searched with the one that trains with
+        them.
     """
 
     name: str = setting("vgg-digits", choices=lambda config: models.list(config.task))
@@ -455,6 +456,13 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         problems.append(
             f"`model.post_se`=True does nothing with `model.name`={model.name!r}: leave it at False"
         )
+    if model.name in models.list():
+        side = getattr(models.find(model.name).variant, "image_size", 1)
+        if config.data.image_size % side:
+            problems.append(
+                f"`data.image_size`={config.data.image_size} gives maps that are not whole tiles of "
+                f"`model.name`={model.name!r}: it must be a multiple of {side}"
+            )
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         problems.append(
             "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
@@ -616,6 +624,7 @@ SMALLEST = {
     models.vgg: "vgg-digits",
     models.ghostnet: "repghost-digits",
     models.mobileone: "mobileone-digits",
+    models.RepMLPNet: "repmlpnet-digits",
 }
 SMOKE_SIDE = 8  # of the images: the digits' own
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Kernel
-from repopt_jax.interop.names import mobileone, repghost, repopt, repvgg, timm
+from repopt_jax.interop.names import mobileone, repghost, repmlp, repopt, repvgg, timm
 from repopt_jax.interop.names.scheme import NETWORKS, Layout, Scheme, TorchName
 from repopt_jax.models import Network
 from repopt_jax.nn.block import Block
@@ -18,7 +18,7 @@ from repopt_jax.surgery.modules import join, named_modules
 from repopt_jax.surgery.prepare import Mode
 
 SCHEMES: dict[str, Scheme] = {
-    module.SCHEME.name: module.SCHEME for module in (repvgg, repopt, mobileone, repghost, timm)
+    module.SCHEME.name: module.SCHEME for module in (repvgg, repopt, mobileone, repghost, repmlp, timm)
 }
 COUNTER = "num_batches_tracked"
 
@@ -164,10 +164,14 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName
     uses = collections.Counter(keys.values())
     if twice := sorted(str(key) for key, count in uses.items() if count > 1):
         raise ValueError(f"names {scheme.name!r} call several arrays {', '.join(twice)}: correct its tables")
-    return layout, {
-        path: TorchName(str(key), "kernel" if len(arrays[path].shape) > 1 else "vector")
-        for path, key in keys.items()
-    }
+
+    def name(path: str, key: str) -> TorchName:
+        shape = tuple(arrays[path].shape)
+        flattened = layout.flattened and re.fullmatch(layout.flattened, key)
+        window = shape[:-2] if flattened and len(shape) > 2 else ()
+        return TorchName(key, "kernel" if len(shape) > 1 else "vector", window)
+
+    return layout, {path: name(path, str(key)) for path, key in keys.items()}
 
 
 def _other_branches(model: nnx.Module, layout: Layout) -> Iterator[str]:

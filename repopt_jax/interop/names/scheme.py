@@ -5,6 +5,7 @@ tables of published code bases, a few rows for each form of a network. Reading a
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from repopt_jax.core.structure import Description
-from repopt_jax.models import GhostVariant, MobileOneVariant, VGGVariant
+from repopt_jax.models import GhostVariant, MobileOneVariant, RepMLPVariant, VGGVariant
 
 # Names of a layer's arrays, ours -> PyTorch's. The tensors of a structure (`conv/weights/3x3`) and its scales
 # are separate layers in PyTorch, so our name for the array is empty.
@@ -26,7 +27,12 @@ Row = tuple[str, str, Arrays]
 Table = tuple[Row, ...]
 
 # Names of our networks in layouts -> the class of their variants.
-NETWORKS: dict[str, type] = {"VGG": VGGVariant, "GhostNet": GhostVariant, "MobileOne": MobileOneVariant}
+NETWORKS: dict[str, type] = {
+    "VGG": VGGVariant,
+    "GhostNet": GhostVariant,
+    "MobileOne": MobileOneVariant,
+    "RepMLPNet": RepMLPVariant,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Layout:
       inside: rows whose patterns are for paths inside a block, and whose names follow the block's name.
       described: (pattern, description): the structure that the names are for, of the layers of branches whose
         path the pattern matches. A network of ours describes its layers itself.
+      flattened: regular expression for the keys of kernels that are 1x1 there, of maps with a channel for
+        each position, and have a window here.
     """
 
     network: str = ""
@@ -57,6 +65,7 @@ class Layout:
     blocks: tuple[tuple[str, Name], ...] = ()
     inside: Table = ()
     described: tuple[tuple[str, Description], ...] = ()
+    flattened: str = ""
 
     def key(self, path: str) -> str | None:
         """Returns the code base's key of the array at our `path`, or None."""
@@ -95,23 +104,30 @@ class TorchName:
       key: key in the state dict.
       kind: "kernel", (out, in, *spatial) there and (*spatial, in, out) here, with no spatial axes in a dense
         layer; or "vector", the same in both.
+      window: () or, for a kernel that has this spatial shape here and is (out, in * positions, 1, 1) there,
+        the spatial shape.
     """
 
     key: str
     kind: Literal["kernel", "vector"]
+    window: tuple[int, ...] = ()
 
     def to_torch(self, array: Any) -> np.ndarray:
         """Converts our array to PyTorch's order of axes."""
         array = np.asarray(array)
-        return np.ascontiguousarray(array.transpose(self._axes(array.ndim)))
+        shape = self.shape_in_torch(array.shape)
+        return np.ascontiguousarray(array.transpose(self._axes(array.ndim))).reshape(shape)
 
     def from_torch(self, tensor: np.ndarray) -> np.ndarray:
         """Converts PyTorch's tensor to our order of axes."""
+        if self.window:
+            tensor = tensor.reshape(tensor.shape[0], -1, *self.window)
         return tensor.transpose(np.argsort(self._axes(tensor.ndim)))
 
     def shape_in_torch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape in PyTorch of an array that has `shape` here."""
-        return tuple(shape[axis] for axis in self._axes(len(shape)))
+        theirs = tuple(shape[axis] for axis in self._axes(len(shape)))
+        return (theirs[0], math.prod(theirs[1:]), *(1 for _ in self.window)) if self.window else theirs
 
     def _axes(self, rank: int) -> tuple[int, ...]:
         """Returns our axes in PyTorch's order."""
