@@ -49,10 +49,13 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.optim import repopt_mask as repopt_mask
     from repopt_jax.optim import repopt_sgd as repopt_sgd
     from repopt_jax.optim import repopt_sign_mask as repopt_sign_mask
+    from repopt_jax.optim import resrep_masks as resrep_masks
     from repopt_jax.optim import scale_by_repopt_adam as scale_by_repopt_adam
+    from repopt_jax.optim import scale_by_resrep as scale_by_resrep
     from repopt_jax.surgery import Mode as Mode
     from repopt_jax.surgery import SearchTree as SearchTree
     from repopt_jax.surgery import branches_of as branches_of
+    from repopt_jax.surgery import count_macs as count_macs
     from repopt_jax.surgery import depth_scales as depth_scales
     from repopt_jax.surgery import extract_scales as extract_scales
     from repopt_jax.surgery import fast_on_cpu as fast_on_cpu
@@ -61,10 +64,13 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.surgery import find_parametrizations as find_parametrizations
     from repopt_jax.surgery import find_structures as find_structures
     from repopt_jax.surgery import fuse as fuse
+    from repopt_jax.surgery import plan_pruning as plan_pruning
     from repopt_jax.surgery import prepare as prepare
     from repopt_jax.surgery import reinitialize as reinitialize
     from repopt_jax.surgery import search_tree as search_tree
+    from repopt_jax.surgery import shrink as shrink
     from repopt_jax.surgery import to_repvgg as to_repvgg
+    from repopt_jax.surgery import to_resrep as to_resrep
     from repopt_jax.surgery import to_search as to_search
     from repopt_jax.surgery import to_structure as to_structure
     from repopt_jax.surgery import weight_decay_mask as weight_decay_mask
@@ -86,13 +92,13 @@ _NAMES = {
         *("check_optimizer", "clip_by_repopt_global_norm", "decay_mask", "gradient_multipliers"),
         "reparameterize",
         *("repopt_adamw", "repopt_lion", "repopt_mask", "repopt_sgd", "repopt_sign_mask"),
-        "scale_by_repopt_adam",
+        *("resrep_masks", "scale_by_repopt_adam", "scale_by_resrep"),
     ),
     "surgery": (
-        *("Mode", "SearchTree", "branches_of", "depth_scales", "extract_scales", "fast_on_cpu"),
-        *("find_branches", "find_layers", "find_parametrizations", "find_structures", "fuse"),
-        *("prepare", "reinitialize", "search_tree", "to_repvgg", "to_search", "to_structure"),
-        "weight_decay_mask",
+        *("Mode", "SearchTree", "branches_of", "count_macs", "depth_scales", "extract_scales"),
+        *("fast_on_cpu", "find_branches", "find_layers", "find_parametrizations", "find_structures"),
+        *("fuse", "plan_pruning", "prepare", "reinitialize", "search_tree", "shrink", "to_repvgg"),
+        *("to_resrep", "to_search", "to_structure", "weight_decay_mask"),
     ),
     "verify": ("verify_equivalence",),
 }

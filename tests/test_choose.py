@@ -53,7 +53,7 @@ def test_every_structure_of_a_network_merges_exactly(name, x64):
             )
 
     x = case.batches(1, dtype=np.float64)[0]["x"]
-    assert set(STRUCTURES) - set(made) <= {"replknet", "unireplknet"}  # which need large windows
+    assert set(STRUCTURES) - set(made) <= {"replknet", "unireplknet", "repmlp"}  # of other windows
     outputs = {}
     for key, model in made.items():
         branched = outputs[key] = model(x)

@@ -42,7 +42,10 @@ def get_config(arg=""):
 """
 
 
-COMMANDS = ("quickstart", "search", "train", "eval", "predict", "deploy", "verify", "convert", "bench")
+COMMANDS = (
+    *("quickstart", "search", "train", "prune", "eval", "predict", "deploy", "verify", "convert"),
+    "bench",
+)
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
@@ -347,11 +350,12 @@ def test_what_does_not_fit_in_memory(capsys, train, monkeypatch):
     refused(capsys, train(), "Out of memory allocating 8 bytes.: it does not fit", "lower `batch_size`")
 
 
-@pytest.mark.parametrize("command", ["eval", "deploy", "bench", "quickstart"])
+@pytest.mark.parametrize("command", ["prune", "eval", "deploy", "bench", "quickstart"])
 def test_a_command_of_one_process_in_a_job_of_several(capsys, monkeypatch, command, tmp_path):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     flags = {"eval": ["--run=x"], "deploy": ["--run=x", f"--out={tmp_path}/y"], "bench": ["update"]}
+    flags["prune"] = flags["deploy"]
     refused(capsys, [command, *flags.get(command, [])], "one process", "srun -n1", code=2)
 
 

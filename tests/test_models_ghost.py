@@ -360,7 +360,7 @@ def test_reinitialising_scales_the_draw_and_adds_u_at_the_centre():
 def test_the_twin_of_a_network_is_its_search_network():
     """With the same tensors and trainable scales: array by array, merged into the network's kernels."""
     scales, plain = signed(depth_scales(tiny())), randomised(tiny(), dtype=jnp.float32)
-    search = prepare(plain, "search", scales=scales, rngs=nnx.Rngs(3)).model
+    search = prepare(plain, "search", scales=scales, trained=False, rngs=nnx.Rngs(3)).model
     weights = sample_weights(scales, nnx.Rngs(3).params())
     twin = csla_twin(plain, scales, weights, trainable_scales=True)
     assert nnx.graphdef(twin) == nnx.graphdef(search)

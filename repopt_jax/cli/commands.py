@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from repopt_jax.cli.config import read_config
+from repopt_jax.cli.config import read_config, with_overrides
 from repopt_jax.cli.errors import UsageError, print_error, sentence
 from repopt_jax.cli.jobs import distributed, single_process
 from repopt_jax.hints import did_you_mean
@@ -108,6 +108,54 @@ def train(args: argparse.Namespace) -> int:
 
       repopt train --config=digits:repopt --config.scales=runs/digits/search/scales --out=runs/repopt"""
     return _run(read_config(args.config, args.overrides), _absolute(args.out))
+
+
+@single_process
+def prune(args: argparse.Namespace) -> int:
+    """Prune the network of a run to a share of its computations (ResRep).
+
+    Trains the network on, with compactors that learn which channels can go, removes these, and compares
+    accuracy and multiply-accumulates. The smaller network is in DIR/deployed. The training takes the run's
+    data and length and the published optimizer (a cosine from rate 0.01); --config.FIELD=VALUE sets fields of
+    its config, those of the method in --config.prune. Example:
+
+      repopt prune --run=runs/plain --target=0.5 --out=runs/half --config.prune.strength=1e-3"""
+    out = _absolute(args.out)
+    with _logging(), _interruptible(out):
+        from repopt_jax.train import Summary, processes
+        from repopt_jax.train.prune import DEPLOYED, prune, prune_config
+        from repopt_jax.train.tasks import format_metrics
+
+        made = prune_config(args.run, target=args.target, checkpoint=args.checkpoint or "latest")
+        config = with_overrides(made, args.overrides)
+        with processes.stop_on_signals() as stop:
+            done = prune(config, out, stop=stop)
+    if isinstance(done, Summary):
+        print_error(f"stopped at step {done.steps}; {_how_to_continue(out)}")
+        return stop.exit_code
+    tests = (done.test_before, done.test_trained, done.test_after)
+    before, trained, after = (format_metrics(config.task, test) for test in tests)
+    width = max(map(len, done.widths))
+    _print(
+        *(["Already pruned; nothing was done."] if done.reused else []),
+        f"{'layer':<{width}}  inputs -> outputs",
+        *(
+            f"{path:<{width}}  {inputs} -> {outputs}, was {was_inputs} -> {was_outputs}"
+            for path, (was_inputs, was_outputs, inputs, outputs) in done.widths.items()
+        ),
+        f"multiply-accumulates of an image: {done.macs_before:,} before, {done.macs_after:,} after, "
+        f"{done.macs_after / done.macs_before:.1%} (target {done.target:.1%})",
+        f"parameters: {done.parameters_before:,} before, {done.parameters_after:,} after",
+        f"of {done.test_count} images: {before} before; {trained} with compactors; {after} after",
+        f"largest output difference of the last two {done.max_abs:.2e} ({done.max_rel:.2e} of the largest)",
+        f"Network: {out / DEPLOYED}",
+    )
+    if done.removed < done.masked:
+        _print(
+            f"{done.masked - done.removed} of {done.masked} masked channels have not become zero and stay: "
+            "train longer, or with a larger prune.strength or a smaller prune.momentum"
+        )
+    return 0
 
 
 @single_process

@@ -22,12 +22,20 @@ def read_config(file_and_arg: str, overrides: Sequence[str] = ()) -> Any:
       UsageError: unknown fields, or a value that is not of the field's type.
       FileNotFoundError, TypeError: as `train.load_config`.
     """
+    from repopt_jax.train import load_config
+
+    return with_overrides(load_config(file_and_arg), overrides)
+
+
+def with_overrides(config: Any, overrides: Sequence[str]) -> Any:
+    """Applies `overrides` to a config, as `read_config` does; the config is changed and returned.
+
+    Raises:
+      UsageError: as `read_config`.
+    """
     from absl import flags
     from ml_collections import config_flags
 
-    from repopt_jax.train import load_config
-
-    config = load_config(file_and_arg)
     values = dict(override.removeprefix("--config.").split("=", 1) for override in overrides)
     fields = dict(_fields(config))
     if unknown := [name for name in values if name not in fields]:

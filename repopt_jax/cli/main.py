@@ -130,6 +130,20 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         parser.option("--processes=N", "number of processes of the job", type=int)
         parser.option("--process=I", "index of this process, from 0", type=int)
 
+    prune = add("prune", commands.prune)
+    prune.takes_config = True
+    prune.option("--run=DIR", "folder of the run, of mode plain or repopt", type=path, required=True)
+    prune.option(
+        "--target=X", "share of the multiply-accumulates that is to stay (0.5)", type=float, default=0.5
+    )
+    prune.option(
+        "--out=DIR",
+        "folder of the pruning. Run again, the command continues it, or reports what is there",
+        type=path,
+        required=True,
+    )
+    prune.option("--checkpoint=WHICH", "of the run: latest (the default), best, or the number of a step")
+
     evaluate = add("eval", commands.evaluate)
     evaluate.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
     evaluate.checkpoint_options()

@@ -210,7 +210,7 @@ def after_pointwise(w: jax.Array, c: jax.Array) -> jax.Array:
     return merged.reshape(*size, c.shape[1], out)
 
 
-def before_pointwise(w: jax.Array, c: jax.Array, inputs: int, groups: int = 1) -> jax.Array:
+def depthwise_before_pointwise(w: jax.Array, c: jax.Array, inputs: int, groups: int = 1) -> jax.Array:
     """Returns the kernel of a depthwise convolution w followed by a 1x1 convolution C.
 
     w is (*window, 1, in * t), with t outputs for each input channel, one channel after the other; C is
@@ -246,6 +246,14 @@ def frequencies(shape: Sequence[int]) -> np.ndarray:
         table[..., first:last] = cosines.reshape(*along, 1, last - first)
         first = last
     return table
+
+
+def before_pointwise(w: jax.Array, c: jax.Array) -> jax.Array:
+    """Returns the kernel of a convolution w followed by a 1x1 convolution C: sum_m w[..., m] * C[m, o].
+
+    w is (..., mid), a kernel or a bias, c (mid, out), the result (..., out).
+    """
+    return jnp.matmul(w, c, precision=lax.Precision.HIGHEST)
 
 
 def constant_response(kernel: jax.Array, c: jax.Array) -> jax.Array:

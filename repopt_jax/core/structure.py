@@ -12,9 +12,9 @@ nothing, which is y = a_j * x + b_j for each channel. The chain is then one conv
     K = a_n * k_n o (a_{n-1} * k_{n-1} o ... (a_1 * k_1))
     b = c_n,   c_j = a_j * (k_j applied to c_{j-1}) + b_j,   c_0 = 0
 
-where o is `algebra.after_pointwise` or, after a depthwise stage, `algebra.before_pointwise`, and c_j is the
-output of the first j stages for an input of zeros (`algebra.constant_response`). The layer is the sum of its
-chains. At the border this is exact only if the input of a stage over the window is padded with c_{j-1}
+where o is `algebra.after_pointwise` (after a depthwise stage `algebra.depthwise_before_pointwise`), and c_j
+is the output of the first j stages for an input of zeros (`algebra.constant_response`). The layer is the sum
+of its chains. At the border this is exact only if the input of a stage over the window is padded with c_{j-1}
 instead of zeros, as in DBB (arXiv 2103.13425, `BNAndPad`) and, for every chain, in `nn.Branched`.
 """
 
@@ -450,7 +450,9 @@ def _merged(
         if b is not None:
             constant = b if constant is None else constant + b
         if merged is not None and chain[0].stage.expansion is not None:
-            kernel = algebra.before_pointwise(merged, kernel, chain[0].layer.inputs // groups, groups)
+            kernel = algebra.depthwise_before_pointwise(
+                merged, kernel, chain[0].layer.inputs // groups, groups
+            )
         elif merged is not None:
             kernel = algebra.after_pointwise(kernel, algebra.by_groups(merged, groups))
         merged = kernel

@@ -10,6 +10,8 @@ from repopt_jax.nn.block import SqueezeExcite as SqueezeExcite
 from repopt_jax.nn.branched import Branched as Branched
 from repopt_jax.nn.branched import FrozenScale as FrozenScale
 from repopt_jax.nn.branched import StructuredLayer as StructuredLayer
+from repopt_jax.nn.compactor import Compacted as Compacted
+from repopt_jax.nn.compactor import Compactor as Compactor
 from repopt_jax.nn.convolution import conv_general_dilated as conv_general_dilated
 from repopt_jax.nn.convolution import product_of_tiles as product_of_tiles
 from repopt_jax.nn.convolution import xla_convolutions as xla_convolutions

@@ -184,13 +184,17 @@ def _global_norm(gradients: Any, scales: Scales, vectors: dict[str, dict[str, ja
 
 
 def state_vectors(scales: Scales, params: Any) -> dict[str, dict[str, jax.Array]]:
-    """Returns the vectors of `visible_scales`, as an optimizer's state holds them.
-
-    If the parameters are sharded over a mesh, the vectors are replicated on it. If they were left on one
-    device, the first compiled step would move them, and the second step would be compiled again.
-    """
+    """Returns the vectors of `visible_scales`, as an optimizer's state holds them."""
     # Copies, because a step that donates its state must not delete the caller's scales.
-    vectors = jax.tree.map(jnp.array, visible_scales(scales, params).vectors)
+    return replicated_like(params, jax.tree.map(jnp.array, visible_scales(scales, params).vectors))
+
+
+def replicated_like(params: Any, vectors: Any) -> Any:
+    """Returns `vectors`, replicated on the mesh over which the parameters are sharded, if they are.
+
+    If they were left on one device, the first compiled step would move them, and the second step would be
+    compiled again.
+    """
     meshes = [
         leaf.sharding.mesh
         for leaf in jax.tree.leaves(params)

@@ -8,9 +8,16 @@ from repopt_jax.surgery.decay import weight_decay_mask as weight_decay_mask
 from repopt_jax.surgery.fuse import fuse as fuse
 from repopt_jax.surgery.layers import find_branches as find_branches
 from repopt_jax.surgery.layers import find_layers as find_layers
+from repopt_jax.surgery.macs import count_macs as count_macs
 from repopt_jax.surgery.prepare import Mode as Mode
 from repopt_jax.surgery.prepare import prepare as prepare
 from repopt_jax.surgery.reinitialize import reinitialize as reinitialize
+from repopt_jax.surgery.resrep import PruningPlan as PruningPlan
+from repopt_jax.surgery.resrep import kept_rows as kept_rows
+from repopt_jax.surgery.resrep import plan_pruning as plan_pruning
+from repopt_jax.surgery.resrep import resized as resized
+from repopt_jax.surgery.resrep import shrink as shrink
+from repopt_jax.surgery.resrep import to_resrep as to_resrep
 from repopt_jax.surgery.search import csla_twin as csla_twin
 from repopt_jax.surgery.search import depth_scales as depth_scales
 from repopt_jax.surgery.search import extract_scales as extract_scales

@@ -12,6 +12,7 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.nn.branched import StructuredLayer
+from repopt_jax.nn.compactor import Compactor
 from repopt_jax.surgery.custom_l2 import repvgg_layers
 from repopt_jax.surgery.modules import join, named_modules
 
@@ -22,7 +23,7 @@ def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable
         optax.add_decayed_weights(4e-5, weight_decay_mask(model))
 
     The kernels of all layers are decayed, and parameters of structures as their stages say. Biases, batch
-    norms, and other vectors and scalars are not.
+    norms, compactors, and other vectors and scalars are not.
 
     Args:
       model: the model.
@@ -39,7 +40,8 @@ def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable
             decayed |= {join(path, name): value for name, value in _of_structure(module)}
         for name, value in vars(module).items():
             if isinstance(value, nnx.Param):
-                decayed.setdefault(join(path, name), name == "kernel" or _undecided(value))
+                own = isinstance(module, Compactor)
+                decayed.setdefault(join(path, name), not own and (name == "kernel" or _undecided(value)))
     if custom_l2:
         for path, layer in repvgg_layers(model).items():
             for key in layer.structure.shapes():

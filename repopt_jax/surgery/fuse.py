@@ -23,6 +23,7 @@ from repopt_jax.core import algebra, paths
 from repopt_jax.core.branches import Shape
 from repopt_jax.nn.block import Block, ChannelAffine, PreNorm
 from repopt_jax.nn.branched import Branched, StructuredLayer, affine_of
+from repopt_jax.nn.compactor import Compactor
 from repopt_jax.nn.geometry import check_plain, explicit_padding, plain_layer
 from repopt_jax.nn.merged import Merged
 from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
@@ -62,8 +63,9 @@ def fuse(
     Raises:
       ValueError: the model is in training mode (batch norms use batch statistics): call `model.eval()` first;
         or `pairs` that cannot be folded, all with the reasons.
-      TypeError: a batch norm that belongs to no block for which `fuse_block` is registered and to no pair, a
-        layer that has no plain form, or a class in `only` that is not registered.
+      TypeError: a model with compactors (`shrink` merges them); a batch norm that belongs to no block for
+        which `fuse_block` is registered and to no pair, a layer that has no plain form, or a class in `only`
+        that is not registered.
     """
     default = fuse_block.dispatch(object)
     if unknown := [cls.__name__ for cls in only if fuse_block.dispatch(cls) is default]:
@@ -74,6 +76,8 @@ def fuse(
             f"the model is in training mode (batch norms {paths.listed(training)} use batch statistics), so "
             "a fused copy would compute something else: call `model.eval()` first"
         )
+    if compactors := [p for p, m in named_modules(model) if isinstance(m, Compactor)]:
+        raise TypeError(f"{paths.listed(compactors)} are compactors: merge them with `shrink` first")
 
     def wanted(module: nnx.Module) -> bool:
         if isinstance(module, Block) and not isinstance(module.conv, _FOLDABLE):
@@ -188,7 +192,7 @@ def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
     scale_output = algebra.scale_output
     for _ in s.shape[:-1]:  # the axes of a stack
         scale_output = jax.vmap(scale_output)
-    return _plain_like(layer, scale_output(kernel, s), b if bias is None else b + bias * s)
+    return plain_like(layer, scale_output(kernel, s), b if bias is None else b + bias * s)
 
 
 def fold_input_norm(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> Any:
@@ -202,12 +206,12 @@ def fold_input_norm(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> Any:
     for _ in s.shape[:-1]:  # the axes of a stack
         scale_input, response = jax.vmap(scale_input), jax.vmap(response)
     shift = response(kernel, b)
-    return _plain_like(layer, scale_input(kernel, s), shift if bias is None else shift + bias)
+    return plain_like(layer, scale_input(kernel, s), shift if bias is None else shift + bias)
 
 
 def _plain(layer: Foldable) -> nnx.Conv | nnx.Linear:
     """Returns the plain layer that equals `layer` in evaluation mode."""
-    return _plain_like(layer, *_kernel_and_bias(layer))
+    return plain_like(layer, *_kernel_and_bias(layer))
 
 
 def _kernel_and_bias(layer: Foldable) -> tuple[jax.Array, jax.Array | None]:
@@ -216,7 +220,7 @@ def _kernel_and_bias(layer: Foldable) -> tuple[jax.Array, jax.Array | None]:
     return layer.kernel[...], None if layer.bias is None else layer.bias[...]
 
 
-def _plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> Any:
+def plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> Any:
     """Returns a plain layer with the geometry of `layer` and this kernel and bias."""
     if isinstance(layer, StructuredLayer):
         geometry = layer.structure.layer

@@ -3,11 +3,13 @@ trained network read back, and a check of the training's equivalence.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -15,14 +17,16 @@ from jax.sharding import Mesh
 from repopt_jax import data
 from repopt_jax.core.scales import Scales
 from repopt_jax.optim.check import check_optimizer
+from repopt_jax.optim.resrep import resrep
 from repopt_jax.surgery.choose import parse_options
 from repopt_jax.surgery.custom_l2 import custom_l2
 from repopt_jax.surgery.decay import scale_paths, weight_decay_mask
 from repopt_jax.surgery.prepare import Mode, prepare
 from repopt_jax.surgery.reinitialize import sample_weights
+from repopt_jax.surgery.resrep import PruningPlan, plan_pruning, to_resrep
 from repopt_jax.surgery.search import csla_twin, extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import Config, validate
+from repopt_jax.train.config import Config, from_json, to_json, validate
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule, weight_decay
 from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rundir import RunFolder
@@ -41,6 +45,8 @@ from repopt_jax.train.state import (
 from repopt_jax.train.tasks import Classification, Detection, Evaluator, Task
 from repopt_jax.verify.equivalence import Check
 
+logger = logging.getLogger(__name__)
+
 TASKS: dict[str, type[Task]] = {"classify": Classification, "detect": Detection}
 
 
@@ -54,12 +60,13 @@ class Feed(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What is compiled, and where the state that it moves lies."""
+    """What is compiled, and where the state that it moves lies; of a run that prunes also its plan."""
 
     graphdef: Any
     train_step: Any
     evaluate: Evaluator
     sharding: TrainState
+    plan: PruningPlan | None = None
 
 
 class Trained(NamedTuple):
@@ -124,7 +131,25 @@ def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
     return _network(config, info, scales), _multiplier(config, scales)
 
 
-def _network(config: Config, info: Any, scales: Scales | None) -> Any:
+def pruning_plan(config: Config, info: Any) -> PruningPlan | None:
+    """What can be pruned of the config's network, with the costs of one image; None if nothing is pruned.
+
+    Raises:
+      ValueError: as `plan_pruning`.
+    """
+    return _plan(to_json(config), info) if config.prune.run else None
+
+
+@functools.lru_cache(maxsize=2)  # the training, its evaluation and its deployment need the same one
+def _plan(config_text: str, info: Any) -> PruningPlan:
+    config = from_json(config_text)
+    task, side = make_task(config), config.data.image_size
+    model = nnx.eval_shape(lambda: task.new_model(info, seed=config.seed))
+    image = jax.ShapeDtypeStruct((1, side, side, info.channels), "float32")
+    return plan_pruning(model, image, select=config.prune.select or None)
+
+
+def _network(config: Config, info: Any, scales: Scales | None, plan: PruningPlan | None = None) -> Any:
     """The config's network, ready for its mode. Without scales a network of mode repopt is left plain."""
     model = make_task(config).new_model(info, seed=config.seed)
     mode = Mode.parse(config.model.mode)
@@ -133,7 +158,8 @@ def _network(config: Config, info: Any, scales: Scales | None) -> Any:
     # A key of its own: the branches' draws must not repeat the network's.
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     options = parse_options(config.model.structure_options)
-    return prepare(model, mode, scales=scales, options=options, rngs=nnx.Rngs(key)).model
+    prepared = prepare(model, mode, scales=scales, options=options, rngs=nnx.Rngs(key)).model
+    return prepared if plan is None else to_resrep(prepared, plan)
 
 
 def _scales(config: Config, info: Any) -> Scales | None:
@@ -173,10 +199,14 @@ def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, Trai
     """Network and optimizer as jitted steps, and the state before the first one, on its devices.
 
     Raises:
-      ValueError: scales that do not fit the network, a mesh that divides none of its arrays.
-      FileNotFoundError: the scales are missing.
+      ValueError: scales that do not fit the network, a mesh that divides none of its arrays, layers that
+        cannot be pruned.
+      FileNotFoundError: the scales or the run to prune are missing.
     """
     info = feed.source.info
+    if (plan := pruning_plan(config, info)) is not None:
+        model = to_resrep(load_source(config).model, plan)
+        return _program(config, model, None, mesh, feed.steps_per_epoch, feed.source, plan)
     # Not every host may see the same folders.
     scales = in_all_processes("load the scales", lambda: _scales(config, info))
     model = _at_once(lambda: _network(config, info, scales))
@@ -191,13 +221,19 @@ def abstract_program(
 
     Its `evaluate` cannot be used, as there are no images. Errors are those of `build_program`.
     """
-    scales = _scales(config, info)  # real ones: their values are checked
-    model = nnx.eval_shape(lambda: _network(config, info, scales))
-    return _program(config, model, _multiplier(config, scales), mesh, steps_per_epoch, source=None)
+    scales, plan = _scales(config, info), pruning_plan(config, info)  # real scales: their values are checked
+    model = nnx.eval_shape(lambda: _network(config, info, scales, plan))
+    return _program(config, model, _multiplier(config, scales), mesh, steps_per_epoch, None, plan)
 
 
 def _program(
-    config: Config, model: Any, scales: Scales | None, mesh: Mesh, steps_per_epoch: int, source: Any
+    config: Config,
+    model: Any,
+    scales: Scales | None,
+    mesh: Mesh,
+    steps_per_epoch: int,
+    source: Any,
+    plan: PruningPlan | None = None,
 ) -> tuple[Program, TrainState]:
     """The program and the first state of a network: without a data set of an abstract one, else of a real
     one."""
@@ -208,6 +244,10 @@ def _program(
     objective = task.objective
     if optim.custom_l2:
         objective = with_custom_l2(objective, weight_decay(optim, config.batch_size))
+    if plan is not None:
+        prune = config.prune
+        tx = resrep(tx, plan.compactors, schedule, strength=prune.strength, momentum=prune.momentum)
+        _warn_if_short(config, schedule, steps_per_epoch)
     if config.freeze_scales is not None:
         after = round(config.freeze_scales * config.epochs * steps_per_epoch)
         tx = hold_scales(tx, scale_paths(model), after=after)
@@ -236,10 +276,26 @@ def _program(
         sharding=sharding,
     )
     if source is None:
-        return Program(network.graphdef, train_step, _no_images, sharding), abstract(shapes, sharding)
+        return Program(network.graphdef, train_step, _no_images, sharding, plan), abstract(shapes, sharding)
     evaluate = task.make_evaluator(network.graphdef, source, mesh)
     state = put_state(first_state(*arrays), sharding)
-    return Program(network.graphdef, train_step, evaluate, sharding), state
+    return Program(network.graphdef, train_step, evaluate, sharding, plan), state
+
+
+def _warn_if_short(config: Config, schedule: optax.Schedule, steps_per_epoch: int) -> None:
+    """Says so where no row can become zero: each begins with the norm 1, and the lasso moves one by at most
+    rate * strength / (1 - momentum) in a step."""
+    prune, total = config.prune, config.epochs * steps_per_epoch
+    first = round(prune.before_epochs * steps_per_epoch) + prune.interval
+    rates = sum(np.asarray(schedule(step)).item() for step in range(min(first, total), total))
+    moved = rates * prune.strength / (1 - prune.momentum)
+    if prune.target < 1 and moved < 1:
+        logger.warning(
+            "%s: after the first masks (step %d of %d) the lasso moves a row by %.2g at most, and rows begin "
+            "with the norm 1, so that none will become zero: train longer, or raise prune.strength or "
+            "optim.learning_rate",
+            *(config.name, first, total, moved),
+        )
 
 
 def with_custom_l2(objective: Objective, decay: float) -> Objective:
@@ -314,7 +370,8 @@ def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Tr
     """
     folder = RunFolder(run_dir)
     config, info = folder.read()
-    network = split_model(nnx.eval_shape(lambda: _network(config, info, None)))
+    plan = pruning_plan(config, info)
+    network = split_model(nnx.eval_shape(lambda: _network(config, info, None, plan)))
     _, params, rest = abstract(network, first_device())
     with open_checkpoints(folder, config) as checkpoints:
         step = checkpoints.find(checkpoint)
@@ -322,6 +379,25 @@ def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Tr
     model = merge_model(network.graphdef, params, rest)
     model.eval()
     return Trained(model, config, info, step)
+
+
+def load_source(config: Config) -> Trained:
+    """The network that a run that prunes starts from.
+
+    Raises:
+      FileNotFoundError: there is no such run or checkpoint any more.
+      ValueError: it is another network.
+    """
+    step = config.prune.step
+    source = load_trained(config.prune.run, checkpoint="latest" if step is None else step)
+    names = ("name", "post_se", "activation")
+    here, there = ({name: getattr(c.model, name) for name in names} for c in (config, source.config))
+    if here != there:
+        raise ValueError(
+            f"`prune.run` {config.prune.run} has trained the network {there}, and `model` is {here}: leave "
+            "it as it was trained"
+        )
+    return source
 
 
 def open_checkpoints(folder: RunFolder, config: Config) -> Checkpoints:

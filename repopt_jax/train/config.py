@@ -278,6 +278,40 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
+class PruneConfig:
+    """Pruning by ResRep: a trained network goes on with compactors, which are merged when it is deployed.
+
+    `repopt prune` fills in where it starts; the defaults are the published recipe's.
+
+    Attributes:
+      run: folder of the trained run; "" for no pruning.
+      step: of its checkpoint.
+      target: share of the multiply-accumulates that is to stay.
+      select: regular expression for the paths of the layers to prune; "" for all convolutions that can be
+        pruned by themselves, see `surgery.plan_pruning`.
+      strength: lambda of the lasso on the rows of the compactors.
+      momentum: of the compactors, which are not decayed.
+      before_epochs: epochs before the first mask.
+      interval: steps between two choices of the masks.
+      granularity: how many more rows each choice may mask.
+      at_least: channels that every layer keeps.
+      threshold: norm below which a row is removed in the end.
+    """
+
+    run: str = ""
+    step: int | None = setting(None, at_least=0)
+    target: float = setting(0.5, more_than=0, at_most=1)
+    select: str = ""
+    strength: float = setting(1e-4, at_least=0)
+    momentum: float = setting(0.99, at_least=0, less_than=1)
+    before_epochs: float = setting(5.0, at_least=0)
+    interval: int = setting(200, at_least=1)
+    granularity: int = setting(4, at_least=1)
+    at_least: int = setting(1, at_least=1)
+    threshold: float = setting(1e-5, at_least=0)
+
+
+@dataclasses.dataclass
 class Config:
     """One run.
 
@@ -326,6 +360,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     detect: DetectConfig = dataclasses.field(default_factory=DetectConfig, metadata={"only": DETECT})
+    prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
 
 
 # -- files
@@ -449,6 +484,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         *_structure_problems(config.model),
         *_data_problems(config.data),
         *_schedule_problems(config.optim),
+        *_prune_problems(config),
         *_device_problems(config, devices),
     ]
     model = config.model
@@ -582,6 +618,30 @@ def _schedule_problems(optim: OptimConfig) -> Iterator[str]:
             f"`optim.warmup_start`={optim.warmup_start} does nothing without `optim.warmup_epochs`: leave it "
             "at 0"
         )
+
+
+def _prune_problems(config: Config) -> Iterator[str]:
+    prune = config.prune
+    if not prune.run:
+        for field in dataclasses.fields(prune):
+            if (value := getattr(prune, field.name)) != field.default:
+                yield (
+                    f"`prune.{field.name}`={value!r} does nothing without `prune.run`: leave it at "
+                    f"{field.default!r}, or use `repopt prune`"
+                )
+        return
+    if config.model.mode != Mode.PLAIN:
+        yield (
+            f"`model.mode`={config.model.mode!r} with `prune.run`: compactors are for plain networks, mode "
+            "'plain'"
+        )
+    if prune.before_epochs >= config.epochs:
+        yield (
+            f"`prune.before_epochs`={prune.before_epochs:g} leaves none of the {config.epochs} `epochs` for "
+            "pruning: lower it, or train longer"
+        )
+    if jax.process_count() > 1:
+        yield f"`prune.run`={prune.run!r} in {jax.process_count()} processes: pruning runs in one"
 
 
 def _device_problems(config: Config, devices: int) -> Iterator[str]:

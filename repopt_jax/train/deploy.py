@@ -17,14 +17,23 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from repopt_jax._version import __version__
+from repopt_jax.core import paths
 from repopt_jax.core.scales import save_scales
 from repopt_jax.interop import load_torch_scales
 from repopt_jax.interop.convert import convert_file, export_weights, is_torch_file, refuse_existing
 from repopt_jax.interop.networks import RECORD as CONVERTED
 from repopt_jax.interop.networks import load_converted
 from repopt_jax.surgery.fuse import fuse, output_difference
-from repopt_jax.train.build import Trained, build_model, load_trained, make_task, open_checkpoints
-from repopt_jax.train.config import Config, from_json
+from repopt_jax.surgery.resrep import resized, shrink
+from repopt_jax.train.build import (
+    Trained,
+    build_model,
+    load_trained,
+    make_task,
+    open_checkpoints,
+    pruning_plan,
+)
+from repopt_jax.train.config import Config, PruneConfig, from_json
 from repopt_jax.train.rundir import (
     PART,
     RunFolder,
@@ -55,6 +64,7 @@ class Deployed:
       train_parameters, deploy_parameters: trained numbers in the two networks.
       test_accuracy, test_loss, test_count: of the fused network; None where the task has none.
       test: its numbers by name, as `tasks.METRICS` has them for the task.
+      shapes: of a pruned network, path -> shape of every parameter; else None.
       library_version: of repopt_jax.
       reused: True if it was there already and nothing was done.
     """
@@ -73,6 +83,7 @@ class Deployed:
     test_loss: float | None
     test_count: int
     test: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]] | None
     library_version: str = __version__
     reused: bool = False
 
@@ -80,7 +91,8 @@ class Deployed:
 def deploy(
     run_dir: str | Path, out_dir: str | Path, *, data_dir: str | None = None, checkpoint: str | int = "latest"
 ) -> Deployed:
-    """Fuses the network of a run's checkpoint into plain convolutions and saves it in `out_dir`.
+    """Fuses the network of a run's checkpoint into plain convolutions and saves it in `out_dir`. Of a run
+    that prunes, compactors are merged and the rows that have become zero removed.
 
     Args:
       run_dir: the run, finished or not.
@@ -101,7 +113,12 @@ def deploy(
     out_dir.mkdir(parents=True, exist_ok=True)
     # From here on the folder is known as ours, should this be interrupted.
     (out_dir / (RECORD + PART)).write_text(json.dumps(origin), encoding="utf-8")
-    fused = fuse(trained.model)
+    slim, plan = trained.model, pruning_plan(trained.config, trained.info)
+    if plan is not None:
+        slim = shrink(slim, plan, threshold=trained.config.prune.threshold)
+    fused = fuse(slim)
+    parameters = nnx.state(fused, nnx.Param)
+    shapes = {path: tuple(leaf.shape) for path, leaf in paths.named_leaves(parameters)[0].items()}
     difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
     test = evaluate(trained._replace(model=fused), data_dir=data_dir)
     ocp.save(str(out_dir / "weights"), _arrays(split_model(fused)), overwrite=True)
@@ -112,11 +129,12 @@ def deploy(
         agreement=difference.agreement,
         compared=difference.count,
         train_parameters=optax.tree.size(nnx.state(trained.model, nnx.Param)),
-        deploy_parameters=optax.tree.size(nnx.state(fused, nnx.Param)),
+        deploy_parameters=optax.tree.size(parameters),
         test_accuracy=test.get("accuracy"),
         test_loss=test["loss"],
         test_count=test["count"],
         test={metric.name: test[metric.name] for metric in METRICS[trained.config.task]},
+        shapes=None if plan is None else shapes,
     )
     replace_file(out_dir / RECORD, json.dumps(dataclasses.asdict(deployed), indent=2) + "\n")
     return deployed
@@ -136,12 +154,13 @@ def load_deployed(directory: str | Path) -> Trained:
     info = info_from_json(config.task, record["dataset"])
 
     def fused() -> Any:
-        # Scales shape training, not the fused network; their folder may be gone.
-        model, _ = build_model(dataclasses.replace(config, scales=""), info)
+        # Scales and pruning shape training, not the fused network; their folders may be gone.
+        model, _ = build_model(dataclasses.replace(config, scales="", prune=PruneConfig()), info)
         model.eval()
         return fuse(model)
 
-    network = split_model(nnx.eval_shape(fused))
+    whole = nnx.eval_shape(fused)
+    network = split_model(resized(whole, record["shapes"]) if record.get("shapes") else whole)
     loaded = ocp.load(str(directory / "weights"), abstract(_arrays(network), first_device()))
     return Trained(merge_model(network.graphdef, **loaded), config, info, record["step"])
 

@@ -12,6 +12,7 @@ run makes it first when it goes on. State and log end as those of an unbroken ru
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 
 from repopt_jax.core import paths
 from repopt_jax.core.scales import ScalesMetadata, save_scales
+from repopt_jax.optim.resrep import get_masks, masks_are_due, resrep_masks, row_norms, set_masks
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
@@ -184,6 +186,11 @@ class _Job:
         best = self.config.keep_best > 0 and self.evaluates_at(step)
         return step % every == 0 or step == self.total or best
 
+    def prunes_at(self, step: int) -> bool:
+        prune = self.config.prune
+        before = round(prune.before_epochs * self.feed.steps_per_epoch)
+        return self.program.plan is not None and masks_are_due(step, before=before, interval=prune.interval)
+
 
 class _Stopped(Exception):
     """Raised between the batches of an evaluation, to leave it."""
@@ -215,6 +222,9 @@ def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) ->
             job.checkpoints.check()
         if step % job.config.log_every == 0 or last:
             _log(job, means, step, watch)
+        if job.prunes_at(step):
+            with watch.paused():
+                state = _choose_masks(job, state, step)
         if epoch_ends or job.stopping or job.saves_at(step):
             jax.block_until_ready(state)  # so that the pause does not hide the end of the last step
             with watch.paused():
@@ -251,6 +261,28 @@ def _log(job: _Job, means: dict[str, jax.Array], step: int, watch: Stopwatch) ->
     _write(job, record)
     job.bar.update(record)
     job.warning.check(record, seconds=seconds)
+
+
+def _choose_masks(job: _Job, state: TrainState, step: int) -> TrainState:
+    """In a run that prunes, chooses the masks of the compactors anew and writes what they come to."""
+    plan, prune = job.program.plan, job.config.prune
+    assert plan is not None
+    norms, masks = jax.device_get((_row_norms(state.params, plan.compactors), get_masks(state.opt_state)))
+    masks = resrep_masks(
+        norms,
+        masks,
+        plan.macs,
+        target=prune.target,
+        granularity=prune.granularity,
+        at_least=prune.at_least,
+    )
+    masked = sum(int((~mask).sum()) for mask in masks.values())
+    record = {"kind": "prune", "step": step, "epoch": job.epoch(step), "masked": masked}
+    _write(job, record | {"kept_macs": plan.macs(masks) / plan.total})
+    return state._replace(opt_state=set_masks(state.opt_state, masks))
+
+
+_row_norms = functools.partial(jax.jit, static_argnums=1)(row_norms)
 
 
 def _record_scales(job: _Job, state: TrainState, step: int) -> TrainState:

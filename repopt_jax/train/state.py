@@ -33,10 +33,11 @@ REPLICATED = "a whole copy on every device"
 
 # Path in a `TrainState` -> where the array lies; the first match counts. The second row is every vector of
 # scales: those of the optimizer's state (kilobytes, read by the update of all parts of a kernel), those that
-# a search trains, and their momentum.
+# a search trains, and their momentum. The third is the masks of compactors.
 STATE_TABLE: tuple[tuple[str, str], ...] = (
     (r"step|bad_step|metric_sums/.*|previous_scales/.*", REPLICATED),
     (r"(.*/)?scales/.*", REPLICATED),
+    (r"opt_state/(.*/)?masks/.*", REPLICATED),
     (r"(ema/)?non_trainable/.*", REPLICATED),
     (r"(ema/)?params/.*", SHARDED),
     (r"opt_state/.*", SHARDED),
