@@ -49,6 +49,9 @@ def training(digits, out, *more):
     config = ROOT / "configs" / "digits.py"
     fields = {"data.data_dir": digits, "epochs": 3, "batch_size": 16, "log_every": 4, "checkpoint_every": 4}
     fields |= {"data.train_limit": 64, "data.eval_limit": 20, "eval_batch_size": 8, "optim.ema": 0.9}
+    # From seed 0, in jax 0.12, rounding takes an activation to the other side of zero in step 11: the losses
+    # of one and two processes are equal to 5e-7 until then, and the kernels differ by 9e-5 in the end.
+    fields |= {"seed": 1}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return ["train", f"--config={config}:depth", *overrides, *more, f"--out={out}"]
 
