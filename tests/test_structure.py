@@ -258,7 +258,7 @@ def structures(draw):
         chain, width = [], layer.inputs
         for _ in range(draw(st.integers(0, 2))):
             channels = draw(st.sampled_from([2, 4, width]))
-            residual = channels == width and draw(st.booleans())
+            residual = channels % width == 0 and draw(st.booleans())
             chain.append(Stage(Kernel((1,) * layer.axes), draw(follow), channels=channels, residual=residual))
             width = channels
         last = draw(st.sampled_from([*maps, *([Identity(), Pool()] if width == layer.outputs else [])]))
@@ -276,6 +276,19 @@ def test_drawn_structures(structure):
         expected, _ = slow_structures.run(structure, arrays_of(layer), x)
         for y in outputs({"drawn": layer}, x)["drawn"]:
             assert relative(y, expected) <= EXACT
+
+
+def test_the_identity_of_a_wider_stage_is_repeated_in_each_group(x64):
+    """As of OREPA's 1x1 before the kernel in more than 4 groups: it has twice as many outputs as inputs."""
+    structure = orepa(Geometry((3, 3), 10, 5, 5))
+    first = structure.placed["1x1_3x3"][0]
+    kernel = first.kernel({first.key: jnp.zeros(first.shape)}, jnp.float64)[0, 0]
+    assert kernel.shape == (2, 20)
+    np.testing.assert_array_equal(kernel, np.tile(np.eye(2), 10))
+    layer, x = made(structure), image(structure.layer)
+    expected, _ = slow_structures.run(structure, arrays_of(layer), x)
+    for y in outputs({"orepa": layer}, x)["orepa"]:
+        assert relative(y, expected) <= EXACT
 
 
 # --- What a structure says of itself, and refuses.

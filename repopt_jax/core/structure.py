@@ -188,8 +188,8 @@ class Stage:
         one; "", nothing.
       channels: output channels of a stage before the last; the last stage has those of the layer.
       trained: False for an identity or a pooling whose vector is fixed at ones.
-      residual: for a 1x1 stage that keeps the width: its kernel is the tensor plus the identity, and the
-        tensor is initialised with zeros.
+      residual: for a 1x1 stage with as many outputs as inputs, or a multiple: its kernel is the tensor plus
+        the identity, repeated for the outputs of each group, and the tensor is initialised with zeros.
       expansion: the stage is depthwise, over the layer's window, with this number of output channels for
         each input channel, and the last stage is a 1x1; None for any other stage.
       start: initial value of the batch norm's scale or of the factor.
@@ -420,8 +420,8 @@ def _problems(layer: Geometry, chain: Chain) -> Iterator[str]:
     try:
         for part in _parts(layer, "", chain):
             part.stage.map.check(part.layer.kernel, layer.groups)
-            if part.stage.residual and (part.layer.taps > 1 or part.layer.inputs != part.layer.outputs):
-                yield "`residual` needs a 1x1 stage with as many outputs as inputs"
+            if part.stage.residual and (part.layer.taps > 1 or part.layer.outputs % part.layer.inputs):
+                yield "`residual` needs a 1x1 stage with as many outputs as inputs, or a multiple of them"
             shared, outputs = part.stage.shared, part.layer.outputs
             if shared != 1 and (part.stage.then == "" or shared < 1 or outputs % shared):
                 yield f"`shared` is {shared}: it must divide the {outputs} channels of a norm or a scale"
@@ -674,7 +674,8 @@ def orepa(layer: Geometry) -> Structure:
     The kernel, a 1x1 spread over the window, a 1x1 times a table of cosines, a 1x1 followed by a kernel, a
     1x1, and a depthwise kernel of eight outputs a channel followed by a 1x1. There is no norm inside the
     sum, so that the branches are merged before each convolution. The tensors are drawn from Kaiming's
-    uniform distribution, +-sqrt(6 / fan_in).
+    uniform distribution, +-sqrt(6 / fan_in), but the 1x1 before the kernel starts at the identity. It has as
+    many outputs as inputs, or with more than four groups twice as many.
 
     Raises:
       ValueError: a layer without a window of several taps, for which the branches are one and the same map.
@@ -688,7 +689,7 @@ def orepa(layer: Geometry) -> Structure:
         return Stage(m, then, start=1.0 if start is None else start, gain=math.sqrt(6), **options)
 
     middle = 2 * layer.inputs if layer.groups > 4 else layer.inputs
-    widen = stage(point, channels=middle, residual=middle == layer.inputs)
+    widen = stage(point, channels=middle, residual=True)
     chains = {
         own.name: (stage(own, 0.25),),
         "average": (stage(Average(), 0.25),),
