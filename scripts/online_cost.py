@@ -12,10 +12,8 @@ import functools
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import optax
-from fast_on_cpu import ResNet18
+from fast_on_cpu import ResNet18, stepping
 from flax import nnx
 
 from repopt_jax import (
@@ -30,7 +28,7 @@ from repopt_jax import (
     to_structure,
 )
 from repopt_jax.bench.results import machine
-from repopt_jax.bench.timing import Candidate, carrying, measure, memory
+from repopt_jax.bench.timing import measure
 from repopt_jax.cli import huge_pages
 
 ROUNDS, CLASSES = 9, 10
@@ -42,28 +40,6 @@ def describe(found):
 
 def sgd():
     return optax.sgd(0.01, 0.9)
-
-
-def stepping(images, size, make):
-    """A training step of `make()`, a model and its optimizer, from arrays of its own."""
-    model, tx = make()
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    batch = jax.random.normal(jax.random.key(0), (images, size, size, 3))
-    labels = jnp.arange(images) % CLASSES
-
-    def step(params, rest, state):
-        def loss(params):
-            model = nnx.merge(graph, params, rest, copy=True)
-            value = optax.softmax_cross_entropy_with_integer_labels(model(batch), labels).mean()
-            return value, nnx.split(model, nnx.Param, ...)[2]
-
-        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), rest, state, value
-
-    start = jax.tree.map(jnp.copy, (params, rest, jax.jit(tx.init)(params)))
-    compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*start).compile()
-    return Candidate(carrying(compiled, start)), memory(compiled)
 
 
 def ways(model):
@@ -115,7 +91,8 @@ def main(out=None):
     ]
     for title, (model, images, size) in networks.items():
         builders = {
-            name: functools.partial(stepping, images, size, make) for name, make in ways(model).items()
+            name: (lambda make=make, shape=(images, size): stepping(*make(), *shape, CLASSES))
+            for name, make in ways(model).items()
         }
         found = measure(builders, ROUNDS, dict.fromkeys(builders, ("plain",)))
         lines += ["", f"## {title}", "", "| | ms | of plain | peak memory, MB |", "|---|---|---|---|"]

@@ -1,12 +1,11 @@
 """A kernel as a function of what is trained: K = A(theta).
 
 theta holds the tensors of a structure without batch norms and its trainable scales. It can be kept in the
-network (`nn.Merged`) or in the optimizer's state (`optim.reparameterize`); both need the same four things:
+network (`nn.Merged`) or in the optimizer's state (`optim.reparameterize`); both need the same three things:
 
     K       = A(theta)                                 merge
     dL/dtheta = A'(theta)^T g,  g = dL/dK              gradients
     theta   with A(theta) = K, nearest to theta_0      split
-    which entries of theta are decayed                 decayed
 
 A is linear where the scales are constant and no chain is a product of tensors; `core.branches` has the rules
 that follow from that. Nothing here needs it.
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repopt_jax.core import algebra
+from repopt_jax.core import algebra, paths
 from repopt_jax.core.branches import BranchSet, Kernel, Shape
 from repopt_jax.core.scales import Scales
 from repopt_jax.core.structure import Affine, Geometry, Part, Structure, of_branches
@@ -87,14 +86,6 @@ class Parametrization:
         return {
             "weights": {key: (*self.stack, *shape) for key, shape in self.structure.shapes().items()},
             "scales": {key: (*self.stack, part.channels) for key, part in scaled.items()},
-        }
-
-    def decayed(self) -> dict[str, dict[str, bool]]:
-        """Whether weight decay applies to each array of theta, as the stages say."""
-        parts = {part.key: part.stage for part in self.structure.parts}
-        return {
-            "weights": {key: parts[key].decay for key in self.structure.shapes()},
-            "scales": {key: parts[key].decay_gain for key in self.structure.followers("scale")},
         }
 
     def merge(self, theta: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
@@ -227,6 +218,14 @@ class Parametrization:
         if self.layout == "...io":
             return kernel
         return jnp.moveaxis(kernel, (-1, -2), (first, first + 1))
+
+
+def check_kernels(structures: Mapping[str, Parametrization], leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError, with every path, if parameters lack kernels of the structures or have others."""
+    expected = {path: structure.kernel for path, structure in structures.items()}
+    found = {path: tuple(leaves[path].shape) for path in expected if path in leaves}
+    if difference := paths.describe_difference(expected, found, noun="kernels"):
+        raise ValueError(f"the structures do not fit the parameters: {difference}")
 
 
 def parametrizations(scales: Scales) -> dict[str, Parametrization]:

@@ -306,6 +306,15 @@ class Structure:
         """Shape of each trained tensor, by key."""
         return {part.key: part.shape for part in self.parts if part.stage.trained}
 
+    def decayed(self) -> dict[str, bool]:
+        """Whether weight decay applies to a parameter, by its path in the layer: `weights/3x3`,
+        `norms/3x3/scale`."""
+        found = {}
+        for part in self.parts:
+            found |= {f"weights/{part.key}": part.stage.decay, f"scales/{part.key}": part.stage.decay_gain}
+            found |= {f"norms/{part.key}/scale": part.stage.decay_gain, f"norms/{part.key}/bias": False}
+        return found
+
     def followers(self, *kinds: Follower) -> dict[str, Part]:
         """Returns the parts that are followed by one of `kinds`, by key."""
         return {part.key: part for part in self.parts if part.stage.then in kinds}

@@ -68,7 +68,33 @@ class Network(nnx.Module):
         return Scales.ones(self.branch_sets()).with_metadata(architecture=self.architecture)
 
 
-class Classifier(Network):
+class OfVariant(Network):
+    """A classifying network that is made from a row of a table.
+
+    Args:
+      variant: the row, which defines `architecture` and `layers(in_channels)`.
+      num_classes: number of classes.
+      in_channels: channels of the images.
+
+    Raises:
+      ValueError: no class.
+    """
+
+    def __init__(self, variant: Any, *, num_classes: int, in_channels: int):
+        if num_classes < 1:
+            raise ValueError(f"`num_classes` is {num_classes}: a classifier needs one class at least")
+        self.variant = variant
+        self.in_channels = in_channels
+
+    @property
+    def architecture(self) -> str:
+        return self.variant.architecture
+
+    def layers(self) -> dict[str, LayerSpec]:
+        return self.variant.layers(self.in_channels)
+
+
+class Classifier(OfVariant):
     """Stages of blocks, global average pooling, and a dense layer.
 
     `__call__`: images (batch, height, width, in_channels) -> logits (batch, num_classes), float32 or wider.
@@ -100,10 +126,7 @@ class Classifier(Network):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if num_classes < 1:
-            raise ValueError(f"`num_classes` is {num_classes}: a classifier needs one class at least")
-        self.variant = variant
-        self.in_channels = in_channels
+        super().__init__(variant, num_classes=num_classes, in_channels=in_channels)
         self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
         self.features = nnx.data(features)
         self.dropout = nnx.data(nnx.Dropout(dropout, rngs=rngs) if dropout else None)
@@ -118,13 +141,6 @@ class Classifier(Network):
         if self.dropout is not None:
             x = self.dropout(x)
         return self.head(x).astype(jnp.promote_types(x.dtype, jnp.float32))
-
-    @property
-    def architecture(self) -> str:
-        return self.variant.architecture
-
-    def layers(self) -> dict[str, LayerSpec]:
-        return self.variant.layers(self.in_channels)
 
 
 def run_stages(stages: nnx.List, x: jax.Array) -> list[jax.Array]:

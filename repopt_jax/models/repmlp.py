@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.core.structure import Geometry, repopt_mlp
-from repopt_jax.models.network import LayerSpec, Network, run_stages
+from repopt_jax.models.network import LayerSpec, OfVariant, run_stages
 from repopt_jax.nn.block import (
     Block,
     PooledBlock,
@@ -118,7 +118,7 @@ REPMLP_VARIANTS: dict[str, RepMLPVariant] = {
 }
 
 
-class RepMLPNet(Network):
+class RepMLPNet(OfVariant):
     """The network.
 
     `__call__`: images (batch, height, width, in_channels) -> logits (batch, num_classes), float32 or wider.
@@ -145,10 +145,7 @@ class RepMLPNet(Network):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if num_classes < 1:
-            raise ValueError(f"`num_classes` is {num_classes}: a classifier needs one class at least")
-        self.variant = variant
-        self.in_channels = in_channels
+        super().__init__(variant, num_classes=num_classes, in_channels=in_channels)
         options = {"dtype": dtype, "rngs": rngs}
         stages, inputs = [], in_channels
         for stage, (width, units) in enumerate(zip(variant.widths, variant.units)):
@@ -179,13 +176,6 @@ class RepMLPNet(Network):
             )
         logits = self.head(run_stages(self.stages, x)[-1])
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-    @property
-    def architecture(self) -> str:
-        return self.variant.architecture
-
-    def layers(self) -> dict[str, LayerSpec]:
-        return self.variant.layers(self.in_channels)
 
 
 class Unit(nnx.Module):

@@ -22,12 +22,19 @@ from repopt_jax.core import paths
 from repopt_jax.core.parametrization import (
     Parametrization,
     Theta,
+    check_kernels,
     parametrizations,
     scale_vectors,
     theta_of,
 )
 from repopt_jax.core.scales import Scales, check_values, is_concrete
-from repopt_jax.optim.sgd import hidden_paths, require_gradients, state_vectors, visible_scales
+from repopt_jax.optim.sgd import (
+    hidden_paths,
+    replicated_like,
+    require_gradients,
+    state_vectors,
+    visible_scales,
+)
 
 # Largest relative difference between the merged `weights` and the kernels of the parameters. It allows for
 # rounding to half precision and rejects other kernels.
@@ -212,7 +219,7 @@ def _with_trained_scales(
         leaves, _ = paths.named_leaves(params)
         hidden = hidden_paths(structures, params)
         visible = {path: s for path, s in structures.items() if path not in hidden}
-        _check_shapes(visible, leaves)
+        check_kernels(visible, leaves)
         theta = {}
         for path, structure in visible.items():
             kernel = leaves[path]
@@ -221,7 +228,7 @@ def _with_trained_scales(
                 theta[path] = structure.split(kernel, scales=initial.get(path))
             else:
                 copies = jax.tree.map(lambda x, k=kernel: jnp.array(x, k.dtype), dict(given.get(path, {})))
-                theta[path] = _on_mesh_of(leaves[path], copies)
+                theta[path] = replicated_like(leaves[path], copies)
         _check_theta(visible, theta, leaves)
         return TrainedStructureState(theta, inner.init(paths.nested(leaves | theta)))
 
@@ -273,10 +280,9 @@ def decay_mask(structures: Scales | Mapping[str, Parametrization], default: Any 
     """
     known = parametrizations(structures) if isinstance(structures, Scales) else dict(structures)
     flat = {
-        f"{path}/{kind}/{key}": decayed
-        for path, structure in known.items()
-        for kind, entries in structure.decayed().items()
-        for key, decayed in entries.items()
+        f"{path}/{inside}": decayed
+        for path, one in known.items()
+        for inside, decayed in one.structure.decayed().items()
     }
 
     def mask(params: Any) -> Any:
@@ -291,13 +297,6 @@ def decay_mask(structures: Scales | Mapping[str, Parametrization], default: Any 
     return mask
 
 
-def _check_shapes(structures: Mapping[str, Parametrization], leaves: Mapping[str, Any]) -> None:
-    expected = {path: structure.kernel for path, structure in structures.items()}
-    found = {path: tuple(leaves[path].shape) for path in expected if path in leaves}
-    if difference := paths.describe_difference(expected, found, noun="kernels"):
-        raise ValueError(f"the structures do not fit the parameters: {difference}")
-
-
 def _check_theta(structures, theta, leaves) -> None:
     """Raises ValueError if theta has other shapes than the structures, or merges into other kernels."""
     expected, found = {}, {}
@@ -310,14 +309,6 @@ def _check_theta(structures, theta, leaves) -> None:
         raise ValueError(f"`weights` do not fit the structures: {difference}")
     merged = {path: structure.merge(theta[path]) for path, structure in structures.items()}
     _check_merged(merged, leaves)
-
-
-def _on_mesh_of(kernel, theta):
-    """Replicates given arrays over the mesh of a sharded kernel."""
-    sharding = getattr(kernel, "sharding", None)
-    if not (is_concrete(kernel) and isinstance(sharding, jax.NamedSharding)):
-        return theta
-    return jax.device_put(theta, jax.NamedSharding(sharding.mesh, jax.P()))
 
 
 def _branch_gradients(branches, g, vectors):

@@ -5,7 +5,7 @@ the identity's vector is decayed with the kernels, because in a plain network it
 kernel, and scales are not decayed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -37,7 +37,7 @@ def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable
     decayed: dict[str, bool] = {}
     for path, module in named_modules(model):
         if isinstance(module, StructuredLayer):
-            decayed |= {join(path, name): value for name, value in _of_structure(module)}
+            decayed |= {join(path, name): value for name, value in module.structure.decayed().items()}
         for name, value in vars(module).items():
             if isinstance(value, nnx.Param):
                 own = isinstance(module, Compactor)
@@ -71,12 +71,3 @@ def scale_paths(model: nnx.Module) -> frozenset[str]:
 def _undecided(value: nnx.Param) -> Any:
     """Returns False for vectors and scalars, None for arrays with more axes."""
     return False if len(value.shape) <= 1 else None
-
-
-def _of_structure(layer: StructuredLayer) -> Iterator[tuple[str, bool]]:
-    """Yields (path inside the layer, whether it is decayed) for all parameters of a structure."""
-    for part in layer.structure.parts:
-        yield f"weights/{part.key}", part.stage.decay
-        yield f"scales/{part.key}", part.stage.decay_gain
-        yield f"norms/{part.key}/scale", part.stage.decay_gain
-        yield f"norms/{part.key}/bias", False

@@ -12,7 +12,7 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
-from repopt_jax.core.parametrization import Parametrization, Theta
+from repopt_jax.core.parametrization import Parametrization, Theta, check_kernels
 from repopt_jax.core.scales import Scales, check_finite, check_fit
 from repopt_jax.surgery.layers import check_aliases
 from repopt_jax.surgery.modules import copy_leaf, key_of
@@ -111,8 +111,10 @@ def reinitialize(
         check_fit(scales, model if branch_sets is None else branch_sets)
         if branch_sets is not None:
             check_fit(scales, arrays_of(model))
-    elif branch_sets is not None:
-        raise ValueError("`branch_sets` are given with structures: leave them out, structures have branches")
+    else:
+        check_kernels(scales, paths.named_leaves(arrays_of(model))[0])
+        if branch_sets is not None:
+            raise ValueError("`branch_sets` are given with structures, which have their own: leave them out")
     lost = "re-initialising would discard its kernels"
     require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
     if keep == "split":

@@ -12,7 +12,13 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.core import paths
-from repopt_jax.core.parametrization import Parametrization, Theta, parametrizations, scale_vectors
+from repopt_jax.core.parametrization import (
+    Parametrization,
+    Theta,
+    check_kernels,
+    parametrizations,
+    scale_vectors,
+)
 from repopt_jax.core.scales import Scales, is_concrete
 from repopt_jax.surgery.modules import join, key_of, named_modules
 
@@ -58,10 +64,7 @@ def branches_of(
     of_scales = isinstance(structures, Scales)
     known = parametrizations(structures) if of_scales else structures
     vectors = scale_vectors(structures) if of_scales else {}
-    expected = {path: structure.kernel for path, structure in known.items()}
-    found = {path: tuple(leaves[path].shape) for path in expected if path in leaves}
-    if difference := paths.describe_difference(expected, found, noun="kernels"):
-        raise ValueError(f"`structures` do not fit the model: {difference}")
+    check_kernels(known, leaves)
     key = None if near is None else near.params()
     theta = {}
     for path, structure in known.items():
