@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,29 +26,88 @@ from repopt_jax.hints import did_you_mean
 def quickstart(args: argparse.Namespace) -> int:
     """Search, train, deploy and report, on handwritten digits or (--config=scenes) with a detector.
 
-    Searches, extracts the scales, checks the equivalence, trains in each way with the same epochs and seeds
-    (plain SGD, RepOpt with searched scales, RepVGG; classifiers also RepOpt with the depth rule), deploys,
-    and writes a report. Run again, it reuses what is finished."""
-    base = read_config(args.config, args.overrides)
+    Compares plain SGD, RepOpt and RepVGG on a network that shows what they are good for, with the same seeds
+    and learning rates for each, chosen on held-out images; checks the equivalence, deploys, and writes a
+    report. A config without a comparison of its own is trained in each way with its settings. Run again, it
+    goes on, or reuses what is finished."""
     out = _absolute(args.out)
+    comparison = _comparison(args)
     with _logging(), _interruptible(out):
-        # Many of the runs differ only in their seed or their scales, and use the same compiled programs.
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            import jax
-
-            jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        _keep_compiled(out)
         from repopt_jax.report.quickstart import quickstart, summary_lines
 
-        source = " ".join([args.config, *args.overrides])
-        done = quickstart(base, out, seeds=args.seeds, log=_print, source=source)
-    _print("", *summary_lines(done.rows), "", f"Report: {done.page}")
+        done = quickstart(comparison, out, count=args.workers, log=_print, command=args.command_line)
+    _print("", *summary_lines(done.results), "", f"Report: {done.page}")
     if not done.equivalence["equivalent"]:
         raise ValueError(
             "the CSLA network and the plain network with repopt_mask did NOT train to the same function: "
             f"largest relative difference {done.equivalence['max_difference']:.1e}; see the report"
         )
     return 0
+
+
+@single_process
+def compare(args: argparse.Namespace) -> int:
+    """Compare ways of training, each with the same seeds and the same grid of settings.
+
+    The config file's get_comparison(arg) says what is compared (report.compare.Comparison). Every way is
+    trained at each point of the grid; held-out training images choose; the test images are read once, at the
+    end. Writes a report, with paired intervals. A stopped comparison goes on where it was. Example:
+
+      repopt compare --config=deep_digits --out=runs/deep_digits"""
+    out = _absolute(args.out)
+    comparison = _comparison(args)
+    with _logging(), _interruptible(out):
+        _keep_compiled(out)
+        from repopt_jax.report.compare import compare
+        from repopt_jax.report.quickstart import summary_lines
+        from repopt_jax.report.report import write_report
+
+        results = compare(comparison, out, count=args.workers, log=_print)
+        page = write_report(results, out, command=args.command_line)
+        if args.results:
+            copied = _absolute(args.results)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            for name, suffix in (
+                ("report.md", ".md"),
+                ("report.json", ".json"),
+                ("report/accuracy.png", ".png"),
+            ):
+                shutil.copyfile(out / name, f"{copied}{suffix}")
+    _print("", *summary_lines(results), "", f"Report: {page}")
+    return 0
+
+
+def _comparison(args: argparse.Namespace) -> Any:
+    """The comparison that the options name, with the overrides in each of its configs."""
+    from repopt_jax.report.compare import Comparison, load_comparison
+    from repopt_jax.report.quickstart import comparison_of
+
+    found = load_comparison(args.config)
+    if not isinstance(found, Comparison):
+        return comparison_of(with_overrides(found, args.overrides), seeds=args.seeds)
+    changed = {
+        kind: {name: with_overrides(config, args.overrides) for name, config in given.items()}
+        for kind, given in (("ways", found.ways), ("searches", found.searches))
+    }
+    seeds = found.seeds if args.seeds is None else args.seeds
+    return dataclasses.replace(found, **changed, seeds=seeds)
+
+
+def _keep_compiled(out: Path) -> None:
+    """Keeps compiled programs in `out`: many of the runs differ only in their seed or their scales, and use
+    the same ones. The processes that the command starts inherit it."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    settings = {
+        "jax_compilation_cache_dir": str(out / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @distributed
@@ -334,7 +394,7 @@ def _run(config: Any, out: Path) -> int:
         return stop.exit_code
     published = "" if done.published is None else f" (published: {done.published:.2%})"
     speed = "" if done.step_ms_median is None else f", {done.step_ms_median:.1f} ms a step"
-    measured = tasks.format_metrics(done.task, done.test)
+    measured = tasks.format_metrics(done.task, done.test, split=done.split)
     _print(
         f"{'Already finished: ' if done.reused else ''}{done.name}: {measured} of {done.test_count} images"
         f"{published}, {done.train_parameters:,} parameters{speed}, "

@@ -110,8 +110,19 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     quickstart.option(
         "--out=DIR", "folder of all results (%(default)s)", type=path, default="runs/quickstart"
     )
-    quickstart.option("--seeds=N", "trainings in each way (2; of a detector 1)", type=int)
-    quickstart.config_options(default="digits:plain")
+    quickstart.comparison_options()
+    quickstart.config_options(default="deep_digits")
+
+    compare = add("compare", commands.compare)
+    compare.option(
+        "--out=DIR",
+        "folder of the comparison. Run again, the command continues it, or makes its report anew",
+        type=path,
+        required=True,
+    )
+    compare.option("--results=PATH", "also writes PATH.md, PATH.json and PATH.png", default="")
+    compare.comparison_options()
+    compare.config_options(required=True)
 
     for parser in (add("search", commands.search), add("train", commands.train)):
         parser.config_options(required=True)
@@ -243,6 +254,17 @@ class _Parser(argparse.ArgumentParser):
             **kwargs,
         )
 
+    def comparison_options(self) -> None:
+        self.option(
+            "--seeds=N", "trainings in each way (as the config says; else 2, of a detector 1)", type=positive
+        )
+        self.option(
+            "--workers=N",
+            "processes that train side by side, each on its share of the cores (on a CPU one for each core, "
+            "at most 8); 0 for this process alone (the default elsewhere)",
+            type=whole,
+        )
+
     def checkpoint_options(self) -> None:
         self.option("--checkpoint=WHICH", "of a run: latest (the default), best, or the number of a step")
         self.option("--data_dir=DIR", "folder of the images, if not the one that the run used")
@@ -290,6 +312,12 @@ def integers(text: str) -> tuple[int, ...]:
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def whole(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
     return value
 
 

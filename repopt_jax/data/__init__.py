@@ -20,6 +20,7 @@ from repopt_jax.data.dataset import (
     DetectionInfo,
     Objects,
     Source,
+    hold_out,
 )
 from repopt_jax.data.detection import (
     DetectionTransform,
@@ -55,6 +56,7 @@ __all__ = [
     "eval_batches",
     "eval_detection_batches",
     "eval_steps",
+    "hold_out",
     "letterbox",
     "open_coco",
     "open_configured",

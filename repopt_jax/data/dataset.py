@@ -7,12 +7,14 @@ keypoints of any number of objects in each image.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
 Item = TypeVar("Item", covariant=True)
+
+HOLD_OUT_SEED = 20_240_229  # of the order in which training images are held out
 
 
 class RandomAccess(Sequence[Item], ABC):
@@ -36,6 +38,45 @@ class RandomAccess(Sequence[Item], ABC):
         if not -len(self) <= index < len(self):
             raise IndexError(f"`index` {index} is outside a split of {len(self)} images")
         return self.example(index % len(self))
+
+
+class Part(RandomAccess[Any]):
+    """The examples of a split at some of its indices."""
+
+    def __init__(self, whole: Sequence[Any], indices: np.ndarray):
+        self.whole = whole
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def example(self, index: int) -> Any:
+        return self.whole[int(self.indices[index])]
+
+
+def hold_out(source: Any, count: int) -> Any:
+    """The data set with `count` of its training images in place of those for evaluation.
+
+    Which ones they are depends on `count` and on the number of training images only, so that all runs of a
+    comparison hold out the same ones.
+
+    Args:
+      source: a `Source` or an `AnnotatedSource`.
+      count: images to hold out.
+
+    Raises:
+      ValueError: fewer than one image would be left on either side.
+    """
+    total = source.info.num_train
+    if not 1 <= count < total:
+        raise ValueError(
+            f"`validation` is {count}, but there are {total} training images: it must be in [1, {total - 1}]"
+        )
+    order = np.random.default_rng(HOLD_OUT_SEED).permutation(total)
+    kind = AnnotatedPart if isinstance(source, AnnotatedSource) else Part
+    held, kept = (kind(source.train, np.sort(part)) for part in (order[:count], order[count:]))
+    info = replace(source.info, num_train=len(kept), num_eval=len(held))
+    return type(source)(info, train=kept, eval=held)
 
 
 # -- labelled images -------------------------------------------------------------------------------
@@ -204,6 +245,18 @@ class AnnotatedSplit(RandomAccess[AnnotatedExample]):
 
     def example(self, index: int) -> AnnotatedExample:
         return {"image": self.image(index), **self.objects(index)}
+
+
+class AnnotatedPart(Part, AnnotatedSplit):
+    """The annotated examples of a split at some of its indices."""
+
+    whole: AnnotatedSplit
+
+    def objects(self, index: int) -> Objects:
+        return self.whole.objects(int(self.indices[index]))
+
+    def image(self, index: int) -> np.ndarray:
+        return self.whole.image(int(self.indices[index]))
 
 
 @dataclass(frozen=True, eq=False)

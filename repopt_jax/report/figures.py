@@ -6,7 +6,8 @@ own for print.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,61 +49,112 @@ class LineStyle:
     line: Any
 
 
-STYLES = {
-    "plain SGD": LineStyle("#4d4d4d", "-"),
-    "RepOpt, searched scales": LineStyle("#0072B2", "-"),
-    "RepOpt, depth rule": LineStyle("#E69F00", "--"),
-    "RepOpt, all ones": LineStyle("#CC79A7", (0, (5, 1, 1, 1))),
-    "RepVGG": LineStyle("#D55E00", "-."),
-    "search network": LineStyle("#009E73", ":"),
-    "CSLA": LineStyle("#56B4E9", (0, (1, 1))),
-}
-OTHER_STYLE = LineStyle("#000000", (0, (3, 1, 1, 1, 1, 1)))
+PLAIN = LineStyle("#4d4d4d", "-")
+OTHERS = (
+    LineStyle("#0072B2", "-"),
+    LineStyle("#E69F00", "--"),
+    LineStyle("#009E73", "-."),
+    LineStyle("#D55E00", (0, (5, 1, 1, 1))),
+    LineStyle("#CC79A7", ":"),
+    LineStyle("#56B4E9", (0, (3, 1, 1, 1, 1, 1))),
+    LineStyle("#000000", (0, (1, 1))),
+)
+WIDTH = 4.8  # inches, of a figure: on a telephone its text is still legible
 
 
-def accuracy(
-    curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], name: str = "test accuracy"
-) -> Figure:
-    """Draws test accuracy, or another metric called `name`, over epochs.
+def styles(labels: Iterable[str]) -> dict[str, LineStyle]:
+    """A style for each way of training, in all figures of a report: grey for the first, which is the one that
+    others are compared with."""
+    first, *others = labels
+    return {first: PLAIN, **dict(zip(others, itertools.cycle(OTHERS)))}
 
-    The right half enlarges the second half of training: curves that end close together cannot be
-    distinguished on the left. A thick line is the mean over the seeds.
+
+def spread(values: Mapping[str, Sequence[float]], styles: Mapping[str, LineStyle], name: str) -> Figure:
+    """Draws a row for each way of training: every seed as a point, and the mean as a bar.
 
     Args:
-      curves: label -> one (epochs, values in [0, 1]) for each seed.
+      values: label -> the metric, in [0, 1], of each seed.
+      styles: label -> style.
       name: of the metric, for the axis.
     """
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(9.2, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        last = max(epochs[-1] for seeds in curves.values() for epochs, _ in seeds)
-        late: list[float] = []
+        figure = Figure(figsize=(WIDTH, 0.42 * len(values) + 0.9), layout="constrained")
+        axes = figure.subplots()
+        for row, (label, seeds) in enumerate(values.items()):
+            points, colour = 100 * np.asarray(seeds), styles[label].colour
+            axes.plot(points, np.full(len(points), row), "o", color=colour, alpha=0.6, markersize=6)
+            if len(points):
+                axes.plot([points.mean()] * 2, [row - 0.32, row + 0.32], color=colour, linewidth=2.5)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.invert_yaxis()
+        axes.set(xlabel=f"{name} (%)")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def curves(
+    curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+    styles: Mapping[str, LineStyle],
+    name: str,
+    *,
+    percent: bool,
+) -> Figure:
+    """Draws a quantity over epochs: thin lines are single seeds, thick ones their mean.
+
+    Args:
+      curves: label -> one (epochs, values) for each seed.
+      styles: label -> style.
+      name: of the quantity, for the axis.
+      percent: values are shares, shown in percent; else their axis is logarithmic.
+    """
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+        axes = figure.subplots()
         for label, seeds in curves.items():
-            style = STYLES.get(label, OTHER_STYLE)
             epochs = min((epochs for epochs, _ in seeds), key=len)
-            values = np.stack([100 * value[: len(epochs)] for _, value in seeds])
-            late += list(values[:, epochs >= last / 2].ravel())
-            for axes in (left, right):
-                if len(seeds) > 1:
-                    axes.plot(epochs, values.T, color=style.colour, linewidth=0.6, alpha=0.35)
-                mean = values.mean(axis=0)
-                axes.plot(epochs, mean, color=style.colour, linestyle=style.line, linewidth=2, label=label)
-        left.set(title="Whole training", ylabel=f"{name} (%)", ylim=(0, 102))
-        margin = 0.05 * (max(late) - min(late)) + 0.1
-        right.set(title="Second half, enlarged", xlim=(last / 2, last))
-        right.set_ylim(max(min(late) - margin, 0), max(late) + margin)
-        for axes in (left, right):
-            axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=3)
+            values = np.stack([value[: len(epochs)] for _, value in seeds]) * (100 if percent else 1)
+            colour = styles[label].colour
+            if len(seeds) > 1:
+                axes.plot(epochs, values.T, color=colour, linewidth=0.6, alpha=0.35)
+            axes.plot(
+                epochs, values.mean(0), color=colour, linestyle=styles[label].line, linewidth=2, label=label
+            )
+        axes.set(xlabel="epoch", ylabel=f"{name} (%)" if percent else name)
+        if not percent:
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        figure.legend(loc="outside lower center", ncols=2, handlelength=2.6, fontsize=9)
+    return figure
+
+
+def by_layer(values: Mapping[str, Sequence[float]], styles: Mapping[str, LineStyle]) -> Figure:
+    """Draws the size of each layer's gradient, from the input to the output. `values`: label -> one for each
+    layer."""
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+        axes = figure.subplots()
+        for label, sizes in values.items():
+            layers = np.arange(1, len(sizes) + 1)
+            axes.plot(
+                layers,
+                sizes,
+                color=styles[label].colour,
+                linestyle=styles[label].line,
+                linewidth=2,
+                label=label,
+            )
+        axes.set(xlabel="layer, from input to output", ylabel="size of the gradient at the start")
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        figure.legend(loc="outside lower center", ncols=2, handlelength=2.6, fontsize=9)
     return figure
 
 
 def scales(history: History) -> Figure:
     """Draws mean and spread of each layer's scales over epochs, relative to the initial mean.
 
-    There is a column for each kind of branch. Layers start at different values (the depth rule), which would
+    There is a row for each kind of branch. Layers start at different values (the depth rule), which would
     hide how they change.
     """
     layers = list(dict.fromkeys(layer for layer, _ in history.vectors))
@@ -111,24 +163,24 @@ def scales(history: History) -> Figure:
     colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)))
     norm = Normalize(1, max(len(layers), 2))
     with matplotlib.rc_context(RC):
-        size = (2.7 * len(branches) + 1.6, 5.4)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(2, len(branches), squeeze=False, sharex=True, sharey="row")
-        for column, branch in enumerate(branches):
-            grid[0, column].set_title(f"{branch} branch")
-            grid[1, column].set_xlabel("epoch")
-            grid[1, column].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        figure = Figure(figsize=(WIDTH, 1.7 * len(branches) + 1.1), layout="constrained")
+        grid = figure.subplots(len(branches), 2, squeeze=False, sharex=True)
+        grid[0, 0].set_title("mean")
+        grid[0, 1].set_title("standard deviation")
+        for row, branch in enumerate(branches):
+            grid[row, 0].set_ylabel(f"{branch} branch")
+        for column in (0, 1):
+            grid[-1, column].set_xlabel("epoch")
+            grid[-1, column].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         for (layer, branch), series in history.vectors.items():
-            column, colour = branches.index(branch), colours(norm(1 + layers.index(layer)))
+            row, colour = branches.index(branch), colours(norm(1 + layers.index(layer)))
             start = abs(series["mean"][0]) or 1.0
-            for row, field in enumerate(("mean", "std")):
-                grid[row, column].plot(history.epochs, series[field] / start, color=colour)
-        grid[0, 0].set_ylabel("mean over channels\n(start: 1)")
-        grid[1, 0].set_ylabel("standard deviation\nover channels (mean at start: 1)")
-        grid[1, 0].set_ylim(bottom=0)
+            for column, field in enumerate(("mean", "std")):
+                grid[row, column].plot(history.epochs, series[field] / start, color=colour, linewidth=1.2)
         figure.colorbar(
             ScalarMappable(norm, colours),
             ax=grid,
+            location="bottom",
             label="layer, from input (1) to output",
             ticks=MaxNLocator(integer=True, nbins=8),
             pad=0.02,
@@ -143,7 +195,7 @@ def movement(history: History) -> Figure:
     styles = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", "-.", ":")))
     epochs = history.epochs[1:]
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         for (colour, style), branch in zip(styles, branches):
             vectors = [s for (_, name), s in history.vectors.items() if name == branch]
@@ -160,17 +212,16 @@ def movement(history: History) -> Figure:
     return figure
 
 
-def step_time(times: Mapping[str, float]) -> Figure:
+def step_time(times: Mapping[str, float], styles: Mapping[str, LineStyle]) -> Figure:
     """Draws bars of the time of one training step. `times`: label -> milliseconds."""
     labels = list(times)[::-1]
     values = [times[label] for label in labels]
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(7.2, 0.42 * len(labels) + 1.3), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.42 * len(labels) + 1.0), layout="constrained")
         axes = figure.subplots()
-        colours = [STYLES.get(label, OTHER_STYLE).colour for label in labels]
-        bars = axes.barh(labels, values, color=colours, height=0.62)
+        bars = axes.barh(labels, values, color=[styles[label].colour for label in labels], height=0.62)
         axes.bar_label(bars, [f"{value:.3g} ms" for value in values], padding=4)
-        axes.set(title="Time of one training step", xlabel="median (ms)", xlim=(0, 1.16 * max(values)))
+        axes.set(xlabel="one training step, median (ms)", xlim=(0, 1.3 * max(values)))
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
     return figure

@@ -1,7 +1,7 @@
-"""Drawings of what detectors find: on the test images of a run, and on any image file."""
+"""What networks make of images: of test images, and of any image file."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from repopt_jax.data import letterbox
-from repopt_jax.data.images import decode_image, resize
+from repopt_jax.data.images import decode_image, resize, to_pillow
+from repopt_jax.data.pipeline import subset
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
 from repopt_jax.detection.drawing import contact_sheet, draw_detections
 from repopt_jax.train.build import Trained, make_task
 from repopt_jax.train.deploy import open_test
-from repopt_jax.train.state import split_model
+from repopt_jax.train.state import merge_model, split_model
 from repopt_jax.train.tasks import make_detect
 
 # Detections from this score on are drawn, which are more often right than wrong; the evaluation takes all
@@ -59,6 +60,56 @@ def gallery(
             if len(drawings) == count:
                 return _png(contact_sheet(drawings, columns=COLUMNS))
     return _png(contact_sheet(drawings, columns=COLUMNS))
+
+
+def answers(networks: Mapping[str, Trained], *, count: int = 10) -> list[dict[str, Any]]:
+    """Some test images with what classifiers take them for, those first on which they do not agree.
+
+    Args:
+      networks: name -> network; all of one data set.
+      count: number of images, or all if there are fewer.
+
+    Returns:
+      For each image its class ("truth"), the class that each network gives ("answers", by name), both by the
+      names of the classes, and a PNG file ("image").
+    """
+    first = next(iter(networks.values()))
+    _, source, batches = open_test(first)
+    given: dict[str, list[np.ndarray]] = {name: [] for name in networks}
+    classify = {name: _classifier(network) for name, network in networks.items()}
+    for batch in batches:
+        for name, chosen in given.items():
+            chosen.append(np.asarray(classify[name](batch["image"]))[batch["mask"] > 0])
+    table = np.stack([np.concatenate(chosen) for chosen in given.values()])
+    images = subset(source.info.num_eval, first.config.data.eval_limit, "eval")  # the rows of the batches
+    disagree = (table != table[0]).any(axis=0)
+    shown = np.concatenate([np.flatnonzero(disagree), np.flatnonzero(~disagree)])[:count]
+    names = first.info.class_names
+    found = []
+    for row in shown:
+        example = source.eval[int(images[row])]
+        image, _ = _shrunk(example["image"], {"boxes": np.zeros((0, 4)), "keypoints": np.zeros((0, 0, 3))})
+        found.append(
+            {
+                "image": _png(to_pillow(image)),
+                "truth": names[example["label"]],
+                "answers": {name: names[answer] for name, answer in zip(networks, table[:, row])},
+            }
+        )
+    return found
+
+
+def _classifier(trained: Trained) -> Callable[[np.ndarray], jax.Array]:
+    """A function from images to the numbers of their classes."""
+    network = split_model(trained.model)
+
+    @jax.jit
+    def classify(params: Any, rest: Any, images: jax.Array) -> jax.Array:
+        model = merge_model(network.graphdef, params, rest)
+        model.eval()
+        return model(images).argmax(-1)
+
+    return lambda images: classify(network.params, network.non_trainable, images)
 
 
 class FoundObject(NamedTuple):

@@ -4,26 +4,26 @@ Whatever comes from a run (names, paths, versions) is escaped; only text of this
 """
 
 import base64
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from repopt_jax.report import figures
-from repopt_jax.train.tasks import METRICS
+from repopt_jax.train.tasks import METRICS, metric_label
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5b6570; --line: #dcdfe3; --back: #ffffff;
   --panel: #f5f6f8; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #a3abb3; --line: #3a4047;
-  --back: #16191c; --panel: #1f2327; --accent: #6cb8e6; } }
+@media (max-width: 40rem) { body { padding: 1.2rem 1rem 3rem; } h1 { font-size: 1.45rem; } }
+@media (prefers-color-scheme: dark) { .wrong { color: #fb923c; } :root { --ink: #e6e8ea; --soft: #a3abb3;
+  --line: #3a4047; --back: #16191c; --panel: #1f2327; --accent: #6cb8e6; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem;
   background: var(--back); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
-p, li { max-width: 46rem; }
+p, li { max-width: 46rem; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
@@ -33,49 +33,87 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 td small { color: var(--soft); }
 .verdict { background: var(--panel); border-left: 4px solid var(--accent); padding: .8rem 1rem; }
+.figures { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start; }
+.figures figure { flex: 0 1 30rem; min-width: 0; }
+.answers td { text-align: center; }
+.answers td:first-child { text-align: left; }
+.answers img { width: 4rem; height: 4rem; image-rendering: pixelated; border-radius: 4px; }
+.wrong { color: #c2410c; font-weight: 600; }
 figure { margin: 1.2rem 0; }
 figure img { display: block; max-width: 100%; height: auto; padding: .6rem;
   background: #ffffff; border-radius: 6px; }
 figcaption { margin-top: .4rem; max-width: 46rem; }
 pre { background: var(--panel); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap;
-  font-size: .85rem; }
+  overflow-wrap: anywhere; font-size: .85rem; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 """
 
 CAPTIONS = {
-    "accuracy": "{label} in the course of training. Thin lines are single seeds, thick ones their mean.",
-    "scales": "Each line is one layer: the mean of its scales over the channels (top) and their spread "
-    "(bottom), both over the mean at the start. The spread grows from 0 because all channels start equal.",
+    "accuracy": "Each point is a seed, the bar their mean.",
+    "loss": "Loss in training. Thin lines are single seeds, thick ones their mean.",
+    "progress": "In the course of training. Thin lines are single seeds, thick ones their mean.",
+    "gradients": "Size of each layer's gradient in the network before its first step, on its first batch: "
+    "how much the loss changes for a small relative change of the layer. Of each way the first seed.",
+    "scales": "Each line is one layer: the mean of its scales over the channels and their standard "
+    "deviation, both over the mean at the start. The deviation grows from 0 because all channels start "
+    "equal.",
     "movement": "How far the scales of a layer move in an epoch, relative to their size, and below it the "
     "learning rate. What moves only while the learning rate is high has not necessarily arrived.",
     "step_time": "Time of one training step at the same batch size, without compilation, evaluation and "
     "checkpoints.",
 }
+INTERVALS = (
+    "Runs of one seed see the same images in the same order, so they are compared in pairs. Each interval is "
+    "Student's t over its own pairs, without a correction for there being {count} of them. All ways share "
+    "the test images, and those with searched scales one search: the spread over other test sets and other "
+    "searches is not in it."
+)
+NEXT = """# your own network, as it is: see "Your own network" in the README
+from repopt_jax import depth_scales, reinitialize, repopt_mask
+
+scales = depth_scales(model)
+model = reinitialize(model, scales, rngs=rngs)
+sgd = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9, nesterov=True))
+optimizer = optax.chain(repopt_mask(scales), sgd)"""
 
 
 def render(
-    content: Mapping[str, Any], pictures: Mapping[str, bytes], galleries: Mapping[str, bytes] | None = None
+    content: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+    galleries: Mapping[str, bytes] | None = None,
+    answers: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Renders the page.
 
     Args:
       content: the content of report.json.
-      pictures: PNG files of the figures, by the names of `CAPTIONS`.
+      pictures: PNG files of the figures, by the names of `CAPTIONS`; those of several searches have
+        `-NAME` after it.
       galleries: PNG files of drawings on test images, by caption.
+      answers: test images with what networks make of them, as `gallery.answers` returns them.
     """
-    label = METRICS[content["task"]][0].label
-    captions = CAPTIONS | {"accuracy": CAPTIONS["accuracy"].format(label=label[0].upper() + label[1:])}
-    images = {name: _figure(captions[name], picture) for name, picture in pictures.items()}
+    images = {name: _figure(CAPTIONS[name.partition("-")[0]], picture) for name, picture in pictures.items()}
     drawings = [_figure(caption, picture) for caption, picture in (galleries or {}).items()]
     sections = (
         _header(content),
-        _section("Result", _results(content), _uncertainty(content), images.get("accuracy", "")),
-        _search(content["search"], images) if content["search"] else "",
+        _section(
+            "Result",
+            _conclusions(content),
+            _results(content),
+            _figures(images, "accuracy", "loss", "progress"),
+            _differences(content),
+            _uncertainty(content),
+        ),
+        _section("Why", _why(content), _figures(images, "gradients")) if "gradients" in images else "",
+        _section("How the settings were chosen", _tuning(content)) if len(content["points"]) > 1 else "",
+        _section("What the networks make of test images", _answers(answers)) if answers else "",
         _section("What the networks find", *drawings) if drawings else "",
+        *(_search(search, content, images) for search in content["searches"]),
         _equivalence(content["equivalence"]) if content["equivalence"] else "",
-        _section("Deploying", _deploying(content)),
-        _section("Speed", _speed(), images["step_time"]) if "step_time" in images else "",
-        _section("Runs", _runs(content["runs"]), _commands(content["commands"])),
+        _section("Deploying", _deploying(content)) if content["deployed"] else "",
+        _section("Speed", _speed(), _figures(images, "step_time")) if "step_time" in images else "",
+        _section("Next: your own network", f"<pre>{escape(NEXT)}</pre>") if content["equivalence"] else "",
+        _section("Runs", _runs(content)),
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -87,49 +125,62 @@ def render(
 
 
 def _header(content: Mapping[str, Any]) -> str:
-    first = content["runs"][0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    made = content["made"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    parts = (made["date"], made["commit"] and f"commit {made['commit']}", made["processor"], versions)
+    about = "".join(f"<p>{escape(paragraph)}</p>\n" for paragraph in content["about"])
     return (
-        f"<h1>{escape(content['title'])}</h1>\n"
-        f'<p class="soft">{escape(first["device"])}; {escape(versions)}</p>'
+        f"<h1>{escape(content['title'])}</h1>\n{about}"
+        f'<p class="soft">{escape("; ".join(part for part in parts if part))}</p>'
     )
+
+
+def _conclusions(content: Mapping[str, Any]) -> str:
+    if not content["conclusions"]:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in content["conclusions"])
+    return f'<div class="verdict"><ul>{items}</ul></div>'
 
 
 def _results(content: Mapping[str, Any]) -> str:
-    metrics = [
-        metric
-        for metric in METRICS[content["task"]]
-        if any(metric.name in row["measured"] for row in content["rows"])
-    ]
-    with_error = content["rows"][0]["standard_error"] is not None
+    rows = content["rows"]
+    metrics = [m for m in METRICS[content["task"]] if any(m.name in row["test"] for row in rows)]
+    tuned = len(content["points"]) > 1
     heads = (
         "way of training",
         *(f"{metric.label} (%)" for metric in metrics),
-        *(["standard error (points)"] if with_error else []),
+        "standard deviation",
+        *(["chosen"] if tuned else []),
         "time of a step (ms)",
         "parameters in training",
-        "parameters deployed",
-        "deploy error, largest (relative)",
+        *(["deployed", "deploy error, relative"] if content["deployed"] else []),
     )
-    rows = [
+    cells = [
         (
             escape(row["label"]),
-            *(_percent(row["measured"].get(metric.name, ())) for metric in metrics),
-            *([f"{100 * row['standard_error']:.1f}"] if with_error else []),
+            *(_percent(list(row["test"].get(metric.name, {}).values())) for metric in metrics),
+            "-" if row["deviation"] is None else f"{100 * row['deviation']:.2f}",
+            *([escape(row["point"])] if tuned else []),
             "-" if row["step_ms"] is None else f"{row['step_ms']:.3g}",
-            f"{row['train_parameters']:,}",
-            f"{row['deployed']['deploy_parameters']:,}" if row["deployed"] else "-",
-            f"{row['deployed']['max_rel']:.1e}" if row["deployed"] else "-",
+            "-" if row["train_parameters"] is None else f"{row['train_parameters']:,}",
+            *(
+                [
+                    "-" if row["deploy_parameters"] is None else f"{row['deploy_parameters']:,}",
+                    "-" if row["deploy_error"] is None else f"{row['deploy_error']:.1e}",
+                ]
+                if content["deployed"]
+                else []
+            ),
         )
-        for row in content["rows"]
+        for row in rows
     ]
-    return _table(heads, rows)
+    return _table(heads, cells)
 
 
 def _percent(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    mean = f"{100 * statistics.fmean(values):.2f}"
+    mean = f"{100 * sum(values) / len(values):.2f}"
     if len(values) == 1:
         return mean
     return f"{mean}<br><small>{', '.join(f'{100 * value:.2f}' for value in values)}</small>"
@@ -139,36 +190,46 @@ def _percent_or_dash(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
+def _differences(content: Mapping[str, Any]) -> str:
+    if not content["differences"]:
+        return ""
+    rows = [
+        (
+            escape(d["label"]),
+            f"{100 * d['mean']:+.2f}<br><small>"
+            f"{', '.join(f'{100 * value:+.2f}' for value in d['by_seed'].values())}</small>",
+            "-" if d["low"] is None else f"{100 * d['low']:+.2f} to {100 * d['high']:+.2f}",
+            "-" if d["low"] is None else ("no" if d["shown"] else "yes"),
+        )
+        for d in content["differences"]
+    ]
+    text = INTERVALS.format(count=len(rows))
+    heads = ("difference, seed by seed", "points", "95 % interval", "contains zero")
+    return _table(heads, rows) + f'<p class="soft">{escape(text)}</p>'
+
+
 def _uncertainty(content: Mapping[str, Any]) -> str:
-    """Says whether the results rank the ways of training."""
-    rows, noise = content["rows"], content["noise"]
-    if not noise:
+    """Says what the numbers were measured on, and how exact that makes them."""
+    rows = content["rows"]
+    errors = [row["standard_error"] for row in rows if row["standard_error"] is not None]
+    if not errors:
         return (
             f"<p>Measured on {rows[0]['test_count']:,} images by COCO's evaluation: AP50 counts a detection "
             "as right where its box (for keypoint AP50: its keypoints) agrees with the object by at least "
-            f"0.5, AP averages over 0.5 to 0.95. {_spread_of_seeds(content)} The search network finds the "
-            "scales and is not used after.</p>"
+            f"0.5, AP averages over 0.5 to 0.95. {_spread_of_seeds(content)}</p>"
         )
-    two, largest = 100 * noise["two_errors"], 100 * noise["largest_difference"]
-    seeds = max(len(row["measured"]["accuracy"]) for row in rows)
-    conclusion = (
-        "so these runs do not rank the ways of training"
-        if largest <= two
-        else "so the best and the worst of them differ by more than the choice of test images explains"
-    )
     return (
-        f"<p>The test set has {rows[0]['test_count']:,} images. Two accuracies on that many differ by chance "
-        f"by up to about {two:.1f} points (two standard errors of a difference); the largest difference "
-        f"between ways of training here is {largest:.1f} points, {conclusion}. "
-        + ("More seeds do not help against that, as all share the test images. " if seeds > 1 else "")
-        + "The search network is shown for completeness: it finds the scales and is not used after.</p>"
+        f"<p>The test set has {rows[0]['test_count']:,} images; their number alone gives an accuracy a "
+        "standard "
+        f"error of up to {100 * max(errors):.1f} points, which more seeds do not lessen, as all share the "
+        "images.</p>"
     )
 
 
 def _spread_of_seeds(content: Mapping[str, Any]) -> str:
     """Describes the differences between seeds of the metric by which runs are compared."""
     metric = METRICS[content["task"]][0]
-    seeds = [row["measured"].get(metric.name, ()) for row in content["rows"]]
+    seeds = [list(row["test"].get(metric.name, {}).values()) for row in content["rows"]]
     spreads = [100 * (max(values) - min(values)) for values in seeds if len(values) > 1]
     if not spreads:
         return "One seed says nothing about the spread, so small differences rank nothing."
@@ -178,14 +239,70 @@ def _spread_of_seeds(content: Mapping[str, Any]) -> str:
     )
 
 
-def _search(search: Mapping[str, Any], images: Mapping[str, str]) -> str:
+def _why(content: Mapping[str, Any]) -> str:
+    sizes = [(row["label"], list(row["gradients"].values())) for row in content["rows"] if row["gradients"]]
+    grown = [(label, max(values) / values[-1]) for label, values in sizes if values and values[-1] > 0]
+    listed = "; ".join(f"{escape(label)} {ratio:.3g}" for label, ratio in grown)
+    return (
+        "<p>Before anything has been learned, the gradient on its way back from the loss to the input grows "
+        "from layer to layer in a plain network. An identity among the branches lets it pass nearly "
+        "unchanged, and kernels that were merged from such branches do the same. If the gradients of the "
+        "layers differ by much, no learning rate suits them all. The largest gradient of a layer over that "
+        f"of the last one: {listed}.</p>"
+    )
+
+
+def _tuning(content: Mapping[str, Any]) -> str:
+    name = metric_label(METRICS[content["task"]][0], "validation")
+    heads = ("way of training", *content["points"])
+    rows = [
+        (
+            escape(row["label"]),
+            *(
+                f"<strong>{cell}</strong>" if point == row["point"] else cell
+                for point, value in zip(content["points"], row["tuning"])
+                for cell in ["diverged" if value is None else f"{100 * value:.2f}"]
+            ),
+        )
+        for row in content["rows"]
+    ]
+    return (
+        f"<p>Mean {escape(name)} (%) over {content['tuned_by']} seeds, on {content['validation']} training "
+        "images "
+        "that were held out; in bold what was chosen. The other seeds were trained with that alone. No test "
+        "image was read before.</p>" + _table(heads, rows)
+    )
+
+
+def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
+    ways = list(answers[0]["answers"])
+
+    def cell(answer: str, truth: str) -> str:
+        text = escape(answer)
+        return text if answer == truth else f'<span class="wrong">{text}</span>'
+
+    rows = [
+        ("image", *(_image(one["image"], f"test image of class {one['truth']}") for one in answers)),
+        ("class", *(escape(one["truth"]) for one in answers)),
+        *((escape(way), *(cell(one["answers"][way], one["truth"]) for one in answers)) for way in ways),
+    ]
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        "<p>Images on which the deployed networks of the first seed do not agree come first; wrong answers "
+        "are "
+        f'marked.</p>\n<div class="table answers"><table><tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def _search(search: Mapping[str, Any], content: Mapping[str, Any], images: Mapping[str, str]) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in search["notes"])
+    several = len(content["searches"]) > 1
+    suffix = f"-{search['name']}" if several else ""
     return _section(
-        "Have the scales settled?",
+        f"What the search {search['name']} has found" if several else "What the search has found",
         f'<p class="verdict">{escape(search["sentence"])}</p>',
         f"<ul>{notes}</ul>" if notes else "",
-        images.get("scales", ""),
-        images.get("movement", ""),
+        _figures(images, f"scales{suffix}", f"movement{suffix}"),
     )
 
 
@@ -204,7 +321,8 @@ def _equivalence(result: Mapping[str, Any]) -> str:
 
 
 def _deploying(content: Mapping[str, Any]) -> str:
-    rows, metric = content["rows"], METRICS[content["task"]][0]
+    metric = METRICS[content["task"]][0]
+    labels = {row["way"]: row["label"] for row in content["rows"]}
     heads = (
         "network",
         "largest difference of an output",
@@ -215,18 +333,15 @@ def _deploying(content: Mapping[str, Any]) -> str:
     )
     lines = [
         (
-            escape(row["label"]),
+            escape(labels.get(name, name)),
             f"{d['max_abs']:.1e}",
             f"{d['max_rel']:.1e}",
             f"{100 * d['agreement']:.2f}",
             _percent_or_dash(d["test"].get(metric.name)),
             f"{d['compared']:,}",
         )
-        for row in rows
-        if (d := row["deployed"])
+        for name, d in content["deployed"].items()
     ]
-    if not lines:
-        return "<p>None of these runs was deployed.</p>"
     return (
         "<p>Deploying folds batch norm, and the branches where there are any, into one convolution with a "
         "bias for each block. The first seed of each way was deployed and compared with the trained network "
@@ -242,39 +357,52 @@ def _speed() -> str:
     )
 
 
-def _runs(runs: Iterable[Mapping[str, Any]]) -> str:
-    runs = list(runs)
-    metric = METRICS[runs[0]["task"]][0]
-    heads = ("folder", "seed", "epochs", "steps", f"{metric.label} (%)", "time (s)")
-    return _table(
+def _runs(content: Mapping[str, Any]) -> str:
+    runs = content["runs"]
+    heads = ("run", "seed", "epochs", "steps", "time (s)", "folder")
+    table = _table(
         heads,
         [
             (
+                escape(run["label"]),
+                *(
+                    "-" if run[name] is None else escape(str(run[name]))
+                    for name in ("seed", "epochs", "steps")
+                ),
+                "-" if run["wall_s"] is None else f"{run['wall_s']:.0f}",
                 f"<code>{escape(run['directory'])}</code>",
-                escape(str(run["seed"])),
-                escape(str(run["epochs"])),
-                escape(str(run["steps"])),
-                _percent_or_dash(run["test"].get(metric.name)),
-                f"{run['wall_s']:.0f}",
             )
             for run in runs
         ],
     )
+    again = f"repopt train --config={runs[0]['directory']}/config.json --out=runs/again"
+    return (
+        f"<p>{content['run_count']} runs were made to compare the ways; these are the ones in the table, and "
+        "those that they were chosen from lie beside them.</p>"
+        f"{table}<p>Each run's folder holds its config, by which it can be made again, alone:</p>\n"
+        f"<pre>{escape(again)}</pre>" + _command(content["made"]["command"])
+    )
 
 
-def _commands(commands: Sequence[str]) -> str:
-    if not commands:
-        return ""
-    return f"<p>To make the same runs by hand:</p>\n<pre>{escape(chr(10).join(commands))}</pre>"
+def _command(command: str) -> str:
+    return f"<p>All of this was made by</p>\n<pre>{escape(command)}</pre>" if command else ""
+
+
+def _figures(images: Mapping[str, str], *names: str) -> str:
+    found = "\n".join(images[name] for name in names if name in images)
+    return f'<div class="figures">\n{found}\n</div>' if found else ""
 
 
 def _figure(caption: str, picture: bytes) -> str:
-    data = base64.b64encode(picture).decode()
-    caption = escape(caption)
     pixels = int.from_bytes(picture[16:20], "big")  # the width, in the header of a PNG file
     width = round(pixels / figures.DPI * 100)
-    image = f'<img width="{width}" alt="{caption}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    image = _image(picture, caption, f' width="{width}"')
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _image(picture: bytes, text: str, attributes: str = "") -> str:
+    data = base64.b64encode(picture).decode()
+    return f'<img{attributes} alt="{escape(text)}" src="data:image/png;base64,{data}">'
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,109 +1,69 @@
-"""A report of several runs, written to a folder.
+"""The report of a comparison, written to a folder.
 
 report.html     the page, with its figures embedded
 report.json     the numbers
+report.md       the tables as text
 report/*.png    the figures
 """
 
 import dataclasses
+import datetime
 import json
-import math
+import os
+import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from repopt_jax.report import figures, monitor, page
-from repopt_jax.report.records import History, Run, history_of
-from repopt_jax.train.tasks import METRICS
-
-NAMED_SCALES = {"": "plain SGD", "ones": "RepOpt, all ones", "depth": "RepOpt, depth rule"}
-MODES = {
-    **{"plain": "plain SGD", "search": "search network", "repvgg": "RepVGG", "repghost": "RepGhost"},
-    **{"mobileone": "MobileOne", "acnet": "ACNet", "dbb": "DBB", "qarepvgg": "QARepVGG"},
-    "repmlp": "RepMLP",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One way of training, over its seeds.
-
-    Attributes:
-      label: what it is called in tables and legends.
-      measured: metric -> its value in [0, 1] for each seed. The metric that runs are compared by comes first;
-        metrics that are not defined (None) for a seed are left out.
-      standard_error: of an accuracy, from the number of test images alone, in [0, 1]; None for metrics that
-        are not a share of images.
-      test_count: number of test images.
-      step_ms: median over the seeds of the time of a training step, in ms; None if it was not timed.
-      train_parameters: number of trained parameters.
-      deployed: the fields of `deploy.Deployed` for the first seed that was deployed, or None.
-    """
-
-    label: str
-    measured: Mapping[str, tuple[float, ...]]
-    standard_error: float | None
-    test_count: int
-    step_ms: float | None
-    train_parameters: int
-    deployed: Mapping[str, Any] | None
-
-    @property
-    def score(self) -> float | None:
-        """The mean over the seeds of the metric that runs are compared by; None if nothing was measured."""
-        values = next(iter(self.measured.values()), None)
-        return None if values is None else statistics.fmean(values)
+from repopt_jax.report.compare import Results, point_text
+from repopt_jax.report.records import History, Run, history_of, read_run
+from repopt_jax.report.statistics import Difference, standard_error
+from repopt_jax.surgery.prepare import Mode
+from repopt_jax.train.config import evaluated_on
+from repopt_jax.train.tasks import METRICS, metric_label
 
 
 def write_report(
-    runs: Sequence[Run],
+    results: Results,
     out_dir: str | Path,
     *,
-    title: str,
-    deployed: Mapping[Path, Mapping[str, Any]] | None = None,
+    deployed: Mapping[str, Mapping[str, Any]] | None = None,
     equivalence: Mapping[str, Any] | None = None,
-    commands: Sequence[str] = (),
+    answers: Sequence[Mapping[str, Any]] = (),
     galleries: Mapping[str, tuple[str, bytes]] | None = None,
+    command: str = "",
 ) -> Path:
-    """Writes the report of finished runs and returns the path of its page.
+    """Writes the report of a comparison and returns the path of its page.
 
     Args:
-      runs: finished runs, in the order of the table; those of one kind and source of scales (none, ones,
-        depth rule, searched) count as repetitions and share a row.
-      out_dir: the folder for report.html, report.json and report/; existing ones are replaced.
-      title: heading of the page.
-      deployed: run folder -> the fields of `deploy.Deployed`.
+      results: what `compare` returned.
+      out_dir: the folder for report.html, report.json, report.md and report/; existing ones are replaced.
+      deployed: way or search -> the fields of `deploy.Deployed` of its first run.
       equivalence: the result of the check of CSLA against `repopt_mask`.
-      commands: shell commands that repeat the runs, one for each.
+      answers: test images with what networks make of them, as `gallery.answers` returns them.
       galleries: drawings of what networks find on test images: name of the file -> (caption, PNG).
+      command: the command that made all this.
 
     Raises:
-      ValueError: no runs, runs of different tasks, or runs without a summary or an evaluation; all of them
-        are listed.
       OSError: `out_dir` cannot be written.
     """
-    _check(runs)
-    out_dir = Path(out_dir)
-    rows = table(runs, deployed or {})
-    history = next((history_of(r.of_kind("scales"), r.of_kind("train")) for r in _searches(runs)), None)
-    verdict = monitor.verdict(history) if history else None
-    drawn = dict(_draw(runs, rows, history))
-    content = {
-        "title": title,
-        "task": _task(runs),
-        "rows": [{**dataclasses.asdict(row), "score": row.score} for row in rows],
-        "noise": noise(rows),
-        "search": dataclasses.asdict(verdict) if verdict else None,
-        "equivalence": equivalence,
-        "runs": [{"directory": str(run.directory), **run.summary} for run in runs],
-        "commands": list(commands),
+    out_dir, galleries = Path(out_dir).expanduser().absolute(), galleries or {}
+    runs = {way: list(map(read_run, r.folders.values())) for way, r in results.ways.items()}
+    searches = {name: read_run(folder) for name, folder in results.searches.items()}
+    histories = {
+        name: history_of(run.of_kind("scales"), run.of_kind("train")) for name, run in searches.items()
     }
-    galleries = galleries or {}
+    drawn = dict(_draw(results, runs, histories))
+    content = _content(results, deployed or {}, equivalence, histories, command)
     _write_pngs(out_dir / "report", {**drawn, **{name: png for name, (_, png) in galleries.items()}})
     (out_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (out_dir / "report.md").write_text(markdown(content), encoding="utf-8")
     path = out_dir / "report.html"
-    path.write_text(page.render(content, drawn, dict(galleries.values())), encoding="utf-8")
+    path.write_text(page.render(content, drawn, dict(galleries.values()), answers), encoding="utf-8")
     return path
 
 
@@ -112,77 +72,327 @@ def draw_search(history: History, folder: Path) -> list[Path]:
     return _write_pngs(folder, dict(_draw_scales(history)))
 
 
-def label_of(mode: str, scales: str) -> str:
-    """Returns the name of a way of training: that of its mode or, for RepOpt, of the source of its scales."""
-    if mode != "repopt":
-        return MODES.get(mode, mode)
-    return NAMED_SCALES.get(scales, "RepOpt, searched scales")
+# -- the numbers
 
 
-def table(runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> list[Row]:
-    """Returns a row for each way of training, in the order of their first runs."""
-    return [_row(label, group, deployed) for label, group in _groups(runs).items()]
+def _content(
+    results: Results,
+    deployed: Mapping[str, Mapping[str, Any]],
+    equivalence: Mapping[str, Any] | None,
+    histories: Mapping[str, History],
+    command: str,
+) -> dict[str, Any]:
+    comparison = results.comparison
+    return {
+        "title": comparison.title,
+        "about": list(comparison.about),
+        "task": comparison.task,
+        "metric": comparison.metric,
+        "made": _made(results, command),
+        "conclusions": list(conclusions(results)),
+        "rows": [_row(results, way, deployed.get(way)) for way in results.ways],
+        "points": [point_text(point) for point in comparison.points],
+        "tuned_by": comparison.tuned_by,
+        "validation": comparison.validation,
+        "differences": [
+            {
+                "label": f"{comparison.label(d.way)} minus {comparison.label(d.than)}",
+                **dataclasses.asdict(d),
+                "shown": d.shown,
+            }
+            for d in results.differences
+        ],
+        "searches": [
+            {"name": name, **dataclasses.asdict(monitor.verdict(history))}
+            for name, history in histories.items()
+        ],
+        "deployed": {name: dict(fields) for name, fields in deployed.items()},
+        "equivalence": equivalence,
+        "runs": list(_runs(results)),
+        "run_count": comparison.tuned_by * len(comparison.points) * len(results.ways)
+        + (comparison.seeds - comparison.tuned_by) * len(results.ways),
+    }
 
 
-def noise(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns two standard errors of a difference of accuracies, and the largest difference, in [0, 1].
+def _row(results: Results, way: str, deployed: Mapping[str, Any] | None) -> dict[str, Any]:
+    result, comparison = results.ways[way], results.comparison
+    values = list(result.test.get(comparison.metric, {}).values())
+    accuracies = result.test.get("accuracy")
+    return {
+        "way": way,
+        "label": comparison.label(way),
+        "point": point_text(result.point),
+        "tuning": [None if value != value else value for value in result.tuning],
+        "test": result.test,
+        "mean": statistics.fmean(values) if values else None,
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "standard_error": (
+            standard_error(statistics.fmean(accuracies.values()), result.count) if accuracies else None
+        ),
+        "test_count": result.count,
+        "step_ms": result.step_ms,
+        "train_parameters": result.summary.get("train_parameters"),
+        "deploy_parameters": deployed and deployed["deploy_parameters"],
+        "deploy_error": deployed and deployed["max_rel"],
+        "gradients": result.gradients,
+    }
 
-    Empty if the runs are not compared by an accuracy. All networks are tested on the same images, so that the
-    true error of a difference is smaller; more seeds do not reduce it, as they share the images too. The
-    search network is left out: it is not an alternative to the others.
-    """
-    compared = [row for row in rows if row.label != MODES["search"]] or list(rows)
-    means = [row.score for row in compared if row.score is not None]
-    errors = [row.standard_error for row in compared if row.standard_error is not None]
-    if not errors:
-        return {}
-    error = max(errors)
-    return {"two_errors": 2 * math.sqrt(2) * error, "largest_difference": max(means) - min(means)}
+
+def _runs(results: Results) -> Iterator[dict[str, Any]]:
+    """The runs that the table is made of, and the searches."""
+    folders = [
+        (results.comparison.label(way), seed, folder)
+        for way, result in results.ways.items()
+        for seed, folder in result.folders.items()
+    ]
+    folders += [
+        (f"search {name}", results.comparison.searches[name].seed, f) for name, f in results.searches.items()
+    ]
+    for label, seed, folder in folders:
+        summary = read_run(folder).summary
+        yield {
+            "label": label,
+            "directory": _relative(folder),
+            "seed": seed,
+            "epochs": summary.get("epochs"),
+            "steps": summary.get("steps"),
+            "wall_s": summary.get("wall_s"),
+        }
 
 
-def standard_error(accuracy: float, count: int) -> float:
-    """Returns the binomial standard error of an accuracy, with 2 hits and 2 misses added (Agresti, Coull).
+def conclusions(results: Results) -> Iterator[str]:
+    """What the differences allow to be said, a sentence each."""
+    found = {(d.way, d.than): d for d in results.differences}
+    for pair in found.values():
+        yield sentence(results, pair)
+    for (way, than), whole in found.items():
+        start = next((other for other in results.ways if _is_start_of(results, other, way)), None)
+        if start is None or (start, than) not in found or not whole.shown or whole.mean <= 0:
+            continue
+        part = found[start, than]
+        ahead = f"{results.comparison.label(way)} is ahead of {results.comparison.label(than)}"
+        yield (
+            f"Most of this is where the training starts: of the {_points(whole.mean)} points that {ahead}, "
+            f"{_points(part.mean)} are there with the initialization alone."
+            if part.mean >= whole.mean / 2
+            else f"The initialization alone gives {_points(part.mean)} of the {_points(whole.mean)} points "
+            f"that {ahead}."
+        )
 
-    Without these it would be 0 for a network that makes no mistake on a small test set.
-    """
-    adjusted = (accuracy * count + 2) / (count + 4)
-    return math.sqrt(adjusted * (1 - adjusted) / (count + 4))
+
+def sentence(results: Results, d: Difference) -> str:
+    """What one difference shows."""
+    label = results.comparison.label
+    pair = f"{label(d.way)} minus {label(d.than)}: {_points(d.mean)} points"
+    if d.low is None or d.high is None:
+        return f"{pair}. One seed says nothing of the spread."
+    pair += f", 95 % interval {_points(d.low)} to {_points(d.high)} over {len(d.by_seed)} seeds. "
+    if d.shown:
+        return pair + "The interval leaves out zero: the order of the two is unlikely to be chance."
+    return pair + "The interval contains zero: these runs do not show which of the two is better."
 
 
-def _row(label: str, runs: Sequence[Run], deployed: Mapping[Path, Mapping[str, Any]]) -> Row:
-    summaries = [run.summary for run in runs]
-    times = [s["step_ms_median"] for s in summaries if s["step_ms_median"] is not None]
-    count = min(s["test_count"] for s in summaries)
-    task = _task(runs)
-    measured = {}
-    for metric in METRICS[task]:
-        values = tuple(s["test"].get(metric.name) for s in summaries)
-        if None not in values:
-            measured[metric.name] = values
-    accuracies = measured.get("accuracy")
-    return Row(
-        label=label,
-        measured=measured,
-        standard_error=standard_error(statistics.fmean(accuracies), count) if accuracies else None,
-        test_count=count,
-        step_ms=statistics.median(times) if times else None,
-        train_parameters=summaries[0]["train_parameters"],
-        deployed=next((deployed[run.directory] for run in runs if run.directory in deployed), None),
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _is_start_of(results: Results, other: str, way: str) -> bool:
+    """Whether `other` is `way` with the rule of initialization only."""
+    a, b = (results.comparison.ways[name] for name in (other, way))
+    return a.model.mode == b.model.mode == Mode.REPOPT and (a.rules, b.rules, a.scales) == (
+        "init",
+        "both",
+        b.scales,
     )
 
 
-def _draw(runs: Sequence[Run], rows: Sequence[Row], history: History | None) -> Iterator[tuple[str, bytes]]:
-    metric = METRICS[_task(runs)][0]
-    curves = {}
-    for label, group in _groups(runs).items():
-        if seeds := [c for c in (run.curve("eval", metric.name) for run in group) if c[0].size]:
-            curves[label] = seeds
-    if curves:
-        yield "accuracy", figures.png(figures.accuracy(curves, metric.label))
-    if history:
-        yield from _draw_scales(history)
-    if times := {row.label: row.step_ms for row in rows if row.step_ms is not None}:
-        yield "step_time", figures.png(figures.step_time(times))
+def _made(results: Results, command: str) -> dict[str, Any]:
+    """When, from what and on what the results were made."""
+    first = next((r.summary for r in results.ways.values() if r.summary), {})
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "processor": processor(),
+        "versions": dict(first.get("versions", {})),
+        "device": first.get("device", ""),
+        "epochs": first.get("epochs"),
+        "steps": first.get("steps"),
+    }
+
+
+def commit() -> str:
+    """The commit of this package's source, with a + if files differ from it; "" where it is not known."""
+    folder = Path(__file__).parents[2]
+    git = shutil.which("git")
+    if git is None or not (folder / ".git").exists():
+        return ""
+
+    def ask(*arguments: str) -> str:
+        done = subprocess.run([git, "-C", str(folder), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    name = ask("rev-parse", "--short=10", "HEAD")
+    return name + ("+" if name and ask("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def processor() -> str:
+    """The processor's name and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def _relative(path: Path) -> str:
+    """The path as it is typed where the command was given, if it is below that folder."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+# -- as text
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The tables of report.json's content as Markdown."""
+    made = content["made"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    rows = content["rows"]
+    metrics = [m for m in METRICS[content["task"]] if any(m.name in row["test"] for row in rows)]
+    lines = [f"# {content['title']}", ""]
+    if made["command"]:
+        lines += [f"`{made['command']}`", ""]
+    commit_text = f", commit {made['commit']}" if made["commit"] else ""
+    lines += [
+        f"{made['date']}{commit_text}; {made['processor']}; {versions}. {made['epochs']} epochs, "
+        f"{made['steps']} steps, {rows[0]['test_count']:,} test images{_binomial(rows)}.",
+        "",
+    ]
+    if content["validation"]:
+        lines += [
+            f"Each way was trained at every point of the grid with {content['tuned_by']} seeds; "
+            f"{content['validation']} training images that were held out decided between the points, and the "
+            "test images were read once, at the end.",
+            "",
+        ]
+    for metric in metrics:
+        lines += [*_ways_table(rows, metric.name, metric.label, content), ""]
+    if len(content["points"]) > 1:
+        lines += [*_tuning_table(content), ""]
+    if content["differences"]:
+        lines += [*_difference_table(content), "", *(f"- {s}" for s in content["conclusions"]), ""]
+    if content["deployed"]:
+        lines += ["| | largest difference of an output | parameters deployed |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {d['max_abs']:.1e} | {d['deploy_parameters']:,} |"
+            for name, d in content["deployed"].items()
+        ]
+        lines += [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _binomial(rows: Sequence[Mapping[str, Any]]) -> str:
+    errors = [row["standard_error"] for row in rows if row["standard_error"] is not None]
+    return f" (binomial standard error at most {100 * max(errors):.1f} points)" if errors else ""
+
+
+def _ways_table(
+    rows: Sequence[Mapping[str, Any]], metric: str, label: str, content: Mapping[str, Any]
+) -> list[str]:
+    lines = [
+        f"| | {label}, %, seed by seed | mean | standard deviation | chosen | ms a step "
+        "| parameters in training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        values = [100 * value for value in row["test"].get(metric, {}).values()]
+        if not values:
+            continue
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        step = "" if row["step_ms"] is None else f"{row['step_ms']:.1f}"
+        parameters = "" if row["train_parameters"] is None else f"{row['train_parameters']:,}"
+        lines.append(
+            f"| {row['label']} | {', '.join(f'{v:.2f}' for v in values)} | {statistics.mean(values):.2f} "
+            f"| {spread} | {row['point']} | {step} | {parameters} |"
+        )
+    return lines
+
+
+def _tuning_table(content: Mapping[str, Any]) -> list[str]:
+    name = metric_label(METRICS[content["task"]][0], "validation")
+    lines = [
+        f"Mean {name}, %, by which the point was chosen:",
+        "",
+        "| | " + " | ".join(content["points"]) + " |",
+        "|---" * (1 + len(content["points"])) + "|",
+    ]
+    for row in content["rows"]:
+        cells = ("diverged" if v is None else f"{100 * v:.2f}" for v in row["tuning"])
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _difference_table(content: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "Differences in points, seed by seed:",
+        "",
+        "| | differences | mean | 95 % interval |",
+        "|---|---|---|---|",
+    ]
+    for d in content["differences"]:
+        each = ", ".join(_points(value) for value in d["by_seed"].values())
+        interval = "" if d["low"] is None else f"{_points(d['low'])} to {_points(d['high'])}"
+        lines.append(f"| {d['label']} | {each} | {_points(d['mean'])} | {interval} |")
+    return [*lines, "", page.INTERVALS.format(count=len(content["differences"]))]
+
+
+# -- the figures
+
+
+def _draw(
+    results: Results, runs: Mapping[str, Sequence[Run]], histories: Mapping[str, History]
+) -> Iterator[tuple[str, bytes]]:
+    comparison = results.comparison
+    metric = METRICS[comparison.task][0]
+    labels = {way: comparison.label(way) for way in results.ways}
+    styles = figures.styles(labels.values())
+    tests = {labels[w]: list(r.test.get(metric.name, {}).values()) for w, r in results.ways.items()}
+    if any(tests.values()):
+        yield "accuracy", figures.png(figures.spread(tests, styles, metric.label))
+    for name, kind, field, label in (
+        ("loss", "train", "loss", "training loss"),
+        ("progress", "eval", metric.name, metric_label(metric, _split(results))),
+    ):
+        curves = {
+            labels[way]: seeds
+            for way, group in runs.items()
+            if (seeds := [c for c in (run.curve(kind, field) for run in group) if len(c[0]) > 1])
+        }
+        if curves:
+            yield name, figures.png(figures.curves(curves, styles, label, percent=kind == "eval"))
+    gradients = {labels[w]: list(r.gradients.values()) for w, r in results.ways.items() if r.gradients}
+    if gradients and min(map(len, gradients.values())) > 1:
+        yield "gradients", figures.png(figures.by_layer(gradients, styles))
+    for name, history in histories.items():
+        suffix = "" if len(histories) == 1 else f"-{name}"
+        for figure, drawn in _draw_scales(history):
+            yield figure + suffix, drawn
+    if times := {labels[w]: r.step_ms for w, r in results.ways.items() if r.step_ms is not None}:
+        yield "step_time", figures.png(figures.step_time(times, styles))
+
+
+def _split(results: Results) -> str:
+    return (
+        "validation"
+        if results.comparison.validation
+        else evaluated_on(next(iter(results.comparison.ways.values())))
+    )
 
 
 def _draw_scales(history: History) -> Iterator[tuple[str, bytes]]:
@@ -196,31 +406,3 @@ def _write_pngs(folder: Path, pngs: Mapping[str, bytes]) -> list[Path]:
     for name, png in pngs.items():
         (folder / f"{name}.png").write_bytes(png)
     return [folder / f"{name}.png" for name in pngs]
-
-
-def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Groups runs by the label of their way of training."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(label_of(run.summary["mode"], run.summary["scales"]), []).append(run)
-    return groups
-
-
-def _searches(runs: Sequence[Run]) -> Iterator[Run]:
-    return (run for run in runs if run.summary["mode"] == "search" and run.of_kind("scales"))
-
-
-def _check(runs: Sequence[Run]) -> None:
-    if not runs:
-        raise ValueError("`runs` is empty: a report needs at least one finished run")
-    unfinished = [str(run.directory) for run in runs if not run.summary or not run.of_kind("eval")]
-    if unfinished:
-        raise ValueError(
-            f"not finished, or never evaluated: {', '.join(unfinished)}; let these runs end first"
-        )
-    if len(tasks := sorted({run.summary["task"] for run in runs})) > 1:
-        raise ValueError(f"the runs are of different tasks, {' and '.join(tasks)}: make a report of each")
-
-
-def _task(runs: Sequence[Run]) -> str:
-    return runs[0].summary["task"]

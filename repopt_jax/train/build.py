@@ -109,7 +109,9 @@ def open_feed(config: Config) -> Feed:
         "prefetch": settings.prefetch,
     }
     size, limit = config.batch_size, settings.train_limit
-    shown = {"batch_size": config.eval_batch_size, "limit": settings.eval_limit}
+    # The limit is for the test images; of those that are held out, all are evaluated.
+    eval_limit = None if settings.validation else settings.eval_limit
+    shown = {"batch_size": config.eval_batch_size, "limit": eval_limit}
     return Feed(
         source,
         task.train_batches(source, transform, batch_size=size, seed=config.seed, limit=limit, **shared),
@@ -149,14 +151,18 @@ def _plan(config_text: str, info: Any) -> PruningPlan:
     return plan_pruning(model, image, select=config.prune.select or None)
 
 
-def _network(config: Config, info: Any, scales: Scales | None, plan: PruningPlan | None = None) -> Any:
-    """The config's network, ready for its mode. Without scales a network of mode repopt is left plain."""
-    model = make_task(config).new_model(info, seed=config.seed)
+def _network(
+    config: Config, info: Any, scales: Scales | None, plan: PruningPlan | None = None, key: Any = None
+) -> Any:
+    """The config's network, ready for its mode. Without scales a network of mode repopt is left plain. `key`
+    is that of the config's seed, where it is traced."""
+    key = jax.random.key(config.seed) if key is None else key
+    model = make_task(config).new_model(info, seed=key)
     mode = Mode.parse(config.model.mode)
     if mode is Mode.REPOPT and (scales is None or config.rules == "multiplier"):
         mode, scales = Mode.PLAIN, None
     # A key of its own: the branches' draws must not repeat the network's.
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    key = jax.random.fold_in(key, 1)
     options = parse_options(config.model.structure_options)
     prepared = prepare(model, mode, scales=scales, options=options, rngs=nnx.Rngs(key)).model
     return prepared if plan is None else to_resrep(prepared, plan)
@@ -175,20 +181,21 @@ def _multiplier(config: Config, scales: Scales | None) -> Scales | None:
     return scales if config.model.mode == Mode.REPOPT and config.rules != "init" else None
 
 
-def _at_once(make: Callable[[], Any]) -> Any:
-    """`make()`, a network, drawn by one program. Layer by layer, each shape's draw would be compiled by
-    itself, which takes longer than the training step does."""
+def _at_once(make: Callable[[Any], Any], key: jax.Array) -> Any:
+    """`make(key)`, a network, drawn by one program. Layer by layer, each shape's draw would be compiled by
+    itself, which takes longer than the training step does. The program is the same for every seed, so that it
+    is compiled once where compiled programs are kept."""
     graphdefs = []
 
     @jax.jit
-    def draw():
-        graphdef, state = nnx.split(make())
+    def draw(key):
+        graphdef, state = nnx.split(make(key))
         graphdefs.append(graphdef)
         return state
 
     # Compiled quickly: it runs once.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    state = draw.lower().compile(options if jax.default_backend() == "cpu" else None)()
+    state = draw.lower(key).compile(options if jax.default_backend() == "cpu" else None)(key)
     return nnx.merge(graphdefs[-1], state)
 
 
@@ -209,7 +216,8 @@ def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, Trai
         return _program(config, model, None, mesh, feed.steps_per_epoch, feed.source, plan)
     # Not every host may see the same folders.
     scales = in_all_processes("load the scales", lambda: _scales(config, info))
-    model = _at_once(lambda: _network(config, info, scales))
+    key = jax.random.key(config.seed)
+    model = _at_once(lambda key: _network(config, info, scales, key=key), key)
     return _program(config, model, _multiplier(config, scales), mesh, feed.steps_per_epoch, feed.source)
 
 

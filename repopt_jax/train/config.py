@@ -135,7 +135,9 @@ class DataConfig:
       flip_pairs: of source "coco", the keypoints that trade places in a mirrored image, counted from 0, pair
         after pair: 0, 1, 2, 3 means that 0 and 1 do, and 2 and 3. None for those that their names give.
       mean, std: of each channel, for pixels in [0, 1].
-      train_limit, eval_limit: use that many images only; None for all.
+      validation: training images that are held out, always the same ones; the run is evaluated on these and
+        does not see the test images, which `repopt eval` reads. 0 for none: it is evaluated on the test
+      images. train_limit, eval_limit: use that many training images, and test images, only; None for all.
       workers: processes that decode; 0 decodes in threads of this one.
       prefetch: batches prepared ahead.
     """
@@ -165,6 +167,7 @@ class DataConfig:
     flip_pairs: tuple[int, ...] | None = setting(None, at_least=0, only=sources_with("flip_pairs"))
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = setting((1.0,), more_than=0)
+    validation: int = setting(0, at_least=0)
     train_limit: int | None = setting(None, at_least=1)
     eval_limit: int | None = setting(None, at_least=1)
     workers: int = setting(0, at_least=0, changeable=True)
@@ -363,20 +366,30 @@ class Config:
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
 
 
+def evaluated_on(config: Config) -> str:
+    """The images that a run of `config` is evaluated on: "validation" or "test"."""
+    return "validation" if config.data.validation else "test"
+
+
 # -- files
 
 
 def load_config(file_and_arg: str) -> Config:
     """The config of `path/to/file.py:arg`; a bare name such as `digits:search` means the file shipped with
-    the package.
+    the package. The `config.json` of a run's folder gives the config of that run.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: the file is no Python file with a `get_config`.
+      ValueError: the file is no Python file with a `get_config`, or no `config.json`.
       TypeError: the file does not return a `Config`.
     """
     name, _, arg = file_and_arg.partition(":")
     path = config_file(name)
+    if path.suffix == ".json":
+        try:
+            return from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not the config.json of a run: {error}") from error
     config = userfile.call(path, "get_config", arg, noun="config")
     if not isinstance(config, Config):
         raise TypeError(f"`get_config` of {path} returned {type(config).__name__}, not `Config`")
@@ -735,6 +748,7 @@ def smoke(config: Config) -> Config:
             image_size=SMOKE_SIDE,
             resize=None if data.resize is None else round(data.resize * share),
             crop_padding=data.crop_padding and max(1, round(data.crop_padding * share)),
+            validation=min(data.validation, 16),
             train_limit=32,
             eval_limit=40,
             workers=0,

@@ -203,7 +203,10 @@ def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any,
       FileNotFoundError, ValueError: as `evaluate`.
     """
     config: Config = trained.config
-    settings = config.data if data_dir is None else dataclasses.replace(config.data, data_dir=data_dir)
+    # The test images, also of a run that was evaluated on training images that it held out.
+    settings = dataclasses.replace(config.data, validation=0)
+    if data_dir is not None:
+        settings.data_dir = data_dir
     task = make_task(config)
     source, transform = task.open_data(settings)
     if (found := source.info.class_names) != (wanted := trained.info.class_names):

@@ -30,7 +30,7 @@ from repopt_jax.surgery.prepare import Mode
 from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints, Progress
-from repopt_jax.train.config import Config, to_json, validate
+from repopt_jax.train.config import Config, evaluated_on, to_json, validate
 from repopt_jax.train.processes import barrier, in_all_processes
 from repopt_jax.train.progress import Feeder, ProgressBar, Stopwatch, WaitWarning
 from repopt_jax.train.rundir import (
@@ -106,7 +106,14 @@ def run(
             tensorboard=config.tensorboard,
         )
         total = config.epochs * feed.steps_per_epoch
-        bar = ProgressBar(config.name, config.task, total=total, start=start or 0, shown=progress)
+        bar = ProgressBar(
+            config.name,
+            config.task,
+            split=evaluated_on(config),
+            total=total,
+            start=start or 0,
+            shown=progress,
+        )
         job = _Job(
             *(config, folder, feed, mesh, program, checkpoints, scores, total, resumed.seconds),
             ask=stop or (lambda: False),

@@ -129,7 +129,7 @@ class WaitWarning:
 class ProgressBar:
     """A bar with loss, images/s and remaining time; without a terminal, one logged line an epoch."""
 
-    def __init__(self, name: str, task: str, *, total: int, start: int, shown: bool):
+    def __init__(self, name: str, task: str, *, split: str, total: int, start: int, shown: bool):
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -140,7 +140,7 @@ class ProgressBar:
             console=console,
             disable=not (shown and console.is_terminal),
         )
-        self._name, self._task = name, task
+        self._name, self._task, self._split = name, task, split
         self._bar = self._progress.add_task(name, total=total, completed=start, text="compiling")
         self._last: Mapping[str, Any] = {}
 
@@ -161,7 +161,7 @@ class ProgressBar:
         if self._last:
             parts.append(f"loss {self._last['loss']:.3f}, {self._last['images_per_s']:,.0f} images/s")
         if evaluation is not None:
-            parts.append(format_metrics(self._task, evaluation))
+            parts.append(format_metrics(self._task, evaluation, split=self._split))
         if self._progress.disable:
             logger.info(", ".join(parts))
         elif evaluation is not None:

@@ -27,7 +27,15 @@ import optax
 from repopt_jax._version import __version__
 from repopt_jax.core import paths
 from repopt_jax.data import DatasetInfo, DetectionInfo
-from repopt_jax.train.config import MOUNTED, Config, differing_fields, from_json, to_json, tuples
+from repopt_jax.train.config import (
+    MOUNTED,
+    Config,
+    differing_fields,
+    evaluated_on,
+    from_json,
+    to_json,
+    tuples,
+)
 from repopt_jax.train.processes import barrier, in_all_processes, is_first
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
@@ -58,6 +66,7 @@ class Summary:
       test: all numbers of the last evaluation by name, as `tasks.METRICS` has them for this task.
       data_wait: median over the log's lines of the share of the time that the device waited for data.
       published: the test accuracy that the authors of the recipe report, if the config has it.
+      split: the images of the evaluations, "test" or, of a run that holds some out, "validation".
       reused: True if the run was already finished and nothing was done.
     """
 
@@ -81,6 +90,7 @@ class Summary:
     test: dict[str, Any]
     data_wait: float | None
     published: float | None
+    split: str
     reused: bool = False
 
 
@@ -114,6 +124,7 @@ def summarize(
         test={metric.name: test.get(metric.name) for metric in METRICS[config.task]} if test else {},
         data_wait=statistics.median(record["data_wait"] for record in trained) if trained else None,
         published=config.published,
+        split=evaluated_on(config),
     )
 
 

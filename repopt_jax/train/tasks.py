@@ -52,9 +52,14 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 }
 
 
-def format_metrics(task: str, measured: Mapping[str, Any]) -> str:
+def metric_label(metric: Metric, split: str = "test") -> str:
+    """What people call the metric of a split, "test" or "validation": `test accuracy`, `validation AP50`."""
+    return metric.label if split == "test" else f"{split} {metric.label.removeprefix('test ')}"
+
+
+def format_metrics(task: str, measured: Mapping[str, Any], *, split: str = "test") -> str:
     """The numbers of an evaluation in a line: `test accuracy 97.20%`; a number that is None is left out."""
-    values = [(metric.label, measured.get(metric.name)) for metric in METRICS[task]]
+    values = [(metric_label(metric, split), measured.get(metric.name)) for metric in METRICS[task]]
     return ", ".join(f"{label} {value:.2%}" for label, value in values if value is not None)
 
 
@@ -81,7 +86,10 @@ class Task(abc.ABC):
         Raises:
           FileNotFoundError, ValueError: the data are missing or cannot be used.
         """
-        return data.open_configured(settings), self.transform(settings)
+        source = data.open_configured(settings)
+        if settings.validation:
+            source = data.hold_out(source, settings.validation)
+        return source, self.transform(settings)
 
     def transform(self, settings: DataConfig) -> Any:
         """What is done to images."""
@@ -92,8 +100,8 @@ class Task(abc.ABC):
     def model_options(self, info: Any) -> dict[str, Any]:
         """What `models.create` is given besides the name and the numbers of classes and channels."""
 
-    def new_model(self, info: Any, *, seed: int) -> models.Network:
-        """The config's network for this data, plain."""
+    def new_model(self, info: Any, *, seed: Any) -> models.Network:
+        """The config's network for this data, plain. `seed` is an integer or a key."""
         return models.create(
             self.config.model.name,
             num_classes=info.num_classes,

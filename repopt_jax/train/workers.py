@@ -1,0 +1,161 @@
+"""Calls functions in processes of their own, each on its share of the processor's cores.
+
+Small networks keep one core busy and no second one: many runs that do not depend on each other are made about
+twice as fast on two cores by two processes of one core each. A worker serves one call after the other, so
+that its imports are paid once.
+
+A worker ends when its standard input does, in the middle of a call by asking it to stop: it does not outlive
+the process that started it, however that one ends.
+"""
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+MOST = 8  # workers by default: each holds programs and data of its own
+
+
+def default_count() -> int:
+    """One worker for each core that this process may use, at most `MOST`."""
+    return min(len(_cores()), MOST)
+
+
+class Workers:
+    """A context manager with `count` processes, which calls are handed to. 0: calls are made in this process.
+
+    Leaving it by an exception, Ctrl-C among them, asks the running calls to stop and waits for them.
+    """
+
+    def __init__(self, count: int, *, inherit: Sequence[int] = ()):
+        """`inherit`: file descriptors that the processes keep open, such as that of a lock."""
+        self.count = count
+        self._inherit = tuple(inherit)
+        self._pool = ThreadPoolExecutor(max(count, 1))
+        self._processes: list[subprocess.Popen] = []
+        self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+
+    def __enter__(self) -> "Workers":
+        cores = _cores()
+        for index in range(self.count):
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__, ",".join(map(str, cores[index :: self.count]))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=self._inherit,
+            )
+            self._processes.append(process)
+            self._idle.put(process)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()  # asks it to stop
+        self._pool.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
+        """Calls `function(*args, stop=stop)`, where `stop()` says whether it is to end early.
+
+        The function belongs to a module; it, the arguments and the result can be pickled. What it raises is
+        raised by the future's `result()`.
+
+        Raises (the future):
+          ChildProcessError: the worker has died.
+        """
+        if not self.count:
+            future: Future = Future()
+            try:
+                future.set_result(function(*args, stop=lambda: False))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+        return self._pool.submit(self._call, function, args)
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        process = self._idle.get()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            pickle.dump((function, args), process.stdin)
+            process.stdin.flush()
+            result, error = pickle.load(process.stdout)
+        except (EOFError, OSError, ValueError) as gone:  # ValueError: its input is closed
+            raise ChildProcessError(
+                f"the process of a run has ended (exit code {process.poll()}), perhaps for want of memory: "
+                "run the same command again to continue, with fewer workers if it happens again"
+            ) from gone
+        finally:
+            self._idle.put(process)
+        if error is not None:
+            raise error
+        return result
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def main(cores: str) -> None:
+    """The life of a worker: calls come by standard input and results go by standard output, both pickled."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(map(int, cores.split(","))))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent asks us to stop
+    # Whatever else is printed must not come between the results.
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    stopping = threading.Event()
+    for function, args in _received(stopping):
+        try:
+            answer = function(*args, stop=stopping.is_set), None
+        except Exception as error:
+            answer = None, _sendable(error)
+        try:
+            pickle.dump(answer, results)
+            results.flush()
+        except BrokenPipeError:  # nobody waits for it any more
+            return
+
+
+def _received(stopping: threading.Event) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """The calls until the end of standard input, which sets `stopping` at once, also during a call."""
+    calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def read() -> None:
+        while True:
+            try:
+                calls.put(pickle.load(sys.stdin.buffer))
+            except (EOFError, pickle.UnpicklingError):
+                stopping.set()
+                calls.put(None)
+                return
+
+    threading.Thread(target=read, daemon=True).start()
+    while (call := calls.get()) is not None:
+        yield call
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself, or where it cannot be pickled, its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
