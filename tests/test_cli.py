@@ -43,7 +43,7 @@ def get_config(arg=""):
 
 
 COMMANDS = (
-    *("quickstart", "search", "train", "prune", "eval", "predict", "deploy", "verify", "convert"),
+    *("quickstart", "compare", "search", "train", "prune", "eval", "predict", "deploy", "verify", "convert"),
     "bench",
 )
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -350,12 +350,13 @@ def test_what_does_not_fit_in_memory(capsys, train, monkeypatch):
     refused(capsys, train(), "Out of memory allocating 8 bytes.: it does not fit", "lower `batch_size`")
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "deploy", "bench", "quickstart"])
+@pytest.mark.parametrize("command", ["prune", "eval", "deploy", "bench", "quickstart", "compare"])
 def test_a_command_of_one_process_in_a_job_of_several(capsys, monkeypatch, command, tmp_path):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     flags = {"eval": ["--run=x"], "deploy": ["--run=x", f"--out={tmp_path}/y"], "bench": ["update"]}
     flags["prune"] = flags["deploy"]
+    flags["compare"] = ["--config=deep_digits", f"--out={tmp_path}/y"]
     refused(capsys, [command, *flags.get(command, [])], "one process", "srun -n1", code=2)
 
 
@@ -394,7 +395,7 @@ def test_fields_that_may_be_none_are_set_to_none(place):
 def test_quickstart_leaves_foreign_folders_alone(capsys, place, tmp_path):
     (tmp_path / "report.html").write_text("mine")
     assert main(["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}"]) == 1
-    assert "holds no quickstart (it has report.html)" in capsys.readouterr().err
+    assert "holds no comparison (it has report.html)" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     assert (
         main(["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}/q", "--config.scales=ones"]) == 1
@@ -623,28 +624,38 @@ def test_quickstart_keeps_what_it_compiles(capsys, place, tmp_path, monkeypatch)
 
 
 def test_quickstart_does_it_all_and_reuses_it(capsys, place, tmp_path):
-    arguments = ["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}/out", "--seeds=1"]
+    options = ["--seeds=1", "--workers=0"]
+    arguments = ["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}/out", *options]
     assert main(arguments) == 0
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [row["label"] for row in found["rows"]][:2] == ["plain SGD", "RepOpt, searched scales"]
-    assert all(row["deployed"]["max_rel"] < 1e-5 for row in found["rows"])
+    assert set(found["deployed"]) == {"plain", "repopt", "depth", "repvgg", "search"}
+    assert all(deployed["max_rel"] < 1e-5 for deployed in found["deployed"].values())
     assert found["equivalence"]["equivalent"]
     assert found["equivalence"]["max_difference"] < 1e-12
     assert found["equivalence"]["wrong_order_difference"] > 1e-6
     assert f"Report: {tmp_path}/out/report.html" in said
-    for text in ("RepVGG", "deploy error", "largest relative difference"):
+    for text in (
+        "RepVGG",
+        "largest output difference",
+        "largest relative difference",
+        "One seed says nothing",
+    ):
         assert text in said
-    # The printed commands make the very runs that are there.
-    again = found["commands"][2].split()[1:]
-    assert main(again) == 0
-    assert "Already finished" in capsys.readouterr().out
+    # The config in a run's folder makes that run again.
+    first = Path(found["runs"][0]["directory"])
+    assert main(["train", f"--config={first}/config.json", f"--out={tmp_path}/again"]) == 0
+    assert (tmp_path / "again" / "config.json").read_bytes() == (first / "config.json").read_bytes()
+    capsys.readouterr()
 
     before = {
         p: c for p, c in files(tmp_path / "out").items() if "report" not in str(p.relative_to(tmp_path))
     }
     assert main(arguments) == 0
-    assert capsys.readouterr().out.count("reused: ") == 1 + 1 + 4 + 5
+    said = capsys.readouterr().out
+    assert said.count("(was there)") == 1 + 4 + 5  # search, runs, deployments
+    assert said.count("reused: ") == 1
     after = files(tmp_path / "out")
     assert all(after[path] == content for path, content in before.items())
 

@@ -1,7 +1,9 @@
-"""The report, on made-up runs: what it says, what it escapes, and what it refuses."""
+"""The report of a comparison, on made-up runs: what it says, what it escapes, and what it refuses."""
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from searches import cosine, records, search, train_records
 
 from repopt_jax.report import report
-from repopt_jax.report.records import Run, read_run
+from repopt_jax.report.compare import Comparison, Results, WayResult
+from repopt_jax.report.statistics import difference, standard_error
+from repopt_jax.train.config import Config, ModelConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DEPLOYED = {
@@ -28,231 +32,279 @@ EQUIVALENCE = {
     "movement": 0.4,
     "wrong_order_difference": 2e-3,
 }
+WAYS = {
+    "plain": Config(),
+    "init": Config(model=ModelConfig(mode="repopt"), scales="depth", rules="init"),
+    "depth": Config(model=ModelConfig(mode="repopt"), scales="depth"),
+    "repvgg": Config(model=ModelConfig(mode="repvgg")),
+}
+ACCURACIES = {
+    "plain": (0.60, 0.50, 0.55),
+    "init": (0.80, 0.71, 0.76),
+    "depth": (0.82, 0.70, 0.78),
+    "repvgg": (0.5, 0.9, 0.6),
+}
 
 
-def write_run(folder: Path, *, mode="plain", scales="", seed=0, accuracy=0.98, name="run", count=355):
+def write_run(folder: Path, *, mode="plain", seed=0, accuracy=0.98, metric="accuracy") -> Path:
     """The files that a finished run leaves and that a report reads."""
     folder.mkdir(parents=True)
     lines = [
-        {
-            "kind": "eval",
-            "step": 100 * e,
-            "epoch": e,
-            "loss": 0.1,
-            "accuracy": accuracy * e / 20,
-            "count": count,
-        }
+        {"kind": "eval", "step": 100 * e, "epoch": e, "loss": 0.1, metric: accuracy * e / 20, "count": 355}
         for e in range(1, 21)
     ]
     if mode == "search":
         lines += records(search(lambda x: 1 - np.exp(-10 * x))[0])
-    lines += train_records(cosine)
+    lines += [{**record, "loss": 2 / (1 + i)} for i, record in enumerate(train_records(cosine))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = {
-        "name": name,
-        "mode": mode,
-        "scales": scales,
-        "seed": seed,
-        "epochs": 20,
-        "steps": 2000,
-        "test_accuracy": accuracy,
-        "test_loss": 0.1,
-        "test_count": count,
-        "train_parameters": 1000,
-        "step_ms_median": 10.0 + seed,
-        "images_per_s": 6400.0,
-        "wall_s": 20.0,
-        "finished": True,
-        "versions": {"python": "3", "jax": "1"},
-        "device": "1 x cpu",
-        "task": "classify",
-        "test": {"accuracy": accuracy},
-    }
+    summary = {"seed": seed, "epochs": 20, "steps": 2000, "wall_s": 20.0, "train_parameters": 1000}
+    summary |= {"versions": {"python": "3", "jax": "1"}, "device": "1 x cpu"}
     (folder / "summary.json").write_text(json.dumps(summary))
-    return read_run(folder)
+    return folder
+
+
+def made(tmp_path, accuracies=None, *, searched=True, metric="accuracy", ways=WAYS, **changes) -> Results:
+    """Results as `compare` returns them, with the files behind them."""
+    accuracies = accuracies or ACCURACIES
+    ways = {way: ways[way] for way in accuracies}
+    settings = {
+        "title": "Digits",
+        "ways": ways,
+        "searches": {"short": Config(model=ModelConfig(mode="search"))} if searched else {},
+        "differences": [(way, "plain") for way in list(ways)[1:]],
+        "seeds": len(next(iter(accuracies.values()))),
+        "grid": {"optim.learning_rate": (0.1, 0.3)},
+        "validation": 20,
+        "about": ["What this shows."],
+    }
+    comparison = Comparison(**{**settings, **changes})
+    found = {}
+    for way, values in accuracies.items():
+        folders = {
+            seed: write_run(tmp_path / way / str(seed), seed=seed, accuracy=value or 0.1, metric=metric)
+            for seed, value in enumerate(values)
+        }
+        test = {seed: value for seed, value in enumerate(values) if value is not None}
+        found[way] = WayResult(
+            way=way,
+            point={"optim.learning_rate": 0.3} if comparison.grid else {},
+            tuning=[0.5, 0.7] if comparison.grid else [],
+            test={metric: test} if test else {},
+            count=355,
+            folders=folders,
+            summary=json.loads((folders[0] / "summary.json").read_text()),
+            step_ms=10.5,
+            gradients={"a": 8.0, "b": 4.0, "c": 2.0},
+        )
+    differences = [
+        difference(a, b, found[a].test[metric], found[b].test[metric]) for a, b in comparison.differences
+    ]
+    searches = {name: write_run(tmp_path / "searches" / name, mode="search") for name in comparison.searches}
+    return Results(comparison, found, differences, searches)
 
 
 @pytest.fixture
-def runs(tmp_path) -> list[Run]:
-    made = []
-    for seed in (0, 1):
-        for way, mode, scales in (
-            ("plain", "plain", ""),
-            ("repopt", "repopt", "somewhere/scales"),
-            ("depth", "repopt", "depth"),
-            ("repvgg", "repvgg", ""),
-        ):
-            accuracy = 0.97 + 0.01 * seed
-            folder = tmp_path / f"{way}-{seed}"
-            made.append(write_run(folder, mode=mode, scales=scales, seed=seed, accuracy=accuracy))
-    return [*made, write_run(tmp_path / "search", mode="search")]
-
-
-@pytest.fixture
-def written(runs, tmp_path):
-    """(report.html, report.json) of all runs."""
+def written(tmp_path):
+    """(report.html, report.json, report.md) of all runs."""
+    answers = [
+        {"image": PNG + bytes(16), "truth": "3", "answers": {"plain SGD": "8", "RepOpt": "3"}},
+        {"image": PNG + bytes(16), "truth": "4", "answers": {"plain SGD": "4", "RepOpt": "4"}},
+    ]
+    out = tmp_path / "out"
+    results = made(tmp_path, labels={"depth": "RepOpt, depth rule"})
     path = report.write_report(
-        runs,
-        tmp_path / "out",
-        title="Digits",
-        deployed={runs[0].directory: DEPLOYED},
+        results,
+        out,
+        deployed={"depth": DEPLOYED},
         equivalence=EQUIVALENCE,
-        commands=["repopt train --config=a --out=b"],
+        answers=answers,
+        command="repopt quickstart",
     )
-    return path.read_text(), json.loads((tmp_path / "out" / "report.json").read_text())
+    return path.read_text(), json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
 
 
 def test_the_page_needs_nothing_from_outside(written, tmp_path):
-    html, _ = written
+    html, *_ = written
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', html) == []
     assert "http" not in html
     assert "<script" not in html
-    assert html.count("<img ") == 4
-    for name in ("accuracy", "scales", "movement", "step_time"):
+    names = ("accuracy", "loss", "progress", "gradients", "scales", "movement", "step_time")
+    assert html.count("<img ") == len(names) + 2
+    for name in names:
         assert (tmp_path / "out" / "report" / f"{name}.png").read_bytes().startswith(PNG)
+    assert html.count("<section>") == html.count("</section>") == 10
 
 
-def test_seeds_share_a_row_and_the_numbers_are_theirs(written):
-    _, content = written
-    labels = [row["label"] for row in content["rows"]]
-    expected = ["plain SGD", "RepOpt, searched scales", "RepOpt, depth rule", "RepVGG", "search network"]
-    assert labels == expected
-    plain = content["rows"][0]
-    assert plain["measured"] == {"accuracy": [0.97, 0.98]}
-    assert plain["score"] == pytest.approx(0.975)
-    assert plain["step_ms"] == 10.5
-    assert plain["deployed"]["deploy_parameters"] == 900
-    assert content["rows"][1]["deployed"] is None
-    assert len(content["runs"]) == 9
-    assert content["search"]["settled"] is True
+def test_the_numbers_are_those_of_the_runs(written):
+    html, content, text = written
+    assert [row["way"] for row in content["rows"]] == list(WAYS)
+    depth = content["rows"][2]
+    assert depth["test"] == {"accuracy": {"0": 0.82, "1": 0.70, "2": 0.78}}
+    assert depth["mean"] == pytest.approx(2.3 / 3)
+    assert (depth["point"], depth["deploy_parameters"]) == ("learning rate 0.3", 900)
+    assert content["rows"][0]["deploy_parameters"] is None
+    assert len(content["runs"]) == 4 * 3 + 1
+    assert content["run_count"] == 4 * 3 * 2
+    assert content["searches"][0]["settled"] is True
+    for part in ("76.67", "82.00, 70.00, 78.00", "10.5", "1,000", "learning rate 0.3", "RepOpt, depth rule"):
+        assert part in html, part
+        assert part in text, part
+    for part in ("900", "2.0e-07", "3.2e-15", "it is 0.002", "What this shows.", "repopt quickstart"):
+        assert part in html, part
+    assert content["searches"][0]["sentence"] in html
+    assert '<span class="wrong">8</span>' in html
+    assert "RepOpt, depth rule 4" in html  # the largest gradient over the last layer's
 
 
-def test_the_page_shows_what_was_measured(written):
-    html, content = written
-    for text in (
-        "97.50",
-        "97.00, 98.00",
-        "10.5",
-        "1,000",
-        "900",
-        "2.0e-07",
-        "3.2e-15",
-        "it is 0.002",
-        "Test accuracy in the course of training.",
-        "the same function",
-    ):
-        assert text in html, text
-    assert content["search"]["sentence"] in html
-    assert "repopt train --config=a --out=b" in html
-
-
-def test_a_failed_equivalence_is_not_called_one(runs, tmp_path):
-    found = {**EQUIVALENCE, "equivalent": False, "max_difference": 0.3}
-    html = report.write_report(runs, tmp_path / "out", title="x", equivalence=found).read_text()
-    assert "<strong>not</strong> the same function" in html
-
-
-def test_small_differences_are_not_called_a_ranking(tmp_path):
-    near = [write_run(tmp_path / "a", accuracy=0.98), write_run(tmp_path / "b", mode="repvgg", accuracy=0.97)]
-    assert "do not rank" in report.write_report(near, tmp_path / "near", title="x").read_text()
-    far = [near[0], write_run(tmp_path / "c", mode="repvgg", accuracy=0.80)]
-    assert (
-        "more than the choice of test images"
-        in report.write_report(far, tmp_path / "far", title="x").read_text()
+def test_differences_are_paired_and_say_what_they_show(written):
+    _, content, _ = written
+    found = {d["way"]: d for d in content["differences"]}
+    # By hand: differences .22, .20, .23; t of 2 degrees of freedom 4.3027.
+    assert found["depth"]["mean"] == pytest.approx(0.65 / 3)
+    half = 4.302653 * np.std([0.22, 0.20, 0.23], ddof=1) / np.sqrt(3)
+    assert found["depth"]["low"] == pytest.approx(0.65 / 3 - half, rel=1e-6)
+    assert found["depth"]["high"] == pytest.approx(0.65 / 3 + half, rel=1e-6)
+    assert found["depth"]["shown"]
+    assert not found["repvgg"]["shown"]
+    said = content["conclusions"]
+    assert "RepOpt, depth rule minus plain: +21.7 points" in said[1]
+    assert "unlikely to be chance" in said[1]
+    assert "do not show which of the two is better" in said[2]
+    assert said[3] == (
+        "Most of this is where the training starts: of the +21.7 points that RepOpt, depth rule is ahead of "
+        "plain, +20.7 are there with the initialization alone."
     )
 
 
+def test_the_start_is_not_said_to_be_most_where_it_is_not(tmp_path):
+    accuracies = {"plain": (0.6, 0.5), "init": (0.65, 0.55), "depth": (0.8, 0.701)}
+    assert "The initialization alone gives +5.0 of the +20.1 points" in "".join(
+        report.conclusions(made(tmp_path, accuracies))
+    )
+    # Nothing is said of parts of a difference that is not shown.
+    wide = {"plain": (0.6, 0.5), "init": (0.65, 0.55), "depth": (0.8, 0.1)}
+    assert "nitialization alone" not in "".join(report.conclusions(made(tmp_path / "wide", wide)))
+
+
+def test_one_seed_shows_no_spread():
+    one = difference("a", "b", {0: 0.9}, {0: 0.8})
+    assert (one.low, one.high, one.shown) == (None, None, False)
+    with pytest.raises(ValueError, match="a and b have no seed in common"):
+        difference("a", "b", {0: 0.9}, {1: 0.8})
+    # Only seeds that both have count.
+    assert difference("a", "b", {0: 0.9, 1: 0.5}, {1: 0.8}).by_seed == {1: pytest.approx(-0.3)}
+
+
 def test_the_standard_error_is_the_binomial_one_and_never_zero():
-    assert report.standard_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+    assert standard_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
     # Agresti and Coull: 362 of 364, by hand.
-    assert report.standard_error(1.0, 360) == pytest.approx(np.sqrt(362 / 364 * 2 / 364 / 364))
+    assert standard_error(1.0, 360) == pytest.approx(np.sqrt(362 / 364 * 2 / 364 / 364))
+
+
+def test_a_failed_equivalence_is_not_called_one(tmp_path):
+    found = {**EQUIVALENCE, "equivalent": False, "max_difference": 0.3}
+    html = report.write_report(made(tmp_path), tmp_path / "out", equivalence=found).read_text()
+    assert "<strong>not</strong> the same function" in html
 
 
 def test_text_from_runs_is_escaped(tmp_path):
-    run = write_run(tmp_path / "<img onerror=alert(1)>", mode="<script>", name="<b>")
-    path = report.write_report([run], tmp_path / "out", title="<i>&", commands=["<u>"])
-    html = path.read_text()
+    results = made(
+        tmp_path / "<img onerror=alert(1)>",
+        title="<i>&",
+        about=["<b>"],
+        labels={"plain": "<script>"},
+    )
+    html = report.write_report(results, tmp_path / "out", command="<u>").read_text()
     assert not re.search(r"<script>|<b>|<i>|<u>|<img onerror", html)
     assert "&lt;script&gt;" in html
     assert "&lt;i&gt;&amp;" in html
 
 
 def test_a_report_without_search_check_or_deployment_is_whole(tmp_path):
-    html = report.write_report([write_run(tmp_path / "a")], tmp_path / "out", title="x").read_text()
-    assert "None of these runs was deployed" in html
-    assert "settled" not in html
+    plain = {"plain": (0.98,)}
+    results = made(tmp_path, plain, searched=False, grid={}, validation=0)
+    html = report.write_report(results, tmp_path / "out").read_text()
+    for absent in ("settled", "deployed", "chosen", "difference, seed by seed"):
+        assert absent not in html
     assert html.count("<section>") == html.count("</section>") == 4
 
 
-def write_detector(folder: Path, ap50: float | None = 0.8, **options) -> Run:
-    """A finished run of a detector without keypoints."""
-    summary = write_run(folder, **options).summary
-    test = {"ap50": ap50, "ap": ap50 and 0.5, "keypoint_ap50": None, "keypoint_ap": None}
-    (folder / "summary.json").write_text(
-        json.dumps({**summary, "task": "detect", "test": test, "test_accuracy": None})
-    )
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().replace('"accuracy"', '"ap50"')
-    if ap50 is None:
-        lines = re.sub(r'"ap50": [0-9.e-]+', '"ap50": null', lines)
-    path.write_text(lines)
-    return read_run(folder)
+def detector(tmp_path, ap50s, **changes) -> Results:
+    ways = {way: Config(task="detect") for way in ap50s}
+    options = {"searched": False, "metric": "ap50", "ways": ways, "grid": {}, "validation": 0}
+    return made(tmp_path, ap50s, **{**options, **changes})
 
 
 def test_a_detector_is_told_by_its_precision_and_chance_is_not_computed(tmp_path):
-    run = write_detector(tmp_path / "a")
     galleries = {"found": ("a <caption>", PNG + bytes(16))}
-    path = report.write_report([run], tmp_path / "out", title="x", galleries=galleries)
-    html, content = path.read_text(), json.loads((tmp_path / "out" / "report.json").read_text())
-    assert content["rows"][0]["measured"] == {"ap50": [0.8], "ap": [0.5]}
+    results = detector(tmp_path, {"plain": (0.8,)})
+    html = report.write_report(results, tmp_path / "out", galleries=galleries).read_text()
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["rows"][0]["test"] == {"ap50": {"0": 0.8}}
     assert content["rows"][0]["standard_error"] is None
-    assert content["noise"] == {}
     for text in ("AP50 (%)", "80.00", "COCO's evaluation", "a &lt;caption&gt;"):
         assert text in html
     assert "keypoint AP50 (%)" not in html
     assert (tmp_path / "out" / "report" / "found.png").read_bytes().startswith(PNG)
     assert "test accuracy" not in html
-    assert "AP50 in the course of training." in html
     assert "One seed says nothing about the spread" in html
     assert "Seeds differ" not in html
 
 
 def test_the_spread_of_the_seeds_is_the_one_measured(tmp_path):
-    seeds = [write_detector(tmp_path / f"a-{seed}", ap50, seed=seed) for seed, ap50 in enumerate((0.8, 0.83))]
-    others = [
-        write_detector(tmp_path / f"b-{seed}", ap50, seed=seed, mode="repvgg")
-        for seed, ap50 in enumerate((0.4, 0.41))
-    ]
-    html = report.write_report([*seeds, *others], tmp_path / "out", title="x").read_text()
+    results = detector(tmp_path, {"plain": (0.8, 0.83), "repvgg": (0.4, 0.41)})
+    html = report.write_report(results, tmp_path / "out").read_text()
     assert "Seeds differ by up to 3.0 points of AP50 within one way of training" in html
     assert "One seed" not in html
 
 
 def test_a_number_that_is_not_defined_ends_no_report(tmp_path):
-    runs = [write_detector(tmp_path / "a", None), write_detector(tmp_path / "b", mode="repvgg")]
-    deployed = {run.directory: {**DEPLOYED, "test": run.summary["test"]} for run in runs}
-    html = report.write_report(runs, tmp_path / "out", title="x", deployed=deployed).read_text()
+    deployed = {"plain": {**DEPLOYED, "test": {"ap50": None}}}
+    results = detector(tmp_path, {"plain": (None,), "repvgg": (0.8,)}, differences=())
+    html = report.write_report(results, tmp_path / "out", deployed=deployed).read_text()
     assert "80.00" in html
     assert "same class (% of locations)" in html
     rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
-    assert [row["score"] for row in rows] == [None, 0.8]
+    assert [row["mean"] for row in rows] == [None, 0.8]
     # Nothing is measured at all.
-    html = report.write_report(runs[:1], tmp_path / "none", title="x", deployed=deployed).read_text()
+    results = detector(tmp_path / "b", {"plain": (None,)}, differences=())
+    html = report.write_report(results, tmp_path / "none", deployed=deployed).read_text()
     assert "<td>-</td>" in html
     assert not (tmp_path / "none" / "report" / "accuracy.png").exists()
 
 
-def test_runs_of_different_tasks_make_no_report(tmp_path):
-    runs = [write_run(tmp_path / "a"), write_detector(tmp_path / "b")]
-    with pytest.raises(ValueError, match="different tasks, classify and detect"):
-        report.write_report(runs, tmp_path / "out", title="x")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# A window cannot be as narrow as a telephone; a frame can.
+FRAME = """<!doctype html><body style="margin:0">
+<iframe style="border:0;width:{width}px;height:800px"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const page = frame.contentDocument;
+  const images = [...page.querySelectorAll(".figures img")];
+  const legible = images.map(image => image.width / image.getAttribute("width"));
+  document.title = [page.documentElement.scrollWidth, Math.min(...legible)].join(" ");
+}};
+frame.srcdoc = {page};
+</script></body>"""
+# The figures' text is 10 points, 13 pixels at full width.
+LEGIBLE = 0.65
 
 
-def test_unfinished_runs_are_refused_by_name(tmp_path):
-    good, bad = write_run(tmp_path / "good"), write_run(tmp_path / "bad")
-    (bad.directory / "summary.json").unlink()
-    with pytest.raises(ValueError, match=r"not finished, or never evaluated: \S*bad;"):
-        report.write_report([good, read_run(bad.directory)], tmp_path / "out", title="x")
-    with pytest.raises(ValueError, match="`runs` is empty"):
-        report.write_report([], tmp_path / "out", title="x")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_the_screen(written, tmp_path, width):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    framed = tmp_path / "framed.html"
+    source = json.dumps(written[0]).replace("</", "<\\/")
+    framed.write_text(FRAME.format(width=width, page=source))
+    command = [
+        *(browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--window-size=1400,900", "--dump-dom", framed.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    title = re.search(r"<title>(\d+) ([\d.]+)</title>", done.stdout)
+    assert title is not None
+    assert int(title[1]) <= width  # tables scroll in their own boxes
+    assert float(title[2]) >= LEGIBLE

@@ -36,7 +36,8 @@ def quickstart(args: argparse.Namespace) -> int:
         _keep_compiled(out)
         from repopt_jax.report.quickstart import quickstart, summary_lines
 
-        done = quickstart(comparison, out, count=args.workers, log=_print, command=args.command_line)
+        options = {"count": args.workers, "source": args.config, "log": _print}
+        done = quickstart(comparison, out, **options, command=args.command_line)
     _print("", *summary_lines(done.results), "", f"Report: {done.page}")
     if not done.equivalence["equivalent"]:
         raise ValueError(
@@ -63,7 +64,7 @@ def compare(args: argparse.Namespace) -> int:
         from repopt_jax.report.quickstart import summary_lines
         from repopt_jax.report.report import write_report
 
-        results = compare(comparison, out, count=args.workers, log=_print)
+        results = compare(comparison, out, count=args.workers, source=args.config, log=_print)
         page = write_report(results, out, command=args.command_line)
         if args.results:
             copied = _absolute(args.results)

@@ -184,7 +184,12 @@ class Results:
 
 
 def compare(
-    comparison: Comparison, out_dir: str | Path, *, count: int | None = None, log: Log = lambda line: None
+    comparison: Comparison,
+    out_dir: str | Path,
+    *,
+    count: int | None = None,
+    source: str | None = None,
+    log: Log = lambda line: None,
 ) -> Results:
     """Makes every run of a comparison that is not there yet, and returns what they came to.
 
@@ -194,6 +199,8 @@ def compare(
         seeds than before.
       count: processes that make runs side by side, each on its share of the cores; 0 for this process alone.
         By default one for each core (at most `workers.MOST`) where the device is a CPU, else 0.
+      source: the config file that the comparison is from, as `load_comparison` takes it: the processes import
+        it as well, for what it registers.
       log: called with a line for each finished run.
 
     Raises:
@@ -208,7 +215,8 @@ def compare(
     for config in plan.first_configs():
         validate(config, device_count=1 if count else None)
     _claim(comparison, out_dir)
-    with _locked(out_dir, log) as held, workers.Workers(count, inherit=held) as pool:
+    first = None if source is None else (load_comparison, (source,))
+    with _locked(out_dir, log) as held, workers.Workers(count, first=first, inherit=held) as pool:
         _make(plan, pool, log)
     return plan.results()
 
@@ -345,7 +353,7 @@ class _Plan:
                 for values in test.values():
                     values[seed] = 0.0
                 continue
-            summaries.append(dataclasses.asdict(summary))
+            summaries.append(dataclasses.asdict(dataclasses.replace(summary, reused=False)))
             measured = self.done.get(("test", job.folder)) or {**summary.test, "count": summary.test_count}
             counts.append(measured["count"])
             for name, values in test.items():

@@ -375,11 +375,16 @@ def _runs(content: Mapping[str, Any]) -> str:
             for run in runs
         ],
     )
+    others = content["run_count"] > len([run for run in runs if not run["label"].startswith("search ")])
+    count = (
+        f"<p>{content['run_count']} runs were made to compare the ways. These are the ones in the table; "
+        "those that they were chosen from lie beside them.</p>"
+        if others
+        else ""
+    )
     again = f"repopt train --config={runs[0]['directory']}/config.json --out=runs/again"
     return (
-        f"<p>{content['run_count']} runs were made to compare the ways; these are the ones in the table, and "
-        "those that they were chosen from lie beside them.</p>"
-        f"{table}<p>Each run's folder holds its config, by which it can be made again, alone:</p>\n"
+        f"{count}{table}<p>Each run's folder holds its config, by which it can be made again, alone:</p>\n"
         f"<pre>{escape(again)}</pre>" + _command(content["made"]["command"])
     )
 

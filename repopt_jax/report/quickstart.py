@@ -62,6 +62,7 @@ def quickstart(
     out_dir: str | Path,
     *,
     count: int | None = None,
+    source: str | None = None,
     log: Log = lambda line: None,
     command: str = "",
 ) -> Quickstart:
@@ -72,7 +73,7 @@ def quickstart(
         config.
       out_dir: a new or empty folder, or that of an earlier quickstart of an equal comparison, which is
         continued or reused.
-      count: processes that make runs side by side, as `compare` takes it.
+      count, source: processes that make runs side by side, and what they import, as `compare` takes them.
       log: called with each line of progress.
       command: the command line, for the report.
 
@@ -82,7 +83,7 @@ def quickstart(
     """
     checked = _checked(comparison)
     out_dir = Path(out_dir).expanduser().absolute()
-    results = compare(comparison, out_dir, count=count, log=log)
+    results = compare(comparison, out_dir, count=count, source=source, log=log)
     for name, folder in results.searches.items():
         log(f"Search {name}: {monitor.verdict(records.read_history(folder)).sentence}")
     steps, _ = CHECKED[comparison.task]

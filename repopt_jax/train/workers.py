@@ -8,6 +8,7 @@ A worker ends when its standard input does, in the middle of a call by asking it
 the process that started it, however that one ends.
 """
 
+import contextlib
 import os
 import pickle
 import queue
@@ -19,6 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
 MOST = 8  # workers by default: each holds programs and data of its own
 
 
@@ -33,9 +37,15 @@ class Workers:
     Leaving it by an exception, Ctrl-C among them, asks the running calls to stop and waits for them.
     """
 
-    def __init__(self, count: int, *, inherit: Sequence[int] = ()):
-        """`inherit`: file descriptors that the processes keep open, such as that of a lock."""
+    def __init__(self, count: int, *, first: Call | None = None, inherit: Sequence[int] = ()):
+        """Args:
+        count: processes.
+        first: (function, arguments) that each process calls before all others, such as the import of a file
+          that registers networks; its result is dropped.
+        inherit: file descriptors that the processes keep open, such as that of a lock.
+        """
         self.count = count
+        self._first = first
         self._inherit = tuple(inherit)
         self._pool = ThreadPoolExecutor(max(count, 1))
         self._processes: list[subprocess.Popen] = []
@@ -50,6 +60,9 @@ class Workers:
                 stdout=subprocess.PIPE,
                 pass_fds=self._inherit,
             )
+            assert process.stdin is not None
+            pickle.dump(self._first, process.stdin)
+            process.stdin.flush()
             self._processes.append(process)
             self._idle.put(process)
         return self
@@ -91,6 +104,8 @@ class Workers:
             process.stdin.flush()
             result, error = pickle.load(process.stdout)
         except (EOFError, OSError, ValueError) as gone:  # ValueError: its input is closed
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             raise ChildProcessError(
                 f"the process of a run has ended (exit code {process.poll()}), perhaps for want of memory: "
                 "run the same command again to continue, with fewer workers if it happens again"
@@ -118,7 +133,11 @@ def main(cores: str) -> None:
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     stopping = threading.Event()
-    for function, args in _received(stopping):
+    calls = _received(stopping)
+    if (first := next(calls, None)) is not None:
+        first[0](*first[1])
+    for call in calls:
+        function, args = call
         try:
             answer = function(*args, stop=stopping.is_set), None
         except Exception as error:
@@ -128,10 +147,12 @@ def main(cores: str) -> None:
             results.flush()
         except BrokenPipeError:  # nobody waits for it any more
             return
+        # Programs of one call are no use to the next, which makes new functions, and they are large.
+        jax.clear_caches()
 
 
-def _received(stopping: threading.Event) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """The calls until the end of standard input, which sets `stopping` at once, also during a call."""
+def _received(stopping: threading.Event) -> Iterator[Any]:
+    """What comes until the end of standard input, which sets `stopping` at once, also during a call."""
     calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def read() -> None:
@@ -140,11 +161,12 @@ def _received(stopping: threading.Event) -> Iterator[tuple[Callable[..., Any], t
                 calls.put(pickle.load(sys.stdin.buffer))
             except (EOFError, pickle.UnpicklingError):
                 stopping.set()
-                calls.put(None)
+                calls.put(end)
                 return
 
+    end = object()
     threading.Thread(target=read, daemon=True).start()
-    while (call := calls.get()) is not None:
+    while (call := calls.get()) is not end:
         yield call
 
 

@@ -1,0 +1,418 @@
+"""Comparisons on a few digits: what is trained, what decides, what is read when, and what a stopped one "
+"leaves."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+
+from repopt_jax import data
+from repopt_jax.report.compare import Comparison, compare, load_comparison
+from repopt_jax.report.depth import gradient_by_layer
+from repopt_jax.train import Config, load_config, workers
+from repopt_jax.train.build import load_trained, open_feed
+from repopt_jax.train.deploy import evaluate
+from repopt_jax.train.rundir import read_json
+
+RATES = (0.02, 0.2)
+
+
+def small(mode="plain", scales="", **changes) -> Config:
+    config = load_config("digits:plain,smoke")
+    config.model.mode, config.scales = mode, scales
+    return dataclasses.replace(config, **changes)
+
+
+def comparison(**changes) -> Comparison:
+    settings = {
+        "title": "digits",
+        "ways": {"plain": small(), "searched": small("repopt", "search:short")},
+        "searches": {"short": small("search")},
+        "differences": [("searched", "plain")],
+        "seeds": 2,
+        "tuning_seeds": 1,
+        "grid": {"optim.learning_rate": RATES},
+        "validation": 100,
+    }
+    return Comparison(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """(folder, results, lines) of a whole comparison."""
+    folder, lines = tmp_path_factory.mktemp("compared"), []
+    return folder, compare(comparison(), folder, count=0, log=lines.append), lines
+
+
+def test_each_way_is_trained_at_each_point_and_then_at_its_best(compared):
+    folder, results, lines = compared
+    made = sorted(str(p.parent.relative_to(folder)) for p in folder.rglob("summary.json"))
+    points = {way: f"learning_rate={r.point['optim.learning_rate']}" for way, r in results.ways.items()}
+    assert made == sorted(
+        [
+            "searches/short",
+            *(f"runs/{way}/learning_rate={rate}/seed0" for way in points for rate in RATES),
+            *(f"runs/{way}/{point}/seed1" for way, point in points.items()),
+        ]
+    )
+    assert len(lines) == len(made)
+    for way, found in results.ways.items():
+        validated = [
+            read_json(folder / "runs" / way / f"learning_rate={rate}" / "seed0" / "summary.json")["test"][
+                "accuracy"
+            ]
+            for rate in RATES
+        ]
+        assert found.tuning == validated
+        assert found.point["optim.learning_rate"] == RATES[int(np.argmax(validated))]
+
+
+def test_test_images_are_read_at_the_end_and_of_the_chosen_alone(compared):
+    folder, results, _ = compared
+    read = {p.parent for p in folder.rglob("test.json")}
+    assert read == {f for found in results.ways.values() for f in found.folders.values()}
+    for found in results.ways.values():
+        assert found.count == 40  # as many test images as the config wants
+        for seed, run in found.folders.items():
+            summary = read_json(run / "summary.json")
+            assert (summary["split"], summary["test_count"]) == ("validation", 100)
+            again = evaluate(load_trained(run))
+            assert found.test["accuracy"][seed] == again["accuracy"]
+            assert again["count"] == 40
+
+
+def test_searched_scales_are_those_of_the_search(compared):
+    folder, results, _ = compared
+    run = results.ways["searched"].folders[1]
+    assert read_json(run / "config.json")["scales"] == str(folder / "searches" / "short" / "scales")
+    assert results.searches == {"short": folder / "searches" / "short"}
+
+
+def test_differences_are_those_of_the_seeds(compared):
+    _, results, _ = compared
+    tests = {way: found.test["accuracy"] for way, found in results.ways.items()}
+    expected = {seed: tests["searched"][seed] - tests["plain"][seed] for seed in (0, 1)}
+    assert results.differences[0].by_seed == expected
+
+
+def test_a_finished_comparison_is_read_back_and_takes_more_seeds(compared):
+    folder, results, _ = compared
+    lines = []
+    again = compare(comparison(title="x", labels={"plain": "SGD"}), folder, count=0, log=lines.append)
+    assert all("(was there)" in line for line in lines)
+    assert again.ways == results.ways
+    more = compare(comparison(seeds=3), folder, count=0)
+    assert [found.point for found in more.ways.values()] == [found.point for found in results.ways.values()]
+    assert {**more.ways["plain"].test["accuracy"]}.keys() == {0, 1, 2}
+
+
+def test_another_comparison_is_refused_with_all_differences(compared, tmp_path):
+    folder, *_ = compared
+    other = comparison(
+        ways={"plain": small(epochs=3), "searched": small("repopt", "search:short")},
+        grid={"optim.learning_rate": (0.1, 0.2)},
+        validation=99,
+    )
+    with pytest.raises(ValueError, match=r"differs in plain: epochs \(2 and 3\), `grid` .*, `validation`"):
+        compare(other, folder, count=0)
+    with pytest.raises(ValueError, match=r"`ways` \(plain, searched there and plain here\)"):
+        compare(comparison(ways={"plain": small()}, differences=()), folder, count=0)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"holds no comparison \(it has mine\.txt\)"):
+        compare(comparison(), tmp_path, count=0)
+
+
+def test_what_does_not_fit_together_is_listed():
+    with pytest.raises(ValueError) as raised:
+        comparison(
+            seeds=0,
+            tuning_seeds=0,
+            validation=0,
+            labels={"other": "x"},
+            differences=[("plain", "none")],
+            searches={},
+            ways={"plain": small(), "a/b": small("repopt", "search:short")},
+        )
+    for part in (
+        "`seeds`=0",
+        "`tuning_seeds`=0",
+        "the test images must not decide",
+        "not compared: other",
+        "not compared: none",
+        "no such search",
+        "'a/b' cannot be that of a folder",
+    ):
+        assert part in str(raised.value)
+    with pytest.raises(ValueError, match=r"no values of optim\.learning_rate"):
+        comparison(grid={"optim.learning_rate": ()})
+
+
+def test_configs_that_cannot_run_are_refused_before_anything_is_written(tmp_path):
+    for grid, message in (
+        ({"optim.rate": RATES}, "has the field 'optim.rate'"),
+        ({"optim.learning_rate": (0.1, -1.0)}, "`optim.learning_rate`=-1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(comparison(grid=grid), tmp_path / "out", count=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path):
+    alone = {"ways": {"plain": small()}, "searches": {}, "differences": ()}
+    found = compare(comparison(**alone, grid={"optim.learning_rate": (1e30, 0.1)}), tmp_path / "a", count=0)
+    plain = found.ways["plain"]
+    assert plain.point == {"optim.learning_rate": 0.1}
+    assert math.isnan(plain.tuning[0])
+    # It is not tried again.
+    lines = []
+    compare(
+        comparison(**alone, grid={"optim.learning_rate": (1e30, 0.1)}),
+        tmp_path / "a",
+        count=0,
+        log=lines.append,
+    )
+    assert sum("diverged" in line for line in lines) == 1
+    # Where nothing else was given, it counts as no answer right.
+    one = comparison(**alone, grid={"optim.learning_rate": (1e30,)}, seeds=1)
+    plain = compare(one, tmp_path / "b", count=0).ways["plain"]
+    assert plain.test["accuracy"] == {0: 0.0}
+    assert plain.summary == {}
+
+
+def test_without_a_grid_all_images_train_and_nothing_is_held_out(tmp_path):
+    whole = comparison(ways={"plain": small()}, searches={}, differences=(), grid={}, validation=0, seeds=1)
+    plain = compare(whole, tmp_path, count=0).ways["plain"]
+    assert plain.point == {}
+    assert not (plain.folders[0] / "test.json").exists()
+    assert plain.test["accuracy"] == {0: read_json(plain.folders[0] / "summary.json")["test"]["accuracy"]}
+
+
+# -- what is held out
+
+
+def test_held_out_images_are_none_of_those_that_train(digits):
+    source = data.open_source("digits", data_dir=digits)
+    held = data.hold_out(source, 100)
+    whole, kept, out = (
+        sorted(example["image"].tobytes() + bytes([example["label"]]) for example in split)
+        for split in (source.train, held.train, held.eval)
+    )
+    assert (held.info.num_train, held.info.num_eval) == (len(source.train) - 100, 100)
+    assert sorted(kept + out) == whole
+    again = data.hold_out(source, 100)
+    assert all((a["image"] == b["image"]).all() for a, b in zip(held.eval, again.eval))
+    for count in (0, len(source.train)):
+        with pytest.raises(ValueError, match=f"`validation` is {count}"):
+            data.hold_out(source, count)
+
+
+def test_held_out_scenes_keep_their_objects():
+    source = data.open_source("scenes", scenes=(8, 2), image_size=64)
+    held = data.hold_out(source, 3)
+    boxes = {tuple(source.train.objects(i)["boxes"].ravel()): i for i in range(8)}
+    seen = []
+    for split in (held.train, held.eval):
+        for i in range(len(split)):
+            index = boxes[tuple(split.objects(i)["boxes"].ravel())]
+            assert (split.image(i) == source.train.image(index)).all()
+            assert (split[i]["image"] == source.train.image(index)).all()
+            seen.append(index)
+    assert sorted(seen) == list(range(8))
+
+
+# -- gradients
+
+
+def test_a_layers_gradient_is_that_of_a_relative_change():
+    """|g| |K| is the largest slope of the loss along K -> K + t |K| D with |D| = 1."""
+    import jax
+    import jax.numpy as jnp
+
+    from repopt_jax.train.build import build_model, make_task
+    from repopt_jax.train.state import merge_model, split_model
+
+    config = small()
+    sizes = gradient_by_layer(config)
+    feed = open_feed(config)
+    model, _ = build_model(config, feed.source.info)
+    model.train()
+    network = split_model(model)
+    batch = {name: jnp.asarray(array) for name, array in next(iter(feed.train)).items()}
+    path = list(sizes)[2]
+    names = [int(p) if p.isdigit() else p for p in f"{path}/kernel".split("/")]
+
+    def leaf(tree):
+        for name in names:
+            tree = tree[name]
+        return tree
+
+    def loss(step):
+        params = jax.tree.map(lambda leaf: leaf, network.params)
+        owner = params
+        for name in names[:-1]:
+            owner = owner[name]
+        owner[names[-1]] = owner[names[-1]] + step
+        net = merge_model(network.graphdef, params, network.non_trainable)
+        net.train()
+        return make_task(config).objective(net, batch)[0]
+
+    kernel = leaf(network.params)
+    gradient = jax.grad(loss)(jnp.zeros_like(kernel))
+    direction = gradient / jnp.linalg.norm(gradient) * jnp.linalg.norm(kernel)
+    slope = (loss(1e-3 * direction) - loss(-1e-3 * direction)) / 2e-3
+    assert sizes[path] == pytest.approx(float(slope), rel=0.02)
+
+
+def test_gradients_grow_towards_the_input_in_a_deep_plain_network_alone():
+    found = {}
+    for run in ("plain", "depth"):
+        sizes = list(gradient_by_layer(load_config(f"deep_digits:{run}")).values())
+        assert len(sizes) == 32
+        found[run] = max(sizes) / sizes[-1]
+    assert found["plain"] > 20  # 60 with this seed
+    assert found["depth"] < 8
+
+
+# -- processes
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """A module of functions that workers can import."""
+    (tmp_path / "worker_jobs.py").write_text(
+        textwrap.dedent("""
+            import os, threading
+
+            first = []
+
+            def begin(value):
+                first.append(value)
+
+            def add(a, b, *, stop):
+                print("not a result")
+                return a + b, first, os.getpid(), sorted(os.sched_getaffinity(0))
+
+            def fail(*, stop):
+                raise FileNotFoundError("there is none")
+
+            def die(*, stop):
+                os._exit(9)
+
+            def endless(path, *, stop):
+                open(path + ".begun", "w").close()
+                while not stop():
+                    threading.Event().wait(0.01)
+                open(path, "w").close()
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    import worker_jobs
+
+    yield worker_jobs
+    sys.modules.pop("worker_jobs")
+
+
+def test_calls_are_made_in_processes_that_share_the_cores(jobs):
+    with workers.Workers(2, first=(jobs.begin, (7,))) as pool:
+        # Each waits for the other's process to be busy.
+        results = [pool.submit(jobs.add, 1, b) for b in range(8)]
+        found = [future.result() for future in results]
+        with pytest.raises(FileNotFoundError, match="there is none"):
+            pool.submit(jobs.fail).result()
+        assert pool.submit(jobs.add, 1, 1).result()[0] == 2  # it goes on
+    assert [total for total, *_ in found] == [1 + b for b in range(8)]
+    assert all(first == [7] for _, first, *_ in found)
+    assert os.getpid() not in {pid for _, _, pid, _ in found}
+    cores = {pid: tuple(own) for _, _, pid, own in found}
+    if len(os.sched_getaffinity(0)) > 1 and len(cores) == 2:
+        assert not set.intersection(*map(set, cores.values()))
+
+
+def test_without_processes_calls_are_made_here(jobs):
+    with workers.Workers(0) as pool:
+        assert pool.submit(jobs.add, 1, 2).result()[2] == os.getpid()
+        with pytest.raises(FileNotFoundError):
+            pool.submit(jobs.fail).result()
+
+
+def test_a_process_that_dies_is_an_error(jobs):
+    with workers.Workers(1) as pool, pytest.raises(ChildProcessError, match="exit code 9"):
+        pool.submit(jobs.die).result()
+
+
+def test_leaving_by_an_error_asks_calls_to_stop(jobs, tmp_path):
+    path = tmp_path / "stopped"
+
+    def interrupted():
+        with workers.Workers(1) as pool:
+            future = pool.submit(jobs.endless, str(path))
+            while not path.with_suffix(".begun").exists() and not future.done():
+                threading.Event().wait(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.exists()
+
+
+COMPARED = """
+import dataclasses
+from repopt_jax.report.compare import Comparison
+from repopt_jax.train import load_config
+
+def get_comparison(arg=""):
+    ways = {}
+    for name, (mode, scales) in {"plain": ("plain", ""), "depth": ("repopt", "depth")}.items():
+        config = load_config("digits:plain,smoke")
+        config.model.mode, config.scales = mode, scales
+        ways[name] = config
+    return Comparison(title="digits", ways=ways, differences=[("depth", "plain")], seeds=1,
+                      grid={"optim.learning_rate": (0.02, 0.2)}, validation=100)
+"""
+
+
+@pytest.mark.kills
+def test_a_killed_comparison_goes_on_to_the_same_table(tmp_path):
+    (tmp_path / "small.py").write_text(COMPARED)
+
+    def command(out):
+        options = [f"--config={tmp_path}/small.py", f"--out={tmp_path / out}", "--workers=1"]
+        return [sys.executable, "-m", "repopt_jax", "compare", *options]
+
+    def table(out):
+        content = json.loads((tmp_path / out / "report.json").read_text())
+        timed = ("step_ms",)
+        return [{k: v for k, v in row.items() if k not in timed} for row in content["rows"]], content[
+            "differences"
+        ]
+
+    process = subprocess.Popen(command("killed"), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "seed 0" in process.stdout.readline()  # one run is finished, others are not
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "killed" / "report.json").exists()
+    again = subprocess.run(command("killed"), capture_output=True, text=True, check=True)
+    assert "(was there)" in again.stdout
+    subprocess.run(command("whole"), capture_output=True, text=True, check=True)
+    assert table("killed") == table("whole")
+
+
+def test_files_without_a_comparison_are_configs(tmp_path):
+    assert isinstance(load_comparison("digits:plain"), Config)
+    found = load_comparison("deep_digits:,smoke")
+    assert isinstance(found, Comparison)
+    assert found.validation == 16
+    (tmp_path / "wrong.py").write_text("def get_comparison(arg):\n    return 3\n")
+    with pytest.raises(TypeError, match="returned int, not `Comparison`"):
+        load_comparison(f"{tmp_path}/wrong.py")
