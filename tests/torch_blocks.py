@@ -5,6 +5,8 @@ block is `Block(inputs, outputs, size, stride=1, groups=1, ...)` and pads by hal
 otherwise; `Deployed` is the one convolution that a code base makes of it.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -179,6 +181,70 @@ class ThreeNorms(nn.Module):
     def forward(self, x):
         y = self.rbr_dense(x) + self.rbr_1x1(x)
         return y if self.rbr_identity is None else y + self.rbr_identity(x)
+
+
+class SixScales(nn.Module):
+    """OREPA's: six linear branches, each with a scale, and a norm after their sum. Run branch by branch."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1):
+        super().__init__()
+        self.stride, self.groups, self.inputs, self.padding = stride, groups, inputs, size // 2
+        each, middle = inputs // groups, inputs if groups <= 4 else 2 * inputs
+        shapes = {
+            "origin": (outputs, each, size, size),
+            "avg_conv": (outputs, each, 1, 1),
+            "pfir_conv": (outputs, each, 1, 1),
+            "1x1": (outputs, each, 1, 1),
+            "1x1_kxk_idconv1": (middle, each, 1, 1),
+            "1x1_kxk_conv2": (outputs, middle // groups, size, size),
+            "gconv_dw": (8 * inputs, 1, size, size),
+            "gconv_pw": (outputs, 8 * each, 1, 1),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(f"weight_orepa_{name}", nn.Parameter(torch.zeros(shape)))
+        self.vector = nn.Parameter(torch.zeros(6, outputs))
+        self.bn = nn.BatchNorm2d(outputs)
+        self.register_buffer(
+            "weight_orepa_avg_avg", torch.full((size, size), 1 / size**2, dtype=torch.float64)
+        )
+        self.register_buffer("weight_orepa_prior", cosines(outputs, size))
+        own = torch.zeros(middle, each, 1, 1)
+        own[torch.arange(middle), torch.arange(middle) % each] = 1
+        self.register_buffer("id_tensor", own)
+
+    def weight(self, name):
+        return getattr(self, f"weight_orepa_{name}")
+
+    def over_the_window(self, x, weight, groups=None):
+        return functional.conv2d(x, weight, None, self.stride, self.padding, groups=groups or self.groups)
+
+    def forward(self, x):
+        first = self.weight("1x1_kxk_idconv1") + self.id_tensor
+        # Row j * groups + g of the last 1x1 kernel gives output j of group g.
+        last = self.weight("gconv_pw").unflatten(0, (-1, self.groups)).transpose(0, 1).flatten(0, 1)
+        wide = self.over_the_window(x, self.weight("gconv_dw"), self.inputs)
+        branches = (
+            self.over_the_window(x, self.weight("origin")),
+            self.over_the_window(x, self.weight("avg_conv") * self.weight("avg_avg")),
+            self.over_the_window(x, self.weight("pfir_conv") * self.weight("prior")[:, None]),
+            self.over_the_window(
+                functional.conv2d(x, first, groups=self.groups), self.weight("1x1_kxk_conv2")
+            ),
+            functional.conv2d(x, self.weight("1x1"), None, self.stride, groups=self.groups),
+            functional.conv2d(wide, last, groups=self.groups),
+        )
+        return self.bn(sum(s.view(-1, 1, 1) * y for s, y in zip(self.vector, branches)))
+
+
+def cosines(outputs, size):
+    """The first half of the channels varies from row to row, the second from column to column."""
+    table = torch.zeros(outputs, size, size, dtype=torch.float64)
+    for channel in range(outputs):
+        across, j = divmod(channel, outputs // 2)
+        for tap in range(size):
+            along = table[channel].T if across else table[channel]
+            along[tap] = math.cos(math.pi * (tap + 0.5) * (j + 1) / size)
+    return table
 
 
 class Deployed(nn.Module):

@@ -684,7 +684,8 @@ def orepa(layer: Geometry) -> Structure:
     1x1, and a depthwise kernel of eight outputs a channel followed by a 1x1. There is no norm inside the
     sum, so that the branches are merged before each convolution. The tensors are drawn from Kaiming's
     uniform distribution, +-sqrt(6 / fan_in), but the 1x1 before the kernel starts at the identity. It has as
-    many outputs as inputs, or with more than four groups twice as many.
+    many outputs as inputs, or with more than four groups twice as many. The scales are decayed with the
+    tensors, as in the published training.
 
     Raises:
       ValueError: a layer without a window of several taps, for which the branches are one and the same map.
@@ -695,7 +696,8 @@ def orepa(layer: Geometry) -> Structure:
 
     def stage(m: Branch, start: float | None = None, **options: Any) -> Stage:
         then = "" if start is None else "scale"
-        return Stage(m, then, start=1.0 if start is None else start, gain=math.sqrt(6), **options)
+        options |= {"start": 1.0 if start is None else start, "decay_gain": start is not None}
+        return Stage(m, then, gain=math.sqrt(6), **options)
 
     middle = 2 * layer.inputs if layer.groups > 4 else layer.inputs
     widen = stage(point, channels=middle, residual=True)
