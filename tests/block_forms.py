@@ -134,6 +134,7 @@ class BlockForm:
 
 DENSE = (Shape(3, 4, 3, 2), Shape(4, 4, 3), Shape(4, 6, 5, groups=2))
 DEPTHWISE = (Shape(3, 6, 3), Shape(6, 6, 3, groups=6), Shape(6, 6, 5, 2, groups=6))
+SQUARE = (Shape(3, 4, 3, 2), Shape(4, 4, 3), Shape(4, 6, 3))
 LARGE = (Shape(3, 3, 9, groups=3), Shape(3, 3, 7, groups=3))
 
 FORMS = {
@@ -174,4 +175,5 @@ FORMS = {
         (Shape(3, 12, 3), Shape(12, 12, 3, 2, groups=6), Shape(12, 24, 3, groups=12)),
         "orepa_reparam",
     ),
+    "orepa_repvgg": BlockForm("orepa_repvgg", reference.ThreeNormsOfSixScales, SQUARE, "rbr_reparam"),
 }

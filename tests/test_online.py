@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from networks import randomised
 from optax import contrib
 from test_structure import structures as drawn_structures
+from test_structure import without_norm
 from twins import assert_close, problem, relative, slow_merge, train
 
 from repopt_jax import (
@@ -284,13 +285,10 @@ def parametrizations(draw):
     """A drawn structure without norms, with a branch over the whole window, so that it can be any kernel."""
     structure = draw(drawn_structures())
 
-    def without_norm(stage):
-        return dataclasses.replace(stage, then="scale") if stage.then == "norm" else stage
-
-    chains = {name: tuple(map(without_norm, chain)) for name, chain in structure.chains}
+    chains = {name: without_norm(chain) for name, chain in structure.chains}
     own = Stage(Kernel(structure.layer.window), draw(st.sampled_from(["scale", "constant", ""])), start=0.5)
     chains["own"] = (own,)
-    structure = dataclasses.replace(structure, chains=chains)
+    structure = dataclasses.replace(structure, chains=chains, sums=())
     stack = draw(st.sampled_from([(), (2,)]))
     return Parametrization(structure, stack, draw(st.sampled_from(["...io", "oi..."])))
 

@@ -74,11 +74,25 @@ KEYS = {
     "qarepvgg2": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
     "repvgg": keys("rbr_dense.conv rbr_1x1.conv", "rbr_dense.bn rbr_1x1.bn rbr_identity"),
     "orepa": keys("", "bn") | OREPA | {"weight_orepa_1x1", "vector"},
+    "orepa_repvgg": keys("rbr_1x1.conv", "rbr_dense.bn rbr_1x1.bn rbr_identity")
+    | {f"rbr_dense.{name.replace('orepa', 'rbr')}" for name in OREPA | {"vector"}},
 }
 # The constants of any block of a network, which are computed on both sides.
 CONSTANTS = {
-    f"layers.{i}.{name}" for i in range(3) for name in ("weight_orepa_avg_avg", "weight_orepa_prior")
+    f"layers.{i}.{module}_{name}"
+    for i in range(3)
+    for module in ("weight_orepa", "rbr_dense.weight_rbr")
+    for name in ("avg_avg", "prior")
 }
+
+
+def drawn(form, **more):
+    """PyTorch's network of random numbers, with zeros in the rows of OREPA's scales that no branch has."""
+    network = randomise(form.network(**more).double())
+    for module in network.modules():
+        if isinstance(module, reference.SixScales):
+            module.vector.data[len(module.branches) :] = 0
+    return network
 
 
 def image():
@@ -89,7 +103,7 @@ def image():
 @pytest.mark.parametrize("name", FORMS)
 def test_keys_and_outputs_with_branches_and_deployed(name, x64):
     form = FORMS[name]
-    network = randomise(form.network().double())
+    network = drawn(form)
     state, x, scheme = arrays(network), image(), form.scheme()
     if name in KEYS:
         prefix = "layers.1."
@@ -148,7 +162,7 @@ MISTAKES = {"acnet": exchanged, "dbb": dict, "orepa": other_rows, "orepa, groupe
 def test_mistakes_show(name, x64):
     """Negative controls of the test above."""
     form = FORMS[name]
-    network = randomise(form.network().double())
+    network = drawn(form)
     state = arrays(network)
     if name == "dbb":
         without_border(network)
@@ -167,8 +181,10 @@ TRAINED = {
     "orepa": {},
     "orepa, depthwise": {},
     "orepa, grouped": {},
+    "orepa_repvgg": {},
     "qarepvgg2": {},
     "replknet": {},
+    "repvgg": {},
     "unireplknet": {},
 }
 
@@ -192,7 +208,7 @@ def farthest(ours, theirs, *, leave=()):
 def test_twenty_steps_of_training(name, x64):
     """Nesterov momentum, decay, batch norm in training mode: every number, running means included."""
     form = FORMS[name]
-    network = randomise(form.network(**TRAINED[name]).double())
+    network = drawn(form, **TRAINED[name])
     start, theirs, ours, seen = trained(form, network)
     leave = ("running_var", "num_batches_tracked")
     assert farthest(ours, theirs, leave=leave) <= tolerances.TRAINED_AS_TORCH
@@ -213,14 +229,14 @@ def test_other_trainings_go_elsewhere(x64):
     OREPA's scales."""
     leave = ("running_var", "num_batches_tracked")
     form = FORMS["acnet"]
-    _, theirs, ours, _ = trained(form, randomise(form.network().double()), decay=lambda params: True)
+    _, theirs, ours, _ = trained(form, drawn(form), decay=lambda params: True)
     assert farthest(ours, theirs, leave=leave) > tolerances.TRAINED_APART
     form = FORMS["dbb"]
-    _, theirs, ours, _ = trained(form, randomise(form.network().double()))
+    _, theirs, ours, _ = trained(form, drawn(form))
     assert farthest(ours, theirs, leave=leave) > tolerances.TRAINED_APART
     form = FORMS["orepa"]
     kernels = functools.partial(map_named, lambda _, leaf: leaf.ndim > 1)
-    _, theirs, ours, _ = trained(form, randomise(form.network().double()), decay=kernels)
+    _, theirs, ours, _ = trained(form, drawn(form), decay=kernels)
     assert farthest(ours, theirs, leave=leave) > tolerances.TRAINED_APART
 
 
@@ -230,7 +246,7 @@ def test_other_trainings_go_elsewhere(x64):
 def test_the_form_that_keeps_the_norm_after_the_sum(x64):
     """QARepVGG's for training with quantization."""
     form = FORMS["qarepvgg"]
-    network = randomise(form.network().double())
+    network = drawn(form)
     model = interop.from_torch(arrays(network), form.model(), form.scheme())
     model.eval()
     merged = fuse(model, only=(Branched,))
@@ -269,7 +285,7 @@ def test_several_kinds_of_blocks_in_one_network(x64):
 def test_everything_that_does_not_fit_is_told_at_once(x64):
     """Of arrays that are rows of one, and of constants, as of all others."""
     form = FORMS["orepa"]
-    state = arrays(randomise(form.network().double()))
+    state = arrays(drawn(form))
     scales = state["layers.2.vector"]
     for key in ("layers.0.vector", "layers.1.id_tensor"):
         del state[key]
@@ -287,12 +303,14 @@ def test_everything_that_does_not_fit_is_told_at_once(x64):
 def test_constants_are_those_of_the_structure(x64):
     """To the rounding of float32, in which a code base computes them; others are refused, each named."""
     form = FORMS["orepa"]
-    state = arrays(randomise(form.network().double()))
+    state = arrays(drawn(form))
     rounded = {key: value.astype(np.float32) if key in CONSTANTS else value for key, value in state.items()}
-    assert any((rounded[key] != state[key]).any() for key in CONSTANTS)
+    assert any((rounded[key] != state[key]).any() for key in CONSTANTS & set(state))
     model = interop.from_torch(rounded, form.model(), form.scheme())
     written = interop.to_torch(model, form.scheme())
-    assert all(np.abs(written[key] - state[key]).max() <= tolerances.COSINES for key in CONSTANTS)
+    assert all(
+        np.abs(written[key] - state[key]).max() <= tolerances.COSINES for key in CONSTANTS & set(state)
+    )
 
     wide, identity = "layers.2.weight_orepa_prior", "layers.0.id_tensor"
     table = state[wide].copy()  # of a window of five taps a side, of which the published code fills three
@@ -301,6 +319,20 @@ def test_constants_are_those_of_the_structure(x64):
         interop.from_torch(state | {wide: table, identity: 0 * state[identity]}, form.model(), form.scheme())
     assert f"{identity} (by up to 1)" in str(error.value)
     assert f"{wide} (by up to nan)" in str(error.value)
+
+
+def test_rows_that_no_branch_uses_are_read_and_written_as_zeros(x64):
+    """OREPA's RepVGG has one where there is an identity."""
+    form = FORMS["orepa_repvgg"]
+    network = randomise(form.network().double())
+    state, key = arrays(network), "layers.1.rbr_dense.vector"
+    assert state[key].shape == (6, 4)
+    assert state[key][5].all()
+    model = interop.from_torch(state, form.model(), form.scheme())
+    assert relative(run_ours(model, image()), run_torch(network, image())) <= tolerances.BLOCKS
+    written = interop.to_torch(model, form.scheme())[key]
+    assert np.array_equal(written[:5], state[key][:5])
+    assert not written[5].any()
 
 
 def test_windows_without_a_centre_lack_one_of_the_rows():

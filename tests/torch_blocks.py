@@ -184,11 +184,16 @@ class ThreeNorms(nn.Module):
 
 
 class SixScales(nn.Module):
-    """OREPA's: six linear branches, each with a scale, and a norm after their sum. Run branch by branch."""
+    """OREPA's: linear branches, each with a scale, and a norm after their sum. Run branch by branch.
 
-    def __init__(self, inputs, outputs, size, stride=1, groups=1):
+    As the kernel of its RepVGG, `prefix` is another; five branches are left, without the 1x1; and the scales
+    have a row more, of no branch, where there is an identity beside them.
+    """
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, prefix="weight_orepa"):
         super().__init__()
         self.stride, self.groups, self.inputs, self.padding = stride, groups, inputs, size // 2
+        self.prefix, whole = prefix, prefix == "weight_orepa"
         each, middle = inputs // groups, inputs if groups <= 4 else 2 * inputs
         shapes = {
             "origin": (outputs, each, size, size),
@@ -200,40 +205,57 @@ class SixScales(nn.Module):
             "gconv_dw": (8 * inputs, 1, size, size),
             "gconv_pw": (outputs, 8 * each, 1, 1),
         }
+        self.branches = [0, 1, 2, 3, 4, 5] if whole else [0, 1, 2, 3, 5]
+        if not whole:
+            del shapes["1x1"]
         for name, shape in shapes.items():
-            self.register_parameter(f"weight_orepa_{name}", nn.Parameter(torch.zeros(shape)))
-        self.vector = nn.Parameter(torch.zeros(6, outputs))
+            self.register_parameter(f"{prefix}_{name}", nn.Parameter(torch.zeros(shape)))
+        unused = int(not whole and inputs == outputs and stride == 1)
+        self.vector = nn.Parameter(torch.zeros(len(self.branches) + unused, outputs))
         self.bn = nn.BatchNorm2d(outputs)
-        self.register_buffer(
-            "weight_orepa_avg_avg", torch.full((size, size), 1 / size**2, dtype=torch.float64)
-        )
-        self.register_buffer("weight_orepa_prior", cosines(outputs, size))
+        average = torch.full((size, size), 1 / size**2, dtype=torch.float64)
+        self.register_buffer(f"{prefix}_avg_avg", average)
+        self.register_buffer(f"{prefix}_prior", cosines(outputs, size))
         own = torch.zeros(middle, each, 1, 1)
         own[torch.arange(middle), torch.arange(middle) % each] = 1
         self.register_buffer("id_tensor", own)
 
     def weight(self, name):
-        return getattr(self, f"weight_orepa_{name}")
+        return getattr(self, f"{self.prefix}_{name}")
 
     def over_the_window(self, x, weight, groups=None):
         return functional.conv2d(x, weight, None, self.stride, self.padding, groups=groups or self.groups)
 
-    def forward(self, x):
-        first = self.weight("1x1_kxk_idconv1") + self.id_tensor
+    def branch(self, index, x):
+        match index:
+            case 0:
+                return self.over_the_window(x, self.weight("origin"))
+            case 1:
+                return self.over_the_window(x, self.weight("avg_conv") * self.weight("avg_avg"))
+            case 2:
+                return self.over_the_window(x, self.weight("pfir_conv") * self.weight("prior")[:, None])
+            case 3:
+                first = self.weight("1x1_kxk_idconv1") + self.id_tensor
+                y = functional.conv2d(x, first, groups=self.groups)
+                return self.over_the_window(y, self.weight("1x1_kxk_conv2"))
+            case 4:
+                return functional.conv2d(x, self.weight("1x1"), None, self.stride, groups=self.groups)
         # Row j * groups + g of the last 1x1 kernel gives output j of group g.
         last = self.weight("gconv_pw").unflatten(0, (-1, self.groups)).transpose(0, 1).flatten(0, 1)
-        wide = self.over_the_window(x, self.weight("gconv_dw"), self.inputs)
-        branches = (
-            self.over_the_window(x, self.weight("origin")),
-            self.over_the_window(x, self.weight("avg_conv") * self.weight("avg_avg")),
-            self.over_the_window(x, self.weight("pfir_conv") * self.weight("prior")[:, None]),
-            self.over_the_window(
-                functional.conv2d(x, first, groups=self.groups), self.weight("1x1_kxk_conv2")
-            ),
-            functional.conv2d(x, self.weight("1x1"), None, self.stride, groups=self.groups),
-            functional.conv2d(wide, last, groups=self.groups),
-        )
-        return self.bn(sum(s.view(-1, 1, 1) * y for s, y in zip(self.vector, branches)))
+        y = self.over_the_window(x, self.weight("gconv_dw"), self.inputs)
+        return functional.conv2d(y, last, groups=self.groups)
+
+    def forward(self, x):
+        scaled = zip(self.vector, self.branches)
+        return self.bn(sum(s.view(-1, 1, 1) * self.branch(index, x) for s, index in scaled))
+
+
+class ThreeNormsOfSixScales(ThreeNorms):
+    """OREPA's RepVGG."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1):
+        super().__init__(inputs, outputs, size, stride, groups)
+        self.rbr_dense = SixScales(inputs, outputs, size, stride, groups, "weight_rbr")
 
 
 def cosines(outputs, size):

@@ -79,12 +79,13 @@ def _orepa(prefix: str, module: str, *scaled: str, spare: Callable[[Structure], 
         "weights/own": f"{prefix}_origin",
         "weights/average": f"{prefix}_avg_conv",
         "weights/frequency": f"{prefix}_pfir_conv",
-        "weights/1x1": f"{prefix}_1x1",
         "deltas/1x1_own_0": f"{prefix}_1x1_kxk_idconv1",
         "weights/1x1_own_1": f"{prefix}_1x1_kxk_conv2",
         "weights/depthwise_1x1_0": f"{prefix}_gconv_dw",
         "weights/depthwise_1x1_1": Stored(f"{prefix}_gconv_pw", groups_last=True),
     }
+    if "1x1" in scaled:
+        tensors["weights/1x1"] = f"{prefix}_1x1"
     for row, stage in enumerate(scaled):
         tensors[f"scales/{stage}"] = Stored("vector", row, len(scaled), spare)
     constants: dict[str, Constant] = {
@@ -185,6 +186,26 @@ BLOCK_NAMES: dict[str, BlockNames] = {
     "orepa": BlockNames(
         _orepa("weight_orepa", "", "own", "average", "frequency", "1x1_own_1", "1x1", "depthwise_1x1_1"),
         "orepa_reparam",
+    ),
+    # Not defined there for layers of several groups.
+    "orepa_repvgg": BlockNames(
+        (
+            # Where the block has an identity, `vector` has one row more, which nothing uses.
+            *_orepa(
+                "weight_rbr",
+                "rbr_dense",
+                "own",
+                "average",
+                "frequency",
+                "1x1_own_1",
+                "depthwise_1x1_1",
+                spare=lambda structure: int(structure.layer.has_identity),
+            ),
+            ("norms/squeezed", "rbr_dense.bn", NORM),
+            *_normed("1x1", "rbr_1x1.conv", "rbr_1x1.bn"),
+            ("norms/identity", "rbr_identity", NORM),
+        ),
+        "rbr_reparam",
     ),
 }
 
