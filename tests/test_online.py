@@ -29,6 +29,7 @@ from repopt_jax import (
     Parametrization,
     Scales,
     Stage,
+    Structure,
     branches_of,
     decay_mask,
     depth_scales,
@@ -321,6 +322,21 @@ def test_a_drawn_structure_is_split_by_the_least_change(one, seed):
     change, *_ = np.linalg.lstsq(jax.jacobian(merge)(flat), kernel.ravel() - merge(flat), rcond=1e-10)
     moved, _ = moved_by(one, found)
     np.testing.assert_allclose(moved - flat, change, atol=SPLIT * np.abs(change).max())
+
+
+def test_chains_of_any_names_are_split(x64):
+    """Also where they are those of a branch set, which calls them by their maps."""
+    chains = {"point": (Stage(Kernel((1,)), "scale"),), "own": (Stage(Kernel((3,)), "scale", start=0.5),)}
+    structure = Structure(Geometry((3,), 2, 2), chains)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2)))
+    found, same = (
+        Parametrization(dataclasses.replace(structure, chains=named)).split(kernel)["weights"]
+        for named in (chains, {chain[0].map.name: chain for chain in chains.values()})
+    )
+    assert set(found) == {"point", "own"}
+    assert_close(found, {"point": same["1"], "own": same["3"]}, SPLIT)
+    with pytest.raises(ValueError, match="the chains point, own are not one trained map, of its name"):
+        structure.branch_set()
 
 
 @pytest.mark.parametrize("layout", ["...io", "oi..."])

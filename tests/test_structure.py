@@ -272,9 +272,11 @@ def structures(draw):
         fixed = isinstance(last, (Identity, Pool)) and draw(st.booleans())
         chain.append(Stage(last, draw(follow), trained=not fixed))
         chains[f"chain{i}"] = tuple(chain)
-    members = draw(st.lists(st.sampled_from(sorted(chains)), unique=True))
-    chains |= {name: without_norm(chains[name]) for name in members}
-    return Structure(layer, chains, sums={"sum": members} if members else {})
+    sums = {}
+    if draw(st.booleans()):
+        sums["sum"] = draw(st.lists(st.sampled_from(sorted(chains)), min_size=1, unique=True))
+        chains |= {name: without_norm(chains[name]) for name in sums["sum"]}
+    return Structure(layer, chains, sums=sums)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -390,6 +392,24 @@ def test_what_sums_of_chains_refuse(sums, message):
         Structure(LAYERS["plain"], chains, sums=sums)
 
 
+@pytest.mark.parametrize(("description", "size"), [(orepa, 6), (orepa_repvgg, 3)])
+def test_orepa_starts_as_published(description, size):
+    """Kaiming's uniform distribution for a slope of 0 or 1, and the scales of each branch."""
+    structure = description(Geometry((3, 3), 8, 8))
+    drawn = structure.sample(jax.random.key(0))
+    assert not drawn.pop("1x1_3x3_0").any()
+    for key, w in drawn.items():
+        alone = key == "1x1" and description is orepa_repvgg  # RepVGG's own
+        bound = np.sqrt((1 if alone else size) / np.prod(w.shape[:-1]))
+        assert 0.9 * bound < np.abs(w).max() <= 1.0001 * bound, key
+    starts = {key: part.stage.start for key, part in structure.followers("scale").items()}
+    assert starts.pop("1x1", 1.0) == 1.0
+    assert list(starts.values()) == [0.25, 0.25, 0.0, 0.5, 0.5]
+    decayed = structure.decayed()
+    assert all(decayed[f"weights/{key}"] for key in structure.shapes())
+    assert all(decayed[f"scales/{key}"] for key in starts)
+
+
 def test_a_sum_of_chains_is_one_convolution():
     """Of OREPA's RepVGG, beside the 1x1; the same chains one by one are eight."""
     structure, x = orepa_repvgg(LAYERS["plain"]), jnp.zeros((1, 5, 5, 4))
@@ -406,7 +426,7 @@ def test_a_sum_of_chains_is_one_convolution():
 def test_sums_of_chains_have_no_constant_rule():
     """And no other form than that of the network, where they are merged before they run."""
     structure = Structure(LAYERS["plain"], {"3x3": (Stage(Kernel((3, 3)), "scale"),)}, sums={"sum": ("3x3",)})
-    with pytest.raises(ValueError, match="the chains sum are not one trained map with a constant scale"):
+    with pytest.raises(ValueError, match="the chains sum are not one trained map, of its name, with"):
         structure.branch_set()
     with pytest.raises(ValueError, match="sum have batch norms, so that the branches cannot be merged"):
         nn.Merged(structure, rngs=nnx.Rngs(0))

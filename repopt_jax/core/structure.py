@@ -393,12 +393,13 @@ class Structure:
 
         Raises:
           ValueError: chains without a constant rule: with several stages, a batch norm, a fixed tensor, or a
-            scale that outputs share.
+            scale that outputs share; or chains of other names than their maps, by which scales are found.
         """
         wrong = [
             name
             for name, chain in self.chains
             if len(chain) > 1
+            or name != chain[0].map.name
             or not chain[0].trained
             or chain[0].residual
             or chain[0].shared != 1
@@ -406,8 +407,8 @@ class Structure:
         ] + [name for name, _ in self.sums]
         if wrong:
             raise ValueError(
-                f"the chains {', '.join(wrong)} are not one trained map with a constant scale for each "
-                "output: no scales describe them"
+                f"the chains {', '.join(wrong)} are not one trained map, of its name, with a constant scale "
+                "for each output: no scales describe them"
             )
         maps = tuple(chain[0].map for _, chain in self.chains)
         return BranchSet((*stack, *self.layer.kernel), maps, self.layer.groups, stacked=len(stack))
@@ -774,7 +775,12 @@ def orepa_repvgg(layer: Geometry) -> Structure:
 
 
 def _orepa_chains(layer: Geometry, gain: float, middle: int) -> dict[str, Chain]:
-    """Returns OREPA's branches but the 1x1, drawn with this gain, and with the channels of the one between.
+    """Returns OREPA's branches but the 1x1 alone.
+
+    Args:
+      layer: the layer.
+      gain: that of every tensor, as in `Stage`.
+      middle: channels between the 1x1 and the kernel that make one branch.
 
     Raises:
       ValueError: a window of one tap.
