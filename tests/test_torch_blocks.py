@@ -338,7 +338,7 @@ def test_rows_that_no_branch_uses_are_read_and_written_as_zeros(x64):
 def test_windows_without_a_centre_lack_one_of_the_rows():
     """They have no 1x1 branch, and the published block is not defined for them."""
     form = dataclasses.replace(FORMS["orepa"], shapes=(Shape(3, 4, 2),))
-    with pytest.raises(ValueError, match=r"layers\.0\.vector: its rows 4 are of branches that the layer"):
+    with pytest.raises(ValueError, match=r"layers\.0\.vector: no branch of the layer here has row 4"):
         torch_names(form.model(), form.scheme())
 
 

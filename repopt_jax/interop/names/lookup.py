@@ -211,7 +211,7 @@ def _missing_rows(stored: Iterable[Stored]) -> Iterator[str]:
             found.setdefault((one.name, one.rows), set()).add(one.row)
     for (key, count), rows in found.items():
         if absent := [str(row) for row in range(count) if row not in rows]:
-            yield f"{key}: its rows {', '.join(absent)} are of branches that the layer here does not have"
+            yield f"{key}: no branch of the layer here has row {', '.join(absent)}"
 
 
 def _other_branches(model: nnx.Module, layers: Mapping[str, Structure], layout: Layout) -> Iterator[str]:
