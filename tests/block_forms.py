@@ -90,7 +90,7 @@ class BlockForm:
 
     @property
     def normed(self):
-        return self.structure.startswith("qarepvgg")
+        return self.structure in ("qarepvgg", "qarepvgg2", "orepa")
 
     def network(self, **more):
         """PyTorch's network; `more` are further arguments of every block."""
@@ -134,6 +134,7 @@ class BlockForm:
 
 DENSE = (Shape(3, 4, 3, 2), Shape(4, 4, 3), Shape(4, 6, 5, groups=2))
 DEPTHWISE = (Shape(3, 6, 3), Shape(6, 6, 3, groups=6), Shape(6, 6, 5, 2, groups=6))
+SQUARE = (Shape(3, 4, 3, 2), Shape(4, 4, 3), Shape(4, 6, 3))
 LARGE = (Shape(3, 3, 9, groups=3), Shape(3, 3, 7, groups=3))
 
 FORMS = {
@@ -165,4 +166,14 @@ FORMS = {
         "qarepvgg2", reference.QuantizationAware, DENSE, "rbr_reparam", theirs=lambda shape: {"pool": True}
     ),
     "repvgg": BlockForm("repvgg", reference.ThreeNorms, DENSE, "rbr_reparam"),
+    "orepa": BlockForm("orepa", reference.SixScales, DENSE, "orepa_reparam"),
+    "orepa, depthwise": BlockForm("orepa", reference.SixScales, DEPTHWISE, "orepa_reparam"),
+    # With more than four groups the 1x1 before the kernel is twice as wide.
+    "orepa, grouped": BlockForm(
+        "orepa",
+        reference.SixScales,
+        (Shape(3, 12, 3), Shape(12, 12, 3, 2, groups=6), Shape(12, 24, 3, groups=12)),
+        "orepa_reparam",
+    ),
+    "orepa_repvgg": BlockForm("orepa_repvgg", reference.ThreeNormsOfSixScales, SQUARE, "rbr_reparam"),
 }

@@ -25,9 +25,10 @@ def run(structure, arrays, x, *, training=False, wrong=""):
       x: the input.
       training: with the statistics of the batch.
       wrong: "" or the name of a mistake: "border", zeros in the padding after a norm; "bias", the first
-        norm's shift left out; "groups", the first stage's channels handed on in another order.
+        norm's shift left out; "groups", the first stage's channels handed on in another order; "sum", the
+        norm after a sum of chains left out.
     """
-    total, statistics = 0.0, {}
+    outputs, statistics = {}, {}
     for name, chain in structure.chains:
         y, border = x, np.zeros((x.shape[-1],))
         for j, stage in enumerate(chain):
@@ -49,8 +50,13 @@ def run(structure, arrays, x, *, training=False, wrong=""):
             if wrong == "groups" and not last:
                 y = _interleaved(y, layer.groups)
             border = np.real(border)  # the padding has no gradient
-        total = total + y
-    return total, statistics
+        outputs[name] = y
+    for name, members in structure.sums:
+        y = sum(outputs.pop(member) for member in members)
+        if wrong != "sum":
+            y, _, statistics[name] = _norm(y, np.zeros(y.shape[-1]), arrays["norms"][name], training, False)
+        outputs[name] = y
+    return sum(outputs.values()), statistics
 
 
 def _layer(layer, chain, j, inputs):

@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from networks import randomised
 from optax import contrib
 from test_structure import structures as drawn_structures
+from test_structure import without_norm
 from twins import assert_close, problem, relative, slow_merge, train
 
 from repopt_jax import (
@@ -28,6 +29,7 @@ from repopt_jax import (
     Parametrization,
     Scales,
     Stage,
+    Structure,
     branches_of,
     decay_mask,
     depth_scales,
@@ -284,13 +286,10 @@ def parametrizations(draw):
     """A drawn structure without norms, with a branch over the whole window, so that it can be any kernel."""
     structure = draw(drawn_structures())
 
-    def without_norm(stage):
-        return dataclasses.replace(stage, then="scale") if stage.then == "norm" else stage
-
-    chains = {name: tuple(map(without_norm, chain)) for name, chain in structure.chains}
+    chains = {name: without_norm(chain) for name, chain in structure.chains}
     own = Stage(Kernel(structure.layer.window), draw(st.sampled_from(["scale", "constant", ""])), start=0.5)
     chains["own"] = (own,)
-    structure = dataclasses.replace(structure, chains=chains)
+    structure = dataclasses.replace(structure, chains=chains, sums=())
     stack = draw(st.sampled_from([(), (2,)]))
     return Parametrization(structure, stack, draw(st.sampled_from(["...io", "oi..."])))
 
@@ -323,6 +322,21 @@ def test_a_drawn_structure_is_split_by_the_least_change(one, seed):
     change, *_ = np.linalg.lstsq(jax.jacobian(merge)(flat), kernel.ravel() - merge(flat), rcond=1e-10)
     moved, _ = moved_by(one, found)
     np.testing.assert_allclose(moved - flat, change, atol=SPLIT * np.abs(change).max())
+
+
+def test_chains_of_any_names_are_split(x64):
+    """Also where they are those of a branch set, which calls them by their maps."""
+    chains = {"point": (Stage(Kernel((1,)), "scale"),), "own": (Stage(Kernel((3,)), "scale", start=0.5),)}
+    structure = Structure(Geometry((3,), 2, 2), chains)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2)))
+    found, same = (
+        Parametrization(dataclasses.replace(structure, chains=named)).split(kernel)["weights"]
+        for named in (chains, {chain[0].map.name: chain for chain in chains.values()})
+    )
+    assert set(found) == {"point", "own"}
+    assert_close(found, {"point": same["1"], "own": same["3"]}, SPLIT)
+    with pytest.raises(ValueError, match="the chains point, own are not one trained map, of its name"):
+        structure.branch_set()
 
 
 @pytest.mark.parametrize("layout", ["...io", "oi..."])

@@ -25,6 +25,7 @@ from repopt_jax.core.structure import (
     mobileone,
     of_branches,
     orepa,
+    orepa_repvgg,
     qarepvgg,
     repghost,
     replknet,
@@ -113,7 +114,7 @@ def test_every_description_is_defined_for_some_layers_and_most_for_all():
     }
     by_window = {"plain", "wider", "strided", "grouped", "depthwise", "dilated", "circular", "reflected"}
     assert by_window < set(undefined.pop("unireplknet"))
-    assert undefined.pop("orepa") == ["1x1", "dense"]
+    assert undefined.pop("orepa") == undefined.pop("orepa_repvgg") == ["1x1", "dense"]
     maps = {"maps", "maps of every window"}
     assert set(undefined.pop("repmlp")) == set(LAYERS) - maps
     for name in ("dbb", "dbb, wide"):  # pooling keeps the channels, and a 1x1 kernel needs a centre
@@ -171,13 +172,14 @@ def prune(tree, like):
     return {k: prune(tree[k], v) for k, v in like.items()} if isinstance(like, dict) else tree
 
 
-@pytest.mark.parametrize("mistake", ["border", "bias", "groups"])
+@pytest.mark.parametrize("mistake", ["border", "bias", "groups", "sum"])
 def test_mistakes_show(x64, mistake):
     """Negative control: the comparison finds the mistakes that such code is known for."""
     layer = LAYERS["grouped"]
-    branched, x = made(dbb(layer, middle=8)), image(layer)
+    branched = made(orepa_repvgg(layer) if mistake == "sum" else dbb(layer, middle=8))
+    x = image(layer)
     wrong, _ = slow_structures.run(branched.structure, arrays_of(branched), x, wrong=mistake)
-    for y in outputs({"dbb": branched}, x)["dbb"]:
+    for y in outputs({"any": branched}, x)["any"]:
         assert relative(y, wrong) > MISTAKE
 
 
@@ -188,6 +190,11 @@ def with_scales(structure):
         for name, chain in structure.chains
     }
     return dataclasses.replace(structure, chains=chains)
+
+
+def without_norm(chain):
+    """With scales in the place of the norms alone."""
+    return tuple(dataclasses.replace(s, then="scale") if s.then == "norm" else s for s in chain)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -265,7 +272,11 @@ def structures(draw):
         fixed = isinstance(last, (Identity, Pool)) and draw(st.booleans())
         chain.append(Stage(last, draw(follow), trained=not fixed))
         chains[f"chain{i}"] = tuple(chain)
-    return Structure(layer, chains)
+    sums = {}
+    if draw(st.booleans()):
+        sums["sum"] = draw(st.lists(st.sampled_from(sorted(chains)), min_size=1, unique=True))
+        chains |= {name: without_norm(chains[name]) for name in sums["sum"]}
+    return Structure(layer, chains, sums=sums)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -312,7 +323,11 @@ def test_published_descriptions():
     assert names(functools.partial(replknet, small=3), LAYERS["large"]) == ["9x9", "3x3"]
     assert names(unireplknet, LAYERS["large"]) == ["9x9", "5x5", "5x5_d2x2", "3x3_d3x3", "3x3_d4x4"]
     assert names(functools.partial(qarepvgg, pool=True)) == ["3x3", "1x1", "identity", "pool"]
-    assert names(orepa) == ["3x3", "average", "frequency", "1x1_3x3", "depthwise_1x1", "1x1"]
+    inner = ["3x3", "average", "frequency", "1x1_3x3", "depthwise_1x1"]
+    assert names(orepa) == [*inner, "1x1"]
+    assert names(orepa_repvgg) == [*inner, "1x1", "identity"]
+    assert orepa_repvgg(LAYERS["strided"]).sums == (("squeezed", tuple(inner)),)
+    assert set(orepa_repvgg(LAYERS["plain"]).followers("norm")) == {"squeezed", "1x1", "identity"}
     assert names(repmlp, LAYERS["maps"]) == names(repopt_mlp, LAYERS["maps"])
     assert names(repmlp, LAYERS["maps"]) == ["3x3", "local_1x1", "local_3x3"]
     assert [s(LAYERS["plain"]).norm for s in (repopt, qarepvgg, repvgg, dbb)] == [True, True, False, False]
@@ -356,6 +371,66 @@ def test_branch_set_and_back():
 def test_what_a_structure_refuses(chains, message):
     with pytest.raises(ValueError, match=message):
         Structure(LAYERS["plain"], chains)
+
+
+@pytest.mark.parametrize(
+    ("sums", "message"),
+    [
+        ({"sum": ()}, "sum: it has no chain"),
+        ({"sum": ("a", "z")}, "sum: there is no chain z"),
+        ({"sum": ("a", "normed")}, "sum: normed has a batch norm, and cannot be merged"),
+        ({"sum": ("a", "b"), "other": ("b",)}, "sum: b is added twice; other: b is added twice"),
+        ({"a": ("a",)}, "a: a sum has a name of its own"),
+        ({"b_1": ("a",)}, "b_1: a sum has a name of its own"),
+        ({"a/b": ("a",)}, "without `/`"),
+    ],
+)
+def test_what_sums_of_chains_refuse(sums, message):
+    own, point = Kernel((3, 3)), Kernel((1, 1))
+    chains = {"a": (Stage(own, ""),), "b": (Stage(point, ""), Stage(own, "scale")), "normed": (Stage(own),)}
+    with pytest.raises(ValueError, match=f"`sums` that are not defined for these chains: .*{message}"):
+        Structure(LAYERS["plain"], chains, sums=sums)
+
+
+@pytest.mark.parametrize(("description", "size"), [(orepa, 6), (orepa_repvgg, 3)])
+def test_orepa_starts_as_published(description, size):
+    """Kaiming's uniform distribution for a slope of 0 or 1, and the scales of each branch."""
+    structure = description(Geometry((3, 3), 8, 8))
+    drawn = structure.sample(jax.random.key(0))
+    assert not drawn.pop("1x1_3x3_0").any()
+    for key, w in drawn.items():
+        alone = key == "1x1" and description is orepa_repvgg  # RepVGG's own
+        bound = np.sqrt((1 if alone else size) / np.prod(w.shape[:-1]))
+        assert 0.9 * bound < np.abs(w).max() <= 1.0001 * bound, key
+    starts = {key: part.stage.start for key, part in structure.followers("scale").items()}
+    assert starts.pop("1x1", 1.0) == 1.0
+    assert list(starts.values()) == [0.25, 0.25, 0.0, 0.5, 0.5]
+    decayed = structure.decayed()
+    assert all(decayed[f"weights/{key}"] for key in structure.shapes())
+    assert all(decayed[f"scales/{key}"] for key in starts)
+
+
+def test_a_sum_of_chains_is_one_convolution():
+    """Of OREPA's RepVGG, beside the 1x1; the same chains one by one are eight."""
+    structure, x = orepa_repvgg(LAYERS["plain"]), jnp.zeros((1, 5, 5, 4))
+
+    def convolutions(structure):
+        graph, state = nnx.split(abstract(nn.Branched, structure))
+        program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+        return str(program).count(" repopt_convolution[")
+
+    assert convolutions(structure) == 2
+    assert convolutions(dataclasses.replace(structure, sums={})) == 8
+
+
+def test_sums_of_chains_have_no_constant_rule():
+    """And no other form than that of the network, where they are merged before they run."""
+    structure = Structure(LAYERS["plain"], {"3x3": (Stage(Kernel((3, 3)), "scale"),)}, sums={"sum": ("3x3",)})
+    with pytest.raises(ValueError, match="the chains sum are not one trained map, of its name, with"):
+        structure.branch_set()
+    with pytest.raises(ValueError, match="sum have batch norms, so that the branches cannot be merged"):
+        nn.Merged(structure, rngs=nnx.Rngs(0))
+    assert structure.decayed()["norms/sum/scale"] is False
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Published blocks inside a network of one's own: PyTorch's keys and outputs, with branches and deployed, and
 the same training."""
 
+import dataclasses
+import functools
+
 import numpy as np
 import optax
 import pytest
@@ -8,6 +11,7 @@ import tolerances
 from flax import nnx
 
 from repopt_jax import Structure, fuse, interop, to_structure, weight_decay_mask
+from repopt_jax.core.paths import map_named
 from repopt_jax.core.structure import dbb
 from repopt_jax.interop import Layout, Scheme, block_scheme
 from repopt_jax.interop.names import BIASED, block_rows, torch_names
@@ -46,6 +50,10 @@ def keys(convolutions="", norms="", biased=""):
     )
 
 
+# OREPA's tensors, in both of its blocks, and its constants.
+OREPA_TENSORS = "origin avg_conv pfir_conv 1x1_kxk_idconv1 1x1_kxk_conv2 gconv_dw gconv_pw avg_avg prior"
+OREPA = {f"weight_orepa_{name}" for name in OREPA_TENSORS.split(" ")} | {"id_tensor"}
+
 # Published keys of the second block of each network.
 KEYS = {
     "acnet": keys("square_conv ver_conv hor_conv", "square_bn ver_bn hor_bn"),
@@ -65,7 +73,26 @@ KEYS = {
     "qarepvgg": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
     "qarepvgg2": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
     "repvgg": keys("rbr_dense.conv rbr_1x1.conv", "rbr_dense.bn rbr_1x1.bn rbr_identity"),
+    "orepa": keys("", "bn") | OREPA | {"weight_orepa_1x1", "vector"},
+    "orepa_repvgg": keys("rbr_1x1.conv", "rbr_dense.bn rbr_1x1.bn rbr_identity")
+    | {f"rbr_dense.{name.replace('orepa', 'rbr')}" for name in OREPA | {"vector"}},
 }
+# The constants of any block of a network, which are computed on both sides.
+CONSTANTS = {
+    f"layers.{i}.{module}_{name}"
+    for i in range(3)
+    for module in ("weight_orepa", "rbr_dense.weight_rbr")
+    for name in ("avg_avg", "prior")
+}
+
+
+def drawn(form, **more):
+    """PyTorch's network of random numbers, with zeros in the rows of OREPA's scales that no branch has."""
+    network = randomise(form.network(**more).double())
+    for module in network.modules():
+        if isinstance(module, reference.SixScales):
+            module.vector.data[len(module.branches) :] = 0
+    return network
 
 
 def image():
@@ -76,7 +103,7 @@ def image():
 @pytest.mark.parametrize("name", FORMS)
 def test_keys_and_outputs_with_branches_and_deployed(name, x64):
     form = FORMS[name]
-    network = randomise(form.network().double())
+    network = drawn(form)
     state, x, scheme = arrays(network), image(), form.scheme()
     if name in KEYS:
         prefix = "layers.1."
@@ -86,7 +113,10 @@ def test_keys_and_outputs_with_branches_and_deployed(name, x64):
     assert relative(run_ours(model, x), expected) <= tolerances.BLOCKS
     back = interop.to_torch(model, scheme)
     assert set(back) == set(state)
-    assert all(np.array_equal(back[key], value) for key, value in state.items())
+    constants = CONSTANTS & set(state)
+    assert all(np.array_equal(back[key], value) for key, value in state.items() if key not in constants)
+    assert all(np.abs(back[key] - state[key]).max() <= tolerances.COSINES for key in constants)
+    network.load_state_dict(tensors(back), strict=True)
 
     plain = form.deployed_network().double()
     deployed = fuse(model, pairs=form.pairs)
@@ -113,16 +143,30 @@ def without_border(network):
             module.border = 0
 
 
-@pytest.mark.parametrize("name", ["acnet", "dbb"])
+def other_rows(state):
+    """With two of OREPA's scales exchanged."""
+    return {key: v[[0, 1, 2, 4, 3, 5]] if key.endswith("vector") else v for key, v in state.items()}
+
+
+def group_after_group(state):
+    """With the outputs of OREPA's depthwise branch in the order in which all other tensors have them."""
+    key = "layers.1.weight_orepa_gconv_pw"  # of six groups
+    by_group = state[key].reshape(2, 6, *state[key].shape[1:]).swapaxes(0, 1)
+    return state | {key: by_group.reshape(state[key].shape)}
+
+
+MISTAKES = {"acnet": exchanged, "dbb": dict, "orepa": other_rows, "orepa, grouped": group_after_group}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_show(name, x64):
     """Negative controls of the test above."""
     form = FORMS[name]
-    network = randomise(form.network().double())
+    network = drawn(form)
     state = arrays(network)
     if name == "dbb":
         without_border(network)
-    given = exchanged(state) if name == "acnet" else state
-    model = interop.from_torch(given, form.model(), form.scheme())
+    model = interop.from_torch(MISTAKES[name](state), form.model(), form.scheme())
     assert relative(run_ours(model, image()), run_torch(network, image())) > tolerances.BLOCKS_WRONG
 
 
@@ -134,8 +178,13 @@ TRAINED = {
     "acnet": {},
     "dbb": {"norm": reference.BiasedNorm},
     "dbb, depthwise": {"norm": reference.BiasedNorm},
+    "orepa": {},
+    "orepa, depthwise": {},
+    "orepa, grouped": {},
+    "orepa_repvgg": {},
     "qarepvgg2": {},
     "replknet": {},
+    "repvgg": {},
     "unireplknet": {},
 }
 
@@ -159,11 +208,12 @@ def farthest(ours, theirs, *, leave=()):
 def test_twenty_steps_of_training(name, x64):
     """Nesterov momentum, decay, batch norm in training mode: every number, running means included."""
     form = FORMS[name]
-    network = randomise(form.network(**TRAINED[name]).double())
+    network = drawn(form, **TRAINED[name])
     start, theirs, ours, seen = trained(form, network)
     leave = ("running_var", "num_batches_tracked")
     assert farthest(ours, theirs, leave=leave) <= tolerances.TRAINED_AS_TORCH
-    moved = [key for key in theirs if key.endswith(("running_mean", "weight"))]
+    kernels = [key for key, p in network.named_parameters() if p.ndim > 1]
+    moved = [*kernels, *(key for key in theirs if key.endswith(("running_mean", "weight")))]
     assert min(np.abs(theirs[key] - start[key]).max() for key in moved) > 1e-4
     # The one known difference: PyTorch keeps the variance over n - 1, we the one over n that normalises.
     for key in (key for key in theirs if key.endswith("running_var")):
@@ -175,13 +225,18 @@ def test_twenty_steps_of_training(name, x64):
 
 
 def test_other_trainings_go_elsewhere(x64):
-    """Negative controls: a decay of all parameters; and DBB padded by PyTorch's own running variance."""
+    """Negative controls: a decay of all parameters; DBB padded by PyTorch's own running variance; no decay of
+    OREPA's scales."""
     leave = ("running_var", "num_batches_tracked")
     form = FORMS["acnet"]
-    _, theirs, ours, _ = trained(form, randomise(form.network().double()), decay=lambda params: True)
+    _, theirs, ours, _ = trained(form, drawn(form), decay=lambda params: True)
     assert farthest(ours, theirs, leave=leave) > tolerances.TRAINED_APART
     form = FORMS["dbb"]
-    _, theirs, ours, _ = trained(form, randomise(form.network().double()))
+    _, theirs, ours, _ = trained(form, drawn(form))
+    assert farthest(ours, theirs, leave=leave) > tolerances.TRAINED_APART
+    form = FORMS["orepa"]
+    kernels = functools.partial(map_named, lambda _, leaf: leaf.ndim > 1)
+    _, theirs, ours, _ = trained(form, drawn(form), decay=kernels)
     assert farthest(ours, theirs, leave=leave) > tolerances.TRAINED_APART
 
 
@@ -191,7 +246,7 @@ def test_other_trainings_go_elsewhere(x64):
 def test_the_form_that_keeps_the_norm_after_the_sum(x64):
     """QARepVGG's for training with quantization."""
     form = FORMS["qarepvgg"]
-    network = randomise(form.network().double())
+    network = drawn(form)
     model = interop.from_torch(arrays(network), form.model(), form.scheme())
     model.eval()
     merged = fuse(model, only=(Branched,))
@@ -225,6 +280,66 @@ def test_several_kinds_of_blocks_in_one_network(x64):
     both = Scheme("both", "ACNet and DBB", (Layout(rows=rows),))
     loaded = interop.from_torch(state, model, both)
     assert relative(run_ours(loaded, image()), run_torch(network, image())) <= tolerances.LOGITS_FLOAT32
+
+
+def test_everything_that_does_not_fit_is_told_at_once(x64):
+    """Of arrays that are rows of one, and of constants, as of all others."""
+    form = FORMS["orepa"]
+    state = arrays(drawn(form))
+    scales = state["layers.2.vector"]
+    for key in ("layers.0.vector", "layers.1.id_tensor"):
+        del state[key]
+    state |= {"layers.2.vector": scales[:5], "layers.1.weight_orepa_1x1_kxk_conv1": np.zeros((4, 4, 1, 1))}
+    with pytest.raises(ValueError, match="does not fit the Layers") as error:
+        interop.from_torch(state, form.model(), form.scheme())
+    for part in (
+        "2 missing tensors: layers.0.vector (6, 4), layers.1.id_tensor (4, 4, 1, 1)",
+        "1 extra tensors: layers.1.weight_orepa_1x1_kxk_conv1 (4, 4, 1, 1)",
+        "1 misshapen tensors: layers.2.vector (expected (6, 6), found (5, 6))",
+    ):
+        assert part in str(error.value)
+
+
+def test_constants_are_those_of_the_structure(x64):
+    """To the rounding of float32, in which a code base computes them; others are refused, each named."""
+    form = FORMS["orepa"]
+    state = arrays(drawn(form))
+    rounded = {key: value.astype(np.float32) if key in CONSTANTS else value for key, value in state.items()}
+    assert any((rounded[key] != state[key]).any() for key in CONSTANTS & set(state))
+    model = interop.from_torch(rounded, form.model(), form.scheme())
+    written = interop.to_torch(model, form.scheme())
+    assert all(
+        np.abs(written[key] - state[key]).max() <= tolerances.COSINES for key in CONSTANTS & set(state)
+    )
+
+    wide, identity = "layers.2.weight_orepa_prior", "layers.0.id_tensor"
+    table = state[wide].copy()  # of a window of five taps a side, of which the published code fills three
+    table[:, 3:], table[:, :, 3:] = np.nan, np.nan
+    with pytest.raises(ValueError, match="computes, and does not read, hold other values") as error:
+        interop.from_torch(state | {wide: table, identity: 0 * state[identity]}, form.model(), form.scheme())
+    assert f"{identity} (by up to 1)" in str(error.value)
+    assert f"{wide} (by up to nan)" in str(error.value)
+
+
+def test_rows_that_no_branch_uses_are_read_and_written_as_zeros(x64):
+    """OREPA's RepVGG has one where there is an identity."""
+    form = FORMS["orepa_repvgg"]
+    network = randomise(form.network().double())
+    state, key = arrays(network), "layers.1.rbr_dense.vector"
+    assert state[key].shape == (6, 4)
+    assert state[key][5].all()
+    model = interop.from_torch(state, form.model(), form.scheme())
+    assert relative(run_ours(model, image()), run_torch(network, image())) <= tolerances.BLOCKS
+    written = interop.to_torch(model, form.scheme())[key]
+    assert np.array_equal(written[:5], state[key][:5])
+    assert not written[5].any()
+
+
+def test_windows_without_a_centre_lack_one_of_the_rows():
+    """They have no 1x1 branch, and the published block is not defined for them."""
+    form = dataclasses.replace(FORMS["orepa"], shapes=(Shape(3, 4, 2),))
+    with pytest.raises(ValueError, match=r"layers\.0\.vector: no branch of the layer here has row 4"):
+        torch_names(form.model(), form.scheme())
 
 
 def test_blocks_in_networks_of_ours():

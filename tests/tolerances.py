@@ -34,7 +34,8 @@ LOGITS_WRONG = 0.1
 # Any number after 20 steps in PyTorch and here, float64, of numbers up to 3; measured: 8.9e-15, and 1.5e-14
 # of networks of published blocks.
 TRAINED_AS_TORCH = 1e-8
-# The same with all parameters decayed, or another running variance in DBB's padding; measured: 0.1, 0.02.
+# The same with all parameters decayed, another running variance in DBB's padding, or no decay of OREPA's
+# scales; measured: 0.1, 0.02, 0.08.
 TRAINED_APART = 1e-3
 # Running variances over n - 1 and over n, at least somewhere; measured: 0.066.
 TORCH_VARIANCE_APART = 0.01
@@ -57,8 +58,11 @@ FUSED_FLOAT32 = 1e-4
 
 # A network of published blocks in PyTorch and here, float64, of the largest logit; measured: 7.5e-16.
 BLOCKS = 1e-10
-# The same with the thin kernels of ACNet exchanged, or zeros in DBB's padding; measured: 0.53, 0.018.
+# The same with the thin kernels of ACNet exchanged, zeros in DBB's padding, two of OREPA's scales exchanged,
+# or the outputs of one of its branches in another order; measured: 0.53, 0.018, 0.82, 0.54.
 BLOCKS_WRONG = 1e-3
+# OREPA's constants, by the cosines of two libraries, float64; measured: 0.
+COSINES = 1e-14
 
 # RepVGG's penalty in PyTorch and here, float64, relative; measured: 4.5e-16.
 CUSTOM_L2 = 1e-12

@@ -5,6 +5,8 @@ block is `Block(inputs, outputs, size, stride=1, groups=1, ...)` and pads by hal
 otherwise; `Deployed` is the one convolution that a code base makes of it.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -179,6 +181,92 @@ class ThreeNorms(nn.Module):
     def forward(self, x):
         y = self.rbr_dense(x) + self.rbr_1x1(x)
         return y if self.rbr_identity is None else y + self.rbr_identity(x)
+
+
+class SixScales(nn.Module):
+    """OREPA's: linear branches, each with a scale, and a norm after their sum. Run branch by branch.
+
+    As the kernel of its RepVGG, `prefix` is another; five branches are left, without the 1x1; and the scales
+    have a row more, of no branch, where there is an identity beside them.
+    """
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, prefix="weight_orepa"):
+        super().__init__()
+        self.stride, self.groups, self.inputs, self.padding = stride, groups, inputs, size // 2
+        self.prefix, whole = prefix, prefix == "weight_orepa"
+        each, middle = inputs // groups, inputs if groups <= 4 else 2 * inputs
+        shapes = {
+            "origin": (outputs, each, size, size),
+            "avg_conv": (outputs, each, 1, 1),
+            "pfir_conv": (outputs, each, 1, 1),
+            "1x1": (outputs, each, 1, 1),
+            "1x1_kxk_idconv1": (middle, each, 1, 1),
+            "1x1_kxk_conv2": (outputs, middle // groups, size, size),
+            "gconv_dw": (8 * inputs, 1, size, size),
+            "gconv_pw": (outputs, 8 * each, 1, 1),
+        }
+        self.branches = [0, 1, 2, 3, 4, 5] if whole else [0, 1, 2, 3, 5]
+        if not whole:
+            del shapes["1x1"]
+        for name, shape in shapes.items():
+            self.register_parameter(f"{prefix}_{name}", nn.Parameter(torch.zeros(shape)))
+        unused = int(not whole and inputs == outputs and stride == 1)
+        self.vector = nn.Parameter(torch.zeros(len(self.branches) + unused, outputs))
+        self.bn = nn.BatchNorm2d(outputs)
+        average = torch.full((size, size), 1 / size**2, dtype=torch.float64)
+        self.register_buffer(f"{prefix}_avg_avg", average)
+        self.register_buffer(f"{prefix}_prior", cosines(outputs, size))
+        own = torch.zeros(middle, each, 1, 1)
+        own[torch.arange(middle), torch.arange(middle) % each] = 1
+        self.register_buffer("id_tensor", own)
+
+    def weight(self, name):
+        return getattr(self, f"{self.prefix}_{name}")
+
+    def over_the_window(self, x, weight, groups=None):
+        return functional.conv2d(x, weight, None, self.stride, self.padding, groups=groups or self.groups)
+
+    def branch(self, index, x):
+        match index:
+            case 0:
+                return self.over_the_window(x, self.weight("origin"))
+            case 1:
+                return self.over_the_window(x, self.weight("avg_conv") * self.weight("avg_avg"))
+            case 2:
+                return self.over_the_window(x, self.weight("pfir_conv") * self.weight("prior")[:, None])
+            case 3:
+                first = self.weight("1x1_kxk_idconv1") + self.id_tensor
+                y = functional.conv2d(x, first, groups=self.groups)
+                return self.over_the_window(y, self.weight("1x1_kxk_conv2"))
+            case 4:
+                return functional.conv2d(x, self.weight("1x1"), None, self.stride, groups=self.groups)
+        # Row j * groups + g of the last 1x1 kernel gives output j of group g.
+        last = self.weight("gconv_pw").unflatten(0, (-1, self.groups)).transpose(0, 1).flatten(0, 1)
+        y = self.over_the_window(x, self.weight("gconv_dw"), self.inputs)
+        return functional.conv2d(y, last, groups=self.groups)
+
+    def forward(self, x):
+        scaled = zip(self.vector, self.branches)
+        return self.bn(sum(s.view(-1, 1, 1) * self.branch(index, x) for s, index in scaled))
+
+
+class ThreeNormsOfSixScales(ThreeNorms):
+    """OREPA's RepVGG."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1):
+        super().__init__(inputs, outputs, size, stride, groups)
+        self.rbr_dense = SixScales(inputs, outputs, size, stride, groups, "weight_rbr")
+
+
+def cosines(outputs, size):
+    """The first half of the channels varies from row to row, the second from column to column."""
+    table = torch.zeros(outputs, size, size, dtype=torch.float64)
+    for channel in range(outputs):
+        across, j = divmod(channel, outputs // 2)
+        for tap in range(size):
+            along = table[channel].T if across else table[channel]
+            along[tap] = math.cos(math.pi * (tap + 0.5) * (j + 1) / size)
+    return table
 
 
 class Deployed(nn.Module):

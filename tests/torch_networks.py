@@ -495,4 +495,8 @@ def randomise(network, seed=0):
             for tensor in filter(lambda t: t is not None, (module.weight, module.bias)):
                 draw = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
                 tensor.data.copy_(draw * (2 / fan_in) ** 0.5)
+        else:  # a block with parameters of its own
+            for tensor in module.parameters(recurse=False):
+                draw = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+                tensor.data.copy_(draw * (2 / tensor[0].numel()) ** 0.5)
     return network.eval()

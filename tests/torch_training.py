@@ -20,8 +20,10 @@ def training_batches(classes=CLASSES, size=(7, 8)):
 
 
 def decayed(name, array):
-    """Kernels, and the trainable weight of the identity; no bias, batch norm or constant scale."""
-    return array.ndim > 1 or name.endswith(("weights/identity", "scale_identity.weight"))
+    """Kernels, OREPA's scales, and the trainable weight of the identity, which in RepVGG is that of its batch
+    norm, by the published name; no bias, other batch norm or constant scale."""
+    identity = ("weights/identity", "scale_identity.weight", "rbr_identity.weight")
+    return array.ndim > 1 or name.endswith(identity)
 
 
 def train_torch(network, batches, masks):

@@ -16,6 +16,10 @@ where o is `algebra.after_pointwise` (after a depthwise stage `algebra.depthwise
 is the output of the first j stages for an input of zeros (`algebra.constant_response`). The layer is the sum
 of its chains. At the border this is exact only if the input of a stage over the window is padded with c_{j-1}
 instead of zeros, as in DBB (arXiv 2103.13425, `BNAndPad`) and, for every chain, in `nn.Branched`.
+
+Some of the chains may have a batch norm after their own sum, y = a * x + b, before the others are added:
+
+    K = sum of the other K + a * (sum of these K),    b = sum of the other b + b
 """
 
 import dataclasses
@@ -268,20 +272,27 @@ class Structure:
       norm: whether the structure has a batch norm after the sum. Its arrays do not belong to the structure:
         the network already has that batch norm (`nn.Block.bn`), which surgery keeps if this is True and
         removes if it is False.
+      sums: name -> names of chains whose sum has a batch norm of this name, before the others are added. The
+        chains have no norm inside: even where the other chains are run one by one, these are merged before
+        each use. Given as a mapping, kept as pairs.
 
     Raises:
-      ValueError: no chain, a name that contains `/` or occurs twice, or stages that are not defined for this
-        layer, all listed with the reasons.
+      ValueError: no chain, a name that contains `/` or occurs twice, stages that are not defined for this
+        layer, or sums of unknown chains, of chains with norms, or of chains of other sums, all listed with
+        the reasons.
     """
 
     layer: Geometry
     chains: Any
     norm: bool = False
+    sums: Any = ()
 
     def __post_init__(self):
-        pairs = self.chains.items() if isinstance(self.chains, Mapping) else self.chains
-        chains = tuple((name, tuple(chain)) for name, chain in pairs)
-        object.__setattr__(self, "chains", chains)
+        for field in ("chains", "sums"):
+            given = getattr(self, field)
+            pairs = given.items() if isinstance(given, Mapping) else given
+            object.__setattr__(self, field, tuple((name, tuple(entries)) for name, entries in pairs))
+        chains = self.chains
         names = [name for name, _ in chains]
         if not names or len(set(names)) != len(names) or any("/" in name for name in names):
             raise ValueError(f"`chains` are named {names}: at least one, each name once and without `/`")
@@ -290,6 +301,8 @@ class Structure:
         keys = [part.key for part in self.parts]
         if len(set(keys)) != len(keys):
             raise ValueError(f"`chains` give several stages the name of one: {keys}")
+        if problems := list(_problems_of_sums(self.sums, self.placed, {*names, *keys})):
+            raise ValueError(f"`sums` that are not defined for these chains: {'; '.join(problems)}")
 
     @functools.cached_property
     def placed(self) -> dict[str, tuple[Part, ...]]:
@@ -302,6 +315,12 @@ class Structure:
         for chain in self.placed.values():
             yield from chain
 
+    @property
+    def alone(self) -> dict[str, tuple[Part, ...]]:
+        """The parts of each chain that is in none of the `sums`, by its name."""
+        summed = {name for _, members in self.sums for name in members}
+        return {name: chain for name, chain in self.placed.items() if name not in summed}
+
     def shapes(self) -> dict[str, Shape]:
         """Shape of each trained tensor, by key."""
         return {part.key: part.shape for part in self.parts if part.stage.trained}
@@ -312,12 +331,18 @@ class Structure:
         found = {}
         for part in self.parts:
             found |= {f"weights/{part.key}": part.stage.decay, f"scales/{part.key}": part.stage.decay_gain}
-            found |= {f"norms/{part.key}/scale": part.stage.decay_gain, f"norms/{part.key}/bias": False}
+        for key, part in self.followers("norm").items():
+            found |= {f"norms/{key}/scale": part.stage.decay_gain, f"norms/{key}/bias": False}
         return found
 
     def followers(self, *kinds: Follower) -> dict[str, Part]:
-        """Returns the parts that are followed by one of `kinds`, by key."""
-        return {part.key: part for part in self.parts if part.stage.then in kinds}
+        """Returns the parts that are followed by one of `kinds`, by key.
+
+        A sum that has a batch norm counts as a part of its name: a kernel over the layer's window, whose
+        tensor is not among those of the structure.
+        """
+        sums = (Part(name, Stage(Kernel(self.layer.window)), self.layer) for name, _ in self.sums)
+        return {part.key: part for part in (*self.parts, *sums) if part.stage.then in kinds}
 
     def merge(
         self,
@@ -334,9 +359,26 @@ class Structure:
             stage or, where several share one, of the norm or scale; b is None for a scale.
           dtype: dtype of the non-trainable tensors.
         """
-        kernels, shifts = zip(*(_merged(chain, tensors, affines, dtype) for chain in self.placed.values()))
+        merged = [_merged(chain, tensors, affines, dtype) for chain in self.alone.values()]
+        for name, _ in self.sums:
+            a, b = affines[name]
+            kernel = self.merge_sum(name, tensors, affines, dtype=dtype)
+            merged.append((algebra.scale_output(kernel, a), b))
+        kernels, shifts = zip(*merged)
         known = [shift for shift in shifts if shift is not None]
         return functools.reduce(jnp.add, kernels), functools.reduce(jnp.add, known) if known else None
+
+    def merge_sum(
+        self,
+        name: str,
+        tensors: Mapping[str, jax.Array],
+        affines: Mapping[str, Affine],
+        *,
+        dtype: Any = jnp.float32,
+    ) -> jax.Array:
+        """Merges the chains of one of the `sums` into the kernel before its batch norm; as `merge`."""
+        chains = (self.placed[member] for member in dict(self.sums)[name])
+        return functools.reduce(jnp.add, (_merged(chain, tensors, affines, dtype)[0] for chain in chains))
 
     def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
         """Draws each trained tensor as its stage's own layer would be initialised."""
@@ -351,21 +393,22 @@ class Structure:
 
         Raises:
           ValueError: chains without a constant rule: with several stages, a batch norm, a fixed tensor, or a
-            scale that outputs share.
+            scale that outputs share; or chains of other names than their maps, by which scales are found.
         """
         wrong = [
             name
             for name, chain in self.chains
             if len(chain) > 1
+            or name != chain[0].map.name
             or not chain[0].trained
             or chain[0].residual
             or chain[0].shared != 1
             or (chain[0].then in ("scale", "constant")) != chain[0].map.has_scale
-        ]
+        ] + [name for name, _ in self.sums]
         if wrong:
             raise ValueError(
-                f"the chains {', '.join(wrong)} are not one trained map with a constant scale for each "
-                "output: no scales describe them"
+                f"the chains {', '.join(wrong)} are not one trained map, of its name, with a constant scale "
+                "for each output: no scales describe them"
             )
         maps = tuple(chain[0].map for _, chain in self.chains)
         return BranchSet((*stack, *self.layer.kernel), maps, self.layer.groups, stacked=len(stack))
@@ -436,6 +479,25 @@ def _problems(layer: Geometry, chain: Chain) -> Iterator[str]:
                 yield f"`shared` is {shared}: it must divide the {outputs} channels of a norm or a scale"
     except ValueError as error:
         yield str(error)
+
+
+def _problems_of_sums(
+    sums: Sequence[tuple[str, Sequence[str]]], placed: Mapping[str, Sequence[Part]], taken: set[str]
+) -> Iterator[str]:
+    """Yields the reasons why these sums are not defined; `taken` are the names of chains and stages."""
+    names, members = [name for name, _ in sums], [member for _, chains in sums for member in chains]
+    for name, chains in sums:
+        if name in taken or "/" in name or names.count(name) > 1:
+            yield f"{name}: a sum has a name of its own, without `/`"
+        if not chains:
+            yield f"{name}: it has no chain"
+        for member in chains:
+            if member not in placed:
+                yield f"{name}: there is no chain {member}"
+            elif any(part.stage.then == "norm" for part in placed[member]):
+                yield f"{name}: {member} has a batch norm, and cannot be merged before it has been trained"
+            if members.count(member) > 1:
+                yield f"{name}: {member} is added twice"
 
 
 def _is_pointwise(stage: Stage, layer: Geometry) -> bool:
@@ -684,31 +746,60 @@ def orepa(layer: Geometry) -> Structure:
     1x1, and a depthwise kernel of eight outputs a channel followed by a 1x1. There is no norm inside the
     sum, so that the branches are merged before each convolution. The tensors are drawn from Kaiming's
     uniform distribution, +-sqrt(6 / fan_in), but the 1x1 before the kernel starts at the identity. It has as
-    many outputs as inputs, or with more than four groups twice as many.
+    many outputs as inputs, or with more than four groups twice as many. The scales are decayed with the
+    tensors, as in the published training.
 
     Raises:
       ValueError: a layer without a window of several taps, for which the branches are one and the same map.
     """
+    chains = _orepa_chains(layer, math.sqrt(6), 2 * layer.inputs if layer.groups > 4 else layer.inputs)
+    if layer.has_pointwise:
+        point = Kernel((1,) * layer.axes)
+        chains[point.name] = (Stage(point, "scale", gain=math.sqrt(6), decay_gain=True),)
+    return Structure(layer, chains, norm=True)
+
+
+def orepa_repvgg(layer: Geometry) -> Structure:
+    """RepVGG with OREPA's branches in place of its kernel (arXiv 2204.00826, `RepVGGBlock_OREPA`).
+
+    The branches of `orepa` but the 1x1, with their scales, have a norm after their sum, and are one kernel
+    when they run. The 1x1 and the identity are branches with norms as in `repvgg`. As published, the tensors
+    are drawn from +-sqrt(3 / fan_in), and the 1x1 before the kernel has as many outputs as inputs.
+
+    Raises:
+      ValueError: as `orepa`.
+    """
+    _, *others = default_maps(layer)
+    chains = _orepa_chains(layer, math.sqrt(3), layer.inputs)
+    return Structure(layer, chains | normed(*others), sums={"squeezed": tuple(chains)})
+
+
+def _orepa_chains(layer: Geometry, gain: float, middle: int) -> dict[str, Chain]:
+    """Returns OREPA's branches but the 1x1 alone.
+
+    Args:
+      layer: the layer.
+      gain: that of every tensor, as in `Stage`.
+      middle: channels between the 1x1 and the kernel that make one branch.
+
+    Raises:
+      ValueError: a window of one tap.
+    """
     if layer.taps == 1:
         raise ValueError(f"the window is {layer.window}: with one tap all branches would be the same map")
     own, point = Kernel(layer.window), Kernel((1,) * layer.axes)
+    inner = functools.partial(Stage, then="", gain=gain)
 
-    def stage(m: Branch, start: float | None = None, **options: Any) -> Stage:
-        then = "" if start is None else "scale"
-        return Stage(m, then, start=1.0 if start is None else start, gain=math.sqrt(6), **options)
+    def last(m: Branch, start: float) -> Stage:
+        return Stage(m, "scale", start=start, gain=gain, decay_gain=True)
 
-    middle = 2 * layer.inputs if layer.groups > 4 else layer.inputs
-    widen = stage(point, channels=middle, residual=True)
-    chains = {
-        own.name: (stage(own, 0.25),),
-        "average": (stage(Average(), 0.25),),
-        "frequency": (stage(Frequency(), 0.0),),
-        f"{point.name}_{own.name}": (widen, stage(own, 0.5)),
-        f"depthwise_{point.name}": (stage(own, expansion=8), stage(point, 0.5)),
+    return {
+        own.name: (last(own, 0.25),),
+        "average": (last(Average(), 0.25),),
+        "frequency": (last(Frequency(), 0.0),),
+        f"{point.name}_{own.name}": (inner(point, channels=middle, residual=True), last(own, 0.5)),
+        f"depthwise_{point.name}": (inner(own, expansion=8), last(point, 0.5)),
     }
-    if layer.has_pointwise:
-        chains[point.name] = (stage(point, 1.0),)
-    return Structure(layer, chains, norm=True)
 
 
 def repmlp(layer: Geometry) -> Structure:
@@ -741,6 +832,7 @@ STRUCTURES: dict[str, Description] = {
     "qarepvgg": qarepvgg,
     "qarepvgg2": functools.partial(qarepvgg, pool=True),
     "orepa": orepa,
+    "orepa_repvgg": orepa_repvgg,
     "repmlp": repmlp,
 }
 

@@ -2,12 +2,13 @@
 
 Missing, extra and misshapen tensors are an error that lists all of them. Only PyTorch's batch counters
 (`num_batches_tracked`), which no computation uses, may be absent; they are written as zero, so that the
-original network loads the result with `strict=True`.
+original network loads the result with `strict=True`. Constants that a code base stores and this package
+computes, such as a table of cosines, must have the values that they have here, to the rounding of float32.
 """
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from repopt_jax.interop.names import (
     find_scheme,
     recognise,
     torch_names,
+    torch_tensors,
 )
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -48,14 +50,15 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
       A new model. Values have the dtype of the model's arrays, so half precision is widened.
 
     Raises:
-      ValueError: unknown names; names that do not fit the model; every missing, extra and misshapen key; or a
-        tensor that holds no floating-point numbers.
+      ValueError: unknown names; names that do not fit the model; every missing, extra and misshapen key;
+        tensors that hold no floating-point numbers; or constants that are others here.
     """
     scheme = _scheme_of(tensors, model) if names == "auto" else find_scheme(names)
-    places = torch_names(model, scheme)
+    places, constants = torch_tensors(model, scheme)
     given = {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
     ours, _ = paths.named_leaves(arrays_of(model))
     expected = {name.key: name.shape_in_torch(tuple(ours[path].shape)) for path, name in places.items()}
+    expected |= {key: value.shape for key, value in constants.items()}
     found = {key: tuple(value.shape) for key, value in given.items()}
     # A counter is reported only if no other key shows that its batch norm is extra.
     found |= {
@@ -72,6 +75,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
         f"{key} ({v.dtype})" for key, v in given.items() if not jnp.issubdtype(v.dtype, np.floating)
     ]:
         raise ValueError(f"weights must be floating-point numbers, not {', '.join(wrong)}")
+    if others := list(_other_constants(given, constants)):
+        raise ValueError(
+            f"tensors that {_described(model)} computes, and does not read, hold other values: "
+            f"{'; '.join(others)}. It was trained with other branches, which no structure here has"
+        )
 
     def value(path: str, leaf: Any) -> Any:
         name = places.get(path)
@@ -98,10 +106,17 @@ def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.nd
     Raises:
       ValueError: unknown names, or layers that these names have no place for; all of them are listed.
     """
-    places = torch_names(model, authors_scheme(model) if names == "auto" else names)
+    places, constants = torch_tensors(model, authors_scheme(model) if names == "auto" else names)
     arrays, _ = paths.named_leaves(arrays_of(model))
-    tensors = {name.key: name.to_torch(arrays[path]) for path, name in places.items()}
-    return tensors | {key: np.zeros((), np.int64) for key in counters(places)}
+    tensors: dict[str, np.ndarray] = {}
+    for path, name in places.items():
+        value = name.to_torch(arrays[path])
+        if name.row is None:
+            tensors[name.key] = value
+        else:
+            rows = np.zeros(name.shape_in_torch(arrays[path].shape), value.dtype)
+            tensors.setdefault(name.key, rows)[name.row] = value
+    return tensors | constants | {key: np.zeros((), np.int64) for key in counters(places)}
 
 
 def load_torch(
@@ -141,6 +156,17 @@ def init_rng_state(leaf: Any) -> Any:
         return jnp.zeros(leaf.shape, leaf.dtype)
     key = jax.random.key(0)
     return jax.random.split(key, leaf.shape) if leaf.shape else key
+
+
+def _other_constants(given: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Yields the constants of which a state dict holds other values, beyond rounding, NaN among them."""
+    for key, ours in constants.items():
+        theirs = given[key]
+        difference = np.abs(theirs.astype(np.float64) - ours.astype(np.float64)).max(initial=0.0)
+        # A code base computes them in float32 and casts them with the weights.
+        eps = max(float(jnp.finfo(dtype).eps) for dtype in (theirs.dtype, ours.dtype, np.float32))
+        if not difference <= 8 * eps:
+            yield f"{key} (by up to {difference:.2g})"
 
 
 def _scheme_of(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> Scheme:

@@ -4,8 +4,9 @@
 
 Each k is a separate convolution and each f its batch norm, its scale, or nothing. Any structure can be run in
 this way, at 1.4 to 1.9 times the cost of one convolution. In training a batch norm is not linear, so
-structures with a norm inside have no cheaper form until they are fused. `StructuredLayer` holds the arrays
-and merges them into a kernel and a bias; `nn.Merged` is the layer that merges before it runs.
+structures with a norm inside have no cheaper form until they are fused; the chains of one of its `sums`, in
+which there is none, are merged and run as one convolution. `StructuredLayer` holds the arrays and merges them
+into a kernel and a bias; `nn.Merged` is the layer that merges everything before it runs.
 """
 
 import functools
@@ -176,8 +177,17 @@ class StructuredLayer(nnx.Module):
 
     def _affines(self) -> dict[str, Affine]:
         """Returns (a, b) of the scale or batch norm after each stage, the latter with running statistics."""
-        scales: dict[str, Affine] = {key: (scale[...], None) for key, scale in self.scales.items()}
-        return scales | {key: affine_of(norm) for key, norm in self.norms.items()}
+        return self._scale_affines() | {key: affine_of(norm) for key, norm in self.norms.items()}
+
+    def _scale_affines(self) -> dict[str, Affine]:
+        return {key: (scale[...], None) for key, scale in self.scales.items()}
+
+    def _run_merged(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Convolves x, of one batch axis, with a merged kernel."""
+        x, kernel = promote_dtype((x, kernel), dtype=self.dtype)
+        # Otherwise XLA's CPU backend merges once for the output and once more for the gradient of the input.
+        kernel = lax.optimization_barrier(kernel)
+        return convolve(x, kernel, self.structure.layer, precision=self.precision)
 
     def _check_one(self) -> None:
         if self.stack:
@@ -202,8 +212,15 @@ class Branched(StructuredLayer):
         """
         self._check_one()
         x, batch = one_batch_axis(x, self.structure.layer.axes)
-        outputs = [self._run_chain(chain, x) for chain in self.structure.placed.values()]
+        outputs = [self._run_chain(chain, x) for chain in self.structure.alone.values()]
+        outputs += [self._run_sum(name, x) for name, _ in self.structure.sums]
         return self._finish(functools.reduce(jnp.add, outputs), batch)
+
+    def _run_sum(self, name: str, x: jax.Array) -> jax.Array:
+        kernel = self.structure.merge_sum(
+            name, self._tensors(), self._scale_affines(), dtype=self._tensor_dtype()
+        )
+        return self.norms[name](self._run_merged(x, kernel))
 
     def _run_chain(self, chain: tuple[Part, ...], x: jax.Array) -> jax.Array:
         border: jax.Array | None = None  # output of the stages so far for zeros; None while that is zero

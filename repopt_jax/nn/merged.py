@@ -10,13 +10,12 @@ branch.
 
 import jax
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.structure import Structure
 from repopt_jax.nn.branched import StructuredLayer
-from repopt_jax.nn.geometry import convolve, one_batch_axis
+from repopt_jax.nn.geometry import one_batch_axis
 
 
 class Merged(StructuredLayer):
@@ -44,12 +43,8 @@ class Merged(StructuredLayer):
           ValueError: the arrays are those of stacked layers.
         """
         self._check_one()
-        layer = self.structure.layer
-        x, batch = one_batch_axis(x, layer.axes)
-        x, kernel = promote_dtype((x, self.merged_kernel()), dtype=self.dtype)
-        # Otherwise XLA's CPU backend merges once for the output and once more for the gradient of the input.
-        kernel = jax.lax.optimization_barrier(kernel)
-        return self._finish(convolve(x, kernel, layer, precision=self.precision), batch)
+        x, batch = one_batch_axis(x, self.structure.layer.axes)
+        return self._finish(self._run_merged(x, self.merged_kernel()), batch)
 
     def merged_kernel(self) -> jax.Array:
         """Returns K, (*spatial, in/groups, out), with the axes of the stack in front for stacked layers."""

@@ -270,7 +270,7 @@ def decay_mask(structures: Scales | Mapping[str, Parametrization], default: Any 
         optax.adamw(1e-3, weight_decay=0.05, mask=decay_mask(structures))
 
     Tensors and scales are decayed as the stages of the structure say: kernels and the identity's vector are,
-    scales are not. So this is `weight_decay_mask` of the network of `nn.Merged` layers.
+    scales are not, except OREPA's. So this is `weight_decay_mask` of the network of `nn.Merged` layers.
 
     Args:
       structures: those of `reparameterize`.

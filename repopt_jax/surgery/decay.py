@@ -2,7 +2,7 @@
 
 In plain layers kernels are decayed. In layers of structures, the stages define it (`core.structure.Stage`):
 the identity's vector is decayed with the kernels, because in a plain network it is part of the decayed
-kernel, and scales are not decayed.
+kernel, and scales are not decayed, except OREPA's.
 """
 
 from collections.abc import Callable

@@ -16,15 +16,35 @@ store their weights, as NumPy arrays.
 In these tables the layer's own kernel is called `own`, whatever its size, and a tensor to which the identity
 is added, which PyTorch stores without it, is in `deltas` in place of `weights`. Names are those of
 DingXiaoH/{ACNet,DiverseBranchBlock,RepVGG,RepLKNet-pytorch} (MIT licence), AILab-CVC/UniRepLKNet (Apache
-2.0), cxxgtxy/QARepVGG, apple/ml-mobileone (Apple's licence) and ChengpengChen/RepGhost (MIT licence).
+2.0), cxxgtxy/QARepVGG, apple/ml-mobileone (Apple's licence), ChengpengChen/RepGhost (MIT licence) and
+JUGGHM/OREPA_CVPR2022.
+
+OREPA's block stores the scales of its branches as rows of one array, and three constants. Its table of
+cosines is the one here in windows of three taps a side, with an even number of outputs. In other windows the
+published code fills three taps a side and leaves the others as it finds the memory, and an odd number of
+outputs gives it frequencies of half a step: such weights are refused, because no structure here computes the
+same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-from repopt_jax.core import paths
+import numpy as np
+
+from repopt_jax.core import algebra, paths
+from repopt_jax.core.structure import Structure
 from repopt_jax.hints import did_you_mean
-from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Row, Scheme, Table
+from repopt_jax.interop.names.scheme import (
+    BIASED,
+    NORM,
+    TENSOR,
+    Constant,
+    Layout,
+    Row,
+    Scheme,
+    Stored,
+    Table,
+)
 from repopt_jax.surgery.choose import Options, find_structure
 
 
@@ -32,8 +52,8 @@ class BlockNames(NamedTuple):
     """The names of one block.
 
     Attributes:
-      rows: as in `Layout`, of paths inside the layer. Groups have names, because the numbered ones are those
-        of the layer's own path.
+      rows: as in `Layout`, of paths inside the layer, with names inside the block, or "" for both. Groups
+        have names, because the numbered ones are those of the layer's own path.
       deployed: the name of the one convolution of the deployed block.
     """
 
@@ -44,6 +64,48 @@ class BlockNames(NamedTuple):
 def _normed(part: str, convolution: str, norm: str) -> tuple[Row, Row]:
     """Rows of a stage's tensor and of its batch norm."""
     return (f"weights/{part}", convolution, TENSOR), (f"norms/{part}", norm, NORM)
+
+
+def _orepa(prefix: str, module: str, *scaled: str, spare: Callable[[Structure], int] | None = None) -> Table:
+    """Rows of OREPA's tensors, which are parameters of one module, and of the constants beside them.
+
+    Args:
+      prefix: the beginning of the tensors' names.
+      module: the name of the module in the block; "" for the block itself.
+      scaled: the stages whose scales are the rows of `vector`, in this order.
+      spare: as in `Stored`, of `vector`.
+    """
+    tensors: dict[str, str | Stored] = {
+        "weights/own": f"{prefix}_origin",
+        "weights/average": f"{prefix}_avg_conv",
+        "weights/frequency": f"{prefix}_pfir_conv",
+        "deltas/1x1_own_0": f"{prefix}_1x1_kxk_idconv1",
+        "weights/1x1_own_1": f"{prefix}_1x1_kxk_conv2",
+        "weights/depthwise_1x1_0": f"{prefix}_gconv_dw",
+        "weights/depthwise_1x1_1": Stored(f"{prefix}_gconv_pw", groups_last=True),
+    }
+    if "1x1" in scaled:
+        tensors["weights/1x1"] = f"{prefix}_1x1"
+    for row, stage in enumerate(scaled):
+        tensors[f"scales/{stage}"] = Stored("vector", row, len(scaled), spare)
+    constants: dict[str, Constant] = {
+        f"{prefix}_avg_avg": lambda structure: np.full(structure.layer.window, 1 / structure.layer.taps),
+        f"{prefix}_prior": lambda structure: np.moveaxis(
+            algebra.frequencies(structure.layer.kernel)[..., 0, :], -1, 0
+        ),
+        "id_tensor": _identity_of_residual,
+    }
+    above = f"{module}." if module else ""
+    return (
+        *((stage, module, {"": name}) for stage, name in tensors.items()),
+        *(("", above + name, constant) for name, constant in constants.items()),
+    )
+
+
+def _identity_of_residual(structure: Structure) -> np.ndarray:
+    """Returns the identity that is added to the tensor of the structure's one residual stage."""
+    (part,) = (part for part in structure.parts if part.stage.residual)
+    return np.moveaxis(np.asarray(algebra.diagonal(part.layer.kernel)), (-1, -2), (0, 1))
 
 
 _QAREPVGG = BlockNames(
@@ -120,6 +182,31 @@ BLOCK_NAMES: dict[str, BlockNames] = {
     # `bn` there, is an array of the network here.
     "qarepvgg": _QAREPVGG,
     "qarepvgg2": _QAREPVGG,
+    # As of QARepVGG, the batch norm after the sum is an array of the network here.
+    "orepa": BlockNames(
+        _orepa("weight_orepa", "", "own", "average", "frequency", "1x1_own_1", "1x1", "depthwise_1x1_1"),
+        "orepa_reparam",
+    ),
+    # Not defined there for layers of several groups.
+    "orepa_repvgg": BlockNames(
+        (
+            # Where the block has an identity, `vector` has one row more, which nothing uses.
+            *_orepa(
+                "weight_rbr",
+                "rbr_dense",
+                "own",
+                "average",
+                "frequency",
+                "1x1_own_1",
+                "depthwise_1x1_1",
+                spare=lambda structure: int(structure.layer.has_identity),
+            ),
+            ("norms/squeezed", "rbr_dense.bn", NORM),
+            *_normed("1x1", "rbr_1x1.conv", "rbr_1x1.bn"),
+            ("norms/identity", "rbr_identity", NORM),
+        ),
+        "rbr_reparam",
+    ),
 }
 
 
@@ -129,8 +216,8 @@ def block_scheme(
     r"""Returns the names of a network of your own some of whose layers are a published block.
 
     The scheme serves the network with branches and the deployed one, whose blocks are one convolution each.
-    A block has no bias beside those of its batch norms. The batch norm after QARepVGG's sum belongs to the
-    block there and is a module of the network here: name it in `rows`, as `(r"norms/(\d+)",
+    A block has no bias beside those of its batch norms. The batch norm after the sum of QARepVGG and OREPA
+    belongs to the block there and is a module of the network here: name it in `rows`, as `(r"norms/(\d+)",
     r"layers.\1.bn", NORM)`. `fuse` folds it as well; the deployed form that keeps it, for training with
     quantization, is that of `fuse(model, only=(nn.Branched,))`.
 
@@ -176,5 +263,6 @@ def block_rows(structure: str, pattern: str, name: str, *, deployed: bool = Fals
     if deployed:
         return ((f"(?:{pattern})", f"{name}.{names.deployed}", BIASED),)
     return tuple(
-        (f"(?:{pattern})/{inside}", f"{name}.{inner}", arrays) for inside, inner, arrays in names.rows
+        (f"(?:{pattern})/{inside}" if inside else pattern, f"{name}.{inner}" if inner else name, arrays)
+        for inside, inner, arrays in names.rows
     )

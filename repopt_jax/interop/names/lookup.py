@@ -2,15 +2,17 @@
 
 import collections
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Kernel
+from repopt_jax.core.structure import Structure
 from repopt_jax.interop.names import mobileone, repghost, repmlp, repopt, repvgg, timm
-from repopt_jax.interop.names.scheme import NETWORKS, Layout, Scheme, TorchName
+from repopt_jax.interop.names.scheme import NETWORKS, Layout, Scheme, Stored, TorchName
 from repopt_jax.models import Network
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import StructuredLayer
@@ -48,8 +50,25 @@ def torch_names(model: nnx.Module, scheme: str | Scheme) -> dict[str, TorchName]
         there, or whose squeeze-and-excitation is at another place there, all of them listed; or a scheme that
         gives several arrays one name.
     """
-    _, names = _fit(model, find_scheme(scheme))
-    return names
+    return torch_tensors(model, scheme).arrays
+
+
+class TorchTensors(NamedTuple):
+    """What a code base stores of a model.
+
+    Attributes:
+      arrays: the names of its arrays, by our path.
+      constants: key -> value of the tensors that are computed here from a structure and are no arrays, in
+        PyTorch's order of axes and the dtype of the structure's arrays.
+    """
+
+    arrays: dict[str, TorchName]
+    constants: dict[str, np.ndarray]
+
+
+def torch_tensors(model: nnx.Module, scheme: str | Scheme) -> TorchTensors:
+    """Returns the names of `torch_names`, with the constants that the code base stores beside them."""
+    return _fit(model, find_scheme(scheme))[1]
 
 
 def counters(names: Mapping[str, TorchName]) -> list[str]:
@@ -133,23 +152,25 @@ def _layouts(model: nnx.Module, scheme: Scheme) -> list[Layout]:
     ]
 
 
-def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName]]:
+def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, TorchTensors]:
     """Returns the layout that names every array of `model`, and the names; raises as `torch_names`."""
     arrays, _ = paths.named_leaves(arrays_of(model))
-    roles = _roles(model)
+    layers = {p: m.structure for p, m in named_modules(model) if isinstance(m, StructuredLayer)}
+    roles, owners = _roles(layers), _owners(layers)
     tables = [
-        (layout, {path: layout.key(roles.get(path, path)) or layout.key(path) for path in arrays})
+        (layout, {path: layout.find(roles.get(path, path)) or layout.find(path) for path in arrays})
         for layout in _layouts(model, scheme)
     ]
     # If no table fits, the error is about the one that lacks the fewest names.
-    layout, keys = min(
+    layout, found = min(
         tables or [(Layout(), dict.fromkeys(arrays))], key=lambda table: list(table[1].values()).count(None)
     )
+    stored = {path: one for path, one in found.items() if one is not None}
     problems = []
-    if nameless := dict.fromkeys(_layer(path) for path, key in keys.items() if key is None):
+    if nameless := dict.fromkeys(_layer(path) for path in found if path not in stored):
         problems.append(f"the layers {', '.join(nameless)}")
     else:
-        problems += _other_branches(model, layout)
+        problems += [*_other_branches(model, layers, layout), *_missing_rows(stored.values())]
     for path, block in named_modules(model):
         if not isinstance(block, Block) or block.se is None or scheme.se_first in (None, block.se_first):
             continue
@@ -161,48 +182,76 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, dict[str, TorchName
             f"names {scheme.name!r} ({scheme.about}) have no place for {'; '.join(problems)}. "
             f"Others: {others}"
         )
-    uses = collections.Counter(keys.values())
-    if twice := sorted(str(key) for key, count in uses.items() if count > 1):
+    uses = collections.Counter((one.name, one.row) for one in stored.values())
+    if twice := sorted(f"{key}" for (key, _), count in uses.items() if count > 1):
         raise ValueError(f"names {scheme.name!r} call several arrays {', '.join(twice)}: correct its tables")
 
-    def name(path: str, key: str) -> TorchName:
-        shape = tuple(arrays[path].shape)
-        flattened = layout.flattened and re.fullmatch(layout.flattened, key)
+    def name(path: str, one: Stored) -> TorchName:
+        shape, owner = tuple(arrays[path].shape), owners.get(path)
+        flattened = layout.flattened and re.fullmatch(layout.flattened, one.name)
         window = shape[:-2] if flattened and len(shape) > 2 else ()
-        return TorchName(key, "kernel" if len(shape) > 1 else "vector", window)
+        spare = one.spare(owner) if one.spare and owner else 0
+        groups = owner.layer.groups if one.groups_last and owner else 1
+        kind = "kernel" if len(shape) > 1 else "vector"
+        return TorchName(one.name, kind, window, one.row, one.rows + spare, groups)
 
-    return layout, {path: name(path, str(key)) for path, key in keys.items()}
+    constants = {
+        key: np.asarray(value, next(arrays[p].dtype for p in arrays if p.startswith(f"{path}/weights/")))
+        for path, structure in layers.items()
+        for key, value in layout.constants(path, structure).items()
+    }
+    return layout, TorchTensors({path: name(path, one) for path, one in stored.items()}, constants)
 
 
-def _other_branches(model: nnx.Module, layout: Layout) -> Iterator[str]:
+def _missing_rows(stored: Iterable[Stored]) -> Iterator[str]:
+    """Yields tensors of which some rows are arrays here and others, which the code base uses, are not."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for one in stored:
+        if one.row is not None:
+            found.setdefault((one.name, one.rows), set()).add(one.row)
+    for (key, count), rows in found.items():
+        if absent := [str(row) for row in range(count) if row not in rows]:
+            yield f"{key}: no branch of the layer here has row {', '.join(absent)}"
+
+
+def _other_branches(model: nnx.Module, layers: Mapping[str, Structure], layout: Layout) -> Iterator[str]:
     """Yields layers whose branches all have names but are not all the branches of the code base."""
-    layers = {p: m for p, m in named_modules(model) if isinstance(m, StructuredLayer)}
     declared = model.descriptions(layout.mode) if layers and isinstance(model, Network) else {}
     described = {path.removesuffix("/kernel"): description for path, description in declared.items()}
     for pattern, description in layout.described:
         described |= dict.fromkeys((path for path in layers if re.fullmatch(pattern, path)), description)
-    for path, layer in layers.items():
+    for path, structure in layers.items():
         if path not in described:
             continue
-        structures = layer.structure, described[path](layer.structure.layer)
+        structures = structure, described[path](structure.layer)
         ours, theirs = (", ".join(sorted(part.key for part in s.parts)) for s in structures)
         if ours != theirs:
             yield f"{path}: it is made of {ours}, there of {theirs}"
 
 
-def _roles(model: nnx.Module) -> dict[str, str]:
+def _roles(layers: Mapping[str, Structure]) -> dict[str, str]:
     """Returns the paths of the arrays in layers of branches -> those in the tables of `blocks`."""
     found = {}
-    for path, layer in named_modules(model):
-        if isinstance(layer, StructuredLayer):
-            own = Kernel(layer.structure.layer.window).name
-            for part in layer.structure.parts:
-                role = "_".join("own" if word == own else word for word in part.key.split("_"))
-                kind = "deltas" if part.stage.residual else "weights"
-                found[join(path, f"weights/{part.key}")] = join(path, f"{kind}/{role}")
-                for array in ("scale", "bias", "mean", "var"):
-                    found[join(path, f"norms/{part.key}/{array}")] = join(path, f"norms/{role}/{array}")
+    for path, structure in layers.items():
+        own = Kernel(structure.layer.window).name
+        for part in structure.parts:
+            role = "_".join("own" if word == own else word for word in part.key.split("_"))
+            kind = "deltas" if part.stage.residual else "weights"
+            found[join(path, f"weights/{part.key}")] = join(path, f"{kind}/{role}")
+            found[join(path, f"scales/{part.key}")] = join(path, f"scales/{role}")
+            for array in ("scale", "bias", "mean", "var"):
+                found[join(path, f"norms/{part.key}/{array}")] = join(path, f"norms/{role}/{array}")
     return found
+
+
+def _owners(layers: Mapping[str, Structure]) -> dict[str, Structure]:
+    """Returns the structures of the layers of branches by the paths of their tensors and scales."""
+    return {
+        join(path, f"{kind}/{part.key}"): structure
+        for path, structure in layers.items()
+        for part in structure.parts
+        for kind in ("weights", "scales")
+    }
 
 
 def _layer(path: str) -> str:

@@ -1,7 +1,8 @@
 """The names of a network's arrays in a PyTorch code base: tables of paths and names.
 
-A row has the name of one layer in the code base, and its arrays. The other modules of this folder hold the
-tables of published code bases, a few rows for each form of a network. Reading and writing use the same rows.
+A row has the name of one layer in the code base, and its arrays, or a constant that the code base stores and
+this package computes. The other modules of this folder hold the tables of published code bases, a few rows
+for each form of a network. Reading and writing use the same rows.
 """
 
 import dataclasses
@@ -12,18 +13,43 @@ from typing import Any, Literal
 
 import numpy as np
 
-from repopt_jax.core.structure import Description
+from repopt_jax.core.structure import Description, Structure
 from repopt_jax.models import GhostVariant, MobileOneVariant, RepMLPVariant, VGGVariant
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How a code base stores an array that is not one tensor of its own with the outputs in our order.
+
+    Attributes:
+      name: the tensor's name.
+      row: the array is this row of the tensor, which holds vectors of several stages of a layer; None for a
+        tensor of its own.
+      rows: how many rows of the tensor are arrays here.
+      spare: number of further rows, which the code base stores and does not use, by the layer's structure.
+        They are written as zeros.
+      groups_last: output j of group g of the layer is entry j * groups + g of the tensor's first axis, and
+        not g * (out / groups) + j.
+    """
+
+    name: str
+    row: int | None = None
+    rows: int = 1
+    spare: Callable[[Structure], int] | None = None
+    groups_last: bool = False
+
 
 # Names of a layer's arrays, ours -> PyTorch's. The tensors of a structure (`conv/weights/3x3`) and its scales
 # are separate layers in PyTorch, so our name for the array is empty.
-Arrays = Mapping[str, str]
+Arrays = Mapping[str, str | Stored]
+# What a code base stores of a structure that is no array here: its value, in PyTorch's order of axes.
+Constant = Callable[[Structure], np.ndarray]
 TENSOR: Arrays = {"": "weight", "kernel": "weight"}
 BIASED: Arrays = {"kernel": "weight", "bias": "bias"}
 NORM: Arrays = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 Name = str | Callable[[re.Match[str]], str]
-Row = tuple[str, str, Arrays]
+Row = tuple[str, str, Arrays | Constant]
 Table = tuple[Row, ...]
 
 # Names of our networks in layouts -> the class of their variants.
@@ -47,7 +73,8 @@ class Layout:
       signature: regular expression for the beginning of a line "key shape", such as "linear.weight 10,64", by
         which a state dict is recognised; of the known ones the first that matches counts.
       rows: (pattern, name, arrays): the pattern must match the whole path of a layer, and the name may refer
-        to its groups. In layers of branches, paths can also be those of `names.blocks`, which come first.
+        to its groups. In layers of branches, paths can also be those of `names.blocks`, which come first. A
+        row with a constant in place of the arrays is for a layer of branches, and its name is the whole key.
       blocks: (pattern, name) of the paths of blocks, inside of which `inside` counts; the name may also be a
         function of the match.
       inside: rows whose patterns are for paths inside a block, and whose names follow the block's name.
@@ -67,15 +94,24 @@ class Layout:
     described: tuple[tuple[str, Description], ...] = ()
     flattened: str = ""
 
-    def key(self, path: str) -> str | None:
-        """Returns the code base's key of the array at our `path`, or None."""
-        if key := _named(self.rows, path):
-            return key
+    def find(self, path: str) -> Stored | None:
+        """Returns how the code base stores the array at our `path`, the name being its whole key, or None."""
+        if stored := _named(self.rows, path):
+            return stored
         for pattern, name in self.blocks:
             if block := re.match(f"{pattern}/", path):
-                key = _named(self.inside, path[block.end() :])
-                return key and f"{name(block) if callable(name) else block.expand(name)}.{key}"
+                above = name(block) if callable(name) else block.expand(name)
+                stored = _named(self.inside, path[block.end() :])
+                return stored and dataclasses.replace(stored, name=f"{above}.{stored.name}")
         return None
+
+    def constants(self, path: str, structure: Structure) -> dict[str, np.ndarray]:
+        """Returns the constants, by key, that the code base stores of the layer of branches at our `path`."""
+        return {
+            match.expand(name): constant(structure)
+            for pattern, name, constant in self.rows
+            if callable(constant) and (match := re.fullmatch(pattern, path))
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,27 +142,41 @@ class TorchName:
         layer; or "vector", the same in both.
       window: () or, for a kernel that has this spatial shape here and is (out, in * positions, 1, 1) there,
         the spatial shape.
+      row: None or, for a vector that is one row of a tensor (rows, out) there, its index.
+      rows: number of rows of that tensor.
+      groups: 1 or, for a kernel whose outputs are ordered otherwise there (`Stored.groups_last`), the groups.
     """
 
     key: str
     kind: Literal["kernel", "vector"]
     window: tuple[int, ...] = ()
+    row: int | None = None
+    rows: int = 1
+    groups: int = 1
 
     def to_torch(self, array: Any) -> np.ndarray:
-        """Converts our array to PyTorch's order of axes."""
+        """Converts our array to PyTorch's order of axes: the whole tensor, or its row."""
         array = np.asarray(array)
-        shape = self.shape_in_torch(array.shape)
-        return np.ascontiguousarray(array.transpose(self._axes(array.ndim))).reshape(shape)
+        theirs = np.ascontiguousarray(array.transpose(self._axes(array.ndim)))
+        if self.groups > 1:
+            theirs = _transposed(theirs, self.groups)
+        return theirs if self.row is not None else theirs.reshape(self.shape_in_torch(array.shape))
 
     def from_torch(self, tensor: np.ndarray) -> np.ndarray:
-        """Converts PyTorch's tensor to our order of axes."""
+        """Converts PyTorch's tensor, of which the array may be a row, to our order of axes."""
+        if self.row is not None:
+            return tensor[self.row]
         if self.window:
             tensor = tensor.reshape(tensor.shape[0], -1, *self.window)
+        if self.groups > 1:
+            tensor = _transposed(tensor, tensor.shape[0] // self.groups)
         return tensor.transpose(np.argsort(self._axes(tensor.ndim)))
 
     def shape_in_torch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape in PyTorch of an array that has `shape` here."""
+        """Returns the shape in PyTorch of the tensor that an array of `shape` is there, or is a row of."""
         theirs = tuple(shape[axis] for axis in self._axes(len(shape)))
+        if self.row is not None:
+            return (self.rows, *theirs)
         return (theirs[0], math.prod(theirs[1:]), *(1 for _ in self.window)) if self.window else theirs
 
     def _axes(self, rank: int) -> tuple[int, ...]:
@@ -134,10 +184,18 @@ class TorchName:
         return tuple(range(rank)) if self.kind == "vector" else (rank - 1, rank - 2, *range(rank - 2))
 
 
-def _named(table: Table, path: str) -> str | None:
+def _transposed(tensor: np.ndarray, first: int) -> np.ndarray:
+    """Reorders the first axis, (first * n), as (n, first)."""
+    by_first = tensor.reshape(first, -1, *tensor.shape[1:])
+    return np.ascontiguousarray(by_first.swapaxes(0, 1)).reshape(tensor.shape)
+
+
+def _named(table: Table, path: str) -> Stored | None:
     above, _, last = path.rpartition("/")
     for pattern, name, arrays in table:
         for layer, array in ((above, last), (path, "")):
-            if array in arrays and (match := re.fullmatch(pattern, layer)):
-                return f"{match.expand(name)}.{arrays[array]}"
+            if not callable(arrays) and array in arrays and (match := re.fullmatch(pattern, layer)):
+                stored = arrays[array]
+                stored = Stored(stored) if isinstance(stored, str) else stored
+                return dataclasses.replace(stored, name=f"{match.expand(name)}.{stored.name}")
     return None
