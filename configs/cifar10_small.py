@@ -7,11 +7,15 @@
     repopt train --config=$config:repopt $data --out=runs/cifar10_small/repopt
     repopt train --config=$config:repvgg $data --out=runs/cifar10_small/repvgg
 
-`repopt` takes the scales that the first command wrote; `--config.scales=` names others. `data_dir` is an
-image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the argument
-(`cifar10_small.py:search,smoke`) runs two short epochs on a few embedded digits.
+or all of these with three seeds each, and a report: `repopt compare --config=cifar10_small`, with $data and
+an `--out`. `repopt` takes the scales that the first command wrote; `--config.scales=` names others.
+`data_dir` is an image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the
+argument (`cifar10_small.py:search,smoke`) runs two short epochs on a few embedded digits.
 """
 
+import dataclasses
+
+from repopt_jax.report.compare import Comparison
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, parse_argument, smoke
 
 # Mode -> scales.
@@ -42,3 +46,18 @@ def get_config(arg: str = "") -> Config:
         optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, clip_norm=5.0 if mode == "search" else None),
     )
     return smoke(config) if small else config
+
+
+def get_comparison(arg: str = "") -> Comparison:
+    """Plain SGD, RepOpt with searched scales and RepVGG, three seeds each, all by the same recipe."""
+    _, small = parse_argument(arg, ("three",))
+    suffix = ",smoke" if small else ""
+    ways = {way: get_config(way + suffix) for way in ("plain", "repopt", "repvgg")}
+    ways["repopt"] = dataclasses.replace(ways["repopt"], scales="search:search")
+    return Comparison(
+        title="CIFAR-10 at a small size",
+        ways=ways,
+        searches={"search": get_config("search" + suffix)},
+        labels={"plain": "plain SGD", "repopt": "RepOpt, searched scales", "repvgg": "RepVGG"},
+        differences=(("repopt", "plain"), ("repvgg", "plain")),
+    )

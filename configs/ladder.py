@@ -11,7 +11,8 @@ The recipe of `cifar10_small` with 12,800 images and 5 epochs, 500 steps of 128.
 RepOptimizer paper (table 4). Rungs 8 and 9 have no separate search: the network with scaled branches, merged
 in weight space, is trained on the task itself, and its scales with it, throughout or for a tenth of the
 steps. Rungs 2, 3, 6 and 7 take the scales that the first command wrote; `--config.scales=` names others. All
-nine have the same recipe, without clipping; the search clips, as published. `scripts/ladder.sh` runs them.
+nine have the same recipe, without clipping; the search clips, as published. `repopt compare --config=ladder`
+runs them with three seeds, and `scripts/ladder.sh` with the options that the results here were made with.
 
 `data_dir` is an image folder: `train/<class>/*` and `test/<class>/*`, 32x32 pixels. `,smoke` after the
 argument (`ladder.py:search,smoke`) runs two short epochs on a few embedded digits.
@@ -20,6 +21,7 @@ argument (`ladder.py:search,smoke`) runs two short epochs on a few embedded digi
 import dataclasses
 from typing import Any
 
+from repopt_jax.report.compare import Comparison
 from repopt_jax.train.config import Config, load_config, parse_argument, smoke
 
 SEARCHED = "runs/ladder/search-0/scales"
@@ -48,3 +50,19 @@ def get_config(arg: str = "") -> Config:
     if rung != "search":
         config.optim.clip_norm = None
     return smoke(config) if small else config
+
+
+def get_comparison(arg: str = "") -> Comparison:
+    """The nine rungs, three seeds each, all by the same recipe; one search for those that take its scales."""
+    _, small = parse_argument(arg, ("rungs",))
+    suffix = ",smoke" if small else ""
+    ways = {rung: get_config(rung + suffix) for rung in RUNGS if rung != "search"}
+    for rung, (_, own) in RUNGS.items():
+        if own.get("scales") == SEARCHED:
+            ways[rung].scales, ways[rung].scales_mean = "search:search", own.get("scales_mean", False)
+    return Comparison(
+        title="The ablation ladder on CIFAR-10",
+        ways=ways,
+        searches={"search": get_config("search" + suffix)},
+        differences=tuple((rung, "1-plain") for rung in ways if rung != "1-plain"),
+    )

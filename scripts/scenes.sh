@@ -9,7 +9,5 @@ out=$(realpath -m "${1:-runs/scenes}")
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH" # the README's environment, where there is one
 
-repopt quickstart --config=configs/scenes.py --seeds=3 --out="$out"
-python scripts/summarize_runs.py "$out/runs" --compare plain repopt repvgg --metrics ap50 ap keypoint_ap50 keypoint_ap \
-  --deployed "$out/deploy" --title "Scenes of digits: a detector with keypoints" --command "scripts/scenes.sh" --out scripts/results/scenes
+repopt quickstart --config=configs/scenes.py --seeds=3 --out="$out" --results=scripts/results/scenes
 cp "$out/report/found.png" scripts/results/scenes_found.png

@@ -1,8 +1,7 @@
-"""The ablation ladder: each rung is what its name says, the script runs them all, and the table is right."""
+"""The ablation ladder: each rung is what its name says, and the comparison has them all."""
 
 import dataclasses
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -167,137 +166,45 @@ def test_each_optimizer_trains_with_scales_and_clipping(digits, tmp_path, search
     assert (summary.finished, summary.steps) == (True, 2)
 
 
-# -- the script and its table
-# ---
+# -- the comparison and its scripts
 
 
-def test_script_runs_one_search_and_nine_rungs_seed_by_seed(tmp_path):
-    """With programs named `repopt` and `python` that only write down how they were called."""
+def test_the_comparison_has_every_rung_by_one_recipe():
+    ladder = module(ROOT / "configs" / "ladder.py")
+    comparison = ladder.get_comparison()
+    assert list(comparison.ways) == RUNGS
+    assert (comparison.seeds, comparison.points) == (3, ({},))
+    assert comparison.searches == {"search": ladder.get_config("search")}
+    for rung, config in comparison.ways.items():
+        alone = ladder.get_config(rung)
+        searched = alone.scales == ladder.SEARCHED
+        assert config == dataclasses.replace(alone, scales="search:search" if searched else alone.scales)
+    assert comparison.differences == tuple((rung, "1-plain") for rung in RUNGS[1:])
+    small = ladder.get_comparison(",smoke").ways["6-means"]
+    assert (small.data.source, small.scales, small.scales_mean) == ("digits", "search:search", True)
+
+
+@pytest.mark.parametrize("name", ["ladder", "cifar10_small"])
+def test_scripts_make_comparisons_of_images(tmp_path, name):
+    """With a program named `repopt` that only writes down how it was called."""
     (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "ladder.sh", tmp_path / "scripts")
+    shutil.copy(ROOT / "scripts" / f"{name}.sh", tmp_path / "scripts")
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("repopt", "python"):
-        program = programs / name
-        program.write_text(
-            f'#!/bin/sh\necho {name} "$@" "cache=$JAX_COMPILATION_CACHE_DIR" >> {tmp_path}/log\n'
-        )
-        program.chmod(0o755)
+    program = programs / "repopt"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/log\n')
+    program.chmod(0o755)
     (tmp_path / "images").mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     subprocess.run(
-        [tmp_path / "scripts" / "ladder.sh", "images", "runs"],
+        [tmp_path / "scripts" / f"{name}.sh", "images", "runs"],
         cwd=tmp_path,
-        env={**environment, "PATH": f"{programs}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
         check=True,
     )
-    lines = (tmp_path / "log").read_text().splitlines()
-    runs = tmp_path / "runs"
-    calls = [line.split() for line in lines if line.startswith("repopt")]
-    rest = [word for call in calls for word in call if word.startswith("cache=")]
-    assert set(rest) == {f"cache={runs}/compiled"}
-    outs = [next(word for word in call if word.startswith("--out=")) for call in calls]
-    assert outs == [f"--out={runs}/search-0"] + [
-        f"--out={runs}/{rung}-{seed}" for seed in range(3) for rung in RUNGS
+    assert (tmp_path / "log").read_text().split() == [
+        "compare",
+        f"--config=configs/{name}.py",
+        f"--config.data.data_dir={tmp_path}/images",
+        f"--out={tmp_path}/runs",
+        f"--results=scripts/results/{name}",
     ]
-    ladder = module(ROOT / "configs" / "ladder.py")
-    for call, out in zip(calls, outs):
-        rung, _, seed = out.rpartition("/")[2].rpartition("-")
-        assert call[1] == ("search" if rung == "search" else "train")
-        assert f"--config=configs/ladder.py:{rung}" in call
-        assert f"--config.seed={seed}" in call
-        assert f"--config.data.data_dir={tmp_path}/images" in call
-        # The rungs that take searched scales are told where these runs have them.
-        given = [word for word in call if word.startswith("--config.scales")]
-        takes = ladder.get_config(rung).scales == ladder.SEARCHED
-        assert given == ([f"--config.scales={runs}/search-0/scales"] if takes else [])
-    summaries = [i for i, line in enumerate(lines) if line.startswith("python")]
-    assert summaries == [10, 20, 30]  # after each seed
-    assert f"--compare {' '.join(RUNGS)} " in lines[-1]
-
-
-@pytest.fixture
-def finished_runs(tmp_path):
-    """Summaries of three seeds of two rungs, of one seed of a third."""
-    accuracies = {"1-plain": (0.5, 0.52, 0.54), "2-init": (0.53, 0.54, 0.55), "7-full": (0.7,)}
-    for rung, values in accuracies.items():
-        for seed, accuracy in enumerate(values):
-            folder = tmp_path / f"{rung}-{seed}"
-            folder.mkdir()
-            summary = {
-                "test": {"accuracy": accuracy}, "test_count": 5000, "epochs": 5, "steps": 500, "seed": seed,
-                "train_parameters": 1000, "versions": {"jax": "0"}, "device": "1 x cpu", "wall_s": 3.0,
-            }  # fmt: skip
-            (folder / "summary.json").write_text(json.dumps(summary))
-            (folder / "metrics.jsonl").write_text(
-                json.dumps({"kind": "eval", "epoch": 5.0, "accuracy": accuracy}) + "\n"
-            )
-    return tmp_path
-
-
-def test_table_of_many_groups_against_one(finished_runs):
-    program = module(ROOT / "scripts" / "summarize_runs.py")
-    groups = program.read_groups(finished_runs)
-    found = program.compare_all(groups, "accuracy", "1-plain", "2-init", "7-full", "9-frozen")
-    assert [c["b"] for c in found] == ["2-init", "7-full"]  # the last one has not been run
-    # Differences 3, 2, 1: mean 2, standard deviation 1, and 4.303 / sqrt(3) = 2.484 each way.
-    assert found[0]["differences"] == pytest.approx([3, 2, 1])
-    assert (found[0]["mean"], found[0]["low"], found[0]["high"]) == pytest.approx(
-        (2, 2 - 2.4843, 2 + 2.4843), abs=1e-3
-    )
-    assert found[1]["differences"] == pytest.approx([20])
-    assert "low" not in found[1]
-    result = {
-        "groups": groups,
-        "metrics": ["accuracy"],
-        "comparisons": [found],
-        "command": "",
-        "hardware": "",
-    }
-    text = program.markdown("Ladder", result)
-    assert "| 2-init | +3.00, +2.00, +1.00 | +2.00 | -0.48 to +4.48 | yes |" in text
-    assert "| 7-full | +20.00 | +20.00 |  |  |" in text
-    with pytest.raises(SystemExit, match="no finished run of 3-x"):
-        program.compare_all(groups, "accuracy", "3-x", "2-init")
-
-
-def test_metrics_that_a_run_lacks_are_skipped_and_deployments_have_a_table(
-    finished_runs, tmp_path_factory, monkeypatch
-):
-    pytest.importorskip("matplotlib")
-    program = module(ROOT / "scripts" / "summarize_runs.py")
-    for seed, ap50 in enumerate((0.25, None)):
-        folder = finished_runs / f"3-detector-{seed}"
-        folder.mkdir()
-        summary = json.loads((finished_runs / "1-plain-0" / "summary.json").read_text())
-        summary |= {"task": "detect", "test": {"ap50": ap50, "ap": None}}
-        (folder / "summary.json").write_text(json.dumps(summary))
-        (folder / "metrics.jsonl").write_text(json.dumps({"kind": "eval", "epoch": 5.0, "ap50": ap50}) + "\n")
-    place = tmp_path_factory.mktemp("summary")
-    out, deployed = place / "results" / "all", place / "deployed"
-    (deployed / "3-detector").mkdir(parents=True)
-    record = {"max_abs": 6.2e-6, "max_rel": 1e-7, "compared": 6, "deploy_parameters": 1900, "run": "/a"}
-    (deployed / "3-detector" / "deploy.json").write_text(json.dumps(record))
-    arguments = ["x", str(finished_runs), "--out", str(out), "--metrics"]
-    compared = ["--compare", "3-detector", "1-plain"]
-    monkeypatch.setattr("sys.argv", [*arguments, "ap50", "ap", *compared, "--deployed", str(deployed)])
-    program.main()
-    text = out.with_suffix(".md").read_text()
-    assert "| 3-detector | 0 | 25.00 | 25.00 |  | 1,000 |" in text
-    assert "1-plain" not in text
-    assert "AP, %" not in text
-    assert "| | largest difference of an output | parameters deployed |" in text
-    assert "| 3-detector | 6.2e-06 | 1,900 |" in text
-    found = json.loads(out.with_suffix(".json").read_text())
-    assert found["metrics"] == ["ap50"]
-    assert "run" not in found["deployed"]["3-detector"]
-    monkeypatch.setattr("sys.argv", [*arguments, "ap"])
-    with pytest.raises(SystemExit, match="has measured ap"):
-        program.main()
-
-
-def test_picture_of_runs_that_were_measured_once(finished_runs, tmp_path):
-    pytest.importorskip("matplotlib")
-    program = module(ROOT / "scripts" / "summarize_runs.py")
-    program.draw("Ladder", program.read_groups(finished_runs), finished_runs, "accuracy", tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

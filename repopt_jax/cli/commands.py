@@ -38,6 +38,7 @@ def quickstart(args: argparse.Namespace) -> int:
 
         options = {"count": args.workers, "source": args.config, "log": _print}
         done = quickstart(comparison, out, **options, command=args.command_line)
+        _copy_results(out, args.results)
     _print("", *summary_lines(done.results), "", f"Report: {done.page}")
     if not done.equivalence["equivalent"]:
         raise ValueError(
@@ -66,17 +67,19 @@ def compare(args: argparse.Namespace) -> int:
 
         results = compare(comparison, out, count=args.workers, source=args.config, log=_print)
         page = write_report(results, out, command=args.command_line)
-        if args.results:
-            copied = _absolute(args.results)
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            for name, suffix in (
-                ("report.md", ".md"),
-                ("report.json", ".json"),
-                ("report/accuracy.png", ".png"),
-            ):
-                shutil.copyfile(out / name, f"{copied}{suffix}")
+        _copy_results(out, args.results)
     _print("", *summary_lines(results), "", f"Report: {page}")
     return 0
+
+
+def _copy_results(out: Path, results: str) -> None:
+    """Copies the tables, the numbers and the first picture of the report in `out`, where it is asked for."""
+    if not results:
+        return
+    copied = _absolute(results)
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    for name, suffix in (("report.md", ".md"), ("report.json", ".json"), ("report/accuracy.png", ".png")):
+        shutil.copyfile(out / name, f"{copied}{suffix}")
 
 
 def _comparison(args: argparse.Namespace) -> Any:

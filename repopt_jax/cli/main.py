@@ -120,7 +120,6 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         type=path,
         required=True,
     )
-    compare.option("--results=PATH", "also writes PATH.md, PATH.json and PATH.png", default="")
     compare.comparison_options()
     compare.config_options(required=True)
 
@@ -255,6 +254,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def comparison_options(self) -> None:
+        self.option("--results=PATH", "also writes PATH.md, PATH.json and PATH.png", default="")
         self.option(
             "--seeds=N", "trainings in each way (as the config says; else 2, of a detector 1)", type=positive
         )

@@ -73,7 +73,7 @@ def hold_out(source: Any, count: int) -> Any:
             f"`validation` is {count}, but there are {total} training images: it must be in [1, {total - 1}]"
         )
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(total)
-    kind = AnnotatedPart if isinstance(source, AnnotatedSource) else Part
+    kind: Any = AnnotatedPart if isinstance(source, AnnotatedSource) else Part
     held, kept = (kind(source.train, np.sort(part)) for part in (order[:count], order[count:]))
     info = replace(source.info, num_train=len(kept), num_eval=len(held))
     return type(source)(info, train=kept, eval=held)

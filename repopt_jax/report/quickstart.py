@@ -12,7 +12,7 @@ Results that exist already and were made from the same inputs are reused.
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,7 @@ def summary_lines(results: Results) -> Iterator[str]:
         yield from report.conclusions(results)
 
 
-def _percent(values: dict[int, float]) -> str:
+def _percent(values: Mapping[int, float]) -> str:
     if not values:
         return "-"
     numbers = [100 * value for value in values.values()]

@@ -38,11 +38,12 @@ class Workers:
     """
 
     def __init__(self, count: int, *, first: Call | None = None, inherit: Sequence[int] = ()):
-        """Args:
-        count: processes.
-        first: (function, arguments) that each process calls before all others, such as the import of a file
-          that registers networks; its result is dropped.
-        inherit: file descriptors that the processes keep open, such as that of a lock.
+        """
+        Args:
+          count: processes.
+          first: (function, arguments) that each process calls before all others, such as the import of a file
+            that registers networks; its result is dropped.
+          inherit: file descriptors that the processes keep open, such as that of a lock.
         """
         self.count = count
         self._first = first
