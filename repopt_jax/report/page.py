@@ -179,11 +179,17 @@ def _spread_of_seeds(content: Mapping[str, Any]) -> str:
 
 
 def _search(search: Mapping[str, Any], images: Mapping[str, str]) -> str:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in search["notes"])
+    law = search["law"] or {"sentence": "", "notes": (), "residuals": {}}
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (*law["notes"], *search["notes"]))
+    residuals = [(escape(layer), f"{error:+.1%}") for layer, error in law["residuals"].items()]
     return _section(
         "Have the scales settled?",
         f'<p class="verdict">{escape(search["sentence"])}</p>',
+        f"<p>{escape(law['sentence'])}</p>" if law["sentence"] else "",
         f"<ul>{notes}</ul>" if notes else "",
+        _table(("layer", "sum of the squared scales, above (+) or below what the law says"), residuals)
+        if residuals
+        else "",
         images.get("scales", ""),
         images.get("movement", ""),
     )
