@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.surgery import find_parametrizations as find_parametrizations
     from repopt_jax.surgery import find_structures as find_structures
     from repopt_jax.surgery import fuse as fuse
+    from repopt_jax.surgery import law_scales as law_scales
     from repopt_jax.surgery import plan_pruning as plan_pruning
     from repopt_jax.surgery import prepare as prepare
     from repopt_jax.surgery import reinitialize as reinitialize
@@ -73,6 +74,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.surgery import to_resrep as to_resrep
     from repopt_jax.surgery import to_search as to_search
     from repopt_jax.surgery import to_structure as to_structure
+    from repopt_jax.surgery import transfer_scales as transfer_scales
     from repopt_jax.surgery import weight_decay_mask as weight_decay_mask
     from repopt_jax.verify import verify_equivalence as verify_equivalence
 
@@ -97,8 +99,8 @@ _NAMES = {
     "surgery": (
         *("Mode", "SearchTree", "branches_of", "count_macs", "depth_scales", "extract_scales"),
         *("fast_on_cpu", "find_branches", "find_layers", "find_parametrizations", "find_structures"),
-        *("fuse", "plan_pruning", "prepare", "reinitialize", "search_tree", "shrink", "to_repvgg"),
-        *("to_resrep", "to_search", "to_structure", "weight_decay_mask"),
+        *("fuse", "law_scales", "plan_pruning", "prepare", "reinitialize", "search_tree", "shrink"),
+        *("to_repvgg", "to_resrep", "to_search", "to_structure", "transfer_scales", "weight_decay_mask"),
     ),
     "verify": ("verify_equivalence",),
 }

@@ -138,7 +138,7 @@ def search(args: argparse.Namespace) -> int:
         return 0
     history = records.read_history(out)
     verdict = monitor.verdict(history)
-    _print(verdict.sentence, *verdict.notes, f"Scales: {out / 'scales'}")
+    _print(*verdict.lines, f"Scales: {out / 'scales'}")
     try:
         from repopt_jax.report import report
 

@@ -9,6 +9,7 @@ its elementwise multiplier and re-initialisation are derived here for every set 
     dL/dw_b = E_b^T(s_b * g),  g = dL/dK         branch_gradients
     P(g)    = sum_b s_b * E_b(E_b^T(s_b * g))    precondition
     m       = sum_b |s_b|^power * E_b(1)         multiplier
+    mean(m) = trace(P) / size of K               mean_multiplier
     K -> w  = E_b^T(s_b * P^+(K)), least norm    split
 
 Where every E_b places coordinates, P(g) = m * g at power 2. Equal layers whose kernels are stacked in one
@@ -68,6 +69,24 @@ class Branch(abc.ABC):
         """E_b(1) as a boolean array of iota comparisons, for branches that place coordinates."""
         raise TypeError(f"branch {self.name} places no coordinates, so it has no support")
 
+    def energy(self, kernel: Shape) -> np.ndarray:
+        """Sum of the squares of E_b's entries in each output channel, (out,): its part of the trace of P.
+
+        Where E_b places coordinates it counts them. The general form embeds every basis vector of w_b, which
+        takes long for large kernels; subclasses that know the sum give it.
+        """
+        with jax.ensure_compile_time_eval():  # numbers of the layer, also inside a traced update
+            if self.places:
+                return np.asarray(self.support(kernel)).sum(axis=tuple(range(len(kernel) - 1)))
+            shape = self.shape(kernel)
+            embed = jax.jit(lambda w: self.embed(w, kernel))
+            total = np.zeros(kernel[-1])
+            for index in np.ndindex(*shape):
+                w = np.zeros(shape, np.float32)
+                w[index] = 1
+                total += np.square(np.asarray(embed(w), np.float64)).reshape(-1, kernel[-1]).sum(axis=0)
+            return total
+
     def sample(self, key: jax.Array, kernel: Shape, dtype: Any) -> jax.Array:
         """Draws w_b as the branch's own layer would be initialised: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
@@ -118,6 +137,9 @@ class Kernel(Branch):
     def support(self, kernel):
         return algebra.covers(kernel, self.taps(kernel))
 
+    def energy(self, kernel):
+        return np.full(kernel[-1], math.prod(self.shape(kernel)[:-1]))
+
     def check(self, kernel, groups):
         self.taps(kernel)
 
@@ -140,6 +162,9 @@ class Identity(Branch):
 
     def support(self, kernel):
         return algebra.diagonal(kernel)
+
+    def energy(self, kernel):
+        return np.ones(kernel[-1])
 
     def sample(self, key, kernel, dtype):
         return jnp.ones(self.shape(kernel), dtype)
@@ -171,6 +196,9 @@ class Pool(Branch):
     def embed(self, w, kernel):
         return algebra.channel_average(w, kernel)
 
+    def energy(self, kernel):
+        return np.full(kernel[-1], 1 / math.prod(kernel[:-2]))
+
     def sample(self, key, kernel, dtype):
         return jnp.ones(self.shape(kernel), dtype)
 
@@ -197,6 +225,9 @@ class Average(Branch):
     def embed(self, w, kernel):
         return algebra.average(w, kernel[:-2])
 
+    def energy(self, kernel):
+        return np.full(kernel[-1], kernel[-2] / math.prod(kernel[:-2]))
+
 
 @dataclasses.dataclass(frozen=True)
 class Frequency(Branch):
@@ -218,6 +249,10 @@ class Frequency(Branch):
 
     def embed(self, w, kernel):
         return w * jnp.asarray(algebra.frequencies(kernel), w.dtype)
+
+    def energy(self, kernel):
+        table = algebra.frequencies(kernel)
+        return kernel[-2] * np.square(table).sum(axis=tuple(range(table.ndim - 1)))
 
     def check(self, kernel, groups):
         if len(kernel) == 2:
@@ -269,6 +304,10 @@ class AfterPointwise(Branch):
         taps = algebra.centred_taps(self.size, kernel[:-2], (1,) * len(self.size))
         return algebra.place(algebra.after_pointwise(w, self.pointwise(w.dtype)), kernel[:-2], taps)
 
+    def energy(self, kernel):
+        by_group = math.prod(self.size) * np.square(np.asarray(self.matrix)).sum(axis=(1, 2))
+        return np.repeat(by_group, kernel[-1] // len(by_group))
+
     def pointwise(self, dtype: Any) -> jax.Array:
         """C as an array (1 or groups, in/groups, mid)."""
         return jnp.asarray(np.asarray(self.matrix), dtype)
@@ -312,6 +351,13 @@ class Local(Branch):
 
     def embed(self, w, kernel):
         return algebra.inject(w, kernel[:-2])
+
+    def energy(self, kernel):
+        taps = np.ones(())  # that the window holds, of each position
+        for size, n in zip(self.size, kernel[:-2]):
+            distance = np.abs(np.arange(n)[:, None] - np.arange(n))
+            taps = np.multiply.outer(taps, (distance <= size // 2).sum(axis=1))
+        return np.tile(kernel[-2] * taps.ravel(), kernel[-1] // taps.size)
 
     def tied(self, kernel):
         return math.prod(kernel[:-2])
@@ -460,12 +506,15 @@ class BranchSet:
             )
         return gradients
 
-    def precondition(self, g: jax.Array, scales: Mapping[str, jax.Array]) -> jax.Array:
+    def precondition(
+        self, g: jax.Array, scales: Mapping[str, jax.Array], *, normalise: bool = False
+    ) -> jax.Array:
         """P(g) = sum_b s_b * E_b(E_b^T(s_b * g)): SGD on the branches moves K by -lr * P(g).
 
         g has the merged kernel's shape; the result has its shape and dtype. Where every embedding places
         coordinates this is computed as `multiplier(scales) * g`, otherwise by transposition; both are exact.
-        Scales are cast to the wider of their own and g's dtype before they are squared.
+        Scales are cast to the wider of their own and g's dtype before they are squared. With `normalise` the
+        result is divided by `mean_multiplier(scales)`.
         """
         wide = jnp.promote_types(g.dtype, jnp.result_type(*scales.values()) if scales else g.dtype)
         if self.elementwise:
@@ -473,6 +522,9 @@ class BranchSet:
         else:
             scales = {name: s.astype(wide) for name, s in scales.items()}
             result = self.merge(self.branch_gradients(g.astype(wide), scales), scales)
+        if normalise:
+            mean = self.mean_multiplier(scales, dtype=wide)
+            result = result / mean.reshape((*self.stack, *(1,) * len(self.canonical)))
         return result.astype(g.dtype)
 
     def multiplier(
@@ -487,6 +539,30 @@ class BranchSet:
           ValueError: a branch has no elementwise multiplier (average pooling); use `precondition`.
         """
         return self.sum_at_taps(lambda s: jnp.abs(s) ** power, scales, dtype=dtype)
+
+    def mean_multiplier(
+        self, scales: Mapping[str, jax.Array], *, power: int = 2, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """trace(P) / size of K, one number for each layer of the stack, (*stack,).
+
+        Where every branch places coordinates it is the mean of `multiplier` over the entries of the kernel.
+        Elsewhere there is no multiplier, and it is the mean eigenvalue of P, as it is there too. It is
+        computed from the vectors and `Branch.energy`, without an array of the kernel's size.
+
+        Raises:
+          ValueError: a power other than 2 where a branch places no coordinates.
+        """
+        if power != 2 and not self.elementwise:
+            raise ValueError(f"`power` is {power}: branches that mix taps or channels have a mean at power 2")
+        total = jnp.zeros((), dtype)
+        for branch in self.branches:
+            energy = _energy(branch, self.canonical)
+            s = jnp.asarray(scales[branch.name], dtype) if branch.has_scale else jnp.ones(self.out, dtype)
+            # One number where all channels have it, so that no vector becomes part of the program.
+            weight = float(energy[0]) if np.all(energy == energy[0]) else jnp.asarray(energy, dtype)
+            weight = jnp.broadcast_to(jnp.asarray(weight, dtype), s.shape)
+            total = total + (jnp.abs(s) ** power * weight).sum(axis=-1)
+        return jnp.broadcast_to(total / math.prod(self.canonical), self.stack)
 
     def sum_at_taps(
         self,
@@ -599,6 +675,11 @@ class BranchSet:
             return jnp.ones((self.out,), dtype or jnp.result_type(*scales.values(), jnp.float32))
         s = jnp.asarray(scales[branch.name])
         return s if dtype is None else s.astype(dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _energy(branch: Branch, kernel: Shape) -> np.ndarray:
+    return np.asarray(branch.energy(kernel), np.float64)
 
 
 def _check_own_channels(what: str, kernel: Shape, groups: int) -> None:

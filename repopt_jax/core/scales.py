@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -12,8 +13,9 @@ import numpy as np
 from jax.core import Tracer
 
 from repopt_jax._version import __version__
-from repopt_jax.core import paths
+from repopt_jax.core import law, paths, transfer
 from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.transfer import Depths
 
 T = TypeVar("T")
 
@@ -70,9 +72,7 @@ class Scales:
         return cls.depth_rule(branch_sets, dict.fromkeys(branch_sets, 0))
 
     @classmethod
-    def depth_rule(
-        cls, branch_sets: Mapping[str, BranchSet], depths: Mapping[str, int | Sequence[Any] | np.ndarray]
-    ) -> "Scales":
+    def depth_rule(cls, branch_sets: Mapping[str, BranchSet], depths: Depths) -> "Scales":
         """Returns the scales of the depth rule, without a search: sqrt(2 / l), or 1 at l = 0, and u = 1.
 
         l counts the blocks of a stage; the first has l = 0. As in the published code, a hyper-search starts
@@ -87,21 +87,87 @@ class Scales:
           ValueError: the two mappings have different paths; or an l is negative, not an integer, or of
             another shape than the stack (all are listed).
         """
-        if difference := paths.describe_difference(
-            dict.fromkeys(branch_sets, ""), dict.fromkeys(depths, ""), noun="paths in `depths`"
-        ):
-            raise ValueError(f"`branch_sets` and `depths` must have the same paths: {difference}")
-        counts = {path: np.asarray(depths[path]) for path in branch_sets}
-        if bad := [
-            f"{path} (stack {bs.stack}): {depths[path]!r}"
-            for path, bs in branch_sets.items()
-            if counts[path].shape not in ((), bs.stack) or not _are_counts(counts[path])
-        ]:
-            raise ValueError(
-                "`depths` must hold integers >= 0, one for each path or, where layers are stacked, an array "
-                f"of the stack's shape, not {'; '.join(bad)}"
-            )
+        counts = _counts(branch_sets, depths)
         return cls({path: _constant(bs, _depth_scale(counts[path])) for path, bs in branch_sets.items()})
+
+    @classmethod
+    def from_law(cls, branch_sets: Mapping[str, BranchSet], depths: Depths, Lambda: float) -> "Scales":
+        """Returns the depth rule's scales after a search of decay Lambda in which only decay acts.
+
+        The scales are sqrt(2 / l), or 1 at l = 0, as they were, since they are not decayed; u, which is, has
+        become exp(-Lambda). It obeys the law of a search (`core.law`), and is the one point on it that needs
+        no data: how the gradients share the rest out among the branches only a search tells. In the published
+        files, of Lambda = 0.94, late layers of a stage have a u of .42 to .48, where this has .39.
+
+        Args:
+          branch_sets, depths: as in `depth_rule`.
+          Lambda: weight decay * sum of the learning rates / (1 - momentum) of the search
+            (`law.search_lambda`); 0 gives the depth rule.
+
+        Raises:
+          ValueError: as `depth_rule`; or a Lambda that is negative or not finite.
+        """
+        if not 0 <= Lambda < math.inf:
+            raise ValueError(f"`Lambda` is {Lambda}: it must be a finite number, at least 0")
+        counts, u = _counts(branch_sets, depths), law.identity_by_decay(Lambda)
+        metadata = ScalesMetadata(config=f"the depth rule at Lambda {Lambda:g}")
+        entries = {path: _constant(bs, _depth_scale(counts[path]), u) for path, bs in branch_sets.items()}
+        return cls(entries, metadata)
+
+    @classmethod
+    def transfer(
+        cls,
+        source: "Scales",
+        branch_sets: Mapping[str, BranchSet],
+        depths: Depths,
+        *,
+        source_depths: Depths | None = None,
+    ) -> "Scales":
+        """Returns scales for another network from those of a search: wider, narrower, deeper or shallower.
+
+        Layer i of stage j takes the scales of the source's layer i of stage j; where the source has no such
+        layer, layer i of its longest stage, or the last one there. A branch that this layer lacks (an opener
+        has no identity) comes from the layer nearest to it in the same stage that has it.
+
+        Channels are resampled with all their vectors along a stage: they are ranked by the first principal
+        component of the stage's trajectories, and the target takes evenly spaced ranks, in the order that the
+        channels have in the source. So nothing is drawn, equal widths keep every channel, and channels of the
+        source that are permuted, in all layers of a stage alike, give the target's scales in another order,
+        which is the same network.
+
+        Args:
+          source: searched scales.
+          branch_sets: the target's branches, by path.
+          depths: l of the target's layers, as in `depth_rule`; a stage begins at l = 0 and where l falls.
+          source_depths: l of the source's. By default the target's if both have the same paths, else as far
+            as branches tell it (`core.transfer.counted_depths`).
+
+        Raises:
+          ValueError: as `depth_rule`; scales that do not fit their own branches or are not finite; a source
+            without layers; or branches that no layer of the source has, all of them.
+        """
+        counts = _counts(branch_sets, depths)
+        _check_vectors(source, "")
+        check_finite(source)
+        if not source.entries:
+            raise ValueError("`source` has no layers: give the scales of a search")
+        own = source.branch_sets
+        if source_depths is not None:
+            source_counts = _counts(own, source_depths, noun="source_depths")
+        elif {p: bs.stack for p, bs in own.items()} == {p: bs.stack for p, bs in branch_sets.items()}:
+            source_counts = counts
+        else:
+            source_counts = transfer.counted_depths(own)
+        made = transfer.transferred(own, source.vectors, source_counts, branch_sets, counts)
+        entries = {
+            path: LayerScales(bs, {name: jnp.asarray(v) for name, v in made[path].items()})
+            for path, bs in branch_sets.items()
+        }
+        name = source.metadata.architecture or "a network without a name"
+        metadata = ScalesMetadata(
+            dataset=source.metadata.dataset, config=f"transferred from {name}", step=source.metadata.step
+        )
+        return cls(entries, metadata)
 
     @property
     def branch_sets(self) -> dict[str, BranchSet]:
@@ -345,6 +411,31 @@ def _described(branches: BranchSet) -> tuple[str | int, ...]:
     return ("+".join(branches.names), branches.groups, *stack)
 
 
+def _counts(
+    branch_sets: Mapping[str, BranchSet], depths: Depths, *, noun: str = "depths"
+) -> dict[str, np.ndarray]:
+    """Returns `depths` as arrays, by the paths of `branch_sets`.
+
+    Raises:
+      ValueError: other paths, or an l that is none, all listed.
+    """
+    if difference := paths.describe_difference(
+        dict.fromkeys(branch_sets, ""), dict.fromkeys(depths, ""), noun=f"paths in `{noun}`"
+    ):
+        raise ValueError(f"`branch_sets` and `{noun}` must have the same paths: {difference}")
+    counts = {path: np.asarray(depths[path]) for path in branch_sets}
+    if bad := [
+        f"{path} (stack {bs.stack}): {depths[path]!r}"
+        for path, bs in branch_sets.items()
+        if counts[path].shape not in ((), bs.stack) or not _are_counts(counts[path])
+    ]:
+        raise ValueError(
+            f"`{noun}` must hold integers >= 0, one for each path or, where layers are stacked, an array "
+            f"of the stack's shape, not {'; '.join(bad)}"
+        )
+    return counts
+
+
 def _are_counts(depth: np.ndarray) -> bool:
     return np.issubdtype(depth.dtype, np.integer) and bool((depth >= 0).all())
 
@@ -353,11 +444,11 @@ def _depth_scale(depth: np.ndarray) -> np.ndarray:
     return np.where(depth > 0, np.sqrt(2 / np.maximum(depth, 1)), 1.0)
 
 
-def _constant(branches: BranchSet, s: np.ndarray) -> LayerScales:
-    """Returns s, one number or one for each layer of the stack, as scales of a layer, with u = 1."""
+def _constant(branches: BranchSet, s: np.ndarray, u: float = 1.0) -> LayerScales:
+    """Returns s, one number or one for each layer of the stack, as scales of a layer, and u."""
     vectors = {}
     for b in branches.branches:
-        values = np.asarray(s if b.has_scale else 1, np.float32)[..., None]
+        values = np.asarray(s if b.has_scale else u, np.float32)[..., None]
         vectors[b.name] = jnp.broadcast_to(values, branches.vector_shape)
     return LayerScales(branches, vectors)
 

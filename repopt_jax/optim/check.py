@@ -16,6 +16,10 @@ whose outputs are positions of maps the same position of the next map.
 
 All c_o are powers of two, so an exact optimizer passes without rounding errors. The inner optimizer of
 `reparameterize` is skipped, because `reparameterize` is exact for any inner optimizer.
+
+Layers are not compared with each other: an optimizer may give each a learning rate of its own. That is what
+`repopt_mask(scales, normalise=True)` does: it is SGD on branches with the learning rate over the mean of the
+layer's multiplier, and passes.
 """
 
 import enum
@@ -137,12 +141,13 @@ def find_faults(
     if not probe.with_rule:
         moves = jax.tree.map(jnp.subtract, probe.run(LARGE, False, params), at_rest)
         return faults + _own_rule(probe, moves, decay)
-    wrong = probe.unequal_channels(LARGE, params, at_rest)
+    wrong, drowned = probe.unequal_channels(LARGE, params, at_rest)
     # A decay that Adam normalises makes the moves unequal as well.
-    nonlinear = probe.unequal_channels(LARGE, zeros, without) if wrong else []
+    nonlinear, _ = probe.unequal_channels(LARGE, zeros, without) if wrong or drowned else ([], [])
     early = _early_decay(probe, decay, nonlinear)
     decayed = {path for fault in early for path in fault.paths}
-    wrong = [path for path in wrong if path in nonlinear or path not in decayed]
+    # Where rounding in the decay is as large as the moves, only those without decay tell.
+    wrong = [p for p in probe.free if p in nonlinear or (p in wrong and p not in {*decayed, *drowned})]
     return faults + early + _gradient_faults(probe, wrong)
 
 
@@ -214,15 +219,20 @@ class _Probe:
         assert total is not None
         return total
 
-    def unequal_channels(self, size: Size, params: Any, at_rest: dict[str, jax.Array]) -> list[str]:
-        """Returns kernels of which two channels move differently under equal gradients of their branches."""
+    def unequal_channels(
+        self, size: Size, params: Any, at_rest: dict[str, jax.Array]
+    ) -> tuple[list[str], list[str]]:
+        """Returns kernels of which two channels move differently under equal gradients of their branches; and
+        those of which that cannot be told, because `at_rest` is so much larger than the moves."""
         if not self.free:
-            return []
+            return [], []
         run, swapped = (self.run(size, swapped, params) for swapped in (False, True))
         found = {
-            p: _inequality(self.with_rule[p], run[p] - at_rest[p], swapped[p] - at_rest[p]) for p in self.free
+            p: _inequality(self.with_rule[p], run[p] - at_rest[p], swapped[p] - at_rest[p], at_rest[p])
+            for p in self.free
         }
-        return _above(TOLERANCE, found)
+        unequal, noise = ({p: pair[i] for p, pair in found.items()} for i in (0, 1))
+        return _above(TOLERANCE, unequal), _above(TOLERANCE, noise)
 
     def with_scales(self, size: Size) -> Any:
         """Returns the first state with synthetic scales, and without inner optimizers of `reparameterize`."""
@@ -297,8 +307,11 @@ def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _inequality(branches: BranchSet, run: jax.Array, swapped: jax.Array) -> jax.Array:
-    """Returns the difference of two channels' moves under the same gradients, relative to the moves."""
+def _inequality(
+    branches: BranchSet, run: jax.Array, swapped: jax.Array, at_rest: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the difference of two channels' moves under the same gradients, relative to the moves, and how
+    large it may be by rounding, since the moves are what is left beside the update at rest."""
     axis, free = _channel_axis(branches), jnp.asarray(_free_entries(branches.layer))
     factors = {0: LOW, _second(branches.layer): HIGH}
     (low, high), (other_low, other_high) = (
@@ -307,7 +320,9 @@ def _inequality(branches: BranchSet, run: jax.Array, swapped: jax.Array) -> jax.
     )
     moves = jnp.stack([low, high, other_high, other_low])
     moves = jnp.where(jnp.broadcast_to(free, moves.shape), moves, 0)
-    return _ratio(jnp.max(jnp.abs(moves[:2] - moves[2:])), jnp.max(jnp.abs(moves)))
+    largest = jnp.max(jnp.abs(moves))
+    rounding = 4 * jnp.finfo(run.dtype).eps * jnp.max(jnp.abs(at_rest)) / min(map(abs, factors.values()))
+    return _ratio(jnp.max(jnp.abs(moves[:2] - moves[2:])), largest), _ratio(rounding, largest)
 
 
 # --- Interpreting the moves
@@ -318,7 +333,7 @@ def _gradient_faults(probe: _Probe, wrong: list[str]) -> list[Fault]:
     if not wrong:
         return []
     at_rest = probe.run(SMALL, None, probe.params)
-    small = probe.unequal_channels(SMALL, probe.params, at_rest)
+    small, _ = probe.unequal_channels(SMALL, probe.params, at_rest)
     once = probe.run(SMALL, False, probe.params)
     twice = probe.run(SMALL._replace(gradient=2 * SMALL.gradient), False, probe.params)
 

@@ -37,7 +37,7 @@ class RepOptClipState(NamedTuple):
     scales: dict[str, dict[str, jax.Array]]
 
 
-def repopt_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
+def repopt_mask(scales: Scales, normalise: bool = False) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient g of every kernel that `scales` name by P(g); other leaves pass unchanged.
 
     Exact for optimizers that are linear in the gradient: SGD, momentum, Nesterov, with or without decay. It
@@ -50,6 +50,23 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
     vectors and iota comparisons, which the compiler fuses into the update. For other branch sets P is
     computed by transposition, which is exact as well. In kernels of stacked layers each layer has its own P.
     Leaves are found by path, in any pytree: plain dicts, `nnx.State`, Linen or Equinox parameters.
+
+    With `normalise` each layer's P(g) is divided by c, the mean of m over the layer's kernel entries
+    (`BranchSet.mean_multiplier`). The scales then only share out a layer's learning rate among its entries,
+    and no longer set it. What it is equal to is the multi-branch network whose branches have the gradients
+    divided by c, before decay and momentum:
+
+        lr / c as the learning rate of the layer's branches, and decay * c as their decay: the decay of K
+        is added behind the mask and is not divided, so that lr * decay stays what it was; or
+        the ordinary optimizer as it is, on branches with the constant scales s_b / sqrt(c), the identity's
+        being 1 / sqrt(c), and weights sqrt(c) times as large: the same kernels.
+
+    Without decay it is a learning rate for each layer and nothing else. c is computed from the vectors of the
+    state in each update; nothing is stored.
+
+    Args:
+      scales: those of a search, or without one `Scales.ones` or `Scales.depth_rule`.
+      normalise: whether each layer's multiplier is divided by its mean.
 
     Raises:
       ValueError: scales that are NaN, infinite or all zero in a layer; at `init`, paths of `scales` that the
@@ -64,7 +81,9 @@ def repopt_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
         branch_sets = scales.branch_sets
 
         def transform(path, g):
-            return branch_sets[path].precondition(g, state.scales[path]) if path in state.scales else g
+            if path not in state.scales:
+                return g
+            return branch_sets[path].precondition(g, state.scales[path], normalise=normalise)
 
         return paths.map_named(transform, updates), state
 
@@ -85,7 +104,8 @@ def clip_by_repopt_global_norm(
         optax.chain(clip_by_repopt_global_norm(5.0, scales), repopt_mask(scales), ...)
 
     In a layer with the identity, n includes the gradient of its weight u, because the multi-branch network
-    clips by the norm of everything that it trains.
+    clips by the norm of everything that it trains. With a normalised mask n is the same: the gradient is
+    clipped before the mask divides it.
 
     Raises:
       ValueError: as `repopt_mask`.
@@ -125,6 +145,7 @@ def repopt_sgd(
     nesterov: bool = True,
     weight_decay: float = 0.0,
     mask: Any = None,
+    normalise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD that trains a plain network as SGD would train its multi-branch counterpart.
 
@@ -138,15 +159,16 @@ def repopt_sgd(
       weight_decay: coefficient of the L2 term, added to the transformed gradient. It corresponds to a
         multi-branch network that decays all its branches equally, the identity's weight included.
       mask: which parameters are decayed, as in `optax.add_decayed_weights`.
+      normalise: as in `repopt_mask`: each layer's multiplier is divided by its mean, and the decay is not.
     """
     return optax.chain(
-        repopt_mask(scales),
+        repopt_mask(scales, normalise),
         optax.add_decayed_weights(weight_decay, mask),
         optax.sgd(learning_rate, momentum, nesterov),
     )
 
 
-def gradient_multipliers(params: Any, scales: Scales, power: int = 2) -> Any:
+def gradient_multipliers(params: Any, scales: Scales, power: int = 2, normalise: bool = False) -> Any:
     """Returns the dense multipliers m as a pytree like `params`, for inspection and parity tests.
 
     Parameters that `scales` do not name have ones.
@@ -155,6 +177,7 @@ def gradient_multipliers(params: Any, scales: Scales, power: int = 2) -> Any:
       params: a pytree of parameters.
       scales: the scales.
       power: 2 for m of the SGD family, 1 for the factor of a sign rule's update.
+      normalise: whether each layer's multiplier is divided by its mean, as in `repopt_mask`.
 
     Raises:
       ValueError: the scales do not fit `params`, or a branch set has no elementwise multiplier.
@@ -164,10 +187,14 @@ def gradient_multipliers(params: Any, scales: Scales, power: int = 2) -> Any:
     def multiplier(path, p):
         if path not in scales.entries:
             return jnp.ones_like(p)
-        entry = scales.entries[path]
+        branches, vectors = scales.entries[path].branches, scales.entries[path].vectors
         # Squared in float32 or wider: the square of a small scale underflows in half precision.
         wide = jnp.promote_types(p.dtype, jnp.float32)
-        return entry.branches.multiplier(entry.vectors, power=power, dtype=wide).astype(p.dtype)
+        m = branches.multiplier(vectors, power=power, dtype=wide)
+        if normalise:
+            mean = branches.mean_multiplier(vectors, power=power, dtype=wide)
+            m = m / mean.reshape((*branches.stack, *(1,) * len(branches.canonical)))
+        return m.astype(p.dtype)
 
     return paths.map_named(multiplier, params)
 

@@ -9,6 +9,9 @@ motion would give 20 %) or at most 2 % of its own size. Under a decaying learnin
 end, so the last fifth is taken on two clocks: epochs, and full-rate epochs tau_t = sum_i lr_i / max(lr),
 which advance more slowly as the rate decays. A vector that has settled on both has converged; if it has
 settled in epochs only, the learning rate stopped it.
+
+How far a search has come at all is another question, which its decay Lambda answers (`core.law`): see
+`judge_law`.
 """
 
 from collections import Counter
@@ -17,7 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from repopt_jax.core.law import LayerLaw, identity_by_decay
 from repopt_jax.report.records import History
+from repopt_jax.train.searchlaw import SHORT, describe_lambda
 
 LAST_PART = 0.2  # the part at the end that is judged, as a share of the search
 LATE_SHARE = 0.10  # of the whole path; steady motion would give LAST_PART
@@ -27,6 +32,7 @@ RETURNING = 0.5  # net distance over path, of mean and spread: steady drift has 
 QUORUM = 0.9  # share of the vectors that must have settled or swing
 DECAYED = 0.1  # of the highest learning rate: below it the rate counts as decayed
 MIN_RECORDS = 5
+LAW_ERROR = 0.05  # relative, of the sum of a layer's squared scales: from there the law counts as broken
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,44 @@ class VectorVerdict:
 
 
 @dataclass(frozen=True)
+class LawVerdict:
+    """How far the search has come, and whether the scales obey the law of a search.
+
+    Attributes:
+      so_far, at_end: Lambda, until the last record and of the whole run.
+      identity: what decay alone makes of u by the end of the run, as a share of its start.
+      residuals: layer -> relative error of the sum of the squares; positive if the scales are larger.
+      median: of their absolute values.
+      sentence: what Lambda means, in plain language.
+      notes: what else there is to say.
+    """
+
+    so_far: float
+    at_end: float
+    identity: float
+    residuals: dict[str, float]
+    median: float
+    sentence: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The answer: `sentence` in plain language, `notes` that explain it, and the verdict on each vector."""
+    """The answer: `sentence` in plain language, `notes` that explain it, the verdict on each vector, and on
+    the law of a search where the log has what it needs."""
 
     settled: bool
     state: str
     sentence: str
     notes: tuple[str, ...]
     vectors: tuple[VectorVerdict, ...]
+    law: LawVerdict | None = None
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Everything in words, in the order in which it is to be read."""
+        law = () if self.law is None else (self.law.sentence, *self.law.notes)
+        return (self.sentence, *law, *self.notes)
 
 
 def verdict(history: History) -> Verdict:
@@ -68,13 +104,48 @@ def verdict(history: History) -> Verdict:
       ValueError: a statistic that is not finite; the vectors are named.
     """
     _check_finite(history)
+    law = judge_law(history)
     if len(history.epochs) < MIN_RECORDS:
-        return Verdict(False, "too short", _sentence("too short", history, ()), (), ())
+        return Verdict(False, "too short", _sentence("too short", history, ()), (), (), law)
     vectors = tuple(judge(history, key) for key in history.vectors)
     state, settled = _overall(history, vectors)
     sentence = _sentence(state, history, vectors)
     notes = tuple(_notes(history, vectors))
-    return Verdict(settled, state, sentence, notes, vectors)
+    return Verdict(settled, state, sentence, notes, vectors, law)
+
+
+def judge_law(history: History) -> LawVerdict | None:
+    """Returns what the last record says of the law of a search; None if it says nothing."""
+    if (law := history.law) is None:
+        return None
+    residuals = {
+        layer: LayerLaw(numbers["found"], numbers["expected"]).residual
+        for layer, numbers in law["layers"].items()
+    }
+    so_far, at_end = law["lambda"], law["lambda_end"]
+    sentence = describe_lambda(at_end, law["epochs"], law["weight_decay"])
+    if so_far < at_end * (1 - 1e-9):
+        sentence = f"So far Lambda is {so_far:.2g}. {sentence}"
+    errors = np.abs(list(residuals.values()))
+    return LawVerdict(
+        so_far,
+        at_end,
+        identity_by_decay(at_end),
+        residuals,
+        float(np.median(errors)),
+        sentence,
+        tuple(_law_notes(residuals, float(np.median(errors)), law["clip_norm"])),
+    )
+
+
+def _law_notes(residuals: Mapping[str, float], median: float, clip_norm: float | None) -> Iterator[str]:
+    worst = max(residuals, key=lambda layer: abs(residuals[layer]))
+    yield LAW.format(median=median, worst=residuals[worst], name=_short(worst))
+    if broken := [layer for layer in residuals if not abs(residuals[layer]) <= LAW_ERROR]:
+        names = _list([f"{_short(layer)} {residuals[layer]:+.0%}" for layer in broken])
+        yield LAW_BROKEN.format(count=len(broken), total=len(residuals), names=names)
+    if clip_norm is not None:
+        yield LAW_CLIPPED.format(clip_norm=clip_norm)
 
 
 def judge(history: History, key: tuple[str, str]) -> VectorVerdict:
@@ -147,19 +218,21 @@ def _sentence(state: str, history: History, vectors: Sequence[VectorVerdict]) ->
         moved=len(moved),
         total=len(vectors),
         last=history.epochs[-1],
+        longer=AT_ITS_START if history.law and history.law["lambda_end"] < SHORT else AT_REST,
         **medians,
     )
 
 
+AT_REST = "and a longer search would change little"
+AT_ITS_START = "but the search is short, as its Lambda says, and one with more decay would change them"
 SENTENCES = {
     "settled": "The scales have settled: {settled} of {moved} scale vectors hardly moved in the last fifth "
     "of the search, the falling learning rate allowed for; nine tenths of the movement were done by epoch "
-    "{done_by:.1f} of {last:.3g}, and a longer search would change little.",
+    "{done_by:.1f} of {last:.3g}, {longer}.",
     "swinging": "The scales swing about a level without drifting, the ordinary noise of SGD: let the "
     "learning rate decay to 0 at the end of the search, which averages it out.",
     "swinging, decayed": "The scales swing about a level without drifting, the ordinary noise of SGD, and "
-    "the decayed learning rate has averaged it out: they can be used, and a longer search would change "
-    "little.",
+    "the decayed learning rate has averaged it out: they can be used, {longer}.",
     "stopped": "The scales stopped because the learning rate decayed, not because they had arrived: the "
     "last fifth of the learning rate's budget made {late_rate:.0%} of their movement (steady motion makes "
     "20 %), the last fifth of the epochs {late_epochs:.1%}; they can be used, and a search of twice the "
@@ -173,6 +246,20 @@ SENTENCES = {
     "least four records after the first are needed.",
 }
 
+LAW = (
+    "The sum of a channel's squared scales is what the law of a search says (it changes by the decay of u "
+    "alone) to {median:.1%} in the median layer, and to {worst:+.1%} in the worst, {name}."
+)
+LAW_BROKEN = (
+    "{count} of {total} layers depart from the law by more than 5 % ({names}). The law is that of SGD in "
+    "small steps, with one batch norm behind the branches: look for a weight decay of the scales (only u is "
+    "to be decayed), for gradients clipped entry by entry, or for too high a learning rate."
+)
+LAW_CLIPPED = (
+    "The gradients were clipped (norm {clip_norm:g}). The law is that of an unclipped search; clipping by "
+    "the global norm does not break it, but it slows down what the data do and not the decay: the more is "
+    "clipped, the nearer the scales come to what decay alone makes of them."
+)
 NEAR_START = (
     "{count} of {total} scale vectors end with a mean within 5 % of where they began. That is a valid "
     "result, not a failed search: RepOpt uses the differences between channels, branches and layers, and "

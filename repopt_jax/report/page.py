@@ -295,13 +295,20 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _search(search: Mapping[str, Any], content: Mapping[str, Any], images: Mapping[str, str]) -> str:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in search["notes"])
+    law = search["law"] or {"sentence": "", "notes": (), "residuals": {}}
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (*law["notes"], *search["notes"]))
+    residuals = [(escape(layer), f"{error:+.1%}") for layer, error in law["residuals"].items()]
+    heads = ("layer", "sum of the squared scales, above (+) or below what the law says")
     several = len(content["searches"]) > 1
     suffix = f"-{search['name']}" if several else ""
     return _section(
         f"What the search {search['name']} has found" if several else "What the search has found",
         f'<p class="verdict">{escape(search["sentence"])}</p>',
+        f"<p>{escape(law['sentence'])}</p>" if law["sentence"] else "",
         f"<ul>{notes}</ul>" if notes else "",
+        f"<details><summary>The law layer by layer</summary>{_table(heads, residuals)}</details>"
+        if residuals
+        else "",
         _figures(images, f"scales{suffix}", f"movement{suffix}"),
     )
 

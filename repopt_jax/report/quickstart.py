@@ -85,7 +85,9 @@ def quickstart(
     out_dir = Path(out_dir).expanduser().absolute()
     results = compare(comparison, out_dir, count=count, source=source, log=log)
     for name, folder in results.searches.items():
-        log(f"Search {name}: {monitor.verdict(records.read_history(folder)).sentence}")
+        verdict = monitor.verdict(records.read_history(folder))
+        law = () if verdict.law is None else (verdict.law.sentence,)
+        log(" ".join((f"Search {name}:", verdict.sentence, *law)))
     steps, _ = CHECKED[comparison.task]
     log(f"Check in float64: CSLA network against plain network with repopt_mask, {steps} steps")
     if checked.scales.startswith(SEARCH):

@@ -47,11 +47,13 @@ class History:
       rates: (records,) float, mean learning rate since the record before, over the highest one of the run;
         the first entry is 1 and has no meaning.
       vectors: (layer path, branch) -> {statistic: (records,) float}, named as in metrics.jsonl.
+      law: what the last record says of the law of a search (`train.searchlaw`); None where it says nothing.
     """
 
     epochs: np.ndarray
     rates: np.ndarray
     vectors: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
+    law: Mapping[str, Any] | None = None
 
 
 def read_run(run_dir: str | Path) -> Run:
@@ -105,7 +107,7 @@ def history_of(scales: Sequence[Mapping], train: Sequence[Mapping] = ()) -> Hist
         for branch, fields in sorted(branches.items(), key=_largest_first)
     }
     epochs = np.array([float(r["epoch"]) for r in scales])
-    return History(epochs, _rates([r["step"] for r in scales], train), vectors)
+    return History(epochs, _rates([r["step"] for r in scales], train), vectors, scales[-1].get("law"))
 
 
 def _largest_first(item: tuple[str, Any]) -> tuple[bool, list[int]]:

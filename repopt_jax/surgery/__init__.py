@@ -21,7 +21,9 @@ from repopt_jax.surgery.resrep import to_resrep as to_resrep
 from repopt_jax.surgery.search import csla_twin as csla_twin
 from repopt_jax.surgery.search import depth_scales as depth_scales
 from repopt_jax.surgery.search import extract_scales as extract_scales
+from repopt_jax.surgery.search import law_scales as law_scales
 from repopt_jax.surgery.search import to_search as to_search
+from repopt_jax.surgery.search import transfer_scales as transfer_scales
 from repopt_jax.surgery.searchtree import SearchTree as SearchTree
 from repopt_jax.surgery.searchtree import search_tree as search_tree
 from repopt_jax.surgery.structures import find_parametrizations as find_parametrizations

@@ -13,6 +13,7 @@ from flax import nnx
 
 from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit
 from repopt_jax.core.structure import of_branches
+from repopt_jax.core.transfer import Depths
 from repopt_jax.models.network import Network
 from repopt_jax.nn.merged import Merged
 from repopt_jax.surgery.layers import (
@@ -118,19 +119,49 @@ def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = 
     Raises:
       ValueError: as `find_layers` and `find_branches`.
     """
-    depths: dict[str, np.ndarray] = {}
-    published = model.depths() if isinstance(model, Network) else {}
-    width, following = 0, 0  # of the layer before; l of the next layer of the same row
-    for path, layer in find_layers(model, select).items():
-        g = layer.geometry
-        repeats = g.inputs == g.outputs and set(g.strides) <= {1}
-        first = following if repeats and g.outputs == width else 0
-        along = np.arange(math.prod(layer.stack)).reshape(layer.stack)
-        counted = first + along if repeats else np.zeros(layer.stack, int)
-        depths[path] = np.asarray(published[path]) if path in published else counted
-        width, following = g.outputs, int(counted.max()) + 1
-    scales = Scales.depth_rule(find_branches(model, select, branches), depths)
-    return scales.with_metadata(architecture=model.architecture if isinstance(model, Network) else "")
+    scales = Scales.depth_rule(find_branches(model, select, branches), _depths(model, select))
+    return scales.with_metadata(architecture=_architecture(model))
+
+
+def law_scales(model: nnx.Module, Lambda: float, select: Select = None, branches: Branches = None) -> Scales:
+    """Returns the depth rule's scales of any network after a search of decay Lambda in which only decay acts.
+
+    They are those of `Scales.from_law`, with l as in `depth_scales`: u is exp(-Lambda), the others are the
+    depth rule's.
+
+    Args:
+      model, select, branches: as in `depth_scales`.
+      Lambda: weight decay * sum of the learning rates / (1 - momentum); 0.94 of the published searches.
+
+    Raises:
+      ValueError: as `depth_scales`; or a Lambda that is negative or not finite.
+    """
+    scales = Scales.from_law(find_branches(model, select, branches), _depths(model, select), Lambda)
+    return scales.with_metadata(architecture=_architecture(model))
+
+
+def transfer_scales(
+    model: nnx.Module,
+    source: Scales,
+    select: Select = None,
+    branches: Branches = None,
+    *,
+    source_depths: Depths | None = None,
+) -> Scales:
+    """Returns scales of any network from those that were searched on another, wider, narrower, deeper or
+    shallower: `Scales.transfer`, with l as in `depth_scales`.
+
+    Args:
+      model, select, branches: as in `depth_scales`.
+      source: searched scales.
+      source_depths: l of the source's layers; by default as `Scales.transfer` finds them.
+
+    Raises:
+      ValueError: as `depth_scales` and `Scales.transfer`.
+    """
+    branch_sets = find_branches(model, select, branches)
+    scales = Scales.transfer(source, branch_sets, _depths(model, select), source_depths=source_depths)
+    return scales.with_metadata(architecture=_architecture(model))
 
 
 def csla_twin(
@@ -181,3 +212,23 @@ def _with_scales(
         return merged_layer(structure, weights[layer.path], entry.vectors, stack=layer.stack, **options)
 
     return replace_layers(model, layers, make)
+
+
+def _architecture(model: nnx.Module) -> str:
+    return model.architecture if isinstance(model, Network) else ""
+
+
+def _depths(model: nnx.Module, select: Select) -> dict[str, np.ndarray]:
+    """Returns l of every selected layer, as `depth_scales` says."""
+    depths: dict[str, np.ndarray] = {}
+    published = model.depths() if isinstance(model, Network) else {}
+    width, following = 0, 0  # of the layer before; l of the next layer of the same row
+    for path, layer in find_layers(model, select).items():
+        g = layer.geometry
+        repeats = g.inputs == g.outputs and set(g.strides) <= {1}
+        first = following if repeats and g.outputs == width else 0
+        along = np.arange(math.prod(layer.stack)).reshape(layer.stack)
+        counted = first + along if repeats else np.zeros(layer.stack, int)
+        depths[path] = np.asarray(published[path]) if path in published else counted
+        width, following = g.outputs, int(counted.max()) + 1
+    return depths

@@ -43,7 +43,7 @@ from repopt_jax.train.state import (
     state_sharding,
 )
 from repopt_jax.train.tasks import Classification, Detection, Evaluator, Task
-from repopt_jax.verify.equivalence import Check
+from repopt_jax.verify.equivalence import Check, scale_by_layer_means
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,14 @@ def _program(
     task, optim, network = make_task(config), config.optim, split_model(model)
     schedule = _schedule(config, steps_per_epoch)
     decayed = weight_decay_mask(model, custom_l2=optim.custom_l2)
-    tx = make_optimizer(optim, schedule, scales=scales, batch_size=config.batch_size, decayed=decayed)
+    tx = make_optimizer(
+        optim,
+        schedule,
+        scales=scales,
+        batch_size=config.batch_size,
+        decayed=decayed,
+        normalise=config.normalise,
+    )
     objective = task.objective
     if optim.custom_l2:
         objective = with_custom_l2(objective, weight_decay(optim, config.batch_size))
@@ -354,8 +361,11 @@ def config_check(config: Config) -> Check:
         model,
         scales,
         feed.train,
-        optimizer=make(scales=scales, decayed=weight_decay_mask(model)),
-        twin_optimizer=make(decayed=weight_decay_mask(twin)),
+        optimizer=make(scales=scales, decayed=weight_decay_mask(model), normalise=config.normalise),
+        twin_optimizer=make(
+            decayed=weight_decay_mask(twin),
+            rates=scale_by_layer_means(scales) if config.normalise else None,
+        ),
         loss=lambda model, batch: task.objective(model, batch)[0],
         rngs=nnx.Rngs(config.seed),
     )

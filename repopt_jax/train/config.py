@@ -35,6 +35,7 @@ SOURCES_OF = {
     for task in ("classify", "detect")
 }
 NAMED_SCALES = ("ones", "depth")
+LAW, TRANSFER = "law:", "transfer:"  # before a number, and before a folder
 MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
 
 CLASSIFY = {"task": ("classify",)}
@@ -323,12 +324,16 @@ class Config:
       task: "classify" or "detect".
       seed: of the initial weights and of the order and augmentation of the images.
       epochs, batch_size, eval_batch_size: batch sizes are over all devices.
-      scales: "ones", "depth", or the path of a scales directory. In mode "repopt" the network is
-        re-initialised by them and its gradients are multiplied; in modes "search" and "online" they are where
-        the scales start, "" being "depth". The other modes have none, "".
-      scales_mean: replaces each vector of searched scales by its mean over the channels.
+      scales: "ones"; "depth", the depth rule; "law:1.0", that rule at a decay Lambda of 1.0
+        (`surgery.law_scales`); the path of a scales directory; or "transfer:PATH", for a network of another
+        width or depth than that of the scales in the directory PATH (`surgery.transfer_scales`). In mode
+        "repopt" the network is re-initialised by them and its gradients are multiplied; in modes "search" and
+        "online" they are where the scales start, "" being "depth". The other modes have none, "".
+      scales_mean: replaces each vector of searched or transferred scales by its mean over the channels.
       rules: what scales do in mode "repopt": "both", "init" (re-initialise the network only) or "multiplier"
         (multiply its gradients only).
+      normalise: of SGD in mode "repopt": divides each layer's multiplier by its mean over the layer, so that
+        the scales no longer set the layer's learning rate (`optim.repopt_mask`).
       freeze_scales: share of the steps of a "search" after which its scales stay as they are; None
         for never.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
@@ -350,6 +355,10 @@ class Config:
     scales: str = ""
     scales_mean: bool = False
     rules: str = setting("both", choices=("both", "init", "multiplier"), only={"model.mode": ("repopt",)})
+    normalise: bool = setting(
+        False,
+        only={"model.mode": ("repopt",), "rules": ("both", "multiplier"), "optim.name": ("sgd",)},
+    )
     freeze_scales: float | None = setting(None, at_least=0, at_most=1, only={"model.mode": ("search",)})
     eval_every: int = setting(1, at_least=1)
     checkpoint_every: int = setting(0, at_least=0, changeable=True)
@@ -572,7 +581,7 @@ def _range_problem(setting: _Setting, settings: Mapping[str, _Setting]) -> str |
 
 def _scales_problems(config: Config) -> Iterator[str]:
     scales, mode = config.scales, config.model.mode
-    if config.scales_mean and scales in ("", *NAMED_SCALES):
+    if config.scales_mean and (not scales or needs_no_folder(scales)):
         yield (
             f"`scales_mean` with `scales`={scales!r}, which are the same in all channels: give the directory "
             "of searched ones"
@@ -584,13 +593,40 @@ def _scales_problems(config: Config) -> Iterator[str]:
         )
     if not scales and mode == Mode.REPOPT:
         yield "`model.mode`='repopt' needs `scales`: 'depth', 'ones', or the directory that a search wrote"
-    if "://" in scales:
-        yield f"`scales`={scales!r} is a URL: {MOUNTED}"
-    elif scales and scales not in NAMED_SCALES and not os.path.isdir(scales):
+    if scales.startswith(LAW) and law_of(scales) is None:
         yield (
-            f"`scales`={scales!r} is neither {' nor '.join(NAMED_SCALES)} nor a directory: run the search "
-            "first, or give the directory that it wrote"
+            f"`scales`={scales!r} must have a finite number, at least 0, after {LAW!r}: weight decay * sum "
+            "of the learning rates / (1 - momentum) of a search, such as 'law:1.0'"
         )
+    if needs_no_folder(scales):
+        return
+    folder = scales.removeprefix(TRANSFER)
+    if "://" in folder:
+        yield f"`scales`={scales!r} is a URL: {MOUNTED}"
+    elif scales and not os.path.isdir(folder):
+        what = f"is neither {' nor '.join(NAMED_SCALES)} nor {LAW}NUMBER nor a directory"
+        if scales.startswith(TRANSFER):
+            what = f"names no directory after {TRANSFER!r}"
+        yield (
+            f"`scales`={scales!r} {what}: run the search first, or give the directory that it wrote (that of "
+            f"another network as '{TRANSFER}DIRECTORY')"
+        )
+
+
+def needs_no_folder(scales: str) -> bool:
+    """Whether a config's `scales` are those of a rule; not for the empty text."""
+    return scales in NAMED_SCALES or scales.startswith(LAW)
+
+
+def law_of(scales: str) -> float | None:
+    """The Lambda of "law:NUMBER"; None of other `scales`, and if there is no number that can be one."""
+    if not scales.startswith(LAW):
+        return None
+    try:
+        number = float(scales.removeprefix(LAW))
+    except ValueError:
+        return None
+    return number if 0 <= number < math.inf else None
 
 
 def _structure_problems(model: ModelConfig) -> Iterator[str]:
@@ -727,8 +763,9 @@ def smoke(config: Config) -> Config:
     fits the embedded digits, on a few of them; or of a detector, which keeps its network, on a few scenes.
 
     Mode, optimizer, schedule, augmentation, mixing, dtype, accumulation, moving average and mesh stay as they
-    are. Scales from a folder become those of the depth rule, for there is no search to take them from;
-    lengths in pixels and epochs shrink with the image and the run. The given config is left as it is.
+    are. Scales from a folder, transferred or not, become those of the depth rule, for there is no search to
+    take them from; lengths in pixels and epochs shrink with the image and the run. The given config is left
+    as it is.
     """
     model, data = config.model, config.data
     if config.task == "detect":
@@ -763,7 +800,7 @@ def smoke(config: Config) -> Config:
         log_every=1,
         checkpoint_every=0,
         published=None,
-        scales=config.scales if config.scales in ("", *NAMED_SCALES) else "depth",
+        scales=config.scales if not config.scales or needs_no_folder(config.scales) else "depth",
         scales_mean=False,
         model=model,
         data=data,

@@ -41,6 +41,7 @@ from repopt_jax.train.rundir import (
     scale_statistics,
     summarize,
 )
+from repopt_jax.train.searchlaw import SearchLaw, search_law
 from repopt_jax.train.state import TrainState, all_finite, make_mesh, merge_model, put_batch
 from repopt_jax.train.tasks import METRICS
 
@@ -121,6 +122,7 @@ def run(
             metrics=stack.enter_context(log),
             bar=stack.enter_context(bar),
             warning=WaitWarning(config.name, workers=config.data.workers),
+            law=search_law(config, feed.steps_per_epoch, folder.metrics),
         )
         state, finished = _train(job, state, start or 0, evaluate_first=resumed.evaluation_pending)
         return _finish(job, state, finished=finished)
@@ -167,6 +169,7 @@ class _Job:
     metrics: MetricsWriter
     bar: ProgressBar
     warning: WaitWarning
+    law: SearchLaw | None = None
     stopping: bool = False
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -211,6 +214,8 @@ def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) ->
     if start == job.total:
         return state, True
     if start == 0:
+        if job.law is not None:
+            logger.info("%s", job.law.describe())
         state = _record_scales(job, state, 0)
     job.feeder.request()
     batch = put_batch(job.feeder.take(), job.mesh)
@@ -297,9 +302,14 @@ def _record_scales(job: _Job, state: TrainState, step: int) -> TrainState:
     if job.config.model.mode != Mode.SEARCH:
         return state
     model = merge_model(job.program.graphdef, state.params, state.non_trainable)
-    vectors = jax.device_get(extract_scales(model).vectors)
-    layers = scale_statistics(vectors, jax.device_get(state.previous_scales))
-    _write(job, {"kind": "scales", "step": step, "epoch": job.epoch(step), "layers": layers})
+    scales = extract_scales(model)
+    vectors = jax.device_get(scales.vectors)
+    previous = jax.device_get(state.previous_scales)
+    record = {"kind": "scales", "step": step, "epoch": job.epoch(step)}
+    record |= {"layers": scale_statistics(vectors, previous)}
+    if job.law is not None:
+        record |= {"law": job.law.record(scales.branch_sets, vectors, previous, step)}
+    _write(job, record)
     # Copied: on a CPU the arrays above can be the parameters' own memory, which the next step reuses.
     copies = jax.tree.map(lambda v: v.copy(), vectors)
     return state._replace(previous_scales=jax.device_put(copies, job.program.sharding.previous_scales))

@@ -26,6 +26,8 @@ def make_optimizer(
     batch_size: int,
     decayed: Any,
     scales: Scales | None = None,
+    normalise: bool = False,
+    rates: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """Clipping, where `optim` asks for it, then the optimizer that it names.
 
@@ -37,14 +39,19 @@ def make_optimizer(
         `surgery.decay.weight_decay_mask` of the network.
       scales: the optimizer and the norm by which it clips become those of the network with branches:
         `repopt_sgd`, `repopt_adamw`, `repopt_lion`; `clip_by_repopt_global_norm`.
+      normalise: of SGD with scales, as in `repopt_mask`.
+      rates: what comes between clipping and an optimizer without scales.
     """
     constants = {**optim.constants(), "weight_decay": weight_decay(optim, batch_size), "mask": decayed}
+    if normalise and scales is not None:
+        constants["normalise"] = True
     plain, repopt = READY[optim.name]
     tx = plain(schedule, **constants) if scales is None else repopt(schedule, scales, **constants)
-    if (norm := optim.clip_norm) is None:
-        return tx
-    clip = optax.clip_by_global_norm(norm) if scales is None else clip_by_repopt_global_norm(norm, scales)
-    return optax.chain(clip, tx)
+    parts = [] if rates is None else [rates]
+    if (norm := optim.clip_norm) is not None:
+        clip = optax.clip_by_global_norm(norm) if scales is None else clip_by_repopt_global_norm(norm, scales)
+        parts.insert(0, clip)
+    return optax.chain(*parts, tx) if parts else tx
 
 
 def weight_decay(optim: OptimConfig, batch_size: int) -> float:

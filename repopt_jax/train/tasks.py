@@ -24,8 +24,8 @@ from repopt_jax.detection import Detections, LossWeights, decode, detection_loss
 from repopt_jax.detection.evaluate import evaluate_detections, to_predictions
 from repopt_jax.models import FCOS
 from repopt_jax.nn.block import ACTIVATIONS
-from repopt_jax.surgery.search import depth_scales
-from repopt_jax.train.config import Config, DataConfig
+from repopt_jax.surgery.search import depth_scales, law_scales, transfer_scales
+from repopt_jax.train.config import TRANSFER, Config, DataConfig, law_of
 from repopt_jax.train.state import Batch, add_sums, merge_model, put_batch, replicated, zero_sums
 
 # `evaluate(params, non_trainable, batches) -> numbers`: those of `METRICS`, "loss" (or None) and "count".
@@ -111,24 +111,31 @@ class Task(abc.ABC):
         )
 
     def resolve_scales(self, name: str, info: Any) -> Scales:
-        """The scales that a config names, for its network on this data: "ones", "depth" or a directory.
+        """The scales that a config names, for its network on this data; see `Config.scales`.
 
         Raises:
-          FileNotFoundError, ValueError: the scales are missing, do not fit the network, or were searched with
-            another activation.
+          FileNotFoundError, ValueError: the scales are missing, do not fit the network or (transferred ones)
+            lack a branch of it, or were searched with another activation.
         """
         model = nnx.eval_shape(lambda: self.new_model(info, seed=0))
         if name in ("ones", "depth"):
             rule = depth_scales(model) if name == "depth" else Scales.ones(model.branch_sets())
             return rule.with_metadata(architecture=self.architecture())
-        scales = load_scales(name, model)
+        if (decay := law_of(name)) is not None:
+            scales = law_scales(model, decay)
+            return scales.with_metadata(architecture=self.architecture(), config=name)
+        folder = name.removeprefix(TRANSFER)
+        scales = load_scales(folder, model if folder == name else None)
         searched, activation = scales.metadata.architecture.rpartition("/")[2], self.config.model.activation
         if searched in ACTIVATIONS and searched != activation:
             raise ValueError(
-                f"the scales in {name} were searched with {searched}, and `model.activation` is "
+                f"the scales in {folder} were searched with {searched}, and `model.activation` is "
                 f"{activation!r}: use the same in search and training"
             )
-        return scales
+        if folder == name:
+            return scales
+        made = transfer_scales(model, scales)
+        return made.with_metadata(architecture=self.architecture(), config=name)
 
     def architecture(self) -> str:
         """What files of scales call the network."""

@@ -90,6 +90,39 @@ def nesterov_with_decay(mask: optax.GradientTransformation) -> optax.GradientTra
     return optax.chain(mask, optax.add_decayed_weights(4e-5), optax.sgd(0.05, 0.9, nesterov=True))
 
 
+def scale_by_layer_means(scales: Scales) -> optax.GradientTransformation:
+    """Returns what stands in a twin's optimizer for `repopt_mask(scales, normalise=True)`, at the same place.
+
+    The gradients of each layer's branch tensors, `.../weights/<branch>`, are divided by the mean of the
+    layer's multiplier; others pass unchanged::
+
+        optimizer = optax.chain(repopt_mask(scales, normalise=True), optax.add_decayed_weights(4e-5), ...)
+        twin_optimizer = optax.chain(scale_by_layer_means(scales), optax.add_decayed_weights(4e-5), ...)
+
+    Behind it decay and momentum are the ordinary ones: a learning rate for each layer that does not apply to
+    its decay.
+    """
+
+    layers = {
+        reasons.path_in_twin(path, name): entry
+        for path, entry in scales.entries.items()
+        for name in entry.branches.names
+    }
+
+    def divided(path, g):
+        if (entry := layers.get(path)) is None:
+            return g
+        wide = jnp.promote_types(g.dtype, jnp.float32)
+        mean = entry.branches.mean_multiplier(entry.vectors, dtype=wide)
+        return (g / mean.reshape(mean.shape + (1,) * (g.ndim - mean.ndim))).astype(g.dtype)
+
+    def update(updates, state, params=None):
+        del params
+        return paths.map_named(divided, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def cross_entropy(model: Any, batch: Any) -> jax.Array:
     """Returns the mean softmax cross-entropy of `batch`: "image" (batch, ...) and "label" (batch,)."""
     logits = model(batch["image"])
@@ -111,6 +144,7 @@ class Check:
     loss: Loss = cross_entropy
     tolerance: float = 1e-10
     keep: Keep = None
+    normalise: bool = False
     rngs: nnx.Rngs | None = None
 
     def run(self, *, steps: int | None = None, tolerance: float | None = None) -> Equivalence:
@@ -124,6 +158,7 @@ class Check:
             loss=self.loss,
             tolerance=self.tolerance if tolerance is None else tolerance,
             keep=self.keep,
+            normalise=self.normalise,
             rngs=self.rngs or nnx.Rngs(0),
         )
 
@@ -138,6 +173,7 @@ def verify_equivalence(
     loss: Loss = cross_entropy,
     tolerance: float = 1e-10,
     keep: Keep = None,
+    normalise: bool = False,
     rngs: nnx.Rngs,
 ) -> Equivalence:
     """Trains the CSLA network and the plain network in float64 and compares them.
@@ -168,6 +204,9 @@ def verify_equivalence(
       tolerance: largest relative difference that counts as equal.
       keep: "split" checks training on from the kernels that the model has: the CSLA network's branches are
         those of least norm that merge into them (`branches_of`), and nothing is drawn.
+      normalise: whether the mask of the default `optimizer` divides each layer's multiplier by its mean; the
+        default `twin_optimizer` then begins with `scale_by_layer_means(scales)`, as one of your own would
+        have to: it trains each layer's branches at a learning rate of their own.
       rngs: `nnx.Rngs` with the stream `params`, from which branches are drawn.
 
     Returns:
@@ -175,8 +214,8 @@ def verify_equivalence(
 
     Raises:
       ValueError: the scales do not fit the model; `batches` is empty; only one of the two optimizers is
-        given; or layers for which there is no equivalence, with the reasons: padding that depends on the
-        input's size (`SAME` at stride 2), a class with a `__call__` of its own.
+        given, or both with `normalise`; or layers for which there is no equivalence, with the reasons:
+        padding that depends on the input's size (`SAME` at stride 2), a class with a `__call__` of its own.
       TypeError: a path of `scales` is not the kernel of an `nnx.Conv` or `nnx.Linear`.
     """
     if (optimizer is None) != (twin_optimizer is None):
@@ -184,6 +223,12 @@ def verify_equivalence(
             ("twin_optimizer", "optimizer") if optimizer is None else ("optimizer", "twin_optimizer")
         )
         raise ValueError(f"`{given}` is given without `{other}`: they are counterparts, give both or neither")
+    if normalise and optimizer is not None:
+        raise ValueError(
+            "`normalise` is for the default optimizers, and `optimizer` and `twin_optimizer` are given: make "
+            "the first with repopt_mask(scales, normalise=True), and the second with "
+            "scale_by_layer_means(scales) at its place"
+        )
     check_aliases(model, scales.entries)
     check_fit(scales, nnx.state(model))  # of any part of the model
     layers_at(model, scales.entries)
@@ -197,7 +242,9 @@ def verify_equivalence(
         drawn = _sample(scales, rngs.params(), dtype=jnp.float64)
         weights = branches_of(model, scales) if keep else drawn
         if optimizer is None or twin_optimizer is None:
-            tx, twin_tx = nesterov_with_decay(repopt_mask(scales)), nesterov_with_decay(optax.identity())
+            tx = nesterov_with_decay(repopt_mask(scales, normalise))
+            means = scale_by_layer_means(scales) if normalise else optax.identity()
+            twin_tx = nesterov_with_decay(means)
         else:
             tx = optimizer(weights) if callable(optimizer) else optimizer
             twin_tx = twin_optimizer

@@ -17,7 +17,7 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.paths import listed
-from repopt_jax.core.scales import Scales
+from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.optim.check import Reason, find_faults
 from repopt_jax.optim.reparameterize import ReparameterizeState
 from repopt_jax.surgery.modules import join, named_modules
@@ -220,6 +220,12 @@ class _Probes:
                 f"({listed(others)}): give `optimizer` and `twin_optimizer` the same learning rate, momentum "
                 "and other settings, and let them be counterparts"
             ]
+        if not self._responses(sizes, divided=True)[1]:
+            return [
+                "`optimizer` divides each layer's multiplier by its mean (`normalise`), which is a learning "
+                f"rate for each layer, and `twin_optimizer` does not, at {listed(kernels)}: put "
+                "verify.scale_by_layer_means(scales) in the twin's chain where `optimizer` has the mask"
+            ]
         state = jax.eval_shape(self.pair.plain.tx.init, self.pair.plain.network.params)
         nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ReparameterizeState))
         if not self.pair.knows_branches and any(isinstance(node, ReparameterizeState) for node in nodes):
@@ -234,14 +240,20 @@ class _Probes:
             "published one is not, for scales of different signs)?"
         ]
 
-    def _responses(self, sizes: list[float]) -> tuple[list[str], list[str]]:
-        """Returns where the moves that gradients of these sizes cause differ, see `_differing`."""
+    def _responses(self, sizes: list[float], *, divided: bool = False) -> tuple[list[str], list[str]]:
+        """Returns where the moves that gradients of these sizes cause differ, see `_differing`.
+
+        With `divided` the moves of the twin are first divided by the means of the layers' multipliers.
+        """
         none = [0.0] * len(sizes)
         plain = _minus(self._plain(sizes), self._plain(none))
         by_branch = _minus(
             _moves(self.pair.twin, self._branches(sizes)), _moves(self.pair.twin, self._branches(none))
         )
-        return self._compare(plain, _merged(self.pair.scales, by_branch))
+        expected = _merged(self.pair.scales, by_branch)
+        if divided:
+            expected |= {p: expected[p] / _means(e) for p, e in self.pair.scales.entries.items()}
+        return self._compare(plain, expected)
 
     def _compare(self, plain: Named, expected: Named) -> tuple[list[str], list[str]]:
         return _differing(plain, expected, SAME_MOVE, self.pair.scales)
@@ -258,7 +270,7 @@ class _Probes:
 
     def _identity_left_out(self, kernel: str, by_branch: Named) -> bool:
         branches = self.pair.scales.entries[kernel].branches.branches
-        moved = {b.has_scale: np.any(by_branch[_in_twin(kernel, b.name)]) for b in branches}
+        moved = {b.has_scale: np.any(by_branch[path_in_twin(kernel, b.name)]) for b in branches}
         return bool(moved.get(True)) and not moved.get(False, True)
 
 
@@ -281,7 +293,7 @@ def _branch_gradients(scales: Scales, gradients: Mapping[str, Any]) -> Named:
             found[path] = g
         else:
             parts = entry.branches.branch_gradients(jnp.asarray(g), entry.vectors)
-            found |= {_in_twin(path, name): np.asarray(part) for name, part in parts.items()}
+            found |= {path_in_twin(path, name): np.asarray(part) for name, part in parts.items()}
     return found
 
 
@@ -289,12 +301,18 @@ def _merged(scales: Scales, moves: Mapping[str, Any]) -> Named:
     """Converts moves of the CSLA network's parameters to those of the plain network, by its paths."""
     found = dict(moves)
     for path, entry in scales.entries.items():
-        parts = {name: jnp.asarray(found.pop(_in_twin(path, name))) for name in entry.branches.names}
+        parts = {name: jnp.asarray(found.pop(path_in_twin(path, name))) for name in entry.branches.names}
         found[path] = np.asarray(entry.branches.merge(parts, entry.vectors))
     return found
 
 
-def _in_twin(kernel: str, branch: str) -> str:
+def _means(entry: LayerScales) -> np.ndarray:
+    """Returns the mean of a layer's multiplier, for each layer of a stack, with the axes of its kernel."""
+    mean = np.asarray(entry.branches.mean_multiplier(entry.vectors, dtype=jnp.float64))
+    return mean.reshape(mean.shape + (1,) * len(entry.branches.canonical))
+
+
+def path_in_twin(kernel: str, branch: str) -> str:
     """Returns the path of a branch's tensor in the CSLA network."""
     return join(kernel.rpartition("/")[0], f"weights/{branch}")
 
