@@ -25,6 +25,11 @@ from repopt_jax.report.compare import Comparison
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, parse_argument, smoke
 
 SEARCHED = "runs/deep_digits/search/scales"
+TRANSFERRED = "runs/deep_digits/b1-scales"
+RATE = "optim.learning_rate"
+# Search -> its weight decay, which sets its Lambda: the rates of 180 steps, of 64 of the 1,202 images that
+# train, add up to 9.05, and 1 - momentum is 0.1.
+SEARCHES = {"lambda-0.03": 0.03 / 90.5, "lambda-1": 1 / 90.5}
 
 # Argument -> mode of training, other settings, what it is called.
 RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -65,28 +70,44 @@ def get_config(arg: str = "") -> Config:
 
 
 def get_comparison(arg: str = "") -> Comparison:
-    """The ways of training with three learning rates, chosen with two seeds of three on 240 held-out "
-    "images."""
-    _, small = parse_argument(arg, ("quickstart",))
-    ways = {name: get_config(f"{name},smoke" if small else name) for name in RUNS if name != "search"}
+    """ "quickstart": three learning rates, chosen with two seeds of three on 240 held-out images. "decisive":
+    more ways, five learning rates chosen with three seeds of ten, three searches; it needs the authors'
+    scales of B1 in `TRANSFERRED`, as `repopt convert RepOpt-VGG-B1-scales.pth TRANSFERRED --to=scales` makes them."""
+    choice, small = parse_argument(arg, ("quickstart", "decisive"))
+    suffix = ",smoke" if small else ""
+    ways = {name: get_config(name + suffix) for name in RUNS if name != "search"}
     ways["repopt"] = dataclasses.replace(ways["repopt"], scales="search:search")
+    labels = {name: label for name, (_, _, label) in RUNS.items() if name != "search"}
+    searches = {"search": get_config("search" + suffix)}
+    settings: dict[str, Any] = {"seeds": 3, "tuning_seeds": 2, "grid": {RATE: (0.03, 0.1, 0.3)}}
+    baselines = ("plain", "init", "repvgg")
+    if choice == "decisive":
+        del ways["repopt"], labels["repopt"], searches["search"]
+        depth = ways["depth"]
+        for name, decay in SEARCHES.items():
+            searches[name] = get_config("search" + suffix)
+            searches[name].optim.weight_decay = decay
+            ways[name] = dataclasses.replace(depth, scales=f"search:{name}")
+            labels[name] = f"RepOpt, searched, Lambda {name.removeprefix('lambda-')}"
+        ways |= {
+            "normalised": dataclasses.replace(depth, normalise=True),
+            "transferred": dataclasses.replace(depth, scales="depth" if small else f"transfer:{TRANSFERRED}"),
+        }
+        labels |= {"normalised": "RepOpt, depth rule, normalised", "transferred": "RepOpt, from B1's scales"}
+        settings = {"seeds": 10, "tuning_seeds": 3, "grid": {RATE: (0.01, 0.03, 0.1, 0.3, 1.0)}}
+        baselines = ("plain", "init")
     return Comparison(
         title="32 layers in a row: plain SGD and RepOptimizer",
         ways=ways,
-        searches={"search": get_config("search,smoke" if small else "search")},
-        labels={name: label for name, (_, _, label) in RUNS.items() if name != "search"},
-        differences=(
-            ("depth", "plain"),
-            ("repopt", "plain"),
-            ("init", "plain"),
-            ("depth", "init"),
-            ("repvgg", "plain"),
-            ("online", "plain"),
-            ("depth", "repvgg"),
+        searches=searches,
+        labels=labels,
+        differences=tuple(
+            (way, other)
+            for other in baselines
+            for way in ways
+            if way not in ("plain", other) and way != other
         ),
-        seeds=3,
-        tuning_seeds=2,
-        grid={"optim.learning_rate": (0.03, 0.1, 0.3)},
         validation=16 if small else 240,
         about=ABOUT,
+        **settings,
     )
