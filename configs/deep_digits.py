@@ -27,9 +27,9 @@ from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig
 SEARCHED = "runs/deep_digits/search/scales"
 TRANSFERRED = "runs/deep_digits/b1-scales"
 RATE = "optim.learning_rate"
-# Search -> its weight decay, which sets its Lambda: the rates of 180 steps, of 64 of the 1,202 images that
-# train, add up to 9.05, and 1 - momentum is 0.1.
-SEARCHES = {"lambda-0.03": 0.03 / 90.5, "lambda-1": 1 / 90.5}
+# Search -> its weight decay, which sets its Lambda: the learning rates of its 180 steps add up to 9.1, and
+# Lambda is decay * 9.1 / (1 - momentum).
+SEARCHES = {"lambda-0.03": 0.03 / 91, "lambda-1": 1 / 91}
 
 # Argument -> mode of training, other settings, what it is called.
 RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -70,9 +70,13 @@ def get_config(arg: str = "") -> Config:
 
 
 def get_comparison(arg: str = "") -> Comparison:
-    """ "quickstart": three learning rates, chosen with two seeds of three on 240 held-out images. "decisive":
-    more ways, five learning rates chosen with three seeds of ten, three searches; it needs the authors'
-    scales of B1 in `TRANSFERRED`, as `repopt convert RepOpt-VGG-B1-scales.pth TRANSFERRED --to=scales` makes them."""
+    """The comparison called "quickstart" or "decisive".
+
+    quickstart: three learning rates, chosen with two seeds of three on 240 held-out images. decisive: more
+    ways, five learning rates chosen with three seeds of ten, two searches. It needs the authors' scales of B1
+    in TRANSFERRED, which `repopt convert RepOpt-VGG-B1-scales.pth runs/deep_digits/b1-scales --to=scales`
+    makes of their file.
+    """
     choice, small = parse_argument(arg, ("quickstart", "decisive"))
     suffix = ",smoke" if small else ""
     ways = {name: get_config(name + suffix) for name in RUNS if name != "search"}
@@ -80,7 +84,10 @@ def get_comparison(arg: str = "") -> Comparison:
     labels = {name: label for name, (_, _, label) in RUNS.items() if name != "search"}
     searches = {"search": get_config("search" + suffix)}
     settings: dict[str, Any] = {"seeds": 3, "tuning_seeds": 2, "grid": {RATE: (0.03, 0.1, 0.3)}}
-    baselines = ("plain", "init", "repvgg")
+    differences = [
+        *(("depth", "plain"), ("repopt", "plain"), ("init", "plain"), ("depth", "init"), ("repopt", "init")),
+        *(("repvgg", "plain"), ("online", "plain")),
+    ]
     if choice == "decisive":
         del ways["repopt"], labels["repopt"], searches["search"]
         depth = ways["depth"]
@@ -95,18 +102,15 @@ def get_comparison(arg: str = "") -> Comparison:
         }
         labels |= {"normalised": "RepOpt, depth rule, normalised", "transferred": "RepOpt, from B1's scales"}
         settings = {"seeds": 10, "tuning_seeds": 3, "grid": {RATE: (0.01, 0.03, 0.1, 0.3, 1.0)}}
-        baselines = ("plain", "init")
+        differences = [
+            (way, other) for other in ("plain", "init") for way in ways if way not in ("plain", other)
+        ]
     return Comparison(
         title="32 layers in a row: plain SGD and RepOptimizer",
         ways=ways,
         searches=searches,
         labels=labels,
-        differences=tuple(
-            (way, other)
-            for other in baselines
-            for way in ways
-            if way not in ("plain", other) and way != other
-        ),
+        differences=differences,
         validation=16 if small else 240,
         about=ABOUT,
         **settings,
