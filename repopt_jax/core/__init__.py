@@ -8,6 +8,8 @@ from repopt_jax.core.branches import Identity as Identity
 from repopt_jax.core.branches import Kernel as Kernel
 from repopt_jax.core.branches import Local as Local
 from repopt_jax.core.branches import Pool as Pool
+from repopt_jax.core.law import compare_with_law as compare_with_law
+from repopt_jax.core.law import search_lambda as search_lambda
 from repopt_jax.core.parametrization import Parametrization as Parametrization
 from repopt_jax.core.scales import Scales as Scales
 from repopt_jax.core.scales import load_scales as load_scales
