@@ -152,7 +152,7 @@ def test_no_command_shows_the_help_and_fails(capsys):
         (["train", "--config=digits", "--out=a", "--config.seed"], ["option --config.seed has no value"]),
         (["train", "--config=digits", "--out=a", "--processes=two"], ["--processes", "'two'"]),
         (["eval", "--run=x", "--config.seed=1"], ["unknown option --config.seed"]),
-        (["quickstart", "--seeds=two"], ["--seeds", "invalid int value: 'two'"]),
+        (["quickstart", "--seeds=two"], ["--seeds", "invalid positive value: 'two'"]),
         (["verify"], ["one of --config", "and --check", "must be given"]),
         (["verify", "--config=digits", "--check=a.py"], ["one of --config"]),
         (["verify", "--check=a.py", "--config.seed=1"], ["--config.seed=1 changes a config"]),

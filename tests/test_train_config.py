@@ -8,9 +8,9 @@ import pytest
 
 from repopt_jax import data, train
 from repopt_jax.detection import decode
-from repopt_jax.report.quickstart import quickstart
+from repopt_jax.report.quickstart import comparison_of
 from repopt_jax.train import config as configs
-from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields
+from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields, to_json
 from repopt_jax.train.tasks import Detection
 
 
@@ -288,7 +288,8 @@ def test_config_files_are_found_by_name():
     assert config_file("digits") == config_file("digits.py")
     assert train.load_config("digits:search").model.mode == "search"
     with pytest.raises(
-        FileNotFoundError, match="ones are cifar100, cifar10_small, digits, imagenet, ladder, repmlp, scenes"
+        FileNotFoundError,
+        match="ones are cifar100, cifar10_small, deep_digits, digits, imagenet, ladder, repmlp, scenes",
     ):
         train.load_config("didgits:search")
     with pytest.raises(ValueError, match="must be one of plain, search"):
@@ -301,12 +302,23 @@ def test_a_config_file_must_return_a_config(tmp_path):
         train.load_config(str(tmp_path / "mine.py"))
 
 
-def test_quickstart_refuses_before_its_search_what_a_later_run_would(tmp_path):
+def test_quickstart_refuses_before_its_search_what_a_later_run_would():
     for base, message in (
         (train.Config(model=train.ModelConfig(mode="repvgg")), "`base` has mode 'repvgg'"),
         (train.Config(optim=train.OptimConfig(name="lion")), "`optim.name` is 'lion': quickstart shows"),
         (train.Config(freeze_scales=0.5), "`freeze_scales`=0.5 does nothing with"),
     ):
         with pytest.raises(ValueError, match=message):
-            quickstart(base, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+            comparison_of(base)
+    with pytest.raises(ValueError, match="`seeds` is 0"):
+        comparison_of(train.Config(), seeds=0)
+
+
+def test_the_config_of_a_run_is_read_from_its_folder(tmp_path):
+    config = train.load_config("digits:depth")
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert train.load_config(str(path)) == config
+    path.write_text('{"epoch": 3}')
+    with pytest.raises(ValueError, match=r"is not the config\.json of a run: unknown config fields: epoch"):
+        train.load_config(str(path))
