@@ -1,4 +1,4 @@
-"""Your own NNX network: search, check, train, deploy. The guide of the README, as a program.
+"""Your own NNX network: search, check, train, deploy. The guide of docs/own_network.md, as a program.
 
     python examples/your_model.py
 

@@ -1,4 +1,4 @@
-"""The programs of `examples/`, each run for a few steps, and the guide in the README that is one of them."""
+"""The programs of `examples/`, each run for a few steps; one of them is the guide in docs/own_network.md."""
 
 import importlib.util
 from pathlib import Path
@@ -41,7 +41,7 @@ def load(name):
 
 
 def guide():
-    """The part of the program that the README shows."""
+    """The part of the program that the guide shows."""
     text = (ROOT / "examples" / "your_model.py").read_text()
     return text.split("# guide: begin\n")[1].split("# guide: end")[0].strip()
 
@@ -134,4 +134,4 @@ def test_the_guide_is_short():
 
 
 def test_the_readme_shows_the_guide():
-    assert f"```python\n{guide()}\n```" in (ROOT / "README.md").read_text()
+    assert f"```python\n{guide()}\n```" in (ROOT / "docs" / "own_network.md").read_text()

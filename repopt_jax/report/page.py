@@ -68,7 +68,7 @@ INTERVALS = (
     "the test images, and those with searched scales one search: the spread over other test sets and other "
     "searches is not in it."
 )
-NEXT = """# your own network, as it is: see "Your own network" in the README
+NEXT = """# your own network, as it is: see docs/own_network.md
 from repopt_jax import depth_scales, reinitialize, repopt_mask
 
 scales = depth_scales(model)
