@@ -22,7 +22,8 @@ def test_links_lead_to_files(page):
 def test_scripts_tests_and_commands_exist(page):
     text = page.read_text()
     files = re.findall(r"\b(?:scripts|tests|examples|configs)/\w+\.(?:py|sh|sbatch)", text)
-    assert [name for name in files if not (ROOT / name).exists()] == []
+    missing = [name for name in files if not (ROOT / name).exists() and "NAME" not in name]
+    assert missing == []
     # `repopt train ...` in a block of commands or in the text.
     named = set(re.findall(r"(?:^|`|/bin/|&& )repopt (\w+)", text, re.MULTILINE))
     known = {"evaluate": "eval"}
