@@ -1,6 +1,7 @@
 """Four virtual CPU devices for every test, float64 where a test asks for it, no silent rank promotion,
 compiled programs kept from run to run, and the longest files first."""
 
+import gc
 import os
 
 import program_cache
@@ -56,6 +57,14 @@ LONGEST = {
 def pytest_collection_modifyitems(items):
     """The longest files first, the others in their order, in which pytest-xdist hands them out."""
     items.sort(key=lambda item: -LONGEST.get(item.path.name, 0))
+
+
+def pytest_collection_finish():
+    """What is imported stays, so that garbage is not looked for there; and it is looked for seldom: tracing makes
+    millions of small objects, and with Python's own thresholds a quarter of the time of the tests went by it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 10)
 
 
 def pytest_sessionfinish(session):

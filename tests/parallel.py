@@ -2,7 +2,7 @@
 
     python tests/parallel.py OUT_DIR DATA_DIR --coordinator=HOST:PORT --processes=N --process=I
 
-has two devices. It trains by every case of `CASES`, and process 0 leaves the parameters of case k in
+has two devices. It trains by every case of `IN_PROCESSES`, and process 0 leaves the parameters of case k in
 OUT_DIR/k.npz.
 """
 
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from training import tiny_config
 
 from repopt_jax.core import paths
@@ -36,6 +37,8 @@ class Case(NamedTuple):
 
 
 CASES = (Case(1, "float32"), Case(4, "float32"), Case(1, "float64"), Case(4, "float64"))
+# The first, from the command line, in two processes: tests/test_processes.py.
+IN_PROCESSES = CASES[1:]
 
 
 def config_of(data_dir, fsdp: int, **changes):
@@ -69,10 +72,10 @@ def train(data_dir, case: Case, *, devices=None, **changes):
 
 
 def whole(tree):
-    """The arrays of a tree, each as one NumPy array, in every process."""
-    return jax.tree.map(
-        lambda leaf: np.asarray(jax.experimental.multihost_utils.process_allgather(leaf, tiled=True)), tree
-    )
+    """The arrays of a tree, each as one NumPy array, in every process; gathered by one program."""
+    mesh = jax.tree.leaves(tree)[0].sharding.mesh
+    everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.device_get(everywhere(tree))
 
 
 def wide(leaf, dtype):
@@ -105,7 +108,7 @@ def main() -> None:
     coordinator, count, index = (flag.partition("=")[2] for flag in flags)
     jax.config.update("jax_num_cpu_devices", 2)
     processes.join(coordinator, int(count), int(index))
-    for k, case in enumerate(CASES):
+    for k, case in enumerate(IN_PROCESSES):
         params = whole(train(data_dir, case).params)
         if processes.is_first():
             np.savez(Path(out_dir) / f"{k}.npz", **paths.named_leaves(params)[0])

@@ -29,7 +29,7 @@ def in_two_processes(digits, tmp_path_factory):
     command = [sys.executable, parallel.__file__, str(folder), str(digits)]
     ends = parallel.ends_of(parallel.start(command, 2))
     assert [code for code, *_ in ends] == [0, 0], ends
-    names = [*map(str, range(len(parallel.CASES))), "rows0", "rows1"]
+    names = [*map(str, range(len(parallel.IN_PROCESSES))), "rows0", "rows1"]
     return [dict(np.load(folder / f"{name}.npz")) for name in names]
 
 
@@ -49,10 +49,9 @@ def test_four_devices_train_as_one(digits, on_one_device, case):
     assert difference(found, on_one_device) < tolerances.DEVICES[case.dtype]
 
 
-@pytest.mark.parametrize("k", range(len(parallel.CASES)), ids=lambda k: str(parallel.CASES[k]))
-def test_two_processes_train_as_one_device(in_two_processes, on_one_device, k):
-    dtype = parallel.CASES[k].dtype
-    assert difference(in_two_processes[k], on_one_device) < tolerances.DEVICES[dtype]
+@pytest.mark.parametrize(("k", "case"), [*enumerate(parallel.IN_PROCESSES)], ids=str)
+def test_two_processes_train_as_one_device(in_two_processes, on_one_device, k, case):
+    assert difference(in_two_processes[k], on_one_device) < tolerances.DEVICES[case.dtype]
 
 
 def test_detections_stay_with_their_images_whatever_the_order_of_the_devices(in_two_processes):
