@@ -24,33 +24,35 @@ from repopt_jax import data
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The files that take longest, with their seconds where nothing is compiled yet (Python 3.11, AMD EPYC).
-# They start first, so that both processes end at about the same time.
+# The files that take longest, with their seconds of CPU where everything is compiled already (Python 3.11, an
+# AMD EPYC that other work shares). They start first, so that both processes end at about the same time.
 LONGEST = {
-    "test_resume.py": 106,
-    "test_processes.py": 98,
-    "test_any_network.py": 89,
-    "test_models_ghost.py": 79,
-    "test_optimizers.py": 68,
-    "test_parallel.py": 63,
-    "test_reparameterize.py": 63,
-    "test_cli.py": 60,
-    "test_train_detection.py": 56,
-    "test_configs.py": 52,
-    "test_shrink.py": 50,
-    "test_verify.py": 49,
-    "test_convolution.py": 48,
-    "test_train_loop.py": 46,
-    "test_structure.py": 44,
-    "test_train_prune.py": 40,
-    "test_adaptive.py": 34,
-    "test_torch_parity.py": 32,
-    "test_check.py": 32,
-    "test_interop_names.py": 30,
-    "test_torch_blocks.py": 30,
-    "test_train_structures.py": 30,
-    "test_choose.py": 30,
-    "test_models_repmlp.py": 30,
+    "test_resume.py": 84,
+    "test_processes.py": 58,
+    "test_optimizers.py": 44,
+    "test_configs.py": 42,
+    "test_parallel.py": 38,
+    "test_online.py": 36,
+    "test_shrink.py": 33,
+    "test_cli.py": 32,
+    "test_train_detection.py": 30,
+    "test_any_network.py": 28,
+    "test_reparameterize.py": 28,
+    "test_models_ghost.py": 27,
+    "test_interop_names.py": 27,
+    "test_train_loop.py": 27,
+    "test_choose.py": 25,
+    "test_structure.py": 24,
+    "test_train_prune.py": 24,
+    "test_models_repmlp.py": 20,
+    "test_models.py": 19,
+    "test_check.py": 18,
+    "test_torch_parity.py": 18,
+    "test_adaptive.py": 17,
+    "test_train_structures.py": 17,
+    "test_torch_blocks.py": 16,
+    "test_convolution.py": 15,
+    "test_verify.py": 15,
 }
 
 
