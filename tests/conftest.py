@@ -32,6 +32,7 @@ LONGEST = {
     "test_optimizers.py": 44,
     "test_configs.py": 42,
     "test_parallel.py": 38,
+    "test_compare.py": 40,
     "test_online.py": 36,
     "test_shrink.py": 33,
     "test_cli.py": 32,
@@ -62,8 +63,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported stays, so that garbage is not looked for there; and it is looked for seldom: tracing makes
-    millions of small objects, and with Python's own thresholds a quarter of the time of the tests went by it."""
+    """What is imported stays, so that garbage is not looked for there; and it is looked for seldom: tracing
+    makes millions of small objects, and with Python's own thresholds an eighth of the time went by it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 10)
