@@ -181,6 +181,10 @@ def test_the_start_is_not_said_to_be_most_where_it_is_not(tmp_path):
     assert "The initialization alone gives +5.0 of the +20.1 points" in "".join(
         report.conclusions(made(tmp_path, accuracies))
     )
+    less = {"plain": (0.6, 0.5), "init": (0.85, 0.75), "depth": (0.8, 0.701)}
+    assert "depth is ahead of plain: all of that is where the training starts" in "".join(
+        report.conclusions(made(tmp_path / "less", less))
+    )
     # Nothing is said of parts of a difference that is not shown.
     wide = {"plain": (0.6, 0.5), "init": (0.65, 0.55), "depth": (0.8, 0.1)}
     assert "nitialization alone" not in "".join(report.conclusions(made(tmp_path / "wide", wide)))

@@ -171,13 +171,21 @@ def conclusions(results: Results) -> Iterator[str]:
             continue
         part = found[start, than]
         ahead = f"{results.comparison.label(way)} is ahead of {results.comparison.label(than)}"
-        yield (
-            f"Most of this is where the training starts: of the {_points(whole.mean)} points that {ahead}, "
-            f"{_points(part.mean)} are there with the initialization alone."
-            if part.mean >= whole.mean / 2
-            else f"The initialization alone gives {_points(part.mean)} of the {_points(whole.mean)} points "
-            f"that {ahead}."
-        )
+        if part.mean >= whole.mean:
+            yield (
+                f"{ahead}: all of that is where the training starts, for the initialization alone is "
+                f"{_points(part.mean)} points ahead."
+            )
+        elif part.mean >= whole.mean / 2:
+            yield (
+                f"Most of this is where the training starts: of the {_points(whole.mean)} points that {ahead}, "
+                f"{_points(part.mean)} are there with the initialization alone."
+            )
+        else:
+            yield (
+                f"The initialization alone gives {_points(part.mean)} of the {_points(whole.mean)} points that "
+                f"{ahead}."
+            )
 
 
 def sentence(results: Results, d: Difference) -> str:
