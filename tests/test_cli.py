@@ -640,7 +640,7 @@ def test_quickstart_does_it_all_and_reuses_it(capsys, place, tmp_path):
         "RepVGG",
         "largest output difference",
         "largest relative difference",
-        "One seed says nothing",
+        "One seed says nothing of the spread",
     ):
         assert text in said
     # The config in a run's folder makes that run again.

@@ -166,28 +166,34 @@ def test_differences_are_paired_and_say_what_they_show(written):
     assert found["depth"]["high"] == pytest.approx(0.65 / 3 + half, rel=1e-6)
     assert found["depth"]["shown"]
     assert not found["repvgg"]["shown"]
-    said = content["conclusions"]
-    assert "RepOpt, depth rule minus plain: +21.7 points" in said[1]
-    assert "unlikely to be chance" in said[1]
-    assert "do not show which of the two is better" in said[2]
-    assert said[3] == (
-        "Most of this is where the training starts: of the +21.7 points that RepOpt, depth rule is ahead of "
-        "plain, +20.7 are there with the initialization alone."
+    ahead, unclear, start = content["conclusions"]
+    assert ahead.startswith("Ahead of plain by points that are unlikely to be chance: init +20.7 (")
+    assert "; RepOpt, depth rule +21.7 (" in ahead
+    assert unclear.startswith("Not shown which is better, as the interval contains zero: repvgg minus plain")
+    assert start == (
+        "Most of the lead is where the training starts: of the +21.7 points that RepOpt, depth rule is ahead "
+        "of plain, +20.7 are there with the initialization alone."
     )
 
 
-def test_the_start_is_not_said_to_be_most_where_it_is_not(tmp_path):
-    accuracies = {"plain": (0.6, 0.5), "init": (0.65, 0.55), "depth": (0.8, 0.701)}
-    assert "The initialization alone gives +5.0 of the +20.1 points" in "".join(
-        report.conclusions(made(tmp_path, accuracies))
-    )
-    less = {"plain": (0.6, 0.5), "init": (0.85, 0.75), "depth": (0.8, 0.701)}
-    assert "depth is ahead of plain: all of that is where the training starts" in "".join(
-        report.conclusions(made(tmp_path / "less", less))
-    )
+def test_what_is_said_of_the_start_and_of_who_is_behind(tmp_path):
+    def said(name, **accuracies):
+        return " ".join(report.conclusions(made(tmp_path / name, accuracies)))
+
+    less = said("less", plain=(0.6, 0.5), init=(0.65, 0.55), depth=(0.8, 0.701))
+    assert "The initialization alone gives +5.0 of the +20.1 points that depth is ahead of plain" in less
+    more = said("more", plain=(0.6, 0.5), init=(0.85, 0.75), depth=(0.8, 0.701))
+    assert "All of the lead is where the training starts: depth is ahead of plain by +20.1" in more
     # Nothing is said of parts of a difference that is not shown.
-    wide = {"plain": (0.6, 0.5), "init": (0.65, 0.55), "depth": (0.8, 0.1)}
-    assert "nitialization alone" not in "".join(report.conclusions(made(tmp_path / "wide", wide)))
+    wide = said("wide", plain=(0.6, 0.5), init=(0.65, 0.55), depth=(0.8, 0.1))
+    assert "starts" not in wide
+    assert "nitialization alone" not in wide
+    assert "Behind plain by points that are unlikely to be chance: repvgg -10.0" in said(
+        "behind", plain=(0.6, 0.5), repvgg=(0.5, 0.401)
+    )
+    assert said("one", plain=(0.6,), repvgg=(0.5,)) == (
+        "One seed says nothing of the spread: repvgg minus plain -10.0."
+    )
 
 
 def test_one_seed_shows_no_spread():

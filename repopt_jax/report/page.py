@@ -18,7 +18,7 @@ CSS = """
 @media (prefers-color-scheme: dark) { .wrong { color: #fb923c; } :root { --ink: #e6e8ea; --soft: #a3abb3;
   --line: #3a4047; --back: #16191c; --panel: #1f2327; --accent: #6cb8e6; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem;
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 64rem;
   background: var(--back); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; }
@@ -34,7 +34,7 @@ th:first-child, td:first-child { text-align: left; }
 td small { color: var(--soft); }
 .verdict { background: var(--panel); border-left: 4px solid var(--accent); padding: .8rem 1rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start; }
-.figures figure { flex: 0 1 30rem; min-width: 0; }
+.figures figure { flex: 0 1 29rem; min-width: 0; }
 .answers td { text-align: center; }
 .answers td:first-child { text-align: left; }
 .answers img { width: 4rem; height: 4rem; image-rendering: pixelated; border-radius: 4px; }
@@ -153,7 +153,7 @@ def _results(content: Mapping[str, Any]) -> str:
         *(["chosen"] if tuned else []),
         "time of a step (ms)",
         "parameters in training",
-        *(["deployed", "deploy error, relative"] if content["deployed"] else []),
+        *(["deployed"] if content["deployed"] else []),
     )
     cells = [
         (
@@ -164,10 +164,7 @@ def _results(content: Mapping[str, Any]) -> str:
             "-" if row["step_ms"] is None else f"{row['step_ms']:.3g}",
             "-" if row["train_parameters"] is None else f"{row['train_parameters']:,}",
             *(
-                [
-                    "-" if row["deploy_parameters"] is None else f"{row['deploy_parameters']:,}",
-                    "-" if row["deploy_error"] is None else f"{row['deploy_error']:.1e}",
-                ]
+                ["-" if row["deploy_parameters"] is None else f"{row['deploy_parameters']:,}"]
                 if content["deployed"]
                 else []
             ),

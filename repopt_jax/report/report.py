@@ -161,43 +161,54 @@ def _runs(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def conclusions(results: Results) -> Iterator[str]:
-    """What the differences allow to be said, a sentence each."""
-    found = {(d.way, d.than): d for d in results.differences}
-    for pair in found.values():
-        yield sentence(results, pair)
+    """What the differences allow to be said: who is ahead of whom, what is not shown, and how much of a lead
+    is there at the start."""
+    label = results.comparison.label
+    for than in dict.fromkeys(d.than for d in results.differences):
+        for word, sign in (("Ahead of", 1), ("Behind", -1)):
+            found = [d for d in results.differences if d.than == than and d.shown and d.mean * sign > 0]
+            if found:
+                listed = "; ".join(f"{label(d.way)} {_with_interval(d)}" for d in found)
+                yield f"{word} {label(than)} by points that are unlikely to be chance: {listed}."
+    if unclear := [d for d in results.differences if not d.shown and d.low is not None]:
+        listed = "; ".join(f"{label(d.way)} minus {label(d.than)} {_with_interval(d)}" for d in unclear)
+        yield f"Not shown which is better, as the interval contains zero: {listed}."
+    if single := [d for d in results.differences if d.low is None]:
+        listed = "; ".join(f"{label(d.way)} minus {label(d.than)} {_points(d.mean)}" for d in single)
+        yield f"One seed says nothing of the spread: {listed}."
+    yield from _share_of_start(results)
+
+
+def _with_interval(d: Difference) -> str:
+    assert d.low is not None
+    assert d.high is not None
+    return f"{_points(d.mean)} ({_points(d.low)} to {_points(d.high)})"
+
+
+def _share_of_start(results: Results) -> Iterator[str]:
+    """How much of a lead that is shown is there with the rule of initialization alone."""
+    label, found = results.comparison.label, {(d.way, d.than): d for d in results.differences}
     for (way, than), whole in found.items():
         start = next((other for other in results.ways if _is_start_of(results, other, way)), None)
         if start is None or (start, than) not in found or not whole.shown or whole.mean <= 0:
             continue
-        part = found[start, than]
-        ahead = f"{results.comparison.label(way)} is ahead of {results.comparison.label(than)}"
-        if part.mean >= whole.mean:
+        part = found[start, than].mean
+        lead = f"{label(way)} is ahead of {label(than)}"
+        if part >= whole.mean:
             yield (
-                f"{ahead}: all of that is where the training starts, for the initialization alone is "
-                f"{_points(part.mean)} points ahead."
+                f"All of the lead is where the training starts: {lead} by {_points(whole.mean)} points, and "
+                f"the initialization alone is by {_points(part)}."
             )
-        elif part.mean >= whole.mean / 2:
+        elif part >= whole.mean / 2:
             yield (
-                f"Most of this is where the training starts: of the {_points(whole.mean)} points that {ahead}, "
-                f"{_points(part.mean)} are there with the initialization alone."
+                f"Most of the lead is where the training starts: of the {_points(whole.mean)} points that "
+                f"{lead}, {_points(part)} are there with the initialization alone."
             )
         else:
             yield (
-                f"The initialization alone gives {_points(part.mean)} of the {_points(whole.mean)} points that "
-                f"{ahead}."
+                f"The initialization alone gives {_points(part)} of the {_points(whole.mean)} points that "
+                f"{lead}."
             )
-
-
-def sentence(results: Results, d: Difference) -> str:
-    """What one difference shows."""
-    label = results.comparison.label
-    pair = f"{label(d.way)} minus {label(d.than)}: {_points(d.mean)} points"
-    if d.low is None or d.high is None:
-        return f"{pair}. One seed says nothing of the spread."
-    pair += f", 95 % interval {_points(d.low)} to {_points(d.high)} over {len(d.by_seed)} seeds. "
-    if d.shown:
-        return pair + "The interval leaves out zero: the order of the two is unlikely to be chance."
-    return pair + "The interval contains zero: these runs do not show which of the two is better."
 
 
 def _points(value: float) -> str:

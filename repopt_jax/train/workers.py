@@ -9,6 +9,7 @@ the process that started it, however that one ends.
 """
 
 import contextlib
+import logging
 import os
 import pickle
 import queue
@@ -130,6 +131,8 @@ def main(cores: str) -> None:
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(map(int, cores.split(","))))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent asks us to stop
+    # That the device waits for data is no news where both share one core.
+    logging.getLogger("repopt_jax.train.progress").setLevel(logging.ERROR)
     # Whatever else is printed must not come between the results.
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
