@@ -263,11 +263,11 @@ def _tuning(content: Mapping[str, Any]) -> str:
         )
         for row in content["rows"]
     ]
+    by = "one seed" if content["tuned_by"] == 1 else f"{content['tuned_by']} seeds"
     return (
-        f"<p>Mean {escape(name)} (%) over {content['tuned_by']} seeds, on {content['validation']} training "
-        "images "
-        "that were held out; in bold what was chosen. The other seeds were trained with that alone. No test "
-        "image was read before.</p>" + _table(heads, rows)
+        f"<p>Mean {escape(name)} (%) of {by}, on {content['validation']} training images that were held "
+        "out; in bold what was chosen. The other seeds were trained with that alone. No test image was read "
+        "before.</p>" + _table(heads, rows)
     )
 
 

@@ -293,9 +293,10 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"{made['steps']} steps, {rows[0]['test_count']:,} test images{_binomial(rows)}.",
         "",
     ]
+    by = "one seed" if content["tuned_by"] == 1 else f"{content['tuned_by']} seeds"
     if content["validation"]:
         lines += [
-            f"Each way was trained at every point of the grid with {content['tuned_by']} seeds; "
+            f"Each way was trained at every point of the grid by {by}; "
             f"{content['validation']} training images that were held out decided between the points, and the "
             "test images were read once, at the end.",
             "",
