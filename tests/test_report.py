@@ -188,7 +188,7 @@ def test_what_is_said_of_the_start_and_of_who_is_behind(tmp_path):
     wide = said("wide", plain=(0.6, 0.5), init=(0.65, 0.55), depth=(0.8, 0.1))
     assert "starts" not in wide
     assert "nitialization alone" not in wide
-    assert "Behind plain by points that are unlikely to be chance: repvgg -10.0" in said(
+    assert "Behind plain by points that are unlikely to be chance: repvgg -9.9" in said(
         "behind", plain=(0.6, 0.5), repvgg=(0.5, 0.401)
     )
     assert said("one", plain=(0.6,), repvgg=(0.5,)) == (
