@@ -8,7 +8,7 @@ from typing import Any
 
 
 def defines(path: Path, function: str) -> bool:
-    """Whether the Python file `path` has a function of this name at its top level; it is not run.
+    """Whether the Python file `path` defines, imports or assigns this name at its top level; it is not run.
 
     A file that is not valid Python has none; `call` says what is wrong with it.
     """
@@ -16,7 +16,15 @@ def defines(path: Path, function: str) -> bool:
         body = ast.parse(path.read_bytes()).body
     except (SyntaxError, ValueError):
         return False
-    return any(isinstance(node, ast.FunctionDef) and node.name == function for node in body)
+    names: set[str] = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return function in names
 
 
 def call(path: Path, function: str, *args: Any, noun: str) -> Any:

@@ -11,4 +11,5 @@ runs=$(realpath -m "${2:-runs/cifar10_small}")
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH" # the README's environment, where there is one
 
-repopt compare --config=configs/cifar10_small.py --config.data.data_dir="$data" --out="$runs" --results=scripts/results/cifar10_small
+repopt compare --config=configs/cifar10_small.py --config.data.data_dir="$data" --out="$runs" \
+  --results=scripts/results/cifar10_small --named="scripts/cifar10_small.sh DATA"

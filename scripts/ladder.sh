@@ -11,4 +11,5 @@ runs=$(realpath -m "${2:-runs/ladder}")
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH" # the README's environment, where there is one
 
-repopt compare --config=configs/ladder.py --config.data.data_dir="$data" --out="$runs" --results=scripts/results/ladder
+repopt compare --config=configs/ladder.py --config.data.data_dir="$data" --out="$runs" \
+  --results=scripts/results/ladder --named="scripts/ladder.sh DATA"

@@ -9,5 +9,6 @@ out=$(realpath -m "${1:-runs/scenes}")
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH" # the README's environment, where there is one
 
-repopt quickstart --config=configs/scenes.py --seeds=3 --out="$out" --results=scripts/results/scenes
+repopt quickstart --config=configs/scenes.py --seeds=3 --out="$out" --results=scripts/results/scenes \
+  --named="scripts/scenes.sh"
 cp "$out/report/found.png" scripts/results/scenes_found.png

@@ -623,6 +623,17 @@ def test_quickstart_keeps_what_it_compiles(capsys, place, tmp_path, monkeypatch)
     assert second == f"{out}/compiled"
 
 
+def test_what_a_comparison_sets_cannot_be_overridden(capsys, tmp_path):
+    for name in ("name", "scales", "data.validation", "optim.learning_rate"):
+        refused(
+            capsys,
+            ["compare", "--config=deep_digits", f"--out={tmp_path}/out", f"--config.{name}=1"],
+            f"--config.{name} is set by the comparison",
+            code=2,
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_quickstart_does_it_all_and_reuses_it(capsys, place, tmp_path):
     options = ["--seeds=1", "--workers=0"]
     arguments = ["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}/out", *options]

@@ -151,6 +151,20 @@ def test_what_does_not_fit_together_is_listed():
         "'a/b' cannot be that of a folder",
     ):
         assert part in str(raised.value)
+    with pytest.raises(ValueError) as raised:
+        comparison(
+            ways={"plain": small(), "short": small(seed=3)},
+            labels={"plain": "x", "short": "x"},
+            grid={"seed": (1, 2), "data.validation": (3,)},
+            differences=(),
+        )
+    for part in (
+        "cannot be over seed, data.validation",
+        "different seeds, 0, 3",
+        "`labels` name several ways 'x'",
+        "names of `ways`: short",
+    ):
+        assert part in str(raised.value)
     with pytest.raises(ValueError, match=r"no values of optim\.learning_rate"):
         comparison(grid={"optim.learning_rate": ()})
 
@@ -185,6 +199,29 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path):
     plain = compare(one, tmp_path / "b", count=0).ways["plain"]
     assert plain.test["accuracy"] == {0: 0.0}
     assert plain.summary == {}
+
+
+def test_a_search_that_diverges_ends_the_comparison(tmp_path):
+    search = small("search")
+    search.optim.learning_rate = 1e30
+    with pytest.raises(FloatingPointError, match=r"the search 'short' diverged \(.*`optim.learning_rate`"):
+        compare(comparison(searches={"short": search}), tmp_path, count=0)
+
+
+def test_test_images_wait_for_the_last_training(tmp_path):
+    """A comparison that is stopped before it has read none of them."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        if "seed 1" in line:
+            raise Stop
+
+    with pytest.raises(Stop):
+        compare(comparison(ways={"plain": small()}, searches={}, differences=()), tmp_path, count=0, log=stop)
+    assert len(list(tmp_path.rglob("summary.json"))) == 3
+    assert not list(tmp_path.rglob("test.json"))
 
 
 def test_without_a_grid_all_images_train_and_nothing_is_held_out(tmp_path):
@@ -347,6 +384,40 @@ def test_without_processes_calls_are_made_here(jobs):
 def test_a_process_that_dies_is_an_error(jobs):
     with workers.Workers(1) as pool, pytest.raises(ChildProcessError, match="exit code 9"):
         pool.submit(jobs.die).result()
+
+
+def test_the_dead_do_not_keep_others_from_stopping(jobs, tmp_path):
+    """More calls are waiting than there are processes, and one that lives is in the middle of its own."""
+    path = tmp_path / "stopped"
+
+    def broken():
+        with workers.Workers(2) as pool:
+            endless = pool.submit(jobs.endless, str(path))
+            while not path.with_suffix(".begun").exists() and not endless.done():
+                threading.Event().wait(0.01)
+            calls = [pool.submit(jobs.die), *(pool.submit(jobs.add, 1, 1) for _ in range(3))]
+            for call in calls:
+                call.result()
+
+    with pytest.raises(ChildProcessError, match="exit code 9"):
+        broken()
+    assert path.exists()
+
+
+def test_what_a_process_cannot_import_is_the_error_of_its_calls(jobs):
+    with workers.Workers(1, first=(load_comparison, ("nowhere.py",))) as pool:
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match=r"no config file 'nowhere\.py'"):
+                pool.submit(jobs.add, 1, 1).result()
+
+
+def test_a_function_that_cannot_be_found_there_is_an_error(jobs, monkeypatch):
+    with workers.Workers(1) as pool:
+        monkeypatch.setattr(jobs.add, "__qualname__", "gone")
+        monkeypatch.setattr(jobs, "gone", jobs.add, raising=False)
+        with pytest.raises(AttributeError, match="gone"):
+            pool.submit(jobs.add, 1, 1).result()
+        monkeypatch.undo()
 
 
 def test_leaving_by_an_error_asks_calls_to_stop(jobs, tmp_path):

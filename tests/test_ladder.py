@@ -201,10 +201,11 @@ def test_scripts_make_comparisons_of_images(tmp_path, name):
         env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
         check=True,
     )
-    assert (tmp_path / "log").read_text().split() == [
+    assert (tmp_path / "log").read_text().split(" ", 5) == [
         "compare",
         f"--config=configs/{name}.py",
         f"--config.data.data_dir={tmp_path}/images",
         f"--out={tmp_path}/runs",
         f"--results=scripts/results/{name}",
+        f"--named=scripts/{name}.sh DATA\n",
     ]

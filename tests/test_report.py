@@ -205,6 +205,12 @@ def test_one_seed_shows_no_spread():
     assert difference("a", "b", {0: 0.9, 1: 0.5}, {1: 0.8}).by_seed == {1: pytest.approx(-0.3)}
 
 
+def test_equal_differences_show_nothing():
+    equal = difference("a", "b", {0: 0.9, 1: 0.8}, {0: 0.5, 1: 0.4})
+    assert equal.low == pytest.approx(equal.high)
+    assert not difference("a", "b", {0: 0.75, 1: 0.5}, {0: 0.5, 1: 0.25}).shown
+
+
 def test_the_standard_error_is_the_binomial_one_and_never_zero():
     assert standard_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
     # Agresti and Coull: 362 of 364, by hand.

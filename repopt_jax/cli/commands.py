@@ -7,6 +7,7 @@ that help does not wait for it.
 import argparse
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import shlex
@@ -37,7 +38,7 @@ def quickstart(args: argparse.Namespace) -> int:
         from repopt_jax.report.quickstart import quickstart, summary_lines
 
         options = {"count": args.workers, "source": args.config, "log": _print}
-        done = quickstart(comparison, out, **options, command=args.command_line)
+        done = quickstart(comparison, out, **options, command=args.named or args.command_line)
         _copy_results(out, args.results)
     _print("", *summary_lines(done.results), "", f"Report: {done.page}")
     if not done.equivalence["equivalent"]:
@@ -66,20 +67,28 @@ def compare(args: argparse.Namespace) -> int:
         from repopt_jax.report.report import write_report
 
         results = compare(comparison, out, count=args.workers, source=args.config, log=_print)
-        page = write_report(results, out, command=args.command_line)
+        page = write_report(results, out, command=args.named or args.command_line)
         _copy_results(out, args.results)
     _print("", *summary_lines(results), "", f"Report: {page}")
     return 0
 
 
 def _copy_results(out: Path, results: str) -> None:
-    """Copies the tables, the numbers and the first picture of the report in `out`, where it is asked for."""
+    """Copies the tables, the numbers and the first picture of the report in `out`, where it is asked for; of
+    the numbers those that do not name folders of this machine."""
     if not results:
         return
     copied = _absolute(results)
     copied.parent.mkdir(parents=True, exist_ok=True)
-    for name, suffix in (("report.md", ".md"), ("report.json", ".json"), ("report/accuracy.png", ".png")):
+    for name, suffix in (("report.md", ".md"), ("report/accuracy.png", ".png")):
         shutil.copyfile(out / name, f"{copied}{suffix}")
+    content = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    content.pop("runs")
+    (content["equivalence"] or {}).pop("inputs", None)
+    for deployed in content["deployed"].values():
+        for name in ("run", "config"):
+            deployed.pop(name)
+    Path(f"{copied}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _comparison(args: argparse.Namespace) -> Any:
@@ -90,6 +99,13 @@ def _comparison(args: argparse.Namespace) -> Any:
     found = load_comparison(args.config)
     if not isinstance(found, Comparison):
         return comparison_of(with_overrides(found, args.overrides), seeds=args.seeds)
+    given = [override.removeprefix("--config.").partition("=")[0] for override in args.overrides]
+    own = ("name", "scales", "data.validation", *found.grid)
+    if refused := [name for name in given if name in own]:
+        raise UsageError(
+            f"--config.{refused[0]} is set by the comparison, for each way and run: change it in "
+            f"{args.config}"
+        )
     changed = {
         kind: {name: with_overrides(config, args.overrides) for name, config in given.items()}
         for kind, given in (("ways", found.ways), ("searches", found.searches))
@@ -381,7 +397,9 @@ def bench(args: argparse.Namespace) -> int:
         if "tf32" in given:
             given["tf32"] = given["tf32"] == "yes"
         out = _absolute(args.out) if args.out else None
-        done = bench.bench(args.parts, bench.Settings(**given), out=out, command=args.command_line)
+        done = bench.bench(
+            args.parts, bench.Settings(**given), out=out, command=args.named or args.command_line
+        )
     _print(results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
     return 0
 

@@ -255,6 +255,7 @@ class _Parser(argparse.ArgumentParser):
 
     def comparison_options(self) -> None:
         self.option("--results=PATH", "also writes PATH.md, PATH.json and PATH.png", default="")
+        self.option("--named=TEXT", "what the report calls the command (as it was typed)", default="")
         self.option(
             "--seeds=N", "trainings in each way (as the config says; else 2, of a detector 1)", type=positive
         )

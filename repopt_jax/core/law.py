@@ -89,7 +89,7 @@ def mean_square(start: ArrayLike, end: ArrayLike) -> np.ndarray:
     a, b = np.broadcast_arrays(np.asarray(start, np.float64), np.asarray(end, np.float64))
     linear = (a**2 + a * b + b**2) / 3
     ratio = np.divide(a, b, out=np.ones_like(a), where=a * b > 0)
-    # Near 1 the quotient is 0 / 0; there both ways have the same mean up to the fourth order.
+    # Near 1 the quotient is 0 / 0; there both means differ by less than 1e-6 of themselves.
     apart = np.abs(ratio - 1) > 1e-3
     logarithm = np.log(np.where(apart, ratio, 2.0))
     return np.where(apart, (a**2 - b**2) / (2 * logarithm), linear)

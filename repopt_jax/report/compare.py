@@ -4,6 +4,7 @@
     OUT/searches/<search>/             hyper-searches whose scales some ways take
     OUT/runs/<way>/<point>/<seed>/     a run for each way, point of the grid and seed; its test.json has the
                                        numbers on the test images
+    OUT/.lock                          held by the processes that work here
 
 Each way is trained at every point of the grid with the first seeds. The point with the best mean on the
 held-out training images is the way's own, and the other seeds are trained there. At the end, and of these
@@ -28,7 +29,7 @@ import jax
 from repopt_jax import userfile
 from repopt_jax.report.depth import gradient_by_layer
 from repopt_jax.report.statistics import Difference, difference
-from repopt_jax.train import workers
+from repopt_jax.train import processes, workers
 from repopt_jax.train.build import load_trained
 from repopt_jax.train.config import (
     Config,
@@ -48,7 +49,10 @@ from repopt_jax.train.tasks import METRICS, format_metrics
 Log = Callable[[str], None]
 
 SEARCH = "search:"  # before the name of one of the comparison's searches, in `Config.scales`
-DIVERGED = "diverged.json"
+SPEC = "comparison.json"
+LOCK = ".lock"
+DIVERGED = "diverged.json"  # in the folder of a run: why it ended
+OWN = ("seed", "name", "task", "scales", "data.validation")  # fields that a comparison sets, or must not vary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,9 @@ class Comparison:
                 f"`grid` has {len(self.points)} points and `validation` is {self.validation}: hold out "
                 "training images to choose by; the test images must not decide"
             )
-        if empty := [field for field, values in self.grid.items() if not values]:
+        if own := [field for field in self.grid if field in OWN]:
+            yield f"`grid` cannot be over {', '.join(own)}: make ways of them"
+        if empty := [field for field, values in self.grid.items() if len(values) == 0]:
             yield f"`grid` has no values of {', '.join(empty)}"
         if unknown := sorted(set(self.labels) - set(self.ways)):
             yield f"`labels` of ways that are not compared: {', '.join(unknown)}"
@@ -113,6 +119,13 @@ class Comparison:
         for way, config in self.ways.items():
             if config.scales.startswith(SEARCH) and search_of(config) not in self.searches:
                 yield f"way {way!r} takes `scales`={config.scales!r}, and there is no such search"
+        if len(seeds := {config.seed for config in self.ways.values()}) > 1:
+            yield f"`ways` have different seeds, {', '.join(map(str, sorted(seeds)))}: they cannot be paired"
+        labels = [self.label(way) for way in self.ways]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            yield f"`labels` name several ways {', '.join(map(repr, twice))}"
+        if both := sorted(set(self.ways) & set(self.searches)):
+            yield f"`searches` have names of `ways`: {', '.join(both)}"
         tasks = {config.task for config in (*self.ways.values(), *self.searches.values())}
         if len(tasks) > 1:
             yield f"`ways` are of different tasks, {' and '.join(sorted(tasks))}"
@@ -171,6 +184,11 @@ class WayResult:
     step_ms: float | None
     gradients: Mapping[str, float]
 
+    @property
+    def finished(self) -> list[Path]:
+        """The folders of the runs that did not diverge."""
+        return [folder for folder in self.folders.values() if not (folder / DIVERGED).exists()]
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -208,15 +226,25 @@ def compare(
       ChildProcessError, OSError: as `loop.run`, and processes that die. What is finished stays.
       KeyboardInterrupt: after the running steps, with their checkpoints.
     """
-    out_dir = Path(out_dir).expanduser().absolute()
+    out_dir = Path(out_dir).expanduser().resolve()
     if count is None:
         count = workers.default_count() if jax.default_backend() == "cpu" else 0
+    elif count and jax.default_backend() != "cpu":
+        raise ValueError(
+            f"`count`={count}: processes side by side would share the {jax.default_backend()}, whose memory "
+            "each of them takes; use 0"
+        )
     plan = _Plan(comparison, out_dir)
     for config in plan.first_configs():
         validate(config, device_count=1 if count else None)
-    _claim(comparison, out_dir)
+    _refuse_others(comparison, out_dir)
     first = None if source is None else (load_comparison, (source,))
-    with _locked(out_dir, log) as held, workers.Workers(count, first=first, inherit=held) as pool:
+    with (
+        _locked(out_dir, log) as held,
+        contextlib.nullcontext() if count else processes.stop_on_signals() as stop,
+        workers.Workers(count, first=first, inherit=held, stop=stop or (lambda: False)) as pool,
+    ):
+        _claim(comparison, out_dir)
         _make(plan, pool, log)
     return plan.results()
 
@@ -294,11 +322,16 @@ class _Plan:
         yield from finals
         for job in finals:
             trained = self.done.get(("train", job.folder))
-            if trained is not None and not diverged(trained):
-                if trained.split != "test":
+            if trained is None or diverged(trained):
+                continue
+            if job.config.seed == self.comparison.ways[job.config.name].seed:
+                yield dataclasses.replace(job, kind="gradients")
+        # The test images last, when nothing is left to be chosen or trained.
+        if len(chosen) == len(self.comparison.ways) and all(("train", j.folder) in self.done for j in finals):
+            for job in finals:
+                trained = self.done[("train", job.folder)]
+                if not diverged(trained) and trained.split != "test":
                     yield dataclasses.replace(job, kind="test")
-                if job.config.seed == self.comparison.ways[job.config.name].seed:
-                    yield dataclasses.replace(job, kind="gradients")
 
     def _is_ready(self, way: str) -> bool:
         config = self.comparison.ways[way]
@@ -332,10 +365,12 @@ class _Plan:
 
     def results(self) -> Results:
         found = {way: self._result(way) for way in self.comparison.ways}
-        metric = self.comparison.metric
+        # The metric is not defined in a run of a detector that finds nothing: no difference without it.
+        tests = {way: result.test.get(self.comparison.metric, {}) for way, result in found.items()}
         differences = [
-            difference(a, b, found[a].test[metric], found[b].test[metric])
+            difference(a, b, tests[a], tests[b])
             for a, b in self.comparison.differences
+            if tests[a].keys() & tests[b].keys()
         ]
         searches = {name: self.search(name).folder for name in self.comparison.searches}
         return Results(self.comparison, found, differences, searches)
@@ -413,7 +448,15 @@ def _make(plan: _Plan, pool: workers.Workers, log: Log) -> None:
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
             job = running.pop(future)
-            result = future.result()
+            try:
+                result = future.result()
+            except InterruptedError as error:
+                raise KeyboardInterrupt(f"{job.label}: {error}") from error
+            if diverged(result) and job.config.name in plan.comparison.searches:
+                raise FloatingPointError(
+                    f"the search {job.config.name!r} diverged ({result}): its ways have no scales; lower its "
+                    "`optim.learning_rate`, and choose a new `out_dir`"
+                )
             plan.done[(job.kind, job.folder)] = result
             if job.kind == "train":
                 log(f"{job.label}: {_outcome(job, result)}")
@@ -455,25 +498,28 @@ def _outcome(job: _Job, result: Summary | str) -> str:
     return f"{measured}{speed}, {result.wall_s:.0f} s{' (was there)' if result.reused else ''}"
 
 
-def _claim(comparison: Comparison, out_dir: Path) -> None:
-    """Writes what is compared to the folder; refuses one that is neither new, empty nor of this "
-    "comparison."""
-    path, spec = out_dir / "comparison.json", _spec(comparison)
-    stored = read_json(path)
+def _refuse_others(comparison: Comparison, out_dir: Path) -> None:
+    """Raises ValueError for a folder that is neither new, empty nor of this comparison."""
+    stored = read_json(out_dir / SPEC)
     if stored is None:
-        if others := [p.name for p in sorted(out_dir.glob("*")) if p.name != path.name + PART]:
+        ours = (SPEC + PART, LOCK)
+        if others := [p.name for p in sorted(out_dir.glob("*")) if p.name not in ours]:
             raise ValueError(
                 f"`out_dir` {out_dir} is not empty and holds no comparison "
                 f"(it has {', '.join(others[:3])}); choose an empty or a new folder"
             )
-        out_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(spec, indent=1) + "\n")
-        return
-    if differing := list(_differing(stored, spec)):
+    elif differing := list(_differing(stored, _spec(comparison))):
         raise ValueError(
             f"`out_dir` {out_dir} holds another comparison; it differs in {', '.join(differing)}. Choose "
             "another folder, or remove that one"
         )
+
+
+def _claim(comparison: Comparison, out_dir: Path) -> None:
+    """Writes what is compared to the folder, of which this process has the lock."""
+    _refuse_others(comparison, out_dir)
+    if not (out_dir / SPEC).exists():
+        replace_file(out_dir / SPEC, json.dumps(_spec(comparison), indent=1) + "\n")
 
 
 def _spec(comparison: Comparison) -> dict[str, Any]:
@@ -503,12 +549,13 @@ def _differing(stored: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[s
 def _locked(out_dir: Path, log: Log) -> Iterator[tuple[int, ...]]:
     """Holds the folder for this process and its workers, which inherit the descriptors: what an earlier call
     that was killed has left running ends first."""
+    out_dir.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows
         yield ()
         return
-    with open(out_dir / ".lock", "w") as file:
+    with open(out_dir / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -104,7 +104,9 @@ def render(
             _differences(content),
             _uncertainty(content),
         ),
-        _section("Why", _why(content), _figures(images, "gradients")) if "gradients" in images else "",
+        _section("Gradients at the start", _why(content), _figures(images, "gradients"))
+        if "gradients" in images
+        else "",
         _section("How the settings were chosen", _tuning(content)) if len(content["points"]) > 1 else "",
         _section("What the networks make of test images", _answers(answers)) if answers else "",
         _section("What the networks find", *drawings) if drawings else "",
@@ -240,13 +242,16 @@ def _why(content: Mapping[str, Any]) -> str:
     sizes = [(row["label"], list(row["gradients"].values())) for row in content["rows"] if row["gradients"]]
     grown = [(label, max(values) / values[-1]) for label, values in sizes if values and values[-1] > 0]
     listed = "; ".join(f"{escape(label)} {ratio:.3g}" for label, ratio in grown)
-    return (
+    grows = grown and grown[0][1] > 2 * min(ratio for _, ratio in grown)
+    explained = (
         "<p>Before anything has been learned, the gradient on its way back from the loss to the input grows "
         "from layer to layer in a plain network. An identity among the branches lets it pass nearly "
         "unchanged, and kernels that were merged from such branches do the same. If the gradients of the "
-        "layers differ by much, no learning rate suits them all. The largest gradient of a layer over that "
-        f"of the last one: {listed}.</p>"
+        "layers differ by much, no learning rate suits them all.</p>"
+        if grows
+        else ""
     )
+    return f"{explained}<p>The largest gradient of a layer over that of the last one: {listed}.</p>"
 
 
 def _tuning(content: Mapping[str, Any]) -> str:
@@ -266,8 +271,8 @@ def _tuning(content: Mapping[str, Any]) -> str:
     by = "one seed" if content["tuned_by"] == 1 else f"{content['tuned_by']} seeds"
     return (
         f"<p>Mean {escape(name)} (%) of {by}, on {content['validation']} training images that were held "
-        "out; in bold what was chosen. The other seeds were trained with that alone. No test image was read "
-        "before.</p>" + _table(heads, rows)
+        "out; in bold what was chosen. The other seeds were trained with that alone. The "
+        "test images were read when all of that was done.</p>" + _table(heads, rows)
     )
 
 

@@ -95,7 +95,8 @@ def quickstart(
     equivalence = check_equivalence(checked, out_dir / "equivalence.json")
     log(_equivalence_line(equivalence))
 
-    firsts = {way: next(iter(result.folders.values())) for way, result in results.ways.items()}
+    # The first run of each way that did not diverge.
+    firsts = {way: done[0] for way, result in results.ways.items() if (done := result.finished)}
     deployed = _deploy({**firsts, **results.searches}, out_dir / "deploy", log)
     page = report.write_report(
         results,
@@ -143,6 +144,7 @@ def comparison_of(base: Config, *, seeds: int | None = None) -> Comparison:
         labels={way: WAYS[way][2] for way in names},
         differences=tuple((way, "plain") for way in names if way != "plain"),
         seeds=usual_seeds if seeds is None else seeds,
+        validation=base.data.validation,
     )
 
 
@@ -179,14 +181,18 @@ def _answers(results: Results, deployed: Path) -> list[dict[str, Any]]:
     if results.comparison.task != "classify":
         return []
     label = results.comparison.label
-    return answers({label(way): load_deployed(deployed / way) for way in results.ways})
+    ways = [way for way, result in results.ways.items() if result.finished]
+    return answers({label(way): load_deployed(deployed / way) for way in ways}) if ways else []
 
 
 def _galleries(results: Results, deployed: Path) -> dict[str, tuple[str, bytes]]:
     """What the deployed RepOpt network finds, and the annotated objects, for detectors."""
     if results.comparison.task != "detect":
         return {}
-    way = next(w for w, config in results.comparison.ways.items() if config.model.mode == Mode.REPOPT)
+    ways = results.comparison.ways.items()
+    way = next((w for w, c in ways if c.model.mode == Mode.REPOPT and results.ways[w].finished), None)
+    if way is None:
+        return {}
     network = load_deployed(deployed / way)
     caption = "What the deployed RepOpt network finds on test images: boxes with class and score, keypoints."
     return {
@@ -229,7 +235,10 @@ def _verify(
     steps, size = CHECKED[config.task]
     config = dataclasses.replace(config, batch_size=min(size, config.batch_size))
     check = config_check(config)
-    optimizers = {"optimizer": recipe(repopt_mask(check.scales)), "twin_optimizer": recipe(optax.identity())}
+    normalise = config.normalise
+    twin = verify.scale_by_layer_means(check.scales) if normalise else optax.identity()
+    mask = repopt_mask(check.scales, normalise=normalise)
+    optimizers = {"optimizer": recipe(mask), "twin_optimizer": recipe(twin)}
     return dataclasses.replace(check, **optimizers).run(steps=steps)
 
 

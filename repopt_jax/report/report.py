@@ -9,6 +9,7 @@ report/*.png    the figures
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,7 +24,6 @@ from repopt_jax.report.compare import Results, point_text
 from repopt_jax.report.records import History, Run, history_of, read_run
 from repopt_jax.report.statistics import Difference, standard_error
 from repopt_jax.surgery.prepare import Mode
-from repopt_jax.train.config import evaluated_on
 from repopt_jax.train.tasks import METRICS, metric_label
 
 
@@ -134,7 +134,7 @@ def _row(results: Results, way: str, deployed: Mapping[str, Any] | None) -> dict
         "train_parameters": result.summary.get("train_parameters"),
         "deploy_parameters": deployed and deployed["deploy_parameters"],
         "deploy_error": deployed and deployed["max_rel"],
-        "gradients": result.gradients,
+        "gradients": {layer: size for layer, size in result.gradients.items() if math.isfinite(size)},
     }
 
 
@@ -192,8 +192,9 @@ def _share_of_start(results: Results) -> Iterator[str]:
         start = next((other for other in results.ways if _is_start_of(results, other, way)), None)
         if start is None or (start, than) not in found or not whole.shown or whole.mean <= 0:
             continue
-        part = found[start, than].mean
+        part, rest = found[start, than].mean, found.get((way, start))
         lead = f"{label(way)} is ahead of {label(than)}"
+        more = "" if rest is None or rest.shown else ", and more than that is not shown"
         if part >= whole.mean:
             yield (
                 f"All of the lead is where the training starts: {lead} by {_points(whole.mean)} points, and "
@@ -202,13 +203,15 @@ def _share_of_start(results: Results) -> Iterator[str]:
         elif part >= whole.mean / 2:
             yield (
                 f"Most of the lead is where the training starts: of the {_points(whole.mean)} points that "
-                f"{lead}, {_points(part)} are there with the initialization alone."
+                f"{lead}, {_points(part)} are there with the initialization alone{more}."
             )
-        else:
+        elif part > 0:
             yield (
                 f"The initialization alone gives {_points(part)} of the {_points(whole.mean)} points that "
                 f"{lead}."
             )
+        else:
+            yield f"The initialization alone gives none of the {_points(whole.mean)} points that {lead}."
 
 
 def _points(value: float) -> str:
@@ -294,7 +297,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "",
     ]
     by = "one seed" if content["tuned_by"] == 1 else f"{content['tuned_by']} seeds"
-    if content["validation"]:
+    if len(content["points"]) > 1:
         lines += [
             f"Each way was trained at every point of the grid by {by}; "
             f"{content['validation']} training images that were held out decided between the points, and the "
@@ -387,7 +390,12 @@ def _draw(
         yield "accuracy", figures.png(figures.spread(tests, styles, metric.label))
     for name, kind, field, label in (
         ("loss", "train", "loss", "training loss"),
-        ("progress", "eval", metric.name, metric_label(metric, _split(results))),
+        (
+            "progress",
+            "eval",
+            metric.name,
+            metric_label(metric, "validation" if comparison.validation else "test"),
+        ),
     ):
         curves = {
             labels[way]: seeds
@@ -397,6 +405,7 @@ def _draw(
         if curves:
             yield name, figures.png(figures.curves(curves, styles, label, percent=kind == "eval"))
     gradients = {labels[w]: list(r.gradients.values()) for w, r in results.ways.items() if r.gradients}
+    gradients = {label: sizes for label, sizes in gradients.items() if all(map(math.isfinite, sizes))}
     if gradients and min(map(len, gradients.values())) > 1:
         yield "gradients", figures.png(figures.by_layer(gradients, styles))
     for name, history in histories.items():
@@ -405,14 +414,6 @@ def _draw(
             yield figure + suffix, drawn
     if times := {labels[w]: r.step_ms for w, r in results.ways.items() if r.step_ms is not None}:
         yield "step_time", figures.png(figures.step_time(times, styles))
-
-
-def _split(results: Results) -> str:
-    return (
-        "validation"
-        if results.comparison.validation
-        else evaluated_on(next(iter(results.comparison.ways.values())))
-    )
 
 
 def _draw_scales(history: History) -> Iterator[tuple[str, bytes]]:

@@ -30,8 +30,13 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether the interval leaves out zero: the order of the two is then unlikely to be chance."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval leaves out zero: the order of the two is then unlikely to be chance.
+
+        Equal differences, which few seeds on few images may have, show no spread, and so nothing.
+        """
+        if self.low is None or self.high is None or self.low == self.high:
+            return False
+        return self.low > 0 or self.high < 0
 
 
 def difference(way: str, than: str, first: Mapping[int, float], second: Mapping[int, float]) -> Difference:

@@ -138,7 +138,8 @@ class DataConfig:
       mean, std: of each channel, for pixels in [0, 1].
       validation: training images that are held out, always the same ones; the run is evaluated on these and
         does not see the test images, which `repopt eval` reads. 0 for none: it is evaluated on the test
-      images. train_limit, eval_limit: use that many training images, and test images, only; None for all.
+        images.
+      train_limit, eval_limit: use that many training images, and test images, only; None for all.
       workers: processes that decode; 0 decodes in threads of this one.
       prefetch: batches prepared ahead.
     """

@@ -95,10 +95,8 @@ class SearchLaw:
 
 
 PUBLISHED = 0.936  # Lambda of the published searches
-SHORT, LONG = (
-    0.1,
-    0.5,
-)  # below the first a search has hardly begun, above the second it is of the published size
+SHORT = 0.1  # Lambda below which a search has hardly begun
+LONG = 0.5  # and above which it is of the published size
 
 
 def describe_lambda(decay: float, epochs: int, weight_decay: float) -> str:

@@ -38,16 +38,25 @@ class Workers:
     Leaving it by an exception, Ctrl-C among them, asks the running calls to stop and waits for them.
     """
 
-    def __init__(self, count: int, *, first: Call | None = None, inherit: Sequence[int] = ()):
+    def __init__(
+        self,
+        count: int,
+        *,
+        first: Call | None = None,
+        inherit: Sequence[int] = (),
+        stop: Callable[[], bool] = lambda: False,
+    ):
         """
         Args:
           count: processes.
           first: (function, arguments) that each process calls before all others, such as the import of a file
             that registers networks; its result is dropped.
           inherit: file descriptors that the processes keep open, such as that of a lock.
+          stop: of calls in this process.
         """
         self.count = count
         self._first = first
+        self._stop = stop
         self._inherit = tuple(inherit)
         self._pool = ThreadPoolExecutor(max(count, 1))
         self._processes: list[subprocess.Popen] = []
@@ -62,9 +71,7 @@ class Workers:
                 stdout=subprocess.PIPE,
                 pass_fds=self._inherit,
             )
-            assert process.stdin is not None
-            pickle.dump(self._first, process.stdin)
-            process.stdin.flush()
+            _send(self._first, process)
             self._processes.append(process)
             self._idle.put(process)
         return self
@@ -72,7 +79,8 @@ class Workers:
     def __exit__(self, *exc: object) -> None:
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.close()  # asks it to stop
+            with contextlib.suppress(OSError):  # the process has ended, and something was left to write
+                process.stdin.close()  # asks it to stop
         self._pool.shutdown(cancel_futures=True)
         for process in self._processes:
             process.wait()
@@ -91,7 +99,7 @@ class Workers:
         if not self.count:
             future: Future = Future()
             try:
-                future.set_result(function(*args, stop=lambda: False))
+                future.set_result(function(*args, stop=self._stop))
             except Exception as error:
                 future.set_exception(error)
             return future
@@ -102,10 +110,11 @@ class Workers:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            pickle.dump((function, args), process.stdin)
-            process.stdin.flush()
+            if process.poll() is not None:
+                raise BrokenPipeError
+            _send((function, args), process)
             result, error = pickle.load(process.stdout)
-        except (EOFError, OSError, ValueError) as gone:  # ValueError: its input is closed
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError) as gone:  # ValueError: it is closed
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             raise ChildProcessError(
@@ -117,6 +126,13 @@ class Workers:
         if error is not None:
             raise error
         return result
+
+
+def _send(message: Any, process: subprocess.Popen) -> None:
+    """Writes bytes in bytes: the reading thread unpacks the outer ones, which need no import."""
+    assert process.stdin is not None
+    pickle.dump(pickle.dumps(message), process.stdin)
+    process.stdin.flush()
 
 
 def _cores() -> list[int]:
@@ -138,11 +154,20 @@ def main(cores: str) -> None:
     os.dup2(2, 1)
     stopping = threading.Event()
     calls = _received(stopping)
-    if (first := next(calls, None)) is not None:
-        first[0](*first[1])
+    wrong = None
+    try:
+        if (first := pickle.loads(next(calls))) is not None:
+            first[0](*first[1])
+    except StopIteration:
+        return
+    except Exception as error:  # every call is answered by it
+        wrong = _sendable(error)
     for call in calls:
-        function, args = call
         try:
+            if wrong is not None:
+                raise wrong
+            # Here and not in the thread that reads: what is unpickled is imported, and may need `first`.
+            function, args = pickle.loads(call)
             answer = function(*args, stop=stopping.is_set), None
         except Exception as error:
             answer = None, _sendable(error)
@@ -155,22 +180,22 @@ def main(cores: str) -> None:
         jax.clear_caches()
 
 
-def _received(stopping: threading.Event) -> Iterator[Any]:
+def _received(stopping: threading.Event) -> Iterator[bytes]:
     """What comes until the end of standard input, which sets `stopping` at once, also during a call."""
-    calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    calls: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:
-        while True:
-            try:
+        try:
+            while True:
                 calls.put(pickle.load(sys.stdin.buffer))
-            except (EOFError, pickle.UnpicklingError):
-                stopping.set()
-                calls.put(end)
-                return
+        except (EOFError, pickle.UnpicklingError):
+            pass
+        finally:
+            stopping.set()
+            calls.put(None)
 
-    end = object()
     threading.Thread(target=read, daemon=True).start()
-    while (call := calls.get()) is not end:
+    while (call := calls.get()) is not None:
         yield call
 
 

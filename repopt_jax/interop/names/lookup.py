@@ -196,7 +196,7 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, TorchTensors]:
         return TorchName(one.name, kind, window, one.row, one.rows + spare, groups)
 
     constants = {
-        key: np.asarray(value, next(arrays[p].dtype for p in arrays if p.startswith(f"{path}/weights/")))
+        key: np.asarray(value, next(arrays[p].dtype for p in arrays if p.startswith(join(path, "weights/"))))
         for path, structure in layers.items()
         for key, value in layout.constants(path, structure).items()
     }
