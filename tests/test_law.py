@@ -299,11 +299,12 @@ class TestTrainer:
     def test_a_report_says_it(self, digits, tmp_path):
         self.search(tmp_path, digits)
         verdict = monitor.verdict(read_history(tmp_path))
-        html = page._search(dataclasses.asdict(verdict), {})
+        content = {"searches": [{"name": "search"}]}
+        html = page._search(dataclasses.asdict(verdict), content, {})
         assert verdict.law.sentence in html
         assert "stages/1/1/conv/kernel" in html
         without = dataclasses.replace(verdict, law=None)
-        assert "Lambda" not in page._search(dataclasses.asdict(without), {})
+        assert "Lambda" not in page._search(dataclasses.asdict(without), content, {})
 
     def test_where_there_is_no_law(self):
         def law_of(**fields):
