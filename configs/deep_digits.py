@@ -92,9 +92,10 @@ def get_comparison(arg: str = "") -> Comparison:
         del ways["repopt"], labels["repopt"], searches["search"]
         depth = ways["depth"]
         for name, decay in SEARCHES.items():
-            searches[name] = get_config("search" + suffix)
-            searches[name].optim.weight_decay = decay
-            ways[name] = dataclasses.replace(depth, scales=f"search:{name}")
+            search = f"search-{name}"
+            searches[search] = get_config("search" + suffix)
+            searches[search].optim.weight_decay = decay
+            ways[name] = dataclasses.replace(depth, scales=f"search:{search}")
             labels[name] = f"RepOpt, searched, Lambda {name.removeprefix('lambda-')}"
         ways |= {
             "normalised": dataclasses.replace(depth, normalise=True),

@@ -481,6 +481,8 @@ def test_a_killed_comparison_goes_on_to_the_same_table(tmp_path):
 
 def test_files_without_a_comparison_are_configs(tmp_path):
     assert isinstance(load_comparison("digits:plain"), Config)
+    for arg in ("quickstart", "decisive", "decisive,smoke"):
+        assert isinstance(load_comparison(f"deep_digits:{arg}"), Comparison)
     found = load_comparison("deep_digits:,smoke")
     assert isinstance(found, Comparison)
     assert found.validation == 16
