@@ -47,8 +47,8 @@ ABOUT = (
     "(RepOpt) keeps the plain network: it starts from kernels that such branches merge into, and multiplies "
     "each gradient by what SGD on the branches would have made of it.",
     "The table shows what the same plain network learns with and without that, in the same number of epochs. "
-    "Every way of training had the same seeds and the same learning rates to choose from; training images "
-    "that were held out decided between them, and the test images were read once, at the end.",
+    "Every way of training had the same seeds and the same learning rates to choose from. Training images "
+    "that were held out decided between them, and the test images were not read before all was trained.",
 )
 
 

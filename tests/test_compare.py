@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from repopt_jax import data
+from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
 from repopt_jax.report.compare import Comparison, compare, load_comparison
 from repopt_jax.report.depth import gradient_by_layer
 from repopt_jax.train import Config, load_config, workers
@@ -311,8 +312,12 @@ def test_a_layers_gradient_is_that_of_a_relative_change():
 def test_gradients_grow_towards_the_input_in_a_deep_plain_network_alone():
     found = {}
     for run in ("plain", "depth"):
-        sizes = list(gradient_by_layer(load_config(f"deep_digits:{run}")).values())
+        found_layers = gradient_by_layer(load_config(f"deep_digits:{run}"))
+        sizes = list(found_layers.values())
         assert len(sizes) == 32
+        assert list(found_layers) == [
+            f"{spec.path}/conv" for spec in block_specs(VGG_VARIANTS["digits-deep"])
+        ]
         found[run] = max(sizes) / sizes[-1]
     assert found["plain"] > 20  # 60 with this seed
     assert found["depth"] < 8

@@ -54,4 +54,5 @@ def gradient_by_layer(config: Config) -> dict[str, float]:
             for layer in layers
         }
 
-    return {layer: float(size) for layer, size in jax.device_get(sizes(network.params)).items()}
+    found = jax.device_get(sizes(network.params))
+    return {layer: float(found[layer]) for layer in layers}  # JAX returns dicts in the order of their names

@@ -62,7 +62,7 @@ def gallery(
     return _png(contact_sheet(drawings, columns=COLUMNS))
 
 
-def answers(networks: Mapping[str, Trained], *, count: int = 10) -> list[dict[str, Any]]:
+def answers(networks: Mapping[str, Trained], *, count: int = 8) -> list[dict[str, Any]]:
     """Some test images with what classifiers take them for, those first on which they do not agree.
 
     Args:
