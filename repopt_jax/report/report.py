@@ -301,7 +301,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         lines += [
             f"Each way was trained at every point of the grid by {by}; "
             f"{content['validation']} training images that were held out decided between the points, and the "
-            "test images were read once, at the end.",
+            "test images were read when all was trained.",
             "",
         ]
     for metric in metrics:
