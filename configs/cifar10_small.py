@@ -14,22 +14,33 @@ argument (`cifar10_small.py:search,smoke`) runs two short epochs on a few embedd
 """
 
 import dataclasses
+from typing import Any
 
 from repopt_jax.report.compare import Comparison
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, parse_argument, smoke
 
-# Mode -> scales.
-RUNS = {"plain": "", "search": "", "repopt": "runs/cifar10_small/search/scales", "repvgg": ""}
+# Argument -> mode, scales, what it is called.
+RUNS = {
+    "plain": ("plain", "", "plain SGD"),
+    "search": ("search", "", "search"),
+    "repopt": ("repopt", "runs/cifar10_small/search/scales", "RepOpt, searched scales"),
+    "repvgg": ("repvgg", "", "RepVGG"),
+    "depth": ("repopt", "depth", "RepOpt, depth rule"),
+    "online": ("online", "", "online, RepVGG's branches"),
+    "orepa": ("orepa", "", "online, OREPA's branches"),
+    "dbb": ("dbb", "", "DBB"),
+}
 
 
 def get_config(arg: str = "") -> Config:
-    mode, small = parse_argument(arg, RUNS)
+    run, small = parse_argument(arg, RUNS)
+    mode, scales, _ = RUNS[run]
     config = Config(
-        name=f"cifar10_small-{mode}",
+        name=f"cifar10_small-{run}",
         epochs=8,
         batch_size=128,
         eval_batch_size=1000,
-        scales=RUNS[mode],
+        scales=scales,
         log_every=20,
         model=ModelConfig(name="vgg-cifar-small", mode=mode),
         data=DataConfig(
@@ -49,15 +60,27 @@ def get_config(arg: str = "") -> Config:
 
 
 def get_comparison(arg: str = "") -> Comparison:
-    """Plain SGD, RepOpt with searched scales and RepVGG, three seeds each, all by the same recipe."""
-    _, small = parse_argument(arg, ("three",))
+    """The comparison called "three" or "structures".
+
+    three: plain SGD, RepOpt with searched scales and RepVGG, three seeds each, all by the same recipe.
+    structures: these, the depth rule, structures trained online and DBB; five seeds, and for each way the
+    best of three learning rates on 2,560 held-out images, chosen with the first seed.
+    """
+    choice, small = parse_argument(arg, ("three", "structures"))
     suffix = ",smoke" if small else ""
-    ways = {way: get_config(way + suffix) for way in ("plain", "repopt", "repvgg")}
+    names = ["plain", "repopt", "repvgg"]
+    settings: dict[str, Any] = {}
+    if choice == "structures":
+        names += ["depth", "online", "orepa", "dbb"]
+        grid = {"optim.learning_rate": (0.05, 0.1, 0.2)}
+        settings = {"seeds": 5, "tuning_seeds": 1, "grid": grid, "validation": 16 if small else 2560}
+    ways = {name: get_config(name + suffix) for name in names}
     ways["repopt"] = dataclasses.replace(ways["repopt"], scales="search:search")
     return Comparison(
         title="CIFAR-10 at a small size",
         ways=ways,
         searches={"search": get_config("search" + suffix)},
-        labels={"plain": "plain SGD", "repopt": "RepOpt, searched scales", "repvgg": "RepVGG"},
-        differences=(("repopt", "plain"), ("repvgg", "plain")),
+        labels={name: RUNS[name][2] for name in names},
+        differences=tuple((name, "plain") for name in names if name != "plain"),
+        **settings,
     )

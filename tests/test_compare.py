@@ -488,6 +488,13 @@ def test_files_without_a_comparison_are_configs(tmp_path):
     assert isinstance(load_comparison("digits:plain"), Config)
     for arg in ("quickstart", "decisive", "decisive,smoke"):
         assert isinstance(load_comparison(f"deep_digits:{arg}"), Comparison)
+    for arg in (
+        "cifar10_small:three",
+        "cifar10_small:structures,smoke",
+        "cifar10_deep",
+        "cifar10_deep:,smoke",
+    ):
+        assert isinstance(load_comparison(arg), Comparison)
     found = load_comparison("deep_digits:,smoke")
     assert isinstance(found, Comparison)
     assert found.validation == 16

@@ -65,7 +65,7 @@ def somewhere(tmp_path, monkeypatch):
         if config.data.source == "folder" and not config.data.data_dir:
             config.data.data_dir = "images"
         if "/" in config.scales:
-            Path(config.scales).mkdir(parents=True, exist_ok=True)
+            Path(config.scales.removeprefix("transfer:")).mkdir(parents=True, exist_ok=True)
         return config
 
     return load

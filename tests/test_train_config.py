@@ -289,7 +289,8 @@ def test_config_files_are_found_by_name():
     assert train.load_config("digits:search").model.mode == "search"
     with pytest.raises(
         FileNotFoundError,
-        match="ones are cifar100, cifar10_small, deep_digits, digits, imagenet, ladder, repmlp, scenes",
+        match="ones are cifar100, cifar10_deep, cifar10_small, deep_digits, digits, imagenet, ladder, "
+        "repmlp, scenes",
     ):
         train.load_config("didgits:search")
     with pytest.raises(ValueError, match="must be one of plain, search"):

@@ -88,6 +88,7 @@ VGG_VARIANTS: dict[str, VGGVariant] = {
         VGGVariant("digits", (2, 2, 2, 1), (16, 16, 32, 64, 64), (1, 1, 2, 2, 1)),
         # 32 narrow layers in a row, which plain SGD trains badly: what branches are good for, in half a
         # minute.
+        VGGVariant("cifar-deep", (1, 14, 1, 15), (16, 16, 16, 32, 32), (2, 1, 1, 2, 1)),
         VGGVariant("digits-deep", (1, 14, 1, 15), (8, 8, 8, 16, 16), (1, 1, 1, 2, 1)),
     )
 }
