@@ -2,48 +2,35 @@
 
     repopt compare --config=cifar10_deep --config.data.data_dir=cifar10 --out=runs/cifar10_deep
 
-By hand, each a run of its own, with the same `--config.data.data_dir`:
-
-    repopt search --config=configs/cifar10_deep.py:search --out=runs/cifar10_deep/search
-    repopt train --config=configs/cifar10_deep.py:plain --out=runs/cifar10_deep/plain
-    repopt train --config=configs/cifar10_deep.py:init --out=runs/cifar10_deep/init
-    repopt train --config=configs/cifar10_deep.py:depth --out=runs/cifar10_deep/depth
-    repopt train --config=configs/cifar10_deep.py:normalised --out=runs/cifar10_deep/normalised
-    repopt train --config=configs/cifar10_deep.py:transferred --out=runs/cifar10_deep/transferred
-
-`transferred` needs the authors' scales of B1: `repopt convert RepOpt-VGG-B1-scales.pth runs/b1-scales
---to=scales`. The data are those of `cifar10_small`. `,smoke` after the argument
-(`cifar10_deep.py:search,smoke`) runs two short epochs on a few embedded digits.
+The ways of training are those of the comparison `deep_digits:decisive`, and a run by hand has the name of one
+of them or "search" (`--config=configs/cifar10_deep.py:init`). The data are those of `cifar10_small`. `,smoke`
+after the argument (`cifar10_deep.py:search,smoke`) runs two short epochs on a few embedded digits.
 """
 
 import dataclasses
-from typing import Any
 
-from repopt_jax.report.compare import Comparison
+from repopt_jax.report.comparison import Comparison, against, load_comparison, smoke_of
 from repopt_jax.train.config import Config, load_config, parse_argument, smoke
 
-# Argument -> mode, other settings, what it is called.
-RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "plain": ("plain", {}, "plain SGD"),
-    "init": ("repopt", {"scales": "depth", "rules": "init"}, "initialization only"),
-    "depth": ("repopt", {"scales": "depth"}, "RepOpt, depth rule"),
-    "normalised": ("repopt", {"scales": "depth", "normalise": True}, "RepOpt, depth rule, normalised"),
-    "transferred": ("repopt", {"scales": "transfer:runs/b1-scales"}, "RepOpt, from B1's scales"),
-    "search": ("search", {}, "search"),
-}
-# Way -> the weight decay of its search, which sets Lambda: the learning rates of the 800 steps add up to
-# 40.1, and Lambda is decay * 40.1 / (1 - momentum).
+RUNS = ("plain", "init", "depth", "normalised", "transferred", "search")
+# Way -> the weight decay of its search: as in `deep_digits`, the learning rates adding up to 40.1 here.
 SEARCHES = {"lambda-0.03": 0.03 / 401, "lambda-1": 1 / 401}
+
+
+def on_cifar10(config: Config) -> Config:
+    """A way of training on digits, on CIFAR-10."""
+    moved = load_config("cifar10_small:plain")
+    model = dataclasses.replace(config.model, name="vgg-cifar-deep")
+    way = {"scales": config.scales, "rules": config.rules, "normalise": config.normalise}
+    moved = dataclasses.replace(moved, name=config.name, model=model, **way)
+    moved.data.train_limit = 12_800
+    moved.optim.weight_decay, moved.optim.warmup_epochs = 1e-4, 1
+    return moved
 
 
 def get_config(arg: str = "") -> Config:
     run, small = parse_argument(arg, RUNS)
-    mode, own, _ = RUNS[run]
-    config = load_config("cifar10_small:plain")
-    config = dataclasses.replace(config, name=f"cifar10_deep-{run}", **own)
-    config.model.name, config.model.mode = "vgg-cifar-deep", mode
-    config.data.train_limit = 12_800
-    config.optim.weight_decay, config.optim.warmup_epochs = 1e-4, 1
+    config = dataclasses.replace(on_cifar10(load_config(f"deep_digits:{run}")), name=f"cifar10_deep-{run}")
     return smoke(config) if small else config
 
 
@@ -51,26 +38,21 @@ def get_comparison(arg: str = "") -> Comparison:
     """Five seeds, and for each way the best of three learning rates on 2,560 held-out images, chosen with the
     first seed."""
     _, small = parse_argument(arg, ("deep",))
-    suffix = ",smoke" if small else ""
-    ways = {name: get_config(name + suffix) for name in RUNS if name != "search"}
-    labels = {name: RUNS[name][2] for name in ways}
-    searches = {}
-    for name, decay in SEARCHES.items():
-        search = f"search-{name}"
-        searches[search] = get_config("search" + suffix)
-        searches[search].optim.weight_decay = decay
-        ways[name] = dataclasses.replace(ways["depth"], scales=f"search:{search}")
-        labels[name] = f"RepOpt, searched, Lambda {name.removeprefix('lambda-')}"
-    return Comparison(
+    digits = load_comparison("deep_digits:decisive")
+    assert isinstance(digits, Comparison)
+    ways = {way: on_cifar10(config) for way, config in digits.ways.items() if way not in ("repvgg", "online")}
+    searches = {name: on_cifar10(config) for name, config in digits.searches.items()}
+    for way, decay in SEARCHES.items():
+        searches[f"search-{way}"].optim.weight_decay = decay
+    comparison = Comparison(
         title="CIFAR-10, 32 layers in a row",
         ways=ways,
         searches=searches,
-        labels=labels,
-        differences=[
-            (way, other) for other in ("plain", "init") for way in ways if way not in ("plain", other)
-        ],
+        labels={way: digits.label(way) for way in ways},
+        differences=against(ways, "plain", "init"),
         seeds=5,
         tuning_seeds=1,
         grid={"optim.learning_rate": (0.03, 0.1, 0.3)},
-        validation=16 if small else 2560,
+        validation=2560,
     )
+    return smoke_of(comparison) if small else comparison

@@ -13,10 +13,9 @@ an `--out`. `repopt` takes the scales that the first command wrote; `--config.sc
 argument (`cifar10_small.py:search,smoke`) runs two short epochs on a few embedded digits.
 """
 
-import dataclasses
 from typing import Any
 
-from repopt_jax.report.compare import Comparison
+from repopt_jax.report.comparison import Comparison, smoke_of
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, parse_argument, smoke
 
 # Argument -> mode, scales, what it is called.
@@ -67,20 +66,19 @@ def get_comparison(arg: str = "") -> Comparison:
     best of three learning rates on 2,560 held-out images, chosen with the first seed.
     """
     choice, small = parse_argument(arg, ("three", "structures"))
-    suffix = ",smoke" if small else ""
     names = ["plain", "repopt", "repvgg"]
     settings: dict[str, Any] = {}
     if choice == "structures":
         names += ["depth", "online", "orepa", "dbb"]
         grid = {"optim.learning_rate": (0.05, 0.1, 0.2)}
-        settings = {"seeds": 5, "tuning_seeds": 1, "grid": grid, "validation": 16 if small else 2560}
-    ways = {name: get_config(name + suffix) for name in names}
-    ways["repopt"] = dataclasses.replace(ways["repopt"], scales="search:search")
-    return Comparison(
+        settings = {"seeds": 5, "tuning_seeds": 1, "grid": grid, "validation": 2560}
+    ways = {name: get_config(name) for name in names}
+    ways["repopt"].scales = "search:search"
+    comparison = Comparison(
         title="CIFAR-10 at a small size",
         ways=ways,
-        searches={"search": get_config("search" + suffix)},
+        searches={"search": get_config("search")},
         labels={name: RUNS[name][2] for name in names},
-        differences=tuple((name, "plain") for name in names if name != "plain"),
         **settings,
     )
+    return smoke_of(comparison) if small else comparison

@@ -18,29 +18,28 @@ alone. By hand, each a run of its own:
 argument (`deep_digits.py:search,smoke`) runs two short epochs on a few images.
 """
 
-import dataclasses
 from typing import Any
 
-from repopt_jax.report.compare import Comparison
+from repopt_jax.report.comparison import Comparison, against, smoke_of
 from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, parse_argument, smoke
-
-SEARCHED = "runs/deep_digits/search/scales"
-TRANSFERRED = "runs/deep_digits/b1-scales"
-RATE = "optim.learning_rate"
-# Search -> its weight decay, which sets its Lambda: the learning rates of its 180 steps add up to 9.1, and
-# Lambda is decay * 9.1 / (1 - momentum).
-SEARCHES = {"lambda-0.03": 0.03 / 91, "lambda-1": 1 / 91}
 
 # Argument -> mode of training, other settings, what it is called.
 RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
     "plain": ("plain", {}, "plain SGD"),
     "init": ("repopt", {"scales": "depth", "rules": "init"}, "initialization only"),
     "depth": ("repopt", {"scales": "depth"}, "RepOpt, depth rule"),
-    "repopt": ("repopt", {"scales": SEARCHED}, "RepOpt, searched scales"),
+    "repopt": ("repopt", {"scales": "runs/deep_digits/search/scales"}, "RepOpt, searched scales"),
     "repvgg": ("repvgg", {}, "RepVGG"),
     "online": ("online", {}, "online"),
+    "normalised": ("repopt", {"scales": "depth", "normalise": True}, "RepOpt, depth rule, normalised"),
+    "transferred": ("repopt", {"scales": "transfer:runs/b1-scales"}, "RepOpt, from B1's scales"),
     "search": ("search", {}, "search"),
 }
+RATE = "optim.learning_rate"
+# Way -> the weight decay of its search, which sets Lambda: the learning rates of the 180 steps add up to
+# 9.1, and Lambda is decay * 9.1 / (1 - momentum).
+SEARCHES = {"lambda-0.03": 0.03 / 91, "lambda-1": 1 / 91}
+TITLE = "32 layers in a row: plain SGD and RepOptimizer"
 ABOUT = (
     "A network of 32 convolutions in a row, without shortcuts, learns the embedded handwritten digits. "
     "RepVGG would give each layer three branches, 3x3, 1x1 and identity, and train them all. RepOptimizer "
@@ -70,49 +69,57 @@ def get_config(arg: str = "") -> Config:
 
 
 def get_comparison(arg: str = "") -> Comparison:
-    """The comparison called "quickstart" or "decisive".
+    choice, small = parse_argument(arg, COMPARISONS)
+    comparison = COMPARISONS[choice]()
+    return smoke_of(comparison) if small else comparison
 
-    quickstart: three learning rates, chosen with one seed of three on 240 held-out images. decisive: more
-    ways, five learning rates chosen with three seeds of ten, two searches. It needs the authors' scales of B1
-    in TRANSFERRED, which `repopt convert RepOpt-VGG-B1-scales.pth runs/deep_digits/b1-scales --to=scales`
-    makes of their file.
-    """
-    choice, small = parse_argument(arg, ("quickstart", "decisive"))
-    suffix = ",smoke" if small else ""
-    ways = {name: get_config(name + suffix) for name in RUNS if name != "search"}
-    ways["repopt"] = dataclasses.replace(ways["repopt"], scales="search:search")
-    labels = {name: label for name, (_, _, label) in RUNS.items() if name != "search"}
-    searches = {"search": get_config("search" + suffix)}
-    settings: dict[str, Any] = {"seeds": 3, "tuning_seeds": 1, "grid": {RATE: (0.03, 0.1, 0.3)}}
-    differences = [
-        *(("depth", "plain"), ("repopt", "plain"), ("init", "plain"), ("depth", "init"), ("repopt", "init")),
-        *(("repvgg", "plain"), ("online", "plain")),
-    ]
-    if choice == "decisive":
-        del ways["repopt"], labels["repopt"], searches["search"]
-        depth = ways["depth"]
-        for name, decay in SEARCHES.items():
-            search = f"search-{name}"
-            searches[search] = get_config("search" + suffix)
-            searches[search].optim.weight_decay = decay
-            ways[name] = dataclasses.replace(depth, scales=f"search:{search}")
-            labels[name] = f"RepOpt, searched, Lambda {name.removeprefix('lambda-')}"
-        ways |= {
-            "normalised": dataclasses.replace(depth, normalise=True),
-            "transferred": dataclasses.replace(depth, scales="depth" if small else f"transfer:{TRANSFERRED}"),
-        }
-        labels |= {"normalised": "RepOpt, depth rule, normalised", "transferred": "RepOpt, from B1's scales"}
-        settings = {"seeds": 10, "tuning_seeds": 3, "grid": {RATE: (0.01, 0.03, 0.1, 0.3, 1.0)}}
-        differences = [
-            (way, other) for other in ("plain", "init") for way in ways if way not in ("plain", other)
-        ]
+
+def quickstart() -> Comparison:
+    """Three learning rates, chosen with one seed of three on 240 held-out images."""
+    names = ("plain", "init", "depth", "repopt", "repvgg", "online")
+    ways = {name: get_config(name) for name in names}
+    ways["repopt"].scales = "search:search"
     return Comparison(
-        title="32 layers in a row: plain SGD and RepOptimizer",
+        title=TITLE,
+        ways=ways,
+        searches={"search": get_config("search")},
+        labels={name: RUNS[name][2] for name in names},
+        differences=[*against(names, "plain"), *against(("depth", "repopt"), "init")],
+        seeds=3,
+        tuning_seeds=1,
+        grid={RATE: (0.03, 0.1, 0.3)},
+        validation=240,
+        about=ABOUT,
+    )
+
+
+def decisive() -> Comparison:
+    """More ways, and five learning rates, chosen with three seeds of ten on 240 held-out images; two
+    searches.
+
+    `transferred` needs the authors' scales of B1, which
+    `repopt convert RepOpt-VGG-B1-scales.pth runs/b1-scales --to=scales` makes of their file.
+    """
+    names = ("plain", "init", "depth", "repvgg", "online", "normalised", "transferred")
+    ways, searches = {name: get_config(name) for name in names}, {}
+    labels = {name: RUNS[name][2] for name in names}
+    for way, decay in SEARCHES.items():
+        searches[f"search-{way}"], ways[way] = get_config("search"), get_config("depth")
+        searches[f"search-{way}"].optim.weight_decay = decay
+        ways[way].scales = f"search:search-{way}"
+        labels[way] = f"RepOpt, searched, Lambda {way.removeprefix('lambda-')}"
+    return Comparison(
+        title=TITLE,
         ways=ways,
         searches=searches,
         labels=labels,
-        differences=differences,
-        validation=16 if small else 240,
+        differences=against(ways, "plain", "init"),
+        seeds=10,
+        tuning_seeds=3,
+        grid={RATE: (0.01, 0.03, 0.1, 0.3, 1.0)},
+        validation=240,
         about=ABOUT,
-        **settings,
     )
+
+
+COMPARISONS = {"quickstart": quickstart, "decisive": decisive}

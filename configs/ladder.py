@@ -21,7 +21,7 @@ argument (`ladder.py:search,smoke`) runs two short epochs on a few embedded digi
 import dataclasses
 from typing import Any
 
-from repopt_jax.report.compare import Comparison
+from repopt_jax.report.comparison import Comparison, smoke_of
 from repopt_jax.train.config import Config, load_config, parse_argument, smoke
 
 SEARCHED = "runs/ladder/search-0/scales"
@@ -55,14 +55,10 @@ def get_config(arg: str = "") -> Config:
 def get_comparison(arg: str = "") -> Comparison:
     """The nine rungs, three seeds each, all by the same recipe; one search for those that take its scales."""
     _, small = parse_argument(arg, ("rungs",))
-    suffix = ",smoke" if small else ""
-    ways = {rung: get_config(rung + suffix) for rung in RUNGS if rung != "search"}
-    for rung, (_, own) in RUNGS.items():
-        if own.get("scales") == SEARCHED:
-            ways[rung].scales, ways[rung].scales_mean = "search:search", own.get("scales_mean", False)
-    return Comparison(
-        title="The ablation ladder on CIFAR-10",
-        ways=ways,
-        searches={"search": get_config("search" + suffix)},
-        differences=tuple((rung, "1-plain") for rung in ways if rung != "1-plain"),
+    ways = {rung: get_config(rung) for rung in RUNGS if rung != "search"}
+    for config in ways.values():
+        config.scales = config.scales.replace(SEARCHED, "search:search")
+    comparison = Comparison(
+        title="The ablation ladder on CIFAR-10", ways=ways, searches={"search": get_config("search")}
     )
+    return smoke_of(comparison) if small else comparison

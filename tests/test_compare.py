@@ -16,10 +16,12 @@ import pytest
 
 from repopt_jax import data
 from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
-from repopt_jax.report.compare import Comparison, compare, load_comparison
+from repopt_jax.report.compare import compare
+from repopt_jax.report.comparison import Comparison, against, load_comparison, smoke_of
 from repopt_jax.report.depth import gradient_by_layer
 from repopt_jax.train import Config, load_config, workers
 from repopt_jax.train.build import load_trained, open_feed
+from repopt_jax.train.config import validate
 from repopt_jax.train.deploy import evaluate
 from repopt_jax.train.rundir import read_json
 
@@ -129,6 +131,24 @@ def test_another_comparison_is_refused_with_all_differences(compared, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match=r"holds no comparison \(it has mine\.txt\)"):
         compare(comparison(), tmp_path, count=0)
+
+
+def test_pairs_are_every_way_with_the_others():
+    assert against("abc", "a") == [("b", "a"), ("c", "a")]
+    assert against("abc", "a", "b") == [("b", "a"), ("c", "a"), ("c", "b")]
+    assert against("cd", "a") == [("c", "a"), ("d", "a")]
+    assert comparison(differences=None).pairs == [("searched", "plain")]
+
+
+def test_a_smoke_keeps_what_its_own_search_finds():
+    made = smoke_of(
+        comparison(ways={"plain": small(), "searched": small("repopt", "search:short", scales_mean=True)})
+    )
+    assert (made.ways["searched"].scales, made.ways["searched"].scales_mean) == ("search:short", True)
+    assert made.validation == 16
+    assert made.searches["short"].epochs == 2
+    with pytest.raises(ValueError, match="`scales`='search:short' is for the ways of a comparison"):
+        validate(made.ways["searched"], device_count=1)
 
 
 def test_what_does_not_fit_together_is_listed():
@@ -391,15 +411,19 @@ def test_a_process_that_dies_is_an_error(jobs):
         pool.submit(jobs.die).result()
 
 
+def begun(call, path):
+    """Waits until `jobs.endless` is in the middle of its call."""
+    while not path.with_suffix(".begun").exists() and not call.done():
+        threading.Event().wait(0.01)
+
+
 def test_the_dead_do_not_keep_others_from_stopping(jobs, tmp_path):
     """More calls are waiting than there are processes, and one that lives is in the middle of its own."""
     path = tmp_path / "stopped"
 
     def broken():
         with workers.Workers(2) as pool:
-            endless = pool.submit(jobs.endless, str(path))
-            while not path.with_suffix(".begun").exists() and not endless.done():
-                threading.Event().wait(0.01)
+            begun(pool.submit(jobs.endless, str(path)), path)
             calls = [pool.submit(jobs.die), *(pool.submit(jobs.add, 1, 1) for _ in range(3))]
             for call in calls:
                 call.result()
@@ -430,9 +454,7 @@ def test_leaving_by_an_error_asks_calls_to_stop(jobs, tmp_path):
 
     def interrupted():
         with workers.Workers(1) as pool:
-            future = pool.submit(jobs.endless, str(path))
-            while not path.with_suffix(".begun").exists() and not future.done():
-                threading.Event().wait(0.01)
+            begun(pool.submit(jobs.endless, str(path)), path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -442,7 +464,7 @@ def test_leaving_by_an_error_asks_calls_to_stop(jobs, tmp_path):
 
 COMPARED = """
 import dataclasses
-from repopt_jax.report.compare import Comparison
+from repopt_jax.report.comparison import Comparison
 from repopt_jax.train import load_config
 
 def get_comparison(arg=""):

@@ -179,7 +179,7 @@ def test_the_comparison_has_every_rung_by_one_recipe():
         alone = ladder.get_config(rung)
         searched = alone.scales == ladder.SEARCHED
         assert config == dataclasses.replace(alone, scales="search:search" if searched else alone.scales)
-    assert comparison.differences == tuple((rung, "1-plain") for rung in RUNGS[1:])
+    assert list(comparison.pairs) == [(rung, "1-plain") for rung in RUNGS[1:]]
     small = ladder.get_comparison(",smoke").ways["6-means"]
     assert (small.data.source, small.scales, small.scales_mean) == ("digits", "search:search", True)
 

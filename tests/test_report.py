@@ -11,7 +11,8 @@ import pytest
 from searches import cosine, records, search, train_records
 
 from repopt_jax.report import report
-from repopt_jax.report.compare import Comparison, Results, WayResult
+from repopt_jax.report.compare import Results, WayResult
+from repopt_jax.report.comparison import Comparison
 from repopt_jax.report.statistics import difference, standard_error
 from repopt_jax.train.config import Config, ModelConfig
 
@@ -97,7 +98,7 @@ def made(tmp_path, accuracies=None, *, searched=True, metric="accuracy", ways=WA
             gradients={"a": 8.0, "b": 4.0, "c": 2.0},
         )
     differences = [
-        difference(a, b, found[a].test[metric], found[b].test[metric]) for a, b in comparison.differences
+        difference(a, b, found[a].test[metric], found[b].test[metric]) for a, b in comparison.pairs
     ]
     searches = {name: write_run(tmp_path / "searches" / name, mode="search") for name in comparison.searches}
     return Results(comparison, found, differences, searches)

@@ -53,7 +53,7 @@ def quickstart(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     """Compare ways of training, each with the same seeds and the same grid of settings.
 
-    The config file's get_comparison(arg) says what is compared (report.compare.Comparison). Every way is
+    The config file's get_comparison(arg) says what is compared (report.comparison.Comparison). Every way is
     trained at each point of the grid; held-out training images choose; the test images are read once, at the
     end. Writes a report, with paired intervals. A stopped comparison goes on where it was. Example:
 
@@ -93,7 +93,7 @@ def _copy_results(out: Path, results: str) -> None:
 
 def _comparison(args: argparse.Namespace) -> Any:
     """The comparison that the options name, with the overrides in each of its configs."""
-    from repopt_jax.report.compare import Comparison, load_comparison
+    from repopt_jax.report.comparison import Comparison, load_comparison
     from repopt_jax.report.quickstart import comparison_of
 
     found = load_comparison(args.config)

@@ -523,8 +523,7 @@ class BranchSet:
             scales = {name: s.astype(wide) for name, s in scales.items()}
             result = self.merge(self.branch_gradients(g.astype(wide), scales), scales)
         if normalise:
-            mean = self.mean_multiplier(scales, dtype=wide)
-            result = result / mean.reshape((*self.stack, *(1,) * len(self.canonical)))
+            result = result / self.mean_multiplier(scales, dtype=wide, keepdims=True)
         return result.astype(g.dtype)
 
     def multiplier(
@@ -541,9 +540,15 @@ class BranchSet:
         return self.sum_at_taps(lambda s: jnp.abs(s) ** power, scales, dtype=dtype)
 
     def mean_multiplier(
-        self, scales: Mapping[str, jax.Array], *, power: int = 2, dtype: Any = jnp.float32
+        self,
+        scales: Mapping[str, jax.Array],
+        *,
+        power: int = 2,
+        dtype: Any = jnp.float32,
+        keepdims: bool = False,
     ) -> jax.Array:
-        """trace(P) / size of K, one number for each layer of the stack, (*stack,).
+        """trace(P) / size of K, one number for each layer of the stack, (*stack,); with `keepdims` in an
+        array with the axes of the kernel, (*stack, 1, ...).
 
         Where every branch places coordinates it is the mean of `multiplier` over the entries of the kernel.
         Elsewhere there is no multiplier, and it is the mean eigenvalue of P, as it is there too. It is
@@ -562,7 +567,8 @@ class BranchSet:
             weight = float(energy[0]) if np.all(energy == energy[0]) else jnp.asarray(energy, dtype)
             weight = jnp.broadcast_to(jnp.asarray(weight, dtype), s.shape)
             total = total + (jnp.abs(s) ** power * weight).sum(axis=-1)
-        return jnp.broadcast_to(total / math.prod(self.canonical), self.stack)
+        mean = jnp.broadcast_to(total / math.prod(self.canonical), self.stack)
+        return mean.reshape((*self.stack, *(1,) * len(self.canonical))) if keepdims else mean
 
     def sum_at_taps(
         self,

@@ -119,7 +119,7 @@ def compare_with_law(scales: "Scales", start: "Scales", Lambda: float) -> dict[s
     """Compares the result of a search with the law, layer by layer.
 
     Only the two ends are known, so u is taken to go from one to the other at a constant relative rate. (The
-    log of a search has the law with u as it went, see `Trainer`.)
+    log of a search has the law with u as it went, see `train.searchlaw`.)
 
     Args:
       scales: what the search found.

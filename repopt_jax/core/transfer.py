@@ -10,7 +10,8 @@ in all layers of the stage. Within a stage the scales of a channel are strongly 
 and from branch to branch. So whole channels are resampled, with all their vectors along the stage.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,15 +70,30 @@ def counted_depths(branch_sets: Mapping[str, BranchSet]) -> dict[str, np.ndarray
     counts.
     """
     some_have_it = any(_with_identity(bs) for bs in branch_sets.values())
-    depths, width, following = {}, 0, 0
-    for path in sorted(branch_sets, key=paths.natural_order):
-        branches = branch_sets[path]
-        repeats = branches.canonical[-2] * branches.groups == branches.out
-        repeats = repeats and (_with_identity(branches) or not some_have_it)
-        first = following if repeats and branches.out == width else 0
-        along = np.arange(int(np.prod(branches.stack))).reshape(branches.stack)
-        depths[path] = first + along if repeats else np.zeros(branches.stack, int)
-        width, following = branches.out, int(depths[path].max()) + 1
+
+    def repeats(branches: BranchSet) -> bool:
+        keeps_width = branches.canonical[-2] * branches.groups == branches.out
+        return keeps_width and (_with_identity(branches) or not some_have_it)
+
+    ordered = ((path, branch_sets[path]) for path in sorted(branch_sets, key=paths.natural_order))
+    return count_depths((path, bs.out, bs.stack, repeats(bs)) for path, bs in ordered)
+
+
+def count_depths(layers: Iterable[tuple[str, int, tuple[int, ...], bool]]) -> dict[str, np.ndarray]:
+    """Returns l of layers that follow each other, by path, of the stack's shape.
+
+    Args:
+      layers: (path, outputs, stack, whether the layer can continue a row of equal ones) of each, in order.
+        l counts from 0 through layers that continue a row of the same width, along their stacks too, and is 0
+        in all others.
+    """
+    depths: dict[str, np.ndarray] = {}
+    width, following = 0, 0  # of the layer before; l of the next layer of the same row
+    for path, outputs, stack, repeats in layers:
+        first = following if repeats and outputs == width else 0
+        along = np.arange(math.prod(stack)).reshape(stack)
+        depths[path] = first + along if repeats else np.zeros(stack, int)
+        width, following = outputs, int(depths[path].max()) + 1
     return depths
 
 

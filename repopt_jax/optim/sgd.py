@@ -192,8 +192,7 @@ def gradient_multipliers(params: Any, scales: Scales, power: int = 2, normalise:
         wide = jnp.promote_types(p.dtype, jnp.float32)
         m = branches.multiplier(vectors, power=power, dtype=wide)
         if normalise:
-            mean = branches.mean_multiplier(vectors, power=power, dtype=wide)
-            m = m / mean.reshape((*branches.stack, *(1,) * len(branches.canonical)))
+            m = m / branches.mean_multiplier(vectors, power=power, dtype=wide, keepdims=True)
         return m.astype(p.dtype)
 
     return paths.map_named(multiplier, params)

@@ -7,9 +7,9 @@
     OUT/.lock                          held by the processes that work here
 
 Each way is trained at every point of the grid with the first seeds. The point with the best mean on the
-held-out training images is the way's own, and the other seeds are trained there. At the end, and of these
-runs only, the test images are read. Everything finished stays: the same call, made again, goes on where it
-was.
+held-out training images is the way's own, and the other seeds are trained there. When all of that is done,
+and of these runs only, the test images are read. Everything finished stays: the same call, made again, goes
+on.
 """
 
 import contextlib
@@ -26,134 +26,30 @@ from typing import Any
 
 import jax
 
-from repopt_jax import userfile
+from repopt_jax.report.comparison import (
+    Comparison,
+    differing,
+    load_comparison,
+    point_name,
+    point_text,
+    search_of,
+    spec,
+)
 from repopt_jax.report.depth import gradient_by_layer
 from repopt_jax.report.statistics import Difference, difference
 from repopt_jax.train import processes, workers
 from repopt_jax.train.build import load_trained
-from repopt_jax.train.config import (
-    Config,
-    config_file,
-    differing_fields,
-    evaluated_on,
-    from_json,
-    load_config,
-    to_json,
-    validate,
-)
+from repopt_jax.train.config import SEARCH, Config, evaluated_on, validate
 from repopt_jax.train.deploy import evaluate
 from repopt_jax.train.loop import run
-from repopt_jax.train.rundir import PART, Summary, read_json, replace_file
+from repopt_jax.train.rundir import PART, Summary, read_json, refuse_strangers, replace_file
 from repopt_jax.train.tasks import METRICS, format_metrics
 
 Log = Callable[[str], None]
 
-SEARCH = "search:"  # before the name of one of the comparison's searches, in `Config.scales`
 SPEC = "comparison.json"
 LOCK = ".lock"
 DIVERGED = "diverged.json"  # in the folder of a run: why it ended
-OWN = ("seed", "name", "task", "scales", "data.validation")  # fields that a comparison sets, or must not vary
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-      title: heading of its page.
-      ways: name -> config of a run. Its `scales` may be "search:NAME", those that a search of the comparison
-        finds. Seed and name are set by the comparison.
-      searches: name -> config of mode "search".
-      labels: way -> what tables call it; by default its name.
-      differences: pairs (way, other way), whose difference is reported seed by seed.
-      seeds: number of runs of each way, with the seeds 0, 1, ... added to that of its config.
-      grid: field of a config -> the values that are tried, the same for every way:
-        {"optim.learning_rate": (0.03, 0.1, 0.3)}. Of several fields all combinations are tried. Empty for
-        the configs as they are.
-      tuning_seeds: how many of the seeds try the whole grid; None for all.
-      validation: training images that are held out and decide between the points of the grid; 0 without a
-        grid: then there is nothing to decide, and all images train.
-      about: paragraphs for the head of the page: what is compared, and what the table shows.
-
-    Raises:
-      ValueError: values that do not fit together; it lists all problems.
-    """
-
-    title: str
-    ways: Mapping[str, Config]
-    searches: Mapping[str, Config] = dataclasses.field(default_factory=dict)
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    differences: Sequence[tuple[str, str]] = ()
-    seeds: int = 3
-    grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
-    tuning_seeds: int | None = None
-    validation: int = 0
-    about: Sequence[str] = ()
-
-    def __post_init__(self):
-        problems = list(self._problems())
-        if problems:
-            raise ValueError("this comparison cannot run: " + "; ".join(problems))
-
-    def _problems(self) -> Iterator[str]:
-        if not self.ways:
-            yield "`ways` is empty"
-        if self.seeds < 1:
-            yield f"`seeds`={self.seeds} must be at least 1"
-        if self.tuning_seeds is not None and not self.tuning_seeds >= 1:
-            yield f"`tuning_seeds`={self.tuning_seeds} must be at least 1, or None"
-        if len(self.points) > 1 and self.validation < 1:
-            yield (
-                f"`grid` has {len(self.points)} points and `validation` is {self.validation}: hold out "
-                "training images to choose by; the test images must not decide"
-            )
-        if own := [field for field in self.grid if field in OWN]:
-            yield f"`grid` cannot be over {', '.join(own)}: make ways of them"
-        if empty := [field for field, values in self.grid.items() if len(values) == 0]:
-            yield f"`grid` has no values of {', '.join(empty)}"
-        if unknown := sorted(set(self.labels) - set(self.ways)):
-            yield f"`labels` of ways that are not compared: {', '.join(unknown)}"
-        named = set(itertools.chain(*self.differences))
-        if unknown := sorted(named - set(self.ways)):
-            yield f"`differences` of ways that are not compared: {', '.join(unknown)}"
-        for way, config in self.ways.items():
-            if config.scales.startswith(SEARCH) and search_of(config) not in self.searches:
-                yield f"way {way!r} takes `scales`={config.scales!r}, and there is no such search"
-        if len(seeds := {config.seed for config in self.ways.values()}) > 1:
-            yield f"`ways` have different seeds, {', '.join(map(str, sorted(seeds)))}: they cannot be paired"
-        labels = [self.label(way) for way in self.ways]
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            yield f"`labels` name several ways {', '.join(map(repr, twice))}"
-        if both := sorted(set(self.ways) & set(self.searches)):
-            yield f"`searches` have names of `ways`: {', '.join(both)}"
-        tasks = {config.task for config in (*self.ways.values(), *self.searches.values())}
-        if len(tasks) > 1:
-            yield f"`ways` are of different tasks, {' and '.join(sorted(tasks))}"
-        for name in (*self.ways, *self.searches):
-            if not name or "/" in name or name in (".", ".."):
-                yield f"name {name!r} cannot be that of a folder"
-
-    @property
-    def points(self) -> tuple[dict[str, Any], ...]:
-        """The points of the grid, each as field -> value; one without fields if there is no grid."""
-        return tuple(dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values()))
-
-    @property
-    def tuned_by(self) -> int:
-        """How many seeds try the whole grid."""
-        return self.seeds if self.tuning_seeds is None else min(self.tuning_seeds, self.seeds)
-
-    @property
-    def task(self) -> str:
-        return next(iter(self.ways.values())).task
-
-    @property
-    def metric(self) -> str:
-        """The name of the number that ways are compared by."""
-        return METRICS[self.task][0].name
-
-    def label(self, way: str) -> str:
-        return self.labels.get(way, way)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,7 +265,7 @@ class _Plan:
         tests = {way: result.test.get(self.comparison.metric, {}) for way, result in found.items()}
         differences = [
             difference(a, b, tests[a], tests[b])
-            for a, b in self.comparison.differences
+            for a, b in self.comparison.pairs
             if tests[a].keys() & tests[b].keys()
         ]
         searches = {name: self.search(name).folder for name in self.comparison.searches}
@@ -406,22 +302,6 @@ class _Plan:
             step_ms=statistics.median(times) if times else None,
             gradients=self.done.get(("gradients", self.run(way, point, 0).folder), {}),
         )
-
-
-def search_of(config: Config) -> str:
-    """The name of the search that a config takes its scales from."""
-    return config.scales.removeprefix(SEARCH)
-
-
-def point_name(point: Mapping[str, Any]) -> str:
-    """The name of the folder of a point: `learning_rate=0.1`."""
-    parts = (f"{field.rpartition('.')[2]}={value}" for field, value in point.items())
-    return ",".join(parts).replace("/", "_") or "default"
-
-
-def point_text(point: Mapping[str, Any]) -> str:
-    """A point in words: `learning rate 0.1`."""
-    return ", ".join(f"{f.rpartition('.')[2].replace('_', ' ')} {value}" for f, value in point.items())
 
 
 def diverged(summary: Any) -> bool:
@@ -502,15 +382,10 @@ def _refuse_others(comparison: Comparison, out_dir: Path) -> None:
     """Raises ValueError for a folder that is neither new, empty nor of this comparison."""
     stored = read_json(out_dir / SPEC)
     if stored is None:
-        ours = (SPEC + PART, LOCK)
-        if others := [p.name for p in sorted(out_dir.glob("*")) if p.name not in ours]:
-            raise ValueError(
-                f"`out_dir` {out_dir} is not empty and holds no comparison "
-                f"(it has {', '.join(others[:3])}); choose an empty or a new folder"
-            )
-    elif differing := list(_differing(stored, _spec(comparison))):
+        refuse_strangers(out_dir, "comparison", lambda name: name in (SPEC + PART, LOCK))
+    elif others := list(differing(stored, spec(comparison))):
         raise ValueError(
-            f"`out_dir` {out_dir} holds another comparison; it differs in {', '.join(differing)}. Choose "
+            f"`out_dir` {out_dir} holds another comparison; it differs in {', '.join(others)}. Choose "
             "another folder, or remove that one"
         )
 
@@ -519,30 +394,7 @@ def _claim(comparison: Comparison, out_dir: Path) -> None:
     """Writes what is compared to the folder, of which this process has the lock."""
     _refuse_others(comparison, out_dir)
     if not (out_dir / SPEC).exists():
-        replace_file(out_dir / SPEC, json.dumps(_spec(comparison), indent=1) + "\n")
-
-
-def _spec(comparison: Comparison) -> dict[str, Any]:
-    """What makes two comparisons the same, as JSON gives it back."""
-    configs = {
-        kind: {name: json.loads(to_json(config)) for name, config in given.items()}
-        for kind, given in (("ways", comparison.ways), ("searches", comparison.searches))
-    }
-    choice = {"grid": comparison.grid, "tuning_seeds": comparison.tuning_seeds}
-    return json.loads(json.dumps({**configs, **choice, "validation": comparison.validation}))
-
-
-def _differing(stored: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
-    for kind in ("ways", "searches"):
-        before, now = stored.get(kind, {}), spec[kind]
-        if before.keys() != now.keys():
-            yield f"`{kind}` ({', '.join(before)} there and {', '.join(now)} here)"
-        for name in before.keys() & now.keys():
-            pair = (from_json(json.dumps(config)) for config in (before[name], now[name]))
-            yield from (f"{name}: {field}" for field in differing_fields(*pair))
-    for field in ("grid", "tuning_seeds", "validation"):
-        if stored.get(field) != spec[field]:
-            yield f"`{field}` ({stored.get(field)} there and {spec[field]} here)"
+        replace_file(out_dir / SPEC, json.dumps(spec(comparison), indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -562,24 +414,3 @@ def _locked(out_dir: Path, log: Log) -> Iterator[tuple[int, ...]]:
             log(f"Waiting for another comparison in {out_dir} to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield (file.fileno(),)
-
-
-# -- files
-
-
-def load_comparison(file_and_arg: str) -> Comparison | Config:
-    """The comparison that `path/to/file.py:arg` defines, or where the file defines none, its config.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is no Python file with a `get_comparison` or a `get_config`.
-      TypeError: the file returns something else.
-    """
-    name, _, arg = file_and_arg.partition(":")
-    path = config_file(name)
-    if not userfile.defines(path, "get_comparison"):
-        return load_config(file_and_arg)
-    comparison = userfile.call(path, "get_comparison", arg, noun="comparison")
-    if not isinstance(comparison, Comparison):
-        raise TypeError(f"`get_comparison` of {path} returned {type(comparison).__name__}, not `Comparison`")
-    return comparison

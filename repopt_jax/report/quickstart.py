@@ -21,11 +21,12 @@ import optax
 from repopt_jax._version import __version__
 from repopt_jax.optim.sgd import repopt_mask
 from repopt_jax.report import monitor, records, report
-from repopt_jax.report.compare import SEARCH, Comparison, Results, compare, search_of
+from repopt_jax.report.compare import Results, compare
+from repopt_jax.report.comparison import Comparison, search_of
 from repopt_jax.report.gallery import answers, gallery
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.train.build import config_check
-from repopt_jax.train.config import Config, to_json, validate
+from repopt_jax.train.config import SEARCH, Config, to_json, validate
 from repopt_jax.train.deploy import Deployed, deploy, load_deployed
 from repopt_jax.train.rundir import read_json, replace_file
 from repopt_jax.train.tasks import METRICS
@@ -142,7 +143,6 @@ def comparison_of(base: Config, *, seeds: int | None = None) -> Comparison:
         ways={way: variant(base, *WAYS[way][:2]) for way in names},
         searches={"search": variant(base, "search", "")},
         labels={way: WAYS[way][2] for way in names},
-        differences=tuple((way, "plain") for way in names if way != "plain"),
         seeds=usual_seeds if seeds is None else seeds,
         validation=base.data.validation,
     )
@@ -244,7 +244,7 @@ def _verify(
 
 def _wrong_order(mask: optax.GradientTransformation) -> optax.GradientTransformation:
     """`verify.nesterov_with_decay` with the decay before the mask."""
-    return optax.chain(optax.add_decayed_weights(4e-5), mask, optax.sgd(0.05, 0.9, nesterov=True))
+    return optax.chain(verify.DECAY, mask, verify.NESTEROV)
 
 
 def summary_lines(results: Results) -> Iterator[str]:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from repopt_jax.report import figures, monitor, page
-from repopt_jax.report.compare import Results, point_text
+from repopt_jax.report.compare import Results
+from repopt_jax.report.comparison import point_text
 from repopt_jax.report.records import History, Run, history_of, read_run
 from repopt_jax.report.statistics import Difference, standard_error
 from repopt_jax.surgery.prepare import Mode

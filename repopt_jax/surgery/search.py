@@ -3,7 +3,6 @@
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.1.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from flax import nnx
 
 from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit
 from repopt_jax.core.structure import of_branches
-from repopt_jax.core.transfer import Depths
+from repopt_jax.core.transfer import Depths, count_depths
 from repopt_jax.models.network import Network
 from repopt_jax.nn.merged import Merged
 from repopt_jax.surgery.layers import (
@@ -220,15 +219,10 @@ def _architecture(model: nnx.Module) -> str:
 
 def _depths(model: nnx.Module, select: Select) -> dict[str, np.ndarray]:
     """Returns l of every selected layer, as `depth_scales` says."""
-    depths: dict[str, np.ndarray] = {}
+    layers = {path: (layer.geometry, layer.stack) for path, layer in find_layers(model, select).items()}
+    counted = count_depths(
+        (path, g.outputs, stack, g.inputs == g.outputs and set(g.strides) <= {1})
+        for path, (g, stack) in layers.items()
+    )
     published = model.depths() if isinstance(model, Network) else {}
-    width, following = 0, 0  # of the layer before; l of the next layer of the same row
-    for path, layer in find_layers(model, select).items():
-        g = layer.geometry
-        repeats = g.inputs == g.outputs and set(g.strides) <= {1}
-        first = following if repeats and g.outputs == width else 0
-        along = np.arange(math.prod(layer.stack)).reshape(layer.stack)
-        counted = first + along if repeats else np.zeros(layer.stack, int)
-        depths[path] = np.asarray(published[path]) if path in published else counted
-        width, following = g.outputs, int(counted.max()) + 1
-    return depths
+    return {path: np.asarray(published.get(path, depth)) for path, depth in counted.items()}

@@ -36,6 +36,7 @@ SOURCES_OF = {
 }
 NAMED_SCALES = ("ones", "depth")
 LAW, TRANSFER = "law:", "transfer:"  # before a number, and before a folder
+SEARCH = "search:"  # before the name of a search of the comparison that a run belongs to
 MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
 
 CLASSIFY = {"task": ("classify",)}
@@ -608,6 +609,8 @@ def _scales_problems(config: Config) -> Iterator[str]:
         what = f"is neither {' nor '.join(NAMED_SCALES)} nor {LAW}NUMBER nor a directory"
         if scales.startswith(TRANSFER):
             what = f"names no directory after {TRANSFER!r}"
+        if scales.startswith(SEARCH):
+            what = "is for the ways of a comparison (`repopt compare`), not for a run by itself"
         yield (
             f"`scales`={scales!r} {what}: run the search first, or give the directory that it wrote (that of "
             f"another network as '{TRANSFER}DIRECTORY')"
@@ -768,7 +771,8 @@ def smoke(config: Config) -> Config:
     take them from; lengths in pixels and epochs shrink with the image and the run. The given config is left
     as it is.
     """
-    model, data = config.model, config.data
+    model, data, scales = config.model, config.data, config.scales
+    of_search = scales.startswith(SEARCH)  # of its own comparison, which is a smoke too
     if config.task == "detect":
         batch_size, eval_batch_size = 8, 8
         data = dataclasses.replace(data, source="scenes", data_dir="", scenes=(16, 8))
@@ -801,8 +805,8 @@ def smoke(config: Config) -> Config:
         log_every=1,
         checkpoint_every=0,
         published=None,
-        scales=config.scales if not config.scales or needs_no_folder(config.scales) else "depth",
-        scales_mean=False,
+        scales=scales if not scales or needs_no_folder(scales) or of_search else "depth",
+        scales_mean=config.scales_mean and of_search,
         model=model,
         data=data,
         optim=dataclasses.replace(config.optim, warmup_epochs=min(config.optim.warmup_epochs, 1.0)),

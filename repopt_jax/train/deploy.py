@@ -40,6 +40,7 @@ from repopt_jax.train.rundir import (
     from_record,
     info_from_json,
     read_json,
+    refuse_strangers,
     replace_file,
 )
 from repopt_jax.train.state import Network, abstract, first_device, make_mesh, merge_model, split_model
@@ -254,12 +255,7 @@ def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
         )
     # Beside an unfinished record, weights are the remains of a deployment that was interrupted.
     known = ("weights", RECORD + PART) if (out_dir / (RECORD + PART)).exists() else ()
-    strangers = [p.name for p in sorted(out_dir.glob("*")) if not p.name.startswith(known)]
-    if strangers:
-        raise ValueError(
-            f"`out_dir` {out_dir} is not empty and holds no deployment (it has {', '.join(strangers[:3])}); "
-            "choose an empty or a new folder"
-        )
+    refuse_strangers(out_dir, "deployment", lambda name: name.startswith(known))
     return None
 
 

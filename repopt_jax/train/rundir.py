@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,11 +230,7 @@ class RunFolder:
                     f"`out_dir` {self.path} has a config.json that this version did not write ({error}); "
                     "choose another folder"
                 ) from error
-        if self.path.exists() and (strangers := [p.name for p in self.path.iterdir() if p.suffix != PART]):
-            raise ValueError(
-                f"`out_dir` {self.path} is not empty and holds no run "
-                f"(it has {', '.join(sorted(strangers)[:3])}); choose an empty or a new folder"
-            )
+        refuse_strangers(self.path, "run", lambda name: name.endswith(PART))
         return None
 
 
@@ -259,6 +255,17 @@ def replace_file(path: Path, text: str) -> None:
         file.flush()
         _sync(file.fileno())
     part.replace(path)
+
+
+def refuse_strangers(out_dir: Path, noun: str, known: Callable[[str], bool]) -> None:
+    """Raises ValueError if a folder that holds no `noun` holds something else; `known` says of a name that
+    it is what an interrupted call has left."""
+    names = sorted(path.name for path in out_dir.iterdir()) if out_dir.exists() else []
+    if strangers := [name for name in names if not known(name)]:
+        raise ValueError(
+            f"`out_dir` {out_dir} is not empty and holds no {noun} (it has {', '.join(strangers[:3])}); "
+            "choose an empty or a new folder"
+        )
 
 
 def read_json(path: Path, *, default: Any = None) -> Any:

@@ -85,9 +85,13 @@ class Equivalence:
         return ordered[:count]
 
 
+DECAY = optax.add_decayed_weights(4e-5)
+NESTEROV = optax.sgd(0.05, 0.9, nesterov=True)
+
+
 def nesterov_with_decay(mask: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns the published recipe: `mask`, decay 4e-5, SGD with Nesterov momentum 0.9 at rate 0.05."""
-    return optax.chain(mask, optax.add_decayed_weights(4e-5), optax.sgd(0.05, 0.9, nesterov=True))
+    return optax.chain(mask, DECAY, NESTEROV)
 
 
 def scale_by_layer_means(scales: Scales) -> optax.GradientTransformation:

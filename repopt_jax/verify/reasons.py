@@ -308,8 +308,7 @@ def _merged(scales: Scales, moves: Mapping[str, Any]) -> Named:
 
 def _means(entry: LayerScales) -> np.ndarray:
     """Returns the mean of a layer's multiplier, for each layer of a stack, with the axes of its kernel."""
-    mean = np.asarray(entry.branches.mean_multiplier(entry.vectors, dtype=jnp.float64))
-    return mean.reshape(mean.shape + (1,) * len(entry.branches.canonical))
+    return np.asarray(entry.branches.mean_multiplier(entry.vectors, dtype=jnp.float64, keepdims=True))
 
 
 def path_in_twin(kernel: str, branch: str) -> str:
