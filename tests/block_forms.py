@@ -12,7 +12,7 @@ from flax import nnx
 from networks import abstract
 
 from repopt_jax import interop, to_structure
-from repopt_jax.core.structure import DILATED_KERNELS
+from repopt_jax.core.published import DILATED_KERNELS
 from repopt_jax.interop.names import BIASED, NORM
 
 CLASSES = 3

@@ -13,8 +13,8 @@ import optax
 import pytest
 from twins import LAYERS, MIXING, assert_close, problem, relative
 
+from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.core.structure import default_branches
 from repopt_jax.optim import adaptive
 from repopt_jax.optim import sgd as optim
 

@@ -16,8 +16,8 @@ from networks import abstract, randomised, relative, values
 from repopt_jax import Geometry, fuse
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel
+from repopt_jax.core.published import STRUCTURES
 from repopt_jax.core.scales import Scales, load_scales, save_scales
-from repopt_jax.core.structure import STRUCTURES
 from repopt_jax.models import VGGVariant, vgg
 from repopt_jax.nn import Branched, Merged
 from repopt_jax.optim.sgd import repopt_mask

@@ -21,7 +21,7 @@ from repopt_jax.bench.results import Section
 from repopt_jax.bench.step import confirmed, largest_batch, stepping
 from repopt_jax.bench.timing import DOES_NOT_FIT, Candidate, measure, spread
 from repopt_jax.bench.update import UPDATES, add_bandwidth, kernels, random_like, stored_multiplier, updating
-from repopt_jax.core.structure import default_branches
+from repopt_jax.core.published import default_branches
 from repopt_jax.train.config import OptimConfig
 from repopt_jax.train.optimizer import make_optimizer
 

@@ -25,7 +25,7 @@ from repopt_jax.core.branches import (
     Local,
     Pool,
 )
-from repopt_jax.core.structure import default_branches
+from repopt_jax.core.published import default_branches
 
 EXACT = 1e-12  # relative, float64; measured: 5e-15 at most over 500 draws
 

@@ -14,8 +14,8 @@ from optax import contrib
 import repopt_jax
 from repopt_jax.core import paths
 from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, Local
+from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.core.structure import default_branches
 from repopt_jax.optim import check
 from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion, repopt_sign_mask, scale_by_repopt_adam
 from repopt_jax.optim.check import Reason

@@ -14,9 +14,9 @@ from flax import nnx
 from networks import abstract, count, parameter_shapes, relative, settled_statistics
 
 from repopt_jax import Geometry, fuse, models, prepare, to_structure
-from repopt_jax.core import structure as structures
+from repopt_jax.core import published
 from repopt_jax.core.branches import Kernel
-from repopt_jax.core.structure import STRUCTURES, acnet, dbb, repghost
+from repopt_jax.core.published import STRUCTURES, acnet, dbb, repghost
 from repopt_jax.nn import Branched, Merged
 from repopt_jax.surgery.choose import find_classifier, find_structure, find_structures, parse_options
 from repopt_jax.surgery.fuse import FoldedNorm
@@ -288,7 +288,7 @@ def test_options_by_name_and_by_description():
         (lambda: dbb(PLAIN, middle=0), "`middle` is 0: a chain of two stages needs"),
         (lambda: dbb(Geometry((3, 3), 4, 4, 2), middle=3), "`groups` is 2: it must divide"),
         (
-            lambda: structures.replknet(Geometry((9, 9), 4, 4), small=4),
+            lambda: published.replknet(Geometry((9, 9), 4, 4), small=4),
             "a kernel of 4 taps .* cannot be centred",
         ),
         (
@@ -323,13 +323,13 @@ def test_options_as_text():
     assert parse_options("small = 7,gamma=0.5") == {"small": 7, "gamma": 0.5}
 
 
-@pytest.mark.parametrize("size", structures.DILATED_KERNELS)
+@pytest.mark.parametrize("size", published.DILATED_KERNELS)
 def test_unireplknet_has_a_set_for_every_published_size(size):
-    structure = structures.unireplknet(Geometry((size, size), 2, 2, 2))
+    structure = published.unireplknet(Geometry((size, size), 2, 2, 2))
     own, *small = [chain[0].map for _, chain in structure.chains]
     assert own == Kernel((size, size))
-    assert [(m.size[0], m.dilation[0]) for m in small] == list(structures.DILATED_KERNELS[size])
-    assert max((k - 1) * d + 1 for k, d in structures.DILATED_KERNELS[size]) <= size
+    assert [(m.size[0], m.dilation[0]) for m in small] == list(published.DILATED_KERNELS[size])
+    assert max((k - 1) * d + 1 for k, d in published.DILATED_KERNELS[size]) <= size
 
 
 def test_the_documentation_has_every_structure_with_its_options():

@@ -12,7 +12,7 @@ from networks import abstract, conv_by_hand, norm_by_hand, random_input, randomi
 
 from repopt_jax import Geometry, fuse, prepare, to_structure
 from repopt_jax.core import paths
-from repopt_jax.core.structure import dbb, repopt, repvgg
+from repopt_jax.core.published import dbb, repopt, repvgg
 from repopt_jax.models import VGGVariant, vgg
 from repopt_jax.nn import Block, Branched, ChannelAffine, Merged, PreNorm
 from repopt_jax.nn.block import batch_norm, block, conv

@@ -27,7 +27,7 @@ from repopt_jax import (
     gradient_multipliers,
     reinitialize,
 )
-from repopt_jax.core.structure import repopt
+from repopt_jax.core.published import repopt
 from repopt_jax.interop import load_torch_scales, write_torch
 from repopt_jax.models import GHOST_VARIANTS, VGG_VARIANTS, VGGVariant, ghostnet, vgg
 

@@ -21,7 +21,7 @@ from repopt_jax import (
     default_branches,
 )
 from repopt_jax.core import algebra
-from repopt_jax.core.structure import of_branches, repopt
+from repopt_jax.core.published import of_branches, repopt
 from repopt_jax.nn import Branched, FrozenScale, Merged
 from repopt_jax.nn.branched import run_map
 from repopt_jax.nn.geometry import convolve

@@ -24,7 +24,7 @@ from networks import (
 )
 
 from repopt_jax import Geometry, fuse, to_structure
-from repopt_jax.core import structure
+from repopt_jax.core import published
 from repopt_jax.models import MOBILEONE_VARIANTS, MobileOneVariant, mobileone
 from repopt_jax.models.mobileone import mobileone_specs
 from repopt_jax.nn import Block, Branched, SqueezeExcite
@@ -164,7 +164,7 @@ BLOCKS = [
 
 
 def random_block(inputs, outputs, size, stride, groups, copies, se):
-    description = functools.partial(structure.mobileone, copies=copies)
+    description = functools.partial(published.mobileone, copies=copies)
 
     def build(rngs):
         gate = SqueezeExcite(outputs, 2, rngs=rngs) if se else None
@@ -229,4 +229,4 @@ def test_bfloat16_networks_give_float32_logits():
 
 def test_a_block_without_a_convolution_is_refused():
     with pytest.raises(ValueError, match="`copies` is 0: a block has at least one convolution"):
-        structure.mobileone(Geometry((1, 1), 2, 2), copies=0)
+        published.mobileone(Geometry((1, 1), 2, 2), copies=0)

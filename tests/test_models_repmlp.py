@@ -25,7 +25,8 @@ from networks import (
 
 from repopt_jax import extract_scales, fuse, prepare, to_structure, verify_equivalence
 from repopt_jax.core.branches import Kernel, Local
-from repopt_jax.core.structure import Structure, repmlp, repopt_mlp, scaled
+from repopt_jax.core.published import repmlp, repopt_mlp, scaled
+from repopt_jax.core.structure import Structure
 from repopt_jax.models import REPMLP_VARIANTS, RepMLPNet, RepMLPVariant
 from repopt_jax.models.repmlp import Mixer, mixer_geometry
 from repopt_jax.nn import Branched, Merged

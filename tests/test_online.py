@@ -44,7 +44,7 @@ from repopt_jax import (
     verify_equivalence,
     weight_decay_mask,
 )
-from repopt_jax.core.structure import STRUCTURES, dbb, orepa, repopt
+from repopt_jax.core.published import STRUCTURES, dbb, orepa, repopt
 from repopt_jax.optim import OptimizerError, Reason, check_optimizer
 from repopt_jax.surgery.modules import named_modules
 

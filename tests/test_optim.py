@@ -13,8 +13,8 @@ from twins import LAYERS, MIXING, assert_close, jacobian, problem, relative
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet, Identity, Kernel
+from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.core.structure import default_branches
 from repopt_jax.optim import sgd as optim
 
 EXACT = 1e-12  # relative, after 50 steps; measured: 3e-15 to 9e-15

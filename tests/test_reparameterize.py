@@ -18,8 +18,8 @@ from test_branches import branch_sets, draw_scales
 from twins import assert_close, jacobian, problem, relative, slow_merge
 
 from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel
+from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.core.structure import default_branches
 from repopt_jax.optim import sgd as optim
 from repopt_jax.optim.reparameterize import reparameterize
 from repopt_jax.surgery import reinitialize

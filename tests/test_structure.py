@@ -18,7 +18,7 @@ from slow_structures import arrays_of, image
 
 from repopt_jax import Geometry, Identity, Kernel, Pool, Stage, Structure, nn
 from repopt_jax.core.branches import Average, Frequency, Local
-from repopt_jax.core.structure import (
+from repopt_jax.core.published import (
     STRUCTURES,
     acnet,
     dbb,

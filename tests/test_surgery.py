@@ -25,7 +25,7 @@ from repopt_jax import (
     to_search,
     to_structure,
 )
-from repopt_jax.core import structure
+from repopt_jax.core import published
 from repopt_jax.core.scales import LayerScales, ScalesMetadata
 from repopt_jax.models import MOBILEONE_VARIANTS, VGGVariant, mobileone, vgg
 from repopt_jax.models.vgg import block_specs
@@ -317,7 +317,7 @@ class TestStructures:
         assert np.isfinite(new.unit(jnp.ones((1, 5, 5, 4)))).all()
         outer = to_structure(units, "qarepvgg", r"again/conv", rngs=nnx.Rngs(0))
         assert (type(outer.unit.conv), type(outer.unit.bn)) == (Branched, nnx.BatchNorm)
-        without = to_structure(units, structure.repopt, r"again/conv", rngs=nnx.Rngs(0))
+        without = to_structure(units, published.repopt, r"again/conv", rngs=nnx.Rngs(0))
         assert (type(without.unit.conv), type(without.unit.bn)) == (Merged, nnx.BatchNorm)
 
     def test_draws_go_by_path_and_select_leaves_the_others(self, units):
@@ -331,7 +331,7 @@ class TestStructures:
         assert type(some.half.conv) is nnx.Conv
 
     def test_a_structure_by_rules(self, units):
-        wide = functools.partial(structure.dbb, middle=8)
+        wide = functools.partial(published.dbb, middle=8)
         new = to_structure(units, {r"bare": "acnet", r".*": wide}, rngs=nnx.Rngs(0))
         assert set(new.half.conv.norms) == {"3x3", "3x1", "1x3"}
         assert new.unit.conv.weights["1x1_3x3_0"].shape == (1, 1, 4, 8)
@@ -339,7 +339,7 @@ class TestStructures:
     def test_a_network_s_own_description_of_a_name_counts(self):
         """`models.Network.descriptions`: MobileOne's copies; not where a description itself is given."""
         model = abstract(mobileone, MOBILEONE_VARIANTS["digits"], num_classes=2)
-        for described, copies in (("mobileone", {"3x3_0", "3x3_1"}), (structure.mobileone, {"3x3_0"})):
+        for described, copies in (("mobileone", {"3x3_0", "3x3_1"}), (published.mobileone, {"3x3_0"})):
             new = nnx.eval_shape(lambda m, d=described: to_structure(m, d, rngs=nnx.Rngs(0)), model)
             assert {name for name in new.stages[1][0].conv.norms if name.startswith("3x3")} == copies
 

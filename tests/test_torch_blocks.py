@@ -12,7 +12,7 @@ from flax import nnx
 
 from repopt_jax import Structure, fuse, interop, to_structure, weight_decay_mask
 from repopt_jax.core.paths import map_named
-from repopt_jax.core.structure import dbb
+from repopt_jax.core.published import dbb
 from repopt_jax.interop import Layout, Scheme, block_scheme
 from repopt_jax.interop.names import BIASED, block_rows, torch_names
 from repopt_jax.nn.branched import Branched

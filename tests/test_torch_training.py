@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tolerances
 
+from repopt_jax.core.published import repopt
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.core.structure import repopt
 from repopt_jax.interop.names import torch_names
 from repopt_jax.interop.weights import from_torch, to_torch
 from repopt_jax.models import VGGVariant

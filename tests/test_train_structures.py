@@ -10,7 +10,7 @@ from training import tiny_config
 
 from repopt_jax import data, fuse, train
 from repopt_jax.core import paths
-from repopt_jax.core.structure import STRUCTURES
+from repopt_jax.core.published import STRUCTURES
 from repopt_jax.nn.branched import StructuredLayer
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.train import build

@@ -19,8 +19,8 @@ from repopt_jax import (
     transfer_scales,
 )
 from repopt_jax.core.branches import BranchSet, Identity, Kernel
+from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, ScalesMetadata
-from repopt_jax.core.structure import default_branches
 from repopt_jax.core.transfer import counted_depths, places
 from repopt_jax.models import VGG_VARIANTS, VGGVariant
 from repopt_jax.train.build import make_task

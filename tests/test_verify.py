@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from repopt_jax import depth_scales
+from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.core.structure import default_branches
 from repopt_jax.models import VGGVariant, vgg
 from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion
 from repopt_jax.optim.reparameterize import reparameterize

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, Local, Pool
+from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.core.structure import Geometry, default_branches
+from repopt_jax.core.structure import Geometry
 from repopt_jax.nn.geometry import convolve
 
 STEPS = 50

@@ -11,11 +11,11 @@ from repopt_jax.core.branches import Pool as Pool
 from repopt_jax.core.law import compare_with_law as compare_with_law
 from repopt_jax.core.law import search_lambda as search_lambda
 from repopt_jax.core.parametrization import Parametrization as Parametrization
+from repopt_jax.core.published import STRUCTURES as STRUCTURES
+from repopt_jax.core.published import default_branches as default_branches
 from repopt_jax.core.scales import Scales as Scales
 from repopt_jax.core.scales import load_scales as load_scales
 from repopt_jax.core.scales import save_scales as save_scales
-from repopt_jax.core.structure import STRUCTURES as STRUCTURES
 from repopt_jax.core.structure import Geometry as Geometry
 from repopt_jax.core.structure import Stage as Stage
 from repopt_jax.core.structure import Structure as Structure
-from repopt_jax.core.structure import default_branches as default_branches

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from repopt_jax.core import algebra, paths
 from repopt_jax.core.branches import BranchSet, Kernel, Shape
+from repopt_jax.core.published import of_branches
 from repopt_jax.core.scales import Scales
-from repopt_jax.core.structure import Affine, Geometry, Part, Structure, of_branches
+from repopt_jax.core.structure import Affine, Geometry, Part, Structure
 
 # {"weights": key of a stage -> its tensor, "scales": key -> the trainable factor after the stage}
 Theta = dict[str, dict[str, jax.Array]]

@@ -25,6 +25,7 @@ import numpy as np
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Branch, BranchSet, Identity, Kernel, Shape
+from repopt_jax.core.published import repopt
 from repopt_jax.core.scales import (
     DeclaresBranches,
     LayerScales,
@@ -33,7 +34,7 @@ from repopt_jax.core.scales import (
     check_finite,
     check_fit,
 )
-from repopt_jax.core.structure import Geometry, repopt
+from repopt_jax.core.structure import Geometry
 from repopt_jax.interop.files import read_tensors
 from repopt_jax.models import GHOST_VARIANTS, VGG_VARIANTS
 

@@ -27,7 +27,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from repopt_jax.core.structure import Geometry, repopt_ghost
+from repopt_jax.core.published import repopt_ghost
+from repopt_jax.core.structure import Geometry
 from repopt_jax.models.network import Classifier, LayerSpec
 from repopt_jax.nn.block import Block, SqueezeExcite, block, conv
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from flax import nnx
 
+from repopt_jax.core.published import mobileone as copied
 from repopt_jax.core.structure import Geometry
-from repopt_jax.core.structure import mobileone as copied
 from repopt_jax.models.network import Classifier, LayerSpec
 from repopt_jax.nn.block import SqueezeExcite, block
 

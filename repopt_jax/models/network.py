@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.published import STRUCTURES, repopt
 from repopt_jax.core.scales import Scales
-from repopt_jax.core.structure import STRUCTURES, Description, Geometry, repopt
+from repopt_jax.core.structure import Description, Geometry
 from repopt_jax.nn.block import classifier
 
 

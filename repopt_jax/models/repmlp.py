@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.core.structure import Geometry, repopt_mlp
+from repopt_jax.core.published import repopt_mlp
+from repopt_jax.core.structure import Geometry
 from repopt_jax.models.network import LayerSpec, OfVariant, run_stages
 from repopt_jax.nn.block import (
     Block,

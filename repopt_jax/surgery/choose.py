@@ -20,8 +20,9 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Kernel
+from repopt_jax.core.published import PUBLISHED_FOR, STRUCTURES
 from repopt_jax.core.scales import DeclaresBranches
-from repopt_jax.core.structure import PUBLISHED_FOR, STRUCTURES, Description, Structure
+from repopt_jax.core.structure import Description, Structure
 from repopt_jax.hints import did_you_mean
 from repopt_jax.models.network import Network
 from repopt_jax.surgery.layers import Layer, Select, survey_layers
@@ -60,7 +61,7 @@ def find_structures(
     Without `select` some layers are left as they are: those for which the structure is not defined; the dense
     layer that makes the logits (`find_classifier`); and those where it has nothing to add, because its only
     chain would be the layer's own kernel, as a 1x1 layer's in ACNet, or because the authors of the structure
-    keep such layers plain (`core.structure.PUBLISHED_FOR`). A model that declares its `branch_sets()` decides
+    keep such layers plain (`core.published.PUBLISHED_FOR`). A model that declares its `branch_sets()` decides
     by itself: the layers that it declares become the structure if it is defined for them, no others.
 
     With `select` every layer that it chooses becomes the structure.

@@ -9,7 +9,7 @@ from jax import lax
 
 from repopt_jax.core.algebra import scale_output
 from repopt_jax.core.branches import Kernel
-from repopt_jax.core.structure import repvgg
+from repopt_jax.core.published import repvgg
 from repopt_jax.nn.branched import Branched, affine_of
 from repopt_jax.surgery.modules import named_modules
 
@@ -47,7 +47,7 @@ def custom_l2(model: nnx.Module) -> jax.Array:
 
 
 def repvgg_layers(model: nnx.Module) -> dict[str, Branched]:
-    """Returns the layers that have the branches of `core.structure.repvgg`, by path."""
+    """Returns the layers that have the branches of `core.published.repvgg`, by path."""
     return {
         path: module
         for path, module in named_modules(model)

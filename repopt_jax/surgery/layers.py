@@ -13,8 +13,9 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Branch, BranchSet, Shape
+from repopt_jax.core.published import repopt
 from repopt_jax.core.scales import DeclaresBranches
-from repopt_jax.core.structure import Geometry, repopt
+from repopt_jax.core.structure import Geometry
 from repopt_jax.nn.geometry import geometry_of
 from repopt_jax.surgery.modules import aliases, join, named_modules
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
+from repopt_jax.core.published import STRUCTURES
 from repopt_jax.core.scales import Scales
-from repopt_jax.core.structure import STRUCTURES
 from repopt_jax.hints import did_you_mean
 from repopt_jax.surgery.choose import Options
 from repopt_jax.surgery.layers import Branches, Select, find_branches

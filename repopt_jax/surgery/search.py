@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from repopt_jax.core.published import of_branches
 from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit
-from repopt_jax.core.structure import of_branches
 from repopt_jax.core.transfer import Depths, count_depths
 from repopt_jax.models.network import Network
 from repopt_jax.nn.merged import Merged

@@ -13,8 +13,9 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.parametrization import Parametrization
+from repopt_jax.core.published import of_branches, repopt
 from repopt_jax.core.scales import DeclaresBranches
-from repopt_jax.core.structure import Structure, of_branches, repopt
+from repopt_jax.core.structure import Structure
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged

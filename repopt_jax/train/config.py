@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from repopt_jax import models, userfile
-from repopt_jax.core.structure import STRUCTURES
+from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
 from repopt_jax.data.transforms import MAX_MAGNITUDE
@@ -80,7 +80,7 @@ class ModelConfig:
         the optimizer), "online" (scales are trained, on the target itself), or as a structure: "repvgg",
         "acnet" and so on.
       structure_options: arguments of the structure, such as "gamma=1/3" in mode "acnet" or "copies=4" in mode
-        "mobileone"; `core.structure` has those of each.
+        "mobileone"; `core.published` has those of each.
       post_se: adds squeeze-and-excitation after every block (VGG-style networks).
       dtype: of the computation, "float32" or "bfloat16"; parameters and statistics stay float32. Detectors
         compute in float32.
