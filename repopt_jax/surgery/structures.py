@@ -153,7 +153,9 @@ def _taken(
     taken = [(c.layer, c.structure) for c in choices.values() if c.layer and c.structure is not None]
     if not taken:
         raise ValueError(f"no layer of `model` becomes `structure`: {'; '.join(undefined) or reasons}")
-    _log.info("%d layers become a structure; left as they are: %s", len(taken), reasons or "none")
+    # Of a network that declares its layers this is no news, and it is built again for every deployment.
+    level = logging.DEBUG if isinstance(model, DeclaresBranches) else logging.INFO
+    _log.log(level, "%d layers become a structure; left as they are: %s", len(taken), reasons or "none")
     unreadable = [f"{name}: {c.reason}" for name, c in left.items() if c.undefined and not c.layer]
     if unreadable:  # often a mistake, such as the padding 'SAME' of strided layers
         _log.warning("layers that no branches can replace are left as they are: %s", "; ".join(unreadable))
