@@ -397,9 +397,7 @@ def bench(args: argparse.Namespace) -> int:
         if "tf32" in given:
             given["tf32"] = given["tf32"] == "yes"
         out = _absolute(args.out) if args.out else None
-        done = bench.bench(
-            args.parts, bench.Settings(**given), out=out, command=args.named or args.command_line
-        )
+        done = bench.bench(args.parts, bench.Settings(**given), out=out, command=args.command_line)
     _print(results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
     return 0
 
