@@ -28,6 +28,8 @@ LEVELS = {
     "surgery": 4,
     "verify": 5,
     "interop": 5,
+    "quantize": 5,
+    "export": 5,
     "train": 6,
     "report": 7,
     "bench": 8,
@@ -46,7 +48,17 @@ TRAINER = (
 )
 
 # Extras, which nothing imports before it is used.
-HEAVY = ("torch", "sklearn", "matplotlib", "tensorflow", "tensorboardX", "equinox")
+HEAVY = (
+    "torch",
+    "sklearn",
+    "matplotlib",
+    "tensorflow",
+    "tensorboardX",
+    "equinox",
+    "onnx",
+    "onnxruntime",
+    "qwix",
+)
 
 PUBLIC = (
     "Scales",
