@@ -59,25 +59,30 @@ def get_config(arg: str = "") -> Config:
 
 
 def get_comparison(arg: str = "") -> Comparison:
-    """The comparison called "three" or "structures".
+    """The comparison called "three", "structures" or "a0".
 
     three: plain SGD, RepOpt with searched scales and RepVGG, three seeds each, all by the same recipe.
     structures: these, the depth rule, structures trained online and DBB; five seeds, and for each way the
     best of three learning rates on 2,560 held-out images, chosen with the first seed.
+    a0: the same, of a network with the stages of RepVGG-A0 (2, 4, 14, 1 blocks) at a third of its width.
     """
-    choice, small = parse_argument(arg, ("three", "structures"))
+    choice, small = parse_argument(arg, ("three", "structures", "a0"))
     names = ["plain", "repopt", "repvgg"]
     settings: dict[str, Any] = {}
-    if choice == "structures":
+    if choice != "three":
         names += ["depth", "online", "orepa", "dbb"]
         grid = {"optim.learning_rate": (0.05, 0.1, 0.2)}
         settings = {"seeds": 5, "tuning_seeds": 1, "grid": grid, "validation": 2560}
     ways = {name: get_config(name) for name in names}
+    searches = {"search": get_config("search")}
     ways["repopt"].scales = "search:search"
+    if choice == "a0":
+        for config in (*ways.values(), *searches.values()):
+            config.model.name = "vgg-cifar-A0-narrow"
     comparison = Comparison(
-        title="CIFAR-10 at a small size",
+        title="CIFAR-10 at a small size" + (", stages of A0" if choice == "a0" else ""),
         ways=ways,
-        searches={"search": get_config("search")},
+        searches=searches,
         labels={name: RUNS[name][2] for name in names},
         **settings,
     )

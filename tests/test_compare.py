@@ -513,6 +513,7 @@ def test_files_without_a_comparison_are_configs(tmp_path):
     for arg in (
         "cifar10_small:three",
         "cifar10_small:structures,smoke",
+        "cifar10_small:a0,smoke",
         "cifar10_deep",
         "cifar10_deep:,smoke",
     ):

@@ -89,7 +89,7 @@ def find(name: str) -> Entry:
 
 
 # Unpublished small networks for images of at most 32 pixels; the other rows are RepVGG's.
-_SMALL = ("cifar-small", "cifar-A0", "digits", "digits-deep", "cifar-deep")
+_SMALL = ("cifar-small", "cifar-A0", "cifar-A0-narrow", "digits", "digits-deep", "cifar-deep")
 # Rows that RepOptimizer publishes as well.
 _REPOPT = ("B1", "B2", "L1", "L2")
 

@@ -85,6 +85,7 @@ VGG_VARIANTS: dict[str, VGGVariant] = {
         # every tap but the centre samples only padding and a search learns nothing.
         VGGVariant("cifar-small", (4, 4, 4, 1), (16, 16, 32, 64, 128), (1, 1, 2, 2, 1)),
         VGGVariant("cifar-A0", _A, (48, 48, 96, 192, 512), (1, 1, 2, 2, 2)),
+        VGGVariant("cifar-A0-narrow", _A, (16, 16, 32, 64, 128), (1, 1, 2, 2, 2)),
         VGGVariant("digits", (2, 2, 2, 1), (16, 16, 32, 64, 64), (1, 1, 2, 2, 1)),
         # 32 narrow layers in a row, which plain SGD trains badly: what branches are good for, in half a
         # minute.
