@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.core.structure import Geometry
-from repopt_jax.detection.outputs import Locations, Outputs, grid_locations
+from repopt_jax.detection.outputs import Locations, Outputs, locations_of
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
 from repopt_jax.models.mosaic import Mosaic
 from repopt_jax.models.network import LayerSpec, Network
@@ -130,10 +130,7 @@ class FCOS(Network):
 
     def locations(self, image_size: int | tuple[int, int]) -> Locations:
         """Returns the locations of the outputs for images of this size (height, width), as NumPy arrays."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        strides = self.variant.strides
-        sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in strides]
-        return grid_locations(sizes, strides)
+        return locations_of(image_size, self.variant.strides)
 
     @property
     def architecture(self) -> str:
