@@ -35,7 +35,7 @@ def network_input(images: jax.Array, metadata: Metadata) -> jax.Array:
         images = jnp.moveaxis(images, 1, -1)
     if metadata.input == "normalised":
         return images
-    scale, shift = scale_and_shift(metadata.mean, metadata.std)
+    scale, shift = (v[None, None, None] for v in scale_and_shift(metadata.mean, metadata.std))
     return images.astype(jnp.float32) * scale - shift
 
 

@@ -6,8 +6,10 @@ points of accuracy, and nothing fails. So the file holds them.
 
 import dataclasses
 import json
+import math
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from repopt_jax._version import __version__
 from repopt_jax.data.detection import DetectionTransform
@@ -45,6 +47,10 @@ class Metadata:
     Raises:
       ValueError: values that do not fit together; it lists all.
     """
+
+    REQUIRED: ClassVar[frozenset[str]] = frozenset(
+        ("task", "image_size", "channels", "mean", "std", "input", "layout")
+    )
 
     task: str = ""
     name: str = ""
@@ -128,20 +134,35 @@ class Metadata:
         """
         if not given.get("library", "").startswith(LIBRARY):
             raise ValueError(f"it has no metadata of {LIBRARY}, so that nothing tells how it takes images")
-        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for name in kinds.keys() & given.keys():
-            values[name] = given[name] if kinds[name] is str else _parsed(name, given[name])
-            if str(kinds[name]).startswith("tuple"):
-                values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"its metadata have values of other types: {error}") from error
+        hints = typing.get_type_hints(cls)
+        kinds = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        values = {name: _value(name, given[name], kinds[name]) for name in kinds.keys() & given.keys()}
+        missing = sorted(cls.REQUIRED - values.keys())
+        if missing:
+            raise ValueError(f"its metadata lack {', '.join(missing)}")
+        return cls(**values)
 
 
-def _parsed(name: str, text: str) -> Any:
+def _value(name: str, text: str, kind: Any) -> Any:
+    """The value of the field `name`, of the type `kind`, that `to_strings` has written as `text`."""
+    if kind is str:
+        return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"its metadata have the damaged entry {name}: {error}") from error
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        holds = isinstance(value, list) and all(_is_a(element, part) for part in value)
+        value = tuple(value) if holds else value
+    else:
+        holds = any(_is_a(option, value) for option in typing.get_args(kind) or (kind,))
+    if not holds:
+        raise ValueError(f"its metadata have an entry {name} that is no {kind}: {text[:40]}")
+    return value
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
