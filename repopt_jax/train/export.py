@@ -1,7 +1,7 @@
 """From a run or a deployment to a file that runs elsewhere, and the measurement of such a file."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,15 @@ import numpy as np
 from repopt_jax.export.checks import require
 from repopt_jax.export.function import file_function
 from repopt_jax.export.metadata import LAYOUTS, Metadata
-from repopt_jax.export.runtime import ONNX, STABLEHLO, FileNetwork, Port, open_file
+from repopt_jax.export.runtime import (
+    ONNX,
+    STABLEHLO,
+    FileNetwork,
+    Port,
+    open_file,
+    open_onnx,
+    open_stablehlo,
+)
 from repopt_jax.export.stablehlo import to_stablehlo
 from repopt_jax.interop.convert import refuse_existing
 from repopt_jax.surgery.fuse import OutputDifference, difference_of
@@ -23,17 +31,19 @@ from repopt_jax.train.rundir import PART
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format of files: its ending, the packages that write and run it, and the layout by default."""
+    """A format of files: its ending, the packages that write and run it, the layout by default, and what
+    opens a file."""
 
     suffix: str
     packages: tuple[str, ...]
     layout: str
+    open: Callable[[Path], FileNetwork]
 
 
 FORMATS = {
-    "stablehlo": Format(STABLEHLO, ("flatbuffers",), "NHWC"),
-    "onnx": Format(ONNX, ("onnx", "onnxruntime"), "NCHW"),
-    "onnx-int8": Format(ONNX, ("onnx", "onnxruntime"), "NCHW"),
+    "stablehlo": Format(STABLEHLO, ("flatbuffers",), "NHWC", open_stablehlo),
+    "onnx": Format(ONNX, ("onnx", "onnxruntime"), "NCHW", open_onnx),
+    "onnx-int8": Format(ONNX, ("onnx", "onnxruntime"), "NCHW", open_onnx),
 }
 PREPROCESS = ("uint8", "float32")
 WEIGHTS = ("reduced", "full")
@@ -97,9 +107,12 @@ def export(
     )
     part = out.with_name(out.name + PART)
     to_stablehlo(trained.model, part, metadata)
-    part.replace(out)
-    file = open_file(out)
-    difference = compare(trained, file, data_dir=data_dir)
+    try:
+        file = FORMATS[format].open(part)
+        difference = compare(trained, file, data_dir=data_dir)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
     return Exported(out, out.stat().st_size, file.inputs, file.outputs, metadata, difference)
 
 
@@ -249,5 +262,7 @@ def _check(out: Path, format: str, layout: str | None, preprocess: str, decode: 
     if wrong := [message for holds, message in problems if not holds]:
         raise ValueError("; ".join(wrong))
     refuse_existing(out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {out.parent} for the file {out.name}")
     for package in FORMATS[format].packages:
         require(package)
