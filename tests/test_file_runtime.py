@@ -75,10 +75,10 @@ def test_images_are_prepared_as_the_file_says(tmp_path, given):
 
 def test_foreign_models_are_refused(tmp_path):
     write(tmp_path / "a.onnx", strings={"author": "someone"})
-    with pytest.raises(ValueError, match="a.onnx was not exported by this library: it has no metadata"):
+    with pytest.raises(ValueError, match=r"a\.onnx was not exported by this library: it has no metadata"):
         runtime.open_file(tmp_path / "a.onnx")
     write(tmp_path / "b.onnx", strings={**METADATA.to_strings(), "mean": "[0.5"})
-    with pytest.raises(ValueError, match="b.onnx .* the damaged entry mean"):
+    with pytest.raises(ValueError, match=r"b\.onnx .* the damaged entry mean"):
         runtime.open_file(tmp_path / "b.onnx")
     lacking = {n: v for n, v in METADATA.to_strings().items() if n not in ("mean", "layout")}
     write(tmp_path / "c.onnx", strings=lacking)
@@ -90,7 +90,7 @@ def test_foreign_models_are_refused(tmp_path):
 def test_damaged_models_are_refused(tmp_path, kept, capfd):
     whole = write(tmp_path / "a.onnx").read_bytes()
     (tmp_path / "a.onnx").write_bytes(whole[:kept])
-    with pytest.raises(ValueError, match="a.onnx") as caught:
+    with pytest.raises(ValueError, match=r"a\.onnx") as caught:
         runtime.open_file(tmp_path / "a.onnx")
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
