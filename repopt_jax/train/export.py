@@ -15,7 +15,7 @@ from flax import nnx
 from repopt_jax.export.checks import require
 from repopt_jax.export.function import file_function
 from repopt_jax.export.metadata import LAYOUTS, Metadata
-from repopt_jax.export.onnx import to_onnx
+from repopt_jax.export.onnx import FusedDifference, compare_fused, to_onnx
 from repopt_jax.export.runtime import (
     ONNX,
     STABLEHLO,
@@ -99,7 +99,7 @@ class Int8:
       test, float_test: the numbers of the task over the test images, INT8 and float32.
       difference: of the outputs of the INT8 file from those of the float32 file.
       fused: of the outputs of the INT8 file with onnxruntime's fused integer kernels from those with every
-        node run as it is written.
+        node run as it is written, see `export.compare_fused`.
       ms, float_ms: for one image, median; they are of this processor and of this moment.
     """
 
@@ -109,7 +109,7 @@ class Int8:
     test: dict[str, Any]
     float_test: dict[str, Any]
     difference: OutputDifference
-    fused: OutputDifference
+    fused: FusedDifference
     ms: float
     float_ms: float
 
@@ -202,7 +202,7 @@ def _beside(
 ) -> Int8:
     quantized = quantizers(trained.model)
     layers = [p for p, m in named_modules(trained.model) if isinstance(m, (nnx.Conv, nnx.Linear))]
-    unfused = open_onnx(file.path, optimized=False)
+    shown = _first(trained.config, file.metadata, data_dir)
     return Int8(
         images=images,
         kept=tuple(path for path in layers if path not in quantized),
@@ -210,7 +210,7 @@ def _beside(
         test=measure(file, trained.config, data_dir=data_dir),
         float_test=measure(other, trained.config, data_dir=data_dir),
         difference=difference_of_files(other, file, trained.config, data_dir=data_dir),
-        fused=difference_of_files(unfused, file, trained.config, data_dir=data_dir),
+        fused=compare_fused(file.path, np.concatenate([*shown])),
         ms=latency(file),
         float_ms=latency(other),
     )
@@ -340,14 +340,22 @@ def _first_outputs(
     network: Callable[[Any], Any], config: Config, data: Metadata, data_dir: str | None
 ) -> dict[str, np.ndarray]:
     """The outputs of a network by name on the first `COMPARED_IMAGES` test images, as `data` has images."""
-    parts, count = [], 0
+    outputs = [
+        {name: np.asarray(y) for name, y in network(images).items()}
+        for images in _first(config, data, data_dir)
+    ]
+    return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
+
+
+def _first(config: Config, data: Metadata, data_dir: str | None) -> Iterator[np.ndarray]:
+    """The first `COMPARED_IMAGES` test images that a config names, in batches, as a file takes them."""
+    left = COMPARED_IMAGES
     for batch in _images(config, data, data_dir)[2]:
-        real = batch["mask"] > 0
-        parts.append({name: np.asarray(y)[real] for name, y in network(batch["image"]).items()})
-        count += real.sum()
-        if count >= COMPARED_IMAGES:
+        images = batch["image"][batch["mask"] > 0][:left]
+        yield images
+        left -= len(images)
+        if not left:
             break
-    return {name: np.concatenate([part[name] for part in parts])[:COMPARED_IMAGES] for name in parts[0]}
 
 
 def _images(config: Config, data: Metadata, data_dir: str | None) -> tuple[Task, Any, Any]:
