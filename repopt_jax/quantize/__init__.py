@@ -12,6 +12,7 @@ from repopt_jax.quantize.layers import (
     quantizers,
     run_with_inputs,
     with_quantizers,
+    without_quantizers,
 )
 from repopt_jax.quantize.post import quantize
 from repopt_jax.quantize.sensitivity import Sensitivity, output_noise, sensitivity
@@ -37,4 +38,5 @@ __all__ = [
     "run_with_inputs",
     "sensitivity",
     "with_quantizers",
+    "without_quantizers",
 ]

@@ -312,6 +312,13 @@ def with_functions(
     return copy
 
 
+def without_quantizers(model: nnx.Module) -> nnx.Module:
+    """Returns a copy of `model` in floating point: its layers compute with the functions of before."""
+    return with_functions(
+        model, lambda path, function: function.function if isinstance(function, Quantizer) else None
+    )
+
+
 def function_name(layer: nnx.Module) -> str:
     """Returns the name of the attribute of a layer that computes its product."""
     return "conv_general_dilated" if isinstance(layer, nnx.Conv) else "dot_general"

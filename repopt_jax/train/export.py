@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from repopt_jax.export.runtime import (
 )
 from repopt_jax.export.stablehlo import to_stablehlo
 from repopt_jax.interop.convert import refuse_existing
-from repopt_jax.quantize import quantize, quantizers
+from repopt_jax.quantize import quantize, quantizers, without_quantizers
 from repopt_jax.surgery.fuse import OutputDifference, difference_of
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.train.build import Trained, make_task
@@ -125,6 +125,7 @@ def export(
     preprocess: str = "",
     decode: bool = False,
     weights: str | None = None,
+    keep_float: Iterable[str] | None = None,
 ) -> Exported:
     """Writes the network of a run or deployment to a file, and compares what the file computes with it.
 
@@ -141,9 +142,11 @@ def export(
       weights: of onnx-int8, the range of whole numbers of weights: "reduced", -63 to 63, the default, or
         "full", -127 to 127, see `quantize.Scheme`.
 
-    INT8 quantizes the network by the percentiles of its inputs on `CALIBRATION_IMAGES` training images. A
-    detector keeps its last layers in floating point (`FCOS.predictions`). A network that `repopt quantize`
-    wrote is exported as it is.
+      keep_float: of onnx-int8, paths of the layers that stay in floating point; by default the last ones of
+        a detector (`FCOS.predictions`), and none of a classifier.
+
+    INT8 quantizes the network by `quantize.quantize` with `CALIBRATION_IMAGES` training images. A network
+    that `repopt quantize` wrote is exported as it is.
 
     Raises:
       FileNotFoundError: no run or deployment, or no such checkpoint.
@@ -153,11 +156,22 @@ def export(
       OSError: the file cannot be written.
     """
     out = Path(out).expanduser()
-    _check(out, format, layout, preprocess, decode, weights)
+    _check(out, format, layout, preprocess, decode, weights, keep_float)
     trained, images = load_plain(run_dir, checkpoint=checkpoint), 0
     if format == INT8:
-        plain = trained
-        trained, images = _quantized(trained, weights or "reduced", data_dir)
+        if quantizers(trained.model):
+            if weights is not None or keep_float is not None:
+                raise ValueError(
+                    f"{run_dir} holds a network that is quantized already: leave `weights` and `keep_float` "
+                    "out, or give the run that it was made from"
+                )
+            plain = trained._replace(model=without_quantizers(trained.model))
+        else:
+            plain, calibration = trained, training_images(trained, CALIBRATION_IMAGES, data_dir=data_dir)
+            kept = getattr(plain.model, "predictions", ()) if keep_float is None else keep_float
+            options = {"weight_range": weights or "reduced", "keep_float": kept}
+            trained = plain._replace(model=quantize(plain.model, calibration, **options))
+            images = len(calibration)
     metadata = metadata_of(
         trained, layout=layout or FORMATS[format].layout, input=preprocess or "normalised", decoded=decode
     )
@@ -185,16 +199,6 @@ def _written(
             part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _quantized(trained: Trained, weights: str, data_dir: str | None) -> tuple[Trained, int]:
-    """The network in INT8, and the number of training images that it took; as it is if it is quantized."""
-    if quantizers(trained.model):
-        return trained, 0
-    images = training_images(trained, CALIBRATION_IMAGES, data_dir=data_dir)
-    kept = getattr(trained.model, "predictions", ())
-    model = quantize(trained.model, images, weight_range=weights, keep_float=kept)  # pyright: ignore[reportArgumentType]
-    return trained._replace(model=model), len(images)
 
 
 def _beside(
@@ -368,7 +372,13 @@ def _images(config: Config, data: Metadata, data_dir: str | None) -> tuple[Task,
 
 
 def _check(
-    out: Path, format: str, layout: str | None, preprocess: str, decode: bool, weights: str | None
+    out: Path,
+    format: str,
+    layout: str | None,
+    preprocess: str,
+    decode: bool,
+    weights: str | None,
+    keep_float: Iterable[str] | None,
 ) -> None:
     """Raises what `export` raises before it loads anything."""
     if format not in FORMATS:
@@ -390,6 +400,7 @@ def _check(
             f"`weights` is {weights!r}; it must be one of {', '.join(WEIGHTS)}",
         ),
         (format == INT8 or weights is None, f"`weights` is for the format {INT8}"),
+        (format == INT8 or keep_float is None, f"`keep_float` is for the format {INT8}"),
     )
     if wrong := [message for holds, message in problems if not holds]:
         raise ValueError("; ".join(wrong))
