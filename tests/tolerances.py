@@ -101,3 +101,9 @@ SHRUNK_FLOAT64, SHRUNK_TRAINED = 1e-10, 1e-4
 # The same where a row more of each layer goes, or with the published constant of a depthwise layer; measured:
 # at least 0.14.
 SHRUNK_WRONG = 1e-2
+
+# A file that preprocesses or decodes images itself against doing so outside, float32, of an output's largest
+# entry; measured: 0.
+PREPROCESSED = 1e-5
+# The same with two channels' means exchanged; measured: 9.7e-3.
+PREPROCESSED_APART = 1e-3

@@ -155,16 +155,18 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     prune.option("--checkpoint=WHICH", "of the run: latest (the default), best, or the number of a step")
 
     evaluate = add("eval", commands.evaluate)
-    evaluate.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
+    evaluate.option("--run=DIR", "folder of a run or of a deployment", type=path)
+    evaluate.option("--model=FILE", "exported file, NAME.onnx or NAME.stablehlo", type=path)
     evaluate.checkpoint_options()
 
     predict = add("predict", commands.predict)
     predict.add_argument("image", metavar="IMAGE", type=path, help="PNG, JPEG or another format of Pillow")
-    predict.option("--run=DIR", "folder of a detector's run or deployment", type=path, required=True)
-    predict.option("--out=FILE", "the picture (IMAGE with the ending -detected.png)")
+    predict.option("--run=DIR", "folder of a run or of a deployment", type=path)
+    predict.option("--model=FILE", "or an exported file, NAME.onnx or NAME.stablehlo", type=path)
+    predict.option("--out=FILE", "of a detector: the picture (IMAGE with the ending -detected.png)")
     predict.option(
         "--threshold=X",
-        "least score of what is drawn (0.4), from detect.score_threshold of the config to 1",
+        "of a detector: least score of what is drawn (0.4), from detect.score_threshold of the config to 1",
         type=float,
     )
 
@@ -172,6 +174,30 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     deploy.option("--run=DIR", "folder of the run", type=path, required=True)
     deploy.option("--out=DIR", "folder of the deployment; new or empty", type=path, required=True)
     deploy.checkpoint_options()
+
+    export = add("export", commands.export)
+    export.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
+    export.option("--format=FORMAT", "stablehlo, onnx or onnx-int8", type=path, required=True)
+    export.option("--out=FILE", "NAME.stablehlo or NAME.onnx; it must not exist", type=path, required=True)
+    export.option(
+        "--layout=ORDER", "NHWC (default of stablehlo) or NCHW (of onnx): order of the input's axes"
+    )
+    export.checkpoint_options()
+    export.option(
+        "--preprocess=DTYPE",
+        "the file takes pixel values from 0 to 255, uint8 (without DTYPE) or float32, and normalises them",
+        nargs="?",
+        const="uint8",
+    )
+    export.option(
+        "--decode",
+        "of a detector in stablehlo: the file gives detections, after non-maximum suppression",
+        action="store_true",
+    )
+    export.option(
+        "--weights=RANGE",
+        "of onnx-int8: reduced (-63 to 63, the default: right on every x86 processor) or full (-127 to 127)",
+    )
 
     verify = add("verify", commands.verify)
     verify.config_options()
@@ -242,7 +268,8 @@ class _Parser(argparse.ArgumentParser):
         """Adds the option that is spelled `--name=METAVAR`, with the keywords of `add_argument`."""
         name, _, metavar = spelling.partition("=")
         self.options.append(name)
-        self.add_argument(name, metavar=metavar, help=description, **kwargs)
+        value = {"metavar": metavar} if metavar else {}  # a switch has none
+        self.add_argument(name, help=description, **value, **kwargs)
 
     def config_options(self, **kwargs: Any) -> None:
         self.takes_config = True

@@ -141,8 +141,13 @@ def output_difference(
         (jax.tree.leaves(run(model, batch)), jax.tree.leaves(run_deployed(deployed, batch)))
         for batch in batches
     ]
-    outputs = [[np.concatenate(parts) for parts in zip(*side)] for side in zip(*pairs)]
-    compared = [(a, b) for a, b in zip(*outputs) if a.size]
+    outputs, others = ([np.concatenate(parts) for parts in zip(*side)] for side in zip(*pairs))
+    return difference_of(outputs, others)
+
+
+def difference_of(outputs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> OutputDifference:
+    """The difference of outputs that are there already, (count, ...); the first of them are logits."""
+    compared = [(a, b) for a, b in zip(outputs, others, strict=True) if a.size]
     differences = [float(np.abs(a - b).max()) for a, b in compared]
     sizes = [float(np.abs(a).max()) for a, _ in compared]
     logits, deployed_logits = compared[0]
@@ -150,7 +155,7 @@ def output_difference(
         max_abs=max(differences),
         max_rel=max(d / size if size else d for d, size in zip(differences, sizes)),
         agreement=float(np.mean(logits.argmax(-1) == deployed_logits.argmax(-1))),
-        count=len(images),
+        count=len(logits),
     )
 
 
