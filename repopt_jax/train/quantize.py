@@ -440,7 +440,7 @@ def _layer(
     """What became of a layer with this kernel in floating point; None for the quantizer if it was kept."""
     low, high = calibrated if quantizer is None else map(float, np.asarray(quantizer.range[...]))
     side = float(np.abs(kernel).max()) or 1.0
-    edges = np.linspace(-side, side, BARS + 1)
+    edges = np.linspace(-side, side, BARS + 2)  # an odd number of bars, so that zero is in the middle of one
     after, levels = [], []
     if quantizer is not None:
         rounded = np.asarray(quantizer.quantized_kernel(jax.numpy.asarray(kernel)))
