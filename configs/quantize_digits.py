@@ -1,7 +1,7 @@
 """The embedded digits, trained in ways whose networks are quantized afterwards and compared.
 
     repopt compare --config=quantize_digits --out=runs/quantize_digits
-    python scripts/quantize_table.py --runs=runs/quantize_digits --out=scripts/results/quantize_digits
+    python scripts/quantize_table.py runs/quantize_digits --out=scripts/results/quantize_digits
 
 The first command trains plain SGD, RepOpt with searched scales, RepVGG, QARepVGG and the branches trained
 online, three seeds each, all by the same recipe; the second quantizes all of them after training, to 8 to 4

@@ -396,6 +396,54 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+@single_process
+def quantize(args: argparse.Namespace) -> int:
+    """Quantize the network of a run, after training or by training on (--qat).
+
+    Finds the range of each layer's input on training images, rounds kernels and inputs to --bits, and
+    measures what it costs. The quantized network in DIR is evaluated by repopt eval and exported by repopt
+    export; DIR/report.html has the numbers by layer. With --qat the network is trained on with rounding, for
+    half of the run's epochs at a tenth of its learning rate; --config.FIELD=VALUE sets fields of that
+    training. Examples:
+
+      repopt quantize --run=runs/repopt --out=runs/repopt-int8
+      repopt quantize --run=runs/repopt --out=runs/repopt-int4 --bits=4 --keep-float=2
+      repopt quantize --run=runs/repopt --out=runs/repopt-aware --bits=4 --qat"""
+    out = _absolute(args.out)
+    if args.overrides and not args.qat:
+        raise UsageError(f"{args.overrides[0]} changes a training, and without --qat there is none")
+    with _logging(), _interruptible(out / "training" if args.qat else out):
+        from repopt_jax.report import quantization
+        from repopt_jax.train import Summary, processes
+        from repopt_jax.train.quantize import Options, quantize_run
+
+        names = ("bits", "weight_bits", "per", "calibration", "percentile", "images", "epochs")
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if args.weights is not None:
+            given["weight_range"] = args.weights
+        options = Options(keep_float=args.keep_float, sensitivity=args.sensitivity, aware=args.qat, **given)
+        with processes.stop_on_signals() as stop:
+            done = quantize_run(
+                args.run,
+                out,
+                options,
+                config=lambda config: with_overrides(config, args.overrides),
+                checkpoint=args.checkpoint or None,
+                data_dir=args.data_dir or None,
+                stop=stop if args.qat else None,
+            )
+    if isinstance(done, Summary):
+        print_error(f"stopped at step {done.steps}; {_how_to_continue(out / 'training')}")
+        return stop.exit_code
+    _print(*(["Already quantized; nothing was done."] if done.reused else []), *quantization.lines(done))
+    try:
+        _print(f"Report: {quantization.write_page(done, out)}")
+    except ModuleNotFoundError as error:  # the network is there without pictures
+        _print(f"No report: {sentence(error)}")
+    _print(f"Network: {out}")
+    return 0
+
+
 def verify(args: argparse.Namespace) -> int:
     """Check that the training is that of the multi-branch network.
 

@@ -199,6 +199,32 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         "of onnx-int8: reduced (-63 to 63, the default: right on every x86 processor) or full (-127 to 127)",
     )
 
+    quantize = add("quantize", commands.quantize)
+    quantize.takes_config = True
+    quantize.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
+    quantize.option("--out=DIR", "folder of the quantized network; new or empty", type=path, required=True)
+    quantize.option(
+        "--bits=N", "of the layers' inputs and, without --weight_bits, kernels: 2 to 8 (8)", type=int
+    )
+    quantize.option("--weight_bits=N", "of the kernels", type=int)
+    quantize.option("--per=WHAT", "a kernel has a scale for each channel, or one for the tensor (channel)")
+    quantize.option(
+        "--weights=RANGE", "whole numbers of 8-bit kernels: reduced, to 63, or full, to 127 (reduced)"
+    )
+    quantize.option("--calibration=HOW", "ranges by abs-max, percentile, entropy or mse (percentile)")
+    quantize.option("--percentile=X", "of the calibration of this name (99.99)", type=float)
+    quantize.option("--images=N", "training images that ranges are found on (512)", type=positive)
+    quantize.option(
+        "--keep-float=N",
+        "how many of the most sensitive layers stay in floating point (0)",
+        type=whole,
+        default=0,
+    )
+    quantize.option("--sensitivity", "also measure what each layer alone costs", action="store_true")
+    quantize.option("--qat", "train on with quantization", action="store_true")
+    quantize.option("--epochs=N", "of that training (half of the run's)", type=positive)
+    quantize.checkpoint_options()
+
     verify = add("verify", commands.verify)
     verify.config_options()
     verify.option(
