@@ -28,6 +28,7 @@ RUNS = {
     "online": ("online", "", "online, RepVGG's branches"),
     "orepa": ("orepa", "", "online, OREPA's branches"),
     "dbb": ("dbb", "", "DBB"),
+    "qarepvgg": ("qarepvgg", "", "QARepVGG"),
 }
 
 
@@ -59,19 +60,23 @@ def get_config(arg: str = "") -> Config:
 
 
 def get_comparison(arg: str = "") -> Comparison:
-    """The comparison called "three" or "structures".
+    """The comparison called "three", "structures" or "quantize".
 
     three: plain SGD, RepOpt with searched scales and RepVGG, three seeds each, all by the same recipe.
     structures: these, the depth rule, structures trained online and DBB; five seeds, and for each way the
     best of three learning rates on 2,560 held-out images, chosen with the first seed.
+    quantize: the three, QARepVGG and online, three seeds each by the same recipe, for
+    `scripts/quantize_table.py`.
     """
-    choice, small = parse_argument(arg, ("three", "structures"))
+    choice, small = parse_argument(arg, ("three", "structures", "quantize"))
     names = ["plain", "repopt", "repvgg"]
     settings: dict[str, Any] = {}
     if choice == "structures":
         names += ["depth", "online", "orepa", "dbb"]
         grid = {"optim.learning_rate": (0.05, 0.1, 0.2)}
         settings = {"seeds": 5, "tuning_seeds": 1, "grid": grid, "validation": 2560}
+    if choice == "quantize":
+        names += ["qarepvgg", "online"]
     ways = {name: get_config(name) for name in names}
     ways["repopt"].scales = "search:search"
     comparison = Comparison(

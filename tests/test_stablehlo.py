@@ -24,6 +24,7 @@ from repopt_jax.detection import decode
 from repopt_jax.export import Metadata, read_stablehlo, runtime, to_stablehlo
 from repopt_jax.nn.convolution import xla_convolutions
 from repopt_jax.nn.rngs import counted_in_python
+from repopt_jax.quantize import quantize
 from repopt_jax.surgery.modules import named_modules
 
 TINY = models.DetectorVariant(
@@ -341,3 +342,13 @@ def test_foreign_files(classifier, tmp_path):
         runtime.open_file(tmp_path / "a.pth")
     with pytest.raises(FileNotFoundError, match="no file"):
         runtime.open_file(tmp_path / "none.stablehlo")
+
+
+def test_a_quantized_network_keeps_its_rounding(classifier, tmp_path):
+    images = normalise(images_for(CLASSIFIER, 20), CLASSIFIER.pixels)
+    quantized = quantize(classifier, images, bits=4)
+    to_stablehlo(quantized, tmp_path / "a.stablehlo", CLASSIFIER)
+    found = runtime.open_file(tmp_path / "a.stablehlo").logits(images)
+    expected = run_here(quantized, images)
+    np.testing.assert_allclose(found, expected, rtol=PREPROCESSED, atol=PREPROCESSED)
+    assert abs(expected - run_here(classifier, images)).max() > PREPROCESSED_APART

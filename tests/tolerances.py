@@ -84,6 +84,17 @@ RESREP_ACCUMULATED = 1e-6
 # The same with mask and lasso behind the momentum, or the lasso once for each part of a batch; measured: 0.10
 # and 0.44.
 RESREP_APART = 1e-2
+# Quantized layers against NumPy, float64, of the largest entry; measured: 6e-16.
+QUANTIZED = 1e-12
+# The same with other ranges, or without quantization, at 8 bits; measured: at least 3e-3.
+QUANTIZED_APART = 1e-4
+# Quantization-aware training with multipliers against that of branches, float64, 10 steps, of a leaf's
+# largest entry; measured: 4e-15. Without multipliers; measured: at least 0.02.
+QUANTIZATION_AWARE, QUANTIZATION_AWARE_APART = 1e-11, 1e-3
+# Noise that is expected of a layer and measured, in dB, of random kernels and inputs; measured over 8 and 4
+# bits, both kinds of scales: at most 0.5.
+EXPECTED_DECIBEL = 1.5
+
 # A network with compactors against the smaller one, of the largest output: in float64 where the rows that go
 # are zero, and after a training; measured: 1.2e-14, and 2.6e-6 in scripts/results/resrep_digits.md.
 SHRUNK_FLOAT64, SHRUNK_TRAINED = 1e-10, 1e-4

@@ -177,7 +177,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
 
     export = add("export", commands.export)
     export.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
-    export.option("--format=FORMAT", "stablehlo or onnx", type=path, required=True)
+    export.option("--format=FORMAT", "stablehlo, onnx or onnx-int8", type=path, required=True)
     export.option("--out=FILE", "NAME.stablehlo or NAME.onnx; it must not exist", type=path, required=True)
     export.option(
         "--layout=ORDER", "NHWC (default of stablehlo) or NCHW (of onnx): order of the input's axes"
@@ -193,6 +193,10 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         "--decode",
         "of a detector in stablehlo: the file gives detections, after non-maximum suppression",
         action="store_true",
+    )
+    export.option(
+        "--weights=RANGE",
+        "of onnx-int8: reduced (-63 to 63, the default: right on every x86 processor) or full (-127 to 127)",
     )
 
     verify = add("verify", commands.verify)

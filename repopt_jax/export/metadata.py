@@ -19,8 +19,8 @@ LIBRARY = "repopt_jax"
 LAYOUTS = ("NHWC", "NCHW")
 # What a file's input holds -> its dtype.
 INPUTS = {"normalised": "float32", "uint8": "uint8", "float32": "float32"}
-# `Transform` leaves pixel values from 0 to 255 as they are.
-RAW: dict[str, Any] = {"mean": (0.0,), "std": (1 / 255,)}
+# The mean and std with which `Transform` leaves pixel values from 0 to 255 as they are.
+RAW = ((0.0,), (1 / 255,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,10 +115,10 @@ class Metadata:
 
     def transform(self) -> Transform | DetectionTransform:
         """What is done to images before they are given to the file."""
-        pixels = {"mean": self.mean, "std": self.std} if self.input == "normalised" else RAW
+        mean, std = (self.mean, self.std) if self.input == "normalised" else RAW
         if self.task == "detect":
-            return DetectionTransform(self.image_size, **pixels)
-        return Transform(self.image_size, resize=self.resize, **pixels)
+            return DetectionTransform(self.image_size, mean=mean, std=std)
+        return Transform(self.image_size, resize=self.resize, mean=mean, std=std)
 
     def to_strings(self) -> dict[str, str]:
         """Name of each field -> its value, as it is if it is a string, else as JSON."""

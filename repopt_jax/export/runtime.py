@@ -207,7 +207,7 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
     )
     names = [port.name for port in outputs]
 
-    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+    def run(images: np.ndarray) -> dict[str, Any]:
         return dict(zip(names, session.run(None, {inputs[0].name: images}), strict=True))
 
     return FileNetwork(path, metadata, inputs, outputs, run)
@@ -218,5 +218,6 @@ def _port(name: str, aval: Any) -> Port:
 
 
 def _onnx_port(value: Any) -> Port:
-    dtype = value.type.removeprefix("tensor(").removesuffix(")")
-    return Port(value.name, {"float": "float32", "double": "float64"}.get(dtype, dtype), tuple(value.shape))
+    dtype: str = value.type.removeprefix("tensor(").removesuffix(")")
+    dtype = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+    return Port(value.name, dtype, tuple(value.shape))

@@ -136,6 +136,13 @@ class FCOS(Network):
     def architecture(self) -> str:
         return self.variant.architecture
 
+    @property
+    def predictions(self) -> tuple[str, ...]:
+        """Paths of the head's last layers, which predict. Their errors are not averaged by any layer behind
+        them, and distances go through an exponential: INT8 leaves them in floating point."""
+        names = ("classes", "boxes", "centerness", "keypoints")
+        return tuple(f"head/{name}" for name in names if getattr(self.head, name) is not None)
+
     def layers(self) -> dict[str, LayerSpec]:
         """Returns the 3x3 convolutions of backbone and towers."""
         backbone = {f"backbone/{path}": spec for path, spec in self.backbone.layers().items()}

@@ -1,17 +1,18 @@
 """Post-training quantization: a fused network and some images -> the quantized network."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from flax import nnx
 
-from repopt_jax.quantize.calibrate import (
+from repopt_jax.core import paths
+from repopt_jax.quantize.calibration import (
     PERCENTILE,
-    Histogram,
     Method,
     calibrate,
     check_method,
     find_ranges,
+    is_calibrated,
 )
 from repopt_jax.quantize.layers import (
     Per,
@@ -21,6 +22,7 @@ from repopt_jax.quantize.layers import (
     find_quantizable,
     with_quantizers,
 )
+from repopt_jax.surgery.modules import named_modules
 
 
 def quantize(
@@ -48,19 +50,22 @@ def quantize(
       model: fused, in evaluation mode.
       images: as in `calibrate`; or the histograms that it returned, for several quantizations of a network.
       bits, weight_bits, per, weight_range: as in `Scheme`.
-      calibration, percentile: how ranges of inputs are found, see `quantize.calibrate`. The percentile is
+      calibration, percentile: how ranges of inputs are found, see `quantize.calibration`. The percentile is
         that of absolute values; TensorRT's tools offer 99.9 to 99.999.
       keep_float: paths of layers that stay in floating point, such as `Sensitivity.worst(2)`.
       batch_size: how many images are run at a time.
 
     Raises:
-      ValueError: as `Scheme`, `find_quantizable`, `calibrate` and `find_ranges`; paths in `keep_float` that
-        are no layers, all of them, or that leave no layer to quantize.
+      ValueError: as `Scheme`, `find_quantizable`, `calibrate` and `find_ranges`; batch norms; paths in
+        `keep_float` that are no layers, all of them, or that leave no layer to quantize.
       TypeError: as `calibrate`.
     """
     scheme = Scheme(bits, weight_bits, per, weight_range)
     check_method(calibration, percentile)
     layers, kept = find_quantizable(model), list(keep_float)
+    norms = [f"{p} ({type(m).__name__})" for p, m in named_modules(model) if isinstance(m, nnx.BatchNorm)]
+    if norms:
+        raise ValueError(f"{paths.listed(norms, 8)} are batch norms of their own: `fuse(model)` first")
     check_paths(model, kept, "keep_float", layers)
     if len(set(kept)) == len(layers):
         raise ValueError("`keep_float` names all layers, so that there is none to quantize")
@@ -69,8 +74,3 @@ def quantize(
         raise ValueError(f"the histograms lack {', '.join(missing)}: they are of another network")
     ranges = find_ranges(histograms, calibration, levels=scheme.levels, percentile=percentile)
     return with_quantizers(model, scheme, {path: ranges[path] for path in layers if path not in kept})
-
-
-def is_calibrated(images: Any) -> bool:
-    """Whether `images` are histograms that `calibrate` returned."""
-    return isinstance(images, Mapping) and all(isinstance(one, Histogram) for one in images.values())

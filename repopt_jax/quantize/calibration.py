@@ -36,6 +36,7 @@ BINS = 4096
 LEAST_EXPONENT = -80
 PERCENTILE = 99.99
 CANDIDATES = 256  # thresholds that `entropy` and `mse` try
+SMOOTHING = 1e-4  # share of a uniform distribution in both distributions of `entropy`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,9 +164,15 @@ def check_method(method: str, percentile: float = PERCENTILE) -> None:
         raise ValueError(f"`percentile` is {percentile}: it must be above 0 and at most 100")
 
 
+def is_calibrated(images: Any) -> bool:
+    """Whether `images` are histograms that `calibrate` returned."""
+    return isinstance(images, Mapping) and all(isinstance(one, Histogram) for one in images.values())
+
+
 def percentile_threshold(histogram: Histogram, *, percentile: float = PERCENTILE) -> float:
     """Returns the upper edge of the first bin up to which there are `percentile` % of all values."""
-    reached = np.cumsum(histogram.counts) >= histogram.count * (percentile / 100)
+    wanted = histogram.count * percentile / 100 * (1 - 1e-12)  # a whole number stays one
+    reached = np.cumsum(histogram.counts) >= wanted
     return min((int(reached.argmax()) + 1) * histogram.width, histogram.largest)
 
 
@@ -194,7 +201,7 @@ def entropy_threshold(histogram: Histogram, *, levels: int) -> float:
     P is the histogram up to T with all that is above it in its last bin. Q is the same without that, joined
     to as many groups as there are whole numbers up to T, each spread evenly over its bins that are not empty.
     The first bin counts what the second does, as in NVIDIA's tools: after a ReLU most values are zero, which
-    is exact at every T.
+    is exact at every T. Both are smoothed, as an empty last bin would make the divergence infinite.
     """
     counts = histogram.counts.astype(np.float64)
     counts[0] = counts[1]
@@ -218,11 +225,10 @@ def _divergence(counts: np.ndarray, bins: int, groups: int) -> float:
     filled = kept > 0
     share = np.bincount(group, kept) / np.maximum(np.bincount(group, filled), 1)
     q = np.where(filled, share[group], 0.0)
-    if not q.sum() or (q[p > 0] == 0).any():
+    if not q.sum():
         return math.inf
-    p, q = p / p.sum(), q / q.sum()
-    some = p > 0
-    return float((p[some] * np.log(p[some] / q[some])).sum())
+    p, q = ((1 - SMOOTHING) * v / v.sum() + SMOOTHING / bins for v in (p, q))
+    return float((p * np.log(p / q)).sum())
 
 
 def batches_of(model: nnx.Module, images: Any, *, batch_size: int = 64) -> Iterator[jax.Array]:
