@@ -147,7 +147,9 @@ def fake_quantization(w: Writer, e: Equation) -> Tensor:
     q = Quantization(scale.astype(np.float32), np.rint(zero_point), p["low"], p["high"], p["axis"])
     if isinstance(t.data, np.ndarray):
         if not -128 <= q.low < q.high <= 127:
-            raise Unsupported(f"a constant of whole numbers from {q.low} to {q.high}, which int8 does not hold")
+            raise Unsupported(
+                f"a constant of whole numbers from {q.low} to {q.high}, which int8 does not hold"
+            )
         shape = tuple(-1 if a == q.axis else 1 for a in range(t.data.ndim))
         s, z = (v.reshape(shape) if q.axis is not None else v for v in (q.scale, q.zero_point))
         whole = np.clip(np.rint(t.data / s) + z, q.low, q.high).astype(np.int8)
@@ -395,7 +397,9 @@ def reshaped(w: Writer, t: Tensor, old: Sequence[int], new: Sequence[int]) -> Te
             blocks.append((a, b))
     if not blocks:
         return relabelled(w, t, same_axes)
-    repeats = [(a, b) for a, b in blocks if len(a) == 2 and len(b) == 1 and a[1] not in t.stored and a[0] in t.stored]
+    repeats = [
+        (a, b) for a, b in blocks if len(a) == 2 and len(b) == 1 and a[1] not in t.stored and a[0] in t.stored
+    ]
     t = w.settled(t)
     if len(repeats) == len(blocks):
         scales = {a[0]: old[a[1]] for a, _ in repeats}
@@ -504,9 +508,7 @@ def sliced(
     """Slice along the axes that are not whole; those that are broadcast stay so."""
     t, sizes = w.settled(w[value]), w.sizes(value)
     axes = [
-        a
-        for a, cut in enumerate(zip(starts, limits, steps))
-        if cut != (0, sizes[a], 1) and a in t.stored
+        a for a, cut in enumerate(zip(starts, limits, steps)) if cut != (0, sizes[a], 1) and a in t.stored
     ]
     if not axes:
         return t

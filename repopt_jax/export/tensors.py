@@ -137,7 +137,9 @@ class Writer:
         """Writes a node of one output and returns the output's name."""
         return self.node_of(op, 1, *inputs, **attributes)[0]
 
-    def node_of(self, op: str, count: int, *inputs: str | Tensor | np.ndarray, **attributes: Any) -> list[str]:
+    def node_of(
+        self, op: str, count: int, *inputs: str | Tensor | np.ndarray, **attributes: Any
+    ) -> list[str]:
         """Writes a node and returns the names of its outputs."""
         name = self.fresh(op)
         outputs = [f"{name}_output_{i}" for i in range(count)]
@@ -180,13 +182,15 @@ class Writer:
             whole = self.fresh(f"{hint}_quantized")
             self.constants[whole] = t.data  # pyright: ignore[reportArgumentType]
             zero = np.broadcast_to(q.zero_point, q.scale.shape).astype(t.data.dtype)  # pyright: ignore
-            inputs = (whole, self.constant(q.scale, f"{hint}_scale"), self.constant(zero, f"{hint}_zero_point"))
+            inputs = (
+                whole,
+                self.constant(q.scale, f"{hint}_scale"),
+                self.constant(zero, f"{hint}_zero_point"),
+            )
             attributes = {} if q.axis is None else {"axis": t.order.index(q.axis)}
             name = self.fresh("DequantizeLinear")
             self._known[key] = f"{name}_output_0"
-            self.initial.append(
-                Node("DequantizeLinear", inputs, (f"{name}_output_0",), name, attributes)
-            )
+            self.initial.append(Node("DequantizeLinear", inputs, (f"{name}_output_0",), name, attributes))
         return self._known[key]
 
     def _quantized(self, t: Tensor, q: Quantization) -> str:

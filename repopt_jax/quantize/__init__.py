@@ -14,7 +14,7 @@ from repopt_jax.quantize.layers import (
     with_quantizers,
 )
 from repopt_jax.quantize.post import quantize
-from repopt_jax.quantize.sensitivity import Sensitivity, output_noise, sensitivity
+from repopt_jax.quantize.sensitivity import Sensitivity, layer_noise, output_noise, sensitivity
 
 __all__ = [
     "Expected",
@@ -30,6 +30,7 @@ __all__ = [
     "find_quantizable",
     "find_ranges",
     "image_statistics",
+    "layer_noise",
     "output_noise",
     "quantize",
     "quantize_array",

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from repopt_jax.core.paths import natural_order
 from repopt_jax.quantize.calibration import (
     PERCENTILE,
     Histogram,
@@ -32,6 +33,7 @@ from repopt_jax.quantize.layers import (
     find_quantizable,
     quantized_input,
     quantized_kernel,
+    run_with_inputs,
     with_functions,
 )
 
@@ -132,6 +134,23 @@ def output_noise(
     for batch in batches_of(model, images, batch_size=batch_size):  # pyright: ignore[reportArgumentType]
         noise.add(*jax.device_get((run(model, batch), run(quantized, batch))))
     return noise.decibel
+
+
+def layer_noise(
+    model: nnx.Module, quantized: nnx.Module, images: Any, *, batch_size: int = 64
+) -> dict[str, float]:
+    """Returns the signal-to-noise ratio in dB of the input of every layer in `quantized`, by path.
+
+    It is what the layers before it have added: the noise as it travels through the network. Its input is
+    taken before it is rounded. Arguments are those of `output_noise`.
+    """
+    run = nnx.jit(lambda model, batch: run_with_inputs(model, batch)[1])
+    noise: dict[str, Noise] = {}
+    for batch in batches_of(model, images, batch_size=batch_size):
+        exact, changed = jax.device_get((run(model, batch), run(quantized, batch)))
+        for path in exact:
+            noise.setdefault(path, Noise()).add(exact[path], changed[path])
+    return {path: noise[path].decibel for path in sorted(noise, key=natural_order)}
 
 
 class Noise:

@@ -24,6 +24,7 @@ from repopt_jax.interop import load_torch_scales
 from repopt_jax.interop.convert import convert_file, export_weights, is_torch_file, refuse_existing
 from repopt_jax.interop.networks import RECORD as CONVERTED
 from repopt_jax.interop.networks import load_converted
+from repopt_jax.quantize.layers import Scheme, with_quantizers
 from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.surgery.resrep import resized, shrink
 from repopt_jax.train.build import (
@@ -67,6 +68,9 @@ class Deployed:
       test_accuracy, test_loss, test_count: of the fused network; None where the task has none.
       test: its numbers by name, as `tasks.METRICS` has them for the task.
       shapes: of a pruned network, path -> shape of every parameter; else None.
+      quantized: of a network that was quantized after training, the fields of its `quantize.Scheme` and
+        "layers", the paths of the quantized ones; else None. The differences are then those from the fused
+        network in floating point.
       library_version: of repopt_jax.
       reused: True if it was there already and nothing was done.
     """
@@ -86,6 +90,7 @@ class Deployed:
     test_count: int
     test: dict[str, Any]
     shapes: dict[str, tuple[int, ...]] | None
+    quantized: dict[str, Any] | None = None
     library_version: str = __version__
     reused: bool = False
 
@@ -112,10 +117,27 @@ def deploy(
     if (stored := _stored(out_dir, origin)) is not None:
         return stored
     trained = load_trained(run_dir, checkpoint=origin["step"])
+    return save_deployed(out_dir, origin, trained, plain_network(trained), data_dir=data_dir)
+
+
+def save_deployed(
+    out_dir: Path, origin: dict[str, Any], trained: Trained, fused: Any, *, data_dir: str | None = None
+) -> Deployed:
+    """Compares a plain network with what it was made from, measures and saves it.
+
+    Args:
+      out_dir: a folder that holds no deployment.
+      origin: the first four fields of `Deployed`, and `quantized`.
+      trained: the network that it was made from, of which it is to be the deployment.
+      fused: the plain network.
+      data_dir: where the test images are now.
+
+    Raises:
+      FileNotFoundError, ValueError, OSError: as `deploy`.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     # From here on the folder is known as ours, should this be interrupted.
     (out_dir / (RECORD + PART)).write_text(json.dumps(origin), encoding="utf-8")
-    fused = plain_network(trained)
     parameters = nnx.state(fused, nnx.Param)
     shapes = {path: tuple(leaf.shape) for path, leaf in paths.named_leaves(parameters)[0].items()}
     difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
@@ -179,7 +201,11 @@ def load_deployed(directory: str | Path) -> Trained:
         return fuse(model)
 
     whole = nnx.eval_shape(fused)
-    network = split_model(resized(whole, record["shapes"]) if record.get("shapes") else whole)
+    whole = resized(whole, record["shapes"]) if record.get("shapes") else whole
+    if quantized := record.get("quantized"):
+        scheme = {field.name: quantized[field.name] for field in dataclasses.fields(Scheme)}
+        whole = with_quantizers(whole, Scheme(**scheme), dict.fromkeys(quantized["layers"], (0.0, 0.0)))
+    network = split_model(whole)
     loaded = ocp.load(str(directory / "weights"), abstract(_arrays(network), first_device()))
     return Trained(merge_model(network.graphdef, **loaded), config, info, record["step"])
 
@@ -321,7 +347,15 @@ def _origin(run_dir: str | Path, checkpoint: str | int) -> dict[str, Any]:
     config, info = folder.read()
     with open_checkpoints(folder, config) as checkpoints:
         step = checkpoints.find(checkpoint)
-    return {"run": str(folder.path), "step": step, "config": _plain(config), "dataset": _plain(info)}
+    return origin_of(str(folder.path), step, config, info)
+
+
+def origin_of(
+    run: str, step: int, config: Config, info: Any, quantized: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of `Deployed` that say what a deployment is made from, as JSON gives them back."""
+    plain = {"config": _plain(config), "dataset": _plain(info)}
+    return {"run": run, "step": step, **plain, "quantized": quantized}
 
 
 def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
