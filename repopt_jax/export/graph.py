@@ -9,6 +9,7 @@ file is to hold.
 import dataclasses
 import functools
 import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -152,7 +153,7 @@ def with_scopes(model: nnx.Module) -> nnx.Module:
     """
     copy = replace_modules(model, lambda path, module: None)
     for path, module in list(named_modules(copy)):
-        if not isinstance(module, ChangedOperands):
+        if callable(module) and not isinstance(module, ChangedOperands):
             object.__setattr__(module, "__class__", _in_scope(type(module), path))
     return copy
 
@@ -164,7 +165,8 @@ def _in_scope(cls: type[nnx.Module], path: str) -> type[nnx.Module]:
         with jax.named_scope(f"<{path}>"):
             return cls.__call__(self, *args, **options)  # pyright: ignore[reportCallIssue]
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    members = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
 
 def path_of(equation: Equation) -> str:
