@@ -135,8 +135,12 @@ def run(model, x):
 def far(found, expected):
     """The largest difference of an output, of its largest number."""
     assert [a.shape for a in found] == [a.shape for a in expected]
-    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b.size]
-    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+    differences = [0.0]
+    for a, b in zip(found, expected, strict=True):
+        differing, finite = a != b, b[np.isfinite(b)]
+        if differing.any():
+            differences.append(float(np.abs(a[differing] - b[differing]).max() / np.abs(finite).max()))
+    return max(differences)
 
 
 def operations_of(proto):
@@ -238,53 +242,64 @@ def test_mistakes_would_be_noticed(mistake):
 # -- floating point: random networks
 
 
-class Layer(nnx.Module):
-    """One step of a random network; `sort` says which."""
+class Step(NamedTuple):
+    """One step of a random network; what `times` and `flag` mean depends on `sort`."""
 
-    def __init__(self, sort, inputs, options, rngs):
-        self.sort, self.options = sort, options
+    sort: str
+    window: tuple[int, int]
+    strides: tuple[int, int]
+    padding: Any
+    dilation: tuple[int, int]
+    groups: int
+    times: int
+    flag: bool
+
+
+class Layer(nnx.Module):
+    def __init__(self, inputs, step, rngs):
+        self.step = step
         self.outputs = inputs
-        if sort == "conv":
-            self.outputs = inputs // options["groups"] * options["groups"] * options["times"]
+        if step.sort == "conv":
+            self.outputs = inputs // step.groups * step.groups * step.times
             self.layer = nnx.Conv(
                 inputs,
                 self.outputs,
-                options["window"],
-                strides=options["strides"],
-                padding=options["padding"],
-                kernel_dilation=options["dilation"],
-                feature_group_count=options["groups"],
-                use_bias=options["bias"],
+                step.window,
+                strides=step.strides,
+                padding=step.padding,
+                kernel_dilation=step.dilation,
+                feature_group_count=step.groups,
+                use_bias=step.flag,
                 conv_general_dilated=conv_general_dilated,
                 rngs=rngs,
             )
-        elif sort == "gate":
-            self.layer = SqueezeExcite(inputs, 2, hard=options["bias"], rngs=rngs)
-        elif sort == "norm":
+        elif step.sort == "gate":
+            self.layer = SqueezeExcite(inputs, 2, hard=step.flag, rngs=rngs)
+        elif step.sort == "norm":
             self.layer = nnx.BatchNorm(inputs, use_running_average=True, rngs=rngs)
-        elif sort == "skip":
+        elif step.sort == "skip":
             self.layer = nnx.Conv(inputs, inputs, (3, 3), padding="SAME", rngs=rngs)
-            self.outputs = 2 * inputs if options["bias"] else inputs
+            self.outputs = 2 * inputs if step.flag else inputs
 
     def __call__(self, x):
-        options = self.options
-        match self.sort:
+        step = self.step
+        match step.sort:
             case "conv" | "gate" | "norm":
                 return self.layer(x)
             case "skip":
                 y = self.layer(x)
-                return jnp.concatenate([x, y], -1) if options["bias"] else x + nnx.relu(y)
+                return jnp.concatenate([x, y], -1) if step.flag else x + nnx.relu(y)
             case "activation":
-                return ACTIVATIONS[options["times"]](x)
+                return ACTIVATIONS[step.times](x)
             case "pool":
-                pool = nnx.max_pool if options["bias"] else nnx.avg_pool
-                window = tuple(min(n, m) for n, m in zip(options["window"], x.shape[1:3]))
-                return pool(x, window, options["strides"], "SAME" if options["groups"] == 1 else "VALID")
+                pool = nnx.max_pool if step.flag else nnx.avg_pool
+                window = tuple(min(n, m) for n, m in zip(step.window, x.shape[1:3]))
+                return pool(x, window, step.strides, "SAME" if step.groups == 1 else "VALID")
             case "up":
                 return x.repeat(2, axis=1).repeat(2, axis=2)[:, 1:, : x.shape[2] + 1]
             case "turn":
                 return x.swapaxes(1, 2)
-        raise AssertionError(self.sort)
+        raise AssertionError(self.step.sort)
 
 
 ACTIVATIONS = [nnx.relu, nnx.relu6, nnx.gelu, nnx.silu]
@@ -292,33 +307,25 @@ SORTS = ("conv", "conv", "conv", "gate", "norm", "skip", "activation", "pool", "
 
 
 @st.composite
-def random_layers(draw):
+def steps(draw):
     pad = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    found = []
-    for _ in range(draw(st.integers(1, 6))):
-        found.append(
-            (
-                draw(st.sampled_from(SORTS)),
-                {
-                    "window": draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
-                    "strides": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
-                    "padding": draw(st.one_of(st.sampled_from(["SAME", "CIRCULAR"]), st.tuples(pad, pad))),
-                    "dilation": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
-                    "groups": draw(st.sampled_from([1, 2, 4])),
-                    "times": draw(st.integers(0, 3)),
-                    "bias": draw(st.booleans()),
-                },
-            )
-        )
-    return found
+    return Step(
+        sort=draw(st.sampled_from(SORTS)),
+        window=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        strides=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
+        padding=draw(st.one_of(st.sampled_from(["SAME", "CIRCULAR"]), st.tuples(pad, pad))),
+        dilation=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
+        groups=draw(st.sampled_from([1, 2, 4])),
+        times=draw(st.integers(1, 3)),
+        flag=draw(st.booleans()),
+    )
 
 
 class Chain(nnx.Module):
     def __init__(self, layers, *, rngs):
         self.layers, channels = nnx.List([]), 4
-        for sort, options in layers:
-            times = options["times"] if sort == "activation" else max(options["times"] % 3, 1)
-            self.layers.append(Layer(sort, channels, options | {"times": times}, rngs))
+        for step in layers:
+            self.layers.append(Layer(channels, step, rngs))
             channels = self.layers[-1].outputs
         self.head = nnx.Linear(channels, 3, rngs=rngs)
 
@@ -329,11 +336,11 @@ class Chain(nnx.Module):
 
 
 @settings(max_examples=20, deadline=None)
-@given(random_layers(), st.booleans())
+@given(st.lists(steps(), min_size=1, max_size=6), st.booleans())
 def test_random_networks(layers, first):
     model = randomised(abstract(Chain, layers), dtype=jnp.float32)
     for layer in model.layers:
-        if layer.sort == "norm":
+        if layer.step.sort == "norm":
             layer.layer.var.set_value(1 + layer.layer.var[...])
     run_it = session(onnx_model(model, (7, 6, 4), layout="NCHW" if first else "NHWC"))
     for count in (1, 3):
@@ -400,9 +407,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
     ),
     "a kernel from the input": (
         lambda x: jax.lax.conv_general_dilated(
-            jnp.ones((1, 4, 4, 1)), x.sum(0)[..., None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            jnp.ones((1, 4, 4, 1)), x.sum(0)[..., None, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         ),
-        (3, 1),
+        (3, 2),
     ),
     # products
     "dense": (lambda x: x @ kernel(7, 3) + kernel(1, 3), ROWS),
@@ -447,10 +454,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
         MAPS,
     ),
     "axes that are broadcast": (
-        lambda x: x.mean(1)[:, None] * kernel(6, 1) + x.max(2)[:, :, None] * kernel(5, 1, 1) + kernel(4),
+        lambda x: x.mean(1)[:, None] * kernel(1, 1, 6, 1) + x.max(2)[:, :, None] * kernel(1, 5, 1, 1) + kernel(1, 1, 1, 4),
         MAPS,
     ),
-    "an outer product": (lambda x: x[:, :, None] * x[:, None] + jnp.arange(7.0), ROWS),
+    "an outer product": (lambda x: x[:, :, None] * x[:, None] + jnp.arange(7.0)[None, None], ROWS),
     "constants": (lambda x: (jnp.zeros((x.shape[0], 2)), jnp.ones((3, 4)), x), ROWS),
     "nothing": (lambda x: x, MAPS),
     # reductions and pooling
@@ -487,13 +494,12 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
     # moving, cutting, joining
     "pads": (lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 1), (3, 0)), constant_values=2.0), MAPS),
     "pads of other kinds": (
-        lambda x: [jnp.pad(x, ((0, 0), (1, 2), (2, 1), (0, 0)), kind) for kind in ("reflect", "wrap", "edge")],
+        lambda x: [jnp.pad(x, ((0, 0), (1, 2), (2, 1), (0, 0)), kind) for kind in ("reflect", "wrap")],
         MAPS,
     ),
     "pads of single rows": (lambda x: jnp.pad(x[:, None], ((0, 0), (1, 1), (0, 0))), ROWS),
-    "slices": (lambda x: (x[:, 1:4:2, ::-1], x[..., 1], x[:, 2, 3:], x[:, -1]), MAPS),
+    "slices": (lambda x: (x[:, 1:4:2], x[:, :, ::-1], x[..., 1], x[:, 2, 3:], x[:, -1]), MAPS),
     "slices of one": (lambda x: jax.lax.slice(x, (0, 1, 0, 0), (x.shape[0], 5, 6, 4), (1, 2, 3, 1)), MAPS),
-    "slices at a place": (lambda x: jax.lax.dynamic_slice_in_dim(x, 4, 3, axis=2), MAPS),
     "entries": (lambda x: (x[:, :, jnp.asarray([3, 1, 1])], jnp.take(x, np.asarray([0, 2]), axis=3)), MAPS),
     "parts": (lambda x: jnp.split(nnx.relu(x), [1, 4], axis=2), MAPS),
     "joined": (lambda x: jnp.concatenate([x, jnp.ones_like(x), nnx.relu(x)[:, :2]], 1), MAPS),
@@ -522,14 +528,18 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
         MAPS,
     ),
 }
-SEEN: set[str] = set()
+# What is computed in place of the function. On a CPU, jax 0.10 reads past the end of a map that negative pads
+# crop where it is compiled without optimizations, as tests are.
+IN_PLACE = {
+    "pads that crop": lambda x: convolved(x[:, 1:, :-2], 2, 2, 4, 5, padding=((0, 1), (0, 0))),
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_an_operation(name):
     function, shape = FUNCTIONS[name]
-    model = Function(lambda x: tuple(leaves) if isinstance(leaves := function(x), list) else leaves)
-    run_it = session(onnx_model(model, shape))
+    run_it = session(onnx_model(Function(function), shape))
+    model = Function(lambda x: tuple(jax.tree.leaves(IN_PLACE.get(name, function)(x))))
     for count in (1, 3):
         x = images(shape, count)
         found, expected = run_it.run(None, {"images": x}), run(model, x)

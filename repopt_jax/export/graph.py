@@ -113,7 +113,7 @@ def folded(
         for value in equation.inputs:
             if value.constant is not None and value not in constants:
                 constants[value] = np.asarray(value.constant, value.aval.dtype)
-        symbolic = any(map(export.is_symbolic_dim, _all_sizes(equation)))
+        symbolic = any(map(export.is_symbolic_dim, _sizes_in(equation)))
         known = all(value in constants for value in equation.inputs)
         if not known or symbolic or equation.name == FAKE_QUANTIZE:
             left.append(equation)
@@ -130,8 +130,9 @@ def folded(
     return tuple(reversed(kept)), constants
 
 
-def _all_sizes(equation: Equation) -> list[Any]:
-    return [n for value in equation.outputs for n in value.shape]
+def _sizes_in(equation: Equation) -> list[Any]:
+    """What may be a symbolic size: of the outputs, and single parameters."""
+    return [*(n for value in equation.outputs for n in value.shape), *equation.params.values()]
 
 
 def _size(size: Any, batch: Any) -> int:

@@ -349,7 +349,7 @@ def pooling(op: str) -> Form:
         count = math.prod(window)
         divided = _division_by(w, e.outputs[0], count)
         if divided is None:
-            return Tensor(w.node("Mul", name, np.float32(count)), order, stored)
+            return Tensor(w.node("Mul", name, np.asarray(count, np.float32)), order, stored)
         return _settled_with(w, divided, Tensor(name, order, stored))
 
     return form
@@ -476,6 +476,15 @@ def _joined(w: Writer, e: Equation, tensors: list[Tensor], axis: int) -> Tensor:
     return Tensor(name, order, _stored(w, e.outputs[0], order))
 
 
+def tiling(w: Writer, e: Equation) -> Tensor:
+    repeats = e.params["reps"]
+    axes = [a for a, n in enumerate(repeats) if n != 1]
+    t = w.holding(w.whole(e.inputs[0], axes), axes, len(repeats))
+    times = [1 if a is None else repeats[a] for a in t.order]
+    name = w.node("Tile", t, np.asarray(times))
+    return Tensor(name, t.order, tuple(n * m for n, m in zip(t.sizes, times)))
+
+
 def padding(w: Writer, e: Equation) -> Tensor:
     config, value = e.params["padding_config"], w[e.inputs[1]].number
     if value is None:
@@ -536,14 +545,6 @@ def reversal(w: Writer, e: Equation) -> Tensor:
     ends = [-1 - sizes[a] for a in turned if a in t.stored]
     one = np.full(len(axes), -1)
     return Tensor(w.node("Slice", t, one, np.asarray(ends), np.asarray(axes), one), t.order, t.sizes)
-
-
-def slice_at(w: Writer, e: Equation) -> Tensor:
-    """`dynamic_slice` at a known place, which is moved inside the array as JAX does."""
-    sizes, parts = w.sizes(e.inputs[0]), w.graph.sizes(e.params["slice_sizes"])
-    starts = [int(w.known(v)) for v in e.inputs[1:]]
-    starts = [min(max(s, 0), n - m) for s, n, m in zip(starts, sizes, parts)]
-    return sliced(w, e.inputs[0], starts, [s + m for s, m in zip(starts, parts)], (1,) * len(parts))
 
 
 def gathering(w: Writer, e: Equation) -> Tensor:
@@ -662,12 +663,11 @@ OPERATIONS: dict[str, Form] = {
     "broadcast_in_dim": broadcast,
     "reshape": reshape,
     "squeeze": reshape,
-    "expand_dims": reshape,
     "concatenate": concatenation,
     "stack": stacking,
+    "tile": tiling,
     "pad": padding,
     "slice": slicing,
-    "dynamic_slice": slice_at,
     "gather": gathering,
     "split": splitting,
     "rev": reversal,
