@@ -107,3 +107,7 @@ SHRUNK_WRONG = 1e-2
 PREPROCESSED = 1e-5
 # The same with two channels' means exchanged; measured: 9.7e-3.
 PREPROCESSED_APART = 1e-3
+
+# An ONNX file in onnxruntime, float32, of an output's largest number; measured: at most 3e-6.
+ONNX = 1e-5
+ONNX_WRONG = 1e-2
