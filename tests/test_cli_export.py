@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import refused, write_images
+from tolerances import ONNX_INT8_LOGITS
 
 from repopt_jax import data, models, train
 from repopt_jax.cli.main import main
@@ -218,6 +219,33 @@ def test_int8_is_measured_beside_float32(capsys, runs, name, weights, tmp_path):
     assert largest == (127 if weights == "full" else 63)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, bits, tmp_path):
+    folder, out = tmp_path / "quantized", tmp_path / "int8.onnx"
+    run(capsys, "quantize", f"--run={runs / 'pets'}", f"--out={folder}", f"--bits={bits}", "--images=16")
+    said = run(capsys, "export", f"--run={folder}", "--format=onnx-int8", f"--out={out}")
+    assert not [line for line in said if line.startswith("Ranges")]
+    (of_network,), (of_file,) = (
+        run(capsys, "eval", *options)
+        for options in ([f"--run={folder}"], [f"--model={out}", f"--run={folder}"])
+    )
+    assert of_file.partition(" (")[0] == of_network.partition(" (")[0]
+    difference = re.search(r"quantized network's on .*\((\S+) of the largest\)", "\n".join(said))
+    assert difference
+    # The file is the quantized network; that is not the network in floating point, which 4 bits change.
+    assert float(difference[1]) < ONNX_INT8_LOGITS
+    damage = re.search(r"INT8: .*\((\S+) of the largest\)", "\n".join(said))
+    assert damage
+    assert bits == 8 or float(damage[1]) > 3 * ONNX_INT8_LOGITS
+    other = tmp_path / "other.onnx"
+    refused(
+        capsys,
+        ["export", f"--run={folder}", "--format=onnx-int8", f"--out={other}", "--weights=full"],
+        "quantized already",
+    )
+    assert not other.exists()
+
+
 # -- mistakes
 
 
@@ -256,6 +284,29 @@ def test_export_does_not_overwrite(capsys, runs, tmp_path):
         ["export", f"--run={tmp_path}", "--format=stablehlo", f"--out={tmp_path / 'b.stablehlo'}"],
         "no run",
     )
+
+
+def test_images_to_calibrate_on_that_do_not_fit(capsys, runs, tmp_path):
+    arguments = ["export", f"--run={runs / 'pets'}", "--format=onnx-int8", f"--out={tmp_path / 'a.onnx'}"]
+    (tmp_path / "empty").mkdir()
+    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'none'}"], "none is not a folder")
+    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'empty'}"], "has no folder train")
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "empty" / split / name).mkdir(parents=True)
+    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'empty'}"], "JPEG or PNG")
+    coloured = tmp_path / "coloured"
+    shutil.copytree(runs / "data", coloured)
+    for path in coloured.rglob("*.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    refused(capsys, [*arguments, f"--data_dir={coloured}"], "images of 1 channels, and the data have 3")
+    assert not (tmp_path / "a.onnx").exists()
+    larger = tmp_path / "larger"  # are resized, as any image is
+    shutil.copytree(runs / "data", larger)
+    for path in larger.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((31, 20)).save(path)
+    run(capsys, *arguments, f"--data_dir={larger}")
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])

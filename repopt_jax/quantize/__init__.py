@@ -11,6 +11,7 @@ from repopt_jax.quantize.layers import (
     find_quantizable,
     quantizers,
     run_with_inputs,
+    with_integer_biases,
     with_quantizers,
     without_quantizers,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "quantizers",
     "run_with_inputs",
     "sensitivity",
+    "with_integer_biases",
     "with_quantizers",
     "without_quantizers",
 ]

@@ -27,7 +27,7 @@ from repopt_jax.export.runtime import (
 )
 from repopt_jax.export.stablehlo import to_stablehlo
 from repopt_jax.interop.convert import refuse_existing
-from repopt_jax.quantize import quantize, quantizers, without_quantizers
+from repopt_jax.quantize import quantize, quantizers, with_integer_biases, without_quantizers
 from repopt_jax.surgery.fuse import OutputDifference, difference_of
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.train.build import Trained, make_task
@@ -172,6 +172,8 @@ def export(
             options = {"weight_range": weights or "reduced", "keep_float": kept}
             trained = plain._replace(model=quantize(plain.model, calibration, **options))
             images = len(calibration)
+        # Those that onnxruntime's integer kernels make of them anyhow.
+        trained = trained._replace(model=with_integer_biases(trained.model))
     metadata = metadata_of(
         trained, layout=layout or FORMATS[format].layout, input=preprocess or "normalised", decoded=decode
     )
@@ -262,7 +264,7 @@ def compare(trained: Trained, file: FileNetwork, *, data_dir: str | None = None)
     expected = _first_outputs(network, trained.config, own, data_dir)
     found = _first_outputs(file, trained.config, file.metadata, data_dir)
     if not file.metadata.decoded:
-        return difference_of([*expected.values()], [found[name] for name in expected])
+        return _difference(expected, found)
     same = expected["classes"] == found["classes"]
     names = [name for name in expected if name != "classes"]
     difference = difference_of(*([side[name][same] for name in names] for side in (expected, found)))
@@ -274,7 +276,11 @@ def difference_of_files(
 ) -> OutputDifference:
     """The difference between the raw outputs of two files on the first test images that a config names."""
     outputs, others = (_first_outputs(file, config, file.metadata, data_dir) for file in (one, other))
-    names = sorted(outputs, key=lambda name: name != "classes")  # logits first
+    return _difference(outputs, others)
+
+
+def _difference(outputs: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> OutputDifference:
+    names = sorted(outputs, key=lambda name: name != "classes")  # the logits first
     return difference_of(*([side[name] for name in names] for side in (outputs, others)))
 
 
