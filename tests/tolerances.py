@@ -110,4 +110,13 @@ PREPROCESSED_APART = 1e-3
 
 # An ONNX file in onnxruntime, float32, of an output's largest number; measured: at most 3e-6.
 ONNX = 1e-5
-ONNX_WRONG = 1e-2
+# The same of a mistake in a node; measured: at least 3.9e-3.
+ONNX_WRONG = 1e-3
+# The share of whole numbers that differ from those of fake quantization.
+INT8_UNEQUAL = 1e-3
+# The same of a mistake.
+INT8_WRONG = 1e-2
+# Outputs of an INT8 network in onnxruntime, node by node, of the largest.
+INT8_OUTPUTS = 1e-2
+# The same by onnxruntime's fused kernels against node by node, of the span of the first output.
+INT8_FUSED = 1e-2
