@@ -144,9 +144,9 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         f"`python scripts/quantize_table.py RUNS --out=PATH{aware}`",
         "",
-        f"{made['processor']}; jax {made['jax']}{made['commit'] and ', commit ' + made['commit']}. Inputs and "
-        f"kernels of all layers, ranges by {content['calibration']} on {content['images']} training images, "
-        f"{content['test_count']:,} test images. Kernels of 8 bits reach to 63 (`weight_range=reduced`).",
+        f"{made['processor']}; jax {made['jax']}{made['commit'] and ', commit ' + made['commit']}. Inputs "
+        f"and kernels of all layers, ranges by {content['calibration']} on {content['images']} training "
+        f"images, {content['test_count']:,} test images. Kernels of 8 bits reach to 63 (reduced range).",
         "",
         f"{content['label'].capitalize()}, %: the mean over the seeds, and each seed.",
         "",
@@ -172,19 +172,16 @@ def markdown(content: dict[str, Any]) -> str:
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += [
         "",
-        "What is expected from kernels and ranges alone (`quantize.expected`), dB, and max / rms of the kernels: "
-        "the largest and the median over the layers, means over the seeds.",
+        "What is expected from kernels and ranges alone (`quantize.expected`), dB, and max / rms of the "
+        "kernels: the largest and the median over the layers. Means over the seeds.",
         "",
         f"| | {' | '.join(f'{bits} bits per {per}' for bits in BITS for per in PER)} | largest | median |",
         "|---" * (len(BITS) * len(PER) + 3) + "|",
     ]
     for way, label in content["labels"].items():
         networks = of_way(content, way)
-        cells = [
-            f"{statistics.mean(network['quantized'][f'{bits}:{per}']['expected'] for network in networks):.1f}"
-            for bits in BITS
-            for per in PER
-        ]
+        looks = [[n["quantized"][f"{b}:{per}"]["expected"] for n in networks] for b in BITS for per in PER]
+        cells = [f"{statistics.mean(look):.1f}" for look in looks]
         cells += [
             f"{statistics.mean(network[name] for network in networks):.1f}"
             for name in ("tail", "median_tail")

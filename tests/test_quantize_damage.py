@@ -17,6 +17,7 @@ from repopt_jax.quantize import (
     check_images,
     expected,
     image_statistics,
+    layer_noise,
     output_noise,
     quantize,
     sensitivity,
@@ -190,3 +191,12 @@ def test_calibration_with_wrong_mean_and_std_is_found_and_said(mode):
     assert image_statistics(fuse(model), right) is None
     with pytest.raises(ValueError, match="there are no images"):
         check_images(model, right[:0])
+
+
+def test_noise_arrives_at_each_layer_from_those_before_it(images):
+    model = Deep()
+    quantized = quantize(model, images, bits=4, keep_float=["convs/0", "convs/1"])
+    output, layers = layer_noise(model, quantized, images)
+    assert output == pytest.approx(output_noise(model, quantized, images), abs=0.01)
+    assert [layers[f"convs/{k}"] for k in range(3)] == [np.inf] * 3  # nothing is rounded before the third
+    assert np.isfinite([layers["convs/3"], layers["head"]]).all()

@@ -400,15 +400,11 @@ def export(args: argparse.Namespace) -> int:
 def quantize(args: argparse.Namespace) -> int:
     """Quantize the network of a run, after training or by training on (--qat).
 
-    Finds the range of each layer's input on training images, rounds kernels and inputs to --bits, and
-    measures what it costs. The quantized network in DIR is evaluated by repopt eval and exported by repopt
-    export; DIR/report.html has the numbers by layer. With --qat the network is trained on with rounding, for
-    half of the run's epochs at a tenth of its learning rate; --config.FIELD=VALUE sets fields of that
-    training. Examples:
+    Rounds kernels and inputs of all layers, and measures what it costs; DIR/report.html has the numbers by
+    layer. DIR is a deployment, for repopt eval and repopt export. With --qat the network is trained on, at a
+    tenth of its learning rate; --config.FIELD=VALUE sets fields of that training. Example:
 
-      repopt quantize --run=runs/repopt --out=runs/repopt-int8
-      repopt quantize --run=runs/repopt --out=runs/repopt-int4 --bits=4 --keep-float=2
-      repopt quantize --run=runs/repopt --out=runs/repopt-aware --bits=4 --qat"""
+      repopt quantize --run=runs/repopt --out=runs/repopt-int4 --bits=4 --keep-float=2"""
     out = _absolute(args.out)
     if args.overrides and not args.qat:
         raise UsageError(f"{args.overrides[0]} changes a training, and without --qat there is none")

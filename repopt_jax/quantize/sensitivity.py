@@ -138,19 +138,20 @@ def output_noise(
 
 def layer_noise(
     model: nnx.Module, quantized: nnx.Module, images: Any, *, batch_size: int = 64
-) -> dict[str, float]:
-    """Returns the signal-to-noise ratio in dB of the input of every layer in `quantized`, by path.
+) -> tuple[float, dict[str, float]]:
+    """Returns `output_noise`, and the ratio in dB of the input of every layer of `quantized`, by path.
 
-    It is what the layers before it have added: the noise as it travels through the network. Its input is
-    taken before it is rounded. Arguments are those of `output_noise`.
+    The latter is what the layers before it have added: the noise as it travels through the network. An input
+    is taken before it is rounded. Arguments are those of `output_noise`.
     """
-    run = nnx.jit(lambda model, batch: run_with_inputs(model, batch)[1])
-    noise: dict[str, Noise] = {}
+    run = nnx.jit(run_with_inputs)
+    output, layers = Noise(), {}
     for batch in batches_of(model, images, batch_size=batch_size):
-        exact, changed = jax.device_get((run(model, batch), run(quantized, batch)))
-        for path in exact:
-            noise.setdefault(path, Noise()).add(exact[path], changed[path])
-    return {path: noise[path].decibel for path in sorted(noise, key=natural_order)}
+        (y, inputs), (other, others) = jax.device_get((run(model, batch), run(quantized, batch)))
+        output.add(y, other)
+        for path in inputs:
+            layers.setdefault(path, Noise()).add(inputs[path], others[path])
+    return output.decibel, {path: layers[path].decibel for path in sorted(layers, key=natural_order)}
 
 
 class Noise:

@@ -15,9 +15,10 @@ from repopt_jax.train.tasks import METRICS, format_metrics, metric_label
 
 DRAWN_LAYERS = 6  # whose histograms are drawn: the worst
 CAPTIONS = {
-    "layers": "Signal-to-noise ratio by layer, in the order of their paths. Expected: of the layer by itself, "
-    "as estimated from its kernel and the range of its input. Arriving: of its input, as measured, from what "
-    "the layers before it add. Alone: of the network's output with only this layer quantized.",
+    "layers": "Signal-to-noise ratio by layer, in the order of their paths. Expected: of the layer by "
+    "itself, as estimated from its kernel and the range of its input. Arriving: of its input, as "
+    "measured, from what the layers before it add. Alone: of the network's output with only this layer "
+    "quantized.",
     "histograms": "Kernels and inputs of the layers with the least ratios, before (line) and after (bars) "
     "rounding; the axis of counts is logarithmic. A few bars far from the rest mean heavy tails: the steps "
     "are as wide as the largest value asks for.",

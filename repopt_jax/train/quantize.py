@@ -27,7 +27,6 @@ from repopt_jax.quantize import (
     find_ranges,
     image_statistics,
     layer_noise,
-    output_noise,
     quantize,
     quantizers,
     sensitivity,
@@ -239,6 +238,12 @@ def quantize_run(
             "floating point"
         )
     plain = load_plain(run_dir, checkpoint=checkpoint)
+    fixed, quantizable = list(getattr(plain.model, "predictions", ())), find_quantizable(plain.model)
+    if options.keep_float >= len(quantizable) - len(fixed):
+        raise ValueError(
+            f"`keep_float` is {options.keep_float}: the network has {len(quantizable) - len(fixed)} layers "
+            "that can be quantized, and one must be"
+        )
     images = training_images(source, options.images, data_dir=data_dir)
     statistics = image_statistics(source.model, images)
     warning = "" if statistics is None else statistics.problem
@@ -246,7 +251,7 @@ def quantize_run(
         logger.warning("%s: %s", source.config.name, warning)
     histograms = calibrate(plain.model, images)
     how = dataclasses.asdict(options.scheme) | options.ranges
-    measured, kept = {}, list(getattr(plain.model, "predictions", ()))
+    measured, kept = {}, fixed
     if options.sensitivity or options.keep_float:
         few = images[:SENSITIVITY_IMAGES]
         found = sensitivity(plain.model, few, histograms=histograms, **how)
@@ -274,9 +279,9 @@ def quantize_run(
         data_dir=data_dir,
     )
     test_images = _test_images(plain, data_dir)
-    before = {p: np.asarray(layer.kernel[...]) for p, layer in find_quantizable(plain.model).items()}
+    before = {path: np.asarray(layer.kernel[...]) for path, layer in quantizable.items()}
     look = expected(plain.model, histograms, **how)
-    arriving = layer_noise(plain.model, network, test_images)
+    ratio, arriving = layer_noise(plain.model, network, test_images)
     ranges = find_ranges(
         histograms, how["calibration"], levels=options.scheme.levels, percentile=options.percentile
     )
@@ -301,7 +306,7 @@ def quantize_run(
         images=len(images),
         warning=warning,
         expected=_finite(look.decibel),
-        measured=_finite(output_noise(plain.model, network, test_images)),
+        measured=_finite(ratio),
         test_float={name: test_float[name] for name in names},
         test=deployed.test,
         test_count=deployed.test_count,
