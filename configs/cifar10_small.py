@@ -28,6 +28,7 @@ RUNS = {
     "online": ("online", "", "online, RepVGG's branches"),
     "orepa": ("orepa", "", "online, OREPA's branches"),
     "dbb": ("dbb", "", "DBB"),
+    "qarepvgg": ("qarepvgg", "", "QARepVGG"),
 }
 
 
@@ -59,20 +60,24 @@ def get_config(arg: str = "") -> Config:
 
 
 def get_comparison(arg: str = "") -> Comparison:
-    """The comparison called "three", "structures" or "a0".
+    """The comparison called "three", "structures", "a0" or "quantize".
 
     three: plain SGD, RepOpt with searched scales and RepVGG, three seeds each, all by the same recipe.
     structures: these, the depth rule, structures trained online and DBB; five seeds, and for each way the
     best of three learning rates on 2,560 held-out images, chosen with the first seed.
     a0: the same, of a network with the stages of RepVGG-A0 (2, 4, 14, 1 blocks) at a third of its width.
+    quantize: the three, QARepVGG and online, three seeds each by the same recipe, for
+    `scripts/quantize_table.py`.
     """
-    choice, small = parse_argument(arg, ("three", "structures", "a0"))
+    choice, small = parse_argument(arg, ("three", "structures", "a0", "quantize"))
     names = ["plain", "repopt", "repvgg"]
     settings: dict[str, Any] = {}
-    if choice != "three":
+    if choice in ("structures", "a0"):
         names += ["depth", "online", "orepa", "dbb"]
         grid = {"optim.learning_rate": (0.05, 0.1, 0.2)}
         settings = {"seeds": 5, "tuning_seeds": 1, "grid": grid, "validation": 2560}
+    if choice == "quantize":
+        names += ["qarepvgg", "online"]
     ways = {name: get_config(name) for name in names}
     searches = {"search": get_config("search")}
     ways["repopt"].scales = "search:search"

@@ -14,10 +14,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax import core as core
     from repopt_jax import data as data
     from repopt_jax import detection as detection
+    from repopt_jax import export as export
     from repopt_jax import interop as interop
     from repopt_jax import models as models
     from repopt_jax import nn as nn
     from repopt_jax import optim as optim
+    from repopt_jax import quantize as quantize
     from repopt_jax import report as report
     from repopt_jax import surgery as surgery
     from repopt_jax import train as train
@@ -79,8 +81,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.verify import verify_equivalence as verify_equivalence
 
 _SUBPACKAGES = (
-    *("bench", "core", "data", "detection", "interop", "models", "nn", "optim", "report", "surgery"),
-    *("train", "verify"),
+    *("bench", "core", "data", "detection", "export", "interop", "models", "nn", "optim", "quantize"),
+    *("report", "surgery", "train", "verify"),
 )
 
 # Subpackage -> the names of it that are also names of the package.

@@ -290,7 +290,7 @@ def test_config_files_are_found_by_name():
     with pytest.raises(
         FileNotFoundError,
         match="ones are cifar100, cifar10_deep, cifar10_small, deep_digits, digits, imagenet, ladder, "
-        "repmlp, scenes",
+        "quantize_digits, repmlp, scenes",
     ):
         train.load_config("didgits:search")
     with pytest.raises(ValueError, match="must be one of plain, search"):

@@ -84,9 +84,43 @@ RESREP_ACCUMULATED = 1e-6
 # The same with mask and lasso behind the momentum, or the lasso once for each part of a batch; measured: 0.10
 # and 0.44.
 RESREP_APART = 1e-2
+# Quantized layers against NumPy, float64, of the largest entry; measured: 6e-16.
+QUANTIZED = 1e-12
+# The same with other ranges, or without quantization, at 8 bits; measured: at least 3e-3.
+QUANTIZED_APART = 1e-4
+# Quantization-aware training with multipliers against that of branches, float64, 10 steps, of a leaf's
+# largest entry; measured: 4.6e-16. Without multipliers; measured: at least 0.02.
+QUANTIZATION_AWARE, QUANTIZATION_AWARE_APART = 1e-11, 1e-3
+# Noise that is expected of a layer and measured, in dB, of random kernels and inputs; measured over 8 and 4
+# bits, both kinds of scales: at most 0.5.
+EXPECTED_DECIBEL = 1.5
+
 # A network with compactors against the smaller one, of the largest output: in float64 where the rows that go
 # are zero, and after a training; measured: 1.2e-14, and 2.6e-6 in scripts/results/resrep_digits.md.
 SHRUNK_FLOAT64, SHRUNK_TRAINED = 1e-10, 1e-4
 # The same where a row more of each layer goes, or with the published constant of a depthwise layer; measured:
 # at least 0.14.
 SHRUNK_WRONG = 1e-2
+
+# A file that preprocesses or decodes images itself against doing so outside, float32, of an output's largest
+# entry; measured: 0.
+PREPROCESSED = 1e-5
+# The same with two channels' means exchanged; measured: 9.7e-3.
+PREPROCESSED_APART = 1e-3
+
+# Logits of an INT8 file as onnxruntime runs it by default against the quantized network's, of the largest, of
+# 8 and 4 bits; measured: TODO.
+INT8_FILE = 2e-2
+
+# An ONNX file in onnxruntime, float32, of an output's largest number; measured: at most 3e-6.
+ONNX = 1e-5
+# The same of a mistake in a node; measured: at least 3.9e-3.
+ONNX_WRONG = 1e-3
+# The share of whole numbers that differ from those of fake quantization.
+INT8_UNEQUAL = 1e-3
+# The same of a mistake.
+INT8_WRONG = 1e-2
+# Outputs of an INT8 network in onnxruntime, node by node, of the largest.
+INT8_OUTPUTS = 1e-2
+# The same by onnxruntime's fused kernels against node by node, of the span of the first output.
+INT8_FUSED = 1e-2

@@ -240,35 +240,62 @@ def prune(args: argparse.Namespace) -> int:
 
 @single_process
 def evaluate(args: argparse.Namespace) -> int:
-    """Measure the test accuracy (or AP) of a run or of a deployed network.
+    """Measure the test accuracy (or AP) of a run, of a deployed network, or of an exported file.
 
     Accuracy and loss over the test images, each counted once; of a detector, COCO's average precision of
-    boxes and of keypoints."""
+    boxes and of keypoints. An exported file is run by onnxruntime or, if it is StableHLO, by JAX; its images
+    are those of --run, or of the folder --data_dir."""
+    if not (args.run or args.model):
+        raise UsageError("one of --run (a run or deployment) and --model (an exported file) must be given")
+    if args.model and args.checkpoint:
+        raise UsageError("--checkpoint is of a run, and --model holds one network")
     with _logging():
         from repopt_jax.train import deploy, tasks
 
-        network = deploy.load_any(args.run, checkpoint=args.checkpoint or None)
-        found = deploy.evaluate(network, data_dir=args.data_dir or None)
+        if args.model:
+            from repopt_jax.train.export import evaluate_file
+
+            data, found = evaluate_file(args.model, run_dir=args.run or None, data_dir=args.data_dir or None)
+            task, name = data.task, f"{data.name}, {args.model}"
+        else:
+            network = deploy.load_any(args.run, checkpoint=args.checkpoint or None)
+            found = deploy.evaluate(network, data_dir=args.data_dir or None)
+            task, name = network.config.task, f"{network.config.name}, step {network.step}"
     count = f"{found['count']} images"
     if "accuracy" in found:
         count = f"{round(found['accuracy'] * found['count'])} of {count}"
     loss = "" if found["loss"] is None else f", loss {found['loss']:.4f}"
-    measured = tasks.format_metrics(network.config.task, found)
-    _print(f"{measured} ({count}){loss}; {network.config.name}, step {network.step}")
+    _print(f"{tasks.format_metrics(task, found)} ({count}){loss}; {name}")
     return 0
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Draw what a detector finds on an image, and list it.
+    """Say what a network makes of an image: classes, or objects, which are also drawn.
 
-    The picture shows boxes with class and score, and keypoints."""
+    Of a classifier, the likeliest classes with their probabilities. Of a detector, a picture with boxes,
+    class and score, and keypoints."""
+    if bool(args.run) == bool(args.model):
+        raise UsageError("one of --run (a run or deployment) and --model (an exported file) must be given")
     image = Path(args.image)
     out = Path(args.out) if args.out else image.with_name(f"{image.stem}-detected.png")
     with _logging():
         from repopt_jax.report import gallery
-        from repopt_jax.train import deploy
 
-        network = deploy.load_any(args.run)
+        if args.model:
+            from repopt_jax.export.runtime import open_file
+
+            network = open_file(args.model)
+        else:
+            from repopt_jax.train import deploy
+
+            network = deploy.load_any(args.run)
+        if gallery.description(network).task == "classify":
+            if args.out or args.threshold is not None:
+                raise UsageError("--out and --threshold are for detectors, and this is a classifier")
+            guesses = gallery.classify(network, image)
+            width = max(len(guess.name) for guess in guesses)
+            _print(*(f"{guess.name:<{width}}  {guess.probability:.2%}" for guess in guesses))
+            return 0
         found = gallery.predict(network, image, out, threshold=args.threshold)
         threshold = gallery.least_score(network, args.threshold)
     width = max([len(one.name) for one in found], default=0)
@@ -304,6 +331,112 @@ def deploy(args: argparse.Namespace) -> int:
         f"deployed: {tasks.format_metrics(task, done.test)} of {done.test_count} images",
         f"Network: {out.absolute()}",
     )
+    return 0
+
+
+@single_process
+def export(args: argparse.Namespace) -> int:
+    """Export a run or a deployment to a file that runs elsewhere: StableHLO or ONNX.
+
+    Writes the fused network with its weights, for any batch size, and what is needed to use it: classes,
+    preprocessing, layout. Runs the file and compares it with the network on test images. FORMAT is
+
+      stablehlo   for JAX without this library, on CPU, GPU and TPU
+      onnx        float32
+      onnx-int8   INT8, its ranges found on training images; of a detector, the last layers stay float32.
+                  Or a folder of repopt quantize as it is
+
+    Examples:
+
+      repopt export --run=runs/deployed --format=stablehlo --out=network.stablehlo --preprocess
+      repopt export --run=runs/deployed --format=onnx --out=network.onnx"""
+    with _logging():
+        from repopt_jax.train.export import export
+
+        done = export(
+            args.run,
+            args.out,
+            format=args.format,
+            layout=args.layout,
+            checkpoint=args.checkpoint or None,
+            data_dir=args.data_dir or None,
+            preprocess=args.preprocess or "",
+            decode=args.decode,
+            weights=args.weights,
+        )
+        from repopt_jax.train.tasks import format_metrics
+    difference, int8 = done.difference, done.int8
+    outputs = "detections" if done.metadata.decoded else "outputs"
+    whose = "network" if int8 is None else "quantized network"
+    task, parts = done.metadata.task, " of the locations" if done.metadata.task == "detect" else ""
+    _print(
+        f"input:  {', '.join(map(str, done.inputs))}; {done.metadata.describe_input()}",
+        f"output: {', '.join(map(str, done.outputs))}",
+        f"largest difference of the {outputs} from the {whose}'s on {difference.count} test images: "
+        f"{difference.max_abs:.2e} ({difference.max_rel:.2e} of the largest), the same class for "
+        f"{difference.agreement:.2%}{'' if done.metadata.decoded else parts}",
+        f"File: {done.path.absolute()}, {done.size:,} bytes",
+    )
+    if int8 is None:
+        return 0
+    count = int8.test["count"]
+    _print(
+        *([f"Ranges are of {int8.images} training images"] if int8.images else []),
+        *([f"in float32: {', '.join(int8.kept)}"] if int8.kept else []),
+        f"float32: {format_metrics(task, int8.float_test)} of {count} images, {int8.size:,} bytes",
+        f"INT8:    {format_metrics(task, int8.test)} of {count} images, {done.size:,} bytes; "
+        f"largest difference of the outputs {int8.difference.max_abs:.2e} "
+        f"({int8.difference.max_rel:.2e} of the largest), the same class for "
+        f"{int8.difference.agreement:.2%}{parts}",
+        f"onnxruntime's fused integer kernels differ from the nodes as written by {int8.fused.max_abs:.2e} "
+        f"({int8.fused.relative:.2e} of their span), the same class for {int8.fused.agreement:.2%}{parts}",
+        f"one image: {int8.float_ms:.2f} ms in float32, {int8.ms:.2f} ms in INT8, here and now; INT8 is "
+        "faster only on processors with instructions for it (VNNI, AMX, dot products of ARM)",
+    )
+    return 0
+
+
+@single_process
+def quantize(args: argparse.Namespace) -> int:
+    """Quantize the network of a run, after training or by training on (--qat).
+
+    Rounds kernels and inputs of all layers, and measures what it costs; DIR/report.html has the numbers by
+    layer. DIR is a deployment, for repopt eval and repopt export. With --qat the network is trained on, at a
+    tenth of its learning rate; --config.FIELD=VALUE sets fields of that training. Example:
+
+      repopt quantize --run=runs/repopt --out=runs/repopt-int4 --bits=4 --keep-float=2"""
+    out = _absolute(args.out)
+    if args.overrides and not args.qat:
+        raise UsageError(f"{args.overrides[0]} changes a training, and without --qat there is none")
+    with _logging(), _interruptible(out / "training" if args.qat else out):
+        from repopt_jax.report import quantization
+        from repopt_jax.train import Summary, processes
+        from repopt_jax.train.quantize import Options, quantize_run
+
+        names = ("bits", "weight_bits", "per", "calibration", "percentile", "images", "epochs")
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if args.weights is not None:
+            given["weight_range"] = args.weights
+        options = Options(keep_float=args.keep_float, sensitivity=args.sensitivity, aware=args.qat, **given)
+        with processes.stop_on_signals() as stop:
+            done = quantize_run(
+                args.run,
+                out,
+                options,
+                config=lambda config: with_overrides(config, args.overrides),
+                checkpoint=args.checkpoint or None,
+                data_dir=args.data_dir or None,
+                stop=stop if args.qat else None,
+            )
+    if isinstance(done, Summary):
+        print_error(f"stopped at step {done.steps}; {_how_to_continue(out / 'training')}")
+        return stop.exit_code
+    _print(*(["Already quantized; nothing was done."] if done.reused else []), *quantization.lines(done))
+    try:
+        _print(f"Report: {quantization.write_page(done, out)}")
+    except ModuleNotFoundError as error:  # the network is there without pictures
+        _print(f"No report: {sentence(error)}")
+    _print(f"Network: {out}")
     return 0
 
 

@@ -10,6 +10,7 @@ EXTRAS = {
     "tensorboardX": "quickstart",
     "pycocotools": "detect",
     "torch": "torch",
+    **dict.fromkeys(("onnx", "onnxruntime", "flatbuffers"), "export"),
 }
 
 OUT_OF_MEMORY = (

@@ -155,16 +155,18 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     prune.option("--checkpoint=WHICH", "of the run: latest (the default), best, or the number of a step")
 
     evaluate = add("eval", commands.evaluate)
-    evaluate.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
+    evaluate.option("--run=DIR", "folder of a run or of a deployment", type=path)
+    evaluate.option("--model=FILE", "exported file, NAME.onnx or NAME.stablehlo", type=path)
     evaluate.checkpoint_options()
 
     predict = add("predict", commands.predict)
     predict.add_argument("image", metavar="IMAGE", type=path, help="PNG, JPEG or another format of Pillow")
-    predict.option("--run=DIR", "folder of a detector's run or deployment", type=path, required=True)
-    predict.option("--out=FILE", "the picture (IMAGE with the ending -detected.png)")
+    predict.option("--run=DIR", "folder of a run or of a deployment", type=path)
+    predict.option("--model=FILE", "or an exported file, NAME.onnx or NAME.stablehlo", type=path)
+    predict.option("--out=FILE", "of a detector: the picture (IMAGE with the ending -detected.png)")
     predict.option(
         "--threshold=X",
-        "least score of what is drawn (0.4), from detect.score_threshold of the config to 1",
+        "of a detector: least score of what is drawn (0.4), from detect.score_threshold of the config to 1",
         type=float,
     )
 
@@ -172,6 +174,56 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     deploy.option("--run=DIR", "folder of the run", type=path, required=True)
     deploy.option("--out=DIR", "folder of the deployment; new or empty", type=path, required=True)
     deploy.checkpoint_options()
+
+    export = add("export", commands.export)
+    export.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
+    export.option("--format=FORMAT", "stablehlo, onnx or onnx-int8", type=path, required=True)
+    export.option("--out=FILE", "NAME.stablehlo or NAME.onnx; it must not exist", type=path, required=True)
+    export.option(
+        "--layout=ORDER", "NHWC (default of stablehlo) or NCHW (of onnx): order of the input's axes"
+    )
+    export.checkpoint_options()
+    export.option(
+        "--preprocess=DTYPE",
+        "the file takes pixel values from 0 to 255, uint8 (without DTYPE) or float32, and normalises them",
+        nargs="?",
+        const="uint8",
+    )
+    export.option(
+        "--decode",
+        "of a detector in stablehlo: the file gives detections, after non-maximum suppression",
+        action="store_true",
+    )
+    export.option(
+        "--weights=RANGE",
+        "of onnx-int8: reduced (-63 to 63, the default: right on every x86 processor) or full (-127 to 127)",
+    )
+
+    quantize = add("quantize", commands.quantize)
+    quantize.takes_config = True
+    quantize.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
+    quantize.option("--out=DIR", "folder of the quantized network; new or empty", type=path, required=True)
+    quantize.option(
+        "--bits=N", "of inputs, and of kernels without --weight_bits: 2 to 8 (8)", type=int
+    )
+    quantize.option("--weight_bits=N", "of the kernels", type=int)
+    quantize.option("--per=WHAT", "a kernel has a scale for each channel, or one for the tensor (channel)")
+    quantize.option(
+        "--weights=RANGE", "whole numbers of 8-bit kernels: reduced, to 63, or full, to 127 (reduced)"
+    )
+    quantize.option("--calibration=HOW", "ranges by abs-max, percentile, entropy or mse (percentile)")
+    quantize.option("--percentile=X", "of the calibration of this name (99.99)", type=float)
+    quantize.option("--images=N", "training images that ranges are found on (512)", type=positive)
+    quantize.option(
+        "--keep-float=N",
+        "how many of the most sensitive layers stay in floating point (0)",
+        type=whole,
+        default=0,
+    )
+    quantize.option("--sensitivity", "also measure what each layer alone costs", action="store_true")
+    quantize.option("--qat", "train on with quantization", action="store_true")
+    quantize.option("--epochs=N", "of that training (half of the run's)", type=positive)
+    quantize.checkpoint_options()
 
     verify = add("verify", commands.verify)
     verify.config_options()
@@ -242,7 +294,8 @@ class _Parser(argparse.ArgumentParser):
         """Adds the option that is spelled `--name=METAVAR`, with the keywords of `add_argument`."""
         name, _, metavar = spelling.partition("=")
         self.options.append(name)
-        self.add_argument(name, metavar=metavar, help=description, **kwargs)
+        value = {"metavar": metavar} if metavar else {}  # a switch has none
+        self.add_argument(name, help=description, **value, **kwargs)
 
     def config_options(self, **kwargs: Any) -> None:
         self.takes_config = True

@@ -5,6 +5,7 @@ augmented (`repopt_jax.data.augment`), then normalised, then boxes are erased an
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,16 +112,20 @@ def normalise(images: np.ndarray, transform: Transform) -> np.ndarray:
     count, height, width, channels = images.shape
     # Whole rows of pixels, image by image: NumPy is slow where the last axis is three channels, and a batch
     # does not stay in the processor's cache from the product to the difference.
-    mean, std = (
-        np.resize(np.asarray(v, np.float64), width * channels) for v in (transform.mean, transform.std)
-    )
-    scale, shift = (1 / (255 * std)).astype(np.float32), (mean / std).astype(np.float32)
+    scale, shift = (np.resize(v, width * channels) for v in scale_and_shift(transform.mean, transform.std))
     out = np.empty(images.shape, np.float32)
     rows = (count, height, width * channels)
     for image, result in zip(images.reshape(rows), out.reshape(rows), strict=True):
         np.multiply(image, scale, out=result)
         result -= shift
     return out
+
+
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """float32 a, b with (x / 255 - mean) / std = a x - b, of 1 or `channels` numbers each."""
+    count = max(len(mean), len(std))
+    mean64, std64 = (np.resize(np.asarray(v, np.float64), count) for v in (mean, std))
+    return (1 / (255 * std64)).astype(np.float32), (mean64 / std64).astype(np.float32)
 
 
 def fit(image: np.ndarray, size: int, resized: int | None = None) -> np.ndarray:

@@ -3,6 +3,7 @@
 Pixels are those of the network's image (resized and padded); x goes to the right, y down.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,12 @@ class Detections(NamedTuple):
     scores: Any
     classes: Any
     keypoints: Any
+
+
+def locations_of(image_size: int | tuple[int, int], strides: Sequence[int]) -> Locations:
+    """The locations of the outputs for images of this size, (height, width) or one number, in pixels."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return grid_locations([(math.ceil(height / s), math.ceil(width / s)) for s in strides], strides)
 
 
 def grid_locations(sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Locations:

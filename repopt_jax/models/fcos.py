@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.core.structure import Geometry
-from repopt_jax.detection.outputs import Locations, Outputs, grid_locations
+from repopt_jax.detection.outputs import Locations, Outputs, locations_of
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
 from repopt_jax.models.mosaic import Mosaic
 from repopt_jax.models.network import LayerSpec, Network
@@ -130,14 +130,18 @@ class FCOS(Network):
 
     def locations(self, image_size: int | tuple[int, int]) -> Locations:
         """Returns the locations of the outputs for images of this size (height, width), as NumPy arrays."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        strides = self.variant.strides
-        sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in strides]
-        return grid_locations(sizes, strides)
+        return locations_of(image_size, self.variant.strides)
 
     @property
     def architecture(self) -> str:
         return self.variant.architecture
+
+    @property
+    def predictions(self) -> tuple[str, ...]:
+        """Paths of the head's last layers, which predict. Their errors are not averaged by any layer behind
+        them, and distances go through an exponential: INT8 leaves them in floating point."""
+        names = ("classes", "boxes", "centerness", "keypoints")
+        return tuple(f"head/{name}" for name in names if getattr(self.head, name) is not None)
 
     def layers(self) -> dict[str, LayerSpec]:
         """Returns the 3x3 convolutions of backbone and towers."""

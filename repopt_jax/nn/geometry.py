@@ -24,6 +24,21 @@ Plain: TypeAlias = nnx.Conv | nnx.Linear
 FLAX_PAD_MODES: dict[str, PadMode] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
+class ChangedOperands(nnx.Module):
+    """Stands in the place of a layer's function and gives it changed operands: function(f(x), g(K)).
+
+    Fake quantization is one. A layer with it is still determined by its kernel and bias, and `fuse` keeps it.
+
+    Attributes:
+      function: what was there before, of the arguments of `jax.lax.conv_general_dilated` or `dot_general`.
+      by_channel: whether g commutes with a factor, of any sign, for each output channel of the kernel, so
+        that a batch norm after the layer can be folded into the kernel.
+    """
+
+    function: Callable[..., jax.Array]
+    by_channel: bool
+
+
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
@@ -199,8 +214,12 @@ def plain_layer(
     return made
 
 
-def check_plain(module: nnx.Module) -> Plain:
+def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
     """Returns `module` if it is an `nnx.Conv` or `nnx.Linear` that is determined by its kernel and bias.
+
+    Args:
+      module: the layer.
+      changed: whether its function may be a `ChangedOperands`.
 
     Raises:
       ValueError: it is of another class, or has a function of its own, a mask, or dilated inputs.
@@ -211,7 +230,9 @@ def check_plain(module: nnx.Module) -> Plain:
     base, function = (nnx.Conv, "conv_general_dilated") if is_conv else (nnx.Linear, "dot_general")
     if type(module).__call__ is not base.__call__:
         raise ValueError(f"its class has a __call__ of its own, in place of that of nnx.{base.__name__}")
-    if getattr(module, function) not in (getattr(lax, function), conv_general_dilated, product_of_tiles):
+    own = getattr(module, function)
+    own = own.function if changed and isinstance(own, ChangedOperands) else own
+    if own not in (getattr(lax, function), conv_general_dilated, product_of_tiles):
         raise ValueError(f"it computes with a `{function}` of its own")
     if isinstance(module, nnx.Conv):
         dilation = module.input_dilation or 1

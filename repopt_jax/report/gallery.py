@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from repopt_jax.data import letterbox
 from repopt_jax.data.images import decode_image, resize, to_pillow
 from repopt_jax.data.pipeline import subset
-from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
 from repopt_jax.detection.drawing import contact_sheet, draw_detections
-from repopt_jax.train.build import Trained, make_task
+from repopt_jax.export.metadata import Metadata
+from repopt_jax.export.runtime import FileNetwork, prepare
+from repopt_jax.train.build import Trained
 from repopt_jax.train.deploy import open_test
+from repopt_jax.train.export import metadata_of
 from repopt_jax.train.state import merge_model, split_model
 from repopt_jax.train.tasks import make_detect
 
@@ -76,10 +77,11 @@ def answers(networks: Mapping[str, Trained], *, count: int = 8) -> list[dict[str
     first = next(iter(networks.values()))
     _, source, batches = open_test(first)
     given: dict[str, list[np.ndarray]] = {name: [] for name in networks}
-    classify = {name: _classifier(network) for name, network in networks.items()}
+    logits = {name: _logits(network) for name, network in networks.items()}
     for batch in batches:
         for name, chosen in given.items():
-            chosen.append(np.asarray(classify[name](batch["image"]))[batch["mask"] > 0])
+            answers = np.asarray(logits[name](batch["image"])).argmax(-1)
+            chosen.append(answers[batch["mask"] > 0])
     table = np.stack([np.concatenate(chosen) for chosen in given.values()])
     images = subset(source.info.num_eval, first.config.data.eval_limit, "eval")  # the rows of the batches
     disagree = (table != table[0]).any(axis=0)
@@ -99,17 +101,17 @@ def answers(networks: Mapping[str, Trained], *, count: int = 8) -> list[dict[str
     return found
 
 
-def _classifier(trained: Trained) -> Callable[[np.ndarray], jax.Array]:
-    """A function from images to the numbers of their classes."""
+def _logits(trained: Trained) -> Callable[[np.ndarray], jax.Array]:
+    """A function from images to logits, compiled once for each batch size."""
     network = split_model(trained.model)
 
     @jax.jit
-    def classify(params: Any, rest: Any, images: jax.Array) -> jax.Array:
+    def logits(params: Any, rest: Any, images: jax.Array) -> jax.Array:
         model = merge_model(network.graphdef, params, rest)
         model.eval()
-        return model(images).argmax(-1)
+        return model(images)
 
-    return lambda images: classify(network.params, network.non_trainable, images)
+    return lambda images: logits(network.params, network.non_trainable, images)
 
 
 class FoundObject(NamedTuple):
@@ -121,15 +123,22 @@ class FoundObject(NamedTuple):
     keypoints: tuple[tuple[float, float], ...]
 
 
+class Guess(NamedTuple):
+    """A class, and the probability that a classifier gives it."""
+
+    name: str
+    probability: float
+
+
 def predict(
-    trained: Trained, image: str | Path, out: str | Path, *, threshold: float | None = None
+    network: Trained | FileNetwork, image: str | Path, out: str | Path, *, threshold: float | None = None
 ) -> list[FoundObject]:
     """Finds the objects of an image file, draws them on a copy of it at `out`, and returns them, best first.
 
     Boxes are clipped to the image. Small images are enlarged for the drawing; large ones keep their size.
 
     Args:
-      trained: a detector, of a run or deployed.
+      network: a detector, of a run, deployed, or in an exported file.
       image: PNG, JPEG or any other format that Pillow reads.
       out: a path with a suffix that Pillow can write (.png, .jpg ...); an existing file is replaced.
       threshold: the least score, see `least_score`.
@@ -139,40 +148,60 @@ def predict(
       ValueError: the network is not a detector, `threshold` is out of its range, the file is not an image, or
         `out` has an unknown suffix.
     """
-    if trained.config.task != "detect":
-        raise ValueError(
-            f"{trained.config.name} is a classifier: `repopt predict` draws what detectors find, "
-            "`repopt eval` measures classifiers"
-        )
-    threshold = least_score(trained, threshold)
-    path, out = Path(image), Path(out)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image {path}")
-    pixels = decode_image(path.read_bytes(), channels=trained.info.channels, name=str(path))
-    transform = make_task(trained.config).transform(trained.config.data)
-    fitted, ratio = letterbox(pixels, transform.image_size)
-    detections = _detector(trained)(normalise(fitted[None], transform.pixels))
-    objects = _objects(detections, 0, ratio, threshold, pixels.shape)
-    drawing = _draw(pixels, objects, trained.info.class_names)
+    known = description(network)
+    if known.task != "detect":
+        raise ValueError(f"{known.name} is a classifier, which finds no objects: `classify` asks it")
+    threshold, out = least_score(network, threshold), Path(out)
+    pixels = _read(image, known.channels)
+    fitted, ratio = prepare(pixels, known)
+    objects = _objects(_detector(network)(fitted[None]), 0, ratio, threshold, pixels.shape)
+    names = known.class_names
+    drawing = _draw(pixels, objects, names)
     try:
         drawing.save(out)
     except ValueError as error:
         raise ValueError(f"cannot write a picture to {out}: use a name that ends in .png or .jpg") from error
     boxes, points = objects["boxes"].tolist(), objects["keypoints"].tolist()
     return [
-        FoundObject(trained.info.class_names[c], float(score), tuple(box), tuple(map(tuple, keypoints)))
+        FoundObject(names[c], float(score), tuple(box), tuple(map(tuple, keypoints)))
         for c, score, box, keypoints in zip(objects["classes"], objects["scores"], boxes, points)
     ]
 
 
-def least_score(trained: Trained, threshold: float | None = None) -> float:
+def classify(network: Trained | FileNetwork, image: str | Path, *, count: int = 5) -> list[Guess]:
+    """The `count` likeliest classes of an image file with their probabilities, best first.
+
+    Args:
+      network: a classifier, of a run, deployed, or in an exported file.
+      image: PNG, JPEG or any other format that Pillow reads.
+
+    Raises:
+      FileNotFoundError: no such image.
+      ValueError: the network is not a classifier, or the file is not an image.
+    """
+    known = description(network)
+    if known.task != "classify":
+        raise ValueError(f"{known.name} is a detector: `predict` finds objects with it")
+    fitted, _ = prepare(_read(image, known.channels), known)
+    logits = network.logits if isinstance(network, FileNetwork) else _logits(network)
+    probabilities = np.asarray(jax.nn.softmax(np.asarray(logits(fitted[None]))[0].astype(np.float32)))
+    best = np.argsort(-probabilities, kind="stable")[:count]
+    return [Guess(known.class_names[i], float(probabilities[i])) for i in best]
+
+
+def description(network: Trained | FileNetwork) -> Metadata:
+    """What is known of a network: its task, its classes, and how it takes images."""
+    return network.metadata if isinstance(network, FileNetwork) else metadata_of(network)
+
+
+def least_score(network: Trained | FileNetwork, threshold: float | None = None) -> float:
     """Returns the least score of objects that are drawn: `threshold`, or by default `THRESHOLD`.
 
     Raises:
       ValueError: `threshold` is not between `detect.score_threshold` of the network's config, below which it
         finds nothing, and 1.
     """
-    least = trained.config.detect.score_threshold
+    least = description(network).score_threshold
     if threshold is None:
         return max(THRESHOLD, least)
     if not least <= threshold <= 1:  # also refuses nan
@@ -183,11 +212,20 @@ def least_score(trained: Trained, threshold: float | None = None) -> float:
     return threshold
 
 
-def _detector(trained: Trained) -> Callable[[np.ndarray], Detections]:
+def _read(image: str | Path, channels: int) -> np.ndarray:
+    """The pixels of an image file."""
+    if not (path := Path(image)).is_file():
+        raise FileNotFoundError(f"no image {path}")
+    return decode_image(path.read_bytes(), channels=channels, name=str(path))
+
+
+def _detector(network: Trained | FileNetwork) -> Callable[[np.ndarray], Detections]:
     """Returns a function from images to detections as NumPy arrays, compiled once for each batch size."""
-    network = split_model(trained.model)
-    detect = make_detect(network.graphdef, trained.config)
-    return lambda images: jax.device_get(detect(network.params, network.non_trainable, images))
+    if isinstance(network, FileNetwork):
+        return network.detect
+    parts = split_model(network.model)
+    detect = make_detect(parts.graphdef, network.config)
+    return lambda images: jax.device_get(detect(parts.params, parts.non_trainable, images))
 
 
 def _objects(

@@ -92,11 +92,11 @@ def render(
       galleries: PNG files of drawings on test images, by caption.
       answers: test images with what networks make of them, as `gallery.answers` returns them.
     """
-    images = {name: _figure(CAPTIONS[name.partition("-")[0]], picture) for name, picture in pictures.items()}
-    drawings = [_figure(caption, picture) for caption, picture in (galleries or {}).items()]
+    images = {name: figure(CAPTIONS[name.partition("-")[0]], picture) for name, picture in pictures.items()}
+    drawings = [figure(caption, picture) for caption, picture in (galleries or {}).items()]
     sections = (
         _header(content),
-        _section(
+        section(
             "Result",
             _conclusions(content),
             _results(content),
@@ -104,23 +104,28 @@ def render(
             _differences(content),
             _uncertainty(content),
         ),
-        _section("Gradients at the start", _why(content), _figures(images, "gradients"))
+        section("Gradients at the start", _why(content), _figures(images, "gradients"))
         if "gradients" in images
         else "",
-        _section("How the settings were chosen", _tuning(content)) if len(content["points"]) > 1 else "",
-        _section("What the networks make of test images", _answers(answers)) if answers else "",
-        _section("What the networks find", *drawings) if drawings else "",
+        section("How the settings were chosen", _tuning(content)) if len(content["points"]) > 1 else "",
+        section("What the networks make of test images", _answers(answers)) if answers else "",
+        section("What the networks find", *drawings) if drawings else "",
         *(_search(search, content, images) for search in content["searches"]),
         _equivalence(content["equivalence"]) if content["equivalence"] else "",
-        _section("Deploying", _deploying(content)) if content["deployed"] else "",
-        _section("Speed", _speed(), _figures(images, "step_time")) if "step_time" in images else "",
-        _section("Next: your own network", f"<pre>{escape(NEXT)}</pre>") if content["equivalence"] else "",
-        _section("Runs", _runs(content)),
+        section("Deploying", _deploying(content)) if content["deployed"] else "",
+        section("Speed", _speed(), _figures(images, "step_time")) if "step_time" in images else "",
+        section("Next: your own network", f"<pre>{escape(NEXT)}</pre>") if content["equivalence"] else "",
+        section("Runs", _runs(content)),
     )
+    return document(content["title"], sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A page of this style, with sections in HTML; empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(content['title'])}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
         + "\n".join(filter(None, sections))
         + "\n</body>\n</html>\n"
     )
@@ -173,7 +178,7 @@ def _results(content: Mapping[str, Any]) -> str:
         )
         for row in rows
     ]
-    return _table(heads, cells)
+    return table(heads, cells)
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -204,7 +209,7 @@ def _differences(content: Mapping[str, Any]) -> str:
     ]
     text = INTERVALS.format(count=len(rows))
     heads = ("difference, seed by seed", "points", "95 % interval", "contains zero")
-    return _table(heads, rows) + f'<p class="soft">{escape(text)}</p>'
+    return table(heads, rows) + f'<p class="soft">{escape(text)}</p>'
 
 
 def _uncertainty(content: Mapping[str, Any]) -> str:
@@ -272,7 +277,7 @@ def _tuning(content: Mapping[str, Any]) -> str:
     return (
         f"<p>Mean {escape(name)} (%) of {by}, on {content['validation']} training images that were held "
         "out; in bold what was chosen. The other seeds were trained with that alone. The "
-        "test images were read when all of that was done.</p>" + _table(heads, rows)
+        "test images were read when all of that was done.</p>" + table(heads, rows)
     )
 
 
@@ -303,12 +308,12 @@ def _search(search: Mapping[str, Any], content: Mapping[str, Any], images: Mappi
     heads = ("layer", "sum of the squared scales, above (+) or below what the law says")
     several = len(content["searches"]) > 1
     suffix = f"-{search['name']}" if several else ""
-    return _section(
+    return section(
         f"What the search {search['name']} has found" if several else "What the search has found",
         f'<p class="verdict">{escape(search["sentence"])}</p>',
         f"<p>{escape(law['sentence'])}</p>" if law["sentence"] else "",
         f"<ul>{notes}</ul>" if notes else "",
-        f"<details><summary>The law layer by layer</summary>{_table(heads, residuals)}</details>"
+        f"<details><summary>The law layer by layer</summary>{table(heads, residuals)}</details>"
         if residuals
         else "",
         _figures(images, f"scales{suffix}", f"movement{suffix}"),
@@ -317,7 +322,7 @@ def _search(search: Mapping[str, Any], content: Mapping[str, Any], images: Mappi
 
 def _equivalence(result: Mapping[str, Any]) -> str:
     outcome = "the same function" if result["equivalent"] else "<strong>not</strong> the same function"
-    return _section(
+    return section(
         "Is the plain network the multi-branch one?",
         f"<p>The multi-branch network with constant scales (CSLA) under SGD, and the plain network under "
         f"<code>repopt_mask</code>, were trained side by side in float64 for {result['steps']} steps of "
@@ -354,7 +359,7 @@ def _deploying(content: Mapping[str, Any]) -> str:
     return (
         "<p>Deploying folds batch norm, and the branches where there are any, into one convolution with a "
         "bias for each block. The first seed of each way was deployed and compared with the trained network "
-        "in float32.</p>" + _table(heads, lines)
+        "in float32.</p>" + table(heads, lines)
     )
 
 
@@ -369,7 +374,7 @@ def _speed() -> str:
 def _runs(content: Mapping[str, Any]) -> str:
     runs = content["runs"]
     heads = ("run", "seed", "epochs", "steps", "time (s)", "folder")
-    table = _table(
+    runs = table(
         heads,
         [
             (
@@ -393,7 +398,7 @@ def _runs(content: Mapping[str, Any]) -> str:
     )
     again = f"repopt train --config={runs[0]['directory']}/config.json --out=runs/again"
     return (
-        f"{count}{table}<p>Each run's folder holds its config, by which it can be made again, alone:</p>\n"
+        f"{count}{runs}<p>Each run's folder holds its config, by which it can be made again, alone:</p>\n"
         f"<pre>{escape(again)}</pre>" + _command(content["made"]["command"])
     )
 
@@ -407,7 +412,8 @@ def _figures(images: Mapping[str, str], *names: str) -> str:
     return f'<div class="figures">\n{found}\n</div>' if found else ""
 
 
-def _figure(caption: str, picture: bytes) -> str:
+def figure(caption: str, picture: bytes) -> str:
+    """A PNG file, at its size on paper, and its caption."""
     pixels = int.from_bytes(picture[16:20], "big")  # the width, in the header of a PNG file
     width = round(pixels / figures.DPI * 100)
     image = _image(picture, caption, f' width="{width}"')
@@ -419,7 +425,7 @@ def _image(picture: bytes, text: str, attributes: str = "") -> str:
     return f'<img{attributes} alt="{escape(text)}" src="data:image/png;base64,{data}">'
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; `heads` are text, and the cells of `rows` markup."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -428,5 +434,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> str:
+    """A heading and what follows it, in HTML; empty parts are left out."""
     return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(filter(None, parts)) + "\n</section>"

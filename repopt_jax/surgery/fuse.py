@@ -24,7 +24,7 @@ from repopt_jax.core.branches import Shape
 from repopt_jax.nn.block import Block, ChannelAffine, PreNorm
 from repopt_jax.nn.branched import Branched, StructuredLayer, affine_of
 from repopt_jax.nn.compactor import Compactor
-from repopt_jax.nn.geometry import check_plain, explicit_padding, plain_layer
+from repopt_jax.nn.geometry import ChangedOperands, check_plain, explicit_padding, plain_layer
 from repopt_jax.nn.merged import Merged
 from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
 
@@ -141,8 +141,13 @@ def output_difference(
         (jax.tree.leaves(run(model, batch)), jax.tree.leaves(run_deployed(deployed, batch)))
         for batch in batches
     ]
-    outputs = [[np.concatenate(parts) for parts in zip(*side)] for side in zip(*pairs)]
-    compared = [(a, b) for a, b in zip(*outputs) if a.size]
+    outputs, others = ([np.concatenate(parts) for parts in zip(*side)] for side in zip(*pairs))
+    return difference_of(outputs, others)
+
+
+def difference_of(outputs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> OutputDifference:
+    """The difference of outputs that are there already, (count, ...); the first of them are logits."""
+    compared = [(a, b) for a, b in zip(outputs, others, strict=True) if a.size]
     differences = [float(np.abs(a - b).max()) for a, b in compared]
     sizes = [float(np.abs(a).max()) for a, _ in compared]
     logits, deployed_logits = compared[0]
@@ -150,7 +155,7 @@ def output_difference(
         max_abs=max(differences),
         max_rel=max(d / size if size else d for d, size in zip(differences, sizes)),
         agreement=float(np.mean(logits.argmax(-1) == deployed_logits.argmax(-1))),
-        count=len(images),
+        count=len(logits),
     )
 
 
@@ -186,7 +191,16 @@ def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
     """Returns one plain layer that computes bn(layer(x)): kernel K * s, bias (bias * s) + b.
 
     (s, b) are those of the batch norm. Stacked layers are folded with a batch norm that is stacked likewise.
+
+    Raises:
+      ValueError: the layer's kernel is quantized with one scale for all of its channels.
     """
+    changed = changed_operands(layer)
+    if changed is not None and not changed.by_channel:
+        raise ValueError(
+            "the kernel is quantized with one scale for the whole tensor, which does not commute with the "
+            "batch norm's factors: quantize per channel, or fuse before quantizing"
+        )
     s, b = affine_of(bn)
     kernel, bias = _kernel_and_bias(layer)
     scale_output = algebra.scale_output
@@ -199,7 +213,15 @@ def fold_input_norm(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> Any:
     """Returns one plain layer that computes layer(bn(x)): the kernel times s, and its response to b.
 
     (s, b) are those of the batch norm. It is exact if the layer pads its input with nothing.
+
+    Raises:
+      ValueError: the layer's input is quantized, which does not commute with the batch norm.
     """
+    if changed_operands(layer) is not None:
+        raise ValueError(
+            "the layer's input is quantized, and the batch norm before it would change that input: fuse "
+            "before quantizing"
+        )
     s, b = affine_of(bn)
     kernel, bias = _kernel_and_bias(layer)
     scale_input, response = algebra.scale_input, algebra.constant_response
@@ -225,13 +247,20 @@ def plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> An
     if isinstance(layer, StructuredLayer):
         geometry = layer.structure.layer
         return plain_layer(geometry, kernel, bias, dtype=layer.dtype, precision=layer.precision)
-    check_plain(layer)
-    plain = nnx.clone(layer)  # keeps its other attributes: padding by name, precision
+    check_plain(layer, changed=True)
+    plain = nnx.clone(layer)  # keeps its other attributes: padding by name, precision, fake quantization
     plain.kernel.set_value(kernel)
     plain.bias = nnx.data(None if bias is None else nnx.Param(bias.astype(kernel.dtype)))
     plain.use_bias = bias is not None
     plain.param_dtype = kernel.dtype
     return plain
+
+
+def changed_operands(layer: nnx.Module) -> ChangedOperands | None:
+    """Returns what changes the layer's operands, such as a quantizer, or None."""
+    names = ("conv_general_dilated", "dot_general")
+    found = (getattr(layer, name, None) for name in names)
+    return next((function for function in found if isinstance(function, ChangedOperands)), None)
 
 
 def pair_up(
@@ -309,7 +338,7 @@ def _norm_of(
     if type(bn).__call__ is not nnx.BatchNorm.__call__ or bn.axis != -1:
         raise ValueError(f"the batch norm at {norms[0]} is not along the last axis, or of a class of its own")
     if isinstance(layer, (nnx.Conv, nnx.Linear)):
-        check_plain(layer)
+        check_plain(layer, changed=True)
     channels = _channels(layer)
     if bn.var.shape != channels:
         raise ValueError(f"it has {channels} channels, and the batch norm at {norms[0]} {bn.var.shape}")

@@ -18,9 +18,11 @@ from repopt_jax import data
 from repopt_jax.core.scales import Scales
 from repopt_jax.optim.check import check_optimizer
 from repopt_jax.optim.resrep import resrep
+from repopt_jax.quantize.layers import Scheme, check_paths, find_quantizable, with_quantizers
 from repopt_jax.surgery.choose import parse_options
 from repopt_jax.surgery.custom_l2 import custom_l2
 from repopt_jax.surgery.decay import scale_paths, weight_decay_mask
+from repopt_jax.surgery.fuse import fuse
 from repopt_jax.surgery.prepare import Mode, prepare
 from repopt_jax.surgery.reinitialize import sample_weights
 from repopt_jax.surgery.resrep import PruningPlan, plan_pruning, to_resrep
@@ -165,7 +167,22 @@ def _network(
     key = jax.random.fold_in(key, 1)
     options = parse_options(config.model.structure_options)
     prepared = prepare(model, mode, scales=scales, options=options, rngs=nnx.Rngs(key)).model
-    return prepared if plan is None else to_resrep(prepared, plan)
+    return _aware(config, prepared if plan is None else to_resrep(prepared, plan))
+
+
+def _aware(config: Config, model: Any) -> Any:
+    """The network of quantization-aware training, where the config is for it; ranges are not yet known."""
+    quantize = config.quantize
+    if not quantize.bits:
+        return model
+    model.eval()
+    model = fuse(model) if quantize.fused else model
+    scheme: Any = Scheme(quantize.bits, quantize.weight_bits, quantize.per, quantize.weight_range)  # pyright: ignore[reportArgumentType]
+    layers = find_quantizable(model)
+    check_paths(model, quantize.keep_float, "quantize.keep_float", layers)
+    ranges = {path: (0.0, 0.0) for path in layers if path not in quantize.keep_float}
+    options = {"momentum": quantize.momentum, "frozen_after": quantize.freeze_after}
+    return with_quantizers(model, scheme, ranges, **options)
 
 
 def _scales(config: Config, info: Any) -> Scales | None:
@@ -216,8 +233,11 @@ def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, Trai
         return _program(config, model, None, mesh, feed.steps_per_epoch, feed.source, plan)
     # Not every host may see the same folders.
     scales = in_all_processes("load the scales", lambda: _scales(config, info))
-    key = jax.random.key(config.seed)
-    model = _at_once(lambda key: _network(config, info, scales, key=key), key)
+    if config.quantize.run:
+        model = _aware(config, load_source(config).model)
+    else:
+        key = jax.random.key(config.seed)
+        model = _at_once(lambda key: _network(config, info, scales, key=key), key)
     return _program(config, model, _multiplier(config, scales), mesh, feed.steps_per_epoch, feed.source)
 
 
@@ -400,20 +420,24 @@ def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Tr
 
 
 def load_source(config: Config) -> Trained:
-    """The network that a run that prunes starts from.
+    """The network that a run that prunes, or is quantization-aware, starts from.
 
     Raises:
       FileNotFoundError: there is no such run or checkpoint any more.
       ValueError: it is another network.
     """
-    step = config.prune.step
-    source = load_trained(config.prune.run, checkpoint="latest" if step is None else step)
+    section, start = ("prune", config.prune) if config.prune.run else ("quantize", config.quantize)
+    source = load_trained(start.run, checkpoint="latest" if start.step is None else start.step)
     names = ("name", "post_se", "activation")
     here, there = ({name: getattr(c.model, name) for name in names} for c in (config, source.config))
     if here != there:
         raise ValueError(
-            f"`prune.run` {config.prune.run} has trained the network {there}, and `model` is {here}: leave "
+            f"`{section}.run` {start.run} has trained the network {there}, and `model` is {here}: leave "
             "it as it was trained"
+        )
+    if section == "quantize" and source.config.prune.run:
+        raise ValueError(
+            f"`quantize.run` {start.run} has compactors: quantize its deployed network after training"
         )
     return source
 

@@ -15,7 +15,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 
@@ -26,6 +26,7 @@ from repopt_jax.data.scenes import MIN_SIZE
 from repopt_jax.data.transforms import MAX_MAGNITUDE
 from repopt_jax.hints import did_you_mean
 from repopt_jax.nn.block import ACTIVATIONS
+from repopt_jax.quantize.layers import MAX_BITS, MIN_BITS, Per, WeightRange
 from repopt_jax.surgery.choose import find_structure, parse_options
 from repopt_jax.surgery.prepare import Mode
 
@@ -318,6 +319,39 @@ class PruneConfig:
 
 
 @dataclasses.dataclass
+class QuantizeConfig:
+    """Quantization-aware training: inputs and kernels of the convolutions and dense layers are rounded in the
+    forward pass, and gradients pass through (`repopt_jax.quantize`).
+
+    `repopt quantize --qat` fills in where it starts.
+
+    Attributes:
+      bits: of inputs, 2 to 8; 0 for training in floating point.
+      weight_bits: of kernels; None for `bits`.
+      per: whether a kernel has a scale for each output "channel" or one for the "tensor". Batch norms can be
+        kept with "channel" alone, where rounding commutes with their factors.
+      weight_range: "reduced" or "full", see `quantize.Scheme`.
+      keep_float: paths of layers that stay in floating point.
+      momentum: of the moving average of the inputs' ranges.
+      freeze_after: steps after which the ranges stay as they are; None for never.
+      run: folder of the trained run that it starts from; "" to start from scratch.
+      step: of its checkpoint; None for the newest.
+      fused: trains the fused network, without batch norms, in place of that of `model.mode`.
+    """
+
+    bits: int = setting(0, at_least=0, at_most=MAX_BITS)
+    weight_bits: int | None = setting(None, at_least=MIN_BITS, at_most=MAX_BITS)
+    per: str = setting("channel", choices=get_args(Per))
+    weight_range: str = setting("reduced", choices=get_args(WeightRange))
+    keep_float: tuple[str, ...] = ()
+    momentum: float = setting(0.9, at_least=0, less_than=1)
+    freeze_after: int | None = setting(None, at_least=0)
+    run: str = ""
+    step: int | None = setting(None, at_least=0)
+    fused: bool = False
+
+
+@dataclasses.dataclass
 class Config:
     """One run.
 
@@ -375,6 +409,7 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     detect: DetectConfig = dataclasses.field(default_factory=DetectConfig, metadata={"only": DETECT})
     prune: PruneConfig = dataclasses.field(default_factory=PruneConfig)
+    quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
 
 
 def evaluated_on(config: Config) -> str:
@@ -509,6 +544,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         *_data_problems(config.data),
         *_schedule_problems(config.optim),
         *_prune_problems(config),
+        *_quantize_problems(config),
         *_device_problems(config, devices),
     ]
     model = config.model
@@ -695,6 +731,43 @@ def _prune_problems(config: Config) -> Iterator[str]:
         )
     if jax.process_count() > 1:
         yield f"`prune.run`={prune.run!r} in {jax.process_count()} processes: pruning runs in one"
+
+
+def _quantize_problems(config: Config) -> Iterator[str]:
+    quantize, mode = config.quantize, config.model.mode
+    if not quantize.bits:
+        for field in dataclasses.fields(quantize):
+            if tuples(value := getattr(quantize, field.name)) != field.default:
+                yield (
+                    f"`quantize.{field.name}`={value!r} does nothing without `quantize.bits`: leave it at "
+                    f"{field.default!r}"
+                )
+        return
+    if quantize.bits < MIN_BITS:
+        yield f"`quantize.bits`={quantize.bits} must be at least {MIN_BITS}, or 0 for floating point"
+    if not quantize.fused and mode not in (Mode.PLAIN, Mode.REPOPT):
+        yield (
+            f"`model.mode`={mode!r} with `quantize.bits`: layers of branches cannot be quantized; train a "
+            "plain network (mode 'plain' or 'repopt'), or a trained one fused (`quantize.fused`=True)"
+        )
+    if not quantize.fused and quantize.per == "tensor":
+        yield (
+            "`quantize.per`='tensor' with batch norms: one scale for a kernel does not commute with their "
+            "factors; use 'channel', or a trained network fused (`quantize.fused`=True)"
+        )
+    if quantize.fused and not quantize.run:
+        yield "`quantize.fused`=True needs `quantize.run`: a fused network without training learns badly"
+    if quantize.fused and (mode in (Mode.SEARCH, Mode.REPOPT) or config.scales):
+        yield (
+            f"`model.mode`={mode!r} and `scales`={config.scales!r} with `quantize.fused`: scales belong to "
+            "the network before it is fused; leave them out, or keep its batch norms"
+        )
+    if quantize.step is not None and not quantize.run:
+        yield f"`quantize.step`={quantize.step} does nothing without `quantize.run`: leave it out"
+    if config.prune.run:
+        yield "`quantize.bits` with `prune.run`: prune first, and quantize the deployed network"
+    if config.optim.custom_l2:
+        yield "`optim.custom_l2` with `quantize.bits`: it is for layers of branches; leave it out"
 
 
 def _device_problems(config: Config, devices: int) -> Iterator[str]:

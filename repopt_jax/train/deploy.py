@@ -6,6 +6,7 @@ deploy.json    how to rebuild it, and what deploying changed; written last: its 
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from repopt_jax.interop import load_torch_scales
 from repopt_jax.interop.convert import convert_file, export_weights, is_torch_file, refuse_existing
 from repopt_jax.interop.networks import RECORD as CONVERTED
 from repopt_jax.interop.networks import load_converted
+from repopt_jax.quantize.layers import Scheme, with_quantizers
 from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.surgery.resrep import resized, shrink
 from repopt_jax.train.build import (
@@ -33,7 +35,7 @@ from repopt_jax.train.build import (
     open_checkpoints,
     pruning_plan,
 )
-from repopt_jax.train.config import Config, PruneConfig, from_json
+from repopt_jax.train.config import Config, DataConfig, PruneConfig, from_json
 from repopt_jax.train.rundir import (
     PART,
     RunFolder,
@@ -66,6 +68,9 @@ class Deployed:
       test_accuracy, test_loss, test_count: of the fused network; None where the task has none.
       test: its numbers by name, as `tasks.METRICS` has them for the task.
       shapes: of a pruned network, path -> shape of every parameter; else None.
+      quantized: of a network that was quantized after training, the fields of its `quantize.Scheme` and
+        "layers", the paths of the quantized ones; else None. The differences are then those from the fused
+        network in floating point.
       library_version: of repopt_jax.
       reused: True if it was there already and nothing was done.
     """
@@ -85,6 +90,7 @@ class Deployed:
     test_count: int
     test: dict[str, Any]
     shapes: dict[str, tuple[int, ...]] | None
+    quantized: dict[str, Any] | None = None
     library_version: str = __version__
     reused: bool = False
 
@@ -111,13 +117,27 @@ def deploy(
     if (stored := _stored(out_dir, origin)) is not None:
         return stored
     trained = load_trained(run_dir, checkpoint=origin["step"])
+    return save_deployed(out_dir, origin, trained, plain_network(trained), data_dir=data_dir)
+
+
+def save_deployed(
+    out_dir: Path, origin: dict[str, Any], trained: Trained, fused: Any, *, data_dir: str | None = None
+) -> Deployed:
+    """Compares a plain network with what it was made from, measures and saves it.
+
+    Args:
+      out_dir: a folder that holds no deployment.
+      origin: the first four fields of `Deployed`, and `quantized`.
+      trained: the network that it was made from, of which it is to be the deployment.
+      fused: the plain network.
+      data_dir: where the test images are now.
+
+    Raises:
+      FileNotFoundError, ValueError, OSError: as `deploy`.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     # From here on the folder is known as ours, should this be interrupted.
     (out_dir / (RECORD + PART)).write_text(json.dumps(origin), encoding="utf-8")
-    slim, plan = trained.model, pruning_plan(trained.config, trained.info)
-    if plan is not None:
-        slim = shrink(slim, plan, threshold=trained.config.prune.threshold)
-    fused = fuse(slim)
     parameters = nnx.state(fused, nnx.Param)
     shapes = {path: tuple(leaf.shape) for path, leaf in paths.named_leaves(parameters)[0].items()}
     difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
@@ -135,10 +155,31 @@ def deploy(
         test_loss=test["loss"],
         test_count=test["count"],
         test={metric.name: test[metric.name] for metric in METRICS[trained.config.task]},
-        shapes=None if plan is None else shapes,
+        shapes=shapes if trained.config.prune.run else None,
     )
     replace_file(out_dir / RECORD, json.dumps(dataclasses.asdict(deployed), indent=2) + "\n")
     return deployed
+
+
+def plain_network(trained: Trained) -> Any:
+    """The network of a run as plain convolutions: compactors merged and rows that are zero removed, branches
+    and batch norms fused."""
+    slim, plan = trained.model, pruning_plan(trained.config, trained.info)
+    if plan is not None:
+        slim = shrink(slim, plan, threshold=trained.config.prune.threshold)
+    return fuse(slim)
+
+
+def load_plain(directory: str | Path, *, checkpoint: str | int | None = None) -> Trained:
+    """`load_any`, as plain convolutions.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_any`.
+    """
+    trained = load_any(directory, checkpoint=checkpoint)
+    if (Path(directory).expanduser() / RECORD).is_file():
+        return trained
+    return trained._replace(model=plain_network(trained))
 
 
 def load_deployed(directory: str | Path) -> Trained:
@@ -151,8 +192,7 @@ def load_deployed(directory: str | Path) -> Trained:
     record = read_json(directory / RECORD)
     if record is None:
         raise FileNotFoundError(f"{directory} has no deploy.json: it holds no deployed network")
-    config = from_json(json.dumps(record["config"]))
-    info = info_from_json(config.task, record["dataset"])
+    config, info = read_settings(directory)
 
     def fused() -> Any:
         # Scales and pruning shape training, not the fused network; their folders may be gone.
@@ -161,9 +201,26 @@ def load_deployed(directory: str | Path) -> Trained:
         return fuse(model)
 
     whole = nnx.eval_shape(fused)
-    network = split_model(resized(whole, record["shapes"]) if record.get("shapes") else whole)
+    whole = resized(whole, record["shapes"]) if record.get("shapes") else whole
+    if quantized := record.get("quantized"):
+        scheme = {field.name: quantized[field.name] for field in dataclasses.fields(Scheme)}
+        whole = with_quantizers(whole, Scheme(**scheme), dict.fromkeys(quantized["layers"], (0.0, 0.0)))
+    network = split_model(whole)
     loaded = ocp.load(str(directory / "weights"), abstract(_arrays(network), first_device()))
     return Trained(merge_model(network.graphdef, **loaded), config, info, record["step"])
+
+
+def read_settings(directory: str | Path) -> tuple[Config, Any]:
+    """The config and the data set of a run or deployment, without its network.
+
+    Raises:
+      FileNotFoundError: there is neither.
+    """
+    record = read_json(Path(directory).expanduser() / RECORD)
+    if record is None:
+        return RunFolder(directory).read()
+    config = from_json(json.dumps(record["config"]))
+    return config, info_from_json(config.task, record["dataset"])
 
 
 def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> Trained:
@@ -203,23 +260,74 @@ def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any,
     Raises:
       FileNotFoundError, ValueError: as `evaluate`.
     """
-    config: Config = trained.config
+    info = trained.info
+    return open_test_of(trained.config, info.class_names, info.channels, data_dir)
+
+
+def open_test_of(
+    config: Config,
+    class_names: Sequence[str],
+    channels: int,
+    data_dir: str | None = None,
+    **preprocessing: Any,
+) -> tuple[Task, Any, Any]:
+    """`open_test` by a config, the names of the classes, and the channels of the images; `preprocessing` are
+    fields of `DataConfig` that replace those of the config."""
     # The test images, also of a run that was evaluated on training images that it held out.
-    settings = dataclasses.replace(config.data, validation=0)
-    if data_dir is not None:
-        settings.data_dir = data_dir
-    task = make_task(config)
-    source, transform = task.open_data(settings)
-    if (found := source.info.class_names) != (wanted := trained.info.class_names):
-        raise ValueError(
-            f"the network was trained on {len(wanted)} classes ({', '.join(wanted[:6])} ...) and the data "
-            f"have {len(found)} ({', '.join(found[:6])} ...): give the data that it was trained on"
-        )
+    settings = dataclasses.replace(config.data, validation=0, **preprocessing)
+    task, source, transform = _open(config, settings, class_names, channels, data_dir)
     size, limit = config.eval_batch_size, config.data.eval_limit
     batches = task.eval_batches(
         source, transform, batch_size=size, limit=limit, process_index=0, process_count=1
     )
     return task, source, batches
+
+
+def training_images(trained: Trained, count: int, *, data_dir: str | None = None) -> np.ndarray:
+    """The first `count` training images of a run, in the order of `data.train_limit`, or all if there are
+    fewer: preprocessed as in evaluation, not augmented. float32 (count, height, width, channels).
+
+    Raises:
+      FileNotFoundError, ValueError: as `evaluate`.
+    """
+    config, known = trained.config, trained.info
+    task, source, transform = _open(config, config.data, known.class_names, known.channels, data_dir)
+    info = dataclasses.replace(source.info, num_eval=source.info.num_train)
+    source = dataclasses.replace(source, info=info, eval=source.train)
+    limit = min(count, info.num_eval)
+    size = min(config.eval_batch_size, limit)
+    shown = {"batch_size": size, "limit": limit, "process_index": 0, "process_count": 1}
+    batches = task.eval_batches(source, transform, **shown)
+    return np.concatenate([batch["image"][batch["mask"] > 0] for batch in batches])
+
+
+def _open(
+    config: Config,
+    settings: DataConfig,
+    class_names: Sequence[str],
+    channels: int,
+    data_dir: str | None,
+) -> tuple[Task, Any, Any]:
+    """The task, the data set and the preprocessing of the `data` section of a config.
+
+    Raises:
+      FileNotFoundError, ValueError: as `evaluate`.
+    """
+    if data_dir is not None:
+        settings = dataclasses.replace(settings, data_dir=data_dir)
+    task = make_task(config)
+    source, transform = task.open_data(settings)
+    if (found := source.info.class_names) != (wanted := tuple(class_names)):
+        raise ValueError(
+            f"the network was trained on {len(wanted)} classes ({', '.join(wanted[:6])} ...) and the data "
+            f"have {len(found)} ({', '.join(found[:6])} ...): give the data that it was trained on"
+        )
+    if source.info.channels != channels:
+        raise ValueError(
+            f"the network takes images of {channels} channels, and the data have {source.info.channels}: "
+            "give the data that it was trained on"
+        )
+    return task, source, transform
 
 
 def _some_images(trained: Trained, data_dir: str | None) -> jax.Array:
@@ -239,7 +347,15 @@ def _origin(run_dir: str | Path, checkpoint: str | int) -> dict[str, Any]:
     config, info = folder.read()
     with open_checkpoints(folder, config) as checkpoints:
         step = checkpoints.find(checkpoint)
-    return {"run": str(folder.path), "step": step, "config": _plain(config), "dataset": _plain(info)}
+    return origin_of(str(folder.path), step, config, info)
+
+
+def origin_of(
+    run: str, step: int, config: Config, info: Any, quantized: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of `Deployed` that say what a deployment is made from, as JSON gives them back."""
+    plain = {"config": _plain(config), "dataset": _plain(info)}
+    return {"run": run, "step": step, **plain, "quantized": quantized}
 
 
 def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:

@@ -149,6 +149,21 @@ class Task(abc.ABC):
     def make_evaluator(self, graphdef: Any, source: Any, mesh: Mesh) -> Evaluator:
         """The evaluation of such a network on all test images."""
 
+    @abc.abstractmethod
+    def measure(
+        self, answer: Callable[[np.ndarray], Any], source: Any, batches: Iterable[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The numbers that `make_evaluator` gives, of any function of images in one process.
+
+        Args:
+          answer: images of a batch -> logits, or of a detector `Detections`.
+          source: the data set.
+          batches: those of `eval_batches`.
+
+        Raises:
+          ValueError, ModuleNotFoundError: as `make_evaluator`.
+        """
+
 
 # -- classification
 
@@ -182,6 +197,15 @@ class Classification(Task):
 
         return evaluate
 
+    def measure(
+        self, answer: Callable[[np.ndarray], Any], source: Any, batches: Iterable[dict[str, Any]]
+    ) -> dict[str, Any]:
+        sums = zero_sums(self.sums)
+        for batch in batches:
+            logits = jnp.asarray(answer(batch["image"]))
+            sums = add_sums(sums, answers_right(logits, batch["label"], batch["mask"] > 0))
+        return sums_to_means(sums)
+
 
 def make_eval_step(
     graphdef: Any,
@@ -197,13 +221,18 @@ def make_eval_step(
     def eval_step(params, non_trainable, sums, batch):
         model = merge_model(graphdef, params, non_trainable)
         model.eval()
-        logits, real = model(batch["image"]), batch["mask"] > 0
-        # Selected, not multiplied: padding may give any number, and 0 * nan is nan.
-        loss = jnp.where(real, cross_entropy(logits, batch["label"]), 0).sum()
-        correct = count_correct(logits, batch["label"], real=real)
-        return add_sums(sums, {"loss": loss, "accuracy": correct, "count": real.sum(dtype=jnp.int32)})
+        return add_sums(sums, answers_right(model(batch["image"]), batch["label"], batch["mask"] > 0))
 
     return jax.jit(eval_step, donate_argnums=2)
+
+
+def answers_right(logits: jax.Array, labels: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the images that are `real`: of the loss, of those with their largest logit at the label
+    ("accuracy"), and of images ("count")."""
+    # Selected, not multiplied: padding may give any number, and 0 * nan is nan.
+    loss = jnp.where(real, cross_entropy(logits, labels), 0).sum()
+    correct = count_correct(logits, labels, real=real)
+    return {"loss": loss, "accuracy": correct, "count": real.sum(dtype=jnp.int32)}
 
 
 def sums_to_means(sums: dict[str, jax.Array]) -> dict[str, Any]:
@@ -284,30 +313,29 @@ class Detection(Task):
         return loss, {f"{part}_loss": parts[part] * size for part in PARTS}
 
     def make_evaluator(self, graphdef: Any, source: data.AnnotatedSource, mesh: Mesh) -> Evaluator:
-        # Before anything is trained, not at the first evaluation.
-        if importlib.util.find_spec("pycocotools") is None:
-            raise ModuleNotFoundError("the evaluation needs pycocotools", name="pycocotools")
-        self._check_truth(source)
+        self._check_evaluation(source)  # before anything is trained, not at the first evaluation
         detect = make_detect(graphdef, self.config)
 
         def evaluate(params: Any, non_trainable: Any, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
-            predictions, seen = [], []
+            found = []
             for batch in batches:
                 images = put_batch({"image": batch["image"]}, mesh)["image"]
-                real = {name: batch[name] for name in ("index", "ratio", "mask")}
-                found, real = allgather_detections(detect(params, non_trainable, images), real, mesh)
-                chosen = np.flatnonzero(real["mask"])
-                found = Detections(*(part[chosen] for part in found))
-                predictions += to_predictions(found, real["index"][chosen], real["ratio"][chosen])
-                seen += real["index"][chosen].tolist()
-            truth = data.eval_annotations(source, seen)
-            measured = evaluate_detections(truth, predictions, sigmas=source.info.sigmas)
-            numbers = {metric.name: measured[metric.name] for metric in METRICS["detect"]}
-            return {"loss": None, **numbers, "count": len(seen)}
+                detections = detect(params, non_trainable, images)
+                found.append(allgather_detections(detections, _origin(batch), mesh))
+            return _average_precision(found, source)
 
         return evaluate
 
-    def _check_truth(self, source: data.AnnotatedSource) -> None:
+    def measure(
+        self, answer: Callable[[np.ndarray], Any], source: Any, batches: Iterable[dict[str, Any]]
+    ) -> dict[str, Any]:
+        self._check_evaluation(source)
+        found = [(answer(batch["image"]), _origin(batch)) for batch in batches]
+        return _average_precision(found, source)
+
+    def _check_evaluation(self, source: data.AnnotatedSource) -> None:
+        if importlib.util.find_spec("pycocotools") is None:
+            raise ModuleNotFoundError("the evaluation needs pycocotools", name="pycocotools")
         limit = self.config.data.eval_limit
         used = subset(source.info.num_eval, limit, "eval")
         if all(source.eval.objects(int(index))["crowd"].all() for index in used):
@@ -315,6 +343,27 @@ class Detection(Task):
                 f"no object is to be found on the {len(used)} test images, so that average precision is not "
                 f"defined: raise `data.eval_limit` (it is {limit}), or give other images"
             )
+
+
+def _origin(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Where the images of a batch come from."""
+    return {name: batch[name] for name in ("index", "ratio", "mask")}
+
+
+def _average_precision(
+    found: Iterable[tuple[Detections, dict[str, np.ndarray]]], source: data.AnnotatedSource
+) -> dict[str, Any]:
+    """The numbers of an evaluation, from the detections of each batch and where its images come from."""
+    predictions, seen = [], []
+    for detections, real in found:
+        chosen = np.flatnonzero(real["mask"])
+        kept = Detections(*(part[chosen] for part in detections))
+        predictions += to_predictions(kept, real["index"][chosen], real["ratio"][chosen])
+        seen += real["index"][chosen].tolist()
+    truth = data.eval_annotations(source, seen)
+    measured = evaluate_detections(truth, predictions, sigmas=source.info.sigmas)
+    numbers = {metric.name: measured[metric.name] for metric in METRICS["detect"]}
+    return {"loss": None, **numbers, "count": len(seen)}
 
 
 def make_detect(graphdef: Any, config: Config):

@@ -1,0 +1,7 @@
+"""Networks as files that run elsewhere, and running them here."""
+
+from repopt_jax.export.metadata import Metadata
+from repopt_jax.export.onnx import compare_fused, onnx_model, to_onnx
+from repopt_jax.export.stablehlo import read_stablehlo, to_stablehlo
+
+__all__ = ["Metadata", "compare_fused", "onnx_model", "read_stablehlo", "to_onnx", "to_stablehlo"]

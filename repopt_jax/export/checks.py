@@ -1,0 +1,39 @@
+"""What every exporter asks of a model: that it is plain and computes what it will compute when it is used."""
+
+import importlib.util
+
+from flax import nnx
+
+from repopt_jax.core import paths
+from repopt_jax.nn.branched import StructuredLayer
+from repopt_jax.nn.compactor import Compactor
+from repopt_jax.surgery.modules import named_modules
+
+
+def check_exportable(model: nnx.Module) -> None:
+    """Raises ValueError, with paths and classes, if a model is not fused or not in evaluation mode."""
+    modules = {f"{p} ({type(m).__name__})": m for p, m in named_modules(model)}
+    training = [p for p, m in modules.items() if _is_training(m)]
+    branches = [p for p, m in modules.items() if isinstance(m, (StructuredLayer, Compactor))]
+    problems = []
+    if training:
+        problems.append(f"{paths.listed(training)} are in training mode: call `model.eval()` first")
+    if branches:
+        problems.append(f"{paths.listed(branches)} have branches: export `fuse(model)`")
+    if problems:
+        raise ValueError(f"the model cannot be exported as it is: {'; '.join(problems)}")
+
+
+def _is_training(module: nnx.Module) -> bool:
+    if getattr(module, "use_running_average", True) is False:
+        return True
+    drops = getattr(module, "rate", getattr(module, "dropout_rate", 0)) > 0
+    return drops and getattr(module, "deterministic", True) is False
+
+
+def require(package: str) -> None:
+    """Raises ModuleNotFoundError if a package of the extra `export` is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"{package} is not installed: pip install 'repopt_jax[export]'", name=package
+        )

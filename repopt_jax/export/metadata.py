@@ -1,0 +1,168 @@
+"""What an exported file says of the network in it: classes, preprocessing, layout, and how outputs are read.
+
+Images belong to a network as much as its weights: another mean and standard deviation than in training cost
+points of accuracy, and nothing fails. So the file holds them.
+"""
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from repopt_jax._version import __version__
+from repopt_jax.data.detection import DetectionTransform
+from repopt_jax.data.transforms import Transform
+
+LIBRARY = "repopt_jax"
+LAYOUTS = ("NHWC", "NCHW")
+# What a file's input holds -> its dtype.
+INPUTS = {"normalised": "float32", "uint8": "uint8", "float32": "float32"}
+# The mean and std with which `Transform` leaves pixel values from 0 to 255 as they are.
+RAW = ((0.0,), (1 / 255,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What a file says of its network.
+
+    Attributes:
+      task: "classify" or "detect"; "" for a network that is neither.
+      name, architecture: of the network.
+      class_names: of a classifier or detector.
+      keypoint_names: of a detector.
+      image_size: height and width of the input, in pixels.
+      channels: of the input.
+      resize: as in `data.Transform`.
+      mean, std: of the preprocessing, (pixels / 255 - mean) / std; one number, or one for each channel.
+      input: "normalised" if the file takes images after that; "uint8" or "float32" if it takes pixel values
+        from 0 to 255 of this dtype, and computes it itself.
+      layout: order of the input's axes, "NHWC" or "NCHW".
+      strides: of a detector, pixels from one location to the next, level by level.
+      score_threshold, iou_threshold, max_detections: of a detector, as in `detection.decode`.
+      decoded: of a detector, whether the outputs are `Detections`, not `Outputs`.
+      library: the program that wrote the file.
+
+    Raises:
+      ValueError: values that do not fit together; it lists all.
+    """
+
+    REQUIRED: ClassVar[frozenset[str]] = frozenset(
+        ("task", "image_size", "channels", "mean", "std", "input", "layout")
+    )
+
+    task: str = ""
+    name: str = ""
+    architecture: str = ""
+    class_names: tuple[str, ...] = ()
+    keypoint_names: tuple[str, ...] = ()
+    image_size: int = 0
+    channels: int = 0
+    resize: int | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    input: str = "normalised"
+    layout: str = "NHWC"
+    strides: tuple[int, ...] = ()
+    score_threshold: float = 0.05
+    iou_threshold: float = 0.6
+    max_detections: int = 100
+    decoded: bool = False
+    library: str = f"{LIBRARY} {__version__}"
+
+    def __post_init__(self):
+        rules = (
+            ("task", self.task in ("", "classify", "detect"), "'', 'classify' or 'detect'"),
+            ("image_size", self.image_size >= 1, "at least 1"),
+            ("channels", self.channels >= 1, "at least 1"),
+            ("input", self.input in INPUTS, f"one of {', '.join(INPUTS)}"),
+            ("layout", self.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
+            ("class_names", bool(self.class_names) or not self.task, "given"),
+            (
+                "strides",
+                bool(self.strides) == (self.task == "detect"),
+                "given for a detector, and for it only",
+            ),
+            ("decoded", self.task == "detect" or not self.decoded, "False, except for a detector"),
+        )
+        wrong = [f"`{n}` is {getattr(self, n)!r}; it must be {rule}" for n, holds, rule in rules if not holds]
+        if wrong:
+            raise ValueError(", and ".join(wrong))
+        self.pixels.check_channels(self.channels)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of an image as the file takes it, without the batch."""
+        side, channels = self.image_size, self.channels
+        return (side, side, channels) if self.layout == "NHWC" else (channels, side, side)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the input."""
+        return INPUTS[self.input]
+
+    @property
+    def pixels(self) -> Transform:
+        """Size and normalisation alone, those that the network was trained with."""
+        return Transform(self.image_size, mean=self.mean, std=self.std)
+
+    def describe_input(self) -> str:
+        """What the images of the input are, for people."""
+        if self.input != "normalised":
+            return "pixel values from 0 to 255"
+        return f"(pixels / 255 - mean) / std, mean {list(self.mean)}, std {list(self.std)}"
+
+    def transform(self) -> Transform | DetectionTransform:
+        """What is done to images before they are given to the file."""
+        mean, std = (self.mean, self.std) if self.input == "normalised" else RAW
+        if self.task == "detect":
+            return DetectionTransform(self.image_size, mean=mean, std=std)
+        return Transform(self.image_size, resize=self.resize, mean=mean, std=std)
+
+    def to_strings(self) -> dict[str, str]:
+        """Name of each field -> its value, as it is if it is a string, else as JSON."""
+        fields = dataclasses.asdict(self)
+        return {n: value if isinstance(value, str) else json.dumps(value) for n, value in fields.items()}
+
+    @classmethod
+    def from_strings(cls, given: Mapping[str, str]) -> "Metadata":
+        """The metadata that `to_strings` wrote; other names are left out.
+
+        Raises:
+          ValueError: not written by this library, or with values that no file of it has.
+        """
+        if not given.get("library", "").startswith(LIBRARY):
+            raise ValueError(f"it has no metadata of {LIBRARY}, so that nothing tells how it takes images")
+        hints = typing.get_type_hints(cls)
+        kinds = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        values = {name: _value(name, given[name], kinds[name]) for name in kinds.keys() & given.keys()}
+        missing = sorted(cls.REQUIRED - values.keys())
+        if missing:
+            raise ValueError(f"its metadata lack {', '.join(missing)}")
+        return cls(**values)
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    """The value of the field `name`, of the type `kind`, that `to_strings` has written as `text`."""
+    if kind is str:
+        return text
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"its metadata have the damaged entry {name}: {error}") from error
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        holds = isinstance(value, list) and all(_is_a(element, part) for part in value)
+        value = tuple(value) if holds else value
+    else:
+        holds = any(_is_a(option, value) for option in typing.get_args(kind) or (kind,))
+    if not holds:
+        raise ValueError(f"its metadata have an entry {name} that is no {kind}: {text[:40]}")
+    return value
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind

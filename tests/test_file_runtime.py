@@ -1,0 +1,117 @@
+"""Running ONNX files: models written here by hand, with the metadata of this library or without."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from repopt_jax.export import Metadata, runtime
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+METADATA = Metadata(
+    task="classify",
+    name="by hand",
+    class_names=("dark", "light"),
+    image_size=4,
+    channels=3,
+    mean=(0.5,),
+    std=(0.25,),
+    layout="NCHW",
+)
+
+
+def write(path, metadata=METADATA, *, outputs=("logits",), dtype=None, strings=None):
+    """A model whose first logit is minus the mean over the first channel, and whose second is the mean over
+    the last."""
+    helper, kinds = onnx.helper, onnx.TensorProto
+    kind = kinds.UINT8 if metadata.dtype == "uint8" else kinds.FLOAT
+    weights = np.zeros((3, 16, 2), np.float32)
+    weights[0, :, 0], weights[2, :, 1] = -1 / 16, 1 / 16
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=kinds.FLOAT),
+        helper.make_node("Flatten", ["float"], ["flat"]),
+        *(helper.make_node("MatMul", ["flat", "weights"], [name]) for name in outputs),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "by hand",
+        [helper.make_tensor_value_info("images", kind, ["batch", *metadata.input_shape])],
+        [helper.make_tensor_value_info(name, kinds.FLOAT, ["batch", 2]) for name in outputs],
+        [onnx.numpy_helper.from_array(weights.reshape(48, 2), "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, metadata.to_strings() if strings is None else strings)
+    onnx.save(model, path)
+    return path
+
+
+def test_an_onnx_file_is_run_in_its_layout(tmp_path):
+    file = runtime.open_file(write(tmp_path / "a.onnx"))
+    assert file.metadata == METADATA
+    assert str(file.inputs[0]) == "images float32 (batch, 3, 4, 4)"
+    assert str(file.outputs[0]) == "logits float32 (batch, 2)"
+    images = np.random.default_rng(0).normal(size=(5, 4, 4, 3)).astype(np.float32)
+    expected = np.stack([-images[..., 0].mean((1, 2)), images[..., 2].mean((1, 2))], -1)
+    np.testing.assert_allclose(file.logits(images), expected, atol=1e-6)
+    np.testing.assert_allclose(file(images[:1])["logits"], expected[:1], atol=1e-6)
+    with pytest.raises(ValueError, match="is no detector: its task is 'classify'"):
+        file.detect(images)
+    with pytest.raises(ValueError, match=r"takes \(batch, 4, 4, 3\)"):
+        file.logits(np.moveaxis(images, -1, 1))
+
+
+@pytest.mark.parametrize("given", ["normalised", "uint8", "float32"])
+def test_images_are_prepared_as_the_file_says(tmp_path, given):
+    file = runtime.open_file(write(tmp_path / "a.onnx", dataclasses.replace(METADATA, input=given)))
+    pixels = np.full((8, 6, 3), 51, np.uint8)
+    image, ratio = file.prepare(pixels)
+    assert ratio == 4 / 6
+    assert image.dtype == file.metadata.dtype
+    np.testing.assert_allclose(image, (0.2 - 0.5) / 0.25 if given == "normalised" else 51, rtol=1e-6)
+    assert file.logits(image[None]).shape == (1, 2)
+
+
+def test_foreign_models_are_refused(tmp_path):
+    write(tmp_path / "a.onnx", strings={"author": "someone"})
+    with pytest.raises(ValueError, match=r"a\.onnx was not exported by this library: it has no metadata"):
+        runtime.open_file(tmp_path / "a.onnx")
+    write(tmp_path / "b.onnx", strings={**METADATA.to_strings(), "mean": "[0.5"})
+    with pytest.raises(ValueError, match=r"b\.onnx .* the damaged entry mean"):
+        runtime.open_file(tmp_path / "b.onnx")
+    lacking = {n: v for n, v in METADATA.to_strings().items() if n not in ("mean", "layout")}
+    write(tmp_path / "c.onnx", strings=lacking)
+    with pytest.raises(ValueError, match="its metadata lack layout, mean"):
+        runtime.open_file(tmp_path / "c.onnx")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -40])
+def test_damaged_models_are_refused(tmp_path, kept, capfd):
+    whole = write(tmp_path / "a.onnx").read_bytes()
+    (tmp_path / "a.onnx").write_bytes(whole[:kept])
+    with pytest.raises(ValueError, match=r"a\.onnx") as caught:
+        runtime.open_file(tmp_path / "a.onnx")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_altered_bytes_give_a_sentence_or_a_network(tmp_path):
+    whole, rng = write(tmp_path / "a.onnx").read_bytes(), np.random.default_rng(0)
+    noticed = 0
+    for place in rng.integers(0, len(whole), 60):
+        altered = bytearray(whole)
+        altered[place] ^= 1 << rng.integers(8)
+        (tmp_path / "b.onnx").write_bytes(altered)
+        try:
+            runtime.open_file(tmp_path / "b.onnx")
+        except ValueError:
+            noticed += 1
+    assert noticed
+
+
+def test_every_node_can_be_run_as_it_is_written(tmp_path):
+    path = write(tmp_path / "a.onnx")
+    images = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    one, other = (runtime.open_onnx(path, optimized=flag).logits(images) for flag in (True, False))
+    np.testing.assert_allclose(one, other, atol=1e-6)
