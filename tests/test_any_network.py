@@ -504,7 +504,7 @@ class Odd(nnx.Module):
         make = nnx.vmap(lambda key: nnx.Linear(2, 4, rngs=nnx.Rngs(key)), in_axes=0, out_axes=1)
         self.sideways = make(keys)
         self.up = nnx.ConvTranspose(2, 2, (2, 2), rngs=rngs)
-        self.einsum = nnx.Einsum("ab,bc->ac", (2, 2), rngs=rngs)
+        self.einsum = nnx.Einsum("ab,cb->ac", (2, 2), rngs=rngs)
         self.bn = nnx.BatchNorm(2, rngs=rngs)
 
 
@@ -540,7 +540,7 @@ def test_layers_that_cannot_be_made_of_branches_are_listed_with_the_reasons():
     assert list(find_layers(model)) == ["good/kernel", "same/kernel"]  # by default those that can be
     for select in (r"up|einsum", (nnx.ConvTranspose, nnx.Einsum), lambda path, m: path in ("up", "einsum")):
         with pytest.raises(
-            ValueError, match=r"einsum \(Einsum\): only nnx.Conv and nnx.Linear .*; up \(ConvT"
+            ValueError, match=r"einsum \(Einsum\): its equation 'ab,cb->ac' is no dense .*; up \(ConvT"
         ):
             find_layers(model, select)
     with pytest.raises(ValueError, match=r"bn \(BatchNorm\): only nnx.Conv and nnx.Linear can"):

@@ -117,9 +117,10 @@ def trace_layers(apply: Callable[..., Any], params: Any, *example: Any) -> Trace
         )
     trace = trace_uses(apply, params, *example)
     found, others = {}, {}
+    biases = {path for uses in trace.uses.values() for use in uses for path in use.biases}
     for path, leaf in leaves.items():
         uses, shape = trace.uses.get(path, []), tuple(leaf.shape)
-        if not uses and len(shape) < 2:
+        if not uses and (len(shape) < 2 or path in biases):
             continue
         why = trace.problems.get(path, set()) | {f"{p} reads it" for p in trace.others.get(path, ())}
         if not uses and not why:

@@ -10,6 +10,7 @@ branch.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,8 @@ class Merged(StructuredLayer):
 class MergedGeneral(Merged):
     """A dense layer over several axes, `nnx.LinearGeneral` or an `nnx.Einsum` that is one, likewise.
 
-    The axes of its inputs and outputs are one each for the structure, in their order. Its bias has the axes of
-    the outputs.
+    The axes of its inputs are one for the structure, in their order, and so are those of its outputs. Its
+    bias has the axes of the outputs.
 
     Attributes:
       inputs, outputs: sizes of the axes of the inputs and outputs.
@@ -108,8 +109,15 @@ class MergedGeneral(Merged):
     def out_features(self) -> Shape:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.outputs
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(*batch, *inputs) -> (*batch, *outputs)."""
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """(*batch, *inputs) -> (*batch, *outputs).
+
+        Raises:
+          ValueError: the arrays are those of stacked layers; or an `out_sharding`, which attention passes on
+            and a layer of branches does not have.
+        """
+        if out_sharding is not None:
+            raise ValueError(f"`out_sharding` is {out_sharding}: a layer of branches takes None")
         self._check_one()
         batch = x.shape[: x.ndim - len(self.inputs)]
         y = self._run_merged(x.reshape(*batch, -1), self.structure_kernel())

@@ -138,7 +138,7 @@ def _of_other_kinds(model: nnx.Module) -> dict[str, Choice]:
     return {
         join(path, name): Choice(None, f"{type(module).__name__} is not of a kind that is known")
         for path, module in named_modules(model)
-        if not isinstance(module, StructuredLayer)
+        if not isinstance(module, (StructuredLayer, *LAYERS))
         for name, value in vars(module).items()
         if isinstance(value, nnx.Param) and len(value.shape) > 1
     }

@@ -214,8 +214,10 @@ def _(block: MergedGeneral) -> nnx.LinearGeneral:
         "precision": block.precision,
         "param_dtype": kernel.dtype,
     }
-    options |= {"axis": axis, "use_bias": bias is not None, "rngs": nnx.Rngs(0)}
-    plain = nnx.eval_shape(lambda: nnx.LinearGeneral(block.inputs, block.outputs, **options))
+    options |= {"axis": axis, "use_bias": bias is not None}
+    plain = nnx.eval_shape(
+        lambda: nnx.LinearGeneral(block.inputs, block.outputs, rngs=nnx.Rngs(0), **options)
+    )
     plain.kernel.set_value(kernel)
     if plain.bias is not None and bias is not None:
         plain.bias.set_value(bias)

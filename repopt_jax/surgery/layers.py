@@ -190,8 +190,8 @@ def _read_general(path: str, module: nnx.LinearGeneral | nnx.Einsum) -> Layer:
     stack = shape[: max(len(shape) - len(one), 0)]
     if shape != (*stack, *one) or bias not in (None, (*stack, *out)):
         raise ValueError(
-            f"its kernel has the shape {shape} and its bias {bias}, where {one} and {out} were expected, after "
-            "the axes of a stack if there is one: layers must be stacked along the first axis"
+            f"its kernel has the shape {shape} and its bias {bias}, where {one} and {out} were expected, "
+            "after the axes of a stack if there is one: layers must be stacked along the first axis"
         )
     geometry = Geometry((), math.prod(into), math.prod(out))
     return Layer(join(path, "kernel"), geometry, stack, bias is not None, layout_of(into, out), shape)

@@ -117,7 +117,7 @@ def to_structure(
             theta = one.split(leaves[layer.path][...], near)
             return merged_layer(layer, one.structure, theta["weights"], theta["scales"], **options)
         with counted_in_python(nnx.Rngs(params=key_of(layer.path, key))) as own:
-            if isinstance(axes := _axes(layer), dict) and axes:
+            if axes := _axes(layer):
                 return MergedGeneral(made[layer.path], **axes, rngs=own, **options)
             return kind(made[layer.path], rngs=own, **options)
 
@@ -257,7 +257,7 @@ def merged_layer(
     vectors: Mapping[str, jax.Array],
     **options: Any,
 ) -> Merged:
-    """Makes an `nn.Merged` in place of a layer with these tensors and scales, without drawing initial ones."""
+    """Makes an `nn.Merged` in place of a layer with these tensors and scales, without drawing others."""
     axes, bias = _axes(layer), options.pop("bias")
 
     def make(bias: Any) -> Merged:
