@@ -289,7 +289,7 @@ class VAE(nnx.Module):
     def __call__(self, x, *, rngs):
         x = nnx.relu(self.enc_bn(self.enc1(x)))
         x = nnx.relu(self.enc2(x)).reshape(x.shape[0], -1)
-        mean, logvar = self.mean(x), self.logvar(x)
+        mean, logvar = self.mean(x), jnp.clip(self.logvar(x), -4, 4)
         z = mean + jnp.exp(logvar / 2) * jax.random.normal(rngs.noise(), mean.shape, mean.dtype)
         y = nnx.relu(self.dense(z)).reshape(-1, 4, 4, 4)
         return self.dec2(nnx.relu(self.dec_bn(self.dec1(y))))

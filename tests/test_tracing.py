@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from any_networks import DEPTHWISE, NETWORKS
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strangers import STRANGERS, call
 
@@ -30,7 +30,7 @@ def traced(model, run):
 @pytest.mark.parametrize("name", [*NETWORKS, "depthwise"])
 def test_what_tracing_finds_is_what_the_classes_say(name):
     case = NETWORKS.get(name, DEPTHWISE)
-    model = case.abstract()
+    model = case.fresh()
     model.eval()
     x = jnp.zeros((2, *case.inputs))
     apply, params = traced(model, lambda model: model(x))
@@ -203,6 +203,7 @@ def test_equinox_and_functions_give_the_branch_sets_of_the_twin():
 # -- what is done to a kernel
 
 
+@settings(deadline=None)
 @given(
     order=st.permutations(range(4)),
     split=st.booleans(),
@@ -210,7 +211,8 @@ def test_equinox_and_functions_give_the_branch_sets_of_the_twin():
     seed=st.integers(0, 9),
 )
 def test_a_kernel_is_followed_through_what_moves_its_entries(order, split, half, seed):
-    """Whatever the order of its axes, the layout found is that which the convolution sees."""
+    """Whatever the order of its axes, the layout found is that which the convolution sees; but there is none
+    in which the spatial axes change places."""
     rng = np.random.default_rng(seed)
     kernel = jnp.asarray(rng.normal(size=(3, 2, 4, 6)), jnp.float32)  # (*spatial, in, out)
     stored = kernel.transpose(order)
@@ -225,7 +227,11 @@ def test_a_kernel_is_followed_through_what_moves_its_entries(order, split, half,
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, w, (2, 1), "VALID", dimension_numbers=numbers)
 
-    layer = trace_layers(apply, {"w": stored}, jnp.zeros((1, 8, 8, 4))).layers["w"]
+    found = trace_layers(apply, {"w": stored}, jnp.zeros((1, 8, 8, 4)))
+    if order.index(0) > order.index(1):
+        assert found.others == {"w": "its axes are mixed before its use"}
+        return
+    layer = found.layers["w"]
     np.testing.assert_array_equal(to_canonical(stored, layer.layout), kernel)
     np.testing.assert_array_equal(from_canonical(kernel, layer.layout, stored.shape), stored)
     assert layer.geometry.strides == (2, 1)

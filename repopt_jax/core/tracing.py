@@ -43,7 +43,7 @@ def find_branches(
     Args:
       apply: (params, *example) -> any tree of arrays. It is traced, not run.
       params: the parameters, a tree of arrays or `jax.ShapeDtypeStruct`s.
-      example: the other arguments, likewise.
+      example: the other arguments, likewise. Without any, arrays that `apply` has taken in are the data.
       select: which layers: a regular expression for the whole path of a layer, or a function (path, `Layer`)
         -> bool. By default every layer that has several branches.
       branches: None for those of `repopt`; a sequence for every layer; or a function of the `Layer`, or a
@@ -237,7 +237,6 @@ class _Info(NamedTuple):
     made_by: Use | None = None  # the layer whose output it is, up to casts and the bias
 
 
-_CONSTANT = _Info()
 # Equations of one argument that change neither its values nor their order.
 PASSED = (
     *("convert_element_type", "copy", "copy_p", "optimization_barrier", "reduce_precision", "name"),
@@ -254,23 +253,27 @@ def trace_uses(apply: Callable[..., Any], params: Any, *example: Any) -> Uses:
         for path, leaf in leaves.items()
     ]
     infos += [_Info(data=True)] * (len(flat.inputs) - len(infos))
-    walk = _Walk()
+    walk = _Walk(closed_over=len(flat.inputs) == len(leaves))
     for info in walk.run(flat, infos, 1):
         walk.read("output", info)
     return walk.found
 
 
 class _Walk:
-    def __init__(self):
+    def __init__(self, *, closed_over: bool):
         self.found = Uses()
+        self.closed_over = closed_over  # whether the data are constants of the function
 
     def run(self, flat: Flat, inputs: Sequence[_Info], times: int) -> list[_Info]:
         """Follows the values of a function; `times` is how often it runs."""
         known: dict[Value, _Info] = dict(zip(flat.inputs, inputs, strict=True))
         for equation in flat.equations:
-            taken = [known.get(value, _CONSTANT) for value in equation.inputs]
+            taken = [known.get(value) or self.constant(value) for value in equation.inputs]
             known |= zip(equation.outputs, self.equation(equation, taken, times), strict=True)
-        return [known.get(value, _CONSTANT) for value in flat.outputs]
+        return [known.get(value) or self.constant(value) for value in flat.outputs]
+
+    def constant(self, value: Value) -> _Info:
+        return _Info(data=self.closed_over and len(value.shape) > 0)
 
     def equation(self, equation: Equation, taken: list[_Info], times: int) -> list[_Info]:
         """Returns what is known of an equation's outputs, and keeps what it says of the parameters."""
@@ -287,13 +290,14 @@ class _Walk:
         if equation.name in PASSED and len(taken) == 1:
             return taken
         made: Use | None = None
+        layer = equation.name in ("conv_general_dilated", "dot_general")
         if equation.name == "conv_general_dilated":
             made = self.convolution(equation, taken, times)
         elif equation.name == "dot_general":
             made = self.product(equation, taken, times)
         elif equation.name in ("add", "add_any") and len(taken) == 2:
             made = _with_bias(equation, taken)
-        if made is None:
+        if made is None and not layer:
             self.note(params, equation.name)  # what depends on data is data, and has none
             for info in taken:
                 rest = [other for other in taken if other is not info and not other.data]
