@@ -22,7 +22,6 @@ class Model(nnx.Module):
     """Two 3x3 convolutions with batch norm, dropout, a classifier."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        # Explicit padding: at stride 2, "SAME" samples other pixels than the smaller branches would.
         self.stem = nnx.Conv(3, 8, (3, 3), strides=2, padding=((1, 1), (1, 1)), use_bias=False, rngs=rngs)
         self.stem_bn = nnx.BatchNorm(8, rngs=rngs)
         self.body = nnx.Conv(8, 8, (3, 3), padding=1, use_bias=False, rngs=rngs)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from repopt_jax import (
     Scales,
-    default_branches,
+    find_branches,
     load_scales,
     reinitialize,
     repopt_mask,
@@ -46,7 +46,6 @@ def apply(params, images):
 
 def block(x, kernel, stride):
     """A convolution, normalised over each image, and a ReLU."""
-    # Explicit padding: at stride 2, "SAME" samples other pixels than the smaller branches would.
     x = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -90,11 +89,10 @@ def main(search_steps=100, steps=300, folder=None):
             yield images[chosen], labels[chosen]
 
     # 1. Which kernels are re-parameterized, and by which branches: 3x3 + 1x1, and the identity where there
-    #    are as many input as output channels (and stride 1: `default_branches(shape, stride=2)` has none).
-    #    Kernels are found by their paths, `stem/kernel` and `body/kernel`.
+    #    are as many input as output channels and stride 1. The function is traced once, which tells what each
+    #    parameter is: `stem/kernel` and `body/kernel` are found, and `head/kernel`, of one branch, is left.
     params = init(jax.random.key(0))
-    kernels = {path: leaf for path, leaf in paths.named_leaves(params)[0].items() if leaf.ndim == 4}
-    start = Scales.ones({path: default_branches(kernel.shape) for path, kernel in kernels.items()})
+    start = Scales.ones(find_branches(apply, params, images[:1]))
 
     # 2. Search: train the branches and their scales; `merged` gives the parameters that the network knows.
     #    The scales are not decayed.

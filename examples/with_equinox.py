@@ -17,7 +17,7 @@ from flax import nnx
 
 from repopt_jax import (
     Scales,
-    default_branches,
+    find_branches,
     load_scales,
     reinitialize,
     repopt_mask,
@@ -37,7 +37,6 @@ class Net(eqx.Module):
 
     def __init__(self, key):
         stem, body, head = jax.random.split(key, 3)
-        # Numbers for padding: at stride 2, "SAME" samples other pixels than the smaller branches would.
         self.convs = [
             eqx.nn.Conv2d(1, 16, 3, stride=2, padding=1, use_bias=False, key=stem),
             eqx.nn.Conv2d(16, 16, 3, padding=1, use_bias=False, key=body),
@@ -88,12 +87,15 @@ def main(search_steps=100, steps=300, folder=None):
             yield images[chosen], labels[chosen]
 
     # 1. Which kernels are re-parameterized, and by which branches: 3x3 + 1x1, and the identity where there
-    #    are as many input as output channels (and stride 1: `default_branches(shape, stride=2)` has none).
-    #    Kernels are found by their paths, `convs/0/weight`; Equinox has their axes as (out, in, *spatial),
-    #    which `layout` says.
+    #    are as many input as output channels and stride 1. The network is traced once, which tells what each
+    #    parameter is and how its axes lie: `convs/0/weight` and `convs/1/weight` are found, `head/weight`, of
+    #    one branch, is left.
     params, static = eqx.partition(Net(jax.random.key(0)), eqx.is_inexact_array)
-    kernels = {path: leaf for path, leaf in paths.named_leaves(params)[0].items() if leaf.ndim == 4}
-    start = Scales.ones({path: default_branches(k.shape, layout="oi...") for path, k in kernels.items()})
+
+    def apply(params, images):
+        return jax.vmap(eqx.combine(params, static))(images)
+
+    start = Scales.ones(find_branches(apply, params, images[:1]))
 
     def plain_loss(params, *batch):
         return loss_of(eqx.combine(params, static), *batch)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from repopt_jax import (
     Scales,
-    default_branches,
+    find_branches,
     load_scales,
     reinitialize,
     repopt_mask,
@@ -34,8 +34,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool = False):
         for name, stride in (("stem", 2), ("body", 1)):
-            # Explicit padding: at stride 2, "SAME" samples other pixels than the smaller branches would.
-            x = nn.Conv(16, (3, 3), stride, padding=((1, 1), (1, 1)), use_bias=False, name=name)(x)
+            x = nn.Conv(16, (3, 3), stride, use_bias=False, name=name)(x)
             x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         return nn.Dense(10, name="head")(x.reshape(len(x), -1))
 
@@ -80,11 +79,14 @@ def main(search_steps=100, steps=300, folder=None):
             yield images[chosen], labels[chosen]
 
     # 1. Which kernels are re-parameterized, and by which branches: 3x3 + 1x1, and the identity where there
-    #    are as many input as output channels (and stride 1: `default_branches(shape, stride=2)` has none).
-    #    Kernels are found by their paths, `stem/kernel` and `body/kernel`.
+    #    are as many input as output channels and stride 1. The network is traced once, which tells what each
+    #    parameter is: `stem/kernel` and `body/kernel` are found, and `head/kernel`, of one branch, is left.
     fresh = Net().init(jax.random.key(0), images[:1])
-    kernels = {path: leaf for path, leaf in paths.named_leaves(fresh["params"])[0].items() if leaf.ndim == 4}
-    start = Scales.ones({path: default_branches(kernel.shape) for path, kernel in kernels.items()})
+
+    def apply(params, images):
+        return Net().apply(fresh | {"params": params}, images)
+
+    start = Scales.ones(find_branches(apply, fresh["params"], images[:1]))
 
     # 2. Search: train the branches and their scales; `merged` gives the parameters that the network knows.
     #    The scales are not decayed.

@@ -16,8 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax import Scales, default_branches, reinitialize, repopt_mask
-from repopt_jax.core import paths
+from repopt_jax import Scales, find_branches, reinitialize, repopt_mask
 from repopt_jax.data import digits
 
 
@@ -39,7 +38,6 @@ def apply(params, images):
 
 def block(x, kernel, stride):
     """A convolution, normalised over each image, and a ReLU."""
-    # Explicit padding: at stride 2, "SAME" samples other pixels than the smaller branches would.
     x = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -100,10 +98,9 @@ def main(steps=300, devices=None):
             yield images[chosen], labels[chosen]
 
     # The scales that the depth of a layer gives; those of a search are found as in `with_dicts.py` and loaded
-    # by `load_scales`. The identity is defined where there are as many input as output channels.
+    # by `load_scales`. The network is traced once, which tells what each parameter is.
     params = init(jax.random.key(0))
-    kernels = {path: leaf for path, leaf in paths.named_leaves(params)[0].items() if leaf.ndim == 4}
-    branch_sets = {path: default_branches(kernel.shape) for path, kernel in kernels.items()}
+    branch_sets = find_branches(apply, params, images[:1])
     scales = Scales.depth_rule(branch_sets, {"stem/kernel": 0, "body/kernel": 1})
 
     params = reinitialize(params, scales, rngs=nnx.Rngs(1))

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.core import load_scales as load_scales
     from repopt_jax.core import paths as paths
     from repopt_jax.core import save_scales as save_scales
+    from repopt_jax.core import trace_layers as trace_layers
     from repopt_jax.optim import check_optimizer as check_optimizer
     from repopt_jax.optim import clip_by_repopt_global_norm as clip_by_repopt_global_norm
     from repopt_jax.optim import decay_mask as decay_mask
@@ -90,7 +91,7 @@ _NAMES = {
     "core": (
         *("AfterPointwise", "Average", "Branch", "BranchSet", "Geometry", "Identity", "Kernel"),
         *("Local", "Parametrization", "Pool", "Scales", "Stage", "Structure", "default_branches"),
-        *("load_scales", "paths", "save_scales"),
+        *("load_scales", "paths", "save_scales", "trace_layers"),
     ),
     "optim": (
         *("check_optimizer", "clip_by_repopt_global_norm", "decay_mask", "gradient_multipliers"),

@@ -64,7 +64,7 @@ def randomised(model, seed=0, dtype=jnp.float64):
             return jnp.asarray(rng.normal(size=v.shape) / np.sqrt(np.prod(v.shape[:-1])), dtype)
         return jnp.asarray(rng.normal(size=v.shape), dtype)
 
-    nnx.update(model, paths.map_named(draw, nnx.state(model, (nnx.Param, nnx.BatchStat, nnx.Variable))))
+    nnx.update(model, paths.map_named(draw, nnx.state(model, nnx.Not(nnx.RngState))))
     model.eval()
     return model
 

@@ -119,9 +119,8 @@ def test_by_default_a_structure_goes_where_it_is_defined():
     assert taken(find_structures(DEPTHWISE.abstract(), "replknet")) == {"large"}
     assert taken(find_structures(DEPTHWISE.abstract(), "dbb")) == {"strided", "wide"}
     unet = find_structures(NETWORKS["U-Net"].abstract(), "repvgg")
-    assert reasons(unet) == {"out": "the structure would have its own kernel only"} | {
-        "deeper": "the structure would have its own kernel only"
-    }
+    own_only = dict.fromkeys(("out", "deeper"), "the structure would have its own kernel only")
+    assert reasons(unet) == own_only | {"up": "ConvTranspose is not of a kind that is known"}
     # Two taps have no centre.
     assert "cannot be centred" in reasons(find_structures(NETWORKS["U-Net"].abstract(), "acnet"))["deeper"]
 
@@ -129,18 +128,25 @@ def test_by_default_a_structure_goes_where_it_is_defined():
 class Unreadable(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(2, 2, (3, 3), rngs=rngs)
-        self.same = nnx.Conv(2, 2, (3, 3), strides=2, rngs=rngs)
+        self.causal = nnx.Conv(2, 2, (3,), padding="CAUSAL", rngs=rngs)
+        self.up = nnx.ConvTranspose(2, 2, (2, 2), rngs=rngs)
 
 
 def test_a_layer_that_no_branches_can_replace(caplog):
     model = Unreadable(nnx.Rngs(0))
     found = find_structures(model, "repvgg")
     assert taken(found) == {"conv"}
-    assert "padding 'SAME' with strides (2, 2) depends on the input's size" in reasons(found)["same"]
-    assert isinstance(to_structure(model, "repvgg", rngs=nnx.Rngs(0)).same, nnx.Conv)
-    assert "layers that no branches can replace are left as they are: same: padding" in caplog.text
-    with pytest.raises(ValueError, match=r"not defined for all selected layers: same: .*padding 'SAME'"):
-        to_structure(model, "repvgg", "same|conv", rngs=nnx.Rngs(0))
+    assert "padding 'CAUSAL' shifts the window" in reasons(found)["causal"]
+    assert reasons(found)["up"] == "ConvTranspose is not of a kind that is known"
+    lines = str(found).splitlines()
+    assert lines[:2] == ["1 layers taken:", "  conv/kernel: 3x3 + 1x1 + identity"]
+    assert lines[2] == "2 left as they are:"
+    assert [line.split(":")[0] for line in lines[3:]] == ["  causal/kernel", "  up/kernel"]
+    assert taken(find_structures(model)) == {"conv"}
+    assert isinstance(to_structure(model, "repvgg", rngs=nnx.Rngs(0)).causal, nnx.Conv)
+    assert "layers that no branches can replace are left as they are: causal: padding" in caplog.text
+    with pytest.raises(ValueError, match=r"not defined for all selected layers: causal: .*padding 'CAUSAL'"):
+        to_structure(model, "repvgg", "causal|conv", rngs=nnx.Rngs(0))
 
 
 class Dense(nnx.Module):

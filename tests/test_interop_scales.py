@@ -30,6 +30,7 @@ from repopt_jax import (
 from repopt_jax.core.published import repopt
 from repopt_jax.interop import load_torch_scales, write_torch
 from repopt_jax.models import GHOST_VARIANTS, VGG_VARIANTS, VGGVariant, ghostnet, vgg
+from repopt_jax.models.efficientrep import BackboneVariant, EfficientRep
 
 TINY = VGGVariant("tiny", (2, 1, 3, 1), (4, 4, 6, 8, 8))
 DATA = os.environ.get("REPOPT_TEST_DATA")
@@ -448,6 +449,32 @@ class TestDetectors:
         stem = "backbone/stem/conv/kernel"
         with pytest.raises(ValueError, match=rf"misshapen layers: {stem} \(expected \(5,\), found \(4,\)\)"):
             load_torch_scales(file, {**params, stem: jnp.ones((3, 3, 3, 5))})
+
+    def test_yolov6_s_backbone_is_efficientrep(self, write, caplog):
+        variant = BackboneVariant("tiny", (4, 6, 6, 8, 8), (2, 1, 1, 1))
+        model = nnx.eval_shape(lambda: EfficientRep(variant, rngs=nnx.Rngs(0)))
+        places = {"backbone.stem": (0, 0), "backbone.ERBlock_2.1.block.0": (1, 2)}
+        for s in range(1, 5):
+            places |= {f"backbone.ERBlock_{s + 1}.0": (s, 0), f"backbone.ERBlock_{s + 1}.1.conv1": (s, 1)}
+        rng = np.random.default_rng(4)
+        tensors = {}
+        for name, (stage, index) in {**places, "neck.Rep_p4.conv1": (1, 0)}.items():
+            for role in ("conv", "1x1", "identity")[: 3 if index else 2]:
+                width = variant.widths[stage]
+                tensors[f"{name}.scale_{role}.weight"] = rng.normal(size=width).astype(np.float32)
+        with caplog.at_level("INFO"):
+            scales = load_torch_scales(write(tensors), model)
+        assert "the scales of neck.Rep_p4.conv1 are left out" in caplog.text
+        assert scales.branch_sets == model.branch_sets()
+        for name, (stage, index) in places.items():
+            found = scales.vectors[f"stages/{stage}/{index}/conv/kernel"]["3x3"]
+            np.testing.assert_array_equal(found, tensors[f"{name}.scale_conv.weight"])
+        del (
+            tensors["backbone.ERBlock_5.0.scale_conv.weight"],
+            tensors["backbone.ERBlock_5.0.scale_1x1.weight"],
+        )
+        with pytest.raises(ValueError, match=r"1 missing layers: stages/4/0/conv/kernel"):
+            load_torch_scales(write(tensors), model)
 
     def test_depthwise_layers(self, write):
         """Groups follow from the identity, which needs as many inputs as outputs."""

@@ -384,7 +384,6 @@ class TestPadding:
     @pytest.mark.parametrize(
         ("options", "pairs"),
         [
-            ({"padding": "SAME", "strides": 2}, "((1, 1), (1, 1))"),
             ({"padding": "CAUSAL"}, "((2, 0), (2, 0))"),
         ],
     )

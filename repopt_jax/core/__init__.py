@@ -19,3 +19,4 @@ from repopt_jax.core.scales import save_scales as save_scales
 from repopt_jax.core.structure import Geometry as Geometry
 from repopt_jax.core.structure import Stage as Stage
 from repopt_jax.core.structure import Structure as Structure
+from repopt_jax.core.tracing import trace_layers as trace_layers

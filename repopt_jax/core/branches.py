@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -394,7 +394,10 @@ class BranchSet:
         ordered as `layout` says.
       branches: at least one, with distinct names.
       groups: feature groups of the layer.
-      layout: axis order of arguments and results, "...io" (JAX, Flax) or "oi..." (Equinox, PyTorch).
+      layout: axis order of arguments and results: "...io" (JAX, Flax); "oi..." (Equinox, PyTorch); or a
+        letter for each axis, "s" for a spatial one, "i" for inputs, "o" for outputs. Several axes of inputs
+        or of outputs are one in their order: "ioo" is the layout of an attention's projection, (features,
+        heads, head_features).
       stacked: number of leading axes of `kernel` that are axes of a stack; 0 for a single layer.
 
     Raises:
@@ -411,8 +414,7 @@ class BranchSet:
     def __post_init__(self):
         object.__setattr__(self, "kernel", tuple(int(n) for n in self.kernel))
         object.__setattr__(self, "branches", tuple(self.branches))
-        if self.layout not in ("...io", "oi..."):
-            raise ValueError(f"`layout` is {self.layout!r}: it must be '...io' or 'oi...'")
+        check_layout(self.layout)
         if len(self.kernel) < 2 or min(self.kernel) < 1:
             raise ValueError(f"`kernel` is {self.kernel}: it must be a shape (*spatial, in/groups, out)")
         if not isinstance(self.stacked, int) or not 0 <= self.stacked <= len(self.kernel) - 2:
@@ -454,11 +456,7 @@ class BranchSet:
     @property
     def canonical(self) -> Shape:
         """Kernel shape of one layer with the axes ordered (*spatial, in/groups, out)."""
-        shape = self.kernel[self.stacked :]
-        if self.layout == "...io":
-            return shape
-        out, inputs, *window = shape
-        return (*window, inputs, out)
+        return canonical_shape(self.kernel[self.stacked :], self.layout)
 
     @property
     def out(self) -> int:
@@ -670,17 +668,75 @@ class BranchSet:
             fn = jax.vmap(fn, axis_size=size)
         return fn(*arrays)
 
+    @property
+    def plain(self) -> "BranchSet":
+        """The set with the layout "...io": of the kernels that `to_plain` returns."""
+        return dataclasses.replace(self, kernel=(*self.stack, *self.canonical), layout="...io")
+
+    def to_plain(self, kernel: jax.Array) -> jax.Array:
+        """Returns a kernel, or an array of its shape, in the layout "...io", with the axes of the stack."""
+        return self._by_layer(self.layer._to_canonical, kernel)
+
+    def from_plain(self, kernel: jax.Array) -> jax.Array:
+        """Undoes `to_plain`."""
+        return self._by_layer(self.layer._from_canonical, kernel)
+
     def _to_canonical(self, kernel: jax.Array) -> jax.Array:
-        return kernel if self.layout == "...io" else jnp.moveaxis(kernel, (0, 1), (-1, -2))
+        return to_canonical(kernel, self.layout)
 
     def _from_canonical(self, kernel: jax.Array) -> jax.Array:
-        return kernel if self.layout == "...io" else jnp.moveaxis(kernel, (-1, -2), (0, 1))
+        return from_canonical(kernel, self.layout, self.kernel[self.stacked :])
 
     def _scale(self, branch: Branch, scales: Mapping[str, jax.Array], dtype: Any = None) -> jax.Array:
         if not branch.has_scale:
             return jnp.ones((self.out,), dtype or jnp.result_type(*scales.values(), jnp.float32))
         s = jnp.asarray(scales[branch.name])
         return s if dtype is None else s.astype(dtype)
+
+
+def check_layout(layout: str) -> None:
+    """Raises ValueError if this is no order of the axes of a kernel, as in `BranchSet`."""
+    if layout not in ("...io", "oi...") and not ({"i", "o"} <= set(layout) <= {"s", "i", "o"}):
+        raise ValueError(
+            f"`layout` is {layout!r}: it must be '...io' or 'oi...', or letters s, i and o, one for each axis"
+        )
+
+
+def _letters(layout: str, axes: int) -> str:
+    letters = {"...io": "s" * (axes - 2) + "io", "oi...": "oi" + "s" * (axes - 2)}.get(layout, layout)
+    if len(letters) != axes:
+        raise ValueError(
+            f"`layout` is {layout!r}: it must have a letter for each of the {axes} axes of a kernel"
+        )
+    return letters
+
+
+def _order(letters: str) -> list[int]:
+    return sorted(range(len(letters)), key=lambda axis: "sio".index(letters[axis]))
+
+
+def canonical_shape(shape: Sequence[int], layout: str) -> Shape:
+    """Returns the shape (*spatial, in/groups, out) of a kernel whose axes are in this order."""
+    letters = _letters(layout, len(shape))
+    sides = {c: [n for n, letter in zip(shape, letters) if letter == c] for c in "sio"}
+    return (*sides["s"], math.prod(sides["i"]), math.prod(sides["o"]))
+
+
+def to_canonical(kernel: T, layout: str) -> T:
+    """Returns a kernel, an array of JAX or NumPy, with the axes (*spatial, in/groups, out)."""
+    shape = canonical_shape(kernel.shape, layout)  # pyright: ignore[reportAttributeAccessIssue]
+    order = _order(_letters(layout, len(kernel.shape)))  # pyright: ignore[reportAttributeAccessIssue]
+    return kernel.transpose(order).reshape(shape)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def from_canonical(kernel: jax.Array, layout: str, shape: Shape) -> jax.Array:
+    """Undoes `to_canonical`; `shape` is that of its argument. The sizes of a broadcast kernel may be 1."""
+    order = _order(_letters(layout, len(shape)))
+    if kernel.shape == canonical_shape(shape, layout):
+        kernel = kernel.reshape([shape[axis] for axis in order])
+    elif layout not in ("...io", "oi..."):
+        kernel = jnp.broadcast_to(kernel, canonical_shape(shape, layout)).reshape([shape[a] for a in order])
+    return kernel.transpose(np.argsort(order))
 
 
 @functools.lru_cache(maxsize=1024)

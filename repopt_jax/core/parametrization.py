@@ -20,7 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from repopt_jax.core import algebra, paths
-from repopt_jax.core.branches import BranchSet, Kernel, Shape
+from repopt_jax.core.branches import (
+    BranchSet,
+    Kernel,
+    Shape,
+    canonical_shape,
+    check_layout,
+    from_canonical,
+    to_canonical,
+)
 from repopt_jax.core.published import of_branches
 from repopt_jax.core.scales import Scales
 from repopt_jax.core.structure import Affine, Geometry, Part, Structure
@@ -39,7 +47,8 @@ class Parametrization:
     Attributes:
       structure: the structure of one layer; without batch norms inside the sum.
       stack: leading axes of all arrays; () for a single layer.
-      layout: axis order of kernels, "...io" (JAX, Flax) or "oi..." (Equinox, PyTorch).
+      layout: axis order of kernels, as in `BranchSet`.
+      shape: shape of one kernel in this layout, needed where it has several axes of inputs or outputs.
 
     Raises:
       ValueError: at construction, for a structure with a batch norm inside, because its kernel depends on the
@@ -49,6 +58,7 @@ class Parametrization:
     structure: Structure
     stack: Shape = ()
     layout: str = "...io"
+    shape: Shape = ()
 
     def __post_init__(self):
         if normed := self.structure.followers("norm"):
@@ -56,8 +66,12 @@ class Parametrization:
                 f"{', '.join(normed)} have batch norms, so that the kernel is not a function of what is "
                 "trained: keep this structure in the network (`to_structure`)"
             )
-        if self.layout not in ("...io", "oi..."):
-            raise ValueError(f"`layout` is {self.layout!r}: it must be '...io' or 'oi...'")
+        check_layout(self.layout)
+        if self.shape and canonical_shape(self.shape, self.layout) != self.structure.layer.kernel:
+            raise ValueError(
+                f"`shape` is {self.shape} in the layout {self.layout!r}: it must be one of the kernel "
+                f"{self.structure.layer.kernel}"
+            )
 
     @classmethod
     def of_branch_set(cls, branches: BranchSet) -> "Parametrization":
@@ -67,13 +81,20 @@ class Parametrization:
         """
         *window, inputs, out = branches.canonical
         layer = Geometry(tuple(window), inputs * branches.groups, out, branches.groups)
-        return cls(of_branches(branches, layer), branches.stack, branches.layout)
+        shape = branches.layer.kernel
+        return cls(of_branches(branches, layer), branches.stack, branches.layout, shape)
 
     @property
     def kernel(self) -> Shape:
         """Shape of the merged kernel, with the axes of the stack in front."""
+        return (*self.stack, *self._one)
+
+    @property
+    def _one(self) -> Shape:
+        if self.shape:
+            return self.shape
         *window, inputs, out = self.structure.layer.kernel
-        return (*self.stack, *((out, inputs, *window) if self.layout == "oi..." else (*window, inputs, out)))
+        return (out, inputs, *window) if self.layout == "oi..." else (*window, inputs, out)
 
     @property
     def is_product(self) -> bool:
@@ -209,16 +230,10 @@ class Parametrization:
         return fn
 
     def _to_canonical(self, kernel: jax.Array) -> jax.Array:
-        first = len(self.stack)
-        if self.layout == "...io":
-            return kernel
-        return jnp.moveaxis(kernel, (first, first + 1), (-1, -2))
+        return self._by_layer(functools.partial(to_canonical, layout=self.layout))(kernel)
 
     def _from_canonical(self, kernel: jax.Array) -> jax.Array:
-        first = len(self.stack)
-        if self.layout == "...io":
-            return kernel
-        return jnp.moveaxis(kernel, (-1, -2), (first, first + 1))
+        return self._by_layer(functools.partial(from_canonical, layout=self.layout, shape=self._one))(kernel)
 
 
 def check_kernels(structures: Mapping[str, Parametrization], leaves: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ from repopt_jax.core.branches import (
 )
 
 Pads = tuple[tuple[int, int], ...]
-PadMode = Literal["constant", "wrap", "reflect"]
+PadMode = Literal["constant", "wrap", "reflect", "same"]
 PAD_MODES: tuple[str, ...] = get_args(PadMode)
 Follower = Literal["norm", "scale", "constant", ""]
 FOLLOWERS: tuple[str, ...] = get_args(Follower)
@@ -58,12 +58,14 @@ class Geometry:
       strides, dilation: a number for each spatial axis.
       padding: (before, after) for each spatial axis.
       pad_mode: the values of the padding: "constant", zeros; "wrap", the other end of the input
-        (`padding="CIRCULAR"` of `nnx.Conv`); "reflect", its mirror image (`"REFLECT"`).
+        (`padding="CIRCULAR"` of `nnx.Conv`); "reflect", its mirror image (`"REFLECT"`); "same", as many zeros
+        as there have to be for ceil(size / stride) outputs, which depends on the input's size (`"SAME"` at a
+        stride above 1): `for_input` gives the layer on one. `padding` is then all zeros and says nothing.
 
     Args:
       strides, dilation: one number for all spatial axes or one for each.
       padding: None for half of (window - 1) * dilation on each side, which keeps the resolution at stride 1
-        and is the padding that PyTorch networks use at any stride.
+        and is the padding that PyTorch networks use at any stride. None for `pad_mode` "same".
 
     Raises:
       ValueError: sizes, channels, groups, strides or padding that no layer can have, or that do not fit the
@@ -96,7 +98,7 @@ class Geometry:
         dilation = per_axis(dilation, len(window), "dilation")
         reach = [(n - 1) * d for n, d in zip(window, dilation)]
         if padding is None:
-            padding = [(r // 2, r - r // 2) for r in reach]
+            padding = [(0, 0) if pad_mode == "same" else (r // 2, r - r // 2) for r in reach]
         pads = tuple((int(before), int(after)) for before, after in padding)
         values = (window, int(inputs), int(outputs), int(groups), strides, dilation, pads, pad_mode)
         for field, value in zip(dataclasses.fields(self), values):
@@ -113,6 +115,10 @@ class Geometry:
             )
         if pad_mode not in PAD_MODES:
             raise ValueError(f"`pad_mode` is {pad_mode!r}: it must be one of {', '.join(PAD_MODES)}")
+        if pad_mode == "same" and any(map(any, pads)):
+            raise ValueError(
+                f"`padding` is {pads}, and `pad_mode` 'same' finds it itself: leave `padding` out"
+            )
         if pad_mode != "constant" and any(n < 0 for pair in pads for n in pair):
             raise ValueError(
                 f"`padding` is {pads}: with `pad_mode` {pad_mode!r} nothing can be cut off (n >= 0)"
@@ -135,7 +141,7 @@ class Geometry:
     @property
     def tiles(self) -> bool:
         """Whether windows of several taps lie side by side: no overlap, gap, padding or dilation."""
-        padded = any(map(any, self.padding)) or set(self.dilation) - {1}
+        padded = any(map(any, self.padding)) or self.pad_mode == "same" or set(self.dilation) - {1}
         return self.taps > 1 and self.strides == self.window and not padded
 
     @property
@@ -157,6 +163,20 @@ class Geometry:
     def has_pointwise(self) -> bool:
         """Whether a 1x1 kernel is smaller than the window and can be centred in it."""
         return self.taps > 1 and self.is_odd
+
+    def for_input(self, size: Sequence[int]) -> "Geometry":
+        """Returns the layer as it is on an input of this spatial shape: with "same" padding as pairs.
+
+        On n pixels, windows of r + 1 = (window - 1) * dilation + 1 pixels at stride s are padded with
+        p = max((ceil(n / s) - 1) * s + r + 1 - n, 0) zeros, floor(p / 2) of them in front.
+        """
+        if self.pad_mode != "same":
+            return self
+        pads = []
+        for n, k, s, d in zip(size, self.window, self.strides, self.dilation, strict=True):
+            p = max((math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            pads.append((p // 2, p - p // 2))
+        return dataclasses.replace(self, padding=tuple(pads), pad_mode="constant")
 
     def pointwise(self, outputs: int) -> "Geometry":
         """Returns a 1x1 layer on the same input, with `outputs` channels."""

@@ -9,11 +9,22 @@ The published code keeps them under these names; here they belong to the re-para
     YOLOv6, others   any.module             .scale_conv, .scale_1x1, .scale_identity
                      any/module/conv/kernel
 
+With `models.EfficientRep` as the model, the blocks of YOLOv6's backbone are those of its stages, N = s + 1:
+
+    backbone.stem                   stages/0/0/conv/kernel
+    backbone.ERBlock_N.0            stages/s/0/conv/kernel
+    backbone.ERBlock_N.1.conv1      stages/s/1/conv/kernel
+    backbone.ERBlock_N.1.block.j    stages/s/(2 + j)/conv/kernel
+
+The blocks of its neck, RepPAN, are left out then, because no network here has such a neck; a log entry names
+them. For a network of your own that has one, give that as the model: its paths are those of the file.
+
 Each name is followed by `.weight`, a vector with one entry for each output channel. That of the identity is
 the searched u, the initial value of its trainable weight.
 """
 
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -37,6 +48,9 @@ from repopt_jax.core.scales import (
 from repopt_jax.core.structure import Geometry
 from repopt_jax.interop.files import read_tensors
 from repopt_jax.models import GHOST_VARIANTS, VGG_VARIANTS
+from repopt_jax.models.efficientrep import EfficientRep
+
+_log = logging.getLogger(__name__)
 
 
 def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: str | None = None) -> Scales:
@@ -51,7 +65,7 @@ def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: s
     Args:
       path: a file that `read_tensors` reads.
       model: what the scales must fit, as in `check_fit`: a model that declares its `branch_sets()`,
-        {path: BranchSet}, or any pytree of parameters.
+        {path: BranchSet}, or any pytree of parameters. With an `EfficientRep`, those of YOLOv6's backbone.
       key: the entry of a checkpoint that holds the network, as in `read_tensors`.
 
     Returns:
@@ -73,6 +87,8 @@ def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: s
             f"(it holds {shown}{' ...' if len(tensors) > 3 else ''}); give the checkpoint of a hyper-search"
         )
     _check_vectors(blocks, file)
+    if isinstance(model, EfficientRep):
+        blocks = _of_backbone(blocks, file)
     declared, kernels = _known(model, [block.path for block in blocks])
     if not declared:
         _check_no_gaps(blocks, file)
@@ -94,10 +110,14 @@ class _Block:
     keys: dict[str, str]
     vectors: dict[str, np.ndarray]
     weight: np.ndarray | None  # the kernel of the block's convolution, (out, in/groups, *spatial)
+    backbone: bool = False  # whether it is one of YOLOv6's backbone and takes its place in `EfficientRep`
 
     @property
     def place(self) -> tuple[int, int] | None:
-        """Stage and index of a block of RepOpt-VGG."""
+        """Stage and index of a block of RepOpt-VGG or, in its place, of YOLOv6's backbone."""
+        if self.backbone and (found := _ER_BLOCK.fullmatch(self.name)):
+            index = 0 if found[2] is None else 1 if found[3] is None else 2 + int(found[3])
+            return (int(found[1]) - 1 if found[1] else 0), index
         if found := re.fullmatch(r"stage(?:(0)|(\d+)\.(\d+))", self.name):
             return int(found[1] or found[2]), int(found[3] or 0)
         return None
@@ -146,6 +166,20 @@ def _blocks(tensors: Mapping[str, np.ndarray]) -> list[_Block]:
 _SCALE = re.compile(
     r"(?:(.+)\.)?(?:(scale_conv|scale_1x1|scale_identity)|(cheap_operation\.1|fusion_scale))\.weight"
 )
+
+
+_ER_BLOCK = re.compile(r"backbone\.(?:stem|ERBlock_(\d+)\.(?:0|(1)\.(?:conv1|block\.(\d+))))")
+
+
+def _of_backbone(blocks: list[_Block], file: Path) -> list[_Block]:
+    """Returns the blocks of YOLOv6's backbone at their places; all blocks of a file that has none."""
+    own = [block for block in blocks if _ER_BLOCK.fullmatch(block.name)]
+    if not own:
+        return blocks
+    if left := [block.name for block in blocks if block not in own]:
+        _log.info("%s: the scales of %s are left out, which are not the backbone's", file, ", ".join(left))
+    placed = [dataclasses.replace(block, backbone=True) for block in own]
+    return sorted(placed, key=lambda block: block.place or (0, 0))
 
 
 def _check_vectors(blocks: list[_Block], file: Path) -> None:

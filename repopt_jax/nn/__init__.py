@@ -16,3 +16,4 @@ from repopt_jax.nn.convolution import conv_general_dilated as conv_general_dilat
 from repopt_jax.nn.convolution import product_of_tiles as product_of_tiles
 from repopt_jax.nn.convolution import xla_convolutions as xla_convolutions
 from repopt_jax.nn.merged import Merged as Merged
+from repopt_jax.nn.merged import MergedGeneral as MergedGeneral

@@ -225,7 +225,7 @@ class Branched(StructuredLayer):
     def _run_chain(self, chain: tuple[Part, ...], x: jax.Array) -> jax.Array:
         border: jax.Array | None = None  # output of the stages so far for zeros; None while that is zero
         for part in chain:
-            layer = part.layer
+            layer = part.layer.for_input(x.shape[1:-1])
             if border is not None and layer.pad_mode == "constant" and any(map(any, layer.padding)):
                 x = padded_with(x, border, layer)
                 layer = _unpadded(layer)

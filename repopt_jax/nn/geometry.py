@@ -1,8 +1,9 @@
 """How a layer samples its input: the convolution, padding, and the arguments of `nnx.Conv` and `nnx.Linear`.
 
 Feature maps are (batch, *spatial, channels), kernels (*spatial, in/groups, out), with any number of spatial
-axes, also none. Padding is explicit everywhere: "SAME" at stride 2 pads (0, 1) where PyTorch pads (1, 1), and
-a smaller branch would then sample other pixels than the centre of the kernel does.
+axes, also none. A smaller branch samples the pixels that the centre of the kernel does, whatever the padding:
+"SAME" at stride 2 pads an even side by (0, 1) and an odd one by (1, 1), where a 1x1 layer of its own pads
+nothing and would sample other pixels, so branches derive their padding from the window's (`narrowed`).
 """
 
 import math
@@ -59,6 +60,7 @@ def convolve(
     """
     if not layer.axes:
         return jnp.matmul(x, kernel, precision=precision)
+    layer = layer.for_input(x.shape[1:-1])
     x, padding = padded(x, layer)
     dilation = layer.dilation
     if taps is not None:
@@ -98,7 +100,10 @@ def joined(y: jax.Array, window: Sequence[int]) -> jax.Array:
 
 
 def padded(x: jax.Array, layer: Geometry) -> tuple[jax.Array, Pads]:
-    """Pads x unless `layer.pad_mode` is "constant"; also returns the padding left for the convolution."""
+    """Pads x unless `layer.pad_mode` is "constant"; also returns the padding left for the convolution.
+
+    The layer is that on the input (`Geometry.for_input`).
+    """
     if layer.pad_mode == "constant":
         return x, layer.padding
     return jnp.pad(x, ((0, 0), *layer.padding, (0, 0)), layer.pad_mode), ((0, 0),) * layer.axes
@@ -138,8 +143,8 @@ def geometry_of(layer: Plain) -> Geometry:
     """Returns the geometry of an `nnx.Conv` or `nnx.Linear`.
 
     Raises:
-      ValueError: a padding that depends on the input's size, with the pairs to write instead; or a layer that
-        computes otherwise than these two classes, see `check_plain`.
+      ValueError: a padding that shifts the window (`CAUSAL`), with the pairs to write instead; or a layer
+        that computes otherwise than these two classes, see `check_plain`.
     """
     check_plain(layer)
     if isinstance(layer, nnx.Linear):
@@ -151,9 +156,17 @@ def geometry_of(layer: Plain) -> Geometry:
         layer.feature_group_count,
         strides=layer.strides or 1,
         dilation=layer.kernel_dilation or 1,
-        padding=explicit_padding(layer),
-        pad_mode=FLAX_PAD_MODES.get(str(layer.padding), "constant"),
+        padding=None if pads_by_size(layer) else explicit_padding(layer),
+        pad_mode="same" if pads_by_size(layer) else FLAX_PAD_MODES.get(str(layer.padding), "constant"),
     )
+
+
+def pads_by_size(layer: nnx.Conv) -> bool:
+    """Returns whether the padding depends on the input's size: `SAME` at a stride above 1."""
+    strides = per_axis(layer.strides or 1, len(layer.kernel_size), "strides")
+    dilation = per_axis(layer.kernel_dilation or 1, len(layer.kernel_size), "kernel_dilation")
+    reaches = [(n - 1) * d for n, d in zip(layer.kernel_size, dilation)]
+    return layer.padding == "SAME" and any(s > 1 and r for s, r in zip(strides, reaches))
 
 
 def explicit_padding(layer: nnx.Conv) -> Pads:
@@ -163,7 +176,6 @@ def explicit_padding(layer: nnx.Conv) -> Pads:
       ValueError: a padding that depends on the input's size (`SAME` at a stride above 1), or `CAUSAL`.
     """
     window, padding = layer.kernel_size, layer.padding
-    strides = per_axis(layer.strides or 1, len(window), "strides")
     dilation = per_axis(layer.kernel_dilation or 1, len(window), "kernel_dilation")
     reach = [(n - 1) * d for n, d in zip(window, dilation)]
     centred = tuple((r // 2, r - r // 2) for r in reach)
@@ -176,12 +188,11 @@ def explicit_padding(layer: nnx.Conv) -> Pads:
     if padding in FLAX_PAD_MODES:
         return centred
     if padding == "SAME":
-        if all(s == 1 or not r for s, r in zip(strides, reach)):
+        if not pads_by_size(layer):
             return centred
         raise ValueError(
-            f"padding 'SAME' with strides {strides} depends on the input's size, so that a smaller branch "
-            "would sample other pixels than the centre of the kernel does; give the layer explicit pairs, "
-            f"such as {centred}"
+            f"padding 'SAME' with strides {layer.strides} depends on the input's size: it has the pairs "
+            "`geometry_of(layer).for_input(size).padding`"
         )
     raise ValueError(
         f"padding {padding!r} shifts the window, so that its centre, where small branches are, is an earlier "
@@ -203,7 +214,8 @@ def plain_layer(
     options = {"dtype": dtype, "precision": precision, "param_dtype": kernel.dtype}
     # Abstract, because drawing kernels only to replace them would take most of the time.
     made = nnx.eval_shape(lambda: _made(geometry, use_bias=bias is not None, **options))
-    if geometry.pad_mode != "constant" and explicit_padding(made) != geometry.padding:  # pyright: ignore
+    named = geometry.pad_mode not in ("constant", "same")
+    if named and explicit_padding(made) != geometry.padding:  # pyright: ignore[reportArgumentType]
         raise TypeError(
             f"a layer with padding {geometry.padding} in mode {geometry.pad_mode!r} has no plain form: "
             f"nnx.Conv pads by {explicit_padding(made)} in that mode"  # pyright: ignore[reportArgumentType]
@@ -249,7 +261,9 @@ def _made(geometry: Geometry, **options: Any) -> Plain:
     if not geometry.axes:
         return nnx.Linear(geometry.inputs, geometry.outputs, rngs=rngs, **options)
     padding: Any = geometry.padding
-    if geometry.pad_mode != "constant":
+    if geometry.pad_mode == "same":
+        padding = "SAME"
+    elif geometry.pad_mode != "constant":
         (padding,) = (name for name, mode in FLAX_PAD_MODES.items() if mode == geometry.pad_mode)
     return nnx.Conv(
         geometry.inputs,

@@ -8,11 +8,16 @@ With scales it is the layer of RepOptimizer's search (ICLR 2023, section 3.1), w
 branch.
 """
 
+import dataclasses
+import math
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.core import paths
-from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.branches import BranchSet, Shape
 from repopt_jax.core.structure import Structure
 from repopt_jax.nn.branched import StructuredLayer
 from repopt_jax.nn.geometry import one_batch_axis
@@ -58,3 +63,83 @@ class Merged(StructuredLayer):
           ValueError: as `Structure.branch_set`, and as `stack`.
         """
         return self.structure.branch_set(stack=self.stack)
+
+
+class MergedGeneral(Merged):
+    """A dense layer over several axes, `nnx.LinearGeneral` or an `nnx.Einsum` that is one, likewise.
+
+    The axes of its inputs are one for the structure, in their order, and so are those of its outputs. Its
+    bias has the axes of the outputs.
+
+    Attributes:
+      inputs, outputs: sizes of the axes of the inputs and outputs.
+
+    Args:
+      structure: of the dense layer prod(inputs) -> prod(outputs).
+      bias: initial bias (*stack, *outputs), or None.
+
+    Raises:
+      ValueError: as `Merged`; sizes or a bias that do not fit the structure.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        *,
+        inputs: Shape,
+        outputs: Shape,
+        bias: jax.Array | None = None,
+        rngs: nnx.Rngs,
+        **options,
+    ):
+        super().__init__(structure, rngs=rngs, **options)
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        layer, stack = structure.layer, options.get("stack", ())
+        if layer.axes or (math.prod(inputs), math.prod(outputs)) != (layer.inputs, layer.outputs):
+            raise ValueError(f"`inputs` {inputs} and `outputs` {outputs} are not those of {layer}")
+        if bias is not None and bias.shape != (*stack, *self.outputs):
+            raise ValueError(f"`bias` has the shape {bias.shape}: it must be {(*stack, *self.outputs)}")
+        self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, self.param_dtype)))
+
+    @property
+    def in_features(self) -> Shape:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.inputs
+
+    @property
+    def out_features(self) -> Shape:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.outputs
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """(*batch, *inputs) -> (*batch, *outputs).
+
+        Raises:
+          ValueError: the arrays are those of stacked layers; or an `out_sharding`, which attention passes on
+            and a layer of branches does not have.
+        """
+        if out_sharding is not None:
+            raise ValueError(f"`out_sharding` is {out_sharding}: a layer of branches takes None")
+        self._check_one()
+        batch = x.shape[: x.ndim - len(self.inputs)]
+        y = self._run_merged(x.reshape(*batch, -1), self.structure_kernel())
+        y = y.reshape(*batch, *self.outputs)
+        if self.bias is None:
+            return y
+        return y + jnp.asarray(self.bias[...], y.dtype).reshape((1,) * len(batch) + self.outputs)
+
+    def structure_kernel(self) -> jax.Array:
+        """Returns K as one matrix, (prod(inputs), prod(outputs)), with the axes of the stack in front."""
+        return super().merged_kernel()
+
+    def merged_kernel(self) -> jax.Array:
+        """Returns K, (*inputs, *outputs), with the axes of the stack in front for stacked layers."""
+        return self.structure_kernel().reshape(*self.stack, *self.inputs, *self.outputs)
+
+    def branch_set(self) -> BranchSet:
+        plain = super().branch_set()
+        shape = (*plain.stack, *self.inputs, *self.outputs)
+        return dataclasses.replace(plain, kernel=shape, layout=layout_of(self.inputs, self.outputs))
+
+
+def layout_of(inputs: Shape, outputs: Shape) -> str:
+    """Returns the layout of a kernel (*inputs, *outputs), as in `BranchSet`."""
+    return "...io" if len(inputs) == len(outputs) == 1 else "i" * len(inputs) + "o" * len(outputs)

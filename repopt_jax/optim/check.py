@@ -184,7 +184,7 @@ class _Probe:
         ruled = {path for holder in _states(state, RULES) for path in holder.scales}
         self.with_rule = {p: e.branches for p, e in scales.entries.items() if p in ruled}
         self.without_rule = {p: e for p, e in scales.entries.items() if p not in ruled}
-        free = {path: _free_entries(branches.layer) for path, branches in self.with_rule.items()}
+        free = {path: _free_entries(branches.plain.layer) for path, branches in self.with_rule.items()}
         self.free = {path: entries for path, entries in free.items() if entries is not None}
         self.period = 1
         # This is compiled for the whole tree; everything else is compiled once for all layers of one kind.
@@ -290,6 +290,9 @@ def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any,
     because Lion responds to a only where a sign changes, and Adam after clipping by value only near the
     threshold.
     """
+    if branches.layout != "...io":
+        made = _kernel_gradient(branches.plain, dtype, seen, amplitude, phase, swapped)
+        return branches.from_plain(made)
     free = _free_entries(branches.layer)
     assert free is not None
     index = (seen + jnp.arange(free.size, dtype=jnp.uint32)).reshape(free.shape)
@@ -297,7 +300,7 @@ def _kernel_gradient(branches: BranchSet, dtype: Any, seen: Any, amplitude: Any,
     size = 2.0 ** -jnp.floor(24 * _spread(index, 3242174889)) * free
     first, second = size * jnp.where(phase == 0, 1, -a), size * jnp.where(phase == 0, 0.1, 1)
     low, high = jnp.where(swapped, second, first), jnp.where(swapped, first, second)
-    axis = _channel_axis(branches)
+    axis = len(branches.kernel) - 1
     channel = jax.lax.broadcasted_iota(jnp.int32, branches.kernel, axis)
     made = jnp.zeros(branches.kernel, dtype)
     for number, values in enumerate((low / LOW, high / HIGH)):
@@ -312,7 +315,8 @@ def _inequality(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the difference of two channels' moves under the same gradients, relative to the moves, and how
     large it may be by rounding, since the moves are what is left beside the update at rest."""
-    axis, free = _channel_axis(branches), jnp.asarray(_free_entries(branches.layer))
+    run, swapped, branches = branches.to_plain(run), branches.to_plain(swapped), branches.plain
+    axis, free = len(branches.kernel) - 1, jnp.asarray(_free_entries(branches.layer))
     factors = {0: LOW, _second(branches.layer): HIGH}
     (low, high), (other_low, other_high) = (
         [jax.lax.index_in_dim(move, i, axis, keepdims=False) / factor for i, factor in factors.items()]
@@ -458,8 +462,8 @@ def _states(state: Any, kinds: tuple[type, ...]) -> list[Any]:
 def _free_entries(layer: BranchSet) -> np.ndarray | None:
     """Returns a mask of the entries of the two channels that only scaled branches reach.
 
-    It is a boolean array of the kernel's shape without its output axis; None if there are no such entries, or
-    if the two channels are not equivalent.
+    The layout of `layer` is "...io". The mask is a boolean array of the kernel's shape without its output
+    axis; None if there are no such entries, or if the two channels are not equivalent.
     """
     second = _second(layer)
     in_other_groups = second >= layer.out // layer.groups
@@ -475,7 +479,7 @@ def _free_entries(layer: BranchSet) -> np.ndarray | None:
         return layer.merge(weights, {name: jnp.ones(layer.out) for name in layer.names}) != 0
 
     reached = np.asarray(reached_by_unscaled())
-    reached = np.moveaxis(reached, _channel_axis(layer), 0)
+    reached = np.moveaxis(reached, -1, 0)
     free = ~(reached[0] | reached[second])
     return free if free.any() else None
 
@@ -483,11 +487,6 @@ def _free_entries(layer: BranchSet) -> np.ndarray | None:
 def _second(layer: BranchSet) -> int:
     """Returns the channel that is compared with channel 0."""
     return max(branch.tied(layer.canonical) for branch in layer.branches)
-
-
-def _channel_axis(branches: BranchSet) -> int:
-    """Returns the axis of the output channels in a kernel."""
-    return len(branches.kernel) - 1 if branches.layout == "...io" else branches.stacked
 
 
 def _synthetic_vector(v: Any, scale: float, second: int) -> jax.Array:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.paths import natural_order
-from repopt_jax.nn.geometry import FLAX_PAD_MODES, check_plain, explicit_padding
+from repopt_jax.nn.geometry import FLAX_PAD_MODES, check_plain, explicit_padding, pads_by_size
 from repopt_jax.surgery.layers import WRAPPERS
 from repopt_jax.surgery.marks import Probe
 from repopt_jax.surgery.modules import named_modules, replace_modules
@@ -433,7 +433,7 @@ def _looked_into(model: nnx.Module) -> dict[str, str]:
         for value in vars(module).values():
             if isinstance(value, nnx.Variable):
                 owners[id(value)] = owners.get(id(value), 0) + 1
-            if isinstance(module, WRAPPERS) and isinstance(value, nnx.Module):
+            if isinstance(module, tuple(WRAPPERS)) and isinstance(value, nnx.Module):
                 inside.add(id(value))
     found = {}
     for path, module in named_modules(model):
@@ -527,7 +527,4 @@ def _norms_of(calls: Sequence[tuple[str, Any, Any]], kinds: Mapping[str, str]) -
 def _pads_with_zeros(layer: nnx.Module) -> bool:
     if not isinstance(layer, nnx.Conv) or str(layer.padding) in FLAX_PAD_MODES:
         return False
-    try:
-        return any(map(any, explicit_padding(layer)))
-    except ValueError:  # it depends on the input's size
-        return True
+    return pads_by_size(layer) or layer.padding == "CAUSAL" or any(map(any, explicit_padding(layer)))

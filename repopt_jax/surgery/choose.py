@@ -2,10 +2,10 @@
 
 `find_structures` is the plan that `to_structure` carries out:
 
-    for path, choice in find_structures(model, "dbb").items():
-        print(path, choice)
+    print(find_structures(model, "dbb"))
 
-prints `conv1/kernel 3x3 + 1x1 + average + 1x1_3x3` and `fc/kernel left as it is: it is the dense layer ...`.
+prints a line for each layer, `conv1/kernel: 3x3 + 1x1 + average + 1x1_3x3`, then those that stay as they are,
+`fc/kernel: it is the dense layer ...`.
 """
 
 import functools
@@ -20,12 +20,14 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Kernel
-from repopt_jax.core.published import PUBLISHED_FOR, STRUCTURES
+from repopt_jax.core.layer import Layer
+from repopt_jax.core.published import PUBLISHED_FOR, STRUCTURES, repopt
 from repopt_jax.core.scales import DeclaresBranches
 from repopt_jax.core.structure import Description, Structure
 from repopt_jax.hints import did_you_mean
 from repopt_jax.models.network import Network
-from repopt_jax.surgery.layers import Layer, Select, survey_layers
+from repopt_jax.nn.branched import StructuredLayer
+from repopt_jax.surgery.layers import LAYERS, Select, survey_layers
 from repopt_jax.surgery.modules import join, named_modules
 
 Described: TypeAlias = str | Description | Mapping[str, str | Description]
@@ -53,9 +55,19 @@ class Choice(NamedTuple):
         return " + ".join(name for name, _ in self.structure.chains)
 
 
+class Choices(dict[str, Choice]):
+    """What becomes of each layer, by the path of its kernel. As text it is a table, a line for each layer."""
+
+    def __str__(self) -> str:
+        taken = [f"  {path}: {choice}" for path, choice in self.items() if choice.structure is not None]
+        left = [f"  {path}: {choice.reason}" for path, choice in self.items() if choice.structure is None]
+        parts = ((f"{len(taken)} layers taken", taken), (f"{len(left)} left as they are", left))
+        return "\n".join(line for title, lines in parts if lines for line in (f"{title}:", *lines))
+
+
 def find_structures(
-    model: nnx.Module, structure: Described, select: Select = None, *, options: Options = None
-) -> dict[str, Choice]:
+    model: nnx.Module, structure: Described = repopt, select: Select = None, *, options: Options = None
+) -> Choices:
     """Returns what `to_structure` with these arguments makes of each layer, by the path of its kernel.
 
     Without `select` some layers are left as they are: those for which the structure is not defined; the dense
@@ -66,11 +78,15 @@ def find_structures(
 
     With `select` every layer that it chooses becomes the structure.
 
+    Parameters of several axes in modules of other kinds (transposed convolutions, embeddings, classes of your
+    own) are listed as well, so that nothing is passed over without a word.
+
     Args:
       model: any NNX model.
-      structure: a name in `STRUCTURES`; a description; or a mapping of regular expressions for a layer's
-        whole path to names or descriptions, of which the first that matches counts. A network may have
-        particular descriptions for a name (`models.Network.descriptions`).
+      structure: by default the branches of RepOptimizer, which a search and its scales are for; a name in
+        `STRUCTURES`; a description; or a mapping of regular expressions for a layer's whole path to names or
+        descriptions, of which the first that matches counts. A network may have particular descriptions for
+        a name (`models.Network.descriptions`).
       select: which layers, as in `find_layers`.
       options: arguments of the descriptions, such as {"gamma": 1 / 3} for "acnet"; for `structure` a mapping,
         of all of them.
@@ -92,6 +108,10 @@ def find_structures(
         try:
             description = describe(layer)
             made = description(layer.geometry)
+            if layer.layout != "...io" and made.followers("norm"):
+                raise ValueError(
+                    "its inputs or outputs have several axes: there are no branches with batch norms for it"
+                )
             if layer.stack and made.followers("norm"):
                 raise ValueError(
                     "it is a stacked layer, whose branches would need batch norms made by the same nnx.vmap: "
@@ -105,20 +125,33 @@ def find_structures(
             reason = _reason_to_stay(layer, made, description, classifier)
         found[path] = Choice(None if reason else made, reason, layer=layer)
     if declares and select is None:
-        others = (join(p, "kernel") for p, m in named_modules(model) if isinstance(m, (nnx.Conv, nnx.Linear)))
+        others = (join(p, "kernel") for p, m in named_modules(model) if isinstance(m, LAYERS))
         undeclared = Choice(None, "the model does not declare it: choose it with `select`")
         found |= {path: undeclared for path in others if path not in found}
-    return dict(sorted(found.items(), key=lambda item: paths.natural_order(item[0])))
+    if select is None:
+        found |= {path: choice for path, choice in _of_other_kinds(model).items() if path not in found}
+    return Choices(sorted(found.items(), key=lambda item: paths.natural_order(item[0])))
+
+
+def _of_other_kinds(model: nnx.Module) -> dict[str, Choice]:
+    """Returns a choice for each parameter of several axes in a module that is no layer of a known kind."""
+    return {
+        join(path, name): Choice(None, f"{type(module).__name__} is not of a kind that is known")
+        for path, module in named_modules(model)
+        if not isinstance(module, (StructuredLayer, *LAYERS))
+        for name, value in vars(module).items()
+        if isinstance(value, nnx.Param) and len(value.shape) > 1
+    }
 
 
 def _reason_to_stay(
     layer: Layer, structure: Structure, description: Description, classifier: str | None
 ) -> str:
     """Returns why a layer is not taken unless `select` chooses it, or ""."""
-    if layer.name == classifier:
+    if layer.name == classifier and description is not repopt:
         return "it is the dense layer that makes the logits: choose it with `select` if it is not"
     own = Kernel(layer.geometry.window)
-    if [[(s.map, s.then in ("norm", "")) for s in chain] for _, chain in structure.chains] == [[(own, True)]]:
+    if [[stage.map for stage in chain] for _, chain in structure.chains] == [[own]]:
         return "the structure would have its own kernel only"
     usual = PUBLISHED_FOR.get(_unwrapped(description))
     if usual and not usual(layer.geometry):

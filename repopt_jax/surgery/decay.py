@@ -41,7 +41,9 @@ def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable
         for name, value in vars(module).items():
             if isinstance(value, nnx.Param):
                 own = isinstance(module, Compactor)
-                decayed.setdefault(join(path, name), not own and (name == "kernel" or _undecided(value)))
+                decayed.setdefault(
+                    join(path, name), not own and (name == "kernel" or _undecided(name, value))
+                )
     if custom_l2:
         for path, layer in repvgg_layers(model).items():
             for key in layer.structure.shapes():
@@ -68,6 +70,6 @@ def scale_paths(model: nnx.Module) -> frozenset[str]:
     )
 
 
-def _undecided(value: nnx.Param) -> Any:
-    """Returns False for vectors and scalars, None for arrays with more axes."""
-    return False if len(value.shape) <= 1 else None
+def _undecided(name: str, value: nnx.Param) -> Any:
+    """Returns False for biases, vectors and scalars, None for other arrays with more axes."""
+    return False if name == "bias" or len(value.shape) <= 1 else None

@@ -8,6 +8,7 @@ follows which layer.
 Source: RepVGG (arXiv 2101.03697), section 3.3.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -24,12 +25,13 @@ from repopt_jax.core.branches import Shape
 from repopt_jax.nn.block import Block, ChannelAffine, PreNorm
 from repopt_jax.nn.branched import Branched, StructuredLayer, affine_of
 from repopt_jax.nn.compactor import Compactor
-from repopt_jax.nn.geometry import ChangedOperands, check_plain, explicit_padding, plain_layer
-from repopt_jax.nn.merged import Merged
+from repopt_jax.nn.geometry import ChangedOperands, check_plain, explicit_padding, pads_by_size, plain_layer
+from repopt_jax.nn.merged import Merged, MergedGeneral
+from repopt_jax.surgery.flow import Example, norms_of_layers
 from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
 
-Foldable = nnx.Conv | nnx.Linear | StructuredLayer
-_FOLDABLE = (nnx.Conv, nnx.Linear, StructuredLayer)
+Foldable = nnx.Conv | nnx.Linear | nnx.ConvTranspose | StructuredLayer
+_FOLDABLE = (nnx.Conv, nnx.Linear, nnx.ConvTranspose, StructuredLayer)
 
 
 class FoldedNorm(nnx.Module):
@@ -40,13 +42,19 @@ class FoldedNorm(nnx.Module):
 
 
 def fuse(
-    model: nnx.Module, *, only: tuple[type[nnx.Module], ...] = (), pairs: Mapping[str, str] | None = None
+    model: nnx.Module,
+    *,
+    only: tuple[type[nnx.Module], ...] = (),
+    pairs: Mapping[str, str] | None = None,
+    example: Example = None,
 ) -> nnx.Module:
     r"""Returns a plain model that equals `model` in evaluation mode; `model` itself is unchanged.
 
     Blocks of this package, blocks of classes for which `fuse_block` is registered, and layers of branches
-    (`nn.Branched`, `nn.Merged`) are found and folded. Batch norms in classes of your own are folded by path:
+    (`nn.Branched`, `nn.Merged`) are found and folded. Batch norms in classes of your own are found by the
+    flow of data, if an example of the inputs is given, or by path:
 
+        fuse(model, example=(images[:1],))
         fuse(model, pairs={r"(.*/)?conv(\d*)": r"\1bn\2", r"(.*/)?downsample/0": r"\1downsample/1"})
 
     Args:
@@ -59,13 +67,17 @@ def fuse(
         counts. The batch norm is folded into the layer and replaced by a `FoldedNorm`. You must know that
         only this batch norm reads the layer's output, without anything in between; `output_difference` checks
         it.
+      example: what the model is called with, a tuple of arrays or `jax.ShapeDtypeStruct`s, or a function that
+        calls a model, such as `lambda model: model(x, train=False)`. The model is traced with it, and every
+        batch norm is folded that alone reads the output of a layer. Others (after a sum, a concatenation or
+        an activation, as in pre-activation networks) are kept.
 
     Raises:
       ValueError: the model is in training mode (batch norms use batch statistics): call `model.eval()` first;
         or `pairs` that cannot be folded, all with the reasons.
-      TypeError: a model with compactors (`shrink` merges them); a batch norm that belongs to no block for
-        which `fuse_block` is registered and to no pair, a layer that has no plain form, or a class in `only`
-        that is not registered.
+      TypeError: a model with compactors (`shrink` merges them); without `example`, a batch norm
+        that belongs to no block for which `fuse_block` is registered and to no pair; a layer that has no
+        plain form, or a class in `only` that is not registered; or an `example` that is neither.
     """
     default = fuse_block.dispatch(object)
     if unknown := [cls.__name__ for cls in only if fuse_block.dispatch(cls) is default]:
@@ -84,7 +96,7 @@ def fuse(
             return False  # its layers are folded on their own, or reported below
         return isinstance(module, only) if only else fuse_block.dispatch(type(module)) is not default
 
-    norm_of = pair_up(model, pairs or {}, wanted)
+    norm_of = pair_up(model, pairs or {}, wanted, example)
     taken_in = set(norm_of.values())
 
     def replace(path: str, module: Any) -> nnx.Module | None:
@@ -96,11 +108,11 @@ def fuse(
 
     fused = replace_modules(model, replace)
     left = [p for p, m in named_modules(fused) if isinstance(m, nnx.BatchNorm)]
-    if left and not only:
+    if left and not only and example is None:
         raise TypeError(
             f"{paths.listed(left)} cannot be folded: they are in no block that `fuse_block` knows; register "
-            "one for the class that holds them, name the layers before them in `pairs`, or fold other things "
-            "alone with `only`"
+            "one for the class that holds them, give an `example` of the inputs by which the layers before "
+            "them are found, name these in `pairs`, or fold other things alone with `only`"
         )
     return fused
 
@@ -124,23 +136,28 @@ class OutputDifference:
 
 
 def output_difference(
-    model: Callable[[jax.Array], Any],
-    deployed: Callable[[jax.Array], Any],
+    model: Callable[..., Any],
+    deployed: Callable[..., Any],
     images: jax.Array,
     *,
     batch_size: int = 256,
+    **options: Any,
 ) -> OutputDifference:
-    """Runs both models on `images` (count, height, width, channels) and compares their outputs.
+    """Runs both models on `images` (count, ...) and compares their outputs.
 
     Outputs are logits (count, classes), or a tree of arrays (count, ...) of which the first are logits
     (count, ..., classes).
+
+    Args:
+      model, deployed: NNX models, or any functions of a batch of images.
+      images: the inputs, (count, ...).
+      batch_size: how many are run at a time.
+      options: further arguments of both, by name, the same for every batch: `train=False`. `nnx.Rngs` are
+        copied for each call, so that both models draw the same numbers.
     """
-    run, run_deployed = nnx.jit(lambda m, x: m(x)), nnx.jit(lambda m, x: m(x))
+    run, run_deployed = _runner(model, options), _runner(deployed, options)
     batches = [jnp.asarray(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
-    pairs = [
-        (jax.tree.leaves(run(model, batch)), jax.tree.leaves(run_deployed(deployed, batch)))
-        for batch in batches
-    ]
+    pairs = [(jax.tree.leaves(run(batch)), jax.tree.leaves(run_deployed(batch))) for batch in batches]
     outputs, others = ([np.concatenate(parts) for parts in zip(*side)] for side in zip(*pairs))
     return difference_of(outputs, others)
 
@@ -159,6 +176,18 @@ def difference_of(outputs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -
     )
 
 
+def _runner(model: Callable[..., Any], options: Mapping[str, Any]) -> Callable[[jax.Array], Any]:
+    """Returns a compiled function of a batch. An NNX model is an argument, so that it is no constant."""
+
+    def call(one: Callable[..., Any], x: jax.Array) -> Any:
+        own = {k: nnx.clone(v) if isinstance(v, nnx.Rngs) else v for k, v in options.items()}
+        return one(x, **own)
+
+    if isinstance(model, nnx.Module):
+        return functools.partial(nnx.jit(call), model)
+    return jax.jit(functools.partial(call, model))
+
+
 @functools.singledispatch
 def fuse_block(block: nnx.Module) -> nnx.Module:
     """Returns the deployed form of one block; dispatches on its class."""
@@ -170,7 +199,7 @@ def _(block: Block) -> Block:
     layer = _plain(block.conv) if block.bn is None else fold_batch_norm(block.conv, block.bn)
     if not isinstance(block.pre, nnx.BatchNorm):
         return block.replaced(layer, None)
-    if isinstance(layer, nnx.Conv) and any(map(any, explicit_padding(layer))):
+    if isinstance(layer, nnx.Conv) and (pads_by_size(layer) or any(map(any, explicit_padding(layer)))):
         # The layer pads with zeros what the norm has shifted, which no bias expresses.
         return block.replaced(layer, None, pre=fuse_block(block.pre))
     return block.replaced(fold_input_norm(layer, block.pre), None, pre=None)
@@ -179,6 +208,25 @@ def _(block: Block) -> Block:
 @fuse_block.register
 def _(block: PreNorm) -> ChannelAffine:
     return ChannelAffine(*affine_of(block), dtype=block.dtype)
+
+
+@fuse_block.register
+def _(block: MergedGeneral) -> nnx.LinearGeneral:
+    kernel, bias = block.merged_kernel(), None if block.bias is None else block.bias[...]
+    axis = tuple(range(-len(block.inputs), 0))
+    options: dict[str, Any] = {
+        "dtype": block.dtype,
+        "precision": block.precision,
+        "param_dtype": kernel.dtype,
+    }
+    options |= {"axis": axis, "use_bias": bias is not None}
+    plain = nnx.eval_shape(
+        lambda: nnx.LinearGeneral(block.inputs, block.outputs, rngs=nnx.Rngs(0), **options)
+    )
+    plain.kernel.set_value(kernel)
+    if plain.bias is not None and bias is not None:
+        plain.bias.set_value(bias)
+    return plain
 
 
 @fuse_block.register(Branched)
@@ -247,7 +295,10 @@ def plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> An
     if isinstance(layer, StructuredLayer):
         geometry = layer.structure.layer
         return plain_layer(geometry, kernel, bias, dtype=layer.dtype, precision=layer.precision)
-    check_plain(layer, changed=True)
+    if isinstance(layer, nnx.ConvTranspose):
+        _check_transposed(layer)
+    else:
+        check_plain(layer, changed=True)
     plain = nnx.clone(layer)  # keeps its other attributes: padding by name, precision, fake quantization
     plain.kernel.set_value(kernel)
     plain.bias = nnx.data(None if bias is None else nnx.Param(bias.astype(kernel.dtype)))
@@ -264,9 +315,12 @@ def changed_operands(layer: nnx.Module) -> ChangedOperands | None:
 
 
 def pair_up(
-    model: nnx.Module, pairs: Mapping[str, str], is_block: Callable[[nnx.Module], bool]
+    model: nnx.Module,
+    pairs: Mapping[str, str],
+    is_block: Callable[[nnx.Module], bool],
+    example: Example = None,
 ) -> dict[str, str]:
-    """Returns the path of the batch norm of each layer that `pairs` name, by the layer's path.
+    """Returns the batch norm of each layer that `pairs` name, or that `example` shows, by the layer's path.
 
     Layers and batch norms inside modules for which `is_block` is true are left out.
 
@@ -309,6 +363,14 @@ def pair_up(
     problems += [f"{', '.join(p)} cannot all take in {norm}" for norm, p in takers.items() if len(p) > 1]
     if problems:
         raise ValueError(f"`pairs` cannot be folded: {'; '.join(problems)}")
+    if example is None:
+        return found
+    norms = [p for p, m in outside.items() if isinstance(m, nnx.BatchNorm) and p not in takers]
+    free = [p for p in layers if p not in found]
+    for path, norm in norms_of_layers(model, example, free, norms).items():
+        with contextlib.suppress(ValueError):  # a norm of another kind is kept
+            _check_pair(layers[path], outside[norm], norm)
+            found[path] = norm
     return found
 
 
@@ -335,21 +397,35 @@ def _norm_of(
             f"{', '.join(every[norms[0]])}), and one can be folded into the other only where they always "
             "come together"
         )
+    _check_pair(layer, bn, norms[0])
+    return norms[0]
+
+
+def _check_pair(layer: Foldable, bn: Any, norm: str) -> None:
+    """Raises ValueError if this batch norm, at the path `norm`, cannot be folded into the layer before it."""
     if type(bn).__call__ is not nnx.BatchNorm.__call__ or bn.axis != -1:
-        raise ValueError(f"the batch norm at {norms[0]} is not along the last axis, or of a class of its own")
-    if isinstance(layer, (nnx.Conv, nnx.Linear)):
+        raise ValueError(f"the batch norm at {norm} is not along the last axis, or of a class of its own")
+    if isinstance(layer, nnx.ConvTranspose):
+        _check_transposed(layer)
+    elif isinstance(layer, (nnx.Conv, nnx.Linear)):
         check_plain(layer, changed=True)
     channels = _channels(layer)
     if bn.var.shape != channels:
-        raise ValueError(f"it has {channels} channels, and the batch norm at {norms[0]} {bn.var.shape}")
-    return norms[0]
+        raise ValueError(f"it has {channels} channels, and the batch norm at {norm} {bn.var.shape}")
+
+
+def _check_transposed(layer: nnx.ConvTranspose) -> None:
+    if type(layer).__call__ is not nnx.ConvTranspose.__call__ or layer.mask is not None:
+        raise ValueError("a transposed convolution with a `mask` or of a class of its own cannot be folded")
+    if layer.transpose_kernel:
+        raise ValueError("a transposed convolution with `transpose_kernel` has its outputs on another axis")
 
 
 def _channels(layer: Foldable) -> Shape:
     """Returns the shape of vectors over the output channels, with the axes of a stack in front."""
     if isinstance(layer, StructuredLayer):
         return (*layer.stack, layer.out_features)
-    axes = len(layer.kernel_size) if isinstance(layer, nnx.Conv) else 0
+    axes = 0 if isinstance(layer, nnx.Linear) else len(layer.kernel_size)
     return (*layer.kernel.shape[: -2 - axes], layer.out_features)
 
 

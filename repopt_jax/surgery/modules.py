@@ -90,6 +90,11 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
     return result
 
 
+def is_abstract(model: Any) -> bool:
+    """Returns whether a model, or a tree of parameters, has shapes in place of arrays (`nnx.eval_shape`)."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model))
+
+
 def copy_leaf(leaf: Any) -> Any:
     """Copies an array, so that donating one model's arrays cannot invalidate another's."""
     return leaf.copy() if isinstance(leaf, jax.Array) else leaf

@@ -15,7 +15,7 @@ from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.parametrization import Parametrization, Theta, check_kernels
 from repopt_jax.core.scales import Scales, check_finite, check_fit
 from repopt_jax.surgery.layers import check_aliases
-from repopt_jax.surgery.modules import copy_leaf, key_of
+from repopt_jax.surgery.modules import copy_leaf, is_abstract, key_of
 from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
 
 M = TypeVar("M")
@@ -80,7 +80,8 @@ def reinitialize(
     Each w_b is drawn as its branch's own layer would be; the identity's weight is the searched u.
 
     Args:
-      model: an NNX model, or any pytree of parameters (Linen, Equinox, plain dicts).
+      model: an NNX model, or any pytree of parameters (Linen, Equinox, plain dicts). Of an abstract one
+        (`nnx.eval_shape`, `jax.eval_shape`) the result is abstract.
       scales: the scales; every one of their paths must be in the model. Or structures by the kernels' paths
         (`find_parametrizations`), whose kernels become A(theta) for a theta that is drawn.
       branch_sets: the layers and branches that the scales must have exactly, as returned by `find_branches`;
@@ -104,6 +105,13 @@ def reinitialize(
       ValueError: the scales do not fit (every missing, extra or misshapen path); they name a shared layer by
         another path than its own; they are NaN or infinite; or the model has been trained, or may have been.
     """
+    if is_abstract(model):
+        given: dict[str, Any] = {
+            "branch_sets": branch_sets,
+            "trained": False,
+            "return_weights": return_weights,
+        }
+        return nnx.eval_shape(lambda m: reinitialize(m, scales, **given, rngs=nnx.Rngs(0)), model)
     if isinstance(model, nnx.Module):
         check_aliases(model, scales.entries if isinstance(scales, Scales) else scales)
     if isinstance(scales, Scales):

@@ -3,7 +3,7 @@
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal
 
 import jax
@@ -24,7 +24,7 @@ from repopt_jax.surgery.layers import (
     find_layers,
     layers_at,
 )
-from repopt_jax.surgery.modules import join, named_modules
+from repopt_jax.surgery.modules import is_abstract, join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
 from repopt_jax.surgery.structures import merged_layer, replace_layers
 from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
@@ -52,8 +52,9 @@ def to_search(
     kernel's dtype are kept; metadata of its variables (sharding names) are not.
 
     Args:
-      model: the network, which is not changed.
-      select: which layers, as in `find_layers`; by default all of them.
+      model: the network, which is not changed. Of an abstract one (`nnx.eval_shape`) the search network is
+        abstract.
+      select: which layers, as in `find_branches`; by default all that have several branches.
       branches: their branches, as in `find_branches`.
       scales: initial scales: "depth" for `depth_scales`, "ones", or `Scales` for exactly these layers and
         branches.
@@ -67,6 +68,9 @@ def to_search(
       ValueError: as `find_layers` and `find_branches`; scales that do not fit, with every path; an unknown
         name of scales; or the model has been trained, or may have been.
     """
+    if is_abstract(model):
+        given: dict[str, Any] = {"scales": scales, "trained": False}
+        return nnx.eval_shape(lambda m: to_search(m, select, branches, **given, rngs=nnx.Rngs(0)), model)
     if isinstance(scales, Scales):
         check_aliases(model, scales.entries)
         check_fit(scales, find_branches(model, select, branches))
@@ -104,11 +108,11 @@ def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = 
     """Returns the depth rule's scales of any network, without a search: sqrt(2 / l), or 1 at l = 0; u = 1.
 
     A network may declare its l (`models.Network.depths`). Otherwise l is the index of the layer in a row of
-    equal ones. A row begins at a layer that changes the width, has a stride above 1, or comes after a layer
-    of another width. The order is that of the paths, with numbers in paths as numbers, because a model does
-    not declare the order in which it calls its layers. Stacked layers continue the count along the stack. For
-    other l use `Scales.depth_rule(find_branches(model, ...), depths)`. Source: RepOptimizer paper, appendix
-    B, where l counts the blocks of a stage.
+    equal ones, counting those that are taken. A row begins at a layer that changes the width, has a stride
+    above 1, or comes after a layer of another width. The order is that of the paths, with numbers in paths as
+    numbers, because a model does not declare the order in which it calls its layers. Stacked layers continue
+    the count along the stack. For other l use `Scales.depth_rule(find_branches(model, ...), depths)`. Source:
+    RepOptimizer paper, appendix B, where l counts the blocks of a stage.
 
     Args:
       model: any NNX model.
@@ -118,7 +122,8 @@ def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = 
     Raises:
       ValueError: as `find_layers` and `find_branches`.
     """
-    scales = Scales.depth_rule(find_branches(model, select, branches), _depths(model, select))
+    branch_sets = find_branches(model, select, branches)
+    scales = Scales.depth_rule(branch_sets, _depths(model, select, branch_sets))
     return scales.with_metadata(architecture=_architecture(model))
 
 
@@ -135,7 +140,8 @@ def law_scales(model: nnx.Module, Lambda: float, select: Select = None, branches
     Raises:
       ValueError: as `depth_scales`; or a Lambda that is negative or not finite.
     """
-    scales = Scales.from_law(find_branches(model, select, branches), _depths(model, select), Lambda)
+    branch_sets = find_branches(model, select, branches)
+    scales = Scales.from_law(branch_sets, _depths(model, select, branch_sets), Lambda)
     return scales.with_metadata(architecture=_architecture(model))
 
 
@@ -159,7 +165,8 @@ def transfer_scales(
       ValueError: as `depth_scales` and `Scales.transfer`.
     """
     branch_sets = find_branches(model, select, branches)
-    scales = Scales.transfer(source, branch_sets, _depths(model, select), source_depths=source_depths)
+    depths = _depths(model, select, branch_sets)
+    scales = Scales.transfer(source, branch_sets, depths, source_depths=source_depths)
     return scales.with_metadata(architecture=_architecture(model))
 
 
@@ -208,7 +215,7 @@ def _with_scales(
         structure = of_branches(
             entry.branches, layer.geometry, then="scale" if trainable_scales else "constant"
         )
-        return merged_layer(structure, weights[layer.path], entry.vectors, stack=layer.stack, **options)
+        return merged_layer(layer, structure, weights[layer.path], entry.vectors, **options)
 
     return replace_layers(model, layers, make)
 
@@ -217,9 +224,10 @@ def _architecture(model: nnx.Module) -> str:
     return model.architecture if isinstance(model, Network) else ""
 
 
-def _depths(model: nnx.Module, select: Select) -> dict[str, np.ndarray]:
-    """Returns l of every selected layer, as `depth_scales` says."""
-    layers = {path: (layer.geometry, layer.stack) for path, layer in find_layers(model, select).items()}
+def _depths(model: nnx.Module, select: Select, taken: Container[str]) -> dict[str, np.ndarray]:
+    """Returns l of every selected layer that is taken, as `depth_scales` says."""
+    selected = find_layers(model, select)
+    layers = {path: (layer.geometry, layer.stack) for path, layer in selected.items() if path in taken}
     counted = count_depths(
         (path, g.outputs, stack, g.inputs == g.outputs and set(g.strides) <= {1})
         for path, (g, stack) in layers.items()

@@ -12,18 +12,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.core import paths
+from repopt_jax.core.branches import Shape
+from repopt_jax.core.layer import Layer
 from repopt_jax.core.parametrization import Parametrization
 from repopt_jax.core.published import of_branches, repopt
 from repopt_jax.core.scales import DeclaresBranches
 from repopt_jax.core.structure import Structure
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
-from repopt_jax.nn.merged import Merged
+from repopt_jax.nn.merged import Merged, MergedGeneral
 from repopt_jax.nn.rngs import counted_in_python
 from repopt_jax.surgery.choose import Described, Options, find_classifier, find_structures
+from repopt_jax.surgery.flow import Example
 from repopt_jax.surgery.fuse import FoldedNorm, pair_up
-from repopt_jax.surgery.layers import Branches, Layer, Select, find_branches
-from repopt_jax.surgery.modules import Removed, aliases, join, key_of, named_modules, replace_modules
+from repopt_jax.surgery.layers import LAYERS, Branches, Select, find_branches
+from repopt_jax.surgery.modules import (
+    Removed,
+    aliases,
+    is_abstract,
+    join,
+    key_of,
+    named_modules,
+    replace_modules,
+)
 from repopt_jax.surgery.trained import Keep, require_untrained
 
 _log = logging.getLogger(__name__)
@@ -36,6 +47,7 @@ def to_structure(
     *,
     options: Options = None,
     pairs: Mapping[str, str] | None = None,
+    example: Example = None,
     trained: bool | None = None,
     allow_trained: bool = False,
     keep: Keep = None,
@@ -52,7 +64,7 @@ def to_structure(
     `pairs` names it. Weights are newly drawn, with a key for each path; biases and all else are copied.
 
     Args:
-      model: the network, which is not changed.
+      model: the network, which is not changed. Of an abstract one (`nnx.eval_shape`) the result is abstract.
       structure: a name in `STRUCTURES`; a description; or a mapping of regular expressions for a layer's
         whole path to names or descriptions, of which the first that matches counts. A network may have
         particular descriptions for a name (`models.Network.descriptions`).
@@ -63,6 +75,8 @@ def to_structure(
       pairs: which batch norm follows which layer, as in `fuse`. It is removed where the layer becomes a
         structure without a norm after its sum, because published blocks have those of the branches in its
         place. `fuse` takes the same pairs, for the layers that are left.
+      example: in place of `pairs`, what the model is called with, as in `fuse`: the batch norms are found by
+        the flow of data.
       trained, allow_trained: as in `reinitialize`.
       keep: "split" keeps the function of a trained network, for structures without batch norms inside: the
         tensors of the branches merge into its kernels (`Parametrization.split`). With a norm inside there
@@ -76,6 +90,9 @@ def to_structure(
         The latter are also stacked layers with batch norms, because `nnx.scan` and `nnx.vmap` would not carry
         the batch statistics of new modules. Or the model has been trained, or may have been.
     """
+    if is_abstract(model):
+        given: dict[str, Any] = {"options": options, "pairs": pairs, "example": example, "trained": False}
+        return nnx.eval_shape(lambda m: to_structure(m, structure, select, **given, rngs=nnx.Rngs(0)), model)
     lost = "a network of new branches would have other kernels"
     require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
     taken = _taken(model, structure, select, options)
@@ -94,17 +111,18 @@ def to_structure(
     def make(layer: Layer, **options: Any) -> StructuredLayer:
         kind = Branched if made[layer.path].followers("norm") else Merged
         if keep:
-            one = Parametrization(made[layer.path], layer.stack)
+            shape = layer.kernel[len(layer.stack) :]
+            one = Parametrization(made[layer.path], layer.stack, layer.layout, shape)
             near = one.sample(key_of(layer.path, key)) if one.is_product else None
             theta = one.split(leaves[layer.path][...], near)
-            return merged_layer(
-                one.structure, theta["weights"], theta["scales"], stack=layer.stack, **options
-            )
+            return merged_layer(layer, one.structure, theta["weights"], theta["scales"], **options)
         with counted_in_python(nnx.Rngs(params=key_of(layer.path, key))) as own:
+            if axes := _axes(layer):
+                return MergedGeneral(made[layer.path], **axes, rngs=own, **options)
             return kind(made[layer.path], rngs=own, **options)
 
     without_norm = {path for path, s in made.items() if not s.norm}
-    after = pair_up(model, pairs, lambda module: isinstance(module, Block)) if pairs else {}
+    after = pair_up(model, pairs or {}, lambda module: isinstance(module, Block), example)
     removed = {
         after[layer.name] for path, layer in layers.items() if path in without_norm and layer.name in after
     }
@@ -132,7 +150,8 @@ def find_parametrizations(
     found, problems = {}, []
     for layer, one in _taken(model, structure, select, options):
         try:
-            found[layer.path] = Parametrization(one, layer.stack)
+            shape = layer.kernel[len(layer.stack) :]
+            found[layer.path] = Parametrization(one, layer.stack, layer.layout, shape)
         except ValueError as error:
             problems.append(f"{layer.name}: {error}")
     if problems:
@@ -157,7 +176,7 @@ def _taken(
     level = logging.DEBUG if isinstance(model, DeclaresBranches) else logging.INFO
     _log.log(level, "%d layers become a structure; left as they are: %s", len(taken), reasons or "none")
     unreadable = [f"{name}: {c.reason}" for name, c in left.items() if c.undefined and not c.layer]
-    if unreadable:  # often a mistake, such as the padding 'SAME' of strided layers
+    if unreadable:  # often a mistake
         _log.warning("layers that no branches can replace are left as they are: %s", "; ".join(unreadable))
     return taken
 
@@ -218,11 +237,11 @@ def replace_layers(
         if path in removed:
             return FoldedNorm()
         layer = layers.get(join(path, "kernel"))
-        if layer is None or not isinstance(module, (nnx.Conv, nnx.Linear)):
+        if layer is None or not isinstance(module, LAYERS):
             return None
         return make(
             layer,
-            bias=None if module.bias is None else module.bias[...],
+            bias=None if module.bias is None else module.bias.get_value(),
             dtype=module.dtype,
             precision=module.precision,
             param_dtype=module.kernel.dtype,
@@ -232,13 +251,31 @@ def replace_layers(
 
 
 def merged_layer(
-    structure: Structure, weights: Mapping[str, jax.Array], vectors: Mapping[str, jax.Array], **options: Any
+    layer: Layer,
+    structure: Structure,
+    weights: Mapping[str, jax.Array],
+    vectors: Mapping[str, jax.Array],
+    **options: Any,
 ) -> Merged:
-    """Makes an `nn.Merged` with these tensors and scales, without drawing initial ones."""
-    new = nnx.eval_shape(lambda: Merged(structure, rngs=nnx.Rngs(0), **options))
+    """Makes an `nn.Merged` in place of a layer with these tensors and scales, without drawing others."""
+    axes, bias = _axes(layer), options.pop("bias")
+
+    def make(bias: Any) -> Merged:
+        kind = functools.partial(MergedGeneral, **axes) if axes else Merged
+        return kind(structure, stack=layer.stack, bias=bias, rngs=nnx.Rngs(0), **options)
+
+    new = nnx.eval_shape(make, bias)
     for variables, values in ((new.weights, weights), (new.scales, vectors)):
         for name, variable in variables.items():
             variable.set_value(jnp.asarray(values[name], variable.dtype))
     if new.bias is not None:
-        new.bias.set_value(options["bias"])
+        new.bias.set_value(bias)
     return new
+
+
+def _axes(layer: Layer) -> dict[str, Shape]:
+    """Returns the axes of a layer over several as arguments of `nn.MergedGeneral`; {} of any other."""
+    if layer.layout == "...io":
+        return {}
+    shape, count = layer.kernel[len(layer.stack) :], layer.layout.count("i")
+    return {"inputs": shape[:count], "outputs": shape[count:]}

@@ -384,8 +384,9 @@ def _as_float64(tree: Any) -> Any:
         graph, state = nnx.split(tree)
         model = nnx.merge(graph, jax.tree.map(widen, state), copy=True)
         for _, module in named_modules(model):
-            dtype = getattr(module, "dtype", None)
-            if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
-                setattr(module, "dtype", jnp.float64)  # noqa: B010  (of modules of any class)
+            for name in ("dtype", "param_dtype"):  # in the latter a recurrent cell starts
+                dtype = getattr(module, name, None)
+                if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+                    setattr(module, name, jnp.float64)
         return model
     return jax.tree.map(widen, tree)

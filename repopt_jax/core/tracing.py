@@ -1,0 +1,565 @@
+"""The layers of any function of parameters: which equation consumes each kernel, whatever framework wrote it.
+
+`trace_layers(apply, params, *example)` traces the function once and follows every parameter through casts,
+transposes, reshapes, scans and checkpoints to the convolution or product that takes it. That equation says
+what a parameter's shape alone does not: strides, padding, dilation, groups, how often the layer is used, and
+what reads its output.
+
+How the axes of the parameter lie in the kernel is found by numbers: every operation on a parameter is also
+done to an array of its own indices, and what arrives at the convolution is compared with a layout
+(`BranchSet.layout`), entry by entry.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+
+from repopt_jax.core import paths
+from repopt_jax.core.branches import Branch, BranchSet, Shape, to_canonical
+from repopt_jax.core.jaxprs import Equation, Flat, Value, bodies, flatten
+from repopt_jax.core.layer import Chosen, Layer
+from repopt_jax.core.structure import Geometry
+
+Select: TypeAlias = str | re.Pattern[str] | Callable[[str, Layer], bool] | None
+Branches: TypeAlias = Sequence[Branch] | Callable[[Layer], Chosen] | Mapping[str, Chosen] | None
+
+
+def find_branches(
+    apply: Callable[..., Any],
+    params: Any,
+    *example: Any,
+    select: Select = None,
+    branches: Branches = None,
+) -> dict[str, BranchSet]:
+    """Returns a branch set for the layers of any function, by the paths of their kernels in `params`.
+
+        find_branches(lambda params, x: Net().apply({"params": params}, x), params, images[:1])
+
+    Args:
+      apply: (params, *example) -> any tree of arrays. It is traced, not run.
+      params: the parameters, a tree of arrays or `jax.ShapeDtypeStruct`s.
+      example: the other arguments, likewise. Without any, arrays that `apply` has taken in are the data.
+      select: which layers: a regular expression for the whole path of a layer, or a function (path, `Layer`)
+        -> bool. By default every layer that has several branches.
+      branches: None for those of `repopt`; a sequence for every layer; or a function of the `Layer`, or a
+        mapping from regular expressions for a layer's whole path (the first that matches counts), to a
+        sequence, a `BranchSet`, or None for the default.
+
+    Raises:
+      ValueError: nothing is selected; kernels that `select` chooses and branches cannot make up; a rule that
+        matches no layer; or branches that are not defined for their layer, all with the reasons.
+      TypeError: `params` holds what is no array; `select` or `branches` is none of these.
+    """
+    traced = trace_layers(apply, params, *example)
+    chosen = _selected(traced, select)
+    choose = chooser(chosen, branches)
+    found, problems = {}, []
+    for path, layer in chosen.items():
+        own = choose(layer)
+        try:
+            branch_set = layer.branch_set(own)
+        except ValueError as error:
+            problems.append(f"{layer.name}: {error}")
+            continue
+        if own is not None or select is not None or len(branch_set.branches) > 1:
+            found[path] = branch_set
+    if problems:
+        raise ValueError(f"`branches` do not fit: {'; '.join(problems)}")
+    if not found:
+        raise ValueError(f"`apply` has no layer of several branches among its parameters:\n{traced}")
+    return found
+
+
+class Traced(NamedTuple):
+    """What `trace_layers` finds. As text it is a table, a line for each parameter of several axes.
+
+    Attributes:
+      layers: path of a kernel -> its layer, sorted by path, with numbers in paths as numbers.
+      others: path of a parameter of several axes that is no layer's kernel -> the reason.
+      refused: paths of those others that a convolution or a product takes all the same.
+    """
+
+    layers: dict[str, Layer]
+    others: dict[str, str]
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        taken = [f"  {path}: {' + '.join(layer.branch_set().names)}" for path, layer in self.layers.items()]
+        left = [f"  {path}: {reason}" for path, reason in self.others.items()]
+        parts = ((f"{len(taken)} layers", taken), (f"{len(left)} other parameters", left))
+        return "\n".join(line for title, lines in parts if lines for line in (f"{title}:", *lines))
+
+
+def trace_layers(apply: Callable[..., Any], params: Any, *example: Any) -> Traced:
+    """Returns the convolutions and dense layers of a function, and why other parameters are none.
+
+    A kernel is a parameter that a convolution or a product with data takes as it is, up to casts and the
+    order of its axes. Parameters that are changed before each use (a normalised kernel), of which only a part
+    is used, that are also read otherwise (an embedding that makes the logits), or that enter a transposed
+    convolution are none.
+
+    Args:
+      apply, params, example: as in `find_branches`.
+
+    Raises:
+      TypeError: `params` holds what is no array, all listed.
+    """
+    leaves, _ = paths.named_leaves(params)
+    if wrong := [f"{p} ({type(leaf).__name__})" for p, leaf in leaves.items() if not hasattr(leaf, "dtype")]:
+        raise TypeError(
+            f"`params` must hold arrays only, not {', '.join(wrong)}: give the arrays and keep the other "
+            "leaves separate (Equinox: `eqx.partition(model, eqx.is_inexact_array)`)"
+        )
+    trace = trace_uses(apply, params, *example)
+    found, others = {}, {}
+    biases = {path for uses in trace.uses.values() for use in uses for path in use.biases}
+    for path, leaf in leaves.items():
+        uses, shape = trace.uses.get(path, []), tuple(leaf.shape)
+        if not uses and (len(shape) < 2 or path in biases):
+            continue
+        why = trace.problems.get(path, set()) | {f"{p} reads it" for p in trace.others.get(path, ())}
+        if not uses and not why:
+            why = {"no equation reads it"}
+        if why:
+            others[path] = "; ".join(sorted(why))
+            continue
+        first = uses[0]
+        if any(use.same_layer != first.same_layer for use in uses):
+            others[path] = "it is used as several different layers"
+            continue
+        readers = tuple(dict.fromkeys(str(r) for use in uses for r in use.readers))
+        has_bias = all(use.biases for use in uses)
+        count = sum(use.times for use in uses)
+        found[path] = Layer(path, first.geometry, first.stack, has_bias, first.layout, shape, count, readers)
+
+    def ordered(mapping: dict[str, Any]) -> dict[str, Any]:
+        return dict(sorted(mapping.items(), key=lambda item: paths.natural_order(item[0])))
+
+    refused = tuple(path for path in others if path in trace.uses or path in trace.problems)
+    return Traced(ordered(found), ordered(others), refused)
+
+
+# --- Following values
+
+
+class Reader(NamedTuple):
+    """An equation that reads a layer's output: its primitive, and the parameters that it also takes."""
+
+    primitive: str
+    params: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join((self.primitive, *self.params))
+
+
+@dataclasses.dataclass(eq=False)
+class Use:
+    """One use of a kernel by an equation.
+
+    Attributes:
+      path, geometry, stack, layout: as in `Layer`.
+      times: how often the equation runs, in scans.
+      biases: parameters that are added to the output.
+      readers: what reads the sum.
+    """
+
+    path: str
+    geometry: Geometry
+    stack: Shape
+    layout: str
+    times: int
+    biases: list[str] = dataclasses.field(default_factory=list)
+    readers: list[Reader] = dataclasses.field(default_factory=list)
+
+    @property
+    def same_layer(self) -> Any:
+        """What all uses of a layer have in common; the padding may follow the input's size."""
+        return dataclasses.replace(self.geometry, padding=None), self.stack, self.layout
+
+
+@dataclasses.dataclass
+class Uses:
+    """All that a traced function does with its parameters.
+
+    Attributes:
+      uses: path of a kernel -> its uses, in order.
+      others: path of a parameter -> the primitives that read it otherwise.
+      problems: path of a parameter -> why it is no kernel although a convolution or product takes it.
+    """
+
+    uses: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
+    others: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    problems: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+
+
+class _View(NamedTuple):
+    """A parameter as it is, up to the order of its axes.
+
+    Attributes:
+      path: of the parameter.
+      index: for every entry of the value, its place in one layer's flattened parameter.
+      stack: leading axes of the parameter that scans or products have taken away.
+      shape: shape of one layer's parameter.
+    """
+
+    path: str
+    index: np.ndarray
+    stack: Shape
+    shape: Shape
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing has been moved so far."""
+        return self.index.shape == self.shape and bool(
+            (self.index.ravel() == np.arange(self.index.size)).all()
+        )
+
+    def unstacked(self, count: int) -> "_View | None":
+        """Returns the view of one layer of a stack of this many leading axes, if that is what it is."""
+        if not self.is_plain or len(self.shape) < count:
+            return None
+        rest = self.shape[count:]
+        return _View(self.path, _places(rest), (*self.stack, *self.shape[:count]), rest)
+
+
+class _Info(NamedTuple):
+    """What is known of a value: whether it depends on data, on which parameters, and what it is."""
+
+    data: bool = False
+    params: frozenset[str] = frozenset()
+    view: _View | None = None
+    size: int = 0  # number of entries of the one parameter that it is, perhaps repeated
+    made_by: Use | None = None  # the layer whose output it is, up to casts and the bias
+
+
+# Equations of one argument that change neither its values nor their order.
+PASSED = (
+    *("convert_element_type", "copy", "copy_p", "optimization_barrier", "reduce_precision", "name"),
+    *("sharding_constraint", "mesh_cast", "reshard", "pvary"),
+)
+
+
+def trace_uses(apply: Callable[..., Any], params: Any, *example: Any) -> Uses:
+    """Returns what a function does with each of its parameters: `trace_layers` without a judgement."""
+    flat = flatten(jax.make_jaxpr(apply)(params, *example))
+    leaves, _ = paths.named_leaves(params)
+    infos = [
+        _Info(False, frozenset((path,)), _View(path, _places(leaf.shape), (), tuple(leaf.shape)), leaf.size)
+        for path, leaf in leaves.items()
+    ]
+    infos += [_Info(data=True)] * (len(flat.inputs) - len(infos))
+    walk = _Walk(closed_over=len(flat.inputs) == len(leaves))
+    for info in walk.run(flat, infos, 1):
+        walk.read("output", info)
+    return walk.found
+
+
+class _Walk:
+    def __init__(self, *, closed_over: bool):
+        self.found = Uses()
+        self.closed_over = closed_over  # whether the data are constants of the function
+
+    def run(self, flat: Flat, inputs: Sequence[_Info], times: int) -> list[_Info]:
+        """Follows the values of a function; `times` is how often it runs."""
+        known: dict[Value, _Info] = dict(zip(flat.inputs, inputs, strict=True))
+        for equation in flat.equations:
+            taken = [known.get(value) or self.constant(value) for value in equation.inputs]
+            known |= zip(equation.outputs, self.equation(equation, taken, times), strict=True)
+        return [known.get(value) or self.constant(value) for value in flat.outputs]
+
+    def constant(self, value: Value) -> _Info:
+        return _Info(data=self.closed_over and len(value.shape) > 0)
+
+    def equation(self, equation: Equation, taken: list[_Info], times: int) -> list[_Info]:
+        """Returns what is known of an equation's outputs, and keeps what it says of the parameters."""
+        params = frozenset[str]().union(*(info.params for info in taken))
+        inside = list(bodies(equation))
+        if inside:
+            return self.control_flow(equation, taken, times)
+        if not any(info.data for info in taken):
+            views = [info.view for info in taken if info.view is not None]
+            moved = _moved(equation, views[0]) if len(views) == len(taken) == 1 else None
+            kept = moved is not None or equation.name == "broadcast_in_dim"
+            size = taken[0].size if kept and len(taken) == 1 else 0
+            return [_Info(params=params, view=moved, size=size)] * len(equation.outputs)
+        if equation.name in PASSED and len(taken) == 1:
+            return taken
+        made: Use | None = None
+        layer = equation.name in ("conv_general_dilated", "dot_general")
+        if equation.name == "conv_general_dilated":
+            made = self.convolution(equation, taken, times)
+        elif equation.name == "dot_general":
+            made = self.product(equation, taken, times)
+        elif equation.name in ("add", "add_any") and len(taken) == 2:
+            made = _with_bias(equation, taken)
+        if made is None and not layer:
+            self.note(params, equation.name)  # what depends on data is data, and has none
+            for info in taken:
+                rest = [other for other in taken if other is not info and not other.data]
+                self.read(equation.name, info, frozenset[str]().union(*(other.params for other in rest)))
+        # What has been computed from data is data, whatever parameters were used.
+        return [_Info(data=True, made_by=made)] * len(equation.outputs)
+
+    def note(self, params: frozenset[str], primitive: str) -> None:
+        for path in params:
+            self.found.others.setdefault(path, [])
+            if primitive not in self.found.others[path]:
+                self.found.others[path].append(primitive)
+
+    def read(self, primitive: str, info: _Info, params: frozenset[str] = frozenset()) -> None:
+        if info.made_by is not None:
+            info.made_by.readers.append(Reader(primitive, tuple(sorted(params))))
+
+    def refuse(self, info: _Info, reason: str) -> None:
+        for path in info.params:
+            self.found.problems.setdefault(path, set()).add(reason)
+
+    def convolution(self, equation: Equation, taken: list[_Info], times: int) -> Use | None:
+        x, kernel = taken
+        self.read("conv_general_dilated", x)
+        if kernel.data:
+            self.refuse(x, "a convolution takes it as its input")
+            return None
+        p, shape = equation.params, equation.inputs[1].shape
+        numbers = p["dimension_numbers"]
+        out, into, *spatial = numbers.rhs_spec
+        inputs = equation.inputs[0].shape[numbers.lhs_spec[1]]
+        if set(p["lhs_dilation"]) - {1}:
+            self.refuse(kernel, "a transposed convolution, whose 1x1 branch would reach some outputs alone")
+        elif p["batch_group_count"] != 1:
+            self.refuse(kernel, "a convolution in groups of the batch")
+        else:
+            geometry = Geometry(
+                [shape[axis] for axis in spatial],
+                inputs,
+                shape[out],
+                p["feature_group_count"],
+                strides=p["window_strides"],
+                dilation=p["rhs_dilation"],
+                padding=p["padding"],
+            )
+            return self.use(kernel, [spatial, [into], [out]], geometry, times)
+        return None
+
+    def product(self, equation: Equation, taken: list[_Info], times: int) -> Use | None:
+        if all(info.data for info in taken):
+            for info in taken:
+                self.read("dot_general", info)
+            return None
+        (contracted, batch) = equation.params["dimension_numbers"]
+        side = 0 if taken[1].data else 1
+        kernel, x = taken[side], taken[1 - side]
+        self.read("dot_general", x)
+        shape = equation.inputs[side].shape
+        pairs = sorted(zip(contracted[1 - side], contracted[side], strict=True))  # in the data's order
+        into, stacked = [axis for _, axis in pairs], list(batch[side])
+        out = [axis for axis in range(len(shape)) if axis not in into and axis not in stacked]
+        if not kernel.params:
+            return None
+        if not into or not out:
+            self.note(kernel.params, "dot_general")
+            return None
+        if stacked:
+            one = kernel.view.unstacked(len(stacked)) if kernel.view else None
+            if one is None or stacked != list(range(len(stacked))):
+                self.refuse(kernel, "a product in groups that are not along its first axes")
+                return None
+            kernel = kernel._replace(view=one)
+            into, out = ([axis - len(stacked) for axis in axes] for axes in (into, out))
+        inputs, outputs = (math.prod(shape[axis + len(stacked)] for axis in axes) for axes in (into, out))
+        return self.use(kernel, [[], into, out], Geometry((), inputs, outputs), times)
+
+    def use(self, kernel: _Info, axes: list[list[int]], geometry: Geometry, times: int) -> Use | None:
+        """Keeps a use of a kernel whose (spatial, input, output) axes are these."""
+        if kernel.view is None:
+            if kernel.params:
+                self.refuse(kernel, "it is changed before each use")
+            return None
+        path, index, stack, shape = kernel.view
+        if index.size != math.prod(shape):
+            self.refuse(kernel, "only a part of it is one kernel")
+            return None
+        index = index.transpose([axis for group in axes for axis in group]).reshape(geometry.kernel)
+        layout = _layout(index, shape)
+        if layout is None:
+            self.refuse(kernel, "its axes are mixed before its use")
+            return None
+        # A stack is run layer by layer: once each.
+        use = Use(path, geometry, stack, layout, 1 if stack else times)
+        self.found.uses.setdefault(path, []).append(use)
+        return use
+
+    def control_flow(self, equation: Equation, taken: list[_Info], times: int) -> list[_Info]:
+        """Follows the values into the bodies of a scan, a loop or a condition."""
+        inside, p = list(bodies(equation)), equation.params
+        made: list[_Info] = []
+        if equation.name == "scan":
+            consts, carried = p["num_consts"], p["num_carry"]
+            inputs = taken[:consts] + [
+                self.carried(info, "scan") for info in taken[consts : consts + carried]
+            ]
+            inputs += [self.scanned(info) for info in taken[consts + carried :]]
+            made = self.run(flatten(inside[0]), inputs, times * p["length"])
+        elif equation.name == "cond":
+            for body in inside:
+                made += self.run(flatten(body), taken[1:], times)
+        elif equation.name == "while":
+            first, second = p["cond_nconsts"], p["body_nconsts"]
+            state = [self.carried(info, "while") for info in taken[first + second :]]
+            made = self.run(flatten(p["body_jaxpr"]), taken[first : first + second] + state, times)
+        else:
+            for info in taken:
+                self.note(info.params if not info.data else frozenset(), equation.name)
+        for info in (*taken, *made):
+            self.read(equation.name, info)
+            if info.view is not None and info in made:
+                self.note(info.params, equation.name)
+        return [_Info(data=True)] * len(equation.outputs)
+
+    def carried(self, info: _Info, primitive: str) -> _Info:
+        """What a loop changes is data, also where it starts as a parameter."""
+        self.note(info.params, primitive)
+        return _Info(data=True)
+
+    def scanned(self, info: _Info) -> _Info:
+        """Returns what is known of one element of the first axis."""
+        if info.data:
+            return _Info(data=True)
+        return info._replace(view=info.view.unstacked(1) if info.view else None)  # of the whole size
+
+
+def _with_bias(equation: Equation, taken: list[_Info]) -> Use | None:
+    """Returns the layer whose output this is with a parameter added to it: its bias."""
+    for info, other in (taken, taken[::-1]):
+        made = info.made_by
+        if made is None or made.readers or made.biases:
+            continue
+        if other.size == made.geometry.outputs * math.prod(made.stack) and not other.data:
+            made.biases.extend(other.params)
+            return made
+    return None
+
+
+def _moved(equation: Equation, view: _View) -> _View | None:
+    """Returns the view after an equation that only moves entries; None after any other."""
+    p, index = equation.params, view.index
+    match equation.name:
+        case "transpose":
+            index = index.transpose(p["permutation"])
+        case "reshape" if p.get("dimensions") is None:
+            index = index.reshape(p["new_sizes"])
+        case "squeeze":
+            index = index.squeeze(tuple(p["dimensions"]))
+        case "broadcast_in_dim" if math.prod(p["shape"]) == index.size:
+            index = index.reshape(p["shape"])
+        case "rev":
+            index = np.flip(index, p["dimensions"])
+        case "slice":
+            strides = p["strides"] or (1,) * index.ndim
+            index = index[tuple(map(slice, p["start_indices"], p["limit_indices"], strides))]
+        case name if name in PASSED:
+            pass
+        case _:
+            return None
+    return view._replace(index=index)
+
+
+def _layout(index: np.ndarray, shape: Shape) -> str | None:
+    """Returns the layout in which a parameter of this shape is the kernel with these places; None if none.
+
+    `index` has the axes (*spatial, in/groups, out).
+    """
+    own = _places(shape)
+    for layout in ("...io", "oi...", *_candidates(index, shape)):
+        try:
+            if np.array_equal(to_canonical(own, layout), index):
+                return layout
+        except ValueError:
+            continue
+    return None
+
+
+def _candidates(index: np.ndarray, shape: Shape) -> Iterator[str]:
+    """Yields the layout that the axes suggest: which of them change along which axis of the kernel."""
+    if not index.size:
+        return
+    spatial = index.ndim - 2
+    letters = {}
+    for axis, n in enumerate(shape):
+        for along, size in enumerate(index.shape):
+            line = index[tuple(slice(None) if a == along else 0 for a in range(index.ndim))]
+            if n > 1 and size > 1 and len(set(np.unravel_index(line, shape)[axis].tolist())) > 1:
+                letters[axis] = "s" if along < spatial else "io"[along - spatial]
+    free = [axis for axis in range(len(shape)) if axis not in letters]
+    missing = spatial - sum(letter == "s" for letter in letters.values())
+    for number, axis in enumerate(free):
+        letters[axis] = "s" if number < missing else "i"
+    found = "".join(letters[axis] for axis in range(len(shape)))
+    if {"i", "o"} <= set(found):
+        yield found
+
+
+def _places(shape: Sequence[int]) -> np.ndarray:
+    return np.arange(math.prod(shape)).reshape(tuple(shape))
+
+
+# --- Choosing
+
+
+def _selected(traced: Traced, select: Select) -> dict[str, Layer]:
+    wrong: dict[str, str] = {}
+    match select:
+        case None:
+            return traced.layers
+        case str() | re.Pattern():
+            pattern = paths.compiled(select, "select")
+            found = {p: one for p, one in traced.layers.items() if pattern.fullmatch(one.name)}
+            wrong = {p: traced.others[p] for p in traced.refused if pattern.fullmatch(p.rpartition("/")[0])}
+        case _ if callable(select):
+            found = {p: one for p, one in traced.layers.items() if select(one.name, one)}
+        case _:
+            raise TypeError(
+                f"`select` is {select!r}: it must be a regular expression, a function (path, layer) -> bool, "
+                "or None"
+            )
+    if wrong:
+        raise ValueError(
+            "parameters that cannot be made of branches: "
+            + "; ".join(f"{path}: {why}" for path, why in wrong.items())
+        )
+    if not found:
+        names = [one.name for one in traced.layers.values()]
+        raise ValueError(
+            f"`apply` has no layer that `select` = {select!r} chooses: its layers are "
+            f"{paths.listed(names, 8)}"
+        )
+    return found
+
+
+def chooser(layers: Mapping[str, Layer], branches: Branches) -> Callable[[Layer], Chosen]:
+    """Returns the function from a layer to its branches that `branches` stands for, as in `find_branches`."""
+    match branches:
+        case Mapping():
+            rules = [(paths.compiled(pattern, "branches"), chosen) for pattern, chosen in branches.items()]
+            names = [layer.name for layer in layers.values()]
+            if idle := [p.pattern for p, _ in rules if not any(map(p.fullmatch, names))]:
+                raise ValueError(
+                    f"the rules {', '.join(map(repr, idle))} of `branches` match none of the layers "
+                    f"{paths.listed(names, 8)}"
+                )
+            return lambda layer: next((c for p, c in rules if p.fullmatch(layer.name)), None)
+        case None:
+            return lambda layer: None
+        case Sequence() if all(isinstance(b, Branch) for b in branches):
+            return lambda layer: branches
+        case _ if callable(branches):
+            return branches
+    raise TypeError(
+        f"`branches` is {branches!r}: it must be a sequence of branches, a function of the layer, a mapping "
+        "of regular expressions to sequences, or None"
+    )
