@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from repopt_jax import models, userfile
+from repopt_jax import jsontext, models, userfile
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
@@ -433,16 +433,18 @@ def from_json(text: str) -> Config:
     """The config that `to_json` wrote.
 
     Raises:
-      ValueError: an unknown field; all of them are listed.
+      ValueError: no JSON, no object, or an unknown field; all of them are listed.
     """
     unknown: list[str] = []
-    config = _from_dict(Config, json.loads(text), "", unknown)
+    config = _from_dict(Config, jsontext.parse(text, "it"), "", unknown)
     if unknown:
         raise ValueError(f"unknown config fields: {', '.join(unknown)}")
     return config
 
 
-def _from_dict(cls: Any, values: dict[str, Any], prefix: str, unknown: list[str]) -> Any:
+def _from_dict(cls: Any, values: Any, prefix: str, unknown: list[str]) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'it'} is {type(values).__name__}, not an object of fields")
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     unknown += [prefix + name for name in values if name not in fields]
     known = {name: value for name, value in values.items() if name in fields}
