@@ -137,8 +137,8 @@ def _add_test_class(root):
         (_remove_test, FileNotFoundError, "has no folder test, val or validation"),
         (_remove_class, ValueError, "holds only the class 'cat'; at least two folders"),
         (_remove_classes, ValueError, "holds no class folders"),
-        (_empty_class, ValueError, "has classes without a JPEG or PNG image: dog; add images"),
-        (_empty_test, ValueError, "test holds no JPEG or PNG images"),
+        (_empty_class, ValueError, "has classes without a JPEG, PNG, WebP or BMP image: dog; add images"),
+        (_empty_test, ValueError, "test holds no JPEG, PNG, WebP or BMP images"),
         (_add_test_class, ValueError, "has classes that .*train does not have: ant, bird; every"),
     ],
 )

@@ -159,7 +159,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     evaluate.checkpoint_options()
 
     predict = add("predict", commands.predict)
-    predict.add_argument("image", metavar="IMAGE", type=path, help="PNG, JPEG or another format of Pillow")
+    predict.add_argument("image", metavar="IMAGE", type=path, help="PNG, JPEG, WebP or BMP")
     predict.option("--run=DIR", "folder of a detector's run or deployment", type=path, required=True)
     predict.option("--out=FILE", "the picture (IMAGE with the ending -detected.png)")
     predict.option(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from repopt_jax.data import letterbox
-from repopt_jax.data.images import decode_image, resize, to_pillow
+from repopt_jax.data.images import decode_image, read_encoded, resize, to_pillow
 from repopt_jax.data.pipeline import subset
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
@@ -130,12 +130,13 @@ def predict(
 
     Args:
       trained: a detector, of a run or deployed.
-      image: PNG, JPEG or any other format that Pillow reads.
-      out: a path with a suffix that Pillow can write (.png, .jpg ...); an existing file is replaced.
+      image: a PNG, JPEG, WebP or BMP file.
+      out: a path with a suffix that Pillow can write (.png, .jpg ...), where nothing is yet.
       threshold: the least score, see `least_score`.
 
     Raises:
       FileNotFoundError: no such image.
+      FileExistsError: there is a file at `out`, perhaps the image itself.
       ValueError: the network is not a detector, `threshold` is out of its range, the file is not an image, or
         `out` has an unknown suffix.
     """
@@ -146,9 +147,12 @@ def predict(
         )
     threshold = least_score(trained, threshold)
     path, out = Path(image), Path(out)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no image {path}")
-    pixels = decode_image(path.read_bytes(), channels=trained.info.channels, name=str(path))
+    if out.exists():
+        whose = "the image itself" if out.samefile(path) else "a file that is there"
+        raise FileExistsError(f"`out` {out} is {whose}: give another name, pictures are not overwritten")
+    pixels = decode_image(read_encoded(str(path)), channels=trained.info.channels, name=str(path))
     transform = make_task(trained.config).transform(trained.config.data)
     fitted, ratio = letterbox(pixels, transform.image_size)
     detections = _detector(trained)(normalise(fitted[None], transform.pixels))
