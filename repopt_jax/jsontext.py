@@ -6,11 +6,11 @@ from typing import Any
 DEPTH = 50  # lists and objects inside one another; no file of ours has more than ten
 
 
-def parse(text: str, name: object, *, depth: int | None = DEPTH) -> Any:
+def parse(text: str | bytes, name: object, *, depth: int | None = DEPTH) -> Any:
     """The value of a JSON text.
 
     Args:
-      text: the JSON.
+      text: the JSON; bytes are UTF-8.
       name: what messages call it, such as the path of its file.
       depth: how deeply lists and objects may be nested; code that walks through a value of more could exhaust
         the stack. None where the value is so large that it is not walked through; nesting that Python cannot
@@ -21,7 +21,7 @@ def parse(text: str, name: object, *, depth: int | None = DEPTH) -> Any:
     """
     try:
         value = json.loads(text)
-    except ValueError as error:  # also integers of thousands of digits
+    except ValueError as error:  # also of integers of thousands of digits, and of bytes that are no text
         raise ValueError(f"{name} is not JSON: {error}") from error
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply to be read") from None

@@ -398,7 +398,7 @@ def load_config(file_and_arg: str) -> Config:
     path = config_file(name)
     if path.suffix == ".json":
         try:
-            return from_json(path.read_text(encoding="utf-8"))
+            return from_json(path.read_bytes())
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the config.json of a run: {error}") from error
     config = userfile.call(path, "get_config", arg, noun="config")
@@ -429,7 +429,7 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str | bytes) -> Config:
     """The config that `to_json` wrote.
 
     Raises:

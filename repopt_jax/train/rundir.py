@@ -230,7 +230,7 @@ class RunFolder:
         if missing := [name for name in names if not (self.path / name).is_file()]:
             raise FileNotFoundError(f"{self.path} holds no run: {', '.join(missing)} is missing")
         try:
-            config = from_json(_text(self.path / names[0]))
+            config = from_json((self.path / names[0]).read_bytes())
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.path} has a config.json that this version did not write ({error})"
@@ -295,7 +295,7 @@ class RunFolder:
         path = self.path / "config.json"
         if path.exists():
             try:
-                return from_json(_text(path))
+                return from_json(path.read_bytes())
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"`out_dir` {self.path} has a config.json that this version did not write ({error}); "
@@ -347,14 +347,7 @@ def read_json(path: Path, *, default: Any = None) -> Any:
     """
     if not path.is_file():
         return default
-    return jsontext.parse(_text(path), path)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    return jsontext.parse(path.read_bytes(), path)
 
 
 def from_record(kind: type[R], record: Any, path: Path, **changes: Any) -> R:
@@ -504,7 +497,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     advice = "put back a copy of the file, or move it away to go on without its records"
     try:
-        found = jsontext.parse(line.decode(), "it")
+        found = jsontext.parse(line, "it")
     except ValueError as error:
         raise ValueError(f"line {number} of {path} is no record ({error}): {advice}") from error
     valid = isinstance(found, dict) and isinstance(found.get("kind"), str) and type(found.get("step")) is int
