@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from repopt_jax import jsontext
 from repopt_jax._version import __version__
 from repopt_jax.core import law, paths, transfer
 from repopt_jax.core.branches import BranchSet
@@ -263,21 +265,34 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
     foreign = f"{location} is not a scales directory as `save_scales` writes it"
     if not location.is_dir():
         raise ValueError(foreign)
-    stored = _readable(lambda: ocp.metadata(location).custom_metadata, foreign)
-    text = stored.get("repopt_scales") if isinstance(stored, dict) else None
-    description = json.loads(text) if isinstance(text, str) else {}
-    if description.get("kind") != _FILE_KIND:
-        raise ValueError(f"{location} is an Orbax checkpoint, but not one of scales")
-    branch_sets = {name: BranchSet.from_json(text) for name, text in description["branch_sets"].items()}
+    stored = _readable(lambda: ocp.metadata(location), foreign)
+    branch_sets, metadata = _described_scales(stored.custom_metadata, location)
+    # Before memory is taken: the arrays must be there, and as large as the description says.
+    expected = {f"{p}/{name}": bs.vector_shape for p, bs in branch_sets.items() for name in bs.names}
+    arrays, _ = paths.named_leaves(stored.metadata)
+    found = {path: tuple(getattr(array, "shape", ())) for path, array in arrays.items()}
+    if difference := paths.describe_difference(expected, found, noun="vectors"):
+        raise ValueError(
+            f"{location} is damaged or incomplete: it describes other vectors than it has: {difference}"
+        )
+    if sum(map(math.prod, expected.values())) > _MOST_SCALES:
+        raise ValueError(
+            f"{location} is damaged or incomplete: no network has more than {_MOST_SCALES:,} scales"
+        )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device), _nested(Scales.ones(branch_sets))
+    target = paths.nested(
+        {
+            path: {
+                name: jax.ShapeDtypeStruct(bs.vector_shape, jnp.float32, sharding=device) for name in bs.names
+            }
+            for path, bs in branch_sets.items()
+        }
     )
     loaded = _readable(lambda: ocp.load(location, target), f"{location} is damaged or incomplete")
     entries = {}
     for name, branches in branch_sets.items():
         entries[name] = LayerScales(branches, dict(paths.at(loaded, name)))
-    scales = Scales(entries, ScalesMetadata(**description["metadata"]))
+    scales = Scales(entries, metadata)
     check_finite(scales, where=f" in {location}")
     if model is not None:
         check_fit(scales, model, where=f" in {location}")
@@ -393,16 +408,55 @@ def _renamed(names: Iterable[str], rules: Mapping[str, str | None]) -> dict[str,
 
 
 _FILE_KIND = "repopt_jax scales, format 1"
+_MOST_SCALES = 2**26  # 256 MB of numbers
+
+
+def _described_scales(stored: Any, location: Any) -> tuple[dict[str, BranchSet], ScalesMetadata]:
+    """Returns the branch sets and the metadata that a file of scales holds beside its arrays.
+
+    Raises:
+      ValueError: it is none of ours, or its description was changed; the message names the file.
+    """
+    text = stored.get("repopt_scales") if isinstance(stored, dict) else None
+    where = f"the description in {location}"
+    description = jsontext.parse(text, where) if isinstance(text, str) else {}
+    if not isinstance(description, dict) or description.get("kind") != _FILE_KIND:
+        raise ValueError(f"{location} is an Orbax checkpoint, but not one of scales")
+    sets, fields = description.get("branch_sets"), description.get("metadata")
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(ScalesMetadata)}
+    if not isinstance(sets, dict) or not all(isinstance(bs, str) for bs in sets.values()):
+        raise ValueError(f"{where} is damaged: it has no texts of branch sets")
+    if not isinstance(fields, dict) or {name: type(v) for name, v in fields.items()} != kinds:
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise ValueError(f"{where} is damaged: its metadata must be {expected}")
+    branch_sets = {}
+    for path, bs in sets.items():
+        try:
+            if "" in path.split("/"):
+                raise ValueError("its path has an empty part")
+            branch_sets[path] = BranchSet.from_json(bs)
+        except ValueError as error:
+            raise ValueError(f"{where} is damaged at {path!r}: {error}") from error
+    return branch_sets, ScalesMetadata(**fields)
 
 
 def _readable(read: Callable[[], T], complaint: str) -> T:
-    """Returns read(), with one sentence in place of Orbax's long errors for foreign and damaged files."""
+    """Returns read(), with one sentence in place of Orbax's long errors for foreign and damaged files, and of
+    what it logs of them."""
+    log = logging.getLogger("absl")
+    log.addFilter(_is_no_message)
     try:
         return read()
     except PermissionError:
         raise
     except Exception as error:
         raise ValueError(f"{complaint}: Orbax cannot read it ({type(error).__name__})") from error
+    finally:
+        log.removeFilter(_is_no_message)
+
+
+def _is_no_message(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _described(branches: BranchSet) -> tuple[str | int, ...]:
