@@ -33,7 +33,7 @@ from repopt_jax.train.checkpoint import Checkpoints, Progress
 from repopt_jax.train.config import Config, evaluated_on, to_json, validate
 from repopt_jax.train.lock import Lock
 from repopt_jax.train.processes import barrier, in_all_processes
-from repopt_jax.train.progress import Feeder, ProgressBar, Stopwatch, WaitWarning
+from repopt_jax.train.progress import LOADING_S, Feeder, ProgressBar, Stopwatch, WaitWarning
 from repopt_jax.train.rundir import (
     MetricsWriter,
     RunFolder,
@@ -103,7 +103,7 @@ def _run(
     config: Config, folder: RunFolder, lock: Lock | None, bar: ProgressBar, ask: Callable[[], bool]
 ) -> Summary:
     """`run` in a folder that is held, of a run that is not finished."""
-    bar.say("loading data")
+    bar.say("loading data", after=LOADING_S)
     feed = in_all_processes("open the data", lambda: open_feed(config), describe=_describe_data)
     mesh = make_mesh(config.mesh.fsdp, data=config.mesh.data)
     program, state = build_program(config, feed, mesh)

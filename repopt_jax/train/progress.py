@@ -4,6 +4,7 @@ of it."""
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ WORTH_A_WARNING = 0.1
 LEAST_SECONDS = 0.5
 # Seconds without a terminal until the first line inside an epoch, and the longest time between two lines.
 FIRST_LINE_S, LONGEST_S = 30.0, 600.0
+LOADING_S = 2.0  # data that are open before need no line
 
 
 class Feeder:
@@ -148,18 +150,33 @@ class ProgressBar:
         self._bar = self._progress.add_task(name, total=None, text="")
         self._last: Mapping[str, Any] = {}
         self._total = 0
+        self._waiting: threading.Timer | None = None
         self._line_at, self._interval = time.perf_counter(), FIRST_LINE_S
 
     def begin(self, *, total: int, start: int) -> None:
         """Says how many steps the run has, and after which it goes on."""
+        self._forget()
         self._total = total
         self._progress.update(self._bar, total=total, completed=start)
 
-    def say(self, what: str) -> None:
-        """Shows what the run does before its first step."""
+    def say(self, what: str, *, after: float = 0.0) -> None:
+        """Shows what the run does before its first step; without a terminal, if it takes more than `after`
+        seconds."""
         self._progress.update(self._bar, text=what)
-        if self._progress.disable:
+        self._forget()
+        if self._progress.disable and after:
+            self._waiting = threading.Timer(after, self._log, (what,))
+            self._waiting.daemon = True
+            self._waiting.start()
+        elif self._progress.disable:
             self._log(what)
+
+    def _forget(self) -> None:
+        """Does not say any more what was begun before."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting.join()
+            self._waiting = None
 
     def tick(self, step: int) -> None:
         """Takes note of a step; without a terminal, logs a line where the last one is long ago."""
@@ -202,4 +219,5 @@ class ProgressBar:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._forget()
         self._progress.stop()
