@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, code=2)
     except SystemExit as done:  # argparse has printed help or the version
         return int(done.code or 0)
-    if argv is None and args.computes:  # as a program of its own, not called by one
-        huge_pages.restart()
     try:
+        if argv is None and args.computes:  # as a program of its own, not called by one
+            huge_pages.restart()
         return args.command(args)
     except BaseException as error:
         code = report(error)
