@@ -43,7 +43,19 @@ def get_config(arg=""):
 
 
 COMMANDS = (
-    *("quickstart", "compare", "search", "train", "prune", "eval", "predict", "deploy", "verify", "convert"),
+    *(
+        "quickstart",
+        "compare",
+        "search",
+        "train",
+        "check-data",
+        "prune",
+        "eval",
+        "predict",
+        "deploy",
+        "verify",
+        "convert",
+    ),
     "bench",
 )
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")

@@ -190,6 +190,19 @@ def test_a_file_that_is_too_large_is_refused(tmp_path):
         read_encoded(str(path))
 
 
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_damage_in_the_middle_is_found(orientation):
+    """Whether or not the image has notes of a camera."""
+    exif = Image.Exif()
+    if orientation:
+        exif[images.ORIENTATION] = orientation
+    content = bytearray(encoded("PNG", exif=exif))
+    start = content.index(b"IDAT") + 4
+    content[start : start + 30] = bytes(30)
+    with pytest.raises(ValueError, match="broken data stream"):
+        decoded(bytes(content))
+
+
 @given(data=st.data(), kind=st.sampled_from(FORMATS))
 @settings(max_examples=300, deadline=None)
 def test_changed_bytes_give_an_image_or_a_sentence(data, kind):

@@ -140,6 +140,9 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         parser.option("--processes=N", "number of processes of the job", type=int)
         parser.option("--process=I", "index of this process, from 0", type=int)
 
+    check = add("check-data", commands.check_data)
+    check.config_options(required=True)
+
     prune = add("prune", commands.prune)
     prune.takes_config = True
     prune.option("--run=DIR", "folder of the run, of mode plain or repopt", type=path, required=True)

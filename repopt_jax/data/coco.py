@@ -122,6 +122,9 @@ class CocoImages(AnnotatedSplit):
         part = slice(self._starts[index], self._starts[index + 1])
         return {name: array[part] for name, array in self._objects.items()}  # pyright: ignore[reportReturnType]
 
+    def path(self, index: int) -> str | None:
+        return self._paths[index]
+
     def image(self, index: int) -> np.ndarray:
         path = self._paths[index]
         image = decode_image(read_encoded(path), channels=self._channels, name=path)

@@ -59,6 +59,10 @@ class Split(RandomAccess[Example]):
         image = decode_image(record.encoded, channels=self._channels, name=record.name)
         return {"image": image, "label": record.label}
 
+    def path(self, index: int) -> str | None:
+        path = getattr(self._records, "path", None)  # records of a folder have one
+        return None if path is None else path(index)
+
 
 def decode_image(encoded: bytes, *, channels: int, name: str) -> np.ndarray:
     """Decodes PNG, JPEG, WebP or BMP to uint8 (height, width, `channels`).
@@ -75,9 +79,8 @@ def decode_image(encoded: bytes, *, channels: int, name: str) -> np.ndarray:
         if _format(encoded[:16]) == "PNG" and PNG_END not in encoded:
             raise ValueError("image file is truncated")  # Pillow reads on where only pixels are complete
         with _opened(io.BytesIO(encoded)) as opened:
-            orientation = _orientation(opened)
             image = opened.convert("L" if channels == 1 else "RGB")
-            image = np.asarray(_upright(image, orientation))
+            image = np.asarray(_upright(image, _orientation(opened)))
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise _unreadable(name, error) from error
     return image[..., None] if channels == 1 else image
@@ -112,10 +115,21 @@ def _open_file(path: str) -> IO[bytes]:
 def sampled_shape(count: int, path: Callable[[int], str]) -> tuple[tuple[int, int, int] | None, int]:
     """(shape or None if it varies, channels) of `count` image files, from headers spread evenly over them.
 
-    They have one channel if all the sampled ones are grey, else three.
+    They have one channel if all the sampled ones are grey, else three. Those that cannot be read are passed
+    over.
+
+    Raises:
+      ValueError: none of them can be read.
     """
     sampled = min(SAMPLED_HEADERS, count)
-    headers = [image_header(path(i * count // sampled)) for i in range(sampled)]
+    headers, problems = [], []
+    for i in range(sampled):
+        try:
+            headers.append(image_header(path(i * count // sampled)))
+        except ValueError as error:  # `check` finds it, and may leave it out
+            problems.append(error)
+    if not headers:
+        raise problems[0]
     channels = 1 if all(mode in GREY_MODES for _, mode in headers) else 3
     sizes = {size for size, _ in headers}
     return ((*sizes.pop(), channels) if len(sizes) == 1 else None), channels
@@ -223,8 +237,13 @@ def _opened(file: IO[bytes]) -> "Image.Image":
 
 def _orientation(image: "Image.Image") -> int:
     """EXIF's, from 1 (upright) to 8; 1 if there is none, or none that can be read."""
+    from PIL.Image import Exif
+
+    exif = Exif()
     try:
-        found = image.getexif().get(ORIENTATION, 1)
+        # Not `image.getexif()`, which decodes some images first.
+        exif.load(image.info.get("exif") or b"")
+        found = exif.get(ORIENTATION, 1)
     except Exception:  # damaged ones make Pillow raise nearly anything, and the pixels may be whole
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1

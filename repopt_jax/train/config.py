@@ -144,6 +144,8 @@ class DataConfig:
         does not see the test images, which `repopt eval` reads. 0 for none: it is evaluated on the test
         images.
       train_limit, eval_limit: use that many training images, and test images, only; None for all.
+      skip_bad: leaves out the images that cannot be read. To find them all images are decoded each time the
+        data are opened; their number is in the log. Without it a run ends at the first.
       workers: processes that decode; 0 decodes in threads of this one.
       prefetch: batches prepared ahead.
     """
@@ -176,6 +178,7 @@ class DataConfig:
     validation: int = setting(0, at_least=0)
     train_limit: int | None = setting(None, at_least=1)
     eval_limit: int | None = setting(None, at_least=1)
+    skip_bad: bool = False
     workers: int = setting(0, at_least=0, changeable=True)
     prefetch: int = setting(2, at_least=0, changeable=True)
 

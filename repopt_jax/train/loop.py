@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from repopt_jax.core import paths
 from repopt_jax.core.scales import ScalesMetadata, save_scales
+from repopt_jax.data.check import SPLITS, listed
 from repopt_jax.optim.resrep import get_masks, masks_are_due, resrep_masks, row_norms, set_masks
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.surgery.search import extract_scales
@@ -239,6 +240,7 @@ def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) ->
     if start == job.total:
         return state, True
     if start == 0:
+        _record_skipped(job)
         if job.law is not None:
             logger.info("%s", job.law.describe())
         state = _record_scales(job, state, 0)
@@ -273,6 +275,20 @@ def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) ->
         if not last:
             batch = put_batch(job.feeder.take(), job.mesh)
     return state, True
+
+
+def _record_skipped(job: _Job) -> None:
+    """Tells of the images that are left out because they cannot be read."""
+    bad = job.feed.source.skipped
+    if not bad:
+        return
+    skipped = {name: sum(one.split == name for one in bad) for name in SPLITS}
+    logger.warning(
+        "%s: %d images for training and %d for evaluation cannot be read and are left out: %s",
+        *(job.config.name, *skipped.values(), listed(bad)),
+    )
+    record = {"kind": "data", "step": 0, "epoch": 0.0}
+    _write(job, record | {f"skipped_{name}": count for name, count in skipped.items()})
 
 
 def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool) -> TrainState:
