@@ -185,7 +185,7 @@ def test_opening_reads_a_few_headers_only(tmp_path):
         (tmp_path / f"train/cat/{i:03}.png").write_bytes(b"not an image")
     assert open_source("folder", data_dir=tmp_path).info.num_train == 200
     (tmp_path / "train/cat/000.png").write_bytes(b"not an image")  # `check` finds it
-    assert open_source("folder", data_dir=tmp_path).info.channels == 1
+    assert open_source("folder", data_dir=tmp_path).info.channels == 3
     for path in (tmp_path / "train").glob("*/*"):
         path.write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"cannot read image .*train/cat/000.png"):

@@ -43,8 +43,8 @@ def check_quickly(source: Any) -> list[BadImage]:
 
 
 def check_images(source: Any) -> list[BadImage]:
-    """The images of a data set that cannot be read; all of both splits are decoded, by as many threads as there
-    are cores."""
+    """The images of a data set that cannot be read; all are decoded, by as many threads as there are
+    cores."""
 
     def problem(split: Any, index: int) -> str | None:
         try:
