@@ -7,6 +7,7 @@ answered at once.
 
 import argparse
 import inspect
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -184,7 +185,9 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         "returns a repopt_jax.verify.Check; examples/verify_own_model.py is one",
     )
     verify.option("--steps=N", "steps of training (10; with --check, all of its batches)", type=positive)
-    verify.option("--tolerance=X", "largest relative difference that counts as equal (1e-10)", type=float)
+    verify.option(
+        "--tolerance=X", "largest relative difference that counts as equal (1e-10)", type=above_zero
+    )
     verify.option("--layers=N", "how many of the worst layers are listed (5), or all", type=count, default=5)
 
     convert = add("convert", commands.convert, computes=False)
@@ -316,6 +319,12 @@ def integers(text: str) -> tuple[int, ...]:
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
     return value
 
 

@@ -71,6 +71,7 @@ class Scales:
     @classmethod
     def ones(cls, branch_sets: Mapping[str, BranchSet]) -> "Scales":
         """Returns scales that are all 1, without a search (part of the gain: RepOptimizer paper, table 4)."""
+        _check_branch_sets(branch_sets)
         return cls.depth_rule(branch_sets, dict.fromkeys(branch_sets, 0))
 
     @classmethod
@@ -148,6 +149,7 @@ class Scales:
           ValueError: as `depth_rule`; scales that do not fit their own branches or are not finite; a source
             without layers; or branches that no layer of the source has, all of them.
         """
+        check_scales(source, "source")
         counts = _counts(branch_sets, depths)
         _check_vectors(source, "")
         check_finite(source)
@@ -259,6 +261,8 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
     from etils import epath
     from orbax.checkpoint import v1 as ocp
 
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path` is of type {type(path).__name__}: it must be the path of a folder")
     location = epath.Path(path).absolute()
     if not location.exists():
         raise FileNotFoundError(f"no scales at {location}")
@@ -297,6 +301,17 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
     if model is not None:
         check_fit(scales, model, where=f" in {location}")
     return scales
+
+
+def check_scales(scales: Any, name: str = "scales") -> None:
+    """Raises TypeError if an argument that must be `Scales` is something else."""
+    if isinstance(scales, Scales):
+        return
+    shown = repr(scales) if isinstance(scales, (str, os.PathLike)) else f"of type {type(scales).__name__}"
+    remedy = ""
+    if isinstance(scales, (str, os.PathLike)):
+        remedy = ": `load_scales` reads a file"
+    raise TypeError(f"`{name}` is {shown}, and it must be `Scales`{remedy}")
 
 
 def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
@@ -339,6 +354,7 @@ def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
 
 def check_finite(scales: Scales, *, where: str = "") -> None:
     """Raises ValueError, with every path, if a scale is NaN or infinite. Traced values are not checked."""
+    check_scales(scales)
     bad = [
         f"{path}/{name}"
         for path, entry in scales.entries.items()
@@ -375,6 +391,7 @@ def is_concrete(x: Any) -> bool:
 
 def _check_vectors(scales: Scales, where: str) -> None:
     """Raises ValueError if vectors are missing or misshapen, which would otherwise be broadcast silently."""
+    check_scales(scales)
     expected, found = {}, {}
     for path, entry in scales.entries.items():
         expected |= {f"{path}/{name}": entry.branches.vector_shape for name in entry.branches.names}
@@ -465,6 +482,16 @@ def _described(branches: BranchSet) -> tuple[str | int, ...]:
     return ("+".join(branches.names), branches.groups, *stack)
 
 
+def _check_branch_sets(branch_sets: Any) -> None:
+    if not isinstance(branch_sets, Mapping) or not all(
+        isinstance(v, BranchSet) for v in branch_sets.values()
+    ):
+        raise TypeError(
+            f"`branch_sets` is of type {type(branch_sets).__name__}: it must be a mapping of the kernels' "
+            "paths to `BranchSet`, such as `find_branches(model)`"
+        )
+
+
 def _counts(
     branch_sets: Mapping[str, BranchSet], depths: Depths, *, noun: str = "depths"
 ) -> dict[str, np.ndarray]:
@@ -473,6 +500,7 @@ def _counts(
     Raises:
       ValueError: other paths, or an l that is none, all listed.
     """
+    _check_branch_sets(branch_sets)
     if difference := paths.describe_difference(
         dict.fromkeys(branch_sets, ""), dict.fromkeys(depths, ""), noun=f"paths in `{noun}`"
     ):

@@ -13,7 +13,8 @@ from flax import nnx
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.parametrization import Parametrization, Theta, check_kernels
-from repopt_jax.core.scales import Scales, check_finite, check_fit
+from repopt_jax.core.scales import Scales, check_finite, check_fit, check_scales
+from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.layers import check_aliases
 from repopt_jax.surgery.modules import copy_leaf, key_of
 from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
@@ -104,6 +105,11 @@ def reinitialize(
       ValueError: the scales do not fit (every missing, extra or misshapen path); they name a shared layer by
         another path than its own; they are NaN or infinite; or the model has been trained, or may have been.
     """
+    check_rngs(rngs)
+    if not isinstance(scales, Mapping) or not all(
+        isinstance(one, Parametrization) for one in scales.values()
+    ):
+        check_scales(scales)
     if isinstance(model, nnx.Module):
         check_aliases(model, scales.entries if isinstance(scales, Scales) else scales)
     if isinstance(scales, Scales):

@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.core.published import of_branches
-from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit
+from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit, check_scales
 from repopt_jax.core.transfer import Depths, count_depths
 from repopt_jax.models.network import Network
 from repopt_jax.nn.merged import Merged
+from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.layers import (
     Branches,
     Layer,
@@ -67,6 +68,7 @@ def to_search(
       ValueError: as `find_layers` and `find_branches`; scales that do not fit, with every path; an unknown
         name of scales; or the model has been trained, or may have been.
     """
+    check_rngs(rngs)
     if isinstance(scales, Scales):
         check_aliases(model, scales.entries)
         check_fit(scales, find_branches(model, select, branches))
@@ -158,6 +160,7 @@ def transfer_scales(
     Raises:
       ValueError: as `depth_scales` and `Scales.transfer`.
     """
+    check_scales(source, "source")
     branch_sets = find_branches(model, select, branches)
     scales = Scales.transfer(source, branch_sets, _depths(model, select), source_depths=source_depths)
     return scales.with_metadata(architecture=_architecture(model))

@@ -19,7 +19,7 @@ from repopt_jax.core.structure import Structure
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged
-from repopt_jax.nn.rngs import counted_in_python
+from repopt_jax.nn.rngs import check_rngs, counted_in_python
 from repopt_jax.surgery.choose import Described, Options, find_classifier, find_structures
 from repopt_jax.surgery.fuse import FoldedNorm, pair_up
 from repopt_jax.surgery.layers import Branches, Layer, Select, find_branches
@@ -87,6 +87,7 @@ def to_structure(
             "are: leave `keep` out and give allow_trained=True to start anew"
         )
     layers = {layer.path: layer for layer, _ in taken}
+    check_rngs(rngs)
     key = rngs.params()
 
     leaves, _ = paths.named_leaves(nnx.state(model)) if keep else ({}, None)
