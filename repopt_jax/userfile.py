@@ -1,8 +1,12 @@
 """Imports Python files named on the command line, configs and checks, and calls a function in them."""
 
 import ast
+import contextlib
 import importlib.util
+import inspect
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,10 @@ def call(path: Path, function: str, *args: Any, noun: str) -> Any:
       noun: name of this kind of file in messages ("config").
 
     Raises:
-      ValueError: `path` is not a Python file, is not valid Python, or has no such function.
+      ModuleNotFoundError: the file imports what is not installed.
+      ValueError: `path` is not a Python file, is not valid Python, has no such function, or one that takes
+        other arguments; or an error inside, whatever its type. The message has the file and, where there is
+        one, the line.
     """
     what = f"a {noun} is a file NAME.py with a function `{function}`"
     name = f"repopt_{noun}_{path.stem}"
@@ -51,13 +58,50 @@ def call(path: Path, function: str, *args: Any, noun: str) -> Any:
     sys.modules[name] = module  # dataclasses look up their module by name
     sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
+        with _located(path):
+            spec.loader.exec_module(module)
+        found = getattr(module, function, None)
+        if not callable(found):
             raise ValueError(f"{path} has no function `{function}`: {what}")
-        return getattr(module, function)(*args)
-    except SyntaxError as error:
-        raise ValueError(f"{path} is not valid Python: {error}") from error
+        _check_signature(found, args, f"`{function}` of {path}")
+        with _located(path):
+            return found(*args)
     finally:
-        sys.path.remove(folder)
+        with contextlib.suppress(ValueError):  # the file has changed the list itself
+            sys.path.remove(folder)
         if before is not None:
             sys.modules[name] = before
+
+
+def _check_signature(function: Any, args: tuple[Any, ...], name: str) -> None:
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError as error:
+        code = getattr(function, "__code__", None)
+        line = "" if code is None else f", line {code.co_firstlineno},"
+        raise ValueError(f"{name}{line} must take {len(args) or 'no'} argument(s): {error}") from error
+    except ValueError:  # one of C, which has none
+        pass
+
+
+@contextlib.contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """Names the file and the line in the errors of its code."""
+    try:
+        yield
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename or path} is not valid Python: {error}") from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        here = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
+        line = f", line {here[-1]}" if here else ""
+        # The text of a KeyError is its argument's repr, and others say little without their type.
+        said = " ".join(str(error).split())
+        text = said if isinstance(error, ValueError | OSError | ImportError) and said else _typed(error, said)
+        if isinstance(error, ModuleNotFoundError):
+            raise ModuleNotFoundError(f"{path}{line}: {text}", name=error.name) from error
+        raise ValueError(f"{path}{line}: {text}") from error
+
+
+def _typed(error: BaseException, said: str) -> str:
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

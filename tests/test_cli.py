@@ -43,8 +43,8 @@ def get_config(arg=""):
 
 
 COMMANDS = (
-    *("quickstart", "compare", "search", "train", "prune", "eval", "predict", "deploy", "verify", "convert"),
-    *("quantize", "bench"),
+    *("quickstart", "compare", "search", "train", "check-data", "prune", "eval", "predict", "deploy"),
+    *("verify", "convert", "quantize", "bench"),
 )
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -202,6 +202,40 @@ def test_config_files_that_are_none(capsys, tmp_path):
     refused(
         capsys, ["train", f"--config={tmp_path}/list.py", "--out=x"], "list.py returned list, not `Config`"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("import nowhere\n", ("line 1: No module named 'nowhere'",)),
+        ("\nimport torch_nowhere.nn\n", ("line 2: No module named 'torch_nowhere'",)),
+        ("x = 1\ny = 1 / 0\n", ("line 2: ZeroDivisionError: division by zero",)),
+        ("def get_config():\n    pass\n", ("line 1, must take 1 argument(s): too many positional",)),
+        ("\ndef get_config(a, b):\n    pass\n", ("line 2, must take 1 argument(s): missing a required",)),
+        ("def get_config(arg):\n    return {}['x']\n", ("line 2: KeyError: 'x'",)),
+        ("def get_config(arg):\n    raise SystemExit\n", ("line 2: SystemExit",)),
+        ("def get_config(arg):\n    open('/nowhere/x')\n", ("line 2: ", "/nowhere/x")),
+        ("def get_config(arg):\n    return get_config(arg)\n", ("line 2: RecursionError: ",)),
+        (
+            "import sys\nsys.path.clear()\ndef get_config(arg):\n    return 3\n",
+            ("returned int, not `Config`",),
+        ),
+        ("def get_config(arg):\n  return 3\n x", ("is not valid Python: ", "line 3")),
+        ("get_config = 3\n", ("has no function `get_config`",)),
+        ("\0", ("null bytes",)),
+    ],
+)
+def test_whatever_a_config_file_does(capsys, tmp_path, text, parts, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text(text)
+    refused(capsys, ["train", f"--config={tmp_path}/mine.py", "--out=x"], str(tmp_path / "mine.py"), *parts)
+
+
+def test_a_config_that_needs_an_extra(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    (tmp_path / "mine.py").write_text("import sklearn\n")
+    parts = ("sklearn is not installed", "mine.py, line 1", "pip install 'repopt_jax[quickstart]'")
+    refused(capsys, ["train", f"--config={tmp_path}/mine.py", "--out=x"], *parts)
 
 
 # -- runs that cannot be
@@ -740,8 +774,9 @@ def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
     ) as process:
         assert process.stderr is not None
         # A line is written at the end of each epoch and then its checkpoint: at line 3, the second is there.
-        lines = [process.stderr.readline() for _ in range(3)]
-        assert all("epoch" in line for line in lines), lines
+        epochs = (line for line in iter(process.stderr.readline, "") if "epoch" in line)
+        lines = [next(epochs) for _ in range(3)]
+        assert all("tiny: epoch" in line for line in lines), lines
         process.send_signal(signal.SIGINT)
         err = process.stderr.read()
         assert process.wait(60) == 130
@@ -753,3 +788,27 @@ def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
     assert (Path(out) / "checkpoints" / last.split("stopped at step ")[1].split(";")[0]).is_dir()
     assert main(["eval", f"--run={out}"]) == 0
     assert "of 10 images" in capsys.readouterr().out
+
+
+INTERRUPTS = (1, 30, 200, 600, 1200)
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("count", INTERRUPTS)
+def test_ctrl_c_at_any_moment(place, tmp_path, count):
+    """Python tells of each import on standard error; the signal comes after so many of them since one of
+    our first."""
+    program = [sys.executable, "-X", "importtime", "-m", "repopt_jax", "train"]
+    command = [*program, f"--config={place}/tiny.py", f"--out={tmp_path}/out", "--config.epochs=100000"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        next(line for line in lines if line.endswith("repopt_jax.cli.errors\n"))
+        for _ in range(count):
+            next(lines)
+        process.send_signal(signal.SIGINT)
+        said = [line for line in lines if not line.startswith("import time:")]
+        assert process.wait(120) == 130, said
+    assert not [line for line in said if "Traceback" in line or line.startswith(" ")], said
+    assert said[-1].startswith("repopt: "), said

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from repopt_jax.data import (
     steps_per_epoch,
     train_batches,
 )
+from repopt_jax.data import batches as batches_module
 from repopt_jax.data.augment import crop_and_flip
 from repopt_jax.data.rng import batch_rng
 from repopt_jax.data.transforms import fit, normalise
@@ -542,3 +544,38 @@ def test_importing_the_package_imports_no_reader_and_no_decoder():
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+# -- workers that die or hang
+# ---
+
+
+@pytest.fixture
+def worked():
+    """An iterator over batches of two workers, of which the first batch has come, and one of the workers."""
+    before = set(multiprocessing.active_children())
+    batches = iter(train_batches(make_source(64), PLAIN, batch_size=4, seed=0, workers=2, prefetch=1))
+    next(batches)
+    worker = min(set(multiprocessing.active_children()) - before, key=lambda process: process.pid)
+    yield batches, worker
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+@pytest.mark.kills
+def test_a_worker_that_dies_ends_the_training_with_a_sentence(worked):
+    batches, worker = worked
+    worker.kill()
+    with pytest.raises(
+        ChildProcessError, match=r"workers`=2\) has ended \(exit code -9\), perhaps .*run the"
+    ):
+        list(itertools.islice(batches, 100))
+
+
+@pytest.mark.kills
+def test_a_worker_that_hangs_ends_the_training_with_a_sentence(worked, monkeypatch):
+    batches, worker = worked
+    monkeypatch.setattr(batches_module, "HANG_S", 1.0)
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(ChildProcessError, match=r"has made no batch for 1 s, and was ended \(exit code -9\)"):
+        list(itertools.islice(batches, 100))

@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from repopt_jax.data import coco, open_coco
@@ -253,6 +255,11 @@ def changed(part, index, **changes):
         (with_annotation(keypoints=[float("inf"), 2, 2] * 3), "keypoints that are not x, y and 0, 1 or 2"),
         (with_annotation(bbox=None), r"annotations \(counted from 0\) without a usable .*bbox: 0$"),
         (changed("images", 1, file_name="z.jpg"), r"images whose file is missing: .*train/z.jpg \(put"),
+        *(
+            (changed("images", 1, file_name=name), "images whose file_name leads out of their folder: ")
+            for name in ("../val/v.png", "/etc/passwd", "deep/../../val.json", "a\0b", "")
+        ),
+        ("[" * 100_000, "train.json is nested too deeply to be read; expected annotations"),
         (changed("images", 1, id=50), "images whose id occurs twice: 50"),
         (changed("categories", 1, id=7), "categories whose id occurs twice: 7"),
         (
@@ -267,7 +274,7 @@ def changed(part, index, **changes):
             "is not in COCO's format: it has no list annotations, categories",
         ),
         ([TRAIN], "is not in COCO's format: it has no list images, annotations, categories"),
-        ("{'images': ", r"train.json is not JSON \("),
+        ("{'images': ", "train.json is not JSON: "),
         (
             changed("categories", 0, name="head"),
             "have different categories, .*head.* and .*face.*must be the",
@@ -333,3 +340,39 @@ def test_numbers_that_do_not_fit(tmp_path):
         open_coco(tmp_path, sigmas=[0.1, 0.1])
     with pytest.raises(ValueError, match="`max_objects` is 0"):
         open_coco(tmp_path, max_objects=0)
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=6,
+)
+FIELDS = [
+    (part, name)
+    for part, names in (
+        ("images", ("id", "file_name", "width", "height")),
+        ("annotations", ("image_id", "category_id", "bbox", "keypoints", "iscrowd", "area")),
+        ("categories", ("id", "name", "keypoints")),
+    )
+    for name in names
+]
+
+
+@given(changes=st.lists(st.tuples(st.sampled_from(FIELDS), ANY), min_size=1, max_size=2))
+@settings(max_examples=200, deadline=None)
+def test_whatever_stands_in_an_entry(changes, tmp_path_factory):
+    """The data set is opened, or refused in a sentence that names the file."""
+    root = tmp_path_factory.getbasetemp() / "any"
+    if not root.exists():
+        root.mkdir()
+        write(root)
+    train = copy.deepcopy(TRAIN)
+    for (part, name), value in changes:
+        train[part][0][name] = value
+    (root / "train.json").write_text(json.dumps(train))
+    try:
+        source = open_coco(root)
+        assert source.train[0]["image"].dtype == np.uint8
+    except ValueError as error:
+        if str(root) not in str(error):
+            raise

@@ -137,8 +137,8 @@ def _add_test_class(root):
         (_remove_test, FileNotFoundError, "has no folder test, val or validation"),
         (_remove_class, ValueError, "holds only the class 'cat'; at least two folders"),
         (_remove_classes, ValueError, "holds no class folders"),
-        (_empty_class, ValueError, "has classes without a JPEG or PNG image: dog; add images"),
-        (_empty_test, ValueError, "test holds no JPEG or PNG images"),
+        (_empty_class, ValueError, "has classes without a JPEG, PNG, WebP or BMP image: dog; add images"),
+        (_empty_test, ValueError, "test holds no JPEG, PNG, WebP or BMP images"),
         (_add_test_class, ValueError, "has classes that .*train does not have: ant, bird; every"),
     ],
 )
@@ -184,7 +184,10 @@ def test_opening_reads_a_few_headers_only(tmp_path):
     for i in (1, 2):  # 200 files, 64 headers: these are not among them
         (tmp_path / f"train/cat/{i:03}.png").write_bytes(b"not an image")
     assert open_source("folder", data_dir=tmp_path).info.num_train == 200
-    (tmp_path / "train/cat/000.png").write_bytes(b"not an image")
+    (tmp_path / "train/cat/000.png").write_bytes(b"not an image")  # `check` finds it
+    assert open_source("folder", data_dir=tmp_path).info.channels == 3
+    for path in (tmp_path / "train").glob("*/*"):
+        path.write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"cannot read image .*train/cat/000.png"):
         open_source("folder", data_dir=tmp_path)
 

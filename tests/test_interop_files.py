@@ -7,6 +7,7 @@ import copyreg
 import datetime
 import importlib
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -597,7 +598,8 @@ class TestNotAFile:
             (legacy_bytes(3), "holds no tensors$"),
             (zip_bytes(module("nowhere.Model")), "holds no tensors$"),
             (b"\x02" + bytes(7) + b"{}", "holds no tensors$"),
-            (b"\xff" * 7 + b"\x00{}", "is truncated or damaged"),
+            (b"\xff" * 7 + b"\x00{}", "is not a PyTorch or safetensors file"),
+            (b"\xff" * 3 + bytes(5) + b"{}", "is truncated or damaged"),
             (b"\x09" + bytes(7) + b'{"a":[]}x', "is truncated or damaged"),
         ],
     )
@@ -820,3 +822,106 @@ def test_reading_imports_no_torch(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file.pth")], check=False)
     assert run.returncode == 0
+
+
+class TestKinds:
+    """A file is what its whole beginning says, not its first byte."""
+
+    HEADER = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+
+    def test_safetensors_headers_of_every_length(self, tmp_path):
+        """Also those whose first byte is that of a pickle (0x80) or of a zip archive ("P")."""
+        file, values = tmp_path / "file.safetensors", np.array([1.5, -2], np.float32)
+        for length in range(8, 4097):
+            whole = length >= len(self.HEADER)
+            header = (self.HEADER if whole else b"{}").ljust(length)
+            file.write_bytes(length.to_bytes(8, "little") + header + (values.tobytes() if whole else b""))
+            if whole:
+                assert np.array_equal(read_tensors(file)["w"], values), length
+            else:
+                with pytest.raises(ValueError, match=r"file\.safetensors holds no tensors$"):
+                    read_tensors(file)
+        length = int.from_bytes(b"PK", "little")
+        file.write_bytes(length.to_bytes(8, "little") + self.HEADER.ljust(length) + values.tobytes())
+        assert np.array_equal(read_tensors(file)["w"], values)
+
+    @pytest.mark.parametrize("length", [0x80, 0x0280, 0x4B50])
+    def test_a_cut_header_is_no_pickle(self, length, tmp_path):
+        file = tmp_path / "file.safetensors"
+        file.write_bytes(length.to_bytes(8, "little") + self.HEADER)
+        with pytest.raises(ValueError, match=r"file\.safetensors is truncated or damaged: .*[Hh]eader"):
+            read_tensors(file)
+
+    def test_a_name_of_75_characters(self, tmp_path):
+        """The shortest header that begins as a pickle does is that of one tensor with such a name."""
+        for length in range(60, 90):
+            write_safetensors(tmp_path / f"{length}.safetensors", {"n" * length: TWO})
+            assert_same(read_tensors(tmp_path / f"{length}.safetensors"), {"n" * length: TWO})
+        firsts = {(tmp_path / f"{length}.safetensors").read_bytes()[0] for length in range(60, 90)}
+        assert 0x80 in firsts, "the control: one of them begins as a pickle does"
+
+    @given(data=st.data())
+    @settings(max_examples=200, deadline=None)
+    def test_changed_bytes_of_safetensors(self, data, tmp_path_factory):
+        """Whatever header and bytes are, the answer is arrays or a ValueError."""
+        file = tmp_path_factory.mktemp("changed") / "file.safetensors"
+        write_safetensors(file, {"a": SIX, "b.weight": TWO}, metadata={"format": "pt"})
+        content = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+        with contextlib.suppress(ValueError):
+            assert all(isinstance(array, np.ndarray) for array in read_tensors(file).values())
+
+    @given(
+        header=st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers(-(2**70), 2**70)
+            | st.sampled_from(["F32", "I64", "F9", ""]),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["w", "dtype", "shape", "data_offsets", "__metadata__"]),
+                    inner,
+                    max_size=4,
+                )
+            ),
+            max_leaves=12,
+        )
+    )
+    @settings(max_examples=200, deadline=None)
+    def test_headers_of_any_json(self, header, tmp_path_factory):
+        file = tmp_path_factory.mktemp("header") / "file.safetensors"
+        text = json.dumps({"w": header} if not isinstance(header, dict) else header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+        with pytest.raises(ValueError, match=r"file\.safetensors (is truncated or damaged|holds )"):
+            read_tensors(file)
+
+    def test_a_header_nested_deeply(self, tmp_path):
+        file = tmp_path / "file.safetensors"
+        text = b'{"w":' * 100_000 + b"1" + b"}" * 100_000
+        file.write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(ValueError, match=r"file\.safetensors is truncated or damaged: .*recursion"):
+            read_tensors(file)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("name", ["float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz"])
+def test_float8_of_pytorch(kind, name, tmp_path):
+    """Every finite value, against PyTorch's own widening."""
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "file"
+    stored = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(getattr(torch, name))
+    value = {"w": stored.view(16, 16).t(), "row": stored[3:7]}
+    if kind == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file({k: v.contiguous().clone() for k, v in value.items()}, file)
+    else:
+        torch.save(value, file, _use_new_zipfile_serialization=kind == "zip")
+    found = read_tensors(file)
+    for key, expected in value.items():
+        assert found[key].dtype == np.dtype(getattr(ml_dtypes, name))
+        assert not found[key].flags.writeable
+        np.testing.assert_array_equal(found[key].astype(np.float32), expected.to(torch.float32).numpy())

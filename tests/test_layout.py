@@ -18,6 +18,7 @@ PACKAGE = Path(repopt_jax.__file__).parent
 LEVELS = {
     "_version": 0,
     "hints": 0,
+    "jsontext": -1,
     "userfile": 0,
     "core": 1,
     "data": 0,

@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_refused():
         prepare(other, "search", scales=digits.unit_scales(), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`post_se` is True, but every block of D2se has squeeze"):
         network(VGG_VARIANTS["D2se"], post_se=True)
-    with pytest.raises(ValueError, match="`num_classes` is 0: a classifier needs one class at least"):
+    with pytest.raises(ValueError, match="`num_classes` is 0: it must be at least 1"):
         network(TINY, num_classes=0)
     with pytest.raises(
         ValueError, match="`activation` is 'swish': it must be one of relu, relu6, gelu, none"

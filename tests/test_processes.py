@@ -177,6 +177,22 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
     assert json.loads((out / "summary.json").read_text())["steps"] == 16
 
 
+@pytest.mark.kills
+def test_a_process_that_hangs_ends_the_other(digits, tmp_path, repopt):
+    """Stopped, it sends no heartbeats; the other one says that it is gone."""
+    endless = ("--config.epochs=4000", "--config.checkpoint_every=10000", "--config.eval_every=4000")
+    running = repopt(*training(digits, tmp_path / "run", *endless))
+    wait_for(running, lambda: read_records(tmp_path / "run" / "metrics.jsonl"))
+    os.kill(running[1].pid, signal.SIGSTOP)
+    try:
+        assert running[0].wait(90) not in (0, None)
+    finally:
+        os.kill(running[1].pid, signal.SIGCONT)
+        running[1].kill()
+    (_, _, log), _ = parallel.ends_of(running, timeout=60)
+    assert "another process of the job has ended" in log or "another task died" in log, log
+
+
 @pytest.mark.long
 def test_a_process_that_dies_in_a_save_ends_the_other(digits, tmp_path, repopt):
     """There it is noticed by its heartbeats."""

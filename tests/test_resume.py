@@ -203,8 +203,10 @@ def test_command_line_tells_how_to_go_on(digits, tmp_path, monkeypatch, capfd, n
     # The signal comes after the question of step 3.
     assert main(["train", f"--config={tmp_path}/config.py", f"--out={tmp_path}/run"]) == code
     assert signal.getsignal(number) is before
-    first, told_at_once, *_, last = capfd.readouterr().err.splitlines()
+    said = capfd.readouterr().err.splitlines()
+    first, compiling, told_at_once, *_, last = [line for line in said if "loading data" not in line]
     assert first.startswith("This search has Lambda")
+    assert compiling.endswith("tiny: compiling")
     assert told_at_once.startswith("repopt: stopping after this step, with a checkpoint")
     assert last.startswith("repopt: stopped at step 4; the last checkpoint (step 4, in ")
     assert last.endswith("is complete: run the same command again to continue from it")

@@ -5,6 +5,8 @@ import functools
 import inspect
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from repopt_jax import data, train
 from repopt_jax.detection import decode
@@ -47,7 +49,7 @@ def test_all_problems_are_listed_at_once():
         (lambda c: setattr(c.optim, "min_learning_rate", 0.2), "`optim.min_learning_rate`=0.2"),
         (lambda c: setattr(c.optim, "cosine_over", "rst"), "did you mean 'rest'"),
         (lambda c: setattr(c.optim, "schedule_by", "epochs"), "did you mean 'epoch'"),
-        (lambda c: setattr(c.data, "resize", 7), "`data.resize`=7 must be a finite number, at least 8"),
+        (lambda c: setattr(c.data, "resize", 7), "`data.resize`=7 must be a whole number, at least 8"),
         (lambda c: setattr(c.data, "randaugment", 31), "`data.randaugment`=31"),
         (lambda c: setattr(c.data, "jitter", -0.1), "`data.jitter`=-0.1"),
         (lambda c: setattr(c.data, "erasing", 1.1), "`data.erasing`=1.1"),
@@ -57,7 +59,21 @@ def test_all_problems_are_listed_at_once():
         (lambda c: setattr(c.data, "source", "tfds"), "`data.name` is empty"),
         (lambda c: setattr(c.optim, "warmup_epochs", 2.0), "at most 1"),
         (lambda c: setattr(c.optim, "clip_norm", -1.0), "`optim.clip_norm`=-1.0"),
-        (lambda c: setattr(c, "log_every", 0), "`log_every`=0"),
+        (lambda c: setattr(c, "log_every", 0), "`log_every`=0 must be a whole number, at least 1"),
+        (lambda c: setattr(c, "epochs", 1.5), "`epochs`=1.5 must be a whole number, at least 1"),
+        (lambda c: setattr(c, "epochs", "3"), "`epochs`='3' must be a whole number, at least 1"),
+        (lambda c: setattr(c, "batch_size", True), "`batch_size`=True must be a whole number"),
+        (lambda c: setattr(c, "batch_size", float("nan")), "`batch_size`=nan must be a whole number"),
+        (
+            lambda c: setattr(c, "seed", 2**32),
+            "`seed`=4294967296 must be a whole number, at least 0 and less",
+        ),
+        (lambda c: setattr(c, "scales", None), "`scales`=None must be text"),
+        (lambda c: setattr(c, "mesh", None), "`mesh` is None: it must be a MeshConfig"),
+        (lambda c: setattr(c.optim, "nesterov", "yes"), "`optim.nesterov`='yes' must be True or False"),
+        (lambda c: setattr(c.data, "mean", (float("nan"),)), "`data.mean`=(nan,) must hold finite numbers"),
+        (lambda c: setattr(c.data, "area", 0.5), "`data.area`=0.5 must hold finite numbers, or None"),
+        (lambda c: setattr(c.model, "name", 3), "`model.name`=3 must be text"),
     ],
 )
 def test_each_problem_is_named(change, message):
@@ -213,7 +229,7 @@ OF_COCO = {
         (detecting(image_size=31), "`data.image_size`=31 must be at least 32 for scenes"),
         (detecting("coco", flip_pairs=(0, 1, 2)), r"`data.flip_pairs`=\(0, 1, 2\) must be pairs"),
         (detecting("coco", flip_pairs=(0, 1, 1, 2)), "`data.flip_pairs`=.* must be pairs"),
-        (detecting("coco", flip_pairs=(0, -1)), r"`data.flip_pairs`=\(0, -1\) must hold finite numbers"),
+        (detecting("coco", flip_pairs=(0, -1)), r"`data.flip_pairs`=\(0, -1\) must hold whole numbers"),
         *((detecting(**{name: value}), f"`data.{name}`=.* does nothing") for name, value in OF_COCO.items()),
     ],
 )
@@ -323,3 +339,44 @@ def test_the_config_of_a_run_is_read_from_its_folder(tmp_path):
     path.write_text('{"epoch": 3}')
     with pytest.raises(ValueError, match=r"is not the config\.json of a run: unknown config fields: epoch"):
         train.load_config(str(path))
+
+
+def names_of(section, prefix=""):
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from names_of(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("name", list(names_of(train.Config())))
+def test_a_nan_is_one_complaint_that_names_its_field(name):
+    """In any field: it has one place, and no other field is blamed for it."""
+    config = train.Config()
+    *parts, last = name.split(".")
+    setattr(getattr(config, parts[0]) if parts else config, last, float("nan"))
+    with pytest.raises(ValueError, match=rf"^this config cannot run: `{name}`=nan must [^;]*$"):
+        train.validate(config, device_count=1)
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.tuples(st.floats())
+)
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from(list(names_of(train.Config()))), VALUES, min_size=1, max_size=4)
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_values_a_config_has(changes):
+    """It is valid, or refused with every field named that is wrong."""
+    config = train.Config()
+    for name, value in changes.items():
+        *parts, last = name.split(".")
+        setattr(getattr(config, parts[0]) if parts else config, last, value)
+    try:
+        train.validate(config, device_count=1)
+    except ValueError as error:
+        if not str(error).startswith("this config cannot run: "):
+            raise

@@ -1,6 +1,8 @@
 """The next batch in a thread of its own, and the time that the device waits for it."""
 
 import contextlib
+import logging
+import re
 import threading
 
 import pytest
@@ -128,3 +130,72 @@ def test_waiting_is_warned_of_once_an_epoch(caplog):
     assert [text.partition(" of")[0] for text in said] == ["run: 50 %", "run: 25 %"]
     assert "1,234 images/s" in said[0]
     assert "`data.workers` (now 3; this machine has" in said[0]
+
+
+# -- lines without a terminal
+# ---
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """The clock of the bar, in a list of one number."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def lines(caplog):
+    """What has been logged, without the name, each with the time of day before it."""
+    caplog.set_level(logging.INFO, logger="repopt_jax")
+
+    def found():
+        said = [record.getMessage() for record in caplog.records]
+        assert all(re.match(r"\d\d:\d\d:\d\d run: ", line) for line in said), said
+        return [line[14:] for line in said]
+
+    return found
+
+
+def make_bar():
+    return progress.ProgressBar("run", "classify", split="test", shown=False)
+
+
+def test_a_long_epoch_has_a_first_line_within_a_minute_and_then_fewer(seconds, lines):
+    with make_bar() as bar:
+        bar.say("compiling")
+        bar.begin(total=100_000, start=0)
+        told = []
+        for step in range(1, 7201):  # two hours
+            seconds[0] = float(step)
+            before = len(lines())
+            bar.tick(step)
+            told += [step] if len(lines()) > before else []
+            if step == 20:
+                bar.update({"step": 20, "loss": 2.5, "images_per_s": 64.0, "data_wait": 0.0})
+    assert told[:6] == [30, 90, 210, 450, 930, 1530]
+    assert told[-1] - told[-2] == progress.LONGEST_S
+    assert lines()[:2] == ["compiling", "step 30 of 100000, loss 2.500, 64 images/s"]
+
+
+def test_short_epochs_need_no_other_lines(seconds, lines):
+    with make_bar() as bar:
+        bar.begin(total=100, start=0)
+        for step in range(1, 101):
+            seconds[0] += 5.0
+            bar.tick(step)
+            if step % 4 == 0:
+                bar.end_epoch(step // 4, None)
+    assert lines() == [f"epoch {n}" for n in range(1, 26)]
+
+
+def test_data_that_take_long_to_open_are_said_and_others_not(lines):
+    with make_bar() as bar:
+        bar.say("loading data", after=600)
+        bar.say("compiling")
+    assert lines() == ["compiling"]
+    with make_bar() as bar:
+        bar.say("loading data", after=0.001)
+        assert bar._waiting is not None
+        bar._waiting.join(60)
+    assert lines() == ["compiling", "loading data"]

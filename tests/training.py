@@ -30,7 +30,7 @@ from repopt_jax.train.rundir import read_records
 
 STEPS = 18  # of a whole run of `tiny_config`
 # Numbers of a record that depend on the clock.
-CLOCK = ("images_per_s", "data_wait")
+CLOCK = ("images_per_s", "data_wait", "time")
 
 for name, last_width in (("tiny", 8), ("tiny-wider", 12)):
     row = models.VGGVariant(name, (2, 1, 1, 1), (4, 4, 4, 8, last_width), (1, 1, 2, 1, 1))

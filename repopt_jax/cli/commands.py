@@ -239,6 +239,26 @@ def prune(args: argparse.Namespace) -> int:
 
 
 @single_process
+def check_data(args: argparse.Namespace) -> int:
+    """Decode every image of a config's data set, and list those that cannot be read.
+
+    Exit code 0 if all can be read, else 1. A training leaves them out with --config.data.skip_bad=True.
+    Example:
+
+      repopt check-data --config=digits --config.data.source=folder --config.data.data_dir=images"""
+    config = read_config(args.config, args.overrides)
+    with _logging():
+        from repopt_jax import data
+
+        source = data.open_configured(config.data)
+        bad = data.check_images(source)
+    _print(*(one.problem for one in bad))
+    total = source.info.num_train + source.info.num_eval
+    _print(f"{source.info.name}: {total - len(bad)} of {total} images can be read")
+    return 1 if bad else 0
+
+
+@single_process
 def evaluate(args: argparse.Namespace) -> int:
     """Measure the test accuracy (or AP) of a run, of a deployed network, or of an exported file.
 

@@ -69,7 +69,8 @@ def sentence(error: BaseException) -> str:
     # The text of a KeyError is its argument's repr.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        return f"{error.name} is not installed: pip install 'repopt_jax[{EXTRAS[error.name]}]'"
+        where = "" if text.startswith("No module named") else f" ({text})"
+        return f"{error.name} is not installed{where}: pip install 'repopt_jax[{EXTRAS[error.name]}]'"
     if isinstance(error, (KeyError, TypeError)):
         # More often a bug than the user's mistake: say how to find where it was raised.
         text = f"{type(error).__name__}: {text} (REPOPT_TRACEBACK=1 shows where)"

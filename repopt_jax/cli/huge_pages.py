@@ -1,6 +1,7 @@
 """Huge pages for the memory of long commands on Linux, where a process must ask for them before it starts."""
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ def restart() -> None:
     environment = with_huge_pages(os.environ, enabled, libc)
     if environment is not None and len(sys.orig_argv) > 1:
         sys.stdout.flush()
+        # A Ctrl-C waits until the new program can answer it: `__main__` lets it through.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 

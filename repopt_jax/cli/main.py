@@ -7,6 +7,7 @@ answered at once.
 
 import argparse
 import inspect
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -26,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, code=2)
     except SystemExit as done:  # argparse has printed help or the version
         return int(done.code or 0)
-    if argv is None and args.computes:  # as a program of its own, not called by one
-        huge_pages.restart()
     try:
+        if argv is None and args.computes:  # as a program of its own, not called by one
+            huge_pages.restart()
         return args.command(args)
     except BaseException as error:
         code = report(error)
@@ -140,6 +141,9 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         parser.option("--processes=N", "number of processes of the job", type=int)
         parser.option("--process=I", "index of this process, from 0", type=int)
 
+    check = add("check-data", commands.check_data)
+    check.config_options(required=True)
+
     prune = add("prune", commands.prune)
     prune.takes_config = True
     prune.option("--run=DIR", "folder of the run, of mode plain or repopt", type=path, required=True)
@@ -160,7 +164,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     evaluate.checkpoint_options()
 
     predict = add("predict", commands.predict)
-    predict.add_argument("image", metavar="IMAGE", type=path, help="PNG, JPEG or another format of Pillow")
+    predict.add_argument("image", metavar="IMAGE", type=path, help="PNG, JPEG, WebP or BMP")
     predict.option("--run=DIR", "folder of a run or of a deployment", type=path)
     predict.option("--model=FILE", "or an exported file, NAME.onnx or NAME.stablehlo", type=path)
     predict.option("--out=FILE", "of a detector: the picture (IMAGE with the ending -detected.png)")
@@ -203,9 +207,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     quantize.takes_config = True
     quantize.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
     quantize.option("--out=DIR", "folder of the quantized network; new or empty", type=path, required=True)
-    quantize.option(
-        "--bits=N", "of inputs, and of kernels without --weight_bits: 2 to 8 (8)", type=int
-    )
+    quantize.option("--bits=N", "of inputs, and of kernels without --weight_bits: 2 to 8 (8)", type=int)
     quantize.option("--weight_bits=N", "of the kernels", type=int)
     quantize.option("--per=WHAT", "a kernel has a scale for each channel, or one for the tensor (channel)")
     quantize.option(
@@ -233,7 +235,9 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
         "returns a repopt_jax.verify.Check; examples/verify_own_model.py is one",
     )
     verify.option("--steps=N", "steps of training (10; with --check, all of its batches)", type=positive)
-    verify.option("--tolerance=X", "largest relative difference that counts as equal (1e-10)", type=float)
+    verify.option(
+        "--tolerance=X", "largest relative difference that counts as equal (1e-10)", type=above_zero
+    )
     verify.option("--layers=N", "how many of the worst layers are listed (5), or all", type=count, default=5)
 
     convert = add("convert", commands.convert, computes=False)
@@ -366,6 +370,12 @@ def integers(text: str) -> tuple[int, ...]:
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
     return value
 
 

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repopt_jax import jsontext
 from repopt_jax.core import algebra
 
 Shape = tuple[int, ...]
@@ -648,18 +649,19 @@ class BranchSet:
         """Returns the branch set that `to_json` wrote.
 
         Raises:
-          ValueError: an unknown branch type; import the module that defines it first.
+          ValueError: an unknown branch type; import the module that defines it first. Or any other text.
         """
-        fields = json.loads(text)
-        branches = []
-        for branch in fields.pop("branches"):
-            kind = branch.pop("type")
-            if kind not in Branch.types:
-                raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(Branch.types)}")
-            fields_of = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.items()}
-            branches.append(Branch.types[kind](**fields_of))
-        kernel, groups, layout, stacked = (fields[k] for k in ("kernel", "groups", "layout", "stacked"))
-        return cls(tuple(kernel), tuple(branches), groups, layout, stacked)
+        fields = jsontext.parse(text, "the description of a branch set")
+        try:
+            branches = [_branch_from_json(dict(branch)) for branch in fields["branches"]]
+            kernel, groups, layout, stacked = (fields[k] for k in ("kernel", "groups", "layout", "stacked"))
+            if not all(type(n) is int and abs(n) < _LONGEST for n in (*kernel, groups, stacked)):
+                raise TypeError("`kernel`, `groups` and `stacked` must hold whole numbers")
+            if math.prod(kernel) > _LARGEST:
+                raise TypeError(f"a kernel of shape {tuple(kernel)} fits into no memory")
+            return cls(tuple(kernel), tuple(branches), groups, layout, stacked)
+        except (TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
+            raise ValueError(f"this describes no branch set ({type(error).__name__}: {error})") from error
 
     def _by_layer(self, fn: Callable[..., T], *arrays: Any) -> T:
         """Maps fn, which is for one layer, over the stack, whose axes are the leading ones of all arrays."""
@@ -737,6 +739,21 @@ def from_canonical(kernel: jax.Array, layout: str, shape: Shape) -> jax.Array:
     elif layout not in ("...io", "oi..."):
         kernel = jnp.broadcast_to(kernel, canonical_shape(shape, layout)).reshape([shape[a] for a in order])
     return kernel.transpose(np.argsort(order))
+
+
+_LONGEST = 2**31  # no axis of an array is as long
+_LARGEST = 2**36  # numbers; no kernel is as large
+
+
+def _branch_from_json(fields: dict[str, Any]) -> Branch:
+    kind = fields.pop("type")
+    if kind not in Branch.types:
+        raise ValueError(f"unknown branch type {kind!r}: known are {', '.join(Branch.types)}")
+    for name in ("size", "dilation"):
+        sizes = fields.get(name, [])
+        if not isinstance(sizes, list) or not all(type(n) is int and 0 < n < _LONGEST for n in sizes):
+            raise TypeError(f"`{name}` of a branch must hold whole numbers above 0, not {sizes!r}")
+    return Branch.types[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from repopt_jax import jsontext
 from repopt_jax._version import __version__
 from repopt_jax.core import law, paths, transfer
 from repopt_jax.core.branches import BranchSet
@@ -69,6 +71,7 @@ class Scales:
     @classmethod
     def ones(cls, branch_sets: Mapping[str, BranchSet]) -> "Scales":
         """Returns scales that are all 1, without a search (part of the gain: RepOptimizer paper, table 4)."""
+        _check_branch_sets(branch_sets)
         return cls.depth_rule(branch_sets, dict.fromkeys(branch_sets, 0))
 
     @classmethod
@@ -146,6 +149,7 @@ class Scales:
           ValueError: as `depth_rule`; scales that do not fit their own branches or are not finite; a source
             without layers; or branches that no layer of the source has, all of them.
         """
+        check_scales(source, "source")
         counts = _counts(branch_sets, depths)
         _check_vectors(source, "")
         check_finite(source)
@@ -257,31 +261,57 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
     from etils import epath
     from orbax.checkpoint import v1 as ocp
 
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path` is of type {type(path).__name__}: it must be the path of a folder")
     location = epath.Path(path).absolute()
     if not location.exists():
         raise FileNotFoundError(f"no scales at {location}")
     foreign = f"{location} is not a scales directory as `save_scales` writes it"
     if not location.is_dir():
         raise ValueError(foreign)
-    stored = _readable(lambda: ocp.metadata(location).custom_metadata, foreign)
-    text = stored.get("repopt_scales") if isinstance(stored, dict) else None
-    description = json.loads(text) if isinstance(text, str) else {}
-    if description.get("kind") != _FILE_KIND:
-        raise ValueError(f"{location} is an Orbax checkpoint, but not one of scales")
-    branch_sets = {name: BranchSet.from_json(text) for name, text in description["branch_sets"].items()}
+    stored = _readable(lambda: ocp.metadata(location), foreign)
+    branch_sets, metadata = _described_scales(stored.custom_metadata, location)
+    # Before memory is taken: the arrays must be there, and as large as the description says.
+    expected = {f"{p}/{name}": bs.vector_shape for p, bs in branch_sets.items() for name in bs.names}
+    arrays, _ = paths.named_leaves(stored.metadata)
+    found = {path: tuple(getattr(array, "shape", ())) for path, array in arrays.items()}
+    if difference := paths.describe_difference(expected, found, noun="vectors"):
+        raise ValueError(
+            f"{location} is damaged or incomplete: it describes other vectors than it has: {difference}"
+        )
+    if sum(map(math.prod, expected.values())) > _MOST_SCALES:
+        raise ValueError(
+            f"{location} is damaged or incomplete: no network has more than {_MOST_SCALES:,} scales"
+        )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device), _nested(Scales.ones(branch_sets))
+    target = paths.nested(
+        {
+            path: {
+                name: jax.ShapeDtypeStruct(bs.vector_shape, jnp.float32, sharding=device) for name in bs.names
+            }
+            for path, bs in branch_sets.items()
+        }
     )
     loaded = _readable(lambda: ocp.load(location, target), f"{location} is damaged or incomplete")
     entries = {}
     for name, branches in branch_sets.items():
         entries[name] = LayerScales(branches, dict(paths.at(loaded, name)))
-    scales = Scales(entries, ScalesMetadata(**description["metadata"]))
+    scales = Scales(entries, metadata)
     check_finite(scales, where=f" in {location}")
     if model is not None:
         check_fit(scales, model, where=f" in {location}")
     return scales
+
+
+def check_scales(scales: Any, name: str = "scales") -> None:
+    """Raises TypeError if an argument that must be `Scales` is something else."""
+    if isinstance(scales, Scales):
+        return
+    shown = repr(scales) if isinstance(scales, (str, os.PathLike)) else f"of type {type(scales).__name__}"
+    remedy = ""
+    if isinstance(scales, (str, os.PathLike)):
+        remedy = ": `load_scales` reads a file"
+    raise TypeError(f"`{name}` is {shown}, and it must be `Scales`{remedy}")
 
 
 def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
@@ -324,6 +354,7 @@ def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
 
 def check_finite(scales: Scales, *, where: str = "") -> None:
     """Raises ValueError, with every path, if a scale is NaN or infinite. Traced values are not checked."""
+    check_scales(scales)
     bad = [
         f"{path}/{name}"
         for path, entry in scales.entries.items()
@@ -360,6 +391,7 @@ def is_concrete(x: Any) -> bool:
 
 def _check_vectors(scales: Scales, where: str) -> None:
     """Raises ValueError if vectors are missing or misshapen, which would otherwise be broadcast silently."""
+    check_scales(scales)
     expected, found = {}, {}
     for path, entry in scales.entries.items():
         expected |= {f"{path}/{name}": entry.branches.vector_shape for name in entry.branches.names}
@@ -393,22 +425,71 @@ def _renamed(names: Iterable[str], rules: Mapping[str, str | None]) -> dict[str,
 
 
 _FILE_KIND = "repopt_jax scales, format 1"
+_MOST_SCALES = 2**26  # 256 MB of numbers
+
+
+def _described_scales(stored: Any, location: Any) -> tuple[dict[str, BranchSet], ScalesMetadata]:
+    """Returns the branch sets and the metadata that a file of scales holds beside its arrays.
+
+    Raises:
+      ValueError: it is none of ours, or its description was changed; the message names the file.
+    """
+    text = stored.get("repopt_scales") if isinstance(stored, dict) else None
+    where = f"the description in {location}"
+    description = jsontext.parse(text, where) if isinstance(text, str) else {}
+    if not isinstance(description, dict) or description.get("kind") != _FILE_KIND:
+        raise ValueError(f"{location} is an Orbax checkpoint, but not one of scales")
+    sets, fields = description.get("branch_sets"), description.get("metadata")
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(ScalesMetadata)}
+    if not isinstance(sets, dict) or not all(isinstance(bs, str) for bs in sets.values()):
+        raise ValueError(f"{where} is damaged: it has no texts of branch sets")
+    if not isinstance(fields, dict) or {name: type(v) for name, v in fields.items()} != kinds:
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise ValueError(f"{where} is damaged: its metadata must be {expected}")
+    branch_sets = {}
+    for path, bs in sets.items():
+        try:
+            if "" in path.split("/"):
+                raise ValueError("its path has an empty part")
+            branch_sets[path] = BranchSet.from_json(bs)
+        except ValueError as error:
+            raise ValueError(f"{where} is damaged at {path!r}: {error}") from error
+    return branch_sets, ScalesMetadata(**fields)
 
 
 def _readable(read: Callable[[], T], complaint: str) -> T:
-    """Returns read(), with one sentence in place of Orbax's long errors for foreign and damaged files."""
+    """Returns read(), with one sentence in place of Orbax's long errors for foreign and damaged files, and of
+    what it logs of them."""
+    log = logging.getLogger("absl")
+    log.addFilter(_is_no_message)
     try:
         return read()
     except PermissionError:
         raise
     except Exception as error:
         raise ValueError(f"{complaint}: Orbax cannot read it ({type(error).__name__})") from error
+    finally:
+        log.removeFilter(_is_no_message)
+
+
+def _is_no_message(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _described(branches: BranchSet) -> tuple[str | int, ...]:
     """Returns what two sets for kernels of one shape must have in common, for messages."""
     stack = (f"stack {branches.stack}",) if branches.stacked else ()
     return ("+".join(branches.names), branches.groups, *stack)
+
+
+def _check_branch_sets(branch_sets: Any) -> None:
+    if not isinstance(branch_sets, Mapping) or not all(
+        isinstance(v, BranchSet) for v in branch_sets.values()
+    ):
+        raise TypeError(
+            f"`branch_sets` is of type {type(branch_sets).__name__}: it must be a mapping of the kernels' "
+            "paths to `BranchSet`, such as `find_branches(model)`"
+        )
 
 
 def _counts(
@@ -419,6 +500,7 @@ def _counts(
     Raises:
       ValueError: other paths, or an l that is none, all listed.
     """
+    _check_branch_sets(branch_sets)
     if difference := paths.describe_difference(
         dict.fromkeys(branch_sets, ""), dict.fromkeys(depths, ""), noun=f"paths in `{noun}`"
     ):

@@ -10,6 +10,7 @@ keypoints: `open_source("scenes")` or "coco", `DetectionTransform`, `train_detec
 of one core is measured by `repopt_jax.data.throughput`.
 """
 
+from repopt_jax.data.check import BadImage, check_images, check_quickly, without_bad
 from repopt_jax.data.classification import eval_batches, train_batches
 from repopt_jax.data.coco import open_coco
 from repopt_jax.data.dataset import (
@@ -44,6 +45,7 @@ __all__ = [
     "AnnotatedExample",
     "AnnotatedSource",
     "AnnotatedSplit",
+    "BadImage",
     "DatasetInfo",
     "DetectionInfo",
     "DetectionTransform",
@@ -52,6 +54,8 @@ __all__ = [
     "Source",
     "Split",
     "Transform",
+    "check_images",
+    "check_quickly",
     "eval_annotations",
     "eval_batches",
     "eval_detection_batches",
@@ -68,4 +72,5 @@ __all__ = [
     "steps_per_epoch",
     "train_batches",
     "train_detection_batches",
+    "without_bad",
 ]

@@ -4,16 +4,21 @@ Grain's own iterator over worker processes keeps a state for each worker, which 
 same number of workers. A batch here depends on its index alone, so that a run may be resumed with any number.
 """
 
+import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
+
+HANG_S = 600.0  # worker processes that make no batch for so long hang
 
 
 class Batches(grain.IterDataset):
@@ -28,7 +33,7 @@ class Batches(grain.IterDataset):
     def __init__(self, batches: grain.MapDataset, *, workers: int, prefetch: int):
         super().__init__()
         self._batches = batches
-        self._workers = workers
+        self.workers = workers
         self._prefetch = prefetch
 
     def __iter__(self) -> "BatchIterator":
@@ -37,16 +42,16 @@ class Batches(grain.IterDataset):
     def starting_at(self, index: int) -> Any:
         """Grain's iterator over the batches from `index` on."""
         # A worker makes its batches one after the other; `prefetch` is how many wait in it to be fetched.
-        ahead = 0 if self._workers else self._prefetch
+        ahead = 0 if self.workers else self._prefetch
         options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         dataset = self._batches.slice(slice(index, None)).to_iter_dataset(options)
-        if self._workers:
+        if self.workers:
             # Grain reads absl flags when it starts workers, and fails in a program that has not parsed any.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             buffer = max(1, self._prefetch)
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=buffer),
+                grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=buffer),
                 worker_init_fn=_tie_to_parent,
             ).map(_copy)
         return iter(dataset)
@@ -60,18 +65,53 @@ class BatchIterator(grain.DatasetIterator):
         self._dataset = dataset
         self._index = 0
         self._running: Any = None
+        self._others: set[Any] = set()  # child processes that are not ours
         self._close_running: Any = None
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._closed:
             raise ValueError("the iterator has been closed; make a new one with iter(...)")
         if self._running is None:
+            self._others = set(multiprocessing.active_children())
             self._running = self._dataset.starting_at(self._index)
             # Also at exit: worker processes that outlive the interpreter's modules end with a traceback.
             self._close_running = weakref.finalize(self, self._running.close)
-        batch = next(self._running)
+        with self._watched():
+            batch = next(self._running)
         self._index += 1
         return batch
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Says it in one sentence if a worker dies, and ends the workers if no batch comes for HANG_S, which
+        Grain would wait for without end."""
+        if not self._dataset.workers:
+            yield
+            return
+        hung = threading.Event()
+
+        def end_workers() -> None:
+            hung.set()
+            for worker in set(multiprocessing.active_children()) - self._others:
+                worker.kill()  # also one that was stopped
+
+        timer = threading.Timer(HANG_S, end_workers)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            why = f"has made no batch for {HANG_S:g} s, and was ended" if hung.is_set() else "has ended"
+            code = re.search(r"exit code (-?\d+)", str(error))
+            raise ChildProcessError(
+                f"a process that reads the images (`data.workers`={self._dataset.workers}) {why} "
+                f"(exit code {code[1] if code else '?'}), perhaps for want of memory or because a disk does "
+                "not answer: run the same again to continue, with fewer workers if it happens again"
+            ) from error
+        finally:
+            timer.cancel()
 
     def get_state(self) -> dict[str, int]:
         """Returns {"next_index": number of batches given so far}."""

@@ -4,7 +4,6 @@ A file is checked as a whole when it is opened. One error lists all that is wron
 mistake with its first few offenders and the number of the others.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from repopt_jax import jsontext
 from repopt_jax.data.dataset import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
 from repopt_jax.data.images import decode_image, image_header, read_encoded, sampled_shape
 
@@ -122,6 +122,9 @@ class CocoImages(AnnotatedSplit):
         part = slice(self._starts[index], self._starts[index + 1])
         return {name: array[part] for name, array in self._objects.items()}  # pyright: ignore[reportReturnType]
 
+    def path(self, index: int) -> str | None:
+        return self._paths[index]
+
     def image(self, index: int) -> np.ndarray:
         path = self._paths[index]
         image = decode_image(read_encoded(path), channels=self._channels, name=path)
@@ -179,6 +182,10 @@ class _Annotations:
         if not images:
             problems.append("it has no images")
         _add(problems, "images whose id occurs twice", _repeated(image["id"] for image in images))
+        outside = [image["file_name"] for image in images if not _is_inside(image["file_name"])]
+        remedy = "give file_name relative to the folder of the images, without '..'"
+        _add(problems, "images whose file_name leads out of their folder", outside, remedy)
+        _refuse(self.path, problems)
         missing = _missing(self.paths)
         _add(problems, "images whose file is missing", missing, "put the files there or remove the entries")
         without_file = set(missing)
@@ -270,10 +277,10 @@ def _load(path: Path) -> dict[str, Any]:
             "categories"
         )
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        # Such a file can have millions of entries, of which only those that are needed are looked at below.
+        found = jsontext.parse(path.read_bytes(), path, depth=None)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected annotations in COCO's format") from error
+        raise ValueError(f"{error}; expected annotations in COCO's format") from error
     fields = {
         "images": ("id", "file_name"),
         "annotations": ("image_id", "category_id", "bbox"),
@@ -298,6 +305,12 @@ def _image_folder(root: Path, file: Path, given: PathLike | None) -> Path:
     raise FileNotFoundError(
         f"there is no folder of the images of {file}: expected {' or '.join(map(str, choices))}"
     )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the name of a file stays in the folder that it is relative to."""
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _missing(paths: list[str]) -> list[str]:

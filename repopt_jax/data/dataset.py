@@ -39,6 +39,10 @@ class RandomAccess(Sequence[Item], ABC):
             raise IndexError(f"`index` {index} is outside a split of {len(self)} images")
         return self.example(index % len(self))
 
+    def path(self, index: int) -> str | None:
+        """The image file of the example at `index`, 0 <= index < len; None where there is none."""
+        return None
+
 
 class Part(RandomAccess[Any]):
     """The examples of a split at some of its indices."""
@@ -52,6 +56,16 @@ class Part(RandomAccess[Any]):
 
     def example(self, index: int) -> Any:
         return self.whole[int(self.indices[index])]
+
+    def path(self, index: int) -> str | None:
+        whole = self.whole
+        return whole.path(int(self.indices[index])) if isinstance(whole, RandomAccess) else None
+
+
+def part_of(source: Any, split: str, indices: np.ndarray) -> Part:
+    """The examples of a split of a `Source` or an `AnnotatedSource` at some of its indices."""
+    kind = AnnotatedPart if isinstance(source, AnnotatedSource) else Part
+    return kind(getattr(source, split), indices)
 
 
 def hold_out(source: Any, count: int) -> Any:
@@ -73,10 +87,9 @@ def hold_out(source: Any, count: int) -> Any:
             f"`validation` is {count}, but there are {total} training images: it must be in [1, {total - 1}]"
         )
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(total)
-    kind: Any = AnnotatedPart if isinstance(source, AnnotatedSource) else Part
-    held, kept = (kind(source.train, np.sort(part)) for part in (order[:count], order[count:]))
+    held, kept = (part_of(source, "train", np.sort(part)) for part in (order[:count], order[count:]))
     info = replace(source.info, num_train=len(kept), num_eval=len(held))
-    return type(source)(info, train=kept, eval=held)
+    return replace(source, info=info, train=kept, eval=held)
 
 
 # -- labelled images -------------------------------------------------------------------------------
@@ -122,11 +135,13 @@ class Source:
       info: names, counts and shapes.
       train: random access to the training images.
       eval: random access to the images that are kept for evaluation.
+      skipped: images that were left out because they cannot be read, `check.BadImage`.
     """
 
     info: DatasetInfo
     train: Sequence[Example]
     eval: Sequence[Example]
+    skipped: tuple[Any, ...] = ()
     # Decoded images, which live as long as the source, so that a second evaluation does not decode again.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -267,10 +282,12 @@ class AnnotatedSource:
       info: names and counts.
       train: random access to the training images.
       eval: random access to the images that are kept for evaluation.
+      skipped: as in `Source`.
     """
 
     info: DetectionInfo
     train: AnnotatedSplit
     eval: AnnotatedSplit
+    skipped: tuple[Any, ...] = ()
     # As in `Source`.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)

@@ -7,11 +7,11 @@ from pathlib import Path
 from repopt_jax.data.dataset import DatasetInfo, Source
 from repopt_jax.data.images import Record, Split, read_encoded, sampled_shape
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) -> Source:
-    """Opens `train/<class>/*` and `test/<class>/*` (or `val`, `validation`), JPEG or PNG files.
+    """Opens `train/<class>/*` and `test/<class>/*` (or `val`, `validation`): JPEG, PNG, WebP or BMP files.
 
     Classes are the folders of `train`, sorted by name; hidden files and files with other suffixes are
     ignored. The files are listed and a few headers are read, but no image is decoded before it is asked for.
@@ -36,7 +36,7 @@ def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) ->
     evaluation = _FolderRecords(eval_dir, class_names)
     _check_not_empty(train, class_names)
     if not len(evaluation):
-        raise ValueError(f"{eval_dir} holds no JPEG or PNG images; put them in <class>/ folders")
+        raise ValueError(f"{eval_dir} holds no JPEG, PNG, WebP or BMP images; put them in <class>/ folders")
     shape, channels = sampled_shape(len(train), train.path)
     info = DatasetInfo(
         name=name or root.resolve().name,
@@ -110,6 +110,6 @@ def _check_not_empty(records: _FolderRecords, class_names: Sequence[str]) -> Non
     empty = [name for label, name in enumerate(class_names) if label not in present]
     if empty:
         raise ValueError(
-            f"{records.root} has classes without a JPEG or PNG image: {', '.join(empty)}; "
+            f"{records.root} has classes without a JPEG, PNG, WebP or BMP image: {', '.join(empty)}; "
             "add images or remove them"
         )

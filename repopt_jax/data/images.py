@@ -1,8 +1,16 @@
-"""Encoded images: reading and decoding image files, and the conversions between arrays and Pillow images."""
+"""Encoded images: reading and decoding image files, and the conversions between arrays and Pillow images.
+
+Only what a training set needs is decoded: PNG, JPEG, WebP and BMP, told by their content, whatever the name
+of the file says. Everything else that Pillow can open is refused (some of it starts other programs, or takes
+gigabytes of memory for a few bytes), and so is an image of more than MAX_PIXELS, before it is decoded.
+"""
 
 import io
+import os
+import stat
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +27,13 @@ GREY_MODES = ("1", "L", "LA")
 SAMPLED_HEADERS = 64
 # Modes of more than 8 bits a channel: Pillow would clip them when converting, so they are refused.
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
+FORMATS = "PNG, JPEG, WebP or BMP"
+MAX_PIXELS = 100_000_000  # of an image: 300 MB as RGB
+MAX_BYTES = 2**28  # of a file
+ORIENTATION = 0x0112  # EXIF's tag
+# What Pillow says of damaged notes of a camera, whose pixels are whole.
+warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read|Metadata Warning", UserWarning)
+PNG_END = b"IEND\xaeB`\x82"  # the last chunk, with its checksum
 
 
 class Record(NamedTuple):
@@ -44,24 +59,28 @@ class Split(RandomAccess[Example]):
         image = decode_image(record.encoded, channels=self._channels, name=record.name)
         return {"image": image, "label": record.label}
 
+    def path(self, index: int) -> str | None:
+        path = getattr(self._records, "path", None)  # records of a folder have one
+        return None if path is None else path(index)
+
 
 def decode_image(encoded: bytes, *, channels: int, name: str) -> np.ndarray:
-    """Decodes PNG, JPEG or any other format that Pillow reads, to uint8 (height, width, `channels`).
+    """Decodes PNG, JPEG, WebP or BMP to uint8 (height, width, `channels`).
 
     With one channel, colours are reduced to their luminance; with three, grey values are repeated. Palettes
-    are resolved and transparency is dropped. Orientation tags are not applied, as in torchvision's image
-    folder.
+    are resolved and transparency is dropped. EXIF's orientation is applied, so that the image stands as a
+    viewer shows it; of an animation the first picture is taken.
 
     Raises:
-      ValueError: not an image, a damaged one, or one with more than 8 bits a channel; `name` is in the
-        message.
+      ValueError: not such an image, a damaged or truncated one, one of more than MAX_PIXELS, or one with more
+        than 8 bits a channel; `name` is in the message.
     """
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(encoded)) as opened:
-            _refuse_deep(opened.mode)
-            image = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
+        if _format(encoded[:16]) == "PNG" and PNG_END not in encoded:
+            raise ValueError("image file is truncated")  # Pillow reads on where only pixels are complete
+        with _opened(io.BytesIO(encoded)) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
+            image = np.asarray(_upright(image, _orientation(opened)))
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise _unreadable(name, error) from error
     return image[..., None] if channels == 1 else image
@@ -71,43 +90,94 @@ def read_encoded(path: str) -> bytes:
     """The bytes of an image file.
 
     Raises:
-      ValueError: it cannot be read; the message names it.
+      ValueError: it cannot be read, is none (a pipe or a device, which might never end), or has more than
+        MAX_BYTES; the message names it.
     """
+    with _open_file(path) as file:
+        return file.read()
+
+
+def _open_file(path: str) -> IO[bytes]:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_BYTES:
+            return open(path, "rb")
     except OSError as error:
         raise ValueError(
             f"cannot read image {path} ({error.strerror}); put the file back or open the folder again"
         ) from error
+    except ValueError as error:  # a null character
+        raise ValueError(f"cannot read image {path!r} ({error})") from error
+    reason = f"{found.st_size:,} bytes, more than {MAX_BYTES:,}" if stat.S_ISREG(found.st_mode) else "no file"
+    raise ValueError(f"cannot read image {path} ({reason}); replace it or remove it")
 
 
 def sampled_shape(count: int, path: Callable[[int], str]) -> tuple[tuple[int, int, int] | None, int]:
     """(shape or None if it varies, channels) of `count` image files, from headers spread evenly over them.
 
-    They have one channel if all the sampled ones are grey, else three.
+    They have one channel if all the sampled ones are grey, else three. Those that cannot be read are passed
+    over.
+
+    Raises:
+      ValueError: none of them can be read.
     """
     sampled = min(SAMPLED_HEADERS, count)
-    headers = [image_header(path(i * count // sampled)) for i in range(sampled)]
+    headers, problems = [], []
+    for i in range(sampled):
+        try:
+            headers.append(image_header(path(i * count // sampled)))
+        except ValueError as error:  # `check` finds it, and may leave it out
+            problems.append(error)
+    if not headers:
+        raise problems[0]
     channels = 1 if all(mode in GREY_MODES for _, mode in headers) else 3
     sizes = {size for size, _ in headers}
     return ((*sizes.pop(), channels) if len(sizes) == 1 else None), channels
 
 
 def image_header(path: str) -> tuple[tuple[int, int], str]:
-    """((height, width), mode) of an image file, read without decoding the pixels.
+    """((height, width), mode) of an image file as `decode_image` gives it, without decoding the pixels.
 
     Raises:
       ValueError: not an image; the message names the file.
     """
-    from PIL import Image
+    with _open_file(path) as file:
+        try:
+            with _opened(file) as opened:
+                turned = _orientation(opened) >= 5
+                height, width = opened.height, opened.width
+                return ((width, height) if turned else (height, width)), opened.mode
+        except Exception as error:  # damaged files make Pillow raise nearly anything
+            raise _unreadable(path, error) from error
 
+
+def quick_problem(path: str) -> str | None:
+    """What is wrong with an image file by its beginning and its end, without decoding it; None if nothing is.
+
+    A file that is empty, cut or no image is found; damage in its middle is not.
+    """
     try:
-        with Image.open(path) as opened:
-            _refuse_deep(opened.mode)
-            return (opened.height, opened.width), opened.mode
-    except Exception as error:  # damaged files make Pillow raise nearly anything
-        raise _unreadable(path, error) from error
+        with _open_file(path) as file:
+            beginning = file.read(16)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 12))
+            end = file.read()
+    except (ValueError, OSError) as error:
+        return str(error)
+    complete = {
+        "PNG": end.endswith(PNG_END),
+        "JPEG": end.endswith(b"\xff\xd9"),
+        "WebP": int.from_bytes(beginning[4:8], "little") + 8 <= size,
+        "BMP": int.from_bytes(beginning[2:6], "little") <= size,
+    }
+    try:
+        if complete.get(_format(beginning), False):
+            image_header(path)
+        else:  # a whole file may have more after its end
+            decode_image(read_encoded(path), channels=3, name=path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -130,16 +200,75 @@ def from_pillow(image: "Image.Image") -> np.ndarray:
     return array[..., None] if image.mode == "L" else array
 
 
+def _format(beginning: bytes) -> str:
+    """The format of a file that begins so, "" for others."""
+    if beginning.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if beginning.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
+        return "WebP"
+    return "BMP" if beginning.startswith(b"BM") else ""
+
+
+def _opened(file: IO[bytes]) -> "Image.Image":
+    """A Pillow image of which the header has been read and checked, from a file at its beginning.
+
+    Its class is called itself: `Image.open` would try every format that it knows, and warn of large images.
+    """
+    from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+    classes = {
+        "PNG": PngImagePlugin.PngImageFile,
+        "JPEG": JpegImagePlugin.JpegImageFile,
+        "WebP": WebPImagePlugin.WebPImageFile,
+        "BMP": BmpImagePlugin.BmpImageFile,
+    }
+    kind = _format(file.read(16))
+    file.seek(0)
+    if not kind:
+        raise ValueError(f"not an image in a known format, {FORMATS}")
+    opened = classes[kind](file)
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
+    _refuse_deep(opened.mode)
+    return opened
+
+
+def _orientation(image: "Image.Image") -> int:
+    """EXIF's, from 1 (upright) to 8; 1 if there is none, or none that can be read."""
+    from PIL.Image import Exif
+
+    exif = Exif()
+    try:
+        # Not `image.getexif()`, which decodes some images first.
+        exif.load(image.info.get("exif") or b"")
+        found = exif.get(ORIENTATION, 1)
+    except Exception:  # damaged ones make Pillow raise nearly anything, and the pixels may be whole
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _upright(image: "Image.Image", orientation: int) -> "Image.Image":
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image if orientation == 1 else image.transpose(turns[orientation])
+
+
 def _refuse_deep(mode: str) -> None:
     if mode in DEEP_MODES:
         raise ValueError(f"more than 8 bits a channel, Pillow mode {mode}")
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        reason = "not an image in a known format"
-    else:
-        reason = str(error) or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     return ValueError(f"cannot read image {name} ({reason}); replace the file or remove it")

@@ -1,8 +1,9 @@
 """Reads and writes files of named tensors, PyTorch's (`.pth`, `.pt`) and safetensors, without PyTorch.
 
-A PyTorch file is recognised by its content. Since PyTorch 1.6 it is an uncompressed zip archive of a pickle
-(`data.pkl`) and one entry of raw bytes for each storage; before, it was a sequence of pickles and then the
-storages. The pickle is never executed, see `pickles`.
+The kind of a file is told by its structure, see `_kind`. Since PyTorch 1.6 a file of PyTorch is an
+uncompressed zip archive of a pickle (`data.pkl`) and one entry of raw bytes for each storage; before, it was
+a sequence of pickles and then the storages. The pickle is never executed, see `pickles`. A safetensors file
+is the length of a JSON header (8 bytes, little-endian), the header, and the bytes of the tensors.
 """
 
 import contextlib
@@ -120,15 +121,16 @@ def _read(stream: IO[bytes], file: Path, key: str | None) -> dict[str, np.ndarra
     stream.seek(0)
     if not head:
         raise Unreadable(f"{file} is empty")
-    if head.startswith(b"PK"):
+    kind = _kind(head, size)
+    if kind == "zip":
         with zipfile.ZipFile(stream) as archive:
             value, storages = _open_zip(archive, file, size)
             return _named_arrays(value, storages, file, key)
-    if head.startswith(b"\x80"):
+    if kind == "pickle":
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             value, storages = _open_legacy(mapped, file)
             return _named_arrays(value, storages, file, key)
-    if head[8:9] == b"{":
+    if kind == "safetensors":
         if key is not None:
             raise Unreadable(
                 f"{file} is a safetensors file, which has no entries within entries: no `key` {key!r}"
@@ -138,6 +140,24 @@ def _read(stream: IO[bytes], file: Path, key: str | None) -> dict[str, np.ndarra
         f"{file} is not a PyTorch or safetensors file (it starts with {head[:8]!r}): give what `torch.save` "
         "or safetensors wrote"
     )
+
+
+def _kind(head: bytes, size: int) -> str:
+    """What a file of `size` bytes with this beginning is: "safetensors", "zip", "pickle" or "".
+
+    One byte does not tell: the length of a safetensors header begins with any. That it is one is settled by
+    its whole beginning, the length, which lies within the file, and the brace that the header starts with. No
+    zip archive and no pickle reads so: as a length, their first 8 bytes are many times what fits on a disk.
+    """
+    length, braced = int.from_bytes(head[:8], "little"), head[8:9] == b"{"
+    if braced and 2 <= length <= size - 8:
+        return "safetensors"
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    # A header that is longer than its file was cut, if it is no longer than the format allows.
+    if braced and length <= _LONGEST_HEADER:
+        return "safetensors"
+    return "pickle" if head[:1] == b"\x80" and head[1:2] <= b"\x05" else ""
 
 
 class Storages:
@@ -233,12 +253,15 @@ def _array(tensor: TensorRef, storages: Storages) -> np.ndarray:
     if 0 in tensor.shape:
         return np.empty(tensor.shape, tensor.dtype)
     elements = storages.elements(tensor.storage, tensor.dtype)[tensor.offset :]
-    # `TensorRef`s have been checked to lie within their storage.
+    # `TensorRef`s have been checked to lie within their storage. Of bytes, because NumPy's own interface to
+    # memory has no name for float8_e5m2.
     strides = [n * tensor.dtype.itemsize for n in tensor.stride]
-    return np.lib.stride_tricks.as_strided(elements, tensor.shape, strides, writeable=False)
+    return np.ndarray(tensor.shape, tensor.dtype, elements.view(np.uint8).data, 0, strides)
 
 
 # --- safetensors
+
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 _SAFETENSORS: dict[str, np.dtype] = {
     "F64": DTYPES["float64"],
@@ -257,16 +280,23 @@ _SAFETENSORS: dict[str, np.dtype] = {
 }
 
 
+# Also those that only newer versions of the library write.
+_READ = {
+    **_SAFETENSORS,
+    **{f"F8_{name}": DTYPES[f"float8_{name.lower()}"] for name in ("E4M3FNUZ", "E5M2FNUZ")},
+}
+
+
 def _read_safetensors(content: bytes, file: Path) -> dict[str, np.ndarray]:
     # The library returns them in another order each time.
     tensors = dict(sorted(safetensors.deserialize(content), key=lambda item: item[0]))
     if not tensors:
         raise Unreadable(f"{file} holds no tensors")
-    if unknown := [f"{name} {t['dtype']}" for name, t in tensors.items() if t["dtype"] not in _SAFETENSORS]:
+    if unknown := [f"{name} {t['dtype']}" for name, t in tensors.items() if t["dtype"] not in _READ]:
         raise Unreadable(f"{file} holds tensors of types that are not supported: {', '.join(unknown)}")
     arrays = {}
     for name, tensor in tensors.items():
-        array = np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
+        array = np.frombuffer(tensor["data"], _READ[tensor["dtype"]]).reshape(tensor["shape"])
         array.flags.writeable = False
         arrays[name] = array
     return without_wrappers(arrays)

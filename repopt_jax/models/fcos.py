@@ -23,7 +23,7 @@ from repopt_jax.core.structure import Geometry
 from repopt_jax.detection.outputs import Locations, Outputs, locations_of
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
 from repopt_jax.models.mosaic import Mosaic
-from repopt_jax.models.network import LayerSpec, Network
+from repopt_jax.models.network import LayerSpec, Network, check_variant
 from repopt_jax.nn.block import ACTIVATIONS, block, check_activation, conv
 from repopt_jax.nn.convolution import conv_general_dilated
 
@@ -117,6 +117,7 @@ class FCOS(Network):
         rngs: nnx.Rngs,
     ):
         options = {"activation": activation, "dtype": dtype, "rngs": rngs}
+        check_variant(variant, DetectorVariant)
         self.variant = variant
         self.backbone = EfficientRep(variant.backbone, in_channels=in_channels, **options)
         widths = variant.backbone.widths[-variant.maps :]

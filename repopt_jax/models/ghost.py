@@ -29,7 +29,7 @@ from flax import nnx
 
 from repopt_jax.core.published import repopt_ghost
 from repopt_jax.core.structure import Geometry
-from repopt_jax.models.network import Classifier, LayerSpec
+from repopt_jax.models.network import Classifier, LayerSpec, check_variant
 from repopt_jax.nn.block import Block, SqueezeExcite, block, conv
 
 
@@ -177,6 +177,7 @@ def ghostnet(
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
     """
+    check_variant(variant, GhostVariant)
     options = {"dtype": dtype, "rngs": rngs}
     stem, last = _channels(variant.stem, variant), _last_channels(variant)
     stages: list[list[nnx.Module]] = [[] for _ in range(len(variant.stages) + 2)]

@@ -16,7 +16,7 @@ from flax import nnx
 
 from repopt_jax.core.published import mobileone as copied
 from repopt_jax.core.structure import Geometry
-from repopt_jax.models.network import Classifier, LayerSpec
+from repopt_jax.models.network import Classifier, LayerSpec, check_variant
 from repopt_jax.nn.block import SqueezeExcite, block
 
 
@@ -117,6 +117,7 @@ def mobileone(
       dtype: computation dtype, such as `jnp.bfloat16`; parameters are float32.
       rngs: `nnx.Rngs`.
     """
+    check_variant(variant, MobileOneVariant)
     stages: list[list[nnx.Module]] = [[] for _ in range(5)]
     for spec in mobileone_specs(variant, in_channels):
         se = SqueezeExcite(spec.outputs, spec.outputs // 16, dtype=dtype, rngs=rngs) if spec.se else None

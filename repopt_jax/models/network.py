@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from repopt_jax.core.arguments import check_count
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.published import STRUCTURES, repopt
 from repopt_jax.core.scales import Scales
@@ -69,6 +70,13 @@ class Network(nnx.Module):
         return Scales.ones(self.branch_sets()).with_metadata(architecture=self.architecture)
 
 
+def check_variant(variant: Any, kind: type) -> None:
+    """Raises TypeError if an argument `variant` is no row of the table that it must be of."""
+    if not isinstance(variant, kind):
+        shown = repr(variant) if isinstance(variant, str) else f"of type {type(variant).__name__}"
+        raise TypeError(f"`variant` is {shown}: it must be a {kind.__name__}; `models.create` takes names")
+
+
 class OfVariant(Network):
     """A classifying network that is made from a row of a table.
 
@@ -79,11 +87,12 @@ class OfVariant(Network):
 
     Raises:
       ValueError: no class.
+      TypeError: numbers of another type.
     """
 
     def __init__(self, variant: Any, *, num_classes: int, in_channels: int):
-        if num_classes < 1:
-            raise ValueError(f"`num_classes` is {num_classes}: a classifier needs one class at least")
+        check_count("num_classes", num_classes)
+        check_count("in_channels", in_channels)
         self.variant = variant
         self.in_channels = in_channels
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from flax import nnx
 
+from repopt_jax.core.arguments import check_count
 from repopt_jax.hints import did_you_mean
 from repopt_jax.models.fcos import DETECTORS, FCOS
 from repopt_jax.models.ghost import GHOST_VARIANTS, ghostnet
@@ -56,9 +57,11 @@ def create(
 
     Raises:
       ValueError: an unknown name, with the nearest one; or arguments that the family refuses.
-      TypeError: an option that the family does not have.
+      TypeError: an option that the family does not have; numbers or `rngs` of another type.
     """
     entry = find(name)
+    check_count("num_classes", num_classes)
+    check_count("in_channels", in_channels)
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
     with counted_in_python(rngs) as counted:
         return entry.family(entry.variant, **sizes, dtype=dtype, rngs=counted, **options)
@@ -82,6 +85,8 @@ def register(entry: Entry) -> None:
 
 def find(name: str) -> Entry:
     """The entry of this name; ValueError for an unknown one."""
+    if not isinstance(name, str):
+        raise TypeError(f"`name` is of type {type(name).__name__}: it must be one of {', '.join(NETWORKS)}")
     if name.lower() not in NETWORKS:
         meant = did_you_mean(name, NETWORKS)
         raise ValueError(f"there is no network {name!r}{meant}: it must be one of {', '.join(NETWORKS)}")

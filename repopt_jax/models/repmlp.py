@@ -29,7 +29,7 @@ from flax import nnx
 
 from repopt_jax.core.published import repopt_mlp
 from repopt_jax.core.structure import Geometry
-from repopt_jax.models.network import LayerSpec, OfVariant, run_stages
+from repopt_jax.models.network import LayerSpec, OfVariant, check_variant, run_stages
 from repopt_jax.nn.block import (
     Block,
     PooledBlock,
@@ -146,6 +146,7 @@ class RepMLPNet(OfVariant):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
+        check_variant(variant, RepMLPVariant)
         super().__init__(variant, num_classes=num_classes, in_channels=in_channels)
         options = {"dtype": dtype, "rngs": rngs}
         stages, inputs = [], in_channels

@@ -14,7 +14,7 @@ from typing import Any
 from flax import nnx
 
 from repopt_jax.core.structure import Geometry
-from repopt_jax.models.network import Classifier, LayerSpec
+from repopt_jax.models.network import Classifier, LayerSpec, check_variant
 from repopt_jax.nn.block import SqueezeExcite, block
 
 
@@ -139,6 +139,7 @@ def vgg(
     Raises:
       ValueError: `post_se` with a variant that has `pre_se`; no class; an unknown activation.
     """
+    check_variant(variant, VGGVariant)
     if post_se and variant.pre_se:
         raise ValueError(
             f"`post_se` is True, but every block of {variant.name} has squeeze-and-excitation before its "

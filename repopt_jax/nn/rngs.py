@@ -2,10 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+
+
+def check_rngs(rngs: Any) -> None:
+    """Raises TypeError if an argument `rngs` is no `nnx.Rngs`."""
+    if not isinstance(rngs, nnx.Rngs):
+        seed = "seed" if not isinstance(rngs, int) else rngs
+        raise TypeError(
+            f"`rngs` is of type {type(rngs).__name__}: it must be `nnx.Rngs`, such as nnx.Rngs({seed})"
+        )
 
 
 @contextlib.contextmanager
@@ -17,6 +27,7 @@ def counted_in_python(rngs: nnx.Rngs) -> Iterator[nnx.Rngs]:
     operations so far: with hundreds of layers that was two thirds of the time in which a network is made.
     A stream that a layer keeps counts as Flax does afterwards.
     """
+    check_rngs(rngs)
     counted = nnx.Rngs()
     streams = {name: _Stream(stream.key.get_value(), tag=stream.tag) for name, stream in rngs.items()}
     for name, stream in streams.items():

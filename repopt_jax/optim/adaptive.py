@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import optax
 
 from repopt_jax.core import paths
-from repopt_jax.core.scales import LayerScales, Scales, check_values
+from repopt_jax.core.arguments import check_number
+from repopt_jax.core.scales import LayerScales, Scales, check_scales, check_values
 from repopt_jax.optim.reparameterize import reparameterize
 from repopt_jax.optim.sgd import require_gradients, state_vectors
 
@@ -79,6 +80,8 @@ def repopt_adamw(
     Raises:
       ValueError: as `scale_by_repopt_adam`.
     """
+    check_number("learning_rate", learning_rate)
+    check_number("weight_decay", weight_decay, at_least=0)
     return optax.chain(
         scale_by_repopt_adam(scales, b1, b2, eps, eps_root, mu_dtype=mu_dtype, nesterov=nesterov, rule=rule),
         optax.add_decayed_weights(weight_decay, mask),
@@ -104,6 +107,10 @@ def repopt_lion(
     Raises:
       ValueError: as `scale_by_repopt_adam`.
     """
+    check_scales(scales)
+    check_number("learning_rate", learning_rate)
+    check_number("weight_decay", weight_decay, at_least=0)
+    _check_rates(b1=b1, b2=b2)
     lion = optax.scale_by_lion(b1, b2, mu_dtype)
     return optax.chain(
         _elementwise_or_by_branch(scales, lambda placed: optax.chain(lion, repopt_sign_mask(placed)), lion),
@@ -142,6 +149,10 @@ def scale_by_repopt_adam(
         branch set that has no elementwise multiplier; at `init`, scales that do not fit the parameters; at
         `update`, gradients that lack a kernel.
     """
+    check_scales(scales)
+    _check_rates(b1=b1, b2=b2)
+    check_number("eps", eps, at_least=0)
+    check_number("eps_root", eps_root, at_least=0)
     if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}: it must be one of {', '.join(RULES)}")
     inner = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
@@ -197,6 +208,12 @@ def scale_by_repopt_adam(
     return _elementwise_or_by_branch(scales, elementwise, inner)
 
 
+def _check_rates(**rates: Any) -> None:
+    """Decay rates of moments."""
+    for name, value in rates.items():
+        check_number(name, value, at_least=0, less_than=1)
+
+
 def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
     """Multiplies the *update* of every kernel that `scales` name by sum_b |s_b| * E_b(1), after a sign rule.
 
@@ -214,6 +231,7 @@ def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:
         multiplier, for which `repopt_lion` and `reparameterize` are exact; at `init`, scales that do not fit
         the parameters; at `update`, gradients that lack a kernel.
     """
+    check_scales(scales)
     check_values(scales)
     if mixing := [path for path, entry in scales.entries.items() if not entry.branches.elementwise]:
         raise ValueError(

@@ -35,7 +35,7 @@ import optax
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.paths import listed
-from repopt_jax.core.scales import Scales, check_fit, is_concrete
+from repopt_jax.core.scales import Scales, check_fit, check_scales, is_concrete
 from repopt_jax.optim.adaptive import RepOptSignMaskState, ScaleByRepOptAdamState
 from repopt_jax.optim.reparameterize import NoInner, ReparameterizeState, TrainedStructureState
 from repopt_jax.optim.sgd import RepOptClipState, RepOptMaskState
@@ -125,6 +125,7 @@ def find_faults(
     tx: optax.GradientTransformation, scales: Scales, params: Any, **extra_args: Any
 ) -> list[Fault]:
     """Returns the faults with which `check_optimizer` raises; empty if nothing is wrong."""
+    check_scales(scales)
     check_fit(scales, params)
     params = jax.tree.map(_at_least_float32, params)
     state = tx.init(params)

@@ -278,6 +278,11 @@ def decay_mask(structures: Scales | Mapping[str, Parametrization], default: Any 
         (`surgery.weight_decay_mask` of the plain network); by default arrays of more than one axis are
         decayed.
     """
+    if not isinstance(structures, Scales | Mapping):
+        raise TypeError(
+            f"`structures` is of type {type(structures).__name__}: it must be `Scales`, or a mapping of "
+            "paths to structures"
+        )
     known = parametrizations(structures) if isinstance(structures, Scales) else dict(structures)
     flat = {
         f"{path}/{inside}": decayed

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from repopt_jax.core import paths
+from repopt_jax.core.arguments import check_number
 from repopt_jax.core.scales import Scales, check_fit, check_values, is_concrete
 
 
@@ -108,8 +109,9 @@ def clip_by_repopt_global_norm(
     clipped before the mask divides it.
 
     Raises:
-      ValueError: as `repopt_mask`.
+      ValueError: as `repopt_mask`; or `max_norm` is not above 0.
     """
+    check_number("max_norm", max_norm, more_than=0)
     check_values(scales)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -160,7 +162,13 @@ def repopt_sgd(
         multi-branch network that decays all its branches equally, the identity's weight included.
       mask: which parameters are decayed, as in `optax.add_decayed_weights`.
       normalise: as in `repopt_mask`: each layer's multiplier is divided by its mean, and the decay is not.
+
+    Raises:
+      TypeError, ValueError: numbers of another type, or out of their range; scales as `repopt_mask`.
     """
+    check_number("learning_rate", learning_rate)
+    check_number("momentum", momentum, at_least=0, at_most=1)
+    check_number("weight_decay", weight_decay, at_least=0)
     return optax.chain(
         repopt_mask(scales, normalise),
         optax.add_decayed_weights(weight_decay, mask),

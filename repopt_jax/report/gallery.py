@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from repopt_jax.data.images import decode_image, resize, to_pillow
+from repopt_jax.data.images import decode_image, read_encoded, resize, to_pillow
 from repopt_jax.data.pipeline import subset
 from repopt_jax.detection import Detections
 from repopt_jax.detection.drawing import contact_sheet, draw_detections
@@ -139,20 +139,24 @@ def predict(
 
     Args:
       network: a detector, of a run, deployed, or in an exported file.
-      image: PNG, JPEG or any other format that Pillow reads.
-      out: a path with a suffix that Pillow can write (.png, .jpg ...); an existing file is replaced.
+      image: a PNG, JPEG, WebP or BMP file.
+      out: a path with a suffix that Pillow can write (.png, .jpg ...), where nothing is yet.
       threshold: the least score, see `least_score`.
 
     Raises:
       FileNotFoundError: no such image.
+      FileExistsError: there is a file at `out`, perhaps the image itself.
       ValueError: the network is not a detector, `threshold` is out of its range, the file is not an image, or
         `out` has an unknown suffix.
     """
     known = description(network)
     if known.task != "detect":
         raise ValueError(f"{known.name} is a classifier, which finds no objects: `classify` asks it")
-    threshold, out = least_score(network, threshold), Path(out)
-    pixels = _read(image, known.channels)
+    threshold, path, out = least_score(network, threshold), Path(image), Path(out)
+    pixels = _read(path, known.channels)
+    if out.exists():
+        whose = "the image itself" if out.samefile(path) else "a file that is there"
+        raise FileExistsError(f"`out` {out} is {whose}: give another name, pictures are not overwritten")
     fitted, ratio = prepare(pixels, known)
     objects = _objects(_detector(network)(fitted[None]), 0, ratio, threshold, pixels.shape)
     names = known.class_names
@@ -214,9 +218,9 @@ def least_score(network: Trained | FileNetwork, threshold: float | None = None) 
 
 def _read(image: str | Path, channels: int) -> np.ndarray:
     """The pixels of an image file."""
-    if not (path := Path(image)).is_file():
+    if not (path := Path(image)).exists():
         raise FileNotFoundError(f"no image {path}")
-    return decode_image(path.read_bytes(), channels=channels, name=str(path))
+    return decode_image(read_encoded(str(path)), channels=channels, name=str(path))
 
 
 def _detector(network: Trained | FileNetwork) -> Callable[[np.ndarray], Detections]:

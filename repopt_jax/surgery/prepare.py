@@ -9,6 +9,7 @@ from flax import nnx
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.core.scales import Scales
 from repopt_jax.hints import did_you_mean
+from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.choose import Options
 from repopt_jax.surgery.layers import Branches, Select, find_branches
 from repopt_jax.surgery.reinitialize import reinitialize, with_kernels
@@ -109,6 +110,7 @@ def prepare(
       ValueError: an unknown mode; scales, branches or options that the mode does not use, or missing scales;
         or as `to_search`, `reinitialize` and `to_structure`.
     """
+    check_rngs(rngs)
     mode = Mode.parse(mode)
     if scales is not None and not mode.has_scales:
         raise ValueError(

@@ -13,7 +13,8 @@ from flax import nnx
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.parametrization import Parametrization, Theta, check_kernels
-from repopt_jax.core.scales import Scales, check_finite, check_fit
+from repopt_jax.core.scales import Scales, check_finite, check_fit, check_scales
+from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.layers import check_aliases
 from repopt_jax.surgery.modules import copy_leaf, is_abstract, key_of
 from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
@@ -112,6 +113,11 @@ def reinitialize(
             "return_weights": return_weights,
         }
         return nnx.eval_shape(lambda m: reinitialize(m, scales, **given, rngs=nnx.Rngs(0)), model)
+    check_rngs(rngs)
+    if not isinstance(scales, Mapping) or not all(
+        isinstance(one, Parametrization) for one in scales.values()
+    ):
+        check_scales(scales)
     if isinstance(model, nnx.Module):
         check_aliases(model, scales.entries if isinstance(scales, Scales) else scales)
     if isinstance(scales, Scales):

@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.core.published import of_branches
-from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit
+from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit, check_scales
 from repopt_jax.core.transfer import Depths, count_depths
 from repopt_jax.models.network import Network
 from repopt_jax.nn.merged import Merged
+from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.layers import (
     Branches,
     Layer,
@@ -71,6 +72,7 @@ def to_search(
     if is_abstract(model):
         given: dict[str, Any] = {"scales": scales, "trained": False}
         return nnx.eval_shape(lambda m: to_search(m, select, branches, **given, rngs=nnx.Rngs(0)), model)
+    check_rngs(rngs)
     if isinstance(scales, Scales):
         check_aliases(model, scales.entries)
         check_fit(scales, find_branches(model, select, branches))
@@ -164,6 +166,7 @@ def transfer_scales(
     Raises:
       ValueError: as `depth_scales` and `Scales.transfer`.
     """
+    check_scales(source, "source")
     branch_sets = find_branches(model, select, branches)
     depths = _depths(model, select, branch_sets)
     scales = Scales.transfer(source, branch_sets, depths, source_depths=source_depths)

@@ -21,7 +21,7 @@ from repopt_jax.core.structure import Structure
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged, MergedGeneral
-from repopt_jax.nn.rngs import counted_in_python
+from repopt_jax.nn.rngs import check_rngs, counted_in_python
 from repopt_jax.surgery.choose import Described, Options, find_classifier, find_structures
 from repopt_jax.surgery.flow import Example
 from repopt_jax.surgery.fuse import FoldedNorm, pair_up
@@ -104,6 +104,7 @@ def to_structure(
             "are: leave `keep` out and give allow_trained=True to start anew"
         )
     layers = {layer.path: layer for layer, _ in taken}
+    check_rngs(rngs)
     key = rngs.params()
 
     leaves, _ = paths.named_leaves(nnx.state(model)) if keep else ({}, None)

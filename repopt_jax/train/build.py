@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from repopt_jax import data
 from repopt_jax.core.scales import Scales
+from repopt_jax.data.check import listed
 from repopt_jax.optim.check import check_optimizer
 from repopt_jax.optim.resrep import resrep
 from repopt_jax.quantize.layers import Scheme, check_paths, find_quantizable, with_quantizers
@@ -104,6 +105,11 @@ def open_feed(config: Config) -> Feed:
     """
     task, settings = make_task(config), config.data
     source, transform = task.open_data(settings)
+    if bad := [] if settings.skip_bad else data.check_quickly(source):
+        raise ValueError(
+            f"images that cannot be read: {listed(bad)}. `repopt check-data` finds all of them, and "
+            "--config.data.skip_bad=True leaves them out"
+        )
     shared: dict[str, Any] = {
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),

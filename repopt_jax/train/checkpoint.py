@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -31,18 +32,19 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from orbax.checkpoint import v1 as ocp
 
+from repopt_jax import jsontext
 from repopt_jax.train.processes import gather_texts, in_all_processes, is_first
-from repopt_jax.train.rundir import os_errors, replace_file
+from repopt_jax.train.rundir import MANIFEST, os_errors, replace_file
 from repopt_jax.train.state import TrainState, abstract
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+_ITEMS = ("model", "trainer", "progress")  # those that every checkpoint has
 _REMOVED = ".removed"  # suffix of a checkpoint that is being deleted
 
 
@@ -73,6 +75,7 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 0,
         scores: Mapping[int, float] | None = None,
+        completed: Callable[[int], None] = lambda step: None,
     ):
         """Opens `directory`, for the run that writes it or for reading.
 
@@ -87,6 +90,7 @@ class Checkpoints:
           keep_last: how many of the newest scheduled checkpoints are kept.
           keep_best: and how many of those with the highest score.
           scores: step -> number, higher is better; may grow while the run goes on.
+          completed: called in the first process with the step of each checkpoint that is complete.
 
         Raises:
           FileNotFoundError: reading, and the directory is missing.
@@ -98,6 +102,7 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.directory.parent} has no checkpoint yet: let the run train")
         self._writing, self._keep_last, self._keep_best = writing, keep_last, keep_best
         self._scores = {} if scores is None else scores
+        self._completed = completed
         self._checked: dict[int, bool] = {}
         self._latest: int | None = None
         self._saving: Future | None = None
@@ -136,7 +141,7 @@ class Checkpoints:
                     f"{self.directory.parent} has no checkpoint that is whole and has {why}: let it train"
                 )
             return step
-        if not str(asked).isdecimal():
+        if not _NUMBER.fullmatch(str(asked)):
             raise ValueError(f"`checkpoint`={asked!r} must be latest, best or the number of a step")
         step, steps = int(asked), sorted(self._complete())
         if step not in steps:
@@ -233,6 +238,7 @@ class Checkpoints:
             response.result()
             if is_first():
                 write_manifest(self._folder(step), scheduled=scheduled)
+                self._completed(step)
                 self._remove_old()
         return step
 
@@ -255,13 +261,13 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         problems: dict[int, str] = {}
         newest = None
-        for step in sorted(self._numbered(), reverse=True):
+        for step in sorted({*self._numbered(), *self._files()}, reverse=True):
             if (problem := manifest_problem(self._folder(step))) is None:
                 newest = step
                 break
             problems[step] = problem
         # If the first save of a run was killed, and only then, there is nothing to lose.
-        first_save = len(problems) == 1 and not self._complete()
+        first_save = len(problems) == 1 and not self._complete() and not self._files()
         if problems and newest is None and not first_save:
             found = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
             raise ValueError(
@@ -281,11 +287,11 @@ class Checkpoints:
         return newest
 
     def _move_aside(self, step: int) -> Path:
-        aside, times = self.directory / "damaged" / str(step), itertools.count(2)
-        aside.parent.mkdir(exist_ok=True)
-        while aside.exists():
-            aside = aside.with_name(f"{step}-{next(times)}")
-        return self._folder(step).rename(aside)
+        folders = map(self.directory.joinpath, _numbered_names("damaged"))
+        folder = next(path for path in folders if path.is_dir() or not path.exists())
+        folder.mkdir(exist_ok=True)
+        places = map(folder.joinpath, _numbered_names(str(step)))
+        return self._folder(step).rename(next(path for path in places if not path.exists()))
 
     def _remove_leftovers(self) -> None:
         """Removes the files of a save or of a removal that was interrupted."""
@@ -308,7 +314,15 @@ class Checkpoints:
         return self.directory / str(step)
 
     def _numbered(self) -> list[int]:
-        return [int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir()]
+        """Steps of the folders that are named as `_folder` names them; 030 is nobody's."""
+        return [step for step in self._names() if self._folder(step).is_dir()]
+
+    def _files(self) -> list[int]:
+        """Steps for whose folder there is a file."""
+        return [step for step in self._names() if not self._folder(step).is_dir()]
+
+    def _names(self) -> list[int]:
+        return [int(path.name) for path in self.directory.iterdir() if _NUMBER.fullmatch(path.name)]
 
     def _complete(self) -> list[int]:
         """Steps of the checkpoints that were written to their end, damaged since or not."""
@@ -338,6 +352,12 @@ def kept(scheduled: Mapping[int, bool], scores: Mapping[int, float], *, last: in
     regular = sorted(step for step in scheduled if scheduled[step])
     scored = sorted((s for s in regular if s in scores), key=lambda s: (scores[s], s), reverse=True)
     return {*regular[-last:], *scored[:best], *sorted(scheduled)[-1:]}
+
+
+def _numbered_names(name: str) -> Iterator[str]:
+    """name, name-2, name-3 and so on."""
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
 
 
 def _items(state: TrainState, progress: Progress | None) -> dict[str, Any]:
@@ -374,9 +394,8 @@ def write_manifest(folder: Path, **notes: Any) -> None:
       OSError: a file cannot be read, or the manifest not be written.
     """
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": _checksum(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(MANIFEST)
+        name: {"bytes": (folder / name).stat().st_size, "blake2b": _checksum(folder / name)}
+        for name in _files_in(folder)
     }
     replace_file(folder / MANIFEST, json.dumps({**notes, "files": files}, indent=1))
 
@@ -384,16 +403,33 @@ def write_manifest(folder: Path, **notes: Any) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of `folder`; empty if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if isinstance(values, dict) and isinstance(values.get("files"), dict):
+        values = jsontext.parse((folder / MANIFEST).read_text(encoding="utf-8"), MANIFEST)
+        if isinstance(values, dict) and _are_files(values.get("files")):
             return values
     return {}
 
 
+def _are_files(files: Any) -> bool:
+    """Whether this is what `write_manifest` makes of files: names inside the folder, sizes, checksums."""
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("blake2b"), str)
+        and not PurePosixPath(name).is_absolute()
+        and ".." not in PurePosixPath(name).parts
+        for name, entry in files.items()
+    )
+
+
 def manifest_problem(folder: Path) -> str | None:
-    """What is wrong with `folder` according to its manifest, None if nothing is. Reads every file."""
-    if not (folder / MANIFEST).is_file():
-        return f"its {MANIFEST} is missing: it was not written to the end"
+    """What is wrong with a checkpoint according to its manifest, None if nothing is. Reads every file."""
+    try:
+        if not folder.is_dir():
+            return "it is a file, where a folder should be"
+        if not (folder / MANIFEST).is_file():
+            return f"its {MANIFEST} is missing: it was not written to the end"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
     if not (manifest := read_manifest(folder)):
         return f"its {MANIFEST} cannot be read"
     for name, expected in manifest["files"].items():
@@ -405,9 +441,29 @@ def manifest_problem(folder: Path) -> str | None:
                 return f"its file {name} does not hold what was written to it"
         except FileNotFoundError:
             return f"its file {name} is missing"
-        except OSError as error:
-            return f"its file {name} cannot be read: {error.strerror or error}"
+        except (OSError, ValueError) as error:  # ValueError: a name with a null character
+            reason = getattr(error, "strerror", None) or error
+            return f"its file {name} cannot be read: {reason}"
+    listed = manifest["files"].keys()
+    # Hidden ones an operating system or a network file system may have added.
+    extra = (name for name in _files_in(folder) if name not in listed)
+    if unlisted := [name for name in extra if not PurePosixPath(name).name.startswith(".")]:
+        return f"its {MANIFEST} leaves {len(unlisted)} files out, the first of them {unlisted[0]}"
+    if lacking := [item for item in _ITEMS if not any(name.startswith(f"{item}/") for name in listed)]:
+        return f"its {MANIFEST} has no file of {', '.join(lacking)}"
     return None
+
+
+def _files_in(folder: Path) -> list[str]:
+    """The files of a checkpoint but its manifest, relative to its folder, in order."""
+    found = []
+    for place, _, names in os.walk(folder):
+        relative = Path(place).relative_to(folder)
+        found += [(relative / n).as_posix() for n in names if not n.startswith(MANIFEST)]
+    return sorted(found)
+
+
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
 
 
 def _checksum(path: Path) -> str:

@@ -11,15 +11,18 @@ import dataclasses
 import importlib.util
 import json
 import math
+import numbers
 import operator
 import os
+import types
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
 
-from repopt_jax import models, userfile
+from repopt_jax import jsontext, models, userfile
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
@@ -142,6 +145,8 @@ class DataConfig:
         does not see the test images, which `repopt eval` reads. 0 for none: it is evaluated on the test
         images.
       train_limit, eval_limit: use that many training images, and test images, only; None for all.
+      skip_bad: leaves out the images that cannot be read. To find them all images are decoded each time the
+        data are opened; their number is in the log. Without it a run ends at the first.
       workers: processes that decode; 0 decodes in threads of this one.
       prefetch: batches prepared ahead.
     """
@@ -174,6 +179,7 @@ class DataConfig:
     validation: int = setting(0, at_least=0)
     train_limit: int | None = setting(None, at_least=1)
     eval_limit: int | None = setting(None, at_least=1)
+    skip_bad: bool = False
     workers: int = setting(0, at_least=0, changeable=True)
     prefetch: int = setting(2, at_least=0, changeable=True)
 
@@ -384,7 +390,7 @@ class Config:
 
     name: str = "run"
     task: str = setting("classify", choices=tuple(SOURCES_OF))
-    seed: int = setting(0, at_least=0)
+    seed: int = setting(0, at_least=0, less_than=2**32)
     epochs: int = setting(1, at_least=1)
     batch_size: int = setting(64, at_least=1)
     eval_batch_size: int = setting(256, at_least=1)
@@ -433,7 +439,7 @@ def load_config(file_and_arg: str) -> Config:
     path = config_file(name)
     if path.suffix == ".json":
         try:
-            return from_json(path.read_text(encoding="utf-8"))
+            return from_json(path.read_bytes())
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the config.json of a run: {error}") from error
     config = userfile.call(path, "get_config", arg, noun="config")
@@ -464,20 +470,22 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str | bytes) -> Config:
     """The config that `to_json` wrote.
 
     Raises:
-      ValueError: an unknown field; all of them are listed.
+      ValueError: no JSON, no object, or an unknown field; all of them are listed.
     """
     unknown: list[str] = []
-    config = _from_dict(Config, json.loads(text), "", unknown)
+    config = _from_dict(Config, jsontext.parse(text, "it"), "", unknown)
     if unknown:
         raise ValueError(f"unknown config fields: {', '.join(unknown)}")
     return config
 
 
-def _from_dict(cls: Any, values: dict[str, Any], prefix: str, unknown: list[str]) -> Any:
+def _from_dict(cls: Any, values: Any, prefix: str, unknown: list[str]) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'it'} is {type(values).__name__}, not an object of fields")
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     unknown += [prefix + name for name in values if name not in fields]
     known = {name: value for name, value in values.items() if name in fields}
@@ -499,7 +507,7 @@ def differing_fields(first: Config, second: Config) -> list[str]:
     other = {setting.name: setting.value for setting in _settings(second)}
     return [
         f"{name} ({value!r} and {other[name]!r})"
-        for name, value, _, rules in _settings(first)
+        for name, value, _, rules, _ in _settings(first)
         if value != other[name] and not rules.get("changeable")
     ]
 
@@ -514,6 +522,7 @@ class _Setting(NamedTuple):
     value: Any
     default: Any
     rules: Mapping[str, Any]
+    type: Any
 
 
 def _settings(section: Any, prefix: str = "", only: Mapping[str, Any] | None = None) -> Iterator[_Setting]:
@@ -523,7 +532,7 @@ def _settings(section: Any, prefix: str = "", only: Mapping[str, Any] | None = N
         if dataclasses.is_dataclass(value):
             yield from _settings(value, f"{name}.", rules["only"])
         else:
-            yield _Setting(name, tuples(value), field.default, rules)
+            yield _Setting(name, tuples(value), field.default, rules, field.type)
 
 
 def validate(config: Config, *, device_count: int | None = None) -> None:
@@ -536,9 +545,12 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
     Raises:
       ValueError: listing every problem, not only the first.
     """
+    problems = [*_section_problems(config)] or [*_field_problems(config)]
+    if any(isinstance(problem, _WrongType) for problem in problems):
+        # Values of other types would make no sense, or an error, in the comparisons below.
+        raise ValueError("this config cannot run: " + "; ".join(problems))
     devices = jax.device_count() if device_count is None else device_count
-    problems = [
-        *_field_problems(config),
+    others = [
         *_scales_problems(config),
         *_structure_problems(config.model),
         *_data_problems(config.data),
@@ -549,20 +561,23 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
     ]
     model = config.model
     if model.post_se and model.name in models.list() and models.find(model.name).family is not models.vgg:
-        problems.append(
+        others.append(
             f"`model.post_se`=True does nothing with `model.name`={model.name!r}: leave it at False"
         )
     if model.name in models.list():
         side = getattr(models.find(model.name).variant, "image_size", 1)
         if config.data.image_size % side:
-            problems.append(
+            others.append(
                 f"`data.image_size`={config.data.image_size} gives maps that are not whole tiles of "
                 f"`model.name`={model.name!r}: it must be a multiple of {side}"
             )
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        problems.append(
+        others.append(
             "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
         )
+    # What has been said of a NaN is enough.
+    unusable = tuple(f"`{setting.name}`=" for setting in _settings(config) if not _is_finite(setting.value))
+    problems += [problem for problem in others if not problem.startswith(unusable)]
     if problems:
         raise ValueError("this config cannot run: " + "; ".join(problems))
 
@@ -576,13 +591,19 @@ def _field_problems(config: Config) -> Iterator[str]:
         return known(config) if callable(known) else known
 
     for setting in settings.values():
-        name, value, default, rules = setting
+        name, value, default, rules, _ = setting
+        limits, inside = _limits(setting, settings)
+        must = ", ".join(filter(None, (_kind(setting), limits, "or None" if default is None else "")))
+        if not _is_of(value, setting.type):
+            yield _WrongType(f"`{name}`={value!r} must {must}")
+            continue
         known = choices(setting)
-        if known is not None and value not in known:
+        if known and value not in known:  # there are none where the field that they hang on is wrong
             yield f"`{name}`={value!r} must be one of {', '.join(known)}{did_you_mean(value, known)}"
-        if value is not None and (limits := _range_problem(setting, settings)):
-            numbers = "hold finite numbers" if isinstance(value, tuple) else "be a finite number"
-            yield f"`{name}`={value} must {numbers}, {limits}{', or None' if default is None else ''}"
+        if value is not None and not inside:
+            yield f"`{name}`={value} must {must}"
+        if not _is_finite(value):
+            continue
         for where, allowed in rules["only"].items():
             # A wrong value of the other field is a problem of its own.
             other = settings[where]
@@ -594,6 +615,39 @@ def _field_problems(config: Config) -> Iterator[str]:
                 break
 
 
+class _WrongType(str):
+    """A problem of a value that is not of its field's type."""
+
+
+def _section_problems(config: Config) -> Iterator[str]:
+    """Sections that are none."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(field.type) and not isinstance(value, field.type):  # pyright: ignore[reportArgumentType]
+            yield _WrongType(f"`{field.name}` is {value!r}: it must be a {field.type.__name__}")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(entry, typing.get_args(kind)[0]) for entry in value)
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _kind(setting: _Setting) -> str:
+    """What a value of this field must be, after "must"."""
+    kind = next(k for k in typing.get_args(setting.type) or (setting.type,) if k is not type(None))
+    if tuple in (typing.get_origin(kind), typing.get_origin(setting.type)):
+        entries = setting.type if typing.get_origin(setting.type) is tuple else kind
+        return f"hold {'whole' if typing.get_args(entries)[0] is int else 'finite'} numbers"
+    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
+    return f"be {names[kind]}"
+
+
 _BOUNDS = {
     "at_least": operator.ge,
     "more_than": operator.gt,
@@ -602,19 +656,25 @@ _BOUNDS = {
 }
 
 
-def _range_problem(setting: _Setting, settings: Mapping[str, _Setting]) -> str | None:
-    """The bounds of a field in words if its value, or an entry of it, is outside them."""
-    words, inside = [], True
+def _limits(setting: _Setting, settings: Mapping[str, _Setting]) -> tuple[str, bool]:
+    """The bounds of a field in words, and whether its value, each entry of it, is finite and inside them."""
+    entries = setting.value if isinstance(setting.value, tuple) else (setting.value,)
+    words, inside = [], _is_finite(setting.value)
     for rule, holds in _BOUNDS.items():
         limit, source = setting.rules.get(rule), ""
         if isinstance(limit, str):
             limit, source = settings[limit].value, f" (`{limit}`)"
-        # A limit that is not finite is a problem of the field that it comes from.
-        if limit is not None and math.isfinite(limit):
+        # A limit that is no finite number is a problem of the field that it comes from.
+        if isinstance(limit, numbers.Real) and math.isfinite(limit):
             words.append(f"{rule.replace('_', ' ')} {limit}{source}")
-            entries = setting.value if isinstance(setting.value, tuple) else (setting.value,)
-            inside = inside and all(math.isfinite(entry) and holds(entry, limit) for entry in entries)
-    return None if inside else " and ".join(words)
+            inside = inside and all(isinstance(e, numbers.Real) and holds(e, limit) for e in entries)
+    return " and ".join(words), inside
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value, each entry of a tuple, is no infinite number and no NaN."""
+    entries = value if isinstance(value, tuple) else (value,)
+    return all(not isinstance(entry, numbers.Real) or math.isfinite(entry) for entry in entries)
 
 
 def _scales_problems(config: Config) -> Iterator[str]:

@@ -25,18 +25,21 @@ from jax.sharding import Mesh
 
 from repopt_jax.core import paths
 from repopt_jax.core.scales import ScalesMetadata, save_scales
+from repopt_jax.data.check import SPLITS, listed
 from repopt_jax.optim.resrep import get_masks, masks_are_due, resrep_masks, row_norms, set_masks
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints, Progress
 from repopt_jax.train.config import Config, evaluated_on, to_json, validate
+from repopt_jax.train.lock import Lock
 from repopt_jax.train.processes import barrier, in_all_processes
-from repopt_jax.train.progress import Feeder, ProgressBar, Stopwatch, WaitWarning
+from repopt_jax.train.progress import LOADING_S, Feeder, ProgressBar, Stopwatch, WaitWarning
 from repopt_jax.train.rundir import (
     MetricsWriter,
     RunFolder,
     Summary,
+    check_records,
     read_records,
     scale_statistics,
     summarize,
@@ -70,20 +73,38 @@ def run(
     Raises:
       ValueError: a config that cannot run (all problems listed), data or scales that do not fit, or an
         `out_dir` that holds something else, or checkpoints of which none can be used, or that began with
-        other scales.
+        other scales, or whose log or checkpoints were cut, changed or removed.
+      BlockingIOError: another run is writing to `out_dir`.
       OSError: `out_dir`, the data or the scales cannot be read or written; the last checkpoint is kept.
       FloatingPointError: loss or parameters that are not finite; the checkpoint before is kept.
     """
-    # Whatever is wrong with a config, its data or its scales is raised before anything is written.
+    # What is wrong with a config, its folder, its data or its scales is raised before anything is written.
     in_all_processes("run this config", lambda: validate(config))
     folder = RunFolder(out_dir)
-    summary = in_all_processes(
-        "look at `out_dir`",
-        lambda: folder.finished(config),
-        describe=lambda found: "no finished run" if found is None else "a finished run",
-    )
-    if summary is not None:
+
+    def finished() -> Summary | None:
+        return in_all_processes(
+            "look at `out_dir`",
+            lambda: folder.finished(config),
+            describe=lambda found: "no finished run" if found is None else "a finished run",
+        )
+
+    if (summary := finished()) is not None:
         return summary
+    with folder.hold() as lock:
+        # Once more: another job may have finished it just before.
+        if (summary := finished()) is not None:
+            return summary
+        in_all_processes("go on in `out_dir`", folder.check_progress)
+        with ProgressBar(config.name, config.task, split=evaluated_on(config), shown=progress) as bar:
+            return _run(config, folder, lock, bar, stop or (lambda: False))
+
+
+def _run(
+    config: Config, folder: RunFolder, lock: Lock | None, bar: ProgressBar, ask: Callable[[], bool]
+) -> Summary:
+    """`run` in a folder that is held, of a run that is not finished."""
+    bar.say("loading data", after=LOADING_S)
     feed = in_all_processes("open the data", lambda: open_feed(config), describe=_describe_data)
     mesh = make_mesh(config.mesh.fsdp, data=config.mesh.data)
     program, state = build_program(config, feed, mesh)
@@ -92,11 +113,21 @@ def run(
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(iter(feed.train)))
         scores = folder.scores(config.task)
-        keep: dict[str, Any] = {"keep_last": config.keep_last, "keep_best": config.keep_best}
         checkpoints = stack.enter_context(
-            Checkpoints(folder.checkpoints, writing=True, scores=scores, **keep)
+            Checkpoints(
+                folder.checkpoints,
+                writing=True,
+                scores=scores,
+                keep_last=config.keep_last,
+                keep_best=config.keep_best,
+                completed=folder.note_checkpoint,
+            )
         )
         start = checkpoints.latest
+        if start is not None:
+            in_all_processes(
+                "read the log", lambda: check_records(folder.metrics, start, log_every=config.log_every)
+            )
         state, resumed = _first_state(config, state, checkpoints, mesh)
         if start is not None:
             batches.set_state(resumed.data)
@@ -107,20 +138,14 @@ def run(
             tensorboard=config.tensorboard,
         )
         total = config.epochs * feed.steps_per_epoch
-        bar = ProgressBar(
-            config.name,
-            config.task,
-            split=evaluated_on(config),
-            total=total,
-            start=start or 0,
-            shown=progress,
-        )
+        bar.begin(total=total, start=start or 0)
         job = _Job(
             *(config, folder, feed, mesh, program, checkpoints, scores, total, resumed.seconds),
-            ask=stop or (lambda: False),
+            ask=ask,
+            lock=lock,
             feeder=stack.enter_context(contextlib.closing(Feeder(batches))),
             metrics=stack.enter_context(log),
-            bar=stack.enter_context(bar),
+            bar=bar,
             warning=WaitWarning(config.name, workers=config.data.workers),
             law=search_law(config, feed.steps_per_epoch, folder.metrics),
         )
@@ -165,6 +190,7 @@ class _Job:
     total: int
     seconds_before: float
     ask: Callable[[], bool]
+    lock: Lock | None
     feeder: Feeder
     metrics: MetricsWriter
     bar: ProgressBar
@@ -214,11 +240,13 @@ def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) ->
     if start == job.total:
         return state, True
     if start == 0:
+        _record_skipped(job)
         if job.law is not None:
             logger.info("%s", job.law.describe())
         state = _record_scales(job, state, 0)
     job.feeder.request()
     batch = put_batch(job.feeder.take(), job.mesh)
+    job.bar.say("compiling")
     # Compiled ahead: no line of the log times a compilation, and a second one, which would mean that a step
     # returns another kind of state than it was given, is an error.
     train_step = job.program.train_step.lower(state, batch).compile()
@@ -227,6 +255,7 @@ def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) ->
         with jax.transfer_guard("disallow"):
             state, means = train_step(state, batch)
         watch.tick()
+        job.bar.tick(step)
         epoch_ends, last = step % job.feed.steps_per_epoch == 0, step == job.total
         job.feeder.step_started(means, more=not last)
         job.asked_to_stop()
@@ -246,6 +275,20 @@ def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) ->
         if not last:
             batch = put_batch(job.feeder.take(), job.mesh)
     return state, True
+
+
+def _record_skipped(job: _Job) -> None:
+    """Tells of the images that are left out because they cannot be read."""
+    bad = job.feed.source.skipped
+    if not bad:
+        return
+    skipped = {name: sum(one.split == name for one in bad) for name in SPLITS}
+    logger.warning(
+        "%s: %d images for training and %d for evaluation cannot be read and are left out: %s",
+        *(job.config.name, *skipped.values(), listed(bad)),
+    )
+    record = {"kind": "data", "step": 0, "epoch": 0.0}
+    _write(job, record | {f"skipped_{name}": count for name, count in skipped.items()})
 
 
 def _between_steps(job: _Job, state: TrainState, step: int, epoch_ends: bool) -> TrainState:
@@ -347,6 +390,8 @@ def _save(job: _Job, state: TrainState, step: int, *, pending: bool, wait: bool)
     if not finite:
         raise _not_finite(job, f"a parameter after step {step}")
     with _explain_write_error(job):
+        if job.lock is not None:
+            job.lock.check()
         job.metrics.sync()
         progress = Progress(job.feeder.position, job.seconds, pending, job.mesh.size)
         job.checkpoints.save(step, state, progress, scheduled=job.saves_at(step), wait=wait)
@@ -375,18 +420,22 @@ def _explain_write_error(job: _Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise type(error)(
-            f"{error}; {_last_checkpoint(job)}, and nothing up to it is lost. "
-            "Make it possible to write there, and run the same again to go on"
-        ) from error
+        kept = _last_checkpoint(job)
+        if job.checkpoints.latest is None:
+            then = "Make it possible to write there, and run the same again from its beginning"
+        else:
+            kept += ", and nothing up to it is lost"
+            then = "Make it possible to write there, and run the same again to go on"
+        raise type(error)(f"{error}; {kept}. {then}") from error
 
 
 def _last_checkpoint(job: _Job) -> str:
     with contextlib.suppress(OSError):  # the error that is being raised says more
         job.checkpoints.wait()
     step = job.checkpoints.latest
-    kept = "no checkpoint was written" if step is None else f"the checkpoint of step {step} is kept"
-    return f"{kept} in {job.checkpoints.directory}"
+    if step is None:
+        return "no checkpoint was written before"
+    return f"the checkpoint of step {step} is kept in {job.checkpoints.directory}"
 
 
 def _finish(job: _Job, state: TrainState, *, finished: bool) -> Summary:

@@ -4,6 +4,7 @@ of it."""
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 # log's line spans fewer seconds than this, in which a single slow file is already that much.
 WORTH_A_WARNING = 0.1
 LEAST_SECONDS = 0.5
+# Seconds without a terminal until the first line inside an epoch, and the longest time between two lines.
+FIRST_LINE_S, LONGEST_S = 30.0, 600.0
+LOADING_S = 2.0  # data that are open before need no line
 
 
 class Feeder:
@@ -127,9 +131,11 @@ class WaitWarning:
 
 
 class ProgressBar:
-    """A bar with loss, images/s and remaining time; without a terminal, one logged line an epoch."""
+    """A bar with loss, images/s and remaining time. Without a terminal, lines go to `logging`, each with the
+    time of day: what is begun, each epoch, and within an epoch one after FIRST_LINE_S seconds, and further
+    ones at intervals that double up to LONGEST_S."""
 
-    def __init__(self, name: str, task: str, *, split: str, total: int, start: int, shown: bool):
+    def __init__(self, name: str, task: str, *, split: str, shown: bool):
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -141,8 +147,42 @@ class ProgressBar:
             disable=not (shown and console.is_terminal),
         )
         self._name, self._task, self._split = name, task, split
-        self._bar = self._progress.add_task(name, total=total, completed=start, text="compiling")
+        self._bar = self._progress.add_task(name, total=None, text="")
         self._last: Mapping[str, Any] = {}
+        self._total = 0
+        self._waiting: threading.Timer | None = None
+        self._line_at, self._interval = time.perf_counter(), FIRST_LINE_S
+
+    def begin(self, *, total: int, start: int) -> None:
+        """Says how many steps the run has, and after which it goes on."""
+        self._forget()
+        self._total = total
+        self._progress.update(self._bar, total=total, completed=start)
+
+    def say(self, what: str, *, after: float = 0.0) -> None:
+        """Shows what the run does before its first step; without a terminal, if it takes more than `after`
+        seconds."""
+        self._progress.update(self._bar, text=what)
+        self._forget()
+        if self._progress.disable and after:
+            self._waiting = threading.Timer(after, self._log, (what,))
+            self._waiting.daemon = True
+            self._waiting.start()
+        elif self._progress.disable:
+            self._log(what)
+
+    def _forget(self) -> None:
+        """Does not say any more what was begun before."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting.join()
+            self._waiting = None
+
+    def tick(self, step: int) -> None:
+        """Takes note of a step; without a terminal, logs a line where the last one is long ago."""
+        if self._progress.disable and time.perf_counter() - self._line_at >= self._interval:
+            self._log(", ".join([f"step {step} of {self._total}", *self._speed()]))
+            self._interval = min(2 * self._interval, LONGEST_S)
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Shows a "train" record."""
@@ -157,19 +197,27 @@ class ProgressBar:
 
     def end_epoch(self, epoch: int, evaluation: Mapping[str, Any] | None) -> None:
         """Shows that an epoch is over: through `logging` if there is no bar, above the bar if evaluated."""
-        parts = [f"{self._name}: epoch {epoch}"]
-        if self._last:
-            parts.append(f"loss {self._last['loss']:.3f}, {self._last['images_per_s']:,.0f} images/s")
+        parts = [f"epoch {epoch}", *self._speed()]
         if evaluation is not None:
             parts.append(format_metrics(self._task, evaluation, split=self._split))
         if self._progress.disable:
-            logger.info(", ".join(parts))
+            self._log(", ".join(parts))
         elif evaluation is not None:
-            self._progress.console.log(", ".join(parts))
+            self._progress.console.log(f"{self._name}: {', '.join(parts)}")
+
+    def _speed(self) -> list[str]:
+        if not self._last:
+            return []
+        return [f"loss {self._last['loss']:.3f}, {self._last['images_per_s']:,.0f} images/s"]
+
+    def _log(self, text: str) -> None:
+        logger.info("%s %s: %s", time.strftime("%H:%M:%S"), self._name, text)
+        self._line_at = time.perf_counter()
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._forget()
         self._progress.stop()

@@ -1,17 +1,22 @@
 """The folder of a run: which run may write into it, its log, and the small files that say what it holds.
 
+run.lock                     who writes here now; see `lock`
 config.json, dataset.json    what is trained on what; written first, never changed
 metrics.jsonl, tensorboard/  the log
 checkpoints/                 state; see `checkpoint`
+progress.json                the step of the newest checkpoint: were all lost, the run would know of it
 scales/                      what a search found
 summary.json                 written last: with it the run is finished
 """
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import importlib.metadata
+import itertools
 import json
+import logging
 import os
 import platform
 import re
@@ -24,6 +29,7 @@ import jax
 import numpy as np
 import optax
 
+from repopt_jax import jsontext
 from repopt_jax._version import __version__
 from repopt_jax.core import paths
 from repopt_jax.data import DatasetInfo, DetectionInfo
@@ -36,15 +42,19 @@ from repopt_jax.train.config import (
     to_json,
     tuples,
 )
+from repopt_jax.train.lock import LOCK, Lock, held
 from repopt_jax.train.processes import barrier, in_all_processes, is_first
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
 Info = DatasetInfo | DetectionInfo
 
 PART = ".part"  # suffix of a file that is being written
+MANIFEST = "manifest.json"  # of a checkpoint: written last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +149,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.scales = self.path / "scales"
         self.metrics = self.path / "metrics.jsonl"
+        self.progress = self.path / "progress.json"
 
     def finished(self, config: Config) -> Summary | None:
         """The summary, if this folder holds the finished run of `config`; None if that run can start or go on
@@ -157,8 +168,27 @@ class RunFolder:
             return None
         return from_record(Summary, done, self.path / "summary.json", reused=True)
 
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[Lock | None]:
+        """Holds the folder for this job: no other writes to it meanwhile. Gives the lock in the first process
+        of the job, None in the others. A folder that is made for it and stays empty is removed again.
+
+        Raises:
+          BlockingIOError: another job holds it; the message says who, and since when.
+          OSError: it cannot be made or written.
+        """
+
+        def acquire() -> Lock | None:
+            if not is_first():
+                return None
+            with self._os_errors("write to", unless=BlockingIOError):
+                return stack.enter_context(held(self.path))
+
+        with contextlib.ExitStack() as stack:
+            yield in_all_processes("hold `out_dir`", acquire)
+
     def claim(self, config: Config, info: Info) -> None:
-        """Makes the folder that of this run. Call after `finished`.
+        """Makes the folder that of this run. Call after `finished`, holding the folder.
 
         Raises:
           ValueError: the run began on other data.
@@ -199,9 +229,50 @@ class RunFolder:
         names = ("config.json", "dataset.json")
         if missing := [name for name in names if not (self.path / name).is_file()]:
             raise FileNotFoundError(f"{self.path} holds no run: {', '.join(missing)} is missing")
-        config, info = ((self.path / name).read_text(encoding="utf-8") for name in names)
-        config = from_json(config)
-        return config, info_from_json(config.task, json.loads(info))
+        try:
+            config = from_json((self.path / names[0]).read_bytes())
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path} has a config.json that this version did not write ({error})"
+            ) from error
+        path = self.path / names[1]
+        try:
+            return config, info_from_json(config.task, read_json(path))
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not describe a data set: {error}") from error
+
+    def check_progress(self) -> None:
+        """Looks, before a run begins or goes on here, whether what it left is still there.
+
+        Raises:
+          ValueError: a file where a folder should be, or the other way round; a line of the log that is none;
+            the checkpoints are gone although the run had some.
+        """
+        kinds = {self.checkpoints: Path.is_dir, self.scales: Path.is_dir}
+        kinds |= dict.fromkeys((self.metrics, self.progress, self.path / "summary.json"), Path.is_file)
+        if wrong := [path.name for path, is_kind in kinds.items() if path.exists() and not is_kind(path)]:
+            raise ValueError(
+                f"`out_dir` {self.path} has a file where a folder should be, or the other way round: "
+                f"{', '.join(wrong)}; move it away, and put back what was there"
+            )
+        stored = read_json(self.progress, default={})
+        step = stored.get("checkpoint") if isinstance(stored, dict) else None
+        logged = [record["step"] for record in read_records(self.metrics)]
+        complete = [p for p in self.checkpoints.glob(f"*/{MANIFEST}") if p.parent.name.isdecimal()]
+        if isinstance(step, int) and not complete:
+            found = f"a run that had a checkpoint of step {step}"
+        elif logged and not self.checkpoints.is_dir():  # which is made before the log is opened
+            found = f"the log of a run until step {max(logged)}"
+        else:
+            return
+        raise ValueError(
+            f"`out_dir` {self.path} holds {found}, but no complete checkpoint is in {self.checkpoints}. "
+            "Nothing was changed. Put back the checkpoints, or train from the beginning in another `out_dir`"
+        )
+
+    def note_checkpoint(self, step: int) -> None:
+        """Records in the first process that the checkpoint of `step` is complete."""
+        replace_file(self.progress, json.dumps({"checkpoint": step}) + "\n")
 
     def scores(self, task: str) -> dict[int, float]:
         """Step -> first number of the evaluation there, by which the best checkpoint is found."""
@@ -217,20 +288,20 @@ class RunFolder:
             if is_first():
                 replace_file(self.path / "summary.json", json.dumps(values, indent=2) + "\n")
 
-    def _os_errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
-        return os_errors(f"{verb} `out_dir` {self.path}", "; choose another folder")
+    def _os_errors(self, verb: str, **options: Any) -> contextlib.AbstractContextManager[None]:
+        return os_errors(f"{verb} `out_dir` {self.path}", "; choose another folder", **options)
 
     def _stored_config(self) -> Config | None:
         path = self.path / "config.json"
         if path.exists():
             try:
-                return from_json(path.read_text(encoding="utf-8"))
+                return from_json(path.read_bytes())
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"`out_dir` {self.path} has a config.json that this version did not write ({error}); "
                     "choose another folder"
                 ) from error
-        refuse_strangers(self.path, "run", lambda name: name.endswith(PART))
+        refuse_strangers(self.path, "run", lambda name: name.endswith(PART) or name == LOCK)
         return None
 
 
@@ -276,10 +347,7 @@ def read_json(path: Path, *, default: Any = None) -> Any:
     """
     if not path.is_file():
         return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    return jsontext.parse(path.read_bytes(), path)
 
 
 def from_record(kind: type[R], record: Any, path: Path, **changes: Any) -> R:
@@ -308,13 +376,15 @@ def _sync(file: int) -> None:
 
 
 @contextlib.contextmanager
-def os_errors(doing: str, advice: str = "") -> Iterator[None]:
+def os_errors(
+    doing: str, advice: str = "", *, unless: type[Exception] | tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """Raises an error of the file system again, whatever Orbax made of it, as one `OSError` with what could
-    not be done, and what to do."""
+    not be done, and what to do; but not those of type `unless`, which say it themselves."""
     try:
         yield
     except Exception as error:
-        if (reason := _file_error(error)) is None:
+        if isinstance(error, unless) or (reason := _file_error(error)) is None:
             raise
         raise type(reason)(f"cannot {doing}: {reason.strerror or reason}{advice}") from error
 
@@ -351,9 +421,13 @@ class MetricsWriter:
 
         Lines past that step were written by a run that was killed after its last checkpoint. They are
         dropped, so that the file ends as that of an unbroken run; and so is the evaluation of that step,
-        unless it counts as `evaluated`.
+        unless it counts as `evaluated`. A run that starts anew moves lines that are there aside, to
+        metrics-before.jsonl. Where the file of a run that goes on is gone, its records begin with one that
+        says so, of kind "resumed". Both give a warning.
 
         Raises:
+          ValueError: a line that is no record, or records up to `resume_step` that are missing although there
+            are later or earlier ones. Nothing is changed then. See `check_records`.
           OSError: the file cannot be written.
         """
         # The first process writes; the others hold the same numbers and drop them.
@@ -361,7 +435,7 @@ class MetricsWriter:
         self._path = path if is_first() else Path(os.devnull)
         with os_errors(f"write to {self._path}"):
             if is_first():
-                _drop_after(path, resume_step, evaluated)
+                _make_ready(path, resume_step, evaluated)
             # Without a buffer: what could not be written is not tried again when the file is closed.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         self._board = None
@@ -372,12 +446,12 @@ class MetricsWriter:
             self._board = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=purge)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes one record; it has a "kind" and a "step".
+        """Writes one record, which has a "kind" and a "step", and the time of day as "time".
 
         Raises:
           OSError: it cannot be written.
         """
-        line = (json.dumps(record) + "\n").encode()
+        line = (json.dumps({**record, "time": _now()}) + "\n").encode()
         with os_errors(f"write to {self._path}"):
             while line:
                 line = line[self._file.write(line) or 0 :]
@@ -408,19 +482,91 @@ class MetricsWriter:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a half-written last one; none if there is no file."""
+    """The lines of a metrics file, without a half-written last one; none if there is no file.
+
+    Raises:
+      ValueError: a line is no record; the message has the file and the number of the line.
+    """
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [_record(line, path, number) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 
-def _drop_after(path: Path, step: int | None, evaluated: bool) -> None:
-    kept = [] if step is None else [r for r in read_records(path) if r["step"] <= step]
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    advice = "put back a copy of the file, or move it away to go on without its records"
+    try:
+        found = jsontext.parse(line, "it")
+    except ValueError as error:
+        raise ValueError(f"line {number} of {path} is no record ({error}): {advice}") from error
+    valid = isinstance(found, dict) and isinstance(found.get("kind"), str) and type(found.get("step")) is int
+    if not valid:
+        raise ValueError(f"line {number} of {path} is no record with a kind and a step: {advice}")
+    return found
+
+
+def check_records(path: Path, step: int, *, log_every: int) -> None:
+    """Looks whether a log still has what the checkpoint of `step` promises: a "train" record for every
+    `log_every` steps up to it.
+
+    Raises:
+      ValueError: lines are missing, from its end or in between, or one is no record. A log that is gone
+        altogether is no error: nothing of it can be overwritten.
+    """
+    if not path.exists():
+        return
+    records = read_records(path)
+    begun = [r["step"] for r in records if r["kind"] == RESUMED]
+    there = {r["step"] for r in records if r["kind"] == "train"}
+    first = max(begun) if begun else 0
+    missing = [s for s in range(log_every, step + 1, log_every) if s > first and s not in there]
+    if missing:
+        raise ValueError(
+            f"{path} was cut or changed: its {len(records)} lines lack {len(missing)} records of training "
+            f"steps up to the checkpoint of step {step}, the first of step {missing[0]}. Nothing was "
+            "changed. Put back a copy of the file, or move it away to go on without its records"
+        )
+
+
+RESUMED = "resumed"  # the kind of a record that stands for all before it, which are lost
+
+
+def _make_ready(path: Path, step: int | None, evaluated: bool) -> None:
+    """Makes a log end at `step`; see `MetricsWriter`."""
+    there = path.exists()
+    if step is None:
+        if there and path.stat().st_size:
+            _move_aside(path)
+        records = []
+    elif there:
+        records = [r for r in read_records(path) if r["step"] <= step]
+    else:
+        logger.warning(
+            "%s is missing: its records up to step %d are lost, and the run goes on without them", path, step
+        )
+        records = [{"kind": RESUMED, "step": step, "note": "the records before this step are lost"}]
     if not evaluated:
-        kept = [r for r in kept if not (r["kind"] == "eval" and r["step"] == step)]
-    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
+        records = [r for r in records if not (r["kind"] == "eval" and r["step"] == step)]
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _move_aside(path: Path) -> None:
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.stem}-before{'' if number == 1 else number}{path.suffix}")
+        if not aside.exists():
+            break
+    path.rename(aside)
+    logger.warning(
+        "%s has records, but there is no checkpoint to go on from: they were moved to %s, and the run starts "
+        "at its beginning",
+        *(path, aside.name),
+    )
+
+
+def _now() -> str:
+    """The time of day, with its offset from UTC, to the second."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def scale_statistics(

@@ -87,6 +87,8 @@ class Task(abc.ABC):
           FileNotFoundError, ValueError: the data are missing or cannot be used.
         """
         source = data.open_configured(settings)
+        if settings.skip_bad:
+            source = data.without_bad(source)
         if settings.validation:
             source = data.hold_out(source, settings.validation)
         return source, self.transform(settings)

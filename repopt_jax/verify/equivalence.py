@@ -20,8 +20,10 @@ from flax import nnx
 
 from repopt_jax import userfile
 from repopt_jax.core import paths
-from repopt_jax.core.scales import LayerScales, Scales, check_fit
+from repopt_jax.core.arguments import check_number
+from repopt_jax.core.scales import LayerScales, Scales, check_fit, check_scales
 from repopt_jax.nn.merged import Merged
+from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.optim.sgd import repopt_mask
 from repopt_jax.surgery.layers import check_aliases, layers_at
 from repopt_jax.surgery.modules import join, named_modules
@@ -220,8 +222,12 @@ def verify_equivalence(
       ValueError: the scales do not fit the model; `batches` is empty; only one of the two optimizers is
         given, or both with `normalise`; or layers for which there is no equivalence, with the reasons:
         padding that depends on the input's size (`SAME` at stride 2), a class with a `__call__` of its own.
-      TypeError: a path of `scales` is not the kernel of an `nnx.Conv` or `nnx.Linear`.
+      TypeError: a path of `scales` is not the kernel of an `nnx.Conv` or `nnx.Linear`; or an argument is of
+        another type.
     """
+    check_scales(scales)
+    check_rngs(rngs)
+    check_number("tolerance", tolerance, more_than=0)
     if (optimizer is None) != (twin_optimizer is None):
         given, other = (
             ("twin_optimizer", "optimizer") if optimizer is None else ("optimizer", "twin_optimizer")
