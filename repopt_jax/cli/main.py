@@ -203,9 +203,7 @@ def _parsers() -> tuple["_Parser", dict[str, "_Parser"]]:
     quantize.takes_config = True
     quantize.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
     quantize.option("--out=DIR", "folder of the quantized network; new or empty", type=path, required=True)
-    quantize.option(
-        "--bits=N", "of inputs, and of kernels without --weight_bits: 2 to 8 (8)", type=int
-    )
+    quantize.option("--bits=N", "of inputs, and of kernels without --weight_bits: 2 to 8 (8)", type=int)
     quantize.option("--weight_bits=N", "of the kernels", type=int)
     quantize.option("--per=WHAT", "a kernel has a scale for each channel, or one for the tensor (channel)")
     quantize.option(
