@@ -69,18 +69,19 @@ def randomised(model, seed=0, dtype=jnp.float64):
     return model
 
 
-def settled_statistics(model, seed=0):
+def settled_statistics(model, seed=0, dtype=jnp.float64):
     """`randomised` with batch norms that let through what the input brings about: variances and scales near 1
     in absolute value, and shifts that are small beside them. In a deep network of other ones, maps grow
     without bound, or an image hardly changes the output."""
     rng = np.random.default_rng(seed)
-    randomised(model, seed)
+    randomised(model, seed, dtype)
     for _, norm in named_modules(model):
         if isinstance(norm, nnx.BatchNorm):
-            norm.var.set_value(jnp.asarray(rng.uniform(0.5, 2.0, norm.var.shape)))
-            norm.scale.set_value(jnp.asarray(rng.choice([-1, 1], norm.var.shape) * rng.uniform(0.5, 1.5)))
+            scale = rng.choice([-1, 1], norm.var.shape) * rng.uniform(0.5, 1.5)
+            norm.var.set_value(jnp.asarray(rng.uniform(0.5, 2.0, norm.var.shape), dtype))
+            norm.scale.set_value(jnp.asarray(scale, dtype))
             for shift in (norm.mean, norm.bias):
-                shift.set_value(jnp.asarray(rng.normal(size=norm.var.shape) / 10))
+                shift.set_value(jnp.asarray(rng.normal(size=norm.var.shape) / 10, dtype))
     return model
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import refused, write_images
+from tolerances import INT8_FILE
 
 from repopt_jax import data, models, train
 from repopt_jax.cli.main import main
@@ -16,6 +17,9 @@ from repopt_jax.export import checks, runtime
 from repopt_jax.models import registry
 from repopt_jax.train import deploy
 from repopt_jax.train.export import evaluate_file, export
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
 
 CLASSIFIER = models.VGGVariant("export-tiny", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1))
 DETECTOR = models.DetectorVariant(
@@ -102,11 +106,14 @@ def test_export_says_what_the_file_takes_and_how_far_it_is_from_the_network(caps
 
 @pytest.mark.parametrize("options", [[], ["--preprocess"], ["--preprocess=float32", "--layout=NCHW"]])
 @pytest.mark.parametrize("name", ["pets", "found"])
-def test_eval_of_a_file_is_eval_of_the_network(capsys, runs, name, options, tmp_path):
-    out = tmp_path / "network.stablehlo"
-    if name == "found":
+@pytest.mark.parametrize("format", ["stablehlo", "onnx"])
+def test_eval_of_a_file_is_eval_of_the_network(capsys, runs, format, name, options, tmp_path):
+    out = tmp_path / f"network.{format}"
+    if name == "found" and format == "stablehlo":
         options = [*options, "--decode"]
-    run(capsys, "export", f"--run={runs / name}", "--format=stablehlo", f"--out={out}", *options)
+    if format == "onnx" and "--layout=NCHW" in options:
+        options = [*options[:-1], "--layout=NHWC"]
+    run(capsys, "export", f"--run={runs / name}", f"--format={format}", f"--out={out}", *options)
     (of_run,) = run(capsys, "eval", f"--run={runs / name}")
     (of_file,) = run(capsys, "eval", f"--model={out}", f"--run={runs / name}")
     assert of_file.partition(";")[0] == of_run.partition(";")[0]
@@ -142,12 +149,13 @@ def test_the_wrong_preprocessing_is_seen(runs, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--preprocess"], ["--layout=NCHW"]])
-def test_predict_classes(capsys, runs, options, tmp_path):
-    out, picture = tmp_path / "network.stablehlo", tmp_path / "picture.png"
+@pytest.mark.parametrize("format", ["stablehlo", "onnx"])
+def test_predict_classes(capsys, runs, format, options, tmp_path):
+    out, picture = tmp_path / f"network.{format}", tmp_path / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 256, (20, 13)).astype(np.uint8)
     Image.fromarray(pixels).save(picture)
     of_run = run(capsys, "predict", picture, f"--run={runs / 'pets'}")
-    run(capsys, "export", f"--run={runs / 'pets'}", "--format=stablehlo", f"--out={out}", *options)
+    run(capsys, "export", f"--run={runs / 'pets'}", f"--format={format}", f"--out={out}", *options)
     assert run(capsys, "predict", picture, f"--model={out}") == of_run
     trained = deploy.load_any(runs / "pets")
     transform = data.Transform(8, resize=9, mean=(0.4,), std=(0.2,))
@@ -159,9 +167,18 @@ def test_predict_classes(capsys, runs, options, tmp_path):
     refused(capsys, ["predict", picture, f"--model={out}", "--threshold=0.5"], "are for detectors", code=2)
 
 
-@pytest.mark.parametrize("options", [[], ["--decode"], ["--preprocess", "--layout=NCHW"]])
-def test_predict_objects(capsys, runs, options, tmp_path):
-    out, picture = tmp_path / "network.stablehlo", tmp_path / "picture.png"
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("stablehlo", []),
+        ("stablehlo", ["--decode"]),
+        ("stablehlo", ["--preprocess", "--layout=NCHW"]),
+        ("onnx", []),
+        ("onnx", ["--preprocess", "--layout=NHWC"]),
+    ],
+)
+def test_predict_objects(capsys, runs, format, options, tmp_path):
+    out, picture = tmp_path / f"network.{format}", tmp_path / "picture.png"
     Image.fromarray(data.open_scenes(3, num_train=1, num_eval=1, size=50).eval[0]["image"][..., 0]).save(
         picture
     )
@@ -169,10 +186,65 @@ def test_predict_objects(capsys, runs, options, tmp_path):
     of_run = run(capsys, "predict", picture, f"--run={runs / 'found'}", *drawn)
     expected = (tmp_path / "drawn.png").read_bytes()
     (tmp_path / "drawn.png").unlink()
-    run(capsys, "export", f"--run={runs / 'found'}", "--format=stablehlo", f"--out={out}", *options)
+    run(capsys, "export", f"--run={runs / 'found'}", f"--format={format}", f"--out={out}", *options)
     assert run(capsys, "predict", picture, f"--model={out}", *drawn) == of_run
     assert (tmp_path / "drawn.png").read_bytes() == expected
     assert len(of_run) > 1
+
+
+@pytest.mark.parametrize("weights", ["", "full"])
+@pytest.mark.parametrize("name", ["pets", "found-deployed"])
+def test_int8_is_measured_beside_float32(capsys, runs, name, weights, tmp_path):
+    out = tmp_path / "int8.onnx"
+    options = [f"--weights={weights}"] if weights else []
+    said = run(capsys, "export", f"--run={runs / name}", "--format=onnx-int8", f"--out={out}", *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+    text = "\n".join(said)
+    assert f"Ranges are of {16 if name == 'pets' else 8} training images" in text
+    for part in ("quantized network's on", "onnxruntime's fused integer kernels differ", " ms in INT8"):
+        assert part in text
+    metric = "test accuracy" if name == "pets" else "AP50"
+    float32, int8 = (line for line in said if line.startswith(("float32:", "INT8:")))
+    assert metric in float32
+    assert metric in int8
+    (evaluated,) = run(capsys, "eval", f"--model={out}", f"--run={runs / name}")
+    assert evaluated.partition(" (")[0] in int8
+    kept = "in float32: head/boxes, head/centerness, head/classes, head/keypoints"
+    assert (kept in said) == (name == "found-deployed")
+    model = onnx.load(out)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kernels = [array for array in stored.values() if array.dtype == np.int8 and array.ndim > 1]
+    assert len(kernels) > 4
+    largest = max(abs(kernel.astype(int)).max() for kernel in kernels)
+    assert largest == (127 if weights == "full" else 63)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, bits, tmp_path):
+    folder, out = tmp_path / "quantized", tmp_path / "int8.onnx"
+    run(capsys, "quantize", f"--run={runs / 'pets'}", f"--out={folder}", f"--bits={bits}", "--images=16")
+    said = run(capsys, "export", f"--run={folder}", "--format=onnx-int8", f"--out={out}")
+    assert not [line for line in said if line.startswith("Ranges")]
+    (of_network,), (of_file,) = (
+        run(capsys, "eval", *options)
+        for options in ([f"--run={folder}"], [f"--model={out}", f"--run={folder}"])
+    )
+    assert of_file.partition(" (")[0] == of_network.partition(" (")[0]
+    difference = re.search(r"quantized network's on .*\((\S+) of the largest\)", "\n".join(said))
+    assert difference
+    # The file is the quantized network; that is not the network in floating point, which 4 bits change.
+    print(difference[1], said)
+    assert float(difference[1]) < INT8_FILE
+    damage = re.search(r"INT8: .*\((\S+) of the largest\)", "\n".join(said))
+    assert damage
+    assert bits == 8 or float(damage[1]) > 3 * INT8_FILE
+    other = tmp_path / "other.onnx"
+    refused(
+        capsys,
+        ["export", f"--run={folder}", "--format=onnx-int8", f"--out={other}", "--weights=full"],
+        "quantized already",
+    )
+    assert not other.exists()
 
 
 # -- mistakes
@@ -189,6 +261,8 @@ def test_predict_objects(capsys, runs, options, tmp_path):
             ["--format=stablehlo", "--out=a.stablehlo", "--preprocess=int8"],
             ["`preprocess`", "uint8, float32"],
         ),
+        (["--format=onnx-int8", "--out=a.onnx", "--weights=half"], ["`weights` is 'half'", "reduced, full"]),
+        (["--format=onnx", "--out=a.onnx", "--weights=full"], ["`weights` is for the format onnx-int8"]),
         (["--format=onnx", "--out=a.onnx", "--decode"], ["`decode` is for the format stablehlo"]),
         (["--format=stablehlo", "--out=a.stablehlo", "--decode"], ["`decoded` is True", "detector"]),
         (["--format=stablehlo", "--out=none/a.stablehlo"], ["no folder none"]),
@@ -211,6 +285,29 @@ def test_export_does_not_overwrite(capsys, runs, tmp_path):
         ["export", f"--run={tmp_path}", "--format=stablehlo", f"--out={tmp_path / 'b.stablehlo'}"],
         "no run",
     )
+
+
+def test_images_to_calibrate_on_that_do_not_fit(capsys, runs, tmp_path):
+    arguments = ["export", f"--run={runs / 'pets'}", "--format=onnx-int8", f"--out={tmp_path / 'a.onnx'}"]
+    (tmp_path / "empty").mkdir()
+    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'none'}"], "none is not a folder")
+    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'empty'}"], "has no folder train")
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "empty" / split / name).mkdir(parents=True)
+    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'empty'}"], "JPEG or PNG")
+    coloured = tmp_path / "coloured"
+    shutil.copytree(runs / "data", coloured)
+    for path in coloured.rglob("*.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    refused(capsys, [*arguments, f"--data_dir={coloured}"], "images of 1 channels, and the data have 3")
+    assert not (tmp_path / "a.onnx").exists()
+    larger = tmp_path / "larger"  # are resized, as any image is
+    shutil.copytree(runs / "data", larger)
+    for path in larger.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((31, 20)).save(path)
+    run(capsys, *arguments, f"--data_dir={larger}")
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])

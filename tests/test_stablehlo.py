@@ -231,15 +231,17 @@ def test_branches_and_training_mode_are_refused_with_their_paths(tmp_path):
     plain = models.vgg(variant, num_classes=3, in_channels=1, rngs=nnx.Rngs(0))
     plain.train()
     with pytest.raises(
-        ValueError, match=r"stages/0/0/bn, .* and 2 more are in training mode: .*model.eval()"
+        ValueError, match=r"stages/0/0/bn \(BatchNorm\), .* and 2 more are in training mode: .*model.eval()"
     ):
         to_stablehlo(plain, tmp_path / "a", CLASSIFIER)
     branched = prepare(plain, "repvgg", rngs=nnx.Rngs(0)).model
     branched.eval()
-    with pytest.raises(ValueError, match=r"stages/0/0/conv, .* have branches: export `fuse\(model\)`"):
+    with pytest.raises(
+        ValueError, match=r"stages/0/0/conv \(Branched\), .* have branches: export `fuse\(model\)`"
+    ):
         to_stablehlo(branched, tmp_path / "a", CLASSIFIER)
     dropped = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="layers/1 are in training mode"):
+    with pytest.raises(ValueError, match=r"layers/1 \(Dropout\) are in training mode"):
         to_stablehlo(dropped, tmp_path / "a", CLASSIFIER)
     assert not list(tmp_path.iterdir())
 

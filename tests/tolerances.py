@@ -107,3 +107,20 @@ SHRUNK_WRONG = 1e-2
 PREPROCESSED = 1e-5
 # The same with two channels' means exchanged; measured: 9.7e-3.
 PREPROCESSED_APART = 1e-3
+
+# Logits of an INT8 file as onnxruntime runs it by default against the quantized network's, of the largest, of
+# 8 and 4 bits; measured: TODO.
+INT8_FILE = 2e-2
+
+# An ONNX file in onnxruntime, float32, of an output's largest number; measured: at most 3e-6.
+ONNX = 1e-5
+# The same of a mistake in a node; measured: at least 3.9e-3.
+ONNX_WRONG = 1e-3
+# The share of whole numbers that differ from those of fake quantization.
+INT8_UNEQUAL = 1e-3
+# The same of a mistake.
+INT8_WRONG = 1e-2
+# Outputs of an INT8 network in onnxruntime, node by node, of the largest.
+INT8_OUTPUTS = 1e-2
+# The same by onnxruntime's fused kernels against node by node, of the span of the first output.
+INT8_FUSED = 1e-2

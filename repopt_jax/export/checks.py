@@ -11,8 +11,8 @@ from repopt_jax.surgery.modules import named_modules
 
 
 def check_exportable(model: nnx.Module) -> None:
-    """Raises ValueError, with the paths, if a model is not fused or not in evaluation mode."""
-    modules = dict(named_modules(model))
+    """Raises ValueError, with paths and classes, if a model is not fused or not in evaluation mode."""
+    modules = {f"{p} ({type(m).__name__})": m for p, m in named_modules(model)}
     training = [p for p, m in modules.items() if _is_training(m)]
     branches = [p for p, m in modules.items() if isinstance(m, (StructuredLayer, Compactor))]
     problems = []

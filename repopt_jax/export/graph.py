@@ -9,6 +9,7 @@ file is to hold.
 import dataclasses
 import functools
 import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -112,7 +113,7 @@ def folded(
         for value in equation.inputs:
             if value.constant is not None and value not in constants:
                 constants[value] = np.asarray(value.constant, value.aval.dtype)
-        symbolic = any(map(export.is_symbolic_dim, _all_sizes(equation)))
+        symbolic = any(map(export.is_symbolic_dim, _sizes_in(equation)))
         known = all(value in constants for value in equation.inputs)
         if not known or symbolic or equation.name == FAKE_QUANTIZE:
             left.append(equation)
@@ -129,8 +130,9 @@ def folded(
     return tuple(reversed(kept)), constants
 
 
-def _all_sizes(equation: Equation) -> list[Any]:
-    return [n for value in equation.outputs for n in value.shape]
+def _sizes_in(equation: Equation) -> list[Any]:
+    """What may be a symbolic size: of the outputs, and single parameters."""
+    return [*(n for value in equation.outputs for n in value.shape), *equation.params.values()]
 
 
 def _size(size: Any, batch: Any) -> int:
@@ -152,7 +154,7 @@ def with_scopes(model: nnx.Module) -> nnx.Module:
     """
     copy = replace_modules(model, lambda path, module: None)
     for path, module in list(named_modules(copy)):
-        if not isinstance(module, ChangedOperands):
+        if callable(module) and not isinstance(module, ChangedOperands):
             object.__setattr__(module, "__class__", _in_scope(type(module), path))
     return copy
 
@@ -164,7 +166,8 @@ def _in_scope(cls: type[nnx.Module], path: str) -> type[nnx.Module]:
         with jax.named_scope(f"<{path}>"):
             return cls.__call__(self, *args, **options)  # pyright: ignore[reportCallIssue]
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    members = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
 
 def path_of(equation: Equation) -> str:

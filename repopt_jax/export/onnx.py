@@ -118,7 +118,7 @@ def _check_dtypes(model: nnx.Module) -> None:
     others = [f"{path} ({leaf.dtype})" for path, leaf in leaves.items() if leaf.dtype != np.float32]
     if others:
         raise ValueError(
-            f"the parameters {paths.listed(others, 8)} are not float32, which ONNX files of this library hold: "
+            f"the parameters {paths.listed(others, 8)} are not float32, as ONNX files of this library are: "
             "`nnx.update(model, jax.tree.map(lambda p: p.astype('float32'), nnx.state(model, nnx.Param)))`"
         )
 
@@ -136,12 +136,13 @@ def written(graph: Graph) -> tuple[Writer, dict[str, str]]:
     w.start(INPUT)
     problems: dict[str, None] = {}
     for equation in graph.equations:
-        ready = all(v in w.tensors or v in graph.constants for v in equation.inputs)
-        if all(v in w.tensors for v in equation.outputs) or not ready:
-            continue  # written with an earlier one, or in want of one that has no form
         w.path = path_of(equation)
         try:
-            tensors = _form_of(equation)(w, equation)
+            form = _form_of(equation)
+            ready = all(v in w.tensors or v in graph.constants for v in equation.inputs)
+            if all(v in w.tensors for v in equation.outputs) or not ready:
+                continue  # written with an earlier one, or in want of one that has no form
+            tensors = form(w, equation)
         except Unsupported as error:
             problems[f"{graph.place(equation)}: {equation.name} ({error})"] = None
             continue

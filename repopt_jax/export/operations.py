@@ -13,13 +13,10 @@ from jax import lax
 
 from repopt_jax.core.jaxprs import Equation, Value
 from repopt_jax.export.graph import FAKE_QUANTIZE, Unsupported
-from repopt_jax.export.tensors import Order, Quantization, Tensor, Writer, plain
+from repopt_jax.export.tensors import Order, Quantization, Tensor, Writer
 
 Form = Callable[[Writer, Equation], Tensor | list[Tensor]]
 Pads = Sequence[tuple[int, int]]
-
-# Biases are stored with 32 bits.
-MAX_BIAS = 2**31 - 1
 
 
 # -- convolutions and products
@@ -40,7 +37,7 @@ def convolution(w: Writer, e: Equation) -> Tensor:
     if any(n < 0 for pair in pads for n in pair):  # they crop
         source = _padded(w, source, [(0, 0)] * 2 + [(min(a, 0), min(b, 0)) for a, b in pads])
         pads = [(max(a, 0), max(b, 0)) for a, b in pads]
-    add, bias = _bias_after(w, e, order[1], x, kernel)
+    add, bias = _bias_after(w, e, order[1])
     y = w.node(
         "Conv",
         *(source, w.name(kernel, "kernel"), *bias),
@@ -92,7 +89,7 @@ def product(w: Writer, e: Equation) -> Tensor:
     y = w.arranged(y, (*rc, *rf))
     if len(lf) == 1:
         x = w.arranged(x, (*lf, *lc))
-        add, bias = _bias_after(w, e, 1, x, y)
+        add, bias = _bias_after(w, e, 1)
         name = w.node("Gemm", x, w.name(y, "kernel"), *bias)
         return _settled_with(w, add, Tensor(name, identity, sizes))
     free = [a for a in x.order if a in lf]
@@ -119,12 +116,11 @@ def _batched_product(
     return w.reshape(made, w.sizes(e.outputs[0]))
 
 
-def _bias_after(
-    w: Writer, e: Equation, axis: int, x: Tensor, kernel: Tensor
-) -> tuple[Equation | None, list[str]]:
+def _bias_after(w: Writer, e: Equation, axis: int) -> tuple[Equation | None, list[str]]:
     """The equation that adds a constant for each output channel, and the name of that constant.
 
-    Of quantized operands it is of whole numbers too, of the scale of the products that it is added to.
+    Quantized layers keep it in floating point: rounded to whole numbers, of the scale of the products, it
+    would change one in ten of the quantized numbers that follow in a small network.
     """
     add = w.sole_user(e.outputs[0], "add")
     if add is None:
@@ -134,14 +130,7 @@ def _bias_after(
     channels = w.sizes(e.outputs[0])[axis]
     if b is None or b.ndim != len(e.outputs[0].shape) or b.shape[axis] != channels or b.size != channels:
         return None, []
-    t = plain(b.reshape(channels))
-    if x.quantization is not None and kernel.quantization is not None:
-        scale = np.asarray(x.quantization.scale * kernel.quantization.scale, np.float32)
-        whole = np.rint(t.data / scale.astype(np.float64))  # pyright: ignore[reportOperatorIssue]
-        if np.abs(whole).max() <= MAX_BIAS:
-            q = Quantization(scale, np.asarray(0), -MAX_BIAS, MAX_BIAS, 0 if scale.ndim else None)
-            t = Tensor(whole.astype(np.int32), (0,), (channels,), q)
-    return add, [w.name(t, "bias")]
+    return add, [w.name(b.reshape(channels), "bias")]
 
 
 def _settled_with(w: Writer, following: Equation | None, t: Tensor) -> Tensor:
@@ -290,20 +279,25 @@ def reduction(op: str) -> Form:
             return Tensor(w.name(t), order, sizes)
         if op != "ReduceSum":
             return Tensor(w.node(op, t, axes=axes, keepdims=1), order, sizes)
-        divided = _division_by(w, e, math.prod(w.sizes(e.inputs[0])[a] for a in reduced))
+        # The reduced axes may come back, with the size 1, before the division.
+        back = w.sole_user(e.outputs[0], "broadcast_in_dim")
+        total = back.outputs[0] if back is not None else e.outputs[0]
+        divided = _division_by(w, total, math.prod(w.sizes(e.inputs[0])[a] for a in reduced))
         if divided is None:
             return Tensor(w.node(op, t, np.asarray(axes), keepdims=1), order, sizes)
-        spatial = axes == list(range(2, len(t.order))) and len(axes) > 0
+        spatial = axes == list(range(2, len(t.order)))
         mean = w.node("GlobalAveragePool", t) if spatial else w.node("ReduceMean", t, axes=axes, keepdims=1)
-        return _settled_with(w, divided, Tensor(mean, order, sizes))
+        made = w.tensors[e.outputs[0]] = Tensor(mean, order, sizes)
+        _settled_with(w, divided, made if back is None else broadcast(w, back))
+        return made
 
     return form
 
 
-def _division_by(w: Writer, e: Equation, count: int) -> Equation | None:
-    """The equation that divides the output of `e` by this number, if that is all that it is used for."""
-    user = w.sole_user(e.outputs[0], "div")
-    if user is None or user.inputs[0] is not e.outputs[0]:
+def _division_by(w: Writer, value: Value, count: int) -> Equation | None:
+    """The equation that divides a value by this number, if that is all that the value is used for."""
+    user = w.sole_user(value, "div")
+    if user is None or user.inputs[0] is not value:
         return None
     divisor = w.graph.constants.get(user.inputs[1])
     return user if divisor is not None and divisor.size == 1 and divisor.item() == count else None
@@ -353,9 +347,9 @@ def pooling(op: str) -> Form:
             return Tensor(name, order, stored)
         name = w.node(op, name, count_include_pad=1, **attributes)
         count = math.prod(window)
-        divided = _division_by(w, e, count)
+        divided = _division_by(w, e.outputs[0], count)
         if divided is None:
-            return Tensor(w.node("Mul", name, np.float32(count)), order, stored)
+            return Tensor(w.node("Mul", name, np.asarray(count, np.float32)), order, stored)
         return _settled_with(w, divided, Tensor(name, order, stored))
 
     return form
@@ -482,6 +476,15 @@ def _joined(w: Writer, e: Equation, tensors: list[Tensor], axis: int) -> Tensor:
     return Tensor(name, order, _stored(w, e.outputs[0], order))
 
 
+def tiling(w: Writer, e: Equation) -> Tensor:
+    repeats = e.params["reps"]
+    axes = [a for a, n in enumerate(repeats) if n != 1]
+    t = w.holding(w.whole(e.inputs[0], axes), axes, len(repeats))
+    times = [1 if a is None else repeats[a] for a in t.order]
+    name = w.node("Tile", t, np.asarray(times))
+    return Tensor(name, t.order, tuple(n * m for n, m in zip(t.sizes, times)))
+
+
 def padding(w: Writer, e: Equation) -> Tensor:
     config, value = e.params["padding_config"], w[e.inputs[1]].number
     if value is None:
@@ -542,14 +545,6 @@ def reversal(w: Writer, e: Equation) -> Tensor:
     ends = [-1 - sizes[a] for a in turned if a in t.stored]
     one = np.full(len(axes), -1)
     return Tensor(w.node("Slice", t, one, np.asarray(ends), np.asarray(axes), one), t.order, t.sizes)
-
-
-def slice_at(w: Writer, e: Equation) -> Tensor:
-    """`dynamic_slice` at a known place, which is moved inside the array as JAX does."""
-    sizes, parts = w.sizes(e.inputs[0]), w.graph.sizes(e.params["slice_sizes"])
-    starts = [int(w.known(v)) for v in e.inputs[1:]]
-    starts = [min(max(s, 0), n - m) for s, n, m in zip(starts, sizes, parts)]
-    return sliced(w, e.inputs[0], starts, [s + m for s, m in zip(starts, parts)], (1,) * len(parts))
 
 
 def gathering(w: Writer, e: Equation) -> Tensor:
@@ -668,12 +663,11 @@ OPERATIONS: dict[str, Form] = {
     "broadcast_in_dim": broadcast,
     "reshape": reshape,
     "squeeze": reshape,
-    "expand_dims": reshape,
     "concatenate": concatenation,
     "stack": stacking,
+    "tile": tiling,
     "pad": padding,
     "slice": slicing,
-    "dynamic_slice": slice_at,
     "gather": gathering,
     "split": splitting,
     "rev": reversal,

@@ -11,7 +11,9 @@ from repopt_jax.quantize.layers import (
     find_quantizable,
     quantizers,
     run_with_inputs,
+    with_integer_biases,
     with_quantizers,
+    without_quantizers,
 )
 from repopt_jax.quantize.post import quantize
 from repopt_jax.quantize.sensitivity import Sensitivity, layer_noise, output_noise, sensitivity
@@ -37,5 +39,7 @@ __all__ = [
     "quantizers",
     "run_with_inputs",
     "sensitivity",
+    "with_integer_biases",
     "with_quantizers",
+    "without_quantizers",
 ]

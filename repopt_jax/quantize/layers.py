@@ -312,6 +312,35 @@ def with_functions(
     return copy
 
 
+def without_quantizers(model: nnx.Module) -> nnx.Module:
+    """Returns a copy of `model` in floating point: its layers compute with the functions of before."""
+    return with_functions(
+        model, lambda path, function: function.function if isinstance(function, Quantizer) else None
+    )
+
+
+def with_integer_biases(model: nnx.Module) -> nnx.Module:
+    """Returns a copy of a quantized `model` with the biases that integer kernels have: whole numbers of 32
+    bits, in units of the products,
+
+        b' = round(b / s) s,  s = (scale of the input) * (scale of the kernel)
+
+    where s has a value for each output channel if the kernel's scale has. Layers in floating point, and
+    biases of more than 32 bits, stay as they are.
+    """
+    copy = replace_modules(model, lambda path, module: None)
+    modules: dict[str, Any] = dict(named_modules(copy))
+    for path, quantizer in quantizers(copy).items():
+        layer = modules[path]
+        if layer.bias is None:
+            continue
+        scheme, bias = quantizer.scheme, layer.bias[...]
+        unit = input_scale(*quantizer.range[...], scheme.levels)[0] * kernel_scale(layer.kernel[...], scheme)
+        whole = jnp.round(bias / unit)
+        layer.bias.set_value(jnp.where(jnp.abs(whole) < 2.0**31, whole * unit, bias).astype(bias.dtype))
+    return copy
+
+
 def function_name(layer: nnx.Module) -> str:
     """Returns the name of the attribute of a layer that computes its product."""
     return "conv_general_dilated" if isinstance(layer, nnx.Conv) else "dot_general"

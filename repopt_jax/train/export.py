@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from flax import nnx
 from repopt_jax.export.checks import require
 from repopt_jax.export.function import file_function
 from repopt_jax.export.metadata import LAYOUTS, Metadata
-from repopt_jax.export.onnx import to_onnx
+from repopt_jax.export.onnx import FusedDifference, compare_fused, to_onnx
 from repopt_jax.export.runtime import (
     ONNX,
     STABLEHLO,
@@ -27,7 +27,7 @@ from repopt_jax.export.runtime import (
 )
 from repopt_jax.export.stablehlo import to_stablehlo
 from repopt_jax.interop.convert import refuse_existing
-from repopt_jax.quantize import quantize, quantizers
+from repopt_jax.quantize import quantize, quantizers, with_integer_biases, without_quantizers
 from repopt_jax.surgery.fuse import OutputDifference, difference_of
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.train.build import Trained, make_task
@@ -99,7 +99,7 @@ class Int8:
       test, float_test: the numbers of the task over the test images, INT8 and float32.
       difference: of the outputs of the INT8 file from those of the float32 file.
       fused: of the outputs of the INT8 file with onnxruntime's fused integer kernels from those with every
-        node run as it is written.
+        node run as it is written, see `export.compare_fused`.
       ms, float_ms: for one image, median; they are of this processor and of this moment.
     """
 
@@ -109,7 +109,7 @@ class Int8:
     test: dict[str, Any]
     float_test: dict[str, Any]
     difference: OutputDifference
-    fused: OutputDifference
+    fused: FusedDifference
     ms: float
     float_ms: float
 
@@ -125,6 +125,7 @@ def export(
     preprocess: str = "",
     decode: bool = False,
     weights: str | None = None,
+    keep_float: Iterable[str] | None = None,
 ) -> Exported:
     """Writes the network of a run or deployment to a file, and compares what the file computes with it.
 
@@ -141,9 +142,11 @@ def export(
       weights: of onnx-int8, the range of whole numbers of weights: "reduced", -63 to 63, the default, or
         "full", -127 to 127, see `quantize.Scheme`.
 
-    INT8 quantizes the network by the percentiles of its inputs on `CALIBRATION_IMAGES` training images. A
-    detector keeps its last layers in floating point (`FCOS.predictions`). A network that `repopt quantize`
-    wrote is exported as it is.
+      keep_float: of onnx-int8, paths of the layers that stay in floating point; by default the last ones of
+        a detector (`FCOS.predictions`), and none of a classifier.
+
+    INT8 quantizes the network by `quantize.quantize` with `CALIBRATION_IMAGES` training images. A network
+    that `repopt quantize` wrote is exported as it is.
 
     Raises:
       FileNotFoundError: no run or deployment, or no such checkpoint.
@@ -153,11 +156,24 @@ def export(
       OSError: the file cannot be written.
     """
     out = Path(out).expanduser()
-    _check(out, format, layout, preprocess, decode, weights)
+    _check(out, format, layout, preprocess, decode, weights, keep_float)
     trained, images = load_plain(run_dir, checkpoint=checkpoint), 0
     if format == INT8:
-        plain = trained
-        trained, images = _quantized(trained, weights or "reduced", data_dir)
+        if quantizers(trained.model):
+            if weights is not None or keep_float is not None:
+                raise ValueError(
+                    f"{run_dir} holds a network that is quantized already: leave `weights` and `keep_float` "
+                    "out, or give the run that it was made from"
+                )
+            plain = trained._replace(model=without_quantizers(trained.model))
+        else:
+            plain, calibration = trained, training_images(trained, CALIBRATION_IMAGES, data_dir=data_dir)
+            kept = getattr(plain.model, "predictions", ()) if keep_float is None else keep_float
+            options = {"weight_range": weights or "reduced", "keep_float": kept}
+            trained = plain._replace(model=quantize(plain.model, calibration, **options))
+            images = len(calibration)
+        # Those that onnxruntime's integer kernels make of them anyhow.
+        trained = trained._replace(model=with_integer_biases(trained.model))
     metadata = metadata_of(
         trained, layout=layout or FORMATS[format].layout, input=preprocess or "normalised", decoded=decode
     )
@@ -187,22 +203,12 @@ def _written(
         part.unlink(missing_ok=True)
 
 
-def _quantized(trained: Trained, weights: str, data_dir: str | None) -> tuple[Trained, int]:
-    """The network in INT8, and the number of training images that it took; as it is if it is quantized."""
-    if quantizers(trained.model):
-        return trained, 0
-    images = training_images(trained, CALIBRATION_IMAGES, data_dir=data_dir)
-    kept = getattr(trained.model, "predictions", ())
-    model = quantize(trained.model, images, weight_range=weights, keep_float=kept)  # pyright: ignore[reportArgumentType]
-    return trained._replace(model=model), len(images)
-
-
 def _beside(
     trained: Trained, file: FileNetwork, other: FileNetwork, images: int, data_dir: str | None
 ) -> Int8:
     quantized = quantizers(trained.model)
     layers = [p for p, m in named_modules(trained.model) if isinstance(m, (nnx.Conv, nnx.Linear))]
-    unfused = open_onnx(file.path, optimized=False)
+    shown = _first(trained.config, file.metadata, data_dir)
     return Int8(
         images=images,
         kept=tuple(path for path in layers if path not in quantized),
@@ -210,7 +216,7 @@ def _beside(
         test=measure(file, trained.config, data_dir=data_dir),
         float_test=measure(other, trained.config, data_dir=data_dir),
         difference=difference_of_files(other, file, trained.config, data_dir=data_dir),
-        fused=difference_of_files(unfused, file, trained.config, data_dir=data_dir),
+        fused=compare_fused(file.path, np.concatenate([*shown])),
         ms=latency(file),
         float_ms=latency(other),
     )
@@ -258,7 +264,7 @@ def compare(trained: Trained, file: FileNetwork, *, data_dir: str | None = None)
     expected = _first_outputs(network, trained.config, own, data_dir)
     found = _first_outputs(file, trained.config, file.metadata, data_dir)
     if not file.metadata.decoded:
-        return difference_of([*expected.values()], [found[name] for name in expected])
+        return _difference(expected, found)
     same = expected["classes"] == found["classes"]
     names = [name for name in expected if name != "classes"]
     difference = difference_of(*([side[name][same] for name in names] for side in (expected, found)))
@@ -270,7 +276,11 @@ def difference_of_files(
 ) -> OutputDifference:
     """The difference between the raw outputs of two files on the first test images that a config names."""
     outputs, others = (_first_outputs(file, config, file.metadata, data_dir) for file in (one, other))
-    names = sorted(outputs, key=lambda name: name != "classes")  # logits first
+    return _difference(outputs, others)
+
+
+def _difference(outputs: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> OutputDifference:
+    names = sorted(outputs, key=lambda name: name != "classes")  # the logits first
     return difference_of(*([side[name] for name in names] for side in (outputs, others)))
 
 
@@ -340,14 +350,22 @@ def _first_outputs(
     network: Callable[[Any], Any], config: Config, data: Metadata, data_dir: str | None
 ) -> dict[str, np.ndarray]:
     """The outputs of a network by name on the first `COMPARED_IMAGES` test images, as `data` has images."""
-    parts, count = [], 0
+    outputs = [
+        {name: np.asarray(y) for name, y in network(images).items()}
+        for images in _first(config, data, data_dir)
+    ]
+    return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
+
+
+def _first(config: Config, data: Metadata, data_dir: str | None) -> Iterator[np.ndarray]:
+    """The first `COMPARED_IMAGES` test images that a config names, in batches, as a file takes them."""
+    left = COMPARED_IMAGES
     for batch in _images(config, data, data_dir)[2]:
-        real = batch["mask"] > 0
-        parts.append({name: np.asarray(y)[real] for name, y in network(batch["image"]).items()})
-        count += real.sum()
-        if count >= COMPARED_IMAGES:
+        images = batch["image"][batch["mask"] > 0][:left]
+        yield images
+        left -= len(images)
+        if not left:
             break
-    return {name: np.concatenate([part[name] for part in parts])[:COMPARED_IMAGES] for name in parts[0]}
 
 
 def _images(config: Config, data: Metadata, data_dir: str | None) -> tuple[Task, Any, Any]:
@@ -360,7 +378,13 @@ def _images(config: Config, data: Metadata, data_dir: str | None) -> tuple[Task,
 
 
 def _check(
-    out: Path, format: str, layout: str | None, preprocess: str, decode: bool, weights: str | None
+    out: Path,
+    format: str,
+    layout: str | None,
+    preprocess: str,
+    decode: bool,
+    weights: str | None,
+    keep_float: Iterable[str] | None,
 ) -> None:
     """Raises what `export` raises before it loads anything."""
     if format not in FORMATS:
@@ -382,6 +406,7 @@ def _check(
             f"`weights` is {weights!r}; it must be one of {', '.join(WEIGHTS)}",
         ),
         (format == INT8 or weights is None, f"`weights` is for the format {INT8}"),
+        (format == INT8 or keep_float is None, f"`keep_float` is for the format {INT8}"),
     )
     if wrong := [message for holds, message in problems if not holds]:
         raise ValueError("; ".join(wrong))
