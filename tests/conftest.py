@@ -28,6 +28,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # AMD EPYC that other work shares). They start first, so that both processes end at about the same time.
 LONGEST = {
     "test_resume.py": 84,
+    "test_strangers.py": 54,
     "test_processes.py": 58,
     "test_optimizers.py": 44,
     "test_configs.py": 42,

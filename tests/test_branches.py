@@ -63,8 +63,15 @@ def branch_sets(draw, mixing=True):
         candidates += [Pool()] if inputs * groups == outputs else []
     chosen = draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=4, unique_by=lambda b: b.name))
     stack = draw(st.sampled_from([(), (2,), (1, 2)]))
-    layout = draw(st.sampled_from(["...io", "oi..."]))
+    layout = draw(st.sampled_from(["...io", "oi...", "letters"]))
     kernel = (*window, inputs, outputs) if layout == "...io" else (outputs, inputs, *window)
+    if layout == "letters":  # inputs and outputs as two axes each, anywhere
+        split = [(n, 2 if n % 2 == 0 else 1) for n in (inputs, outputs)]
+        axes = [("s", n) for n in window]
+        axes += [(c, size) for c, (n, k) in zip("io", split) for size in (k, n // k)]
+        order = draw(st.permutations([letter for letter, _ in axes]))
+        parts = {c: iter([n for letter, n in axes if letter == c]) for c in "sio"}
+        kernel, layout = tuple(next(parts[c]) for c in order), "".join(order)
     return BranchSet((*stack, *kernel), tuple(chosen), groups, layout, len(stack))
 
 

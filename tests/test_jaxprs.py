@@ -57,3 +57,17 @@ def test_control_flow_stays_with_its_bodies():
     [scan] = [e for e in flat.equations if e.name == "scan"]
     [body] = jaxprs.bodies(scan)
     assert "cos" in {e.name for e in jaxprs.flatten(body).equations}
+
+
+def test_the_arguments_of_a_scan():
+    def function(scale, xs):
+        def body(carry, x):
+            a, b = carry
+            return (a + x["u"], b * scale), x["v"] * a
+
+        return jax.lax.scan(body, (jnp.zeros(2), scale), xs)
+
+    xs = {"u": jnp.zeros((3, 2)), "v": jnp.zeros((3, 2))}
+    flat = jaxprs.flatten(jax.make_jaxpr(function)(jnp.asarray(2.0), xs))
+    (scan,) = [equation for equation in flat.equations if equation.name == "scan"]
+    assert jaxprs.scan_arguments(scan) == (1, 2, 2)

@@ -190,8 +190,9 @@ def slow_merge(branches, weights, scales):
 def jacobian(branches, scales):
     """dK/dw for all branch tensors side by side, (size of K, number of branch weights), from that list."""
     one, sizes = branches.layer, {name: np.prod(shape) for name, shape in branches.layer.shapes().items()}
-    places = np.arange(np.prod(one.kernel)).reshape(one.kernel)  # of K's entries in the layer's own layout
-    places = (places if one.layout == "...io" else np.moveaxis(places, (0, 1), (-1, -2))).ravel()
+    places = np.zeros(np.prod(one.kernel), int)  # of K's entries in the layer's own layout
+    for number, index in enumerate(np.ndindex(*one.kernel)):
+        places[np.ravel_multi_index(canonical_index(one, index), canonical(one))] = number
     layers = list(np.ndindex(*branches.kernel[: branches.stacked]))
     parts = []
     for branch in branches.branches:
@@ -207,8 +208,22 @@ def jacobian(branches, scales):
 
 def canonical(branches):
     """Shape of the kernel, of one layer of a stack, with the axes (*spatial, in/groups, out)."""
-    shape = branches.kernel[branches.stacked :]
-    return shape if branches.layout == "...io" else (*shape[2:], *shape[1::-1])
+    last = [n - 1 for n in branches.kernel[branches.stacked :]]
+    return tuple(n + 1 for n in canonical_index(branches.layer, last))
+
+
+def canonical_index(branches, index):
+    """Where an entry of one layer's kernel is with the axes (*spatial, in/groups, out)."""
+    letters = {"...io": "s" * (len(index) - 2) + "io", "oi...": "oi" + "s" * (len(index) - 2)}
+    spatial, i, o = [], 0, 0
+    for letter, n, at in zip(letters.get(branches.layout, branches.layout), branches.kernel, index):
+        if letter == "s":
+            spatial.append(at)
+        elif letter == "i":
+            i = i * n + at
+        else:
+            o = o * n + at
+    return (*spatial, i, o)
 
 
 @functools.cache

@@ -121,3 +121,17 @@ def bodies(equation: Equation) -> Iterator[core.ClosedJaxpr]:
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (core.ClosedJaxpr, core.Jaxpr)):
                 yield _closed(item)
+
+
+def scan_arguments(equation: Equation) -> tuple[int, int, int]:
+    """Returns how many arguments of a scan are constants, carried, and scanned over, which is their order.
+
+    They follow from the shapes, as parameters of the primitive differ among versions of JAX: what is scanned
+    over, or stacked, has an axis more outside than in the body.
+    """
+    (body,) = bodies(equation)
+    inside = [len(variable.aval.shape) for variable in body.jaxpr.invars]
+    scanned = sum(len(value.shape) > axes for value, axes in zip(equation.inputs, inside, strict=True))
+    made = [len(variable.aval.shape) for variable in body.jaxpr.outvars]
+    carried = sum(len(value.shape) == axes for value, axes in zip(equation.outputs, made, strict=True))
+    return len(inside) - carried - scanned, carried, scanned

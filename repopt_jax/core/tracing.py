@@ -21,7 +21,7 @@ import numpy as np
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Branch, BranchSet, Shape, to_canonical
-from repopt_jax.core.jaxprs import Equation, Flat, Value, bodies, flatten
+from repopt_jax.core.jaxprs import Equation, Flat, Value, bodies, flatten, scan_arguments
 from repopt_jax.core.layer import Chosen, Layer
 from repopt_jax.core.structure import Geometry
 
@@ -399,7 +399,7 @@ class _Walk:
         inside, p = list(bodies(equation)), equation.params
         made: list[_Info] = []
         if equation.name == "scan":
-            consts, carried = p["num_consts"], p["num_carry"]
+            consts, carried, _ = scan_arguments(equation)
             inputs = taken[:consts] + [
                 self.carried(info, "scan") for info in taken[consts : consts + carried]
             ]

@@ -105,4 +105,5 @@ def _marking(kind: type[nnx.Module], where: str) -> type[nnx.Module]:
             return kind.__call__(self, checkpoint_name(x, label), *args, **options)  # pyright: ignore
         return checkpoint_name(kind.__call__(self, x, *args, **options), label)  # pyright: ignore
 
-    return type(kind)(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    make: Any = type(kind)  # the metaclass of modules
+    return make(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})

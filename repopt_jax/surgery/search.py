@@ -3,6 +3,7 @@
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.1.
 """
 
+import logging
 from collections.abc import Container, Mapping
 from typing import Any, Literal
 
@@ -11,11 +12,19 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.core.published import of_branches
-from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_fit, check_scales
+from repopt_jax.core.scales import (
+    DeclaresBranches,
+    LayerScales,
+    Scales,
+    ScalesMetadata,
+    check_fit,
+    check_scales,
+)
 from repopt_jax.core.transfer import Depths, count_depths
 from repopt_jax.models.network import Network
 from repopt_jax.nn.merged import Merged
 from repopt_jax.nn.rngs import check_rngs
+from repopt_jax.surgery.choose import find_structures
 from repopt_jax.surgery.layers import (
     Branches,
     Layer,
@@ -29,6 +38,8 @@ from repopt_jax.surgery.modules import is_abstract, join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
 from repopt_jax.surgery.structures import merged_layer, replace_layers
 from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
+
+_log = logging.getLogger(__name__)
 
 
 def to_search(
@@ -82,6 +93,8 @@ def to_search(
         scales = Scales.ones(find_branches(model, select, branches))
     else:
         raise ValueError(f"`scales` is {scales!r}: it must be 'depth', 'ones' or a `Scales`")
+    if select is None and branches is None and not isinstance(model, DeclaresBranches):
+        _log.info("the search network of %s: %s", type(model).__name__, find_structures(model))
     lost = "a search network would have other kernels"
     require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
     weights = branches_of(model, scales) if keep else sample_weights(scales, rngs.params())
