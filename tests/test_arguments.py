@@ -78,9 +78,7 @@ TAKE_RNGS = {
 
 @pytest.mark.parametrize("name", list(TAKE_RNGS))
 def test_a_seed_where_rngs_are_due(name, model, scales):
-    with pytest.raises(
-        TypeError, match=r"`rngs` is of type int: .* `nnx.Rngs`, such as nnx.Rngs\(0\)"
-    ):
+    with pytest.raises(TypeError, match=r"`rngs` is of type int: .* `nnx.Rngs`, such as nnx.Rngs\(0\)"):
         TAKE_RNGS[name](model, scales, 0)
 
 

@@ -26,8 +26,8 @@ from training import (
     warned,
 )
 
-from repopt_jax import jsontext, train
-from repopt_jax.train import checkpoint, lock
+from repopt_jax import interop, jsontext, train
+from repopt_jax.train import checkpoint, deploy, lock
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.rundir import RunFolder, check_records, read_records
 
@@ -109,6 +109,19 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_data(digits, tmp_
     ):
         train.run(tiny_config("plain", digits), tmp_path / "run", progress=False)
     assert opened == []
+
+
+@pytest.mark.parametrize("start", [train.run, lambda config, out, **_: train.build.config_check(config)])
+def test_scales_that_are_none_are_said_before_the_data_are_opened(digits, tmp_path, monkeypatch, start):
+    opened = []
+    for module in (train.loop, train.build):
+        monkeypatch.setattr(module, "open_feed", opened.append)
+    (tmp_path / "scales").mkdir()
+    config = tiny_config("repopt", digits, scales=str(tmp_path / "scales"), batch_size=12, eval_batch_size=12)
+    with pytest.raises(ValueError, match="scales is not a scales directory"):
+        start(config, tmp_path / "run", progress=False)
+    assert opened == []
+    assert not (tmp_path / "run").exists()
 
 
 HOLDER = """
@@ -579,3 +592,15 @@ def test_depth_is_bounded():
         jsontext.parse("[" * 10**6, "x", depth=None)
     with pytest.raises(ValueError, match=r"^x is not JSON: "):
         jsontext.parse("1" * 5000, "x")
+
+
+@given(text=st.text(max_size=20) | JSON.map(json.dumps))
+@settings(max_examples=100, deadline=None)
+def test_other_records_are_read_or_refused_by_name(text, tmp_path_factory):
+    """Of a deployment and of a converted file."""
+    folder = tmp_path_factory.getbasetemp() / "others"
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    for name, read in (("deploy.json", deploy.load_deployed), ("convert.json", interop.load_converted)):
+        (folder / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=re.escape(str(folder / name))):
+            read(folder)

@@ -151,8 +151,14 @@ def load_deployed(directory: str | Path) -> Trained:
     record = read_json(directory / RECORD)
     if record is None:
         raise FileNotFoundError(f"{directory} has no deploy.json: it holds no deployed network")
-    config = from_json(json.dumps(record["config"]))
-    info = info_from_json(config.task, record["dataset"])
+    try:
+        config = from_json(json.dumps(record["config"]))
+        info, step = info_from_json(config.task, record["dataset"]), int(record["step"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{directory / RECORD} is damaged or of another version ({type(error).__name__}: {error}): "
+            "deploy the run again in another folder"
+        ) from error
 
     def fused() -> Any:
         # Scales and pruning shape training, not the fused network; their folders may be gone.
@@ -163,7 +169,7 @@ def load_deployed(directory: str | Path) -> Trained:
     whole = nnx.eval_shape(fused)
     network = split_model(resized(whole, record["shapes"]) if record.get("shapes") else whole)
     loaded = ocp.load(str(directory / "weights"), abstract(_arrays(network), first_device()))
-    return Trained(merge_model(network.graphdef, **loaded), config, info, record["step"])
+    return Trained(merge_model(network.graphdef, **loaded), config, info, step)
 
 
 def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> Trained:
@@ -245,6 +251,10 @@ def _origin(run_dir: str | Path, checkpoint: str | int) -> dict[str, Any]:
 def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
     record = read_json(out_dir / RECORD)
     if record is not None:
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{out_dir / RECORD} is damaged: it holds no object of fields; remove its folder"
+            )
         differing = [name for name in origin if record.get(name) != origin[name]]
         if not differing:
             return from_record(Deployed, record, out_dir / RECORD, reused=True)
