@@ -107,6 +107,7 @@ def _run(
     in_all_processes("read the scales", lambda: check_scales_folder(config))
     bar.say("loading data", after=LOADING_S)
     feed = in_all_processes("open the data", lambda: open_feed(config), describe=_describe_data)
+    bar.say("making the network", after=LOADING_S)
     mesh = make_mesh(config.mesh.fsdp, data=config.mesh.data)
     program, state = build_program(config, feed, mesh)
 
