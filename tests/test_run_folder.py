@@ -2,6 +2,7 @@
 written over."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import training
@@ -26,8 +28,9 @@ from training import (
     warned,
 )
 
-from repopt_jax import jsontext, train
-from repopt_jax.train import checkpoint, lock
+from repopt_jax import interop, jsontext, train
+from repopt_jax.report import gallery
+from repopt_jax.train import checkpoint, deploy, lock
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.rundir import RunFolder, check_records, read_records
 
@@ -109,6 +112,19 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_data(digits, tmp_
     ):
         train.run(tiny_config("plain", digits), tmp_path / "run", progress=False)
     assert opened == []
+
+
+@pytest.mark.parametrize("start", [train.run, lambda config, out, **_: train.build.config_check(config)])
+def test_scales_that_are_none_are_said_before_the_data_are_opened(digits, tmp_path, monkeypatch, start):
+    opened = []
+    for module in (train.loop, train.build):
+        monkeypatch.setattr(module, "open_feed", opened.append)
+    (tmp_path / "scales").mkdir()
+    config = tiny_config("repopt", digits, scales=str(tmp_path / "scales"), batch_size=12, eval_batch_size=12)
+    with pytest.raises(ValueError, match="scales is not a scales directory"):
+        start(config, tmp_path / "run", progress=False)
+    assert opened == []
+    assert not (tmp_path / "run").exists()
 
 
 HOLDER = """
@@ -579,3 +595,49 @@ def test_depth_is_bounded():
         jsontext.parse("[" * 10**6, "x", depth=None)
     with pytest.raises(ValueError, match=r"^x is not JSON: "):
         jsontext.parse("1" * 5000, "x")
+
+
+@given(text=st.text(max_size=20) | JSON.map(json.dumps))
+@settings(max_examples=100, deadline=None)
+def test_other_records_are_read_or_refused_by_name(text, tmp_path_factory):
+    """Of a deployment and of a converted file."""
+    folder = tmp_path_factory.getbasetemp() / "others"
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    for name, read in (("deploy.json", deploy.load_deployed), ("convert.json", interop.load_converted)):
+        (folder / name).write_text(text, encoding="utf-8")
+        # "null" is as good as no record.
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(str(folder))):
+            read(folder)
+
+
+# -- what is said
+# ---
+
+
+def test_a_run_that_cannot_write_its_first_checkpoint_does_not_say_that_nothing_is_lost(
+    digits, tmp_path, monkeypatch
+):
+    def full(folder, **notes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    with pytest.raises(OSError, match=r"^cannot write the checkpoint of step 4: No space left") as error:
+        train.run(killed_config(digits), tmp_path / "run", progress=False)
+    assert "; no checkpoint was written before. Make it possible to write there" in str(error.value)
+    assert "lost" not in str(error.value)
+
+
+def test_a_picture_overwrites_neither_its_image_nor_another_file(tmp_path):
+    trained = types.SimpleNamespace(config=train.Config(task="detect"))
+    image, other = tmp_path / "image.png", tmp_path / "other.png"
+    image.write_bytes(b"mine")
+    other.write_bytes(b"also mine")
+    (tmp_path / "link.png").symlink_to(image)
+    for out, said in (
+        (image, "is the image itself"),
+        (tmp_path / "link.png", "is the image itself"),
+        (other, "there"),
+    ):
+        with pytest.raises(FileExistsError, match=rf"`out` .*{said}.*give another name"):
+            gallery.predict(trained, image, out)  # pyright: ignore[reportArgumentType]
+    assert (image.read_bytes(), other.read_bytes()) == (b"mine", b"also mine")

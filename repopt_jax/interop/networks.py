@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from repopt_jax import models
+from repopt_jax import jsontext, models
 from repopt_jax._version import __version__
 from repopt_jax.interop.names import NETWORKS, arrays_of, recognise
 from repopt_jax.interop.weights import init_rng_state
@@ -160,7 +160,9 @@ def read_description(directory: str | os.PathLike[str]) -> Description:
         raise FileNotFoundError(
             f"{record.parent} has no {WEIGHTS}: its conversion was interrupted, repeat it"
         )
-    fields = json.loads(record.read_text(encoding="utf-8"))
+    fields = jsontext.parse(record.read_bytes(), record)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{record} is damaged: it holds no object of fields; convert the file again")
     version = fields.pop("library_version", "?")
     if set(fields) != {field.name for field in dataclasses.fields(Description)}:
         raise ValueError(

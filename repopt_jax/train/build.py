@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data
-from repopt_jax.core.scales import Scales
+from repopt_jax.core.scales import Scales, load_scales
 from repopt_jax.data.check import listed
 from repopt_jax.optim.check import check_optimizer
 from repopt_jax.optim.resrep import resrep
@@ -29,7 +29,7 @@ from repopt_jax.surgery.reinitialize import sample_weights
 from repopt_jax.surgery.resrep import PruningPlan, plan_pruning, to_resrep
 from repopt_jax.surgery.search import csla_twin, extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import Config, from_json, to_json, validate
+from repopt_jax.train.config import TRANSFER, Config, from_json, needs_no_folder, to_json, validate
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule, weight_decay
 from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rundir import RunFolder
@@ -86,6 +86,17 @@ class Trained(NamedTuple):
 
 def make_task(config: Config) -> Task:
     return TASKS[config.task](config)
+
+
+def check_scales_folder(config: Config) -> None:
+    """Raises where the folder that a config's `scales` name holds none, or damaged ones. Whether they fit is
+    known when the data are open.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_scales`.
+    """
+    if config.scales and not needs_no_folder(config.scales):
+        load_scales(config.scales.removeprefix(TRANSFER))
 
 
 def open_data(config: Config) -> tuple[Any, Any]:
@@ -368,6 +379,7 @@ def config_check(config: Config) -> Check:
       FileNotFoundError: as `open_data` and `build_model`.
     """
     validate(config, device_count=1)
+    check_scales_folder(config)
     task, feed = make_task(config), open_feed(config)
     model, scales = build_model(config, feed.source.info)
     if scales is None:

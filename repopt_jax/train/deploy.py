@@ -207,7 +207,7 @@ def load_deployed(directory: str | Path) -> Trained:
         whole = with_quantizers(whole, Scheme(**scheme), dict.fromkeys(quantized["layers"], (0.0, 0.0)))
     network = split_model(whole)
     loaded = ocp.load(str(directory / "weights"), abstract(_arrays(network), first_device()))
-    return Trained(merge_model(network.graphdef, **loaded), config, info, record["step"])
+    return Trained(merge_model(network.graphdef, **loaded), config, info, int(record["step"]))
 
 
 def read_settings(directory: str | Path) -> tuple[Config, Any]:
@@ -215,12 +215,20 @@ def read_settings(directory: str | Path) -> tuple[Config, Any]:
 
     Raises:
       FileNotFoundError: there is neither.
+      ValueError: the record of the deployment is damaged.
     """
-    record = read_json(Path(directory).expanduser() / RECORD)
+    record = read_json(path := Path(directory).expanduser() / RECORD)
     if record is None:
         return RunFolder(directory).read()
-    config = from_json(json.dumps(record["config"]))
-    return config, info_from_json(config.task, record["dataset"])
+    try:
+        config = from_json(json.dumps(record["config"]))
+        int(record["step"])
+        return config, info_from_json(config.task, record["dataset"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version ({type(error).__name__}: {error}): deploy the run again "
+            "in another folder"
+        ) from error
 
 
 def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> Trained:
@@ -361,6 +369,10 @@ def origin_of(
 def _stored(out_dir: Path, origin: dict[str, Any]) -> Deployed | None:
     record = read_json(out_dir / RECORD)
     if record is not None:
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{out_dir / RECORD} is damaged: it holds no object of fields; remove its folder"
+            )
         differing = [name for name in origin if record.get(name) != origin[name]]
         if not differing:
             return from_record(Deployed, record, out_dir / RECORD, reused=True)

@@ -29,7 +29,7 @@ from repopt_jax.data.check import SPLITS, listed
 from repopt_jax.optim.resrep import get_masks, masks_are_due, resrep_masks, row_norms, set_masks
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.surgery.search import extract_scales
-from repopt_jax.train.build import Feed, Program, build_program, make_task, open_feed
+from repopt_jax.train.build import Feed, Program, build_program, check_scales_folder, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints, Progress
 from repopt_jax.train.config import Config, evaluated_on, to_json, validate
 from repopt_jax.train.lock import Lock
@@ -104,8 +104,10 @@ def _run(
     config: Config, folder: RunFolder, lock: Lock | None, bar: ProgressBar, ask: Callable[[], bool]
 ) -> Summary:
     """`run` in a folder that is held, of a run that is not finished."""
+    in_all_processes("read the scales", lambda: check_scales_folder(config))
     bar.say("loading data", after=LOADING_S)
     feed = in_all_processes("open the data", lambda: open_feed(config), describe=_describe_data)
+    bar.say("making the network", after=LOADING_S)
     mesh = make_mesh(config.mesh.fsdp, data=config.mesh.data)
     program, state = build_program(config, feed, mesh)
 

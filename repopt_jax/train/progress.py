@@ -24,7 +24,7 @@ WORTH_A_WARNING = 0.1
 LEAST_SECONDS = 0.5
 # Seconds without a terminal until the first line inside an epoch, and the longest time between two lines.
 FIRST_LINE_S, LONGEST_S = 30.0, 600.0
-LOADING_S = 2.0  # data that are open before need no line
+LOADING_S = 5.0  # what is done before needs no line
 
 
 class Feeder:
