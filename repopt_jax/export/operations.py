@@ -379,9 +379,10 @@ def moved_axes(w: Writer, e: Equation) -> Tensor:
 
 
 def broadcast(w: Writer, e: Equation) -> Tensor:
-    if len(e.inputs) > 1:
+    x, *sizes = e.inputs
+    if sizes:
         raise Unsupported("a shape that depends on the input")
-    return relabelled(w, w[e.inputs[0]], dict(enumerate(e.params["broadcast_dimensions"])))
+    return relabelled(w, w[x], dict(enumerate(e.params["broadcast_dimensions"])))
 
 
 def relabelled(w: Writer, t: Tensor, axes: dict[int, int]) -> Tensor:

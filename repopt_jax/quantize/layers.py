@@ -226,9 +226,10 @@ def find_quantizable(model: nnx.Module) -> dict[str, nnx.Conv | nnx.Linear]:
     """
     problems, found = _problems_of(model), {}
     inside = {
-        id(value): f"{path} ({type(module).__name__})"
+        id(value): f"{path} ({type(module).__name__}) {does}"
         for path, module in named_modules(model)
-        if isinstance(module, WRAPPERS)
+        for kind, does in WRAPPERS.items()
+        if isinstance(module, kind)
         for value in vars(module).values()
         if isinstance(value, nnx.Module)
     }
@@ -240,7 +241,7 @@ def find_quantizable(model: nnx.Module) -> dict[str, nnx.Conv | nnx.Linear]:
         try:
             check_plain(module, changed=True)
             if id(module) in inside:
-                raise ValueError(f"{inside[id(module)]} normalises its kernel before each use")
+                raise ValueError(inside[id(module)])
             if module.kernel.ndim != axes + 2:
                 raise ValueError(f"its kernel is of shape {module.kernel.shape}: layers are stacked in it")
         except ValueError as error:
@@ -335,7 +336,8 @@ def with_integer_biases(model: nnx.Module) -> nnx.Module:
         if layer.bias is None:
             continue
         scheme, bias = quantizer.scheme, layer.bias[...]
-        unit = input_scale(*quantizer.range[...], scheme.levels)[0] * kernel_scale(layer.kernel[...], scheme)
+        low, high = quantizer.range[...]
+        unit = input_scale(low, high, scheme.levels)[0] * kernel_scale(layer.kernel[...], scheme)
         whole = jnp.round(bias / unit)
         layer.bias.set_value(jnp.where(jnp.abs(whole) < 2.0**31, whole * unit, bias).astype(bias.dtype))
     return copy

@@ -226,8 +226,8 @@ def read_settings(directory: str | Path) -> tuple[Config, Any]:
         return config, info_from_json(config.task, record["dataset"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged or of another version ({type(error).__name__}: {error}): deploy the run again "
-            "in another folder"
+            f"{path} is damaged or of another version ({type(error).__name__}: {error}): deploy the run "
+            "again in another folder"
         ) from error
 
 
