@@ -16,9 +16,23 @@ from repopt_jax.quantize import find_quantizable, quantizers
 from repopt_jax.report import quantization
 from repopt_jax.report.figures import png
 from repopt_jax.train.deploy import deploy, evaluate, load_any, load_plain
-from repopt_jax.train.quantize import Options, aware_config, load_quantized, quantize_run, weight_bytes
+from repopt_jax.train.quantize import (
+    Options,
+    Quantized,
+    aware_config,
+    load_quantized,
+    quantize_run,
+    weight_bytes,
+)
 
 LAYERS = [f"stages/{stage}/{block}/conv" for stage, block in ((0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0))]
+
+
+def quantized(*args) -> Quantized:
+    """`quantize_run` without a training that could be stopped."""
+    done = quantize_run(*args)
+    assert isinstance(done, Quantized)
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +47,7 @@ def run(tmp_path_factory, digits):
 @pytest.fixture(scope="module")
 def done(run):
     options = Options(bits=4, weight_bits=6, per="tensor", keep_float=2, images=24)
-    return quantize_run(run, run.parent / "quantized", options)
+    return quantized(run, run.parent / "quantized", options)
 
 
 def test_the_record_says_what_was_measured(run, done):
@@ -74,12 +88,12 @@ def test_bytes_of_parameters(run, done):
 
 def test_a_deployment_is_quantized_like_its_run(run, tmp_path):
     options = Options(images=24)
-    one = quantize_run(run, tmp_path / "a", options)
-    other = quantize_run(run.parent / "deployed", tmp_path / "b", options)
+    one = quantized(run, tmp_path / "a", options)
+    other = quantized(run.parent / "deployed", tmp_path / "b", options)
     assert one.test == other.test
     assert one.measured == pytest.approx(other.measured, abs=0.01)
     assert other.warning == ""
-    again = quantize_run(run, tmp_path / "a", options)
+    again = quantized(run, tmp_path / "a", options)
     assert again.reused
     assert again.layers == one.layers
     with pytest.raises(ValueError, match=r"holds another quantization \(it differs in options\)"):
@@ -92,13 +106,14 @@ def test_a_deployment_is_quantized_like_its_run(run, tmp_path):
         deploy(run, tmp_path / "a")
 
 
-def test_wrong_preprocessing_is_said(run, tmp_path, caplog):
+def test_wrong_preprocessing_is_said(run, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("repopt_jax.train.quantize.SETTLED_STEPS", 1)
     config = json.loads((run / "config.json").read_text())
     config["data"]["mean"], config["data"]["std"] = [0.9], [0.1]
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "config.json").write_text(json.dumps(config))
-    found = quantize_run(copy, tmp_path / "out", Options(images=24))
+    found = quantized(copy, tmp_path / "out", Options(images=24))
     assert "check mean and std of the preprocessing" in found.warning
     assert found.warning in caplog.text
 

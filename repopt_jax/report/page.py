@@ -374,7 +374,7 @@ def _speed() -> str:
 def _runs(content: Mapping[str, Any]) -> str:
     runs = content["runs"]
     heads = ("run", "seed", "epochs", "steps", "time (s)", "folder")
-    runs = table(
+    in_table = table(
         heads,
         [
             (
@@ -398,7 +398,7 @@ def _runs(content: Mapping[str, Any]) -> str:
     )
     again = f"repopt train --config={runs[0]['directory']}/config.json --out=runs/again"
     return (
-        f"{count}{runs}<p>Each run's folder holds its config, by which it can be made again, alone:</p>\n"
+        f"{count}{in_table}<p>Each run's folder holds its config, by which it can be made again, alone:</p>\n"
         f"<pre>{escape(again)}</pre>" + _command(content["made"]["command"])
     )
 

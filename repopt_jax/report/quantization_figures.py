@@ -21,9 +21,9 @@ def ratios(layers: Mapping[str, QuantizedLayer]) -> Figure:
         figure = Figure(figsize=(1.5 * WIDTH, 0.26 * len(layers) + 1.1), layout="constrained")
         axes = figure.subplots()
         for name, values, marker, colour in series:
-            rows = [row for row, value in enumerate(values) if value is not None]
-            if rows:
-                axes.plot([values[row] for row in rows], rows, marker, color=colour, markersize=5, label=name)
+            points = [(value, row) for row, value in enumerate(values) if value is not None]
+            if points:
+                axes.plot(*zip(*points), marker, color=colour, markersize=5, label=name)
         names = [f"{path} (float)" if one.kept else path for path, one in layers.items()]
         axes.set_yticks(range(len(layers)), names, fontsize=8)
         axes.invert_yaxis()

@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 RECORD = "quantize.json"
 TRAINING = "training"
 SENSITIVITY_IMAGES = 128
+# Steps of training after which running statistics have forgotten where they began: 0.9^50 is 0.5 %.
+SETTLED_STEPS = 50
 BARS = 64  # of the histograms in the record
 FLOAT_BYTES = 4
 
@@ -154,7 +156,7 @@ class Quantized:
       task: of its config.
       options: as dict.
       images: how many there were for the ranges.
-      warning: what is wrong with these images, or "".
+      warning: what is wrong with these images, or ""; not looked for in runs of fewer than `SETTLED_STEPS`.
       expected: signal-to-noise ratio of the output in dB to expect, see `quantize.expected`.
       measured: that of the output on `compared` test images; None where nothing differs.
       test_float, test: the numbers over the test images by name (`tasks.METRICS`), in floating point and
@@ -238,20 +240,21 @@ def quantize_run(
             "floating point"
         )
     plain = load_plain(run_dir, checkpoint=checkpoint)
-    fixed, quantizable = list(getattr(plain.model, "predictions", ())), find_quantizable(plain.model)
-    if options.keep_float >= len(quantizable) - len(fixed):
+    kept: list[str] = list(getattr(plain.model, "predictions", ()))
+    quantizable, fixed = find_quantizable(plain.model), len(kept)
+    if options.keep_float >= len(quantizable) - fixed:
         raise ValueError(
-            f"`keep_float` is {options.keep_float}: the network has {len(quantizable) - len(fixed)} layers "
+            f"`keep_float` is {options.keep_float}: the network has {len(quantizable) - fixed} layers "
             "that can be quantized, and one must be"
         )
     images = training_images(source, options.images, data_dir=data_dir)
-    statistics = image_statistics(source.model, images)
+    statistics = image_statistics(source.model, images) if source.step >= SETTLED_STEPS else None
     warning = "" if statistics is None else statistics.problem
     if warning:
         logger.warning("%s: %s", source.config.name, warning)
     histograms = calibrate(plain.model, images)
     how = dataclasses.asdict(options.scheme) | options.ranges
-    measured, kept = {}, fixed
+    measured: Mapping[str, float] = {}
     if options.sensitivity or options.keep_float:
         few = images[:SENSITIVITY_IMAGES]
         found = sensitivity(plain.model, few, histograms=histograms, **how)
