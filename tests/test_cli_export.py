@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import refused, write_images
-from tolerances import INT8_FILE
+from tolerances import INT8_FILE, INT8_FILE_APART
 
 from repopt_jax import data, models, train
 from repopt_jax.cli.main import main
@@ -233,11 +233,10 @@ def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, bits, tmp_path):
     difference = re.search(r"quantized network's on .*\((\S+) of the largest\)", "\n".join(said))
     assert difference
     # The file is the quantized network; that is not the network in floating point, which 4 bits change.
-    print(difference[1], said)
     assert float(difference[1]) < INT8_FILE
     damage = re.search(r"INT8: .*\((\S+) of the largest\)", "\n".join(said))
     assert damage
-    assert bits == 8 or float(damage[1]) > 3 * INT8_FILE
+    assert bits == 8 or float(damage[1]) > INT8_FILE_APART
     other = tmp_path / "other.onnx"
     refused(
         capsys,

@@ -4,8 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from flax import nnx
+from tolerances import INT8_BIASES_APART, INT8_FILE
 
-from repopt_jax.export import Metadata, runtime
+from repopt_jax.export import Metadata, compare_fused, runtime, to_onnx
+from repopt_jax.quantize import quantize, quantizers, with_integer_biases
+from repopt_jax.surgery.modules import named_modules
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -115,3 +119,51 @@ def test_every_node_can_be_run_as_it_is_written(tmp_path):
     images = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
     one, other = (runtime.open_onnx(path, optimized=flag).logits(images) for flag in (True, False))
     np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+# -- biases of INT8
+
+
+class Three(nnx.Module):
+    """Two convolutions and a dense layer, with biases that matter."""
+
+    def __init__(self, rngs):
+        draw = {"bias_init": nnx.initializers.normal(0.3), "rngs": rngs}
+        self.first = nnx.Conv(3, 8, (3, 3), **draw)
+        self.second = nnx.Conv(8, 8, (3, 3), **draw)
+        self.head = nnx.Linear(8, 2, **draw)
+
+    def __call__(self, x):
+        x = nnx.relu(self.second(nnx.relu(self.first(x))))
+        return self.head(x.mean((1, 2)))
+
+
+def units_of_biases(model):
+    """Path -> the biases in units of input scale times kernel scale, computed by NumPy."""
+    modules, found = dict(named_modules(model)), {}
+    for path, quantizer in quantizers(model).items():
+        low, high = np.asarray(quantizer.range[...], np.float64)
+        kernel = np.asarray(modules[path].kernel[...], np.float64)
+        scheme = quantizer.scheme
+        of_kernel = abs(kernel).reshape(-1, kernel.shape[-1]).max(0) / scheme.weight_max
+        of_input = (max(high, 0) - min(low, 0)) / scheme.levels
+        found[path] = np.asarray(modules[path].bias[...], np.float64) / (of_input * of_kernel)
+    return found
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_with_biases_of_whole_numbers_fused_kernels_compute_the_same(tmp_path, bits):
+    images = np.random.default_rng(0).normal(size=(64, 4, 4, 3)).astype(np.float32)
+    quantized = quantize(Three(nnx.Rngs(0)), images, bits=bits, keep_float=["head"])
+    whole = with_integer_biases(quantized)
+    units, rounded = units_of_biases(quantized), units_of_biases(whole)
+    assert set(units) == {"first", "second"}
+    for path in units:
+        np.testing.assert_allclose(rounded[path], np.round(units[path]), rtol=1e-5, atol=1e-5)
+        assert abs(units[path] - rounded[path]).max() > 0.2
+    np.testing.assert_array_equal(whole.head.bias[...], quantized.head.bias[...])
+    for name, model in (("before", quantized), ("after", whole)):
+        to_onnx(model, tmp_path / f"{name}.onnx", METADATA)
+    before, after = (compare_fused(tmp_path / f"{n}.onnx", images).relative for n in ("before", "after"))
+    assert after < INT8_FILE
+    assert before > INT8_BIASES_APART

@@ -31,7 +31,7 @@ from repopt_jax.export.runtime import open_file
 from repopt_jax.models.mobileone import mobileone
 from repopt_jax.nn.block import SqueezeExcite
 from repopt_jax.nn.convolution import conv_general_dilated, product_of_tiles
-from repopt_jax.quantize import Scheme, quantize, quantize_array, quantizers
+from repopt_jax.quantize import Scheme, quantize, quantize_array, quantizers, with_integer_biases
 from repopt_jax.quantize.layers import input_scale, with_functions
 
 onnx = pytest.importorskip("onnx")
@@ -761,6 +761,22 @@ def test_mistakes_in_whole_numbers_would_be_noticed(mistake):
     proto = spoiled(onnx_model(model, (8, 8, 1)), op, change, 1)
     share, _ = steps_apart(numbers_in_file(proto, x, model)[0], numbers_in_jax(model, x)[0])
     assert share >= tolerances.INT8_WRONG
+
+
+def test_integer_biases_are_whole_numbers_of_32_bits():
+    model = with_integer_biases(quantized("VGG, digits"))
+    proto, x = onnx_model(model, (8, 8, 1)), images((8, 8, 1), 3, seed=1)
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
+    for path in quantizers(model):
+        whole = constants[f"{path}/bias_quantized"]
+        assert whole.dtype == np.int32
+        units = constants[f"{path}/kernel_scale"] * input_scale(*quantizers(model)[path].range[...], 255)[0]
+        np.testing.assert_array_equal(constants[f"{path}/bias_scale"], units)
+    (in_file, outputs), (in_jax, expected) = numbers_in_file(proto, x, model), numbers_in_jax(model, x)
+    assert steps_apart(in_file, in_jax) == (0.0, 0)
+    assert far(outputs, [np.asarray(y) for y in expected]) <= tolerances.ONNX
+    # Then fused kernels have nothing left to round.
+    assert far(run_file(proto, x), outputs) <= tolerances.ONNX
 
 
 @pytest.mark.parametrize("name", [n for n in INT8 if n not in ("shared head", "1-D", "3-D")])

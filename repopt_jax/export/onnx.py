@@ -189,6 +189,10 @@ def _encoded(graph: Graph, w: Writer, outputs: Mapping[str, str], metadata: Mapp
         dims = [n if not n or n % BATCH else _symbol(n // BATCH) for n in graph.sizes(value.shape)]
         return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.aval.dtype), dims)
 
+    def attributes(node: Node) -> dict[str, Any]:
+        kinds = {k: v for k, v in node.attributes.items() if isinstance(v, np.dtype)}
+        return node.attributes | {k: helper.np_dtype_to_tensor_dtype(v) for k, v in kinds.items()}
+
     nodes = needed([*w.initial, *w.nodes], list(outputs.values()))
     # A node's output that is one of the network's has its name; others, or a second name, are copied.
     renamed: dict[str, str] = {}
@@ -207,10 +211,7 @@ def _encoded(graph: Graph, w: Writer, outputs: Mapping[str, str], metadata: Mapp
                     [renamed.get(name, name) for name in node.inputs],
                     [renamed.get(name, name) for name in node.outputs],
                     name=node.name,
-                    **{
-                        key: helper.np_dtype_to_tensor_dtype(value) if isinstance(value, np.dtype) else value
-                        for key, value in node.attributes.items()
-                    },
+                    **attributes(node),
                 )
                 for node in nodes
             ],

@@ -18,6 +18,10 @@ from repopt_jax.export.tensors import Order, Quantization, Tensor, Writer
 Form = Callable[[Writer, Equation], Tensor | list[Tensor]]
 Pads = Sequence[tuple[int, int]]
 
+# Whole numbers that stand for biases have 32 bits; they stand for them up to the rounding of float32.
+MAX_BIAS = 2**31 - 1
+BIAS_ERROR = 2.0**-22
+
 
 # -- convolutions and products
 
@@ -37,7 +41,7 @@ def convolution(w: Writer, e: Equation) -> Tensor:
     if any(n < 0 for pair in pads for n in pair):  # they crop
         source = _padded(w, source, [(0, 0)] * 2 + [(min(a, 0), min(b, 0)) for a, b in pads])
         pads = [(max(a, 0), max(b, 0)) for a, b in pads]
-    add, bias = _bias_after(w, e, order[1])
+    add, bias = _bias_after(w, e, numbers.out_spec[1], x, kernel)
     y = w.node(
         "Conv",
         *(source, w.name(kernel, "kernel"), *bias),
@@ -89,7 +93,7 @@ def product(w: Writer, e: Equation) -> Tensor:
     y = w.arranged(y, (*rc, *rf))
     if len(lf) == 1:
         x = w.arranged(x, (*lf, *lc))
-        add, bias = _bias_after(w, e, 1)
+        add, bias = _bias_after(w, e, 1, x, y)
         name = w.node("Gemm", x, w.name(y, "kernel"), *bias)
         return _settled_with(w, add, Tensor(name, identity, sizes))
     free = [a for a in x.order if a in lf]
@@ -116,11 +120,14 @@ def _batched_product(
     return w.reshape(made, w.sizes(e.outputs[0]))
 
 
-def _bias_after(w: Writer, e: Equation, axis: int) -> tuple[Equation | None, list[str]]:
+def _bias_after(
+    w: Writer, e: Equation, axis: int, x: Tensor, kernel: Tensor
+) -> tuple[Equation | None, list[str]]:
     """The equation that adds a constant for each output channel, and the name of that constant.
 
-    Quantized layers keep it in floating point: rounded to whole numbers, of the scale of the products, it
-    would change one in ten of the quantized numbers that follow in a small network.
+    Of a quantized layer it is stored as whole numbers of 32 bits, in units of the products, if it is a
+    multiple of that unit, as after `quantize.with_integer_biases`. Another one stays in floating point, as it
+    is in the network: rounding it would change one in ten of the whole numbers behind it in a small network.
     """
     add = w.sole_user(e.outputs[0], "add")
     if add is None:
@@ -130,7 +137,14 @@ def _bias_after(w: Writer, e: Equation, axis: int) -> tuple[Equation | None, lis
     channels = w.sizes(e.outputs[0])[axis]
     if b is None or b.ndim != len(e.outputs[0].shape) or b.shape[axis] != channels or b.size != channels:
         return None, []
-    return add, [w.name(b.reshape(channels), "bias")]
+    b = b.reshape(channels)
+    if x.quantization is not None and kernel.quantization is not None:
+        unit = x.quantization.scale * kernel.quantization.scale
+        whole = np.rint(b.astype(np.float64) / unit)
+        if np.abs(whole).max() < MAX_BIAS and np.allclose(whole * unit, b, rtol=BIAS_ERROR, atol=0):
+            q = Quantization(unit, np.asarray(0), -MAX_BIAS, MAX_BIAS, 0 if unit.ndim else None)
+            return add, [w.name(Tensor(whole.astype(np.int32), (0,), (channels,), q), "bias")]
+    return add, [w.name(b, "bias")]
 
 
 def _settled_with(w: Writer, following: Equation | None, t: Tensor) -> Tensor:
@@ -328,7 +342,8 @@ def pooling(op: str) -> Form:
             return w[e.inputs[0]]
         rest = [a for a in range(len(window)) if a not in moved]
         spatial = sorted([*moved, *rest[2:]])
-        order: Order = (*[*rest[:2], None, None][:2], *spatial)
+        outer: list[int | None] = [*rest[:2], None, None]
+        order: Order = (*outer[:2], *spatial)
         t = w.arranged(w.whole(e.inputs[0], moved), order)
         name, inside = w.name(t), [pads[a] for a in spatial]
         reach = [(window[a] - 1) * dilation[a] + 1 for a in spatial]
