@@ -111,8 +111,8 @@ def fuse(
     if left and not only and example is None:
         raise TypeError(
             f"{paths.listed(left)} cannot be folded: they are in no block that `fuse_block` knows; register "
-            "one for the class that holds them, give an `example` of the inputs by which the layers before "
-            "them are found, name these in `pairs`, or fold other things alone with `only`"
+            "one for the class that holds them, name the layers before them in `pairs`, give an `example` of "
+            "the inputs by which these are found, or fold other things alone with `only`"
         )
     return fused
 
