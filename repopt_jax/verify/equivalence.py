@@ -227,7 +227,7 @@ def verify_equivalence(
     """
     check_scales(scales)
     check_rngs(rngs)
-    check_number("tolerance", tolerance, more_than=0)
+    check_number("tolerance", tolerance, at_least=0)
     if (optimizer is None) != (twin_optimizer is None):
         given, other = (
             ("twin_optimizer", "optimizer") if optimizer is None else ("optimizer", "twin_optimizer")
