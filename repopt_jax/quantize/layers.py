@@ -335,7 +335,8 @@ def with_integer_biases(model: nnx.Module) -> nnx.Module:
         if layer.bias is None:
             continue
         scheme, bias = quantizer.scheme, layer.bias[...]
-        unit = input_scale(*quantizer.range[...], scheme.levels)[0] * kernel_scale(layer.kernel[...], scheme)
+        low, high = quantizer.range[...]
+        unit = input_scale(low, high, scheme.levels)[0] * kernel_scale(layer.kernel[...], scheme)
         whole = jnp.round(bias / unit)
         layer.bias.set_value(jnp.where(jnp.abs(whole) < 2.0**31, whole * unit, bias).astype(bias.dtype))
     return copy
