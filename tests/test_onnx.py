@@ -660,21 +660,7 @@ def steps_apart(found, expected):
     return float(np.mean(differences > 0)), int(differences.max())
 
 
-@pytest.mark.parametrize("name", INT8)
-def test_every_layer_quantizes_as_in_jax(name):
-    """Each layer is given the file's whole numbers. Otherwise one number that a sum in another order moves to
-    the next step moves others behind it: in 14 random layers up to 1 % of them."""
-    case, model = CASES[name], quantized(name)
-    proto, x = onnx_model(model, case.shape), images(case.shape, 3, seed=1)
-    in_file, _ = numbers_in_file(proto, x, model)
-    share, steps = steps_apart(in_file, numbers_in_jax(model, x, in_file)[0])
-    assert share <= tolerances.INT8_UNEQUAL
-    assert steps <= 1
-
-
-@pytest.mark.parametrize(
-    "name", ["VGG, digits", "Ghost", "MobileOne", "RepMLPNet", "ResNet-18", "U-Net", "MLP"]
-)
+@pytest.mark.parametrize("name", [name for name in INT8 if name != "VGG, CIFAR"])
 def test_a_network_quantizes_as_in_jax(name):
     case, model = CASES[name], quantized(name)
     proto, x = onnx_model(model, case.shape), images(case.shape, 3, seed=1)
@@ -683,6 +669,18 @@ def test_a_network_quantizes_as_in_jax(name):
     assert share <= tolerances.INT8_UNEQUAL
     assert steps <= 1
     assert far(outputs, [np.asarray(y) for y in expected]) <= tolerances.INT8_OUTPUTS
+
+
+@pytest.mark.parametrize("name", ["VGG, CIFAR", "detector"])
+def test_every_layer_quantizes_as_in_jax(name):
+    """Each layer is given the file's whole numbers. Otherwise one number that a sum in another order moves to
+    the next step moves others behind it: in 14 layers of random weights 0.3 % of them, by up to 3 steps."""
+    case, model = CASES[name], quantized(name)
+    proto, x = onnx_model(model, case.shape), images(case.shape, 3, seed=1)
+    in_file, _ = numbers_in_file(proto, x, model)
+    share, steps = steps_apart(in_file, numbers_in_jax(model, x, in_file)[0])
+    assert share <= tolerances.INT8_UNEQUAL
+    assert steps <= 1
 
 
 @pytest.mark.parametrize(

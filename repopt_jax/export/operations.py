@@ -342,8 +342,9 @@ def pooling(op: str) -> Form:
             return w[e.inputs[0]]
         rest = [a for a in range(len(window)) if a not in moved]
         spatial = sorted([*moved, *rest[2:]])
-        outer: list[int | None] = [*rest[:2], None, None]
-        order: Order = (*outer[:2], *spatial)
+        images = rest[0] if rest else None
+        channels = rest[1] if len(rest) > 1 else None
+        order: Order = (images, channels, *spatial)
         t = w.arranged(w.whole(e.inputs[0], moved), order)
         name, inside = w.name(t), [pads[a] for a in spatial]
         reach = [(window[a] - 1) * dilation[a] + 1 for a in spatial]
@@ -379,9 +380,10 @@ def moved_axes(w: Writer, e: Equation) -> Tensor:
 
 
 def broadcast(w: Writer, e: Equation) -> Tensor:
-    if len(e.inputs) > 1:
+    operand, *sizes = e.inputs
+    if sizes:
         raise Unsupported("a shape that depends on the input")
-    return relabelled(w, w[e.inputs[0]], dict(enumerate(e.params["broadcast_dimensions"])))
+    return relabelled(w, w[operand], dict(enumerate(e.params["broadcast_dimensions"])))
 
 
 def relabelled(w: Writer, t: Tensor, axes: dict[int, int]) -> Tensor:
@@ -614,7 +616,7 @@ def _stored(w: Writer, value: Value, order: Order) -> tuple[int, ...]:
     return tuple(1 if a is None else sizes[a] for a in order)
 
 
-# The exponential and logarithm near zero lose relative precision, not absolute.
+# What is small beside 1 (`erfc`, `expm1`, `log1p`) keeps its absolute precision, not its relative one.
 OPERATIONS: dict[str, Form] = {
     "conv_general_dilated": convolution,
     "dot_general": product,
