@@ -175,18 +175,16 @@ def test_a_shared_layer_has_the_union_of_its_ranges():
     np.testing.assert_allclose(quantizer.range[...], [found.low, found.high])
 
 
-def test_every_network_of_the_package_is_quantized_and_keeps_its_paths():
-    for name in ("vgg-digits", "repghost-digits", "repmlp-digits"):
-        if name not in models.list():
-            continue
-        model = models.create(name, num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
-        model.eval()
-        fused = fuse(model)
-        side = 28 if "mlp" in name else 8
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, side, side, 1)), jnp.float32)
-        quantized = quantize(fused, x)
-        assert set(quantizers(quantized)) == set(find_quantizable(fused))
-        assert quantized(x).shape == (2, 10)
+@pytest.mark.parametrize("name", ["repghost-digits", "repmlpnet-digits"])
+def test_layers_of_other_networks_are_quantized_all(name):
+    """Depthwise layers and squeeze-and-excitation; dense layers over tiles, and over everything."""
+    model = models.create(name, num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
+    model.eval()
+    fused = fuse(model)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32)
+    quantized = quantize(fused, x)
+    assert set(quantizers(quantized)) == set(find_quantizable(fused))
+    assert 0 < np.abs(quantized(x) - fused(x)).max() < 0.2 * np.abs(fused(x)).max()
 
 
 # -- kernels

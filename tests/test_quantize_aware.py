@@ -21,6 +21,7 @@ from repopt_jax.core import paths
 from repopt_jax.quantize import Scheme, find_quantizable, quantizers
 from repopt_jax.quantize.layers import with_quantizers
 from repopt_jax.surgery.searchtree import search_tree
+from repopt_jax.train.build import config_check
 from repopt_jax.train.deploy import deploy, evaluate, load_any, load_deployed
 from repopt_jax.train.state import split_model
 
@@ -238,6 +239,8 @@ def test_modes_and_layers_that_cannot_be_quantized_are_refused(tmp_path, digits,
         train.validate(config, device_count=1)
     with pytest.raises(ValueError, match=r"`quantize.keep_float` names haed, which are no layers"):
         train.run(aware_config(digits, quantize__keep_float=("haed",)), tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match=r"check it in floating point, with --config\.quantize\.bits=0"):
+        config_check(aware_config(digits, model__mode="repopt", scales="depth"))
     other = aware_config(digits, quantize__run=str(float_run), quantize__fused=True, model__mode="repvgg")
     other.model.name = "tiny-wider"
     with pytest.raises(ValueError, match=r"`quantize.run` .* has trained the network"):

@@ -362,6 +362,11 @@ def config_check(config: Config) -> Check:
       FileNotFoundError: as `open_data` and `build_model`.
     """
     validate(config, device_count=1)
+    if config.quantize.bits:
+        raise ValueError(
+            f"`quantize.bits`={config.quantize.bits}: the branches of a quantized network are not made here; "
+            "check it in floating point, with --config.quantize.bits=0"
+        )
     task, feed = make_task(config), open_feed(config)
     model, scales = build_model(config, feed.source.info)
     if scales is None:
