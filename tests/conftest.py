@@ -31,6 +31,7 @@ LONGEST = {
     "test_strangers.py": 54,
     "test_processes.py": 58,
     "test_onnx.py": 50,
+    "test_cli_export.py": 50,
     "test_optimizers.py": 44,
     "test_configs.py": 42,
     "test_parallel.py": 38,

@@ -192,8 +192,7 @@ def test_predict_objects(capsys, runs, format, options, tmp_path):
     assert len(of_run) > 1
 
 
-@pytest.mark.parametrize("weights", ["", "full"])
-@pytest.mark.parametrize("name", ["pets", "found-deployed"])
+@pytest.mark.parametrize(("name", "weights"), [("pets", "full"), ("found-deployed", "")])
 def test_int8_is_measured_beside_float32(capsys, runs, name, weights, tmp_path):
     out = tmp_path / "int8.onnx"
     options = [f"--weights={weights}"] if weights else []
