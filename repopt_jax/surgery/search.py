@@ -201,7 +201,7 @@ def csla_twin(
     Raises:
       ValueError: the scales do not fit, name a shared layer by another path than its own, or name layers that
         cannot be made of branches (all, with the reasons).
-      TypeError: a path of `scales` is not the kernel of an `nnx.Conv` or `nnx.Linear`.
+      TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`).
     """
     check_aliases(model, scales.entries)
     check_fit(scales, arrays_of(model))

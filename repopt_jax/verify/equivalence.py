@@ -221,9 +221,9 @@ def verify_equivalence(
     Raises:
       ValueError: the scales do not fit the model; `batches` is empty; only one of the two optimizers is
         given, or both with `normalise`; or layers for which there is no equivalence, with the reasons:
-        padding that depends on the input's size (`SAME` at stride 2), a class with a `__call__` of its own.
-      TypeError: a path of `scales` is not the kernel of an `nnx.Conv` or `nnx.Linear`; or an argument is of
-        another type.
+        a padding that shifts the window (`CAUSAL`), a class with a `__call__` of its own.
+      TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`); or an argument is
+        of another type.
     """
     check_scales(scales)
     check_rngs(rngs)
