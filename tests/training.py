@@ -215,14 +215,14 @@ def _kill_at_random(number: int) -> None:
 
 
 def _limit_files(when: int) -> None:
-    """From the checkpoint of step `when` on no file may grow beyond 11000 bytes: as on a full disk, some
+    """From the checkpoint of step `when` on no file may grow beyond 15000 bytes: as on a full disk, some
     writes fail."""
     save = Checkpoints.save
 
     def limited(self, step, *args, **kwargs):
         if step == when:
             self.wait()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (11000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (15000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         save(self, step, *args, **kwargs)
 
     Checkpoints.save = limited
