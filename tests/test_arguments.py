@@ -8,6 +8,7 @@ from flax import nnx
 import repopt_jax
 from repopt_jax import Scales, models
 from repopt_jax.core.arguments import check_number
+from repopt_jax.quantize import quantize
 
 
 def network():
@@ -140,3 +141,11 @@ def test_what_is_known_only_later_is_taken(scales):
         check_number("x", value, at_least=0)
     repopt_jax.repopt_sgd(optax.constant_schedule(0.1), scales, momentum=None)
     optax.inject_hyperparams(lambda rate: repopt_jax.repopt_sgd(rate, scales))(rate=0.1)
+
+
+@pytest.mark.parametrize("given", [None, {"w": 1}, "runs/deployed"], ids=["none", "dict", "path"])
+@pytest.mark.parametrize("name", ["fuse", "quantize"])
+def test_something_else_where_a_model_is_due(name, given):
+    calls = {"fuse": repopt_jax.fuse, "quantize": lambda m: quantize(m, jnp.ones((2, 8, 8, 1)))}
+    with pytest.raises(TypeError, match=r"`model` is of type .*: it must be an NNX model"):
+        calls[name](given)

@@ -27,7 +27,7 @@ from repopt_jax.nn.branched import StructuredLayer
 from repopt_jax.nn.geometry import ChangedOperands, check_plain
 from repopt_jax.quantize.affine import fake_quantize
 from repopt_jax.surgery.layers import WRAPPERS
-from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
+from repopt_jax.surgery.modules import aliases, check_model, named_modules, replace_modules
 
 Per = Literal["channel", "tensor"]
 WeightRange = Literal["reduced", "full"]
@@ -223,7 +223,9 @@ def find_quantizable(model: nnx.Module) -> dict[str, nnx.Conv | nnx.Linear]:
     Raises:
       ValueError: a network in training mode, with branches, or that is quantized already; or layers that
         cannot be quantized (stacked, masked, wrapped, with a function of their own); all with path and class.
+      TypeError: no NNX model.
     """
+    check_model(model)
     problems, found = _problems_of(model), {}
     inside = {
         id(value): f"{path} ({type(module).__name__}) {does}"

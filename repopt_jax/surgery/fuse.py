@@ -28,7 +28,7 @@ from repopt_jax.nn.compactor import Compactor
 from repopt_jax.nn.geometry import ChangedOperands, check_plain, explicit_padding, pads_by_size, plain_layer
 from repopt_jax.nn.merged import Merged, MergedGeneral
 from repopt_jax.surgery.flow import Example, norms_of_layers
-from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
+from repopt_jax.surgery.modules import aliases, check_model, named_modules, replace_modules
 
 Foldable = nnx.Conv | nnx.Linear | nnx.ConvTranspose | StructuredLayer
 _FOLDABLE = (nnx.Conv, nnx.Linear, nnx.ConvTranspose, StructuredLayer)
@@ -75,10 +75,11 @@ def fuse(
     Raises:
       ValueError: the model is in training mode (batch norms use batch statistics): call `model.eval()` first;
         or `pairs` that cannot be folded, all with the reasons.
-      TypeError: a model with compactors (`shrink` merges them); without `example`, a batch norm
+      TypeError: no NNX model; a model with compactors (`shrink` merges them); without `example`, a batch norm
         that belongs to no block for which `fuse_block` is registered and to no pair; a layer that has no
         plain form, or a class in `only` that is not registered; or an `example` that is neither.
     """
+    check_model(model)
     default = fuse_block.dispatch(object)
     if unknown := [cls.__name__ for cls in only if fuse_block.dispatch(cls) is default]:
         raise TypeError(f"`only` names {', '.join(unknown)}, for which no deployed form is registered")

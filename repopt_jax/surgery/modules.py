@@ -33,6 +33,12 @@ def aliases(model: nnx.Module) -> dict[str, str]:
     return found
 
 
+def check_model(model: Any) -> None:
+    """Raises TypeError if an argument `model` is no NNX model."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"`model` is of type {type(model).__name__}: it must be an NNX model")
+
+
 class Removed(nnx.Module):
     """Returned by `replace` to put `None` in the place of a module."""
 
