@@ -293,7 +293,7 @@ def test_images_to_calibrate_on_that_do_not_fit(capsys, runs, tmp_path):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / "empty" / split / name).mkdir(parents=True)
-    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'empty'}"], "JPEG or PNG")
+    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'empty'}"], "JPEG, PNG, WebP or BMP")
     coloured = tmp_path / "coloured"
     shutil.copytree(runs / "data", coloured)
     for path in coloured.rglob("*.png"):

@@ -590,7 +590,7 @@ def test_identity_and_kernel_alone():
     assert (decayed["weights/3x3"], decayed["weights/identity"], decayed["scales/3x3"]) == (True, True, False)
     assert set(one.shapes()["scales"]) == {"3x3"}
     assert STRUCTURES["orepa"] is orepa
-    with pytest.raises(ValueError, match="`layout` is 'io'"):
-        Parametrization(one.structure, (), "io")
+    with pytest.raises(ValueError, match="`layout` is 'ix'"):
+        Parametrization(one.structure, (), "ix")
     with pytest.raises(ValueError, match="have batch norms, so that the kernel is not a function"):
         Parametrization(dbb(Geometry((3, 3), 4, 4)))

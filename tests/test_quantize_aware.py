@@ -210,7 +210,7 @@ def test_a_network_of_branches_goes_on_fused(tmp_path, digits, float_run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 9}, "`quantize.bits`=9 must be a finite number, at least 0 and at most 8"),
+        ({"bits": 9}, "`quantize.bits`=9 must be a whole number, at least 0 and at most 8"),
         ({"bits": 1}, "`quantize.bits`=1 must be at least 2, or 0 for floating point"),
         ({"per": "group"}, "`quantize.per`='group' must be one of channel, tensor"),
         ({"per": "tensor"}, "one scale for a kernel does not commute with their factors"),

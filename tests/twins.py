@@ -183,8 +183,8 @@ def slow_merge(branches, weights, scales):
         s = scales[branch.name] if branch.has_scale else jnp.ones(branches.out, kernel.dtype)
         w = weights[branch.name].ravel()
         kernel = kernel.at[to].add(s[to % branches.out] * factor * w[source])
-    kernel = kernel.reshape(shape)
-    return kernel if branches.layout == "...io" else jnp.moveaxis(kernel, (-1, -2), (0, 1))
+    places = [np.ravel_multi_index(canonical_index(branches, at), shape) for at in np.ndindex(branches.kernel)]
+    return kernel[np.array(places)].reshape(branches.kernel)
 
 
 def jacobian(branches, scales):
