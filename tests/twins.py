@@ -183,7 +183,8 @@ def slow_merge(branches, weights, scales):
         s = scales[branch.name] if branch.has_scale else jnp.ones(branches.out, kernel.dtype)
         w = weights[branch.name].ravel()
         kernel = kernel.at[to].add(s[to % branches.out] * factor * w[source])
-    places = [np.ravel_multi_index(canonical_index(branches, at), shape) for at in np.ndindex(branches.kernel)]
+    own = [canonical_index(branches, at) for at in np.ndindex(branches.kernel)]
+    places = [np.ravel_multi_index(at, shape) for at in own]
     return kernel[np.array(places)].reshape(branches.kernel)
 
 

@@ -149,14 +149,15 @@ def predict(
       ValueError: the network is not a detector, `threshold` is out of its range, the file is not an image, or
         `out` has an unknown suffix.
     """
-    known = description(network)
-    if known.task != "detect":
-        raise ValueError(f"{known.name} is a classifier, which finds no objects: `classify` asks it")
-    threshold, path, out = least_score(network, threshold), Path(image), Path(out)
-    pixels = _read(path, known.channels)
+    path, out = _existing(image), Path(out)
     if out.exists():
         whose = "the image itself" if out.samefile(path) else "a file that is there"
         raise FileExistsError(f"`out` {out} is {whose}: give another name, pictures are not overwritten")
+    known = description(network)
+    if known.task != "detect":
+        raise ValueError(f"{known.name} is a classifier, which finds no objects: `classify` asks it")
+    threshold = least_score(network, threshold)
+    pixels = _read(path, known.channels)
     fitted, ratio = prepare(pixels, known)
     objects = _objects(_detector(network)(fitted[None]), 0, ratio, threshold, pixels.shape)
     names = known.class_names
@@ -177,7 +178,7 @@ def classify(network: Trained | FileNetwork, image: str | Path, *, count: int = 
 
     Args:
       network: a classifier, of a run, deployed, or in an exported file.
-      image: PNG, JPEG or any other format that Pillow reads.
+      image: a PNG, JPEG, WebP or BMP file.
 
     Raises:
       FileNotFoundError: no such image.
@@ -218,9 +219,14 @@ def least_score(network: Trained | FileNetwork, threshold: float | None = None) 
 
 def _read(image: str | Path, channels: int) -> np.ndarray:
     """The pixels of an image file."""
+    path = _existing(image)
+    return decode_image(read_encoded(str(path)), channels=channels, name=str(path))
+
+
+def _existing(image: str | Path) -> Path:
     if not (path := Path(image)).exists():
         raise FileNotFoundError(f"no image {path}")
-    return decode_image(read_encoded(str(path)), channels=channels, name=str(path))
+    return path
 
 
 def _detector(network: Trained | FileNetwork) -> Callable[[np.ndarray], Detections]:
