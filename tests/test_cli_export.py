@@ -330,7 +330,7 @@ def test_missing_packages(capsys, runs, tmp_path, monkeypatch, package, format):
     monkeypatch.setattr(checks.importlib.util, "find_spec", missing)
     suffix = "stablehlo" if format == "stablehlo" else "onnx"
     out = tmp_path / f"a.{suffix}"
-    sentence = f"{package} is not installed: pip install 'repopt_jax[export]'"
+    sentence = f"repopt: {package} is not installed: pip install 'repopt_jax[export]'"
     refused(capsys, ["export", f"--run={runs / 'pets'}", f"--format={format}", f"--out={out}"], sentence)
     if package != "onnx":  # to run a file needs less than to write it
         out.write_bytes(b"")

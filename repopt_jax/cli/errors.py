@@ -69,6 +69,8 @@ def sentence(error: BaseException) -> str:
     # The text of a KeyError is its argument's repr.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        if text.startswith(f"{error.name} is not installed"):
+            return text
         where = "" if text.startswith("No module named") else f" ({text})"
         return f"{error.name} is not installed{where}: pip install 'repopt_jax[{EXTRAS[error.name]}]'"
     if isinstance(error, (KeyError, TypeError)):
