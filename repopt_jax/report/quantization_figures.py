@@ -18,7 +18,7 @@ def ratios(layers: Mapping[str, QuantizedLayer]) -> Figure:
         ("alone", [one.sensitivity for one in layers.values()], "D", OTHERS[3].colour),
     )
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(1.5 * WIDTH, 0.26 * len(layers) + 1.1), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.26 * len(layers) + 1.1), layout="constrained")
         axes = figure.subplots()
         for name, values, marker, colour in series:
             points = [(value, row) for row, value in enumerate(values) if value is not None]
@@ -36,7 +36,7 @@ def ratios(layers: Mapping[str, QuantizedLayer]) -> Figure:
 def histograms(layers: Mapping[str, QuantizedLayer]) -> Figure:
     """Draws kernels and inputs of each layer in a row, before (line) and after (bars) rounding."""
     with matplotlib.rc_context(RC):
-        size = (1.5 * WIDTH, 1.35 * len(layers) + 0.3)
+        size = (WIDTH, 1.2 * len(layers) + 0.3)
         figure = Figure(figsize=size, layout="constrained")
         rows = np.atleast_2d(figure.subplots(len(layers), 2))
         for (path, one), (left, right) in zip(layers.items(), rows):
