@@ -4,12 +4,13 @@
     python scripts/quantize_table.py runs/quantize_digits --out=scripts/results/quantize_digits
 
 The first command trains plain SGD, RepOpt with searched scales, RepVGG, QARepVGG and the branches trained
-online, three seeds each, all by the same recipe; the second quantizes all of them after training, to 8 to 4
-bits. `,smoke` after an argument (`quantize_digits.py:plain,smoke`) runs two short epochs on a few images.
+online, three seeds each, all by the recipe of `digits`; the second quantizes all of them after training, to 8
+to 4 bits. `,smoke` after an argument (`quantize_digits.py:plain,smoke`) runs two short epochs on a few
+images.
 """
 
 from repopt_jax.report.comparison import Comparison, smoke_of
-from repopt_jax.train.config import Config, DataConfig, ModelConfig, OptimConfig, parse_argument, smoke
+from repopt_jax.train.config import Config, load_config, parse_argument, smoke
 
 # Argument -> mode, scales, what it is called.
 RUNS = {
@@ -25,18 +26,8 @@ RUNS = {
 def get_config(arg: str = "") -> Config:
     run, small = parse_argument(arg, RUNS)
     mode, scales, _ = RUNS[run]
-    config = Config(
-        name=f"quantize_digits-{run}",
-        epochs=20,
-        batch_size=64,
-        eval_batch_size=256,
-        scales=scales,
-        log_every=10,
-        model=ModelConfig(name="vgg-digits", mode=mode),
-        data=DataConfig(source="digits", image_size=8, crop_padding=1, mean=(0.3,), std=(0.37,)),
-        # One epoch of warm-up keeps the first steps small.
-        optim=OptimConfig(learning_rate=0.1, weight_decay=4e-5, warmup_epochs=1),
-    )
+    config = load_config("digits:plain")
+    config.name, config.scales, config.model.mode = f"quantize_digits-{run}", scales, mode
     return smoke(config) if small else config
 
 

@@ -6,10 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax import fuse, prepare
+from repopt_jax import fuse, models, prepare
 from repopt_jax.core import paths
 from repopt_jax.nn.rngs import counted_in_python
 from repopt_jax.surgery.modules import named_modules
+
+TINY_DETECTOR = models.DetectorVariant(
+    "tiny",
+    models.BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)),
+    channels=6,
+    maps=2,
+    levels=2,
+    tower=1,
+)
 
 
 def abstract(build, *args, **options):

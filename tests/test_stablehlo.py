@@ -15,7 +15,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import export
-from networks import randomised
+from networks import TINY_DETECTOR, randomised
 from tolerances import PREPROCESSED, PREPROCESSED_APART
 
 from repopt_jax import fuse, models, prepare
@@ -27,14 +27,6 @@ from repopt_jax.nn.rngs import counted_in_python
 from repopt_jax.quantize import quantize
 from repopt_jax.surgery.modules import named_modules
 
-TINY = models.DetectorVariant(
-    "tiny",
-    models.BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)),
-    channels=6,
-    maps=2,
-    levels=2,
-    tower=1,
-)
 CLASSIFIER = Metadata(
     task="classify",
     name="tiny",
@@ -53,7 +45,7 @@ DETECTOR = Metadata(
     channels=3,
     mean=(0.3, 0.4, 0.5),
     std=(0.2, 0.25, 0.3),
-    strides=TINY.strides,
+    strides=TINY_DETECTOR.strides,
     score_threshold=0.001,
     max_detections=20,
 )
@@ -77,7 +69,7 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def detector():
-    model = fuse(drawn(lambda rngs: models.FCOS(TINY, num_classes=2, num_keypoints=1, rngs=rngs)))
+    model = fuse(drawn(lambda rngs: models.FCOS(TINY_DETECTOR, num_classes=2, num_keypoints=1, rngs=rngs)))
     for _, layer in named_modules(model):  # boxes that do not fill the image, scores that differ
         if isinstance(layer, nnx.Conv):
             layer.kernel[...] /= np.sqrt(np.prod(layer.kernel.shape[:-1]))

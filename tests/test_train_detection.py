@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import TINY_DETECTOR
 from PIL import Image
 
 from repopt_jax import Scales, cli, data, load_scales, models, save_scales, train
@@ -22,15 +23,7 @@ from repopt_jax.report import gallery, quickstart, records
 from repopt_jax.train import build, deploy
 from repopt_jax.train.state import make_mesh
 
-TINY = models.DetectorVariant(
-    "tiny",
-    models.BackboneVariant("tiny", (4, 4, 6, 6, 8), (0, 0, 0, 1)),
-    channels=6,
-    maps=2,
-    levels=2,
-    tower=1,
-)
-models.register(models.Entry("fcos-tiny", models.FCOS, TINY, task="detect"))
+models.register(models.Entry("fcos-tiny", models.FCOS, TINY_DETECTOR, task="detect"))
 
 
 def tiny(mode="", scales="", **changes) -> train.Config:

@@ -176,7 +176,11 @@ def load_plain(directory: str | Path, *, checkpoint: str | int | None = None) ->
     Raises:
       FileNotFoundError, ValueError: as `load_any`.
     """
-    trained = load_any(directory, checkpoint=checkpoint)
+    return as_plain(load_any(directory, checkpoint=checkpoint), directory)
+
+
+def as_plain(trained: Trained, directory: str | Path) -> Trained:
+    """What `load_any` returned from `directory`, as plain convolutions."""
     if (Path(directory).expanduser() / RECORD).is_file():
         return trained
     return trained._replace(model=plain_network(trained))

@@ -38,10 +38,10 @@ from repopt_jax.train.build import Trained, load_trained
 from repopt_jax.train.config import Config, QuantizeConfig
 from repopt_jax.train.deploy import (
     COMPARED_IMAGES,
+    as_plain,
     evaluate,
     load_any,
     load_deployed,
-    load_plain,
     open_test,
     origin_of,
     plain_network,
@@ -239,13 +239,13 @@ def quantize_run(
             f"the network of {run_dir} is quantized already ({paths.listed(list(done))}): give the run in "
             "floating point"
         )
-    plain = load_plain(run_dir, checkpoint=checkpoint)
+    plain = as_plain(source, run_dir)
     kept: list[str] = list(getattr(plain.model, "predictions", ()))
-    quantizable, fixed = find_quantizable(plain.model), len(kept)
-    if options.keep_float >= len(quantizable) - fixed:
+    free = len(find_quantizable(plain.model)) - len(kept)
+    if options.keep_float >= free:
         raise ValueError(
-            f"`keep_float` is {options.keep_float}: the network has {len(quantizable) - fixed} layers "
-            "that can be quantized, and one must be"
+            f"`keep_float` is {options.keep_float}: the network has {free} layers that "
+            "can be quantized, and one must be"
         )
     images = training_images(source, options.images, data_dir=data_dir)
     statistics = image_statistics(source.model, images) if source.step >= SETTLED_STEPS else None
@@ -281,26 +281,7 @@ def quantize_run(
         network,
         data_dir=data_dir,
     )
-    test_images = _test_images(plain, data_dir)
-    before = {path: np.asarray(layer.kernel[...]) for path, layer in quantizable.items()}
-    look = expected(plain.model, histograms, **how)
-    ratio, arriving = layer_noise(plain.model, network, test_images)
-    ranges = find_ranges(
-        histograms, how["calibration"], levels=options.scheme.levels, percentile=options.percentile
-    )
-    layers = {
-        path: _layer(
-            before[path],
-            histograms[path],
-            quantizers(network).get(path),
-            ranges[path],
-            tail=look.layers[path].tail,
-            expected=_finite(look.layers[path].decibel),
-            arriving=_finite(arriving[path]),
-            sensitivity=_finite(measured.get(path)),
-        )
-        for path in before
-    }
+    ratio, look, layers = _by_layer(plain, network, histograms, measured, options, data_dir)
     float_bytes, quantized_bytes = weight_bytes(network, options.scheme)
     names = [metric.name for metric in METRICS[source.config.task]]
     quantized = Quantized(
@@ -308,7 +289,7 @@ def quantize_run(
         task=source.config.task,
         images=len(images),
         warning=warning,
-        expected=_finite(look.decibel),
+        expected=_finite(look),
         measured=_finite(ratio),
         test_float={name: test_float[name] for name in names},
         test=deployed.test,
@@ -325,6 +306,38 @@ def quantize_run(
     values.pop("reused")
     replace_file(out_dir / RECORD, json.dumps(values, indent=1) + "\n")
     return quantized
+
+
+def _by_layer(
+    plain: Trained,
+    network: Any,
+    histograms: Mapping[str, Histogram],
+    measured: Mapping[str, float],
+    options: Options,
+    data_dir: str | None,
+) -> tuple[float, float, dict[str, QuantizedLayer]]:
+    """The ratio of the output on the test images, the expected one, and what is known of each layer."""
+    how = dataclasses.asdict(options.scheme) | options.ranges
+    ranges = find_ranges(
+        histograms, how["calibration"], levels=options.scheme.levels, percentile=options.percentile
+    )
+    look = expected(plain.model, histograms, **how)
+    ratio, arriving = layer_noise(plain.model, network, _test_images(plain, data_dir))
+    placed = quantizers(network)
+    layers = {
+        path: _layer(
+            np.asarray(layer.kernel[...]),
+            histograms[path],
+            placed.get(path),
+            ranges[path],
+            tail=look.layers[path].tail,
+            expected=_finite(look.layers[path].decibel),
+            arriving=_finite(arriving[path]),
+            sensitivity=_finite(measured.get(path)),
+        )
+        for path, layer in find_quantizable(plain.model).items()
+    }
+    return ratio, look.decibel, layers
 
 
 def aware_config(source: Trained, run_dir: str | Path, options: Options, kept: list[str]) -> Config:
