@@ -7,9 +7,7 @@ file is to hold.
 """
 
 import dataclasses
-import functools
 import re
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +20,7 @@ from repopt_jax.core import jaxprs
 from repopt_jax.core.jaxprs import Equation, Value
 from repopt_jax.nn.convolution import xla_convolutions
 from repopt_jax.nn.geometry import ChangedOperands
-from repopt_jax.surgery.modules import named_modules, replace_modules
+from repopt_jax.surgery.modules import intercepted, named_modules
 
 # Stands for the batch size in shapes, so that sizes are whole numbers: those that depend on the batch are its
 # multiples, and, as it is a prime that no network has as a size, only those.
@@ -152,22 +150,12 @@ def with_scopes(model: nnx.Module) -> nnx.Module:
 
     What stands in the place of a layer's function, such as a quantizer, counts as the layer.
     """
-    copy = replace_modules(model, lambda path, module: None)
-    for path, module in list(named_modules(copy)):
-        if callable(module) and not isinstance(module, ChangedOperands):
-            object.__setattr__(module, "__class__", _in_scope(type(module), path))
-    return copy
+    return intercepted(model, _in_scope, lambda path, module: not isinstance(module, ChangedOperands))
 
 
-# Classes are registered for ever, so that each is made once.
-@functools.cache
-def _in_scope(cls: type[nnx.Module], path: str) -> type[nnx.Module]:
-    def call(self: Any, *args: Any, **options: Any) -> Any:
-        with jax.named_scope(f"<{path}>"):
-            return cls.__call__(self, *args, **options)  # pyright: ignore[reportCallIssue]
-
-    members = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
+def _in_scope(path: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with jax.named_scope(f"<{path}>"):
+        return call(*args, **options)
 
 
 def path_of(equation: Equation) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.quantize.calibration import batches_of
-from repopt_jax.surgery.modules import named_modules, replace_modules
+from repopt_jax.surgery.modules import intercepted, named_modules
 
 # Measured on networks of digits: of the right images (8 or more) at most 0.075 and 1.11; without mean and
 # std 0.19 and 6.5, and with those of other data 0.21 and 1.7.
@@ -104,10 +104,7 @@ class _Found(Exception):
 
 def _first_norm_input(model: nnx.Module, batch: jax.Array) -> tuple[str, jax.Array]:
     """The path of the batch norm that is called first, and its input."""
-    model = replace_modules(model, lambda path, module: None)
-    for path, module in list(named_modules(model)):
-        if _is_ordinary(module):
-            object.__setattr__(module, "__class__", _stopping(type(module), path))
+    model = intercepted(model, _stop, lambda path, module: _is_ordinary(module))
     try:
         model(batch)  # pyright: ignore[reportCallIssue]
     except _Found as found:
@@ -115,10 +112,6 @@ def _first_norm_input(model: nnx.Module, batch: jax.Array) -> tuple[str, jax.Arr
     raise ValueError("no batch norm of the network is called")
 
 
-def _stopping(base: type, path: str) -> type:
-    """A subclass of a batch norm that ends the trace where it is called."""
-
-    def stop(self: Any, x: jax.Array, *args: Any, **options: Any) -> None:
-        raise _Found(path, x)
-
-    return type(base.__name__, (base,), {"__call__": stop})
+def _stop(path: str, call: Any, x: jax.Array, *args: Any, **options: Any) -> None:
+    """Ends the trace at the call of a batch norm."""
+    raise _Found(path, x)

@@ -5,7 +5,6 @@ batch norm belongs to a layer if it is the only one to read the layer's output, 
 else. In pre-activation networks a norm may come after a sum or a concatenation: it belongs to no layer.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -15,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from repopt_jax.core.jaxprs import Flat, Value, bodies, flatten
 from repopt_jax.core.tracing import PASSED
-from repopt_jax.surgery.modules import named_modules
+from repopt_jax.surgery.modules import intercepted
 
 Example: TypeAlias = Sequence[Any] | Callable[[Any], Any] | None
 
@@ -41,11 +40,9 @@ def norms_of_layers(
             f"`example` is a {type(example).__name__}: it must be a tuple of what the model is called with, "
             "such as (images,), or a function that calls a model"
         )
-    marked = nnx.clone(model)
+    marked = intercepted(model, _mark_output, lambda path, module: path in layers)
+    marked = intercepted(marked, _mark_input, lambda path, module: path in norms)
     marked.eval()
-    for path, module in named_modules(marked):
-        if path in layers or path in norms:
-            _mark(module, path, _OUT if path in layers else _IN)
     graph, state = nnx.split(marked)
 
     def run(state: Any, inputs: Sequence[Any]) -> Any:
@@ -91,19 +88,9 @@ def _reads(flat: Flat) -> Iterator[tuple[str, str]]:
     yield from ((known[value], "") for value in flat.outputs if known.get(value))
 
 
-def _mark(module: nnx.Module, path: str, where: str) -> None:
-    """Makes a module mark its output or its input; it stays one of its class."""
-    object.__setattr__(module, "__class__", _marking(type(module), where))
-    setattr(module, "marked_path", path)  # noqa: B010  (of modules of any class)
+def _mark_output(path: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return checkpoint_name(call(*args, **options), _OUT + path)
 
 
-@functools.cache
-def _marking(kind: type[nnx.Module], where: str) -> type[nnx.Module]:
-    def call(self: Any, x: Any, *args: Any, **options: Any) -> Any:
-        label = where + self.marked_path
-        if where == _IN:
-            return kind.__call__(self, checkpoint_name(x, label), *args, **options)  # pyright: ignore
-        return checkpoint_name(kind.__call__(self, x, *args, **options), label)  # pyright: ignore
-
-    make: Any = type(kind)  # the metaclass of modules
-    return make(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+def _mark_input(path: str, call: Callable[..., Any], x: Any, *args: Any, **options: Any) -> Any:
+    return call(checkpoint_name(x, _IN + path), *args, **options)

@@ -1,5 +1,7 @@
 """Walking and rebuilding NNX models by path."""
 
+import functools
+import types
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -99,6 +101,37 @@ def replace_modules(model: nnx.Module, replace: Callable[[str, nnx.Module], nnx.
 def is_abstract(model: Any) -> bool:
     """Returns whether a model, or a tree of parameters, has shapes in place of arrays (`nnx.eval_shape`)."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model))
+
+
+def intercepted(
+    model: nnx.Module, around: Callable[..., Any], select: Callable[[str, nnx.Module], bool]
+) -> nnx.Module:
+    """Returns a copy of `model` in which `around(path, call, *args, **options)` is run in place of the call
+    of each module for which `select(path, module)` is true.
+
+    `call` is what the module itself computes. The modules stay instances of their classes. `around` must be
+    a function of a file and not made anew for each use: a subclass is made for it and each class, and NNX
+    keeps its classes for ever.
+
+    Raises:
+      TypeError: as `replace_modules`.
+    """
+    copy = replace_modules(model, lambda path, module: None)
+    for path, module in list(named_modules(copy)):
+        if callable(module) and select(path, module):
+            object.__setattr__(module, "__class__", _intercepting(type(module), around))
+            setattr(module, "intercepted_path", path)  # noqa: B010  (of modules of any class)
+    return copy
+
+
+@functools.cache
+def _intercepting(kind: type[nnx.Module], around: Callable[..., Any]) -> type[nnx.Module]:
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        own = functools.partial(kind.__call__, self)  # pyright: ignore[reportCallIssue]
+        return around(self.intercepted_path, own, *args, **options)
+
+    members = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(members))
 
 
 def copy_leaf(leaf: Any) -> Any:
