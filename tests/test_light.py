@@ -27,7 +27,7 @@ OPTIMIZER_HALF = (
     *("test_light", "test_optim", "test_optimizers", "test_reparameterize", "test_resrep", "test_variants"),
 )
 
-# The subpackages that a light install cannot import -> a package that they miss, and the extra that brings it.
+# The subpackages that a light install cannot import -> a package that they miss, and its extra.
 NEEDS = {
     **dict.fromkeys(("nn", "models", "surgery", "verify", "quantize", "export", "interop"), ("flax", "flax")),
     **dict.fromkeys(("data", "detection"), ("PIL", "train")),
