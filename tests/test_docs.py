@@ -8,7 +8,8 @@ import pytest
 from repopt_jax.cli import commands
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -32,4 +33,4 @@ def test_scripts_tests_and_commands_exist(page):
 
 def test_the_readme_names_every_page():
     text = (ROOT / "README.md").read_text()
-    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text] == []
+    assert [page.name for page in DOCS if f"docs/{page.name}" not in text] == []
