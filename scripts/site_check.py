@@ -4,23 +4,30 @@
 
 - No script, style sheet, font or picture comes from elsewhere: the site works from disk with no network.
 - Every link within the site leads to a page that is there, and to a place on it that is there.
-- No formula is left as it was typed.
-- In Chromium, where there is one: no page is wider than its window at 1280 and at 390 pixels, every picture is
-  shown, and the search finds something in a site that is opened from disk.
+- No formula is left as it was typed, and the reference has every public name.
+- In Chromium, where there is one: no page is wider than its window at 1280 and at 390 pixels, every picture
+  is shown, and the search finds something in a site that is opened from disk.
 
-All that is wrong is listed, and the exit status is 1. `--pictures` writes a picture of every page at both widths.
+All that is wrong is listed, and the exit status is 1. `--pictures` writes a picture of every page at both
+widths.
 """
 
 import argparse
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from site_hooks import public_names
+
+ROOT = Path(__file__).resolve().parents[1]
 
 WIDTHS = (1280, 390)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -61,7 +68,8 @@ const until = async (condition, milliseconds) => {
       found.push(`${page} is ${root.scrollWidth} pixels wide in a window of ${width}` +
         (wide ? `: ${wide.outerHTML.slice(0, 100)}` : ""));
     }
-    for (const image of inside.images) if (!image.naturalWidth) found.push(`${page} does not show ${image.src}`);
+    for (const image of inside.images)
+      if (!image.naturalWidth) found.push(`${page} does not show ${image.src}`);
     frame.remove();
   }
   const frame = await shown(pages[0] + "?q=SEARCHED_FOR", 1280);
@@ -86,6 +94,9 @@ class Document(HTMLParser):
         self.links: list[str] = []
         self.places: set[str] = set()
         self.feed(text)
+
+    def has(self, fragment: str) -> bool:
+        return unquote(fragment) in self.places
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
@@ -116,14 +127,25 @@ def problems(site: Path) -> list[str]:
             target = _target(path, address)
             if not target.exists():
                 found.append(f"{page} links to {address}, which does not exist")
-            elif parts.fragment and target in documents:
-                if unquote(parts.fragment) not in documents[target].places:
-                    found.append(f"{page} links to {address}: no such place on that page")
+            elif parts.fragment and target in documents and not documents[target].has(parts.fragment):
+                found.append(f"{page} links to {address}: no such place on that page")
         if 'class="arithmatex"' in path.read_text():
             found.append(f"{page} has a formula that is not typeset")
+    found += [f"{page} lacks {name}" for page, name in missing_names(site, documents)]
     for path in sorted(site.rglob("*.css")):
         for address in re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", path.read_text()):
             found.append(f"{path.relative_to(site)} loads {address}")
+    return found
+
+
+def missing_names(site: Path, documents: Mapping[Path, Document]) -> list[tuple[Path, str]]:
+    """Returns the public names of a subpackage that its page of the reference lacks."""
+    found = []
+    for path in sorted(site.glob("api/*.html")):
+        package = ROOT / "repopt_jax" / path.stem / "__init__.py"
+        names = public_names(ast.parse(package.read_text())) if package.exists() else {}
+        lacks = [name for name in names.values() if name not in documents[path].places]
+        found += [(path.relative_to(site), name) for name in lacks]
     return found
 
 

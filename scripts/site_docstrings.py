@@ -1,4 +1,4 @@
-"""What the reference on the site changes in docstrings, as an extension of Griffe; mkdocs.yml names this file.
+"""What the reference on the site changes in docstrings: an extension of Griffe, named by mkdocs.yml.
 
 Docstrings are written for those who read the code: several arguments may share a line, and a formula is plain
 text. Markdown wants a line for each, and takes `<g, P(g)>` for HTML.

@@ -1,4 +1,4 @@
-"""What MkDocs does on the way from the pages in docs/ to the site, beside its own; mkdocs.yml names this file.
+"""What is done to the pages in docs/ on their way to the site, as hooks of MkDocs, named by mkdocs.yml.
 
 The pages are read where the code is hosted as well, so that they hold ordinary links, formulas between dollar
 signs and notebooks as they are. On the site
@@ -6,8 +6,8 @@ signs and notebooks as they are. On the site
 - a link that leaves docs/ leads to the file where the code is hosted, and a picture there is copied;
 - a formula is MathML, which browsers typeset without a script or a font of their own;
 - a notebook is a page, with the outputs that it holds (it is not run);
-- `::: repopt_jax.NAME` becomes the reference of every public name of that subpackage, and `::: repopt_jax` the
-  list of the names that can be imported from the package itself.
+- `::: repopt_jax.NAME` becomes the reference of every public name of that subpackage, and
+  `::: repopt_jax` the list of the names that can be imported from the package itself.
 
 What does not exist is a warning, and warnings end a build (`strict` in mkdocs.yml).
 """
@@ -109,6 +109,11 @@ def mathml(tex: str, block: bool) -> str:
     Raises:
       ValueError: the formula cannot be read, or holds a command that the converter does not know.
     """
+    braces = re.sub(r"\\.|[^{}]", "", tex)  # without those that are shown, `\{`
+    while "{}" in braces:
+        braces = braces.replace("{}", "")
+    if braces:  # the converter reads on
+        raise ValueError(f"the formula {tex!r} has braces that do not match")
     try:
         typeset = convert(tex, display="block" if block else "inline")
     except Exception as problem:  # the converter has a class of its own for each mistake, and others
@@ -149,7 +154,7 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
 
 
 def reference(name: str, root: Path) -> str:
-    """Returns what `::: name` stands for: the public names of a subpackage, or of the package a table of links."""
+    """Returns what `::: name` stands for: a subpackage's public names, or the package's table of links."""
     tree = ast.parse((root / name.replace(".", "/") / "__init__.py").read_text())
     if name != "repopt_jax":
         return "\n\n".join(f"::: {path}" for path in public_names(tree).values())

@@ -1,7 +1,7 @@
 """README.md and the pages in docs/: links lead to files, commands exist, and programs run.
 
-A page is read as a whole: its Python blocks are run one after the other, in one namespace. What readers do not
-see, a comment on the line before a block, says what is different about it:
+The Python blocks of a page are run one after the other, in one namespace. A comment before a block, unseen by
+readers, says what is different about it:
 
     <!-- fragment -->     it is not run: it needs files or names that only a reader has
     <!-- long -->         the page is run by `pytest -m long`
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("api/*.md"))]
 BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>fragment|long|given)(?P<given>[^>]*?)-->\n)?^```python\n(?P<code>.*?)^```$",
+    r"(?:^<!-- (?P<mark>fragment|long|given)(?P<given>(?:(?!-->).)*?)-->\n)?^```python\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -68,7 +68,7 @@ def test_the_start_names_every_page():
 
 
 def test_every_block_is_read():
-    # A block that the expression missed would never be run: of another indentation, or a comment of a new kind.
+    # A block that the expression missed, of another indentation, would never be run.
     for page in PAGES:
         assert len(re.findall(r"```python", page.read_text())) == len(BLOCK.findall(page.read_text())), page
 
