@@ -1,7 +1,8 @@
 """Gradient and structural re-parameterization for JAX.
 
 The names and the subpackages are imported when they are first used (PEP 562): `import repopt_jax` does not
-import JAX, and a program that uses `repopt_jax.optim` does not import Flax.
+import JAX, and a program that uses `repopt_jax.optim` does not import Flax. What needs a package of an extra
+that is not installed says so then, with the command that installs it.
 """
 
 import importlib
@@ -109,6 +110,8 @@ _NAMES = {
 }
 
 _HOME = {name: subpackage for subpackage, names in _NAMES.items() for name in names}
+
+__all__ = sorted({*_SUBPACKAGES, *_HOME})  # pyright: ignore[reportUnsupportedDunderAll]
 
 if not TYPE_CHECKING:  # a type checker that saw it would accept every name
 

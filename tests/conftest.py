@@ -2,6 +2,7 @@
 compiled programs kept from run to run, and the longest files first."""
 
 import gc
+import importlib
 import os
 
 import program_cache
@@ -19,7 +20,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import pytest
 
-from repopt_jax import data
+from repopt_jax import extras
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -60,6 +61,55 @@ LONGEST = {
     "test_convolution.py": 15,
     "test_verify.py": 15,
 }
+
+
+# -- An environment without the extras. What needs one is left out there, so that the optimizer half is tested
+# with what `pip install repopt_jax` brings. Where Flax is installed, any missing package is an error.
+
+LIGHT = not extras.installed("flax")
+left_out: set[str] = set()
+
+
+def is_of_an_extra(error: ModuleNotFoundError) -> bool:
+    return (error.name or "").partition(".")[0] in {*extras.EXTRAS, "equinox", "qwix"}
+
+
+if LIGHT:
+
+    def pytest_ignore_collect(collection_path):
+        """Test files that cannot be imported without an extra."""
+        if not collection_path.match("test_*.py"):
+            return None
+        try:
+            importlib.import_module(collection_path.stem)
+        except ModuleNotFoundError as error:
+            if not is_of_an_extra(error):
+                raise
+        except pytest.skip.Exception:
+            pass
+        else:
+            return None
+        left_out.add(collection_path.stem)
+        return True
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup():
+        return (yield from skipped_without_extras())
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call():
+        return (yield from skipped_without_extras())
+
+    def skipped_without_extras():
+        try:
+            return (yield)
+        except ModuleNotFoundError as error:
+            if not is_of_an_extra(error):
+                raise
+            pytest.skip(str(error))
+
+    def pytest_report_collectionfinish():
+        return f"without extras: {len(left_out)} files of tests are left out"
 
 
 def pytest_collection_modifyitems(items):
@@ -117,6 +167,8 @@ def counted():
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """A folder with the prepared digits, so that no test touches the user's cache. None writes there."""
+    from repopt_jax import data
+
     folder = tmp_path_factory.mktemp("digits")
     data.open_source("digits", data_dir=folder)
     return folder

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from networks import assert_close
-from twins import jacobian
+from twins import assert_close, jacobian
 
 from repopt_jax.core.branches import (
     AfterPointwise,

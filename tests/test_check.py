@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from optax import contrib
 
 import repopt_jax
@@ -67,6 +66,8 @@ def params_of(scales, *, state):
     tree = paths.nested(kernels | {"norm/scale": jnp.ones(4), "head/kernel": jnp.ones((4, 3))})
     if not state:
         return tree
+    from flax import nnx
+
     model = nnx.Dict(
         {part: nnx.Dict({n: nnx.Param(v) for n, v in leaves.items()}) for part, leaves in tree.items()}
     )

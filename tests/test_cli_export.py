@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tolerances import INT8_FILE, INT8_FILE_APART
 from repopt_jax import data, models, train
 from repopt_jax.cli.main import main
 from repopt_jax.data.transforms import normalise
-from repopt_jax.export import checks, runtime
+from repopt_jax.export import runtime
 from repopt_jax.models import registry
 from repopt_jax.train import deploy
 from repopt_jax.train.export import evaluate_file, export
@@ -325,12 +326,10 @@ def test_files_that_cannot_be_used(capsys, runs, tmp_path, command):
     ("package", "format"), [("flatbuffers", "stablehlo"), ("onnx", "onnx"), ("onnxruntime", "onnx-int8")]
 )
 def test_missing_packages(capsys, runs, tmp_path, monkeypatch, package, format):
-    find = checks.importlib.util.find_spec
-    missing = lambda name, *args: None if name == package else find(name, *args)  # noqa: E731
-    monkeypatch.setattr(checks.importlib.util, "find_spec", missing)
+    monkeypatch.setitem(sys.modules, package, None)
     suffix = "stablehlo" if format == "stablehlo" else "onnx"
     out = tmp_path / f"a.{suffix}"
-    sentence = f"repopt: {package} is not installed: pip install 'repopt_jax[export]'"
+    sentence = f"{package}, which is not installed: pip install 'repopt_jax[export]'"
     refused(capsys, ["export", f"--run={runs / 'pets'}", f"--format={format}", f"--out={out}"], sentence)
     if package != "onnx":  # to run a file needs less than to write it
         out.write_bytes(b"")

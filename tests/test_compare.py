@@ -369,7 +369,9 @@ def jobs(tmp_path, monkeypatch):
                 os._exit(9)
 
             def endless(path, *, stop):
-                open(path + ".begun", "w").close()
+                with open(path + ".new", "w") as file:
+                    file.write(str(os.getpid()))
+                os.replace(path + ".new", path + ".begun")
                 while not stop():
                     threading.Event().wait(0.01)
                 open(path, "w").close()
@@ -409,6 +411,22 @@ def test_without_processes_calls_are_made_here(jobs):
 def test_a_process_that_dies_is_an_error(jobs):
     with workers.Workers(1) as pool, pytest.raises(ChildProcessError, match="exit code 9"):
         pool.submit(jobs.die).result()
+
+
+@pytest.mark.kills
+def test_a_process_that_hangs_is_ended(jobs, tmp_path, monkeypatch):
+    """What a debugger, a full network drive or SIGSTOP make of one: it is there and does nothing."""
+    monkeypatch.setattr(workers, "TICK_S", 0.2)
+    path = tmp_path / "stopped"
+    with workers.Workers(2) as pool:
+        call = pool.submit(jobs.endless, str(path))
+        begun(call, path)
+        pid = int(path.with_suffix(".begun").read_text())
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(ChildProcessError, match=r"hung: nothing was heard of it .* run the same command"):
+            call.result()
+        assert pool.submit(jobs.add, 1, 1).result()[2] != pid  # the other is not thought to hang
+    assert not path.exists()
 
 
 def begun(call, path):

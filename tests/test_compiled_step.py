@@ -8,6 +8,8 @@ import compiled_text
 import pytest
 from compiled_programs import Case, differences, facts_of
 
+pytest.importorskip("flax", reason="the step is the trainer's")
+
 # data x fsdp = 8, and statistics of each device.
 STEPS = ((1, "global"), (2, "global"), (8, "global"), (2, "device"))
 # What is not `repopt_mask`, and which of the checks must see it.

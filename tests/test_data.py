@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import grain
 import numpy as np
 import pytest
 from PIL import Image
@@ -562,7 +563,6 @@ def worked():
     assert set(multiprocessing.active_children()) == before
 
 
-@pytest.mark.long  # a worker that is killed in the middle of a write leaves Grain waiting without end
 @pytest.mark.kills
 def test_a_worker_that_dies_ends_the_training_with_a_sentence(worked):
     batches, worker = worked
@@ -573,7 +573,26 @@ def test_a_worker_that_dies_ends_the_training_with_a_sentence(worked):
         list(itertools.islice(batches, 100))
 
 
-@pytest.mark.long  # a worker that is killed in the middle of a write leaves Grain waiting without end
+def large_message(index):
+    """A batch that does not fit in a pipe, and is no array, for which Grain would use shared memory."""
+    return {"x": bytes([index]) * 1_000_000}
+
+
+@pytest.mark.kills
+def test_a_worker_that_dies_in_the_middle_of_a_message_ends_the_training_too(monkeypatch):
+    monkeypatch.setattr(batches_module, "GRACE_S", 2.0)
+    before = set(multiprocessing.active_children())
+    dataset = grain.MapDataset.source(range(64)).map(large_message)
+    batches = iter(batches_module.Batches(dataset, workers=1, prefetch=1))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.kill()
+    with pytest.raises(ChildProcessError, match=r"workers`=1\) has ended \(exit code -9\), perhaps"):
+        list(batches)
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+
+
 @pytest.mark.kills
 def test_a_worker_that_hangs_ends_the_training_with_a_sentence(worked, monkeypatch):
     batches, worker = worked

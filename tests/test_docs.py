@@ -1,4 +1,4 @@
-"""README.md and the pages in docs/: links lead to files, commands exist, and programs run.
+"""README.md, its neighbours and the pages in docs/: links lead to files, commands exist, and programs run.
 
 The Python blocks of a page are run one after the other, in one namespace. A comment before a block, unseen by
 readers, says what is different about it:
@@ -17,7 +17,8 @@ from repopt_jax.cli import commands
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("api/*.md"))]
+FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*FRONT, *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("api/*.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>fragment|long|given)(?P<given>(?:(?!-->).)*?)-->\n)?^```python\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -55,9 +56,11 @@ def test_scripts_tests_and_commands_exist(page):
     missing = [name for name in files if not (ROOT / name).exists() and "NAME" not in name]
     assert missing == []
     # `repopt train ...` in a block of commands or in the text.
-    named = set(re.findall(r"(?:^|`|/bin/|&& )repopt (\w+)", text, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`|/bin/|&& )repopt ([\w-]+)", text, re.MULTILINE))
     known = {"evaluate": "eval"}
-    assert named <= {known.get(name, name) for name in vars(commands) if not name.startswith("_")}
+    assert named <= {
+        known.get(name, name).replace("_", "-") for name in vars(commands) if not name.startswith("_")
+    }
 
 
 def test_the_start_names_every_page():

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from repopt_jax.core import jaxprs
 
@@ -28,9 +27,9 @@ def remembered(x):
 
 def function(x, y):
     with jax.named_scope("outer"):
-        z = nnx.relu(jax.jit(lambda a: remembered(a) + y)(x))
+        z = jax.nn.relu(jax.jit(lambda a: remembered(a) + y)(x))
         with jax.named_scope("inner"):
-            z = jax.jit(lambda a: nnx.silu(a) - 1)(z)
+            z = jax.jit(lambda a: jax.nn.silu(a) - 1)(z)
     return z, x, jnp.float32(3)
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from twins import assert_close
 
 from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel
@@ -214,6 +213,8 @@ def test_sharded_parameters(name, axis):
 @every
 def test_nnx_optimizer(name):
     """`nnx.Optimizer` shows `init` variables and `update` bare arrays."""
+    from flax import nnx
+
     tx, params, gradients, _ = setting(name)
 
     class Net(nnx.Module):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from hypothesis import strategies as st
 from optax import contrib
 from test_branches import branch_sets, draw_scales
@@ -22,7 +21,6 @@ from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.optim import sgd as optim
 from repopt_jax.optim.reparameterize import reparameterize
-from repopt_jax.surgery import reinitialize
 
 EXACT = 1e-10  # relative, after 50 steps; measured: 7e-16 to 3e-15
 WRONG = 1e-2  # measured: 0.06 (the Kronecker rule behind `repopt_mask`) to 1.1
@@ -182,6 +180,10 @@ def test_split_where_all_scales_are_zero(x64):
 
 
 def test_reinitialize_gives_the_branches_that_it_merged():
+    from flax import nnx
+
+    from repopt_jax.surgery import reinitialize
+
     params = {"conv": {"kernel": jnp.zeros((3, 3, 4, 4)), "bias": jnp.zeros(4)}}
     scales = Scales.depth_rule({"conv/kernel": default_branches((3, 3, 4, 4))}, {"conv/kernel": 2})
     fresh, weights = reinitialize(params, scales, rngs=nnx.Rngs(0), return_weights=True)

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 from tolerances import RESREP, RESREP_ACCUMULATED, RESREP_APART
 
 from repopt_jax.optim import (
@@ -185,13 +183,14 @@ def test_updates_have_the_gradients_dtype(dtype):
     assert all(m.dtype == bool for m in state.masks.values())
 
 
-class Two(nnx.Module):
-    def __init__(self):
-        self.first = nnx.Param(jnp.eye(3))
-        self.second = nnx.Param(jnp.ones((3, 2)))
-
-
 def test_nnx_optimizer():
+    from flax import nnx
+
+    class Two(nnx.Module):
+        def __init__(self):
+            self.first = nnx.Param(jnp.eye(3))
+            self.second = nnx.Param(jnp.ones((3, 2)))
+
     model = Two()
     optimizer = nnx.Optimizer(model, resrep(optax.sgd(0.1), ["first"], 0.1, momentum=0.0), wrt=nnx.Param)
     optimizer.opt_state = set_masks(optimizer.opt_state, {"first": [True, False, True]})
@@ -226,6 +225,8 @@ def test_compactors_sharded_along_any_axis():
 
 
 def test_masks_are_saved_and_restored(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
     state = set_masks(ready().init(start()), MASKS)
     ocp.save(str(tmp_path / "state"), state)
     loaded = ocp.load(str(tmp_path / "state"), ready().init(start()))

@@ -17,8 +17,6 @@ import optax
 from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, Local, Pool
 from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
-from repopt_jax.core.structure import Geometry
-from repopt_jax.nn.geometry import convolve
 
 STEPS = 50
 BATCH = 3
@@ -148,7 +146,17 @@ def run(branches, size, x, kernel):
     """The layer, or one layer of the stack, at stride 1."""
     if branches.layout == "oi...":
         kernel = jnp.moveaxis(kernel, (0, 1), (-1, -2))
-    return convolve(x, kernel, Geometry(kernel.shape[: len(size)], *channels(branches), branches.groups))
+    if not size:
+        return x @ kernel
+    axes = "DHW"[-len(size) :]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1,) * len(size),
+        [((k - 1) // 2, k // 2) for k in kernel.shape[: len(size)]],
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=branches.groups,
+    )
 
 
 def train(tx, params, loss, batches):

@@ -1,3 +1,7 @@
 """The command line."""
 
-from repopt_jax.cli.main import main as main
+from repopt_jax.cli.main import main
+
+__all__ = [
+    "main",
+]

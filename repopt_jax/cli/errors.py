@@ -3,15 +3,7 @@
 import os
 import sys
 
-# Packages that only some commands need -> the extra that installs them.
-EXTRAS = {
-    "matplotlib": "quickstart",
-    "sklearn": "quickstart",
-    "tensorboardX": "quickstart",
-    "pycocotools": "detect",
-    "torch": "torch",
-    **dict.fromkeys(("onnx", "onnxruntime", "flatbuffers"), "export"),
-}
+from repopt_jax.extras import EXTRAS
 
 OUT_OF_MEMORY = (
     "it does not fit in the memory of the device: lower `batch_size`, or raise `optim.accumulate` (parts of "
@@ -69,7 +61,7 @@ def sentence(error: BaseException) -> str:
     # The text of a KeyError is its argument's repr.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        if text.startswith(f"{error.name} is not installed"):
+        if "pip install" in text:
             return text
         where = "" if text.startswith("No module named") else f" ({text})"
         return f"{error.name} is not installed{where}: pip install 'repopt_jax[{EXTRAS[error.name]}]'"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from repopt_jax import jsontext
+from repopt_jax import extras, jsontext
 from repopt_jax._version import __version__
 from repopt_jax.core import law, paths, transfer
 from repopt_jax.core.branches import BranchSet
@@ -229,6 +229,7 @@ def save_scales(path: str | os.PathLike[str], scales: Scales) -> None:
       ValueError: a scale is NaN or infinite.
       FileExistsError: `path` exists.
     """
+    extras.require("orbax", "etils", by="a file of scales")
     from etils import epath
     from orbax.checkpoint import v1 as ocp
 
@@ -258,6 +259,7 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
       ValueError: `path` holds no scales, or a damaged file; the scales are NaN or infinite; or they do not
         fit `model`, with every missing, extra and misshapen path.
     """
+    extras.require("orbax", "etils", by="a file of scales")
     from etils import epath
     from orbax.checkpoint import v1 as ocp
 

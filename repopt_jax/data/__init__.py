@@ -10,6 +10,10 @@ keypoints: `open_source("scenes")` or "coco", `DetectionTransform`, `train_detec
 of one core is measured by `repopt_jax.data.throughput`.
 """
 
+from repopt_jax import extras
+
+extras.require("PIL", "absl", "grain", by=__name__)
+
 from repopt_jax.data.check import BadImage, check_images, check_quickly, without_bad
 from repopt_jax.data.classification import eval_batches, train_batches
 from repopt_jax.data.coco import open_coco

@@ -4,14 +4,13 @@ Grain's own iterator over worker processes keeps a state for each worker, which 
 same number of workers. A batch here depends on its index alone, so that a run may be resumed with any number.
 """
 
-import contextlib
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -19,6 +18,8 @@ import numpy as np
 from absl import flags
 
 HANG_S = 600.0  # worker processes that make no batch for so long hang
+# After a worker's death Grain has this long to say so: it looks every second, if it is not stuck.
+GRACE_S, TICK_S = 10.0, 0.5
 
 
 class Batches(grain.IterDataset):
@@ -65,53 +66,19 @@ class BatchIterator(grain.DatasetIterator):
         self._dataset = dataset
         self._index = 0
         self._running: Any = None
-        self._others: set[Any] = set()  # child processes that are not ours
         self._close_running: Any = None
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._closed:
             raise ValueError("the iterator has been closed; make a new one with iter(...)")
         if self._running is None:
-            self._others = set(multiprocessing.active_children())
-            self._running = self._dataset.starting_at(self._index)
+            running = self._dataset.starting_at(self._index)
+            self._running = _Watched(running, self._dataset.workers) if self._dataset.workers else running
             # Also at exit: worker processes that outlive the interpreter's modules end with a traceback.
             self._close_running = weakref.finalize(self, self._running.close)
-        with self._watched():
-            batch = next(self._running)
+        batch = next(self._running)
         self._index += 1
         return batch
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Says it in one sentence if a worker dies, and ends the workers if no batch comes for HANG_S, which
-        Grain would wait for without end."""
-        if not self._dataset.workers:
-            yield
-            return
-        hung = threading.Event()
-
-        def end_workers() -> None:
-            hung.set()
-            for worker in set(multiprocessing.active_children()) - self._others:
-                worker.kill()  # also one that was stopped
-
-        timer = threading.Timer(HANG_S, end_workers)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        except RuntimeError as error:
-            if "Worker process was terminated" not in str(error):
-                raise
-            why = f"has made no batch for {HANG_S:g} s, and was ended" if hung.is_set() else "has ended"
-            code = re.search(r"exit code (-?\d+)", str(error))
-            raise ChildProcessError(
-                f"a process that reads the images (`data.workers`={self._dataset.workers}) {why} "
-                f"(exit code {code[1] if code else '?'}), perhaps for want of memory or because a disk does "
-                "not answer: run the same again to continue, with fewer workers if it happens again"
-            ) from error
-        finally:
-            timer.cancel()
 
     def get_state(self) -> dict[str, int]:
         """Returns {"next_index": number of batches given so far}."""
@@ -130,6 +97,86 @@ class BatchIterator(grain.DatasetIterator):
         if self._running is not None:
             self._close_running()
             self._running = None
+
+
+class _Watched:
+    """Grain's iterator over worker processes, which says in one sentence that a worker has died or hangs.
+
+    Grain waits without end for a worker that makes no batch, and for one that was killed in the middle of a
+    message: what is left of it has no end, because this process holds the pipe open too. So a thread waits
+    for Grain, and is left behind where Grain does not come back.
+    """
+
+    def __init__(self, running: Any, count: int):
+        self._running = running
+        self._count = count
+        self._others = set(multiprocessing.active_children())  # child processes that are not workers
+        self._workers: set[Any] = set()  # Grain starts them when the first batch is asked for
+        self._started = False
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._stuck = False
+        threading.Thread(target=_fetch, args=(running, self._wanted, self._answers), daemon=True).start()
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self._wanted.put(True)
+        waited, since_death, hung = 0.0, 0.0, False
+        while True:
+            try:
+                batch, error = self._answers.get(timeout=TICK_S)
+                break
+            except queue.Empty:
+                waited += TICK_S
+            self._find_workers()
+            dead = [worker for worker in self._workers if worker.exitcode]
+            since_death += TICK_S if dead else 0
+            if waited >= HANG_S and not hung:
+                hung = True
+                for worker in self._workers:
+                    worker.kill()  # also one that was stopped
+            if since_death > GRACE_S:
+                self._stuck = True
+                self.close()
+                raise self._ended(dead[0].exitcode, hung) from None
+        self._find_workers()
+        self._started = True
+        if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
+            code = re.search(r"exit code (-?\d+)", str(error))
+            raise self._ended(code[1] if code else "?", hung) from error
+        if error is not None:
+            raise error
+        return batch
+
+    def _find_workers(self) -> None:
+        if not self._started:
+            self._workers |= set(multiprocessing.active_children()) - self._others
+
+    def _ended(self, code: Any, hung: bool) -> ChildProcessError:
+        why = f"has made no batch for {HANG_S:g} s, and was ended" if hung else "has ended"
+        return ChildProcessError(
+            f"a process that reads the images (`data.workers`={self._count}) {why} (exit code {code}), "
+            "perhaps for want of memory or because a disk does not answer: run the same again to continue, "
+            "with fewer workers if it happens again"
+        )
+
+    def close(self) -> None:
+        """Ends the thread and the processes."""
+        self._wanted.put(False)
+        if not self._stuck:
+            self._running.close()
+            return
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+
+
+def _fetch(running: Any, wanted: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+    """Answers each wish with a batch or with what Grain raised."""
+    while wanted.get():
+        try:
+            answers.put((next(running), None))
+        except BaseException as error:
+            answers.put((None, error))
 
 
 def _tie_to_parent(worker: int, count: int) -> None:

@@ -1,7 +1,5 @@
 """What every exporter asks of a model: that it is plain and computes what it will compute when it is used."""
 
-import importlib.util
-
 from flax import nnx
 
 from repopt_jax.core import paths
@@ -29,11 +27,3 @@ def _is_training(module: nnx.Module) -> bool:
         return True
     drops = getattr(module, "rate", getattr(module, "dropout_rate", 0)) > 0
     return drops and getattr(module, "deterministic", True) is False
-
-
-def require(package: str) -> None:
-    """Raises ModuleNotFoundError if a package of the extra `export` is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(
-            f"{package} is not installed: pip install 'repopt_jax[export]'", name=package
-        )

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from repopt_jax import extras
 from repopt_jax.core import paths
-from repopt_jax.export.checks import check_exportable, require
+from repopt_jax.export.checks import check_exportable
 from repopt_jax.export.function import file_function, named_outputs
 from repopt_jax.export.graph import BATCH, DTYPES, Graph, Unsupported, path_of, trace
 from repopt_jax.export.metadata import LAYOUTS, Metadata
@@ -106,7 +107,7 @@ def _proto(
     dtype: str,
     metadata: Mapping[str, str],
 ) -> Any:
-    require("onnx")
+    extras.require("onnx", by="an ONNX file")
     check_exportable(model)
     _check_dtypes(model)
     graph = trace(model, function, shape, np.dtype(dtype))

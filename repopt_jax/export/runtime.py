@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from repopt_jax import extras
 from repopt_jax.data.detection import letterbox
 from repopt_jax.data.transforms import fit, normalise
 from repopt_jax.detection import Detections, Outputs
-from repopt_jax.export.checks import require
 from repopt_jax.export.function import decoded
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.export.stablehlo import SUFFIX as STABLEHLO
@@ -184,7 +184,7 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
     Raises:
       ValueError, ModuleNotFoundError: as `open_file`.
     """
-    require("onnxruntime")
+    extras.require("onnxruntime", by="running an ONNX file")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

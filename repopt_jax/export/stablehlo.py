@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import export
 
-from repopt_jax.export.checks import check_exportable, require
+from repopt_jax import extras
+from repopt_jax.export.checks import check_exportable
 from repopt_jax.export.function import file_function
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.nn.convolution import xla_convolutions
@@ -59,7 +60,7 @@ def to_stablehlo(model: nnx.Module, path: str | Path, metadata: Metadata) -> Non
       ModuleNotFoundError: flatbuffers is not installed.
       OSError: the file cannot be written.
     """
-    require("flatbuffers")
+    extras.require("flatbuffers", by="a StableHLO file")
     check_exportable(model)
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *metadata.input_shape), jnp.dtype(metadata.dtype))
@@ -76,7 +77,7 @@ def read_stablehlo(path: str | Path) -> Program:
       ValueError: another file, or a damaged one.
       ModuleNotFoundError: flatbuffers is not installed.
     """
-    require("flatbuffers")
+    extras.require("flatbuffers", by="a StableHLO file")
     content = Path(path).read_bytes()
     given = _metadata_of(content, path)
     program = content[: given.pop("program_bytes")]

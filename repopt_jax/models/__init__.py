@@ -1,29 +1,44 @@
 """Networks, always built plain: a variant is a row in a table, all of them by name in one registry."""
 
-from repopt_jax.models.efficientrep import BACKBONES as BACKBONES
-from repopt_jax.models.efficientrep import BackboneVariant as BackboneVariant
-from repopt_jax.models.efficientrep import EfficientRep as EfficientRep
-from repopt_jax.models.fcos import DETECTORS as DETECTORS
-from repopt_jax.models.fcos import FCOS as FCOS
-from repopt_jax.models.fcos import DetectorVariant as DetectorVariant
-from repopt_jax.models.ghost import GHOST_VARIANTS as GHOST_VARIANTS
-from repopt_jax.models.ghost import GhostRow as GhostRow
-from repopt_jax.models.ghost import GhostVariant as GhostVariant
-from repopt_jax.models.ghost import ghostnet as ghostnet
-from repopt_jax.models.mobileone import MOBILEONE_VARIANTS as MOBILEONE_VARIANTS
-from repopt_jax.models.mobileone import MobileOneVariant as MobileOneVariant
-from repopt_jax.models.mobileone import mobileone as mobileone
-from repopt_jax.models.network import Classifier as Classifier
-from repopt_jax.models.network import LayerSpec as LayerSpec
-from repopt_jax.models.network import Network as Network
-from repopt_jax.models.registry import Entry as Entry
-from repopt_jax.models.registry import create as create
-from repopt_jax.models.registry import find as find
-from repopt_jax.models.registry import list as list
-from repopt_jax.models.registry import register as register
-from repopt_jax.models.repmlp import REPMLP_VARIANTS as REPMLP_VARIANTS
-from repopt_jax.models.repmlp import RepMLPNet as RepMLPNet
-from repopt_jax.models.repmlp import RepMLPVariant as RepMLPVariant
-from repopt_jax.models.vgg import VGG_VARIANTS as VGG_VARIANTS
-from repopt_jax.models.vgg import VGGVariant as VGGVariant
-from repopt_jax.models.vgg import vgg as vgg
+from repopt_jax import extras
+
+extras.require("flax", by=__name__)
+
+from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
+from repopt_jax.models.fcos import DETECTORS, FCOS, DetectorVariant
+from repopt_jax.models.ghost import GHOST_VARIANTS, GhostRow, GhostVariant, ghostnet
+from repopt_jax.models.mobileone import MOBILEONE_VARIANTS, MobileOneVariant, mobileone
+from repopt_jax.models.network import Classifier, LayerSpec, Network
+from repopt_jax.models.registry import Entry, create, find, list, register
+from repopt_jax.models.repmlp import REPMLP_VARIANTS, RepMLPNet, RepMLPVariant
+from repopt_jax.models.vgg import VGG_VARIANTS, VGGVariant, vgg
+
+__all__ = [
+    "BACKBONES",
+    "DETECTORS",
+    "FCOS",
+    "GHOST_VARIANTS",
+    "MOBILEONE_VARIANTS",
+    "REPMLP_VARIANTS",
+    "VGG_VARIANTS",
+    "BackboneVariant",
+    "Classifier",
+    "DetectorVariant",
+    "EfficientRep",
+    "Entry",
+    "GhostRow",
+    "GhostVariant",
+    "LayerSpec",
+    "MobileOneVariant",
+    "Network",
+    "RepMLPNet",
+    "RepMLPVariant",
+    "VGGVariant",
+    "create",
+    "find",
+    "ghostnet",
+    "list",
+    "mobileone",
+    "register",
+    "vgg",
+]

@@ -1,5 +1,9 @@
 """Quantization of fused plain networks."""
 
+from repopt_jax import extras
+
+extras.require("flax", by=__name__)
+
 from repopt_jax.quantize.affine import fake_quantize, quantize_array
 from repopt_jax.quantize.calibration import Histogram, calibrate, find_ranges
 from repopt_jax.quantize.expected import Expected, expected

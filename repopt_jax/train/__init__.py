@@ -1,5 +1,9 @@
 """The trainer: a config in, a run's folder out. `run(load_config("digits:search"), "runs/search")`."""
 
+from repopt_jax import extras
+
+extras.require("flax", "grain", "rich", by=__name__)
+
 from repopt_jax.train.build import Trained, build_model, load_trained, open_data
 from repopt_jax.train.config import (
     Config,

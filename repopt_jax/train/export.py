@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from repopt_jax.export.checks import require
+from repopt_jax import extras
 from repopt_jax.export.function import file_function
 from repopt_jax.export.metadata import LAYOUTS, Metadata
 from repopt_jax.export.onnx import FusedDifference, compare_fused, to_onnx
@@ -413,5 +413,4 @@ def _check(
     refuse_existing(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no folder {out.parent} for the file {out.name}")
-    for package in FORMATS[format].packages:
-        require(package)
+    extras.require(*FORMATS[format].packages, by=f"the format {format}")

@@ -5,7 +5,8 @@ twice as fast on two cores by two processes of one core each. A worker serves on
 that its imports are paid once.
 
 A worker ends when its standard input does, in the middle of a call by asking it to stop: it does not outlive
-the process that started it, however that one ends.
+the process that started it, however that one ends. And one that hangs is ended by it: each tells by a second
+pipe that it is alive, in a thread of its own, so that a long compilation is no silence.
 """
 
 import contextlib
@@ -13,10 +14,12 @@ import logging
 import os
 import pickle
 import queue
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -25,6 +28,12 @@ import jax
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 MOST = 8  # workers by default: each holds programs and data of its own
+BEAT_S = 0.5  # between two signs of life
+# A worker of which nothing is heard for this many times this many seconds hangs. Times are counted, not the
+# clock read: while this process is stopped too (Ctrl-Z, a laptop that sleeps), none pass. Before it has
+# imported what it needs it may take longer.
+TICKS, TICK_S = 24, 5.0
+STARTING = 5 * TICKS
 
 
 def default_count() -> int:
@@ -60,17 +69,21 @@ class Workers:
         self._inherit = tuple(inherit)
         self._pool = ThreadPoolExecutor(max(count, 1))
         self._processes: list[subprocess.Popen] = []
+        self._hung: set[int] = set()
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
 
     def __enter__(self) -> "Workers":
         cores = _cores()
         for index in range(self.count):
-            process = subprocess.Popen(
-                [sys.executable, "-m", __name__, ",".join(map(str, cores[index :: self.count]))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=self._inherit,
-            )
+            arguments = [sys.executable, "-m", __name__, ",".join(map(str, cores[index :: self.count]))]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            if os.name == "posix":
+                beats, end = os.pipe()
+                process = subprocess.Popen([*arguments, str(end)], pass_fds=(*self._inherit, end), **pipes)
+                os.close(end)
+                threading.Thread(target=self._watch, args=(process, beats), daemon=True).start()
+            else:
+                process = subprocess.Popen(arguments, **pipes)
             _send(self._first, process)
             self._processes.append(process)
             self._idle.put(process)
@@ -94,7 +107,7 @@ class Workers:
         raised by the future's `result()`.
 
         Raises (the future):
-          ChildProcessError: the worker has died.
+          ChildProcessError: the worker has died, or hung and was ended.
         """
         if not self.count:
             future: Future = Future()
@@ -117,15 +130,35 @@ class Workers:
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as gone:  # ValueError: it is closed
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
+            if process.pid in self._hung:
+                ended = f"hung: nothing was heard of it for {TICKS * TICK_S:.0f} s, and it was ended"
+            else:
+                ended = f"has ended (exit code {process.poll()}), perhaps for want of memory"
             raise ChildProcessError(
-                f"the process of a run has ended (exit code {process.poll()}), perhaps for want of memory: "
-                "run the same command again to continue, with fewer workers if it happens again"
+                f"the process of a run {ended}: run the same command again to continue, with fewer workers "
+                "if it happens again"
             ) from gone
         finally:
             self._idle.put(process)
         if error is not None:
             raise error
         return result
+
+    def _watch(self, process: subprocess.Popen, beats: int) -> None:
+        """Ends a process that gives no sign of life: what waits for its answer then sees that it is gone."""
+        silent, allowed = 0, STARTING
+        while silent < allowed:
+            ready, _, _ = select.select([beats], [], [], TICK_S)
+            if not ready:
+                silent += 1
+                continue
+            silent, allowed = 0, TICKS
+            if not os.read(beats, 4096):  # it has ended
+                break
+        else:
+            self._hung.add(process.pid)
+            process.kill()
+        os.close(beats)
 
 
 def _send(message: Any, process: subprocess.Popen) -> None:
@@ -142,8 +175,12 @@ def _cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def main(cores: str) -> None:
-    """The life of a worker: calls come by standard input and results go by standard output, both pickled."""
+def main(cores: str, beats: str = "") -> None:
+    """The life of a worker: calls come by standard input and results go by standard output, both pickled, and
+    signs of life to the descriptor `beats`."""
+    if beats:
+        os.set_inheritable(int(beats), False)
+        threading.Thread(target=_beat, args=(int(beats),), daemon=True).start()
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(map(int, cores.split(","))))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent asks us to stop
@@ -180,6 +217,13 @@ def main(cores: str) -> None:
         jax.clear_caches()
 
 
+def _beat(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more
+        while True:
+            os.write(descriptor, b".")
+            time.sleep(BEAT_S)
+
+
 def _received(stopping: threading.Event) -> Iterator[bytes]:
     """What comes until the end of standard input, which sets `stopping` at once, also during a call."""
     calls: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -209,4 +253,4 @@ def _sendable(error: Exception) -> Exception:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
