@@ -76,7 +76,7 @@ class Workers:
         cores = _cores()
         for index in range(self.count):
             arguments = [sys.executable, "-m", __name__, ",".join(map(str, cores[index :: self.count]))]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             if os.name == "posix":
                 beats, end = os.pipe()
                 process = subprocess.Popen([*arguments, str(end)], pass_fds=(*self._inherit, end), **pipes)
