@@ -56,7 +56,7 @@ class Settings:
     tf32: bool = True
     images: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = {"size": (self.size,), "batch": self.batches, "classes": (self.classes,)}
         problems = [
             f"`{name}` {value} must be at least 1"

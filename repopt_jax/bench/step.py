@@ -117,7 +117,9 @@ class Programs:
     """Training steps of one network, compiled for batches of any size without making arrays."""
 
     def __init__(self, name: str, settings: Settings, dtype: str):
-        self.name, self.settings, self.dtype = name, settings, dtype
+        self.name: str = name
+        self.settings: Settings = settings
+        self.dtype: str = dtype
         self.peaks: dict[int, int] = {}
         self.compiled: dict[int, Any] = {}
 

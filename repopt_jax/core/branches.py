@@ -49,7 +49,7 @@ class Branch(abc.ABC):
     # By class name, so that a scales file can be read back.
     types: ClassVar[dict[str, type["Branch"]]] = {}
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Branch.types[cls.__name__] = cls
 
@@ -117,7 +117,7 @@ class Kernel(Branch):
     size: Shape
     dilation: Shape = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "size", tuple(self.size))
         object.__setattr__(self, "dilation", tuple(self.dilation) or (1,) * len(self.size))
 
@@ -127,21 +127,22 @@ class Kernel(Branch):
         return name if set(self.dilation) <= {1} else f"{name}_d{'x'.join(map(str, self.dilation))}"
 
     def taps(self, kernel: Shape) -> tuple[algebra.Taps, ...]:
+        """For each axis of the layer's window, the taps that the branch's kernel reaches."""
         return algebra.centred_taps(self.size, kernel[:-2], self.dilation)
 
     def shape(self, kernel: Shape) -> Shape:
         return (*self.size, *kernel[-2:])
 
-    def embed(self, w, kernel):
+    def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
         return algebra.place(w, kernel[:-2], self.taps(kernel))
 
-    def support(self, kernel):
+    def support(self, kernel: Shape) -> jax.Array:
         return algebra.covers(kernel, self.taps(kernel))
 
-    def energy(self, kernel):
+    def energy(self, kernel: Shape) -> np.ndarray:
         return np.full(kernel[-1], math.prod(self.shape(kernel)[:-1]))
 
-    def check(self, kernel, groups):
+    def check(self, kernel: Shape, groups: int) -> None:
         self.taps(kernel)
 
 
@@ -155,22 +156,22 @@ class Identity(Branch):
     def name(self) -> str:
         return "identity"
 
-    def shape(self, kernel):
+    def shape(self, kernel: Shape) -> Shape:
         return (kernel[-1],)
 
-    def embed(self, w, kernel):
+    def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
         return algebra.identity(w, kernel)
 
-    def support(self, kernel):
+    def support(self, kernel: Shape) -> jax.Array:
         return algebra.diagonal(kernel)
 
-    def energy(self, kernel):
+    def energy(self, kernel: Shape) -> np.ndarray:
         return np.ones(kernel[-1])
 
-    def sample(self, key, kernel, dtype):
+    def sample(self, key: jax.Array, kernel: Shape, dtype: Any) -> jax.Array:
         return jnp.ones(self.shape(kernel), dtype)
 
-    def check(self, kernel, groups):
+    def check(self, kernel: Shape, groups: int) -> None:
         algebra.centre_tap(kernel[:-2])
         _check_own_channels("the identity", kernel, groups)
 
@@ -191,19 +192,19 @@ class Pool(Branch):
     def name(self) -> str:
         return "pool"
 
-    def shape(self, kernel):
+    def shape(self, kernel: Shape) -> Shape:
         return (kernel[-1],)
 
-    def embed(self, w, kernel):
+    def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
         return algebra.channel_average(w, kernel)
 
-    def energy(self, kernel):
+    def energy(self, kernel: Shape) -> np.ndarray:
         return np.full(kernel[-1], 1 / math.prod(kernel[:-2]))
 
-    def sample(self, key, kernel, dtype):
+    def sample(self, key: jax.Array, kernel: Shape, dtype: Any) -> jax.Array:
         return jnp.ones(self.shape(kernel), dtype)
 
-    def check(self, kernel, groups):
+    def check(self, kernel: Shape, groups: int) -> None:
         _check_own_channels("average pooling", kernel, groups)
 
 
@@ -220,13 +221,13 @@ class Average(Branch):
     def name(self) -> str:
         return "average"
 
-    def shape(self, kernel):
+    def shape(self, kernel: Shape) -> Shape:
         return (*(1,) * (len(kernel) - 2), *kernel[-2:])
 
-    def embed(self, w, kernel):
+    def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
         return algebra.average(w, kernel[:-2])
 
-    def energy(self, kernel):
+    def energy(self, kernel: Shape) -> np.ndarray:
         return np.full(kernel[-1], kernel[-2] / math.prod(kernel[:-2]))
 
 
@@ -245,17 +246,17 @@ class Frequency(Branch):
     def name(self) -> str:
         return "frequency"
 
-    def shape(self, kernel):
+    def shape(self, kernel: Shape) -> Shape:
         return (*(1,) * (len(kernel) - 2), *kernel[-2:])
 
-    def embed(self, w, kernel):
+    def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
         return w * jnp.asarray(algebra.frequencies(kernel), w.dtype)
 
-    def energy(self, kernel):
+    def energy(self, kernel: Shape) -> np.ndarray:
         table = algebra.frequencies(kernel)
         return kernel[-2] * np.square(table).sum(axis=tuple(range(table.ndim - 1)))
 
-    def check(self, kernel, groups):
+    def check(self, kernel: Shape, groups: int) -> None:
         if len(kernel) == 2:
             raise ValueError("a dense layer has no window over which a frequency could be defined")
 
@@ -280,11 +281,11 @@ class AfterPointwise(Branch):
     """
 
     size: Shape
-    matrix: tuple
+    matrix: tuple[tuple[tuple[float, ...], ...], ...]
 
     places: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         matrix = np.asarray(self.matrix, np.float64)
         if matrix.ndim not in (2, 3) or not matrix.size or not np.isfinite(matrix).all():
             raise ValueError(
@@ -298,14 +299,14 @@ class AfterPointwise(Branch):
     def name(self) -> str:
         return f"fixed_{'x'.join(map(str, self.size)) or 'dense'}"
 
-    def shape(self, kernel):
+    def shape(self, kernel: Shape) -> Shape:
         return (*self.size, len(self.matrix[0][0]), kernel[-1])
 
-    def embed(self, w, kernel):
+    def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
         taps = algebra.centred_taps(self.size, kernel[:-2], (1,) * len(self.size))
         return algebra.place(algebra.after_pointwise(w, self.pointwise(w.dtype)), kernel[:-2], taps)
 
-    def energy(self, kernel):
+    def energy(self, kernel: Shape) -> np.ndarray:
         by_group = math.prod(self.size) * np.square(np.asarray(self.matrix)).sum(axis=(1, 2))
         return np.repeat(by_group, kernel[-1] // len(by_group))
 
@@ -313,7 +314,7 @@ class AfterPointwise(Branch):
         """C as an array (1 or groups, in/groups, mid)."""
         return jnp.asarray(np.asarray(self.matrix), dtype)
 
-    def check(self, kernel, groups):
+    def check(self, kernel: Shape, groups: int) -> None:
         algebra.centred_taps(self.size, kernel[:-2], (1,) * len(self.size))
         if len(self.matrix) not in (1, groups) or len(self.matrix[0]) != kernel[-2]:
             raise ValueError(
@@ -340,30 +341,30 @@ class Local(Branch):
 
     places: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "size", tuple(int(n) for n in self.size))
 
     @property
     def name(self) -> str:
         return f"local_{'x'.join(map(str, self.size))}"
 
-    def shape(self, kernel):
+    def shape(self, kernel: Shape) -> Shape:
         return (*self.size, kernel[-2], kernel[-1] // math.prod(kernel[:-2]))
 
-    def embed(self, w, kernel):
+    def embed(self, w: jax.Array, kernel: Shape) -> jax.Array:
         return algebra.inject(w, kernel[:-2])
 
-    def energy(self, kernel):
+    def energy(self, kernel: Shape) -> np.ndarray:
         taps = np.ones(())  # that the window holds, of each position
         for size, n in zip(self.size, kernel[:-2]):
             distance = np.abs(np.arange(n)[:, None] - np.arange(n))
             taps = np.multiply.outer(taps, (distance <= size // 2).sum(axis=1))
         return np.tile(kernel[-2] * taps.ravel(), kernel[-1] // taps.size)
 
-    def tied(self, kernel):
+    def tied(self, kernel: Shape) -> int:
         return math.prod(kernel[:-2])
 
-    def check(self, kernel, groups):
+    def check(self, kernel: Shape, groups: int) -> None:
         *window, _, out = kernel
         if not window:
             raise ValueError("a dense layer without spatial axes has no window to be inside of")
@@ -412,7 +413,7 @@ class BranchSet:
     layout: str = "...io"
     stacked: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", tuple(int(n) for n in self.kernel))
         object.__setattr__(self, "branches", tuple(self.branches))
         check_layout(self.layout)
@@ -440,6 +441,7 @@ class BranchSet:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the branches, in their order."""
         return tuple(branch.name for branch in self.branches)
 
     @property

@@ -60,7 +60,7 @@ class Parametrization:
     layout: str = "...io"
     shape: Shape = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if normed := self.structure.followers("norm"):
             raise ValueError(
                 f"{', '.join(normed)} have batch norms, so that the kernel is not a function of what is "

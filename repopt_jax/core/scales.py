@@ -175,6 +175,7 @@ class Scales:
 
     @property
     def branch_sets(self) -> dict[str, BranchSet]:
+        """The branch set of each layer, by path."""
         return {path: entry.branches for path, entry in self.entries.items()}
 
     @property
@@ -219,6 +220,7 @@ class Scales:
         return Scales({new: self.entries[old] for new, (old,) in sources.items()}, self.metadata)
 
     def with_metadata(self, **fields: Any) -> "Scales":
+        """Returns the same scales with these fields of `metadata` replaced."""
         return Scales(self.entries, dataclasses.replace(self.metadata, **fields))
 
 

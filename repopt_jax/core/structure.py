@@ -136,6 +136,7 @@ class Geometry:
 
     @property
     def taps(self) -> int:
+        """Number of taps of the window, 1 for a dense layer."""
         return math.prod(self.window)
 
     @property
@@ -302,7 +303,7 @@ class Structure:
     norm: bool = False
     sums: Any = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("chains", "sums"):
             given = getattr(self, field)
             pairs = given.items() if isinstance(given, Mapping) else given

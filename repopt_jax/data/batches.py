@@ -11,18 +11,34 @@ import re
 import signal
 import threading
 import weakref
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 from absl import flags
+
+if TYPE_CHECKING:
+    # Grain tells type checkers nothing (it has no py.typed). This is what its two classes are to this module;
+    # their other methods, such as `map`, are there as well, of unknown type.
+    class _IterDataset(Iterable[dict[str, np.ndarray]]):
+        def __getattr__(self, name: str) -> Any: ...
+
+    class _DatasetIterator(Iterator[dict[str, np.ndarray]]):
+        _closed: bool
+
+        def close(self) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    _IterDataset, _DatasetIterator = grain.IterDataset, grain.DatasetIterator
 
 HANG_S = 600.0  # worker processes that make no batch for so long hang
 # After a worker's death Grain has this long to say so: it looks every second, if it is not stuck.
 GRACE_S, TICK_S = 10.0, 0.5
 
 
-class Batches(grain.IterDataset):
+class Batches(_IterDataset):
     """Iterates over `batches` with threads, or with worker processes; `iter` starts at the first batch.
 
     Args:
@@ -31,7 +47,7 @@ class Batches(grain.IterDataset):
       prefetch: batches made ahead, by a thread each, or by each worker.
     """
 
-    def __init__(self, batches: grain.MapDataset, *, workers: int, prefetch: int):
+    def __init__(self, batches: grain.MapDataset[dict[str, np.ndarray]], *, workers: int, prefetch: int):
         super().__init__()
         self._batches = batches
         self.workers = workers
@@ -58,7 +74,7 @@ class Batches(grain.IterDataset):
         return iter(dataset)
 
 
-class BatchIterator(grain.DatasetIterator):
+class BatchIterator(_DatasetIterator):
     """The iterator of `Batches`. `close()` ends its threads and processes; so does dropping it."""
 
     def __init__(self, dataset: Batches):
@@ -90,6 +106,7 @@ class BatchIterator(grain.DatasetIterator):
         self._index = int(state["next_index"])
 
     def close(self) -> None:
+        """Ends the threads and processes; the iterator gives no more batches."""
         super().close()
         self._stop()
 

@@ -1,11 +1,12 @@
 """Batches of labelled images. Their order, sharding and caching are those of `repopt_jax.data.pipeline`."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from repopt_jax.data.augment import crop_and_flip, distort, erase, mix, random_resized_crop
-from repopt_jax.data.dataset import Source
+from repopt_jax.data.dataset import Example, Source
 from repopt_jax.data.pipeline import Options, Sharding, check_image, endless_batches, one_epoch, pad_rows
 from repopt_jax.data.rng import CROP, RowRng, stream
 from repopt_jax.data.transforms import Transform, fit, normalise
@@ -94,13 +95,13 @@ class LabelledReader:
 
     def __init__(self, source: Source, split: str, transform: Transform):
         self.split = split
-        self.size = transform.image_size
-        self.resized = transform.resize
-        self.cache_key = (self.size, self.resized)
-        self.area = transform.area if split == "train" else None
+        self.size: int = transform.image_size
+        self.resized: int | None = transform.resize
+        self.cache_key: tuple[int, int | None] = (self.size, self.resized)
+        self.area: tuple[float, ...] | None = transform.area if split == "train" else None
         self.needs_whole_images = None if self.area is None else "area"
-        self.examples = getattr(source, split)
-        self.channels = source.info.channels
+        self.examples: Sequence[Example] = getattr(source, split)
+        self.channels: int = source.info.channels
 
     def __call__(self, rows: np.ndarray, rng: RowRng | None) -> tuple[np.ndarray, ...]:
         images = np.empty((len(rows), self.size, self.size, self.channels), np.uint8)

@@ -113,7 +113,7 @@ class CocoImages(AnnotatedSplit):
         order = np.argsort(file.rows, kind="stable")
         self._starts = np.searchsorted(file.rows[order], np.arange(len(file.paths) + 1))
         self._objects: dict[str, np.ndarray] = {name: array[order] for name, array in file.objects.items()}
-        self.most_objects = int(np.bincount(file.rows[~file.objects["crowd"]]).max())
+        self.most_objects: int = int(np.bincount(file.rows[~file.objects["crowd"]]).max())
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -162,7 +162,9 @@ class _Annotations:
 
     def _read_categories(self, categories: list[dict], problems: list[str]) -> None:
         names = {c["id"]: str(c["name"]) for c in categories}
-        self.categories = {i: names[i] for i in sorted(names, key=lambda i: (isinstance(i, str), i))}
+        self.categories: dict[int | str, str] = {
+            i: names[i] for i in sorted(names, key=lambda i: (isinstance(i, str), i))
+        }
         if not categories:
             problems.append("it has no categories")
         _add(problems, "categories whose id occurs twice", _repeated(c["id"] for c in categories))
@@ -173,11 +175,11 @@ class _Annotations:
             _add(problems, "categories with different keypoints, which must be the same", differing)
         twice = [name for names in sorted(named) for name in _repeated(names)]
         _add(problems, "keypoints that a category names twice", twice, "give each a name of its own")
-        self.keypoint_names = min(named) if named else ()
+        self.keypoint_names: tuple[str, ...] = min(named) if named else ()
 
     def _read_images(self, images: list[dict], folder: Path, problems: list[str]) -> None:
-        self.ids = {image["id"]: row for row, image in enumerate(images)}
-        self.paths = [os.path.join(folder, image["file_name"]) for image in images]
+        self.ids: dict[int | str, int] = {image["id"]: row for row, image in enumerate(images)}
+        self.paths: list[str] = [os.path.join(folder, image["file_name"]) for image in images]
         self.shapes: list[tuple[int, int]] = []
         if not images:
             problems.append("it has no images")
@@ -225,7 +227,7 @@ class _Annotations:
         with np.errstate(over="ignore", invalid="ignore"):
             corners[:, 2:] += corners[:, :2]
         boxes = _float32(corners)
-        self.rows = np.array([self.ids[a["image_id"]] for a in annotations], int)
+        self.rows: np.ndarray = np.array([self.ids[a["image_id"]] for a in annotations], int)
         finite = np.isfinite(boxes).all(1, keepdims=True)
         sides = np.where(finite, boxes, 0).astype(float)
         sides = sides[:, 2:] - sides[:, :2]

@@ -117,6 +117,7 @@ class DatasetInfo:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names)
 
 
@@ -179,7 +180,7 @@ class DetectionInfo:
     flip_pairs: tuple[tuple[int, int], ...]
     sigmas: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         count = len(self.keypoint_names)
         paired = [k for pair in self.flip_pairs for k in pair]
         are_pairs = all(len(pair) == 2 for pair in self.flip_pairs) and len(set(paired)) == len(paired)
@@ -210,10 +211,12 @@ class DetectionInfo:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def num_keypoints(self) -> int:
+        """Number of keypoints of each object."""
         return len(self.keypoint_names)
 
 

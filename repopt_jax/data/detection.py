@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from repopt_jax.data.dataset import AnnotatedSource, DetectionInfo, Objects
+from repopt_jax.data.dataset import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
 from repopt_jax.data.images import resize
 from repopt_jax.data.pipeline import Options, Sharding, check_image, endless_batches, one_epoch, pad_rows
 from repopt_jax.data.rng import RowRng
@@ -55,7 +55,7 @@ class DetectionTransform:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _ = self.pixels  # checks its values
         zoom = self.zoom
         if zoom is not None and not (len(zoom) == 2 and 0 < zoom[0] <= zoom[1] < math.inf):
@@ -219,11 +219,12 @@ class AnnotatedReader:
 
     def __init__(self, source: AnnotatedSource, split: str, transform: DetectionTransform):
         self.split = split
-        self.size = self.cache_key = transform.image_size
-        self.zoom = transform.zoom if split == "train" else None
+        self.size: int = transform.image_size
+        self.cache_key: int = transform.image_size
+        self.zoom: tuple[float, ...] | None = transform.zoom if split == "train" else None
         self.needs_whole_images = None if self.zoom is None else "zoom"
-        self.examples = getattr(source, split)
-        self.info = source.info
+        self.examples: AnnotatedSplit = getattr(source, split)
+        self.info: DetectionInfo = source.info
 
     def __call__(self, rows: np.ndarray, rng: RowRng | None) -> tuple[np.ndarray, ...]:
         count, most, info = len(rows), self.info.max_objects, self.info

@@ -53,7 +53,7 @@ class Sharding:
     prefetch: int = 2
     cache: Cache = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [
             f"`{name}` is {getattr(self, name)}; it must be at least {least}"
             for name, least in (("batch_size", 1), ("process_count", 1), ("workers", 0), ("prefetch", 0))
@@ -268,8 +268,10 @@ class CachedReader:
         self.reader = reader
         # Untouched until they are written, so that only rows that are read take real memory.
         empty = reader(np.zeros(0, int), None)
-        self.arrays = tuple(np.empty((count, *array.shape[1:]), array.dtype) for array in empty)
-        self.present = np.zeros(count, bool)
+        self.arrays: tuple[np.ndarray, ...] = tuple(
+            np.empty((count, *array.shape[1:]), array.dtype) for array in empty
+        )
+        self.present: np.ndarray = np.zeros(count, bool)
 
     def __call__(self, rows: np.ndarray, rng: RowRng | None) -> tuple[np.ndarray, ...]:
         missing = rows[~self.present[rows]]

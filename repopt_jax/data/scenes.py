@@ -107,7 +107,15 @@ class Scenes(AnnotatedSplit):
       max_objects: the largest number of digits in a scene.
     """
 
-    def __init__(self, images, labels, seed: tuple[int, ...], count: int, size: int, max_objects: int):
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        seed: tuple[int, ...],
+        count: int,
+        size: int,
+        max_objects: int,
+    ):
         self._ink = np.pad(images.astype(np.float32) / 255, ((0, 0), (1, 1), (1, 1)))
         self._keypoints = _keypoints(self._ink)
         self._labels = labels.astype(np.int32)

@@ -65,7 +65,7 @@ class Transform:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rules = (
             ("image_size", self.image_size >= 1, "at least 1"),
             ("crop_padding", self.crop_padding >= 0, "at least 0"),

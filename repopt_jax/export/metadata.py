@@ -71,7 +71,7 @@ class Metadata:
     decoded: bool = False
     library: str = f"{LIBRARY} {__version__}"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rules = (
             ("task", self.task in ("", "classify", "detect"), "'', 'classify' or 'detect'"),
             ("image_size", self.image_size >= 1, "at least 1"),

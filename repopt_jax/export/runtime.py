@@ -55,10 +55,10 @@ class FileNetwork:
         outputs: Sequence[Port],
         run: Callable[[np.ndarray], Mapping[str, Any]],
     ):
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self.metadata = metadata
-        self.inputs = tuple(inputs)
-        self.outputs = tuple(outputs)
+        self.inputs: tuple[Port, ...] = tuple(inputs)
+        self.outputs: tuple[Port, ...] = tuple(outputs)
         self._run = run
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:

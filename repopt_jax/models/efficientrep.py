@@ -19,7 +19,7 @@ from flax import nnx
 
 from repopt_jax.models.network import LayerSpec, Network, run_stages
 from repopt_jax.models.vgg import BlockSpec
-from repopt_jax.nn.block import block
+from repopt_jax.nn.block import Block, block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,10 @@ class EfficientRep(Network):
                     rngs=rngs,
                 )
             )
-        self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
+        self.stages: nnx.List[nnx.List[nnx.Module]] = nnx.List([nnx.List(blocks) for blocks in stages])
         width = variant.widths[-1]
         sppf = SimSPPF(width, activation=activation, dtype=dtype, rngs=rngs) if variant.sppf else None
-        self.sppf = nnx.data(sppf)
+        self.sppf: SimSPPF | None = nnx.data(sppf)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         _, a, b, c, d = run_stages(self.stages, x)
@@ -131,8 +131,8 @@ class SimSPPF(nnx.Module):
     def __init__(self, channels: int, *, activation: str = "relu", dtype: Any = None, rngs: nnx.Rngs):
         half = channels // 2
         options = {"activation": activation, "dtype": dtype, "rngs": rngs}
-        self.cv1 = block(channels, half, 1, **options)
-        self.cv2 = block(4 * half, channels, 1, **options)
+        self.cv1: Block = block(channels, half, 1, **options)
+        self.cv2: Block = block(4 * half, channels, 1, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         maps = [self.cv1(x)]

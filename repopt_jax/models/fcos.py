@@ -24,7 +24,7 @@ from repopt_jax.detection.outputs import Locations, Outputs, locations_of
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
 from repopt_jax.models.mosaic import Mosaic
 from repopt_jax.models.network import LayerSpec, Network, check_variant
-from repopt_jax.nn.block import ACTIVATIONS, block, check_activation, conv
+from repopt_jax.nn.block import ACTIVATIONS, Block, block, check_activation, conv
 from repopt_jax.nn.convolution import conv_general_dilated
 
 # The network predicts the logarithm of a distance, clipped here so that no step makes it infinite (1097
@@ -56,7 +56,7 @@ class DetectorVariant:
     levels: int
     tower: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.maps <= len(BACKBONE_STRIDES):
             raise ValueError(f"`maps` of {self.name!r} is {self.maps}: a backbone has 4 maps to take from")
         if self.levels < self.maps:
@@ -67,6 +67,7 @@ class DetectorVariant:
 
     @property
     def architecture(self) -> str:
+        """The network's name in scales files."""
         return self.name
 
     @property
@@ -119,10 +120,10 @@ class FCOS(Network):
         options = {"activation": activation, "dtype": dtype, "rngs": rngs}
         check_variant(variant, DetectorVariant)
         self.variant = variant
-        self.backbone = EfficientRep(variant.backbone, in_channels=in_channels, **options)
+        self.backbone: EfficientRep = EfficientRep(variant.backbone, in_channels=in_channels, **options)
         widths = variant.backbone.widths[-variant.maps :]
-        self.pyramid = FPN(widths, variant.channels, levels=variant.levels, **options)
-        self.head = FCOSHead(
+        self.pyramid: FPN = FPN(widths, variant.channels, levels=variant.levels, **options)
+        self.head: FCOSHead = FCOSHead(
             variant.channels, variant.tower, variant.levels, num_classes, num_keypoints, **options
         )
 
@@ -181,10 +182,12 @@ class FPN(nnx.Module):
         def layer(width: int, size: int, stride: int = 1) -> nnx.Conv:
             return conv(width, channels, size, stride=stride, bias=True, dtype=dtype, rngs=rngs)
 
-        self.laterals = nnx.List([layer(width, 1) for width in inputs])
-        self.outputs = nnx.List([layer(channels, 3) for _ in inputs])
+        self.laterals: nnx.List[nnx.Conv] = nnx.List([layer(width, 1) for width in inputs])
+        self.outputs: nnx.List[nnx.Conv] = nnx.List([layer(channels, 3) for _ in inputs])
         extra = range(levels - len(inputs))
-        self.extras = nnx.List([layer(channels if i else inputs[-1], 3, 2) for i in extra])
+        self.extras: nnx.List[nnx.Conv] = nnx.List(
+            [layer(channels if i else inputs[-1], 3, 2) for i in extra]
+        )
 
     def __call__(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
         merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
@@ -228,7 +231,7 @@ class FCOSHead(nnx.Module):
         if num_keypoints < 0:
             raise ValueError(f"`num_keypoints` is {num_keypoints}: it must be 0 (boxes alone) or more")
 
-        def blocks() -> nnx.List:
+        def blocks() -> nnx.List[Block]:
             options = {"activation": activation, "dtype": dtype, "rngs": rngs}
             return nnx.List([block(channels, channels, 3, **options) for _ in range(tower)])
 
@@ -245,12 +248,12 @@ class FCOSHead(nnx.Module):
                 rngs=rngs,
             )
 
-        self.class_tower = blocks()
-        self.box_tower = blocks()
-        self.classes = prediction(num_classes, -math.log((1 - PRIOR) / PRIOR))
-        self.boxes = prediction(4)
-        self.centerness = prediction(1)
-        self.box_scale = nnx.Param(jnp.ones((levels,)))
+        self.class_tower: nnx.List[Block] = blocks()
+        self.box_tower: nnx.List[Block] = blocks()
+        self.classes: nnx.Conv = prediction(num_classes, -math.log((1 - PRIOR) / PRIOR))
+        self.boxes: nnx.Conv = prediction(4)
+        self.centerness: nnx.Conv = prediction(1)
+        self.box_scale: nnx.Param[jax.Array] = nnx.Param(jnp.ones((levels,)))
         self.keypoint_tower: Any = nnx.data(blocks() if num_keypoints else None)
         self.keypoints: Any = nnx.data(prediction(2 * num_keypoints) if num_keypoints else None)
         self.keypoint_scale: Any = nnx.data(nnx.Param(jnp.ones((levels,))) if num_keypoints else None)
@@ -265,7 +268,7 @@ class FCOSHead(nnx.Module):
         x = mosaic.pack(levels)
         wide = jnp.promote_types(x.dtype, jnp.float32)
 
-        def through(tower: nnx.List) -> jax.Array:
+        def through(tower: nnx.List[Block]) -> jax.Array:
             y = x
             for layer in tower:
                 y = mosaic.clear(layer(y))

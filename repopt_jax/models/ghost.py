@@ -96,6 +96,7 @@ class GhostVariant:
 
     @property
     def architecture(self) -> str:
+        """The network's name in scales files."""
         return f"GhostNet-{self.name}"
 
     def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:
@@ -205,13 +206,13 @@ class GhostBottleneck(nnx.Module):
             sizes = {"stride": spec.stride, "groups": channels}
             return block(channels, channels, spec.size, activation="none", **sizes, **options)
 
-        self.ghost1 = GhostModule(spec.inputs, spec.hidden, activation="relu", **options)
-        self.depthwise = nnx.data(depthwise(spec.hidden) if spec.stride > 1 else None)
-        self.se = nnx.data(
+        self.ghost1: GhostModule = GhostModule(spec.inputs, spec.hidden, activation="relu", **options)
+        self.depthwise: Block | None = nnx.data(depthwise(spec.hidden) if spec.stride > 1 else None)
+        self.se: SqueezeExcite | None = nnx.data(
             SqueezeExcite(spec.hidden, spec.se_hidden, hard=True, **options) if spec.se_hidden else None
         )
-        self.ghost2 = GhostModule(spec.hidden, spec.outputs, activation="none", **options)
-        self.shortcut = nnx.List([])
+        self.ghost2: GhostModule = GhostModule(spec.hidden, spec.outputs, activation="none", **options)
+        self.shortcut: nnx.List[Block] = nnx.List([])
         if spec.stride > 1 or spec.inputs != spec.outputs:
             pointwise = block(spec.inputs, spec.outputs, 1, activation="none", **options)
             self.shortcut = nnx.List([depthwise(spec.inputs), pointwise])
@@ -233,8 +234,8 @@ class GhostModule(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, activation: str, dtype: Any = None, rngs: nnx.Rngs):
         options = {"activation": activation, "dtype": dtype, "rngs": rngs}
-        self.primary = block(inputs, outputs, 1, **options)
-        self.cheap = block(outputs, outputs, 3, groups=outputs, **options)
+        self.primary: Block = block(inputs, outputs, 1, **options)
+        self.cheap: Block = block(outputs, outputs, 3, groups=outputs, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.cheap(self.primary(x))

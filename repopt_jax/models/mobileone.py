@@ -41,6 +41,7 @@ class MobileOneVariant:
 
     @property
     def architecture(self) -> str:
+        """The network's name in scales files."""
         return f"MobileOne-{self.name}"
 
     def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:

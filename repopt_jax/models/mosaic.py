@@ -29,12 +29,12 @@ class Mosaic:
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]]):
-        self.sizes = tuple(sizes)
+        self.sizes: tuple[tuple[int, int], ...] = tuple(sizes)
         (height, width), *others = self.sizes
         rows = np.cumsum([0, *(h + 1 for h, _ in others)]).tolist()
-        self.corners = ((0, 0), *((row, width + 1) for row in rows[:-1]))
+        self.corners: tuple[tuple[int, int], ...] = ((0, 0), *((row, width + 1) for row in rows[:-1]))
         beside = 1 + max(w for _, w in others) if others else 0
-        self.shape = (max(height, rows[-1] - 1), width + beside)
+        self.shape: tuple[int, int] = (max(height, rows[-1] - 1), width + beside)
 
     @functools.cached_property
     def inside(self) -> np.ndarray:

@@ -137,11 +137,11 @@ class Classifier(OfVariant):
         rngs: nnx.Rngs,
     ):
         super().__init__(variant, num_classes=num_classes, in_channels=in_channels)
-        self.stages = nnx.List([nnx.List(blocks) for blocks in stages])
-        self.features = nnx.data(features)
-        self.dropout = nnx.data(nnx.Dropout(dropout, rngs=rngs) if dropout else None)
+        self.stages: nnx.List[nnx.List[nnx.Module]] = nnx.List([nnx.List(blocks) for blocks in stages])
+        self.features: nnx.Conv | None = nnx.data(features)
+        self.dropout: nnx.Dropout | None = nnx.data(nnx.Dropout(dropout, rngs=rngs) if dropout else None)
         width = width if features is None else features.out_features
-        self.head = classifier(width, num_classes, dtype=dtype, rngs=rngs)
+        self.head: nnx.Linear = classifier(width, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = jnp.mean(run_stages(self.stages, x)[-1], axis=(1, 2), keepdims=True)
@@ -153,7 +153,7 @@ class Classifier(OfVariant):
         return self.head(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def run_stages(stages: nnx.List, x: jax.Array) -> list[jax.Array]:
+def run_stages(stages: nnx.List[nnx.List[Any]], x: jax.Array) -> list[jax.Array]:
     """Returns the feature map after each stage."""
     maps = []
     for stage in stages:

@@ -68,7 +68,7 @@ class RepMLPVariant:
     sets: tuple[int, ...]
     patch: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len({len(v) for v in (self.widths, self.units, self.sides, self.sets)}) != 1:
             raise ValueError(
                 f"variant {self.name} has {len(self.widths)} `widths`, {len(self.units)} `units`, "
@@ -82,6 +82,7 @@ class RepMLPVariant:
 
     @property
     def architecture(self) -> str:
+        """The network's name in scales files."""
         return f"RepMLPNet-{self.name}"
 
     @property
@@ -163,8 +164,8 @@ class RepMLPNet(OfVariant):
                 blocks.append(Unit(width, mixer, **options))
             stages.append(nnx.List(blocks))
             inputs = width
-        self.stages = nnx.List(stages)
-        self.head = PooledBlock(
+        self.stages: nnx.List[nnx.List[nnx.Module]] = nnx.List(stages)
+        self.head: PooledBlock = PooledBlock(
             classifier(inputs, num_classes, **options),
             pre=_pre_norm(inputs, **options),
             activation="none",
@@ -189,11 +190,11 @@ class Unit(nnx.Module):
 
     def __init__(self, channels: int, mixer: "Mixer", *, dtype: Any = None, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
-        self.norm = _pre_norm(channels, **options)
+        self.norm: PreNorm = _pre_norm(channels, **options)
         self.mixer = mixer
-        self.up = block(channels, 4 * channels, 1, activation="gelu", **options)
+        self.up: Block = block(channels, 4 * channels, 1, activation="gelu", **options)
         self.up.pre = _pre_norm(channels, **options)
-        self.down = block(4 * channels, channels, 1, activation="none", **options)
+        self.down: Block = block(4 * channels, channels, 1, activation="none", **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.mixer(self.norm(x))
@@ -237,12 +238,14 @@ class Mixer(nnx.Module):
     ):
         if sets < 1 or channels % sets:
             raise ValueError(f"`sets` is {sets}: it must divide the {channels} channels")
-        self.sets, self.side, self.published_order = sets, side, published_order
-        self.gate = SqueezeExcite(channels, channels // 4, dtype=dtype, rngs=rngs)
+        self.sets: int = sets
+        self.side: int = side
+        self.published_order: bool = published_order
+        self.gate: SqueezeExcite = SqueezeExcite(channels, channels // 4, dtype=dtype, rngs=rngs)
         geometry = mixer_geometry(sets, side)
         layer = _conv(geometry, dtype=dtype, rngs=rngs)
         norm = batch_norm(geometry.outputs, shared=geometry.taps, dtype=dtype, rngs=rngs)
-        self.fc = Block(layer, norm, activation="none")
+        self.fc: Block = Block(layer, norm, activation="none")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape

@@ -42,6 +42,7 @@ class VGGVariant:
 
     @property
     def architecture(self) -> str:
+        """The network's name in scales files."""
         return self.name
 
     def layers(self, in_channels: int = 3) -> dict[str, LayerSpec]:

@@ -10,7 +10,7 @@ rest of the block is the same in all of them, so scales that were searched with 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from repopt_jax.nn.convolution import conv_general_dilated
 
 # Default initialisation of PyTorch's layers, uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+kernel_init: Final = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nnx.relu,
@@ -58,9 +58,9 @@ class Block(nnx.Module):
     ):
         check_activation(activation)
         self.conv: Any = conv
-        self.pre = nnx.data(pre)
-        self.bn = nnx.data(bn)
-        self.se = nnx.data(se)
+        self.pre: PreNorm | ChannelAffine | None = nnx.data(pre)
+        self.bn: nnx.BatchNorm | None = nnx.data(bn)
+        self.se: SqueezeExcite | None = nnx.data(se)
         self.se_first = se_first
         self.activation = activation
 
@@ -103,7 +103,8 @@ class ChannelAffine(nnx.Module):
     """x * scale + bias with scale and bias (channels,): a batch norm with fixed statistics."""
 
     def __init__(self, scale: jax.Array, bias: jax.Array, *, dtype: Any = None):
-        self.scale, self.bias = nnx.Param(scale), nnx.Param(bias)
+        self.scale: nnx.Param[jax.Array] = nnx.Param(scale)
+        self.bias: nnx.Param[jax.Array] = nnx.Param(bias)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -135,8 +136,8 @@ class SqueezeExcite(nnx.Module):
     """
 
     def __init__(self, channels: int, hidden: int, *, hard: bool = False, dtype: Any = None, rngs: nnx.Rngs):
-        self.down = conv(channels, hidden, 1, bias=True, dtype=dtype, rngs=rngs)
-        self.up = conv(hidden, channels, 1, bias=True, dtype=dtype, rngs=rngs)
+        self.down: nnx.Conv = conv(channels, hidden, 1, bias=True, dtype=dtype, rngs=rngs)
+        self.up: nnx.Conv = conv(hidden, channels, 1, bias=True, dtype=dtype, rngs=rngs)
         self.hard = hard
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from repopt_jax.nn.convolution import tiled
 from repopt_jax.nn.geometry import along_channels, convolve, narrowed, one_batch_axis, padded, padded_with
 
 
-class FrozenScale(nnx.Variable):
+class FrozenScale(nnx.Variable[jax.Array]):
     """A scale that is not trained."""
 
 
@@ -83,7 +83,9 @@ class StructuredLayer(nnx.Module):
                 "under nnx.vmap, which also makes the statistics of each"
             )
         self.structure = structure
-        self.dtype, self.precision, self.param_dtype = dtype, precision, param_dtype
+        self.dtype: Any = dtype
+        self.precision: Any = precision
+        self.param_dtype: Any = param_dtype
         draw = functools.partial(structure.sample, dtype=param_dtype)
         for size in reversed(stack):
             draw = jax.vmap(draw, axis_size=size)
@@ -92,31 +94,37 @@ class StructuredLayer(nnx.Module):
         given = dict(values or {})
         _check_vectors(structure, stack, given, bias)
         tensors |= {key: given[key] for key in given if key in _vectors(structure)}
-        self.weights = nnx.Dict({key: nnx.Param(jnp.asarray(w, param_dtype)) for key, w in tensors.items()})
-        self.scales = nnx.Dict({})
+        self.weights: nnx.Dict[nnx.Param[jax.Array]] = nnx.Dict(
+            {key: nnx.Param(jnp.asarray(w, param_dtype)) for key, w in tensors.items()}
+        )
+        self.scales: nnx.Dict[nnx.Variable[jax.Array]] = nnx.Dict({})
         for key, part in structure.followers("scale", "constant").items():
             start = jnp.full((*stack, part.channels), part.stage.start, param_dtype)
             variable = nnx.Param if part.stage.then == "scale" else FrozenScale
             self.scales[key] = variable(jnp.asarray(given.get(key, start), param_dtype))
-        self.norms = nnx.Dict({})
+        self.norms: nnx.Dict[nnx.BatchNorm] = nnx.Dict({})
         for key, part in normed.items():
             wide = jnp.promote_types(param_dtype, jnp.float32)
             options = {"start": part.stage.start, "shared": part.stage.shared}
             self.norms[key] = batch_norm(
                 part.layer.outputs, dtype=dtype, param_dtype=wide, rngs=rngs, **options
             )
-        self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype)))
+        bias_param = None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype))
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(bias_param)
 
     @property
     def in_features(self) -> int:
+        """Channels of the input."""
         return self.structure.layer.inputs
 
     @property
     def out_features(self) -> int:
+        """Channels of the output."""
         return self.structure.layer.outputs
 
     @property
     def kernel_size(self) -> Shape:
+        """Spatial shape of the merged kernel, () for a dense layer."""
         return self.structure.layer.window
 
     @property

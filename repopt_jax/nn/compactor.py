@@ -34,7 +34,7 @@ class Compactor(nnx.Module):
     def __init__(
         self, channels: int, *, dtype: Any = None, param_dtype: Any = jnp.float32, precision: Any = None
     ):
-        self.kernel = nnx.Param(jnp.eye(channels, dtype=param_dtype))
+        self.kernel: nnx.Param[jax.Array] = nnx.Param(jnp.eye(channels, dtype=param_dtype))
         self.dtype = dtype
         self.precision = precision
 

@@ -33,7 +33,7 @@ class Merged(StructuredLayer):
         training and needs `nn.Branched`.
     """
 
-    def __init__(self, structure: Structure, *, rngs: nnx.Rngs, **options):
+    def __init__(self, structure: Structure, *, rngs: nnx.Rngs, **options: Any):
         if normed := structure.followers("norm"):
             raise ValueError(
                 f"{paths.listed(list(normed))} have batch norms, so that the branches cannot be merged "
@@ -90,23 +90,27 @@ class MergedGeneral(Merged):
         outputs: Shape,
         bias: jax.Array | None = None,
         rngs: nnx.Rngs,
-        **options,
+        **options: Any,
     ):
         super().__init__(structure, rngs=rngs, **options)
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.inputs: Shape = tuple(inputs)
+        self.outputs: Shape = tuple(outputs)
         layer, stack = structure.layer, options.get("stack", ())
         if layer.axes or (math.prod(inputs), math.prod(outputs)) != (layer.inputs, layer.outputs):
             raise ValueError(f"`inputs` {inputs} and `outputs` {outputs} are not those of {layer}")
         if bias is not None and bias.shape != (*stack, *self.outputs):
             raise ValueError(f"`bias` has the shape {bias.shape}: it must be {(*stack, *self.outputs)}")
-        self.bias = nnx.data(None if bias is None else nnx.Param(jnp.asarray(bias, self.param_dtype)))
+        bias_param = None if bias is None else nnx.Param(jnp.asarray(bias, self.param_dtype))
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(bias_param)
 
     @property
     def in_features(self) -> Shape:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Sizes of the axes of the inputs, as in `nnx.LinearGeneral`."""
         return self.inputs
 
     @property
     def out_features(self) -> Shape:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Sizes of the axes of the outputs, as in `nnx.LinearGeneral`."""
         return self.outputs
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -135,6 +139,7 @@ class MergedGeneral(Merged):
         return self.structure_kernel().reshape(*self.stack, *self.inputs, *self.outputs)
 
     def branch_set(self) -> BranchSet:
+        """Returns the branch set with the kernel's axes, (*stack, *inputs, *outputs), in its layout."""
         plain = super().branch_set()
         shape = (*plain.stack, *self.inputs, *self.outputs)
         return dataclasses.replace(plain, kernel=shape, layout=layout_of(self.inputs, self.outputs))

@@ -86,6 +86,7 @@ class OptimizerError(ValueError):
 
     @property
     def reasons(self) -> tuple[Reason, ...]:
+        """The reason of each fault, in the order of `faults`."""
         return tuple(fault.reason for fault in self.faults)
 
 

@@ -58,7 +58,7 @@ class Scheme:
     per: Per = "channel"
     weight_range: WeightRange = "reduced"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [
             f"`{name}` is {value!r}: it must be a whole number from {MIN_BITS} to {MAX_BITS}"
             for name, value in (("bits", self.bits), ("weight_bits", self.weight_bits))
@@ -88,7 +88,7 @@ class Scheme:
         return REDUCED_MAX if reduced else 2 ** (bits - 1) - 1
 
 
-class Observed(nnx.Variable):
+class Observed(nnx.Variable[jax.Array]):
     """What a quantizer knows of the inputs of its layer: found by calibration or in training, not trained."""
 
 
@@ -128,8 +128,8 @@ class Quantizer(ChangedOperands):
         self.momentum = momentum
         self.frozen_after = frozen_after
         self.use_running_average = True
-        self.range = Observed(jnp.asarray(inputs, dtype))
-        self.count = Observed(jnp.zeros((), jnp.int32))
+        self.range: Observed = Observed(jnp.asarray(inputs, dtype))
+        self.count: Observed = Observed(jnp.zeros((), jnp.int32))
 
     @property
     def by_channel(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

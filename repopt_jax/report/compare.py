@@ -305,6 +305,7 @@ class _Plan:
 
 
 def diverged(summary: Any) -> bool:
+    """Whether a run has diverged: what is kept of it is then its message, in place of numbers."""
     return isinstance(summary, str)
 
 

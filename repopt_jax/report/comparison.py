@@ -58,7 +58,7 @@ class Comparison:
     validation: int = 0
     about: Sequence[str] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = list(self._problems())
         if problems:
             raise ValueError("this comparison cannot run: " + "; ".join(problems))
@@ -118,6 +118,7 @@ class Comparison:
 
     @property
     def task(self) -> str:
+        """What all of its ways learn, "classify" or "detect"."""
         return next(iter(self.ways.values())).task
 
     @property
@@ -126,6 +127,7 @@ class Comparison:
         return METRICS[self.task][0].name
 
     def label(self, way: str) -> str:
+        """What tables and figures call a way."""
         return self.labels.get(way, way)
 
 

@@ -87,7 +87,7 @@ def read_history(run_dir: str | Path) -> History:
     return history_of(run.of_kind("scales"), run.of_kind("train"))
 
 
-def history_of(scales: Sequence[Mapping], train: Sequence[Mapping] = ()) -> History:
+def history_of(scales: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any]] = ()) -> History:
     """Makes a history from `scales` records in order of step; `train` records have the learning rate.
 
     Without those the rate counts as constant.

@@ -105,8 +105,8 @@ class Channels:
         self._modules = dict(named_modules(model))
         self._kinds = _looked_into(model)
         calls = _calls(model, self._kinds, inputs)
-        self.uses = _uses(calls, self._kinds, self._modules)
-        self.norm_of = _norms_of(calls, self._kinds)
+        self.uses: dict[str, LayerUse] = _uses(calls, self._kinds, self._modules)
+        self.norm_of: dict[str, str] = _norms_of(calls, self._kinds)
         self._probe = Probe(model, self._kinds, self._points(), inputs)
         self._reach: dict[str, tuple[dict[str, np.ndarray], bool]] = {}
         self._met: dict[str, set[str]] = {}

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ from repopt_jax.train.state import (
 from repopt_jax.train.tasks import Classification, Detection, Evaluator, Task
 from repopt_jax.verify.equivalence import Check, scale_by_layer_means
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 TASKS: dict[str, type[Task]] = {"classify": Classification, "detect": Detection}
 
@@ -85,6 +85,7 @@ class Trained(NamedTuple):
 
 
 def make_task(config: Config) -> Task:
+    """The task of a config, by its `task`."""
     return TASKS[config.task](config)
 
 

@@ -33,7 +33,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from orbax.checkpoint import v1 as ocp
 
@@ -42,7 +42,7 @@ from repopt_jax.train.processes import gather_texts, in_all_processes, is_first
 from repopt_jax.train.rundir import MANIFEST, os_errors, replace_file
 from repopt_jax.train.state import TrainState, abstract
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 _ITEMS = ("model", "trainer", "progress")  # those that every checkpoint has
 _REMOVED = ".removed"  # suffix of a checkpoint that is being deleted
@@ -97,7 +97,7 @@ class Checkpoints:
           ValueError: writing, and no checkpoint can be used although there are some. Nothing is changed then.
           OSError: writing, and the directory cannot be read or written.
         """
-        self.directory = Path(directory).absolute()
+        self.directory: Path = Path(directory).absolute()
         if not writing and not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory.parent} has no checkpoint yet: let the run train")
         self._writing, self._keep_last, self._keep_best = writing, keep_last, keep_best

@@ -69,7 +69,7 @@ def setting(default: Any, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata=rules)
 
 
-def only_of(field: dataclasses.Field) -> Mapping[str, tuple[str, ...]]:
+def only_of(field: dataclasses.Field[Any]) -> Mapping[str, tuple[str, ...]]:
     """The rule `only` of a field, empty where it has a meaning everywhere."""
     return field.metadata.get("only", {})
 

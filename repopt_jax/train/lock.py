@@ -17,11 +17,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from repopt_jax import jsontext
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 TOUCH_S = 10.0
@@ -32,7 +32,7 @@ class Lock:
     """The lock of a folder, held from `acquire` to `release`."""
 
     def __init__(self, folder: Path):
-        self.path = folder / LOCK
+        self.path: Path = folder / LOCK
         self._own = {
             "host": socket.gethostname(),
             "process": os.getpid(),

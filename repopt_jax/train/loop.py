@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ from repopt_jax.train.searchlaw import SearchLaw, search_law
 from repopt_jax.train.state import TrainState, all_finite, make_mesh, merge_model, put_batch
 from repopt_jax.train.tasks import METRICS
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 # Scales that another version of a library computes may differ this much, relatively.
 SAME_SCALES = 1e-6

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 import jax
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from repopt_jax.train.tasks import format_metrics
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 # A device that waits for data for more than this share of the time is worth a warning; but not where the
 # log's line spans fewer seconds than this, in which a single slow file is already that much.

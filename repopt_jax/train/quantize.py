@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -55,7 +55,7 @@ from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import PART, Summary, from_record, read_json, refuse_strangers, replace_file
 from repopt_jax.train.tasks import METRICS
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 RECORD = "quantize.json"
 TRAINING = "training"
@@ -94,7 +94,7 @@ class Options:
     aware: bool = False
     epochs: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_method(self.calibration, self.percentile)
         _ = self.scheme
         for name, value, least in (

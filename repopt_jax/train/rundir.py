@@ -23,7 +23,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ from repopt_jax.train.processes import barrier, in_all_processes, is_first
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -145,11 +145,11 @@ class RunFolder:
         """Raises ValueError if `path` is a URL."""
         if "://" in str(path):
             raise ValueError(f"`out_dir` {path} is a URL: {MOUNTED}")
-        self.path = Path(path).expanduser().absolute()
-        self.checkpoints = self.path / "checkpoints"
-        self.scales = self.path / "scales"
-        self.metrics = self.path / "metrics.jsonl"
-        self.progress = self.path / "progress.json"
+        self.path: Path = Path(path).expanduser().absolute()
+        self.checkpoints: Path = self.path / "checkpoints"
+        self.scales: Path = self.path / "scales"
+        self.metrics: Path = self.path / "metrics.jsonl"
+        self.progress: Path = self.path / "progress.json"
 
     def finished(self, config: Config) -> Summary | None:
         """The summary, if this folder holds the finished run of `config`; None if that run can start or go on

@@ -173,10 +173,10 @@ class Task(abc.ABC):
 class Classification(Task):
     """One label an image: cross-entropy, of mixed images too, and accuracy."""
 
-    sums = {"accuracy": jnp.int32}  # noqa: RUF012  (constant)
-    transform_type = data.Transform
-    train_batches = staticmethod(data.train_batches)
-    eval_batches = staticmethod(data.eval_batches)
+    sums: ClassVar[Mapping[str, Any]] = {"accuracy": jnp.int32}
+    transform_type: ClassVar[type] = data.Transform
+    train_batches: ClassVar[Callable[..., Any]] = staticmethod(data.train_batches)
+    eval_batches: ClassVar[Callable[..., Any]] = staticmethod(data.eval_batches)
 
     def model_options(self, info: data.DatasetInfo) -> dict[str, Any]:
         model = self.config.model
@@ -286,10 +286,10 @@ class Detection(Task):
     """Any number of objects an image, each with a box, a class and keypoints, by the networks of
     `models.FCOS`."""
 
-    sums = {f"{part}_loss": jnp.float32 for part in PARTS}  # noqa: RUF012  (constant)
-    transform_type = data.DetectionTransform
-    train_batches = staticmethod(data.train_detection_batches)
-    eval_batches = staticmethod(data.eval_detection_batches)
+    sums: ClassVar[Mapping[str, Any]] = {f"{part}_loss": jnp.float32 for part in PARTS}
+    transform_type: ClassVar[type] = data.DetectionTransform
+    train_batches: ClassVar[Callable[..., Any]] = staticmethod(data.train_detection_batches)
+    eval_batches: ClassVar[Callable[..., Any]] = staticmethod(data.eval_detection_batches)
 
     def model_options(self, info: data.DetectionInfo) -> dict[str, Any]:
         return {"num_keypoints": info.num_keypoints, "activation": self.config.model.activation}
@@ -368,7 +368,7 @@ def _average_precision(
     return {"loss": None, **numbers, "count": len(seen)}
 
 
-def make_detect(graphdef: Any, config: Config):
+def make_detect(graphdef: Any, config: Config) -> Callable[[Any, Any, Any], Detections]:
     """The jitted `detect(params, non_trainable, images) -> Detections` of a network, with running batch
     statistics."""
     settings, size = config.detect, config.data.image_size

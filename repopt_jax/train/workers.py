@@ -76,7 +76,7 @@ class Workers:
         cores = _cores()
         for index in range(self.count):
             arguments = [sys.executable, "-m", __name__, ",".join(map(str, cores[index :: self.count]))]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             if os.name == "posix":
                 beats, end = os.pipe()
                 process = subprocess.Popen([*arguments, str(end)], pass_fds=(*self._inherit, end), **pipes)
@@ -100,7 +100,7 @@ class Workers:
             assert process.stdout is not None
             process.stdout.close()
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Calls `function(*args, stop=stop)`, where `stop()` says whether it is to end early.
 
         The function belongs to a module; it, the arguments and the result can be pickled. What it raises is
@@ -110,7 +110,7 @@ class Workers:
           ChildProcessError: the worker has died, or hung and was ended.
         """
         if not self.count:
-            future: Future = Future()
+            future: Future[Any] = Future()
             try:
                 future.set_result(function(*args, stop=self._stop))
             except Exception as error:

@@ -72,7 +72,8 @@ class Equivalence:
 
     @property
     def max_difference(self) -> float:
-        return float(np.max([self.loss_difference, *self.differences.values()]))  # NaN if any is
+        """The largest of the differences of losses and parameters; NaN if any is NaN."""
+        return float(np.max([self.loss_difference, *self.differences.values()]))
 
     @property
     def equivalent(self) -> bool:

@@ -1,8 +1,9 @@
 """RepGhostNet as its authors name it. Names from ChengpengChen/RepGhost (MIT licence)."""
 
 import functools
+from collections.abc import Callable
 
-from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Row, Scheme, Table
+from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Blocks, Layout, Row, Scheme, Table
 
 OUTSIDE: Table = (
     ("stages/0/0/conv", "conv_stem", TENSOR),
@@ -11,7 +12,7 @@ OUTSIDE: Table = (
     ("head", "classifier", BIASED),
 )
 # Our stage 0 is the stem, which the code base does not count as a stage.
-BLOCKS = ((r"stages/(\d+)/(\d+)", lambda match: f"blocks.{int(match[1]) - 1}.{match[2]}"),)
+BLOCKS: Blocks = ((r"stages/(\d+)/(\d+)", lambda match: f"blocks.{int(match[1]) - 1}.{match[2]}"),)
 INSIDE: Table = (
     ("conv", "conv", TENSOR),  # of the 1x1 block after the last stage
     ("bn", "bn1", NORM),
@@ -26,7 +27,7 @@ INSIDE: Table = (
     ("shortcut/1/conv", "shortcut.2", TENSOR),
     ("shortcut/1/bn", "shortcut.3", NORM),
 )
-ghost_layout = functools.partial(Layout, "GhostNet", rows=OUTSIDE, blocks=BLOCKS)
+ghost_layout: Callable[..., Layout] = functools.partial(Layout, "GhostNet", rows=OUTSIDE, blocks=BLOCKS)
 GHOST = r"blocks\.\d+\.\d+\.ghost1\."  # the beginning of the keys of a ghost module
 
 

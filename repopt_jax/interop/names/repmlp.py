@@ -2,10 +2,10 @@
 
 import functools
 
-from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Row, Scheme, Table
+from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Blocks, Layout, Row, Scheme, Table
 
 # The block that makes the map smaller is the first of our stages, and outside of theirs.
-BLOCKS = (
+BLOCKS: Blocks = (
     ("stages/0/0", "conv_embedding"),
     (r"stages/(\d+)/0", lambda match: f"embeds.{int(match[1]) - 1}"),
     (r"stages/(\d+)/(\d+)", lambda match: f"stages.{match[1]}.{int(match[2]) - 1}"),

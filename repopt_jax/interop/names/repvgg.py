@@ -1,12 +1,13 @@
 """RepVGG as its authors name it. Names from DingXiaoH/RepVGG (MIT licence)."""
 
 import functools
+from collections.abc import Callable
 
 from repopt_jax.interop.names.scheme import BIASED, NORM, TENSOR, Layout, Scheme
 
 HEAD = (("head", "linear", BIASED),)
 BLOCKS = (("stages/0/0", "stage0"), (r"stages/(\d+)/(\d+)", r"stage\1.\2"))
-vgg_layout = functools.partial(Layout, "VGG", rows=HEAD, blocks=BLOCKS)
+vgg_layout: Callable[..., Layout] = functools.partial(Layout, "VGG", rows=HEAD, blocks=BLOCKS)
 BLOCK = r"stage\d+\.(\d+\.)?"  # the beginning of the keys of a block
 
 _SE = ("se/(down|up)", r"se.\1", BIASED)

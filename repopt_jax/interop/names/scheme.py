@@ -51,6 +51,7 @@ NORM: Arrays = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var"
 Name = str | Callable[[re.Match[str]], str]
 Row = tuple[str, str, Arrays | Constant]
 Table = tuple[Row, ...]
+Blocks = tuple[tuple[str, Name], ...]
 
 # Names of our networks in layouts -> the class of their variants.
 NETWORKS: dict[str, type] = {
@@ -89,7 +90,7 @@ class Layout:
     form: Literal["training", "deployed", "merged"] = "training"
     signature: str = ""
     rows: Table = ()
-    blocks: tuple[tuple[str, Name], ...] = ()
+    blocks: Blocks = ()
     inside: Table = ()
     described: tuple[tuple[str, Description], ...] = ()
     flattened: str = ""
