@@ -200,7 +200,8 @@ def test_importing_everything_imports_no_extra():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["train", "--help"], ["--version"], ["trian"], ["eval", "--rnu=x"]]
+    "argv",
+    [["--help"], ["train", "--help"], ["--version"], ["trian"], ["eval", "--rnu=x"], ["models", "repvgg*"]],
 )
 def test_the_command_line_reads_without_jax(argv):
     code = f"""

@@ -519,6 +519,22 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def models(args: argparse.Namespace) -> int:
+    """List the networks: parameters, multiply-accumulates, published accuracy.
+
+    Parameters are those that train, with branches where the network has some, and those that are deployed.
+    Multiply-accumulates are of the deployed network for an image of the size in the table. The accuracy is
+    what the authors report on ImageNet, in %; it is empty where they report none. Examples:
+
+      repopt models repvgg
+      repopt models 'mobileone-s?' --json"""
+    from repopt_jax.cli import networks
+
+    rows = networks.matching(args.pattern) if args.pattern else networks.networks()
+    _print(*([json.dumps(rows, indent=1)] if args.json else networks.text(rows)))
+    return 0
+
+
 @single_process
 def bench(args: argparse.Namespace) -> int:
     """Measure the time and memory of updates, training steps and inference.

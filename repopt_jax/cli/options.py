@@ -193,6 +193,13 @@ def _convert(parser: Parser) -> None:
     )
 
 
+def _models(parser: Parser) -> None:
+    parser.add_argument(
+        "pattern", metavar="PATTERN", nargs="?", help="a part of the names, or the whole with * and ?"
+    )
+    parser.option("--json", "prints the list for programs, with all of its fields", action="store_true")
+
+
 def _bench(parser: Parser) -> None:
     parser.add_argument("parts", metavar="PARTS", type=words, help="what is measured, as above")
     parser.option("--model=NAME", "a classifier of this library (repopt-vgg-b1)")
@@ -242,5 +249,6 @@ COMMANDS = {
     "quantize": Command(commands.quantize, _quantize),
     "verify": Command(commands.verify, _verify),
     "convert": Command(commands.convert, _convert, computes=False),
+    "models": Command(commands.models, _models, computes=False),
     "bench": Command(commands.bench, _bench),
 }
