@@ -38,9 +38,9 @@ from repopt_jax.train.config import (
     smoke,
 )
 
-# Network -> way of training -> published top-1; that of RepOpt itself is in the registry (`models.published`).
-# Ghost's: README of RepOptimizers; plain SGD: paper (arXiv 2205.15242), table 4; RepVGG there: table 2, 32
-# images a device.
+# Network -> way of training -> published top-1; those of RepOpt itself, and of the networks below, are in
+# `models.published`. Ghost's: README of RepOptimizers; plain SGD: paper (arXiv 2205.15242), table 4; RepVGG
+# there: table 2, 32 images a device.
 REPOPT: dict[str, dict[str, float | None]] = {
     "B1": {"-plain": 0.7691, "-repvgg": 0.7841},
     "B2": {"-plain": None, "-repvgg": 0.7953},

@@ -45,7 +45,7 @@ def get_config(arg=""):
 
 COMMANDS = (
     *("quickstart", "compare", "search", "train", "check-data", "prune", "eval", "predict", "deploy"),
-    *("verify", "convert", "quantize", "export", "bench", "models"),
+    *("verify", "convert", "quantize", "export", "bench", "models", "completion"),
 )
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 

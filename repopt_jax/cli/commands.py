@@ -73,6 +73,23 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_config(args: argparse.Namespace) -> int:
+    """Prints the config, or the comparison, that a command would run, as a file that gives it again. Nothing
+    is checked that only a run needs: data, scales, devices."""
+    from repopt_jax.cli.printed import python_file
+
+    if args.command in (quickstart, compare):
+        found = _comparison(args)
+    elif args.command is prune:
+        found = _pruning(args)
+    elif args.config is None:
+        raise UsageError("--print-config prints the config of --config, which is missing")
+    else:
+        found = read_config(args.config, args.overrides)
+    _print(python_file(found, args.command_line).rstrip("\n"))
+    return 0
+
+
 def _copy_results(out: Path, results: str) -> None:
     """Copies the tables, the numbers and the first picture of the report in `out`, where it is asked for; of
     the numbers those that do not name folders of this machine."""
@@ -203,11 +220,10 @@ def prune(args: argparse.Namespace) -> int:
     out = _absolute(args.out)
     with _logging(), _interruptible(out):
         from repopt_jax.train import Summary, processes
-        from repopt_jax.train.prune import DEPLOYED, prune, prune_config
+        from repopt_jax.train.prune import DEPLOYED, prune
         from repopt_jax.train.tasks import format_metrics
 
-        made = prune_config(args.run, target=args.target, checkpoint=args.checkpoint or "latest")
-        config = with_overrides(made, args.overrides)
+        config = _pruning(args)
         with processes.stop_on_signals() as stop:
             done = prune(config, out, stop=stop)
     if isinstance(done, Summary):
@@ -236,6 +252,13 @@ def prune(args: argparse.Namespace) -> int:
             "train longer, or with a larger prune.strength or a smaller prune.momentum"
         )
     return 0
+
+
+def _pruning(args: argparse.Namespace) -> Any:
+    from repopt_jax.train.prune import prune_config
+
+    made = prune_config(args.run, target=args.target, checkpoint=args.checkpoint or "latest")
+    return with_overrides(made, args.overrides)
 
 
 @single_process
@@ -568,6 +591,25 @@ def bench(args: argparse.Namespace) -> int:
         out = _absolute(args.out) if args.out else None
         done = bench.bench(args.parts, bench.Settings(**given), out=out, command=args.command_line)
     _print(results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
+    return 0
+
+
+def completion(args: argparse.Namespace) -> int:
+    """Print a script that completes command lines of repopt in a shell.
+
+    With it the tabulator key completes commands, options and their values, configs and their runs
+    (--config=digits:), fields of a config (--config.optim.), networks, files and folders. To switch it on:
+
+      bash   repopt completion bash > ~/.local/share/bash-completion/completions/repopt
+             without the package bash-completion: eval "$(repopt completion bash)" in ~/.bashrc
+      zsh    repopt completion zsh > ~/.zsh/completions/_repopt
+             with fpath=(~/.zsh/completions $fpath) before compinit in ~/.zshrc
+      fish   repopt completion fish > ~/.config/fish/completions/repopt.fish
+
+    and open a new shell. The folder must be there (mkdir -p)."""
+    from repopt_jax.cli.completion import script
+
+    _print(script(args.shell).rstrip("\n"))
     return 0
 
 

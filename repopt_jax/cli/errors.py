@@ -10,6 +10,7 @@ EXTRAS = {
     "tensorboardX": "quickstart",
     "pycocotools": "detect",
     "torch": "torch",
+    "argcomplete": "train",
     **dict.fromkeys(("onnx", "onnxruntime", "flatbuffers"), "export"),
 }
 

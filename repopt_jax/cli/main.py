@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from repopt_jax.cli import huge_pages
+from repopt_jax.cli import commands, completion, huge_pages
 from repopt_jax.cli.errors import UsageError, fail, report
 from repopt_jax.cli.options import parsers as make_parsers
 from repopt_jax.hints import did_you_mean
@@ -18,6 +18,8 @@ from repopt_jax.hints import did_you_mean
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `argv` does not contain the program's name."""
+    if completion.asked():
+        completion.answer(make_parsers()[0])
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
@@ -25,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # argparse has printed help or the version
         return int(done.code or 0)
     try:
+        if args.print_config:
+            return commands.print_config(args)
         if argv is None and args.computes:  # as a program of its own, not called by one
             huge_pages.restart()
         return args.command(args)
@@ -38,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the options of the command in `argv`.
 
-    Besides its options, the namespace has `command`, the function that carries it out; `overrides`, each
-    `--config.FIELD=VALUE` as typed; and `command_line`, for a shell.
+    Besides its options, the namespace has `command`, the function that carries it out; `print_config`,
+    whether the config is only to be printed; `overrides`, each `--config.FIELD=VALUE` as typed; and
+    `command_line`, for a shell.
 
     Raises:
       UsageError: an unknown command or option; an option that is repeated, has no value or a bad one; too few
@@ -61,8 +66,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         rest = ["--help"]
     else:
         parsers[first].check_options(rest)
+        if "--print-config" in rest:
+            parsers[first].asked_for_config()
     args, extras = program.parse_known_args([first, *rest])
     args.overrides = _overrides(extras)
+    args.print_config = getattr(args, "print_config", False)
     args.command_line = shlex.join(["repopt", *argv])
     return args
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from repopt_jax._version import __version__
-from repopt_jax.cli import commands
+from repopt_jax.cli import commands, completion
 from repopt_jax.cli.parser import Parser, above_zero, count, integers, path, positive, whole, words
 
 
@@ -82,7 +82,12 @@ def _prune(parser: Parser) -> None:
         type=path,
         required=True,
     )
-    parser.option("--checkpoint=WHICH", "of the run: latest (the default), best, or the number of a step")
+    parser.option(
+        "--checkpoint=WHICH",
+        "of the run: latest (the default), best, or the number of a step",
+        values=("latest", "best"),
+    )
+    parser.printing_option()
 
 
 def _evaluate(parser: Parser) -> None:
@@ -92,7 +97,7 @@ def _evaluate(parser: Parser) -> None:
 
 
 def _predict(parser: Parser) -> None:
-    parser.add_argument("image", metavar="IMAGE", type=path, help="PNG, JPEG, WebP or BMP")
+    parser.argument("IMAGE", "PNG, JPEG, WebP or BMP", type=path)
     parser.option("--run=DIR", "folder of a run or of a deployment", type=path)
     parser.option("--model=FILE", "or an exported file, NAME.onnx or NAME.stablehlo", type=path)
     parser.option("--out=FILE", "of a detector: the picture (IMAGE with the ending -detected.png)")
@@ -111,10 +116,18 @@ def _deploy(parser: Parser) -> None:
 
 def _export(parser: Parser) -> None:
     parser.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
-    parser.option("--format=FORMAT", "stablehlo, onnx or onnx-int8", type=path, required=True)
+    parser.option(
+        "--format=FORMAT",
+        "stablehlo, onnx or onnx-int8",
+        type=path,
+        required=True,
+        values=("stablehlo", "onnx", "onnx-int8"),
+    )
     parser.option("--out=FILE", "NAME.stablehlo or NAME.onnx; it must not exist", type=path, required=True)
     parser.option(
-        "--layout=ORDER", "NHWC (default of stablehlo) or NCHW (of onnx): order of the input's axes"
+        "--layout=ORDER",
+        "NHWC (default of stablehlo) or NCHW (of onnx): order of the input's axes",
+        values=("NHWC", "NCHW"),
     )
     parser.checkpoint_options()
     parser.option(
@@ -122,6 +135,7 @@ def _export(parser: Parser) -> None:
         "the file takes pixel values from 0 to 255, uint8 (without DTYPE) or float32, and normalises them",
         nargs="?",
         const="uint8",
+        values=("uint8", "float32"),
     )
     parser.option(
         "--decode",
@@ -131,6 +145,7 @@ def _export(parser: Parser) -> None:
     parser.option(
         "--weights=RANGE",
         "of onnx-int8: reduced (-63 to 63, the default: right on every x86 processor) or full (-127 to 127)",
+        values=("reduced", "full"),
     )
 
 
@@ -140,11 +155,21 @@ def _quantize(parser: Parser) -> None:
     parser.option("--out=DIR", "folder of the quantized network; new or empty", type=path, required=True)
     parser.option("--bits=N", "of inputs, and of kernels without --weight_bits: 2 to 8 (8)", type=int)
     parser.option("--weight_bits=N", "of the kernels", type=int)
-    parser.option("--per=WHAT", "a kernel has a scale for each channel, or one for the tensor (channel)")
     parser.option(
-        "--weights=RANGE", "whole numbers of 8-bit kernels: reduced, to 63, or full, to 127 (reduced)"
+        "--per=WHAT",
+        "a kernel has a scale for each channel, or one for the tensor (channel)",
+        values=("channel", "tensor"),
     )
-    parser.option("--calibration=HOW", "ranges by abs-max, percentile, entropy or mse (percentile)")
+    parser.option(
+        "--weights=RANGE",
+        "whole numbers of 8-bit kernels: reduced, to 63, or full, to 127 (reduced)",
+        values=("reduced", "full"),
+    )
+    parser.option(
+        "--calibration=HOW",
+        "ranges by abs-max, percentile, entropy or mse (percentile)",
+        values=("abs-max", "percentile", "entropy", "mse"),
+    )
     parser.option("--percentile=X", "of the calibration of this name (99.99)", type=float)
     parser.option("--images=N", "training images that ranges are found on (512)", type=positive)
     parser.option(
@@ -174,14 +199,13 @@ def _verify(parser: Parser) -> None:
 
 
 def _convert(parser: Parser) -> None:
-    parser.add_argument(
-        "source", metavar="IN", type=path, help=".pth, .pt or .safetensors: a file; else a folder"
-    )
-    parser.add_argument("target", metavar="OUT", type=path, help="likewise; it must not exist")
+    parser.argument("IN", ".pth, .pt or .safetensors: a file; else a folder", type=path, dest="source")
+    parser.argument("OUT", "likewise; it must not exist", type=path, dest="target")
     parser.option(
         "--model=NAME",
         "of a file: repopt-vgg-B1, repvgg-A0, mobileone-s0, repghost-0.5, repmlpnet-t224 ...",
         default="",
+        values=completion.names_of_networks,
     )
     parser.option("--classes=N", "number of classes that a file must have (any)", type=int, default=0)
     parser.option("--key=ENTRY", "of a checkpoint: the entry with the weights, if it is unusual", default="")
@@ -190,23 +214,43 @@ def _convert(parser: Parser) -> None:
         "names in OUT: repopt, repvgg, mobileone, repghost, repmlp, timm (those of the network's authors); "
         "or scales: of a file, only its scales",
         default="",
+        values=("repopt", "repvgg", "mobileone", "repghost", "repmlp", "timm", "scales"),
     )
 
 
 def _models(parser: Parser) -> None:
-    parser.add_argument(
-        "pattern", metavar="PATTERN", nargs="?", help="a part of the names, or the whole with * and ?"
+    parser.argument(
+        "PATTERN",
+        "a part of the names, or the whole with * and ?",
+        nargs="?",
+        values=completion.names_of_networks,
     )
     parser.option("--json", "prints the list for programs, with all of its fields", action="store_true")
 
 
 def _bench(parser: Parser) -> None:
-    parser.add_argument("parts", metavar="PARTS", type=words, help="what is measured, as above")
-    parser.option("--model=NAME", "a classifier of this library (repopt-vgg-b1)")
+    parser.argument(
+        "PARTS",
+        "what is measured, as above",
+        type=words,
+        values=(
+            *("update", "optimizers", "step", "largest", "inference", "torch", "conv", "compile", "input"),
+            "all",
+        ),
+    )
+    parser.option(
+        "--model=NAME",
+        "a classifier of this library (repopt-vgg-b1)",
+        values=completion.names_of_classifiers,
+    )
     parser.option("--size=N", "side of the images in pixels (224)", type=int)
     parser.option("--batch=N,...", "images in a batch (32); each is measured", type=integers, dest="batches")
     parser.option(
-        "--dtype=NAME,...", "float32 or bfloat16 (float32); each is measured", type=words, dest="dtypes"
+        "--dtype=NAME,...",
+        "float32 or bfloat16 (float32); each is measured",
+        type=words,
+        dest="dtypes",
+        values=("float32", "bfloat16"),
     )
     parser.option("--rounds=N", "measurements of each candidate (15), at least 3", type=int)
     parser.option("--classes=N", "of the classifier (1000)", type=int)
@@ -215,14 +259,24 @@ def _bench(parser: Parser) -> None:
         "of step, torch and so on: plain, repopt, search, repvgg (these four), "
         "xla (plain, XLA's convolutions)",
         type=words,
+        values=("plain", "repopt", "search", "repvgg", "xla"),
     )
     parser.option("--memory=GB", "limit for the largest batch (what the device has)", type=float)
-    parser.option("--tf32=no", "no TF32 for float32, in JAX and in PyTorch (yes)", choices=("yes", "no"))
+    parser.option(
+        "--tf32=no",
+        "no TF32 for float32, in JAX and in PyTorch (yes)",
+        choices=("yes", "no"),
+        values=("yes", "no"),
+    )
     parser.option("--images=DIR", "folder of images for input (generated photographs)")
     parser.option(
         "--out=PATH",
         "writes PATH.json, PATH.md and PATH.png; results in PATH.json that are not measured again are kept",
     )
+
+
+def _completion(parser: Parser) -> None:
+    parser.argument("SHELL", "bash, zsh or fish", choices=completion.SHELLS, values=completion.SHELLS)
 
 
 class Command(NamedTuple):
@@ -251,4 +305,5 @@ COMMANDS = {
     "convert": Command(commands.convert, _convert, computes=False),
     "models": Command(commands.models, _models, computes=False),
     "bench": Command(commands.bench, _bench),
+    "completion": Command(commands.completion, _completion, computes=False),
 }

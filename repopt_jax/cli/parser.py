@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from repopt_jax.cli import completion
 from repopt_jax.cli.errors import UsageError
 from repopt_jax.hints import did_you_mean
 
@@ -18,12 +19,35 @@ class Parser(argparse.ArgumentParser):
         kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(*args, **kwargs)
 
-    def option(self, spelling: str, description: str, **kwargs: Any) -> None:
-        """Adds the option that is spelled `--name=METAVAR`, with the keywords of `add_argument`."""
+    def option(
+        self,
+        spelling: str,
+        description: str,
+        *,
+        values: Sequence[str] | completion.Complete | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the option that is spelled `--name=METAVAR`, with the keywords of `add_argument`; `values` are
+        what a shell offers for it."""
         name, _, metavar = spelling.partition("=")
         self.options.append(name)
         value = {"metavar": metavar} if metavar else {}  # a switch has none
-        self.add_argument(name, help=description, **value, **kwargs)
+        action = self.add_argument(name, help=description, **value, **kwargs)
+        if metavar:
+            completion.values(action, values)
+
+    def argument(
+        self,
+        metavar: str,
+        description: str,
+        *,
+        values: Sequence[str] | completion.Complete | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds an argument that is known by its place; see `option`."""
+        dest = kwargs.pop("dest", metavar.lower())
+        action = self.add_argument(dest, metavar=metavar, help=description, **kwargs)
+        completion.values(action, values)
 
     def config_options(self, **kwargs: Any) -> None:
         self.takes_config = True
@@ -31,8 +55,22 @@ class Parser(argparse.ArgumentParser):
             "--config=FILE[:ARG]",
             "a Python file with get_config(arg), or the name of a shipped one, such as digits; "
             "--config.FIELD=VALUE sets one of its fields, such as --config.optim.learning_rate=0.05",
+            values=completion.configs,
             **kwargs,
         )
+        self.printing_option()
+
+    def printing_option(self) -> None:
+        self.option(
+            "--print-config",
+            "prints the config with all of its fields, as a Python file for --config, and runs nothing",
+            action="store_true",
+        )
+
+    def asked_for_config(self) -> None:
+        """Lets options be left out that a config does not need."""
+        for action in self._actions:
+            action.required = action.required and action.dest in ("config", "run")
 
     def comparison_options(self) -> None:
         self.option("--results=PATH", "also writes PATH.md, PATH.json and PATH.png", default="")
@@ -48,7 +86,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def checkpoint_options(self) -> None:
-        self.option("--checkpoint=WHICH", "of a run: latest (the default), best, or the number of a step")
+        self.option(
+            "--checkpoint=WHICH",
+            "of a run: latest (the default), best, or the number of a step",
+            values=("latest", "best"),
+        )
         self.option("--data_dir=DIR", "folder of the images, if not the one that the run used")
 
     def check_options(self, arguments: Sequence[str]) -> None:

@@ -103,8 +103,8 @@ def find(name: str) -> Entry:
 
 # Unpublished small networks for images of at most 32 pixels; the other rows are RepVGG's.
 _SMALL = ("cifar-small", "cifar-A0", "cifar-A0-narrow", "digits", "digits-deep", "cifar-deep")
-# Part of a name -> side, classes and channels of the images, where these are not ImageNet's. The face detector
-# is for images of any size; the others on EfficientRep are for those of YOLOv6.
+# Part of a name -> side, classes and channels of the images, where these are not ImageNet's. The detector of
+# faces is for images of any size, those on EfficientRep for YOLOv6's.
 _IMAGES: dict[str, tuple[int | None, int, int]] = {
     "digits": (8, 10, 1),
     "cifar": (32, 10, 3),

@@ -504,10 +504,10 @@ def tuples(value: Any) -> Any:
 
 def differing_fields(first: Config, second: Config) -> list[str]:
     """The fields that make two configs different runs, each as `name (1 and 2)`."""
-    other = {setting.name: setting.value for setting in _settings(second)}
+    other = {setting.name: setting.value for setting in settings_of(second)}
     return [
         f"{name} ({value!r} and {other[name]!r})"
-        for name, value, _, rules, _ in _settings(first)
+        for name, value, _, rules, _ in settings_of(first)
         if value != other[name] and not rules.get("changeable")
     ]
 
@@ -525,12 +525,13 @@ class _Setting(NamedTuple):
     type: Any
 
 
-def _settings(section: Any, prefix: str = "", only: Mapping[str, Any] | None = None) -> Iterator[_Setting]:
+def settings_of(section: Any, prefix: str = "", only: Mapping[str, Any] | None = None) -> Iterator[_Setting]:
+    """Every field of a config and of its sections."""
     for field in dataclasses.fields(section):
         value, name = getattr(section, field.name), prefix + field.name
         rules = {**field.metadata, "only": {**(only or {}), **only_of(field)}}
         if dataclasses.is_dataclass(value):
-            yield from _settings(value, f"{name}.", rules["only"])
+            yield from settings_of(value, f"{name}.", rules["only"])
         else:
             yield _Setting(name, tuples(value), field.default, rules, field.type)
 
@@ -576,7 +577,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
             "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
         )
     # What has been said of a NaN is enough.
-    unusable = tuple(f"`{setting.name}`=" for setting in _settings(config) if not _is_finite(setting.value))
+    unusable = tuple(f"`{setting.name}`=" for setting in settings_of(config) if not _is_finite(setting.value))
     problems += [problem for problem in others if not problem.startswith(unusable)]
     if problems:
         raise ValueError("this config cannot run: " + "; ".join(problems))
@@ -584,7 +585,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
 def _field_problems(config: Config) -> Iterator[str]:
     """What the rules of each field say of its value."""
-    settings = {setting.name: setting for setting in _settings(config)}
+    settings = {setting.name: setting for setting in settings_of(config)}
 
     def choices(setting: _Setting) -> Any:
         known = setting.rules.get("choices")
