@@ -55,6 +55,7 @@ HEAVY = (
     "matplotlib",
     "tensorflow",
     "tensorboardX",
+    "wandb",
     "equinox",
     "onnx",
     "onnxruntime",

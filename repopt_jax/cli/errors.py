@@ -8,6 +8,7 @@ EXTRAS = {
     "matplotlib": "quickstart",
     "sklearn": "quickstart",
     "tensorboardX": "quickstart",
+    "wandb": "wandb",
     "pycocotools": "detect",
     "torch": "torch",
     "argcomplete": "train",
