@@ -382,7 +382,8 @@ def export(args: argparse.Namespace) -> int:
     """Export a run or a deployment to a file that runs elsewhere: StableHLO or ONNX.
 
     Writes the fused network with its weights, for any batch size, and what is needed to use it: classes,
-    preprocessing, layout. Runs the file and compares it with the network on test images. FORMAT is
+    preprocessing, layout. Runs the file and compares it with the network on test images; FILE.html has what
+    was measured. FORMAT is
 
       stablehlo   for JAX without this library, on CPU, GPU and TPU
       onnx        float32
@@ -394,8 +395,11 @@ def export(args: argparse.Namespace) -> int:
       repopt export --run=runs/deployed --format=stablehlo --out=network.stablehlo --preprocess
       repopt export --run=runs/deployed --format=onnx --out=network.onnx"""
     with _logging():
+        from repopt_jax.interop.convert import refuse_existing
+        from repopt_jax.report import export as report
         from repopt_jax.train.export import export
 
+        refuse_existing(report.page_of(_absolute(args.out)))
         done = export(
             args.run,
             args.out,
@@ -407,34 +411,11 @@ def export(args: argparse.Namespace) -> int:
             decode=args.decode,
             weights=args.weights,
         )
-        from repopt_jax.train.tasks import format_metrics
-    difference, int8 = done.difference, done.int8
-    outputs = "detections" if done.metadata.decoded else "outputs"
-    whose = "network" if int8 is None else "quantized network"
-    task, parts = done.metadata.task, " of the locations" if done.metadata.task == "detect" else ""
+    page = report.write_page(done, source=str(_absolute(args.run)), command=args.command_line)
     _print(
-        f"input:  {', '.join(map(str, done.inputs))}; {done.metadata.describe_input()}",
-        f"output: {', '.join(map(str, done.outputs))}",
-        f"largest difference of the {outputs} from the {whose}'s on {difference.count} test images: "
-        f"{difference.max_abs:.2e} ({difference.max_rel:.2e} of the largest), the same class for "
-        f"{difference.agreement:.2%}{'' if done.metadata.decoded else parts}",
+        *report.lines(done),
         f"File: {done.path.absolute()}, {done.size:,} bytes",
-    )
-    if int8 is None:
-        return 0
-    count = int8.test["count"]
-    _print(
-        *([f"Ranges are of {int8.images} training images"] if int8.images else []),
-        *([f"in float32: {', '.join(int8.kept)}"] if int8.kept else []),
-        f"float32: {format_metrics(task, int8.float_test)} of {count} images, {int8.size:,} bytes",
-        f"INT8:    {format_metrics(task, int8.test)} of {count} images, {done.size:,} bytes; "
-        f"largest difference of the outputs {int8.difference.max_abs:.2e} "
-        f"({int8.difference.max_rel:.2e} of the largest), the same class for "
-        f"{int8.difference.agreement:.2%}{parts}",
-        f"onnxruntime's fused integer kernels differ from the nodes as written by {int8.fused.max_abs:.2e} "
-        f"({int8.fused.relative:.2e} of their span), the same class for {int8.fused.agreement:.2%}{parts}",
-        f"one image: {int8.float_ms:.2f} ms in float32, {int8.ms:.2f} ms in INT8, here and now; INT8 is "
-        "faster only on processors with instructions for it (VNNI, AMX, dot products of ARM)",
+        f"Report: {page.absolute()}",
     )
     return 0
 
