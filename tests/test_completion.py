@@ -223,6 +223,8 @@ def test_scripts_are_printed(capsys, shell):
 
 
 def test_without_its_package_there_is_a_sentence(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("argcomplete.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "argcomplete", None)
     assert main(["completion", "bash"]) == 1
     said = capsys.readouterr().err

@@ -29,9 +29,9 @@ def asked() -> bool:
 
 def answer(program: ArgumentParser) -> None:
     """Writes what can follow in the line that the shell has given, and ends the process."""
-    import argcomplete
+    from argcomplete.finders import CompletionFinder
 
-    class Finder(argcomplete.CompletionFinder):
+    class Finder(CompletionFinder):
         def collect_completions(
             self, active_parsers: list[ArgumentParser], parsed_args: Namespace, cword_prefix: str
         ) -> list[str]:
@@ -56,7 +56,8 @@ def answer(program: ArgumentParser) -> None:
     given = [word.partition("=")[0] for word in words]
     given += [f"{name}=" for name in given]
     # The options that are left, also where nothing of one is typed yet, but not the short ones.
-    Finder()(program, always_complete_options="long", exclude=given, default_completer=_Values(_nothing))
+    otherwise: Any = _Values(_nothing)
+    Finder()(program, always_complete_options="long", exclude=given, default_completer=otherwise)
 
 
 def script(shell: str) -> str:
@@ -65,7 +66,7 @@ def script(shell: str) -> str:
     Raises:
       ModuleNotFoundError: argcomplete is not installed.
     """
-    from argcomplete import shellcode
+    from argcomplete.shell_integration import shellcode
 
     return shellcode(["repopt"], use_defaults=False, shell=shell)
 
@@ -77,10 +78,12 @@ def values(action: Action, given: Sequence[str] | Complete | None) -> None:
     """Sets what completes the value of an option or argument: `given`, or what its metavar says."""
     metavar = str(action.metavar)
     by_metavar = {"DIR": folders, **dict.fromkeys(("FILE", "FILE.py", "PATH", "IMAGE", "IN", "OUT"), paths)}
-    complete = by_metavar.get(metavar, _nothing) if given is None else given
-    if not callable(complete):
-        words = tuple(complete)
-        complete = lambda _: words  # noqa: E731
+    complete: Complete = by_metavar.get(metavar, _nothing)
+    if callable(given):
+        complete = given
+    elif given is not None:
+        words = tuple(given)
+        complete = lambda prefix: words  # noqa: E731
     if metavar.endswith((",...", "PARTS")):  # several with commas between them
         complete = _several(complete)
     action.completer = _Values(complete)  # pyright: ignore[reportAttributeAccessIssue]

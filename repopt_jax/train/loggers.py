@@ -88,10 +88,12 @@ class TensorBoard:
     """
 
     def begin(self, session: Session) -> None:
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.record_writer import RecordWriter
 
-        self._pb = event_pb2
+        # Their classes are made when they are imported, where type checkers do not see them.
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
         folder = session.directory / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard looks for this part of a name, and reads the files in the order of their names.
@@ -100,17 +102,14 @@ class TensorBoard:
         self._file = RecordWriter(str(folder / name))
         self._add(0, file_version="brain.Event:2")
         if session.step is not None:  # TensorBoard then drops what it has of later steps
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
             self._add(session.step + 1, session_log=start)
         self.sync()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        from tensorboardX.proto import summary_pb2
-
-        values = [
-            summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in numbers(record).items()
-        ]
-        self._add(record["step"], summary=summary_pb2.Summary(value=values))
+        value = self._summaries.Summary.Value
+        values = [value(tag=name, simple_value=number) for name, number in numbers(record).items()]
+        self._add(record["step"], summary=self._summaries.Summary(value=values))
         self.sync()
 
     def sync(self) -> None:
@@ -120,7 +119,7 @@ class TensorBoard:
         self._file.close()
 
     def _add(self, step: int, **content: Any) -> None:
-        event = self._pb.Event(wall_time=time.time(), step=step, **content)
+        event = self._events.Event(wall_time=time.time(), step=step, **content)
         self._file.write(event.SerializeToString())
 
 
