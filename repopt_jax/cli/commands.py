@@ -209,7 +209,7 @@ def train(args: argparse.Namespace) -> int:
 
 @single_process
 def prune(args: argparse.Namespace) -> int:
-    """Prune the network of a run to a share of its computations (ResRep).
+    """Prune a run's network to a share of its computations (ResRep).
 
     Trains the network on, with compactors that learn which channels can go, removes these, and compares
     accuracy and multiply-accumulates. The smaller network is in DIR/deployed. The training takes the run's
@@ -524,7 +524,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    """List the networks: parameters, multiply-accumulates, published accuracy.
+    """List the networks, with their sizes and published accuracy.
 
     Parameters are those that train, with branches where the network has some, and those that are deployed.
     Multiply-accumulates are of the deployed network for an image of the size in the table. The accuracy is
@@ -576,7 +576,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def completion(args: argparse.Namespace) -> int:
-    """Print a script that completes command lines of repopt in a shell.
+    """Print the script with which a shell completes command lines.
 
     With it the tabulator key completes commands, options and their values, configs and their runs
     (--config=digits:), fields of a config (--config.optim.), networks, files and folders. To switch it on:
