@@ -29,7 +29,8 @@ ONNX = ".onnx"
 
 
 def count_operations(path: str | Path) -> dict[str, int]:
-    """The operations of a file's program by name, the most frequent first, each counted where it stands.
+    """The operations that a file's program runs, by name, the most frequent first. Of a loop one round is
+    counted, and of alternatives for platforms the CPU's.
 
     Raises:
       OSError, ValueError: as `open_file`.

@@ -93,16 +93,16 @@ def read_stablehlo(path: str | Path) -> Program:
 
 
 def operations_of(exported: export.Exported) -> list[str]:
-    """The operations of an exported program by name, without those that only hold others together.
-
-    Where the program has alternatives, one for each platform, those of the first one, the CPU, are taken.
-    """
+    """The operations of an exported program by name, as they are run: those of a function as often as it is
+    called, and of alternatives, one for each platform, those of the first, the CPU."""
     from jax.extend.mlir import ir
     from jax.extend.mlir.dialects import stablehlo
 
     def names(operation: Any) -> Iterator[str]:
+        if operation.name == "func.call":
+            operation = functions[operation.attributes["callee"].value]
         kind, _, name = operation.name.partition(".")
-        if kind == "stablehlo" and name != "return":
+        if kind == "stablehlo" and name not in ("return", "case"):  # which only hold others together
             yield name
         regions = list(operation.regions)
         for region in regions[:1] if name == "case" else regions:
@@ -113,7 +113,8 @@ def operations_of(exported: export.Exported) -> list[str]:
     with ir.Context() as context:
         stablehlo.register_dialect(context)
         program = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
-        return list(names(program.operation))
+        functions = {op.attributes["sym_name"].value: op.operation for op in program.body}
+        return list(names(functions["main"]))
 
 
 def _followed_by(metadata: Metadata, program: bytes) -> bytes:
