@@ -18,8 +18,6 @@ from repopt_jax.train.config import SOURCES_OF, Config, load_config, settings_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 BEGIN, END = "<!-- table of networks -->\n\n", "\n<!-- end of the table -->"
-
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Fields that hold a file or a folder, or can.
 HOLD_PATHS = (
