@@ -27,6 +27,7 @@ other recipes, not timm's `rand-m9-mstd0.5`; their half precision is bfloat16, n
 
 import dataclasses
 
+from repopt_jax import models
 from repopt_jax.train.config import (
     Config,
     DataConfig,
@@ -37,25 +38,19 @@ from repopt_jax.train.config import (
     smoke,
 )
 
-# Network -> way of training -> published top-1. RepOpt ("", and Ghost's both): README of RepOptimizers; plain
-# SGD: paper (arXiv 2205.15242), table 4; RepVGG there: table 2, 32 images a device.
+# Network -> way of training -> published top-1; those of RepOpt itself, and of the networks below, are in
+# `models.published`. Ghost's: README of RepOptimizers; plain SGD: paper (arXiv 2205.15242), table 4; RepVGG
+# there: table 2, 32 images a device.
 REPOPT: dict[str, dict[str, float | None]] = {
-    "B1": {"": 0.7862, "-plain": 0.7691, "-repvgg": 0.7841},
-    "B2": {"": 0.7968, "-plain": None, "-repvgg": 0.7953},
-    "L1": {"": 0.7982, "-plain": None, "-repvgg": 0.7939},
-    "L2": {"": 0.8047, "-plain": None, "-repvgg": 0.8052},
-    "ghost-0.5": {"": 0.6650, "-plain": None, "-repghost": 0.6651},
+    "B1": {"-plain": 0.7691, "-repvgg": 0.7841},
+    "B2": {"-plain": None, "-repvgg": 0.7953},
+    "L1": {"-plain": None, "-repvgg": 0.7939},
+    "L2": {"-plain": None, "-repvgg": 0.8052},
+    "ghost-0.5": {"-plain": None, "-repghost": 0.6651},
 }
-# RepVGG (arXiv 2101.03697), tables 4 and 5: those that are trained for 120 epochs.
-REPVGG = {
-    **{"A0": 0.7241, "A1": 0.7446, "A2": 0.7648, "B0": 0.7514, "B1": 0.7837},
-    **{"B1g2": 0.7778, "B1g4": 0.7758, "B2": 0.7878, "B2g4": 0.7850},
-}
-# README of RepGhost.
-REPGHOST = {
-    **{"0.5": 0.6695, "0.58": 0.6894, "0.8": 0.7224, "1.0": 0.7422},
-    **{"1.11": 0.7507, "1.3": 0.7637, "1.5": 0.7745, "2.0": 0.7881},
-}
+# Those that are trained for 120 epochs.
+REPVGG = ("A0", "A1", "A2", "B0", "B1", "B1g2", "B1g4", "B2", "B2g4")
+REPGHOST = ("0.5", "0.58", "0.8", "1.0", "1.11", "1.3", "1.5", "2.0")
 
 
 def get_config(arg: str = "") -> Config:
@@ -66,19 +61,17 @@ def get_config(arg: str = "") -> Config:
 
 
 def _recipes() -> dict[str, Config]:
-    repopt = {
-        network + way: _repopt(network, way, published)
-        for network, ways in REPOPT.items()
-        for way, published in ways.items()
-    }
-    repvgg = {f"repvgg-{variant}": _repvgg(variant, top1) for variant, top1 in REPVGG.items()}
-    repghost = {f"repghost-{width}": _repghost(width, top1) for width, top1 in REPGHOST.items()}
+    repopt = {network + way: _repopt(network, way) for network, ways in REPOPT.items() for way in ("", *ways)}
+    repvgg = {f"repvgg-{variant}": _repvgg(variant) for variant in REPVGG}
+    repghost = {f"repghost-{width}": _repghost(width) for width in REPGHOST}
     return repopt | repvgg | repghost
 
 
-def _repopt(network: str, way: str, published: float | None) -> Config:
+def _repopt(network: str, way: str) -> Config:
     name = f"repopt-vgg-{network}" if network in ("B1", "B2", "L1", "L2") else "repopt-ghostnet-0.5"
-    config = _base(name, way.removeprefix("-") or "repopt", published)
+    config = _base(name, way.removeprefix("-") or "repopt")
+    if way:
+        config.published = REPOPT[network][way]
     config.scales = "" if way else f"runs/cifar100/{network}/scales"
     config.optim = OptimConfig(
         learning_rate=0.1,
@@ -99,15 +92,15 @@ def _repopt(network: str, way: str, published: float | None) -> Config:
     return config
 
 
-def _repvgg(variant: str, published: float) -> Config:
-    config = _base(f"repvgg-{variant}", "repvgg", published)
+def _repvgg(variant: str) -> Config:
+    config = _base(f"repvgg-{variant}", "repvgg")
     config.data.resize = 256
     config.optim = OptimConfig(learning_rate=0.1, base_batch=256, nesterov=False, weight_decay=1e-4)
     return config
 
 
-def _repghost(width: str, published: float) -> Config:
-    config = _base(f"repghost-{width}", "repghost", published)
+def _repghost(width: str) -> Config:
+    config = _base(f"repghost-{width}", "repghost")
     config.epochs, config.batch_size = 300, 8 * 128
     config.model.dtype = "bfloat16"
     config.data.resize, config.data.jitter, config.data.erasing = 256, 0.4, 0.2
@@ -128,8 +121,9 @@ def _repghost(width: str, published: float) -> Config:
     return config
 
 
-def _base(name: str, mode: str, published: float | None) -> Config:
+def _base(name: str, mode: str) -> Config:
     """Returns what all recipes share: 8 devices of 32 images, 120 epochs, random crops."""
+    published = models.find(name).published
     return Config(
         epochs=120,
         batch_size=8 * 32,
@@ -137,7 +131,7 @@ def _base(name: str, mode: str, published: float | None) -> Config:
         eval_every=5,
         log_every=100,
         keep_best=1,
-        published=published,
+        published=None if published is None else published.top1,
         mesh=MeshConfig(statistics="device"),
         model=ModelConfig(name=name.lower(), mode=mode),
         data=DataConfig(

@@ -15,6 +15,7 @@ of 32 images with batch statistics of each device, and half precision (here bflo
 whole batch.
 """
 
+from repopt_jax import models
 from repopt_jax.train.config import (
     Config,
     DataConfig,
@@ -25,15 +26,13 @@ from repopt_jax.train.config import (
     smoke,
 )
 
-# Network -> published top-1, README of RepMLP.
-PUBLISHED = {
-    **{"T224": 0.7662, "T256": 0.7744, "B224": 0.8032},
-    **{"B256": 0.8103, "D256": 0.8083, "L256": 0.8168},
-}
+NETWORKS = ("T224", "T256", "B224", "B256", "D256", "L256")
 
 
 def get_config(arg: str = "") -> Config:
-    network, small = parse_argument(arg, PUBLISHED)
+    network, small = parse_argument(arg, NETWORKS)
+    name = f"repmlpnet-{network.lower()}"
+    published = models.find(name).published
     config = Config(
         name=f"repmlp-{network}",
         epochs=100,
@@ -42,9 +41,9 @@ def get_config(arg: str = "") -> Config:
         eval_every=5,
         log_every=100,
         keep_best=1,
-        published=PUBLISHED[network],
+        published=None if published is None else published.top1,
         mesh=MeshConfig(statistics="device"),
-        model=ModelConfig(name=f"repmlpnet-{network.lower()}", mode="repmlp"),
+        model=ModelConfig(name=name, mode="repmlp"),
         data=DataConfig(
             source="folder",
             image_size=int(network[1:]),

@@ -11,10 +11,11 @@ import sys
 PACKAGES = {
     "scales": ("orbax", "etils"),
     "flax": ("flax", "safetensors"),
-    "train": ("PIL", "absl", "grain", "ml_collections", "rich", "tensorflow_datasets"),
+    "train": ("PIL", "absl", "argcomplete", "grain", "ml_collections", "rich", "tensorflow_datasets"),
     "quickstart": ("matplotlib", "sklearn", "tensorboardX"),
     "detect": ("pycocotools",),
     "export": ("flatbuffers", "onnx", "onnxruntime"),
+    "wandb": ("wandb",),
     "torch": ("torch",),
 }
 

@@ -24,7 +24,7 @@ from repopt_jax import data, train
 from repopt_jax.detection import contact_sheet
 from repopt_jax.export.runtime import open_file
 from repopt_jax.report.gallery import predict
-from repopt_jax.report.report import processor
+from repopt_jax.report.machine import processor
 from repopt_jax.train import deploy
 from repopt_jax.train.export import CALIBRATION_IMAGES, Exported, export
 
@@ -83,7 +83,7 @@ def markdown(trained: dict[str, Any], done: dict[str, Exported]) -> str:
         one = done[name]
         fused = f"{one.int8.fused.relative:.1e} of the span, {one.int8.fused.agreement:.2%} the same class"
         agreement = f"{one.int8.difference.agreement:.2%}"
-        lines.append(_row(row, one.int8.test, agreement, fused, f"{one.size:,}", f"{one.int8.ms:.2f}"))
+        lines.append(_row(row, one.int8.test, agreement, fused, f"{one.size:,}", f"{one.ms:.2f}"))
     kept = ", ".join(f"`{path}`" for path in first.kept)
     lines += [
         "",

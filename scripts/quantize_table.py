@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 
 from repopt_jax.quantize import calibrate, expected, output_noise, quantize
 from repopt_jax.report import figures
-from repopt_jax.report.report import commit, processor
+from repopt_jax.report.machine import processor
+from repopt_jax.report.report import commit
 from repopt_jax.train.deploy import evaluate, load_plain, open_test, training_images
 from repopt_jax.train.quantize import Options, quantize_run
 from repopt_jax.train.rundir import Summary

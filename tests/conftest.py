@@ -36,6 +36,7 @@ LONGEST = {
     "test_optimizers.py": 44,
     "test_configs.py": 42,
     "test_parallel.py": 38,
+    "test_loggers.py": 36,
     "test_compare.py": 40,
     "test_online.py": 36,
     "test_shrink.py": 33,

@@ -45,7 +45,7 @@ def get_config(arg=""):
 
 COMMANDS = (
     *("quickstart", "compare", "search", "train", "check-data", "prune", "eval", "predict", "deploy"),
-    *("verify", "convert", "quantize", "export", "bench"),
+    *("verify", "convert", "quantize", "export", "bench", "models", "completion"),
 )
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -758,9 +758,10 @@ def test_a_command_starts_anew_with_huge_pages_once(tmp_path):
     program = f"""
 import os, sys
 from pathlib import Path
-from repopt_jax.cli import commands, huge_pages, main
+from repopt_jax.cli import huge_pages, main, options
 huge_pages.ENABLED = Path({str(tmp_path / "enabled")!r})
-commands.verify = lambda args: print("runs", end="") or 0
+quick = options.COMMANDS["verify"]._replace(run=lambda args: print("runs", end="") or 0)
+options.COMMANDS["verify"] = quick
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
 sys.exit(main())
 """

@@ -1,5 +1,7 @@
 """The commands that make and use files: `repopt export`, and `eval` and `predict` of what it wrote."""
 
+import collections
+import html
 import json
 import re
 import shutil
@@ -91,7 +93,11 @@ def test_export_says_what_the_file_takes_and_how_far_it_is_from_the_network(caps
     assert said[0].startswith(
         f"input:  images float32 (batch, {side}, {side}, 1); (pixels / 255 - mean) / std"
     )
-    assert f"{out}, {out.stat().st_size:,} bytes" in said[-1]
+    assert said[-3:] == [
+        f"one image: {said[-3].split()[2]} ms, here and now",
+        f"File: {out}, {out.stat().st_size:,} bytes",
+        f"Report: {out}.html",
+    ]
     found = re.search(
         r"largest difference .*: (\S+) \((\S+) of the largest\), the same class for (\S+)%", said[2]
     )
@@ -198,7 +204,7 @@ def test_int8_is_measured_beside_float32(capsys, runs, name, weights, tmp_path):
     out = tmp_path / "int8.onnx"
     options = [f"--weights={weights}"] if weights else []
     said = run(capsys, "export", f"--run={runs / name}", "--format=onnx-int8", f"--out={out}", *options)
-    assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.onnx", "int8.onnx.html"]
     text = "\n".join(said)
     assert f"Ranges are of {16 if name == 'pets' else 8} training images" in text
     for part in ("quantized network's on", "onnxruntime's fused integer kernels differ", " ms in INT8"):
@@ -246,6 +252,68 @@ def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, bits, tmp_path):
     assert not other.exists()
 
 
+# -- the page beside a file
+
+
+def cells(page):
+    """Every row of a page's tables."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pets", ["--format=stablehlo"]),
+        ("pets-deployed", ["--format=onnx-int8"]),
+        ("found", ["--format=stablehlo", "--decode"]),
+        ("found", ["--format=onnx"]),
+    ],
+)
+def test_the_page_has_what_was_printed_and_what_is_in_the_file(
+    capsys, runs, tmp_path, monkeypatch, name, options
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # it needs none
+    out = tmp_path / f"a<b.{'stablehlo' if 'stablehlo' in options[0] else 'onnx'}"
+    said = run(capsys, "export", f"--run={runs / name}", *options, f"--out={out}")
+    page = (tmp_path / f"{out.name}.html").read_text()
+    assert "<b." not in page  # names are text, not markup
+    for line in said[:-2]:
+        assert html.escape(line) in page
+    assert html.escape(f"--out={out}'") in page  # the command
+    assert "http" not in page.replace("http-equiv", "")
+    rows = cells(page)
+    operations = runtime.count_operations(out)
+    assert [[name, f"{number:,}"] for name, number in operations.items()] == rows[-len(operations) :]
+    if "onnx" in options[0]:
+        counted = collections.Counter(node.op_type for node in onnx.load(out).graph.node)
+        assert operations == counted
+        assert operations["Conv"] >= 5
+    else:
+        assert operations["convolution"] >= 5
+    assert ["size", f"{out.stat().st_size:,} bytes"] in rows
+    between = [row[0] for row in rows if row and row[0].startswith("the file and ")]
+    assert between == [f"the file and the {'quantized ' if 'int8' in options[0] else ''}network"]
+    if "int8" in options[0]:
+        printed = "\n".join(said)
+        for kind in ("float32", "INT8"):
+            accuracy = re.search(rf"^{kind}: +test accuracy ([\d.]+)%", printed, re.MULTILINE)
+            assert accuracy
+            (row,) = (row for row in rows if row[:1] == [kind])
+            assert row[1] == accuracy[1]
+
+
+def test_operations_that_are_counted_are_the_networks(runs, tmp_path):
+    """A VGG of five blocks: five convolutions, a ReLU after each, and a dense layer."""
+    export(runs / "pets", tmp_path / "a.onnx", format="onnx", layout="NCHW")
+    found = runtime.count_operations(tmp_path / "a.onnx")
+    assert (found["Conv"], found["Relu"], found["Gemm"]) == (5, 5, 1)
+    export(runs / "pets", tmp_path / "a.stablehlo", format="stablehlo")
+    found = runtime.count_operations(tmp_path / "a.stablehlo")
+    assert (found["convolution"], found["maximum"], found["dot_general"]) == (5, 5, 1)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
 # -- mistakes
 
 
@@ -279,6 +347,10 @@ def test_export_does_not_overwrite(capsys, runs, tmp_path):
     options = ["--format=stablehlo", f"--out={tmp_path / 'a.stablehlo'}"]
     refused(capsys, ["export", f"--run={runs / 'pets'}", *options], "exists: it is not overwritten")
     assert (tmp_path / "a.stablehlo").read_text() == "mine"
+    (tmp_path / "c.stablehlo.html").write_text("mine")
+    options = ["--format=stablehlo", f"--out={tmp_path / 'c.stablehlo'}"]
+    refused(capsys, ["export", f"--run={runs / 'pets'}", *options], "c.stablehlo.html exists")
+    assert not (tmp_path / "c.stablehlo").exists()
     refused(
         capsys,
         ["export", f"--run={tmp_path}", "--format=stablehlo", f"--out={tmp_path / 'b.stablehlo'}"],

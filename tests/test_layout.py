@@ -56,6 +56,7 @@ HEAVY = (
     "matplotlib",
     "tensorflow",
     "tensorboardX",
+    "wandb",
     "equinox",
     "onnx",
     "onnxruntime",
@@ -202,7 +203,11 @@ def test_importing_everything_imports_no_extra():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["train", "--help"], ["--version"], ["trian"], ["eval", "--rnu=x"]]
+    "argv",
+    [
+        *(["--help"], ["train", "--help"], ["--version"], ["trian"], ["eval", "--rnu=x"]),
+        *(["models", "repvgg*"], ["completion", "bash"]),
+    ],
 )
 def test_the_command_line_reads_without_jax(argv):
     code = f"""

@@ -73,6 +73,23 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_config(args: argparse.Namespace) -> int:
+    """Prints the config, or the comparison, that a command would run, as a file that gives it again. Nothing
+    is checked that only a run needs: data, scales, devices."""
+    from repopt_jax.cli.printed import python_file
+
+    if args.command in (quickstart, compare):
+        found = _comparison(args)
+    elif args.command is prune:
+        found = _pruning(args)
+    elif args.config is None:
+        raise UsageError("--print-config prints the config of --config, which is missing")
+    else:
+        found = read_config(args.config, args.overrides)
+    _print(python_file(found, args.command_line).rstrip("\n"))
+    return 0
+
+
 def _copy_results(out: Path, results: str) -> None:
     """Copies the tables, the numbers and the first picture of the report in `out`, where it is asked for; of
     the numbers those that do not name folders of this machine."""
@@ -192,7 +209,7 @@ def train(args: argparse.Namespace) -> int:
 
 @single_process
 def prune(args: argparse.Namespace) -> int:
-    """Prune the network of a run to a share of its computations (ResRep).
+    """Prune a run's network to a share of its computations (ResRep).
 
     Trains the network on, with compactors that learn which channels can go, removes these, and compares
     accuracy and multiply-accumulates. The smaller network is in DIR/deployed. The training takes the run's
@@ -203,11 +220,10 @@ def prune(args: argparse.Namespace) -> int:
     out = _absolute(args.out)
     with _logging(), _interruptible(out):
         from repopt_jax.train import Summary, processes
-        from repopt_jax.train.prune import DEPLOYED, prune, prune_config
+        from repopt_jax.train.prune import DEPLOYED, prune
         from repopt_jax.train.tasks import format_metrics
 
-        made = prune_config(args.run, target=args.target, checkpoint=args.checkpoint or "latest")
-        config = with_overrides(made, args.overrides)
+        config = _pruning(args)
         with processes.stop_on_signals() as stop:
             done = prune(config, out, stop=stop)
     if isinstance(done, Summary):
@@ -236,6 +252,13 @@ def prune(args: argparse.Namespace) -> int:
             "train longer, or with a larger prune.strength or a smaller prune.momentum"
         )
     return 0
+
+
+def _pruning(args: argparse.Namespace) -> Any:
+    from repopt_jax.train.prune import prune_config
+
+    made = prune_config(args.run, target=args.target, checkpoint=args.checkpoint or "latest")
+    return with_overrides(made, args.overrides)
 
 
 @single_process
@@ -359,7 +382,8 @@ def export(args: argparse.Namespace) -> int:
     """Export a run or a deployment to a file that runs elsewhere: StableHLO or ONNX.
 
     Writes the fused network with its weights, for any batch size, and what is needed to use it: classes,
-    preprocessing, layout. Runs the file and compares it with the network on test images. FORMAT is
+    preprocessing, layout. Runs the file and compares it with the network on test images; FILE.html has what
+    was measured. FORMAT is
 
       stablehlo   for JAX without this library, on CPU, GPU and TPU
       onnx        float32
@@ -371,8 +395,11 @@ def export(args: argparse.Namespace) -> int:
       repopt export --run=runs/deployed --format=stablehlo --out=network.stablehlo --preprocess
       repopt export --run=runs/deployed --format=onnx --out=network.onnx"""
     with _logging():
+        from repopt_jax.interop.convert import refuse_existing
+        from repopt_jax.report import export as report
         from repopt_jax.train.export import export
 
+        refuse_existing(report.page_of(_absolute(args.out)))
         done = export(
             args.run,
             args.out,
@@ -384,34 +411,11 @@ def export(args: argparse.Namespace) -> int:
             decode=args.decode,
             weights=args.weights,
         )
-        from repopt_jax.train.tasks import format_metrics
-    difference, int8 = done.difference, done.int8
-    outputs = "detections" if done.metadata.decoded else "outputs"
-    whose = "network" if int8 is None else "quantized network"
-    task, parts = done.metadata.task, " of the locations" if done.metadata.task == "detect" else ""
+    page = report.write_page(done, source=str(_absolute(args.run)), command=args.command_line)
     _print(
-        f"input:  {', '.join(map(str, done.inputs))}; {done.metadata.describe_input()}",
-        f"output: {', '.join(map(str, done.outputs))}",
-        f"largest difference of the {outputs} from the {whose}'s on {difference.count} test images: "
-        f"{difference.max_abs:.2e} ({difference.max_rel:.2e} of the largest), the same class for "
-        f"{difference.agreement:.2%}{'' if done.metadata.decoded else parts}",
+        *report.lines(done),
         f"File: {done.path.absolute()}, {done.size:,} bytes",
-    )
-    if int8 is None:
-        return 0
-    count = int8.test["count"]
-    _print(
-        *([f"Ranges are of {int8.images} training images"] if int8.images else []),
-        *([f"in float32: {', '.join(int8.kept)}"] if int8.kept else []),
-        f"float32: {format_metrics(task, int8.float_test)} of {count} images, {int8.size:,} bytes",
-        f"INT8:    {format_metrics(task, int8.test)} of {count} images, {done.size:,} bytes; "
-        f"largest difference of the outputs {int8.difference.max_abs:.2e} "
-        f"({int8.difference.max_rel:.2e} of the largest), the same class for "
-        f"{int8.difference.agreement:.2%}{parts}",
-        f"onnxruntime's fused integer kernels differ from the nodes as written by {int8.fused.max_abs:.2e} "
-        f"({int8.fused.relative:.2e} of their span), the same class for {int8.fused.agreement:.2%}{parts}",
-        f"one image: {int8.float_ms:.2f} ms in float32, {int8.ms:.2f} ms in INT8, here and now; INT8 is "
-        "faster only on processors with instructions for it (VNNI, AMX, dot products of ARM)",
+        f"Report: {page.absolute()}",
     )
     return 0
 
@@ -519,6 +523,22 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def models(args: argparse.Namespace) -> int:
+    """List the networks, with their sizes and published accuracy.
+
+    Parameters are those that train, with branches where the network has some, and those that are deployed.
+    Multiply-accumulates are of the deployed network for an image of the size in the table. The accuracy is
+    what the authors report on ImageNet, in %; it is empty where they report none. Examples:
+
+      repopt models repvgg
+      repopt models 'mobileone-s?' --json"""
+    from repopt_jax.cli import networks
+
+    rows = networks.matching(args.pattern) if args.pattern else networks.networks()
+    _print(*([json.dumps(rows, indent=1)] if args.json else networks.text(rows)))
+    return 0
+
+
 @single_process
 def bench(args: argparse.Namespace) -> int:
     """Measure the time and memory of updates, training steps and inference.
@@ -552,6 +572,25 @@ def bench(args: argparse.Namespace) -> int:
         out = _absolute(args.out) if args.out else None
         done = bench.bench(args.parts, bench.Settings(**given), out=out, command=args.command_line)
     _print(results.markdown(done).rstrip(), *([f"Results: {out}.json"] if out else []))
+    return 0
+
+
+def completion(args: argparse.Namespace) -> int:
+    """Print the script with which a shell completes command lines.
+
+    With it the tabulator key completes commands, options and their values, configs and their runs
+    (--config=digits:), fields of a config (--config.optim.), networks, files and folders. To switch it on:
+
+      bash   repopt completion bash > ~/.local/share/bash-completion/completions/repopt
+             without the package bash-completion: eval "$(repopt completion bash)" in ~/.bashrc
+      zsh    repopt completion zsh > ~/.zsh/completions/_repopt
+             with fpath=(~/.zsh/completions $fpath) before compinit in ~/.zshrc
+      fish   repopt completion fish > ~/.config/fish/completions/repopt.fish
+
+    and open a new shell. The folder must be there (mkdir -p)."""
+    from repopt_jax.cli.completion import script
+
+    _print(script(args.shell).rstrip("\n"))
     return 0
 
 

@@ -7,6 +7,7 @@
 ONNX files are run by onnxruntime on the CPU, StableHLO files by JAX on its default backend.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,27 @@ from repopt_jax.detection import Detections, Outputs
 from repopt_jax.export.function import decoded
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.export.stablehlo import SUFFIX as STABLEHLO
-from repopt_jax.export.stablehlo import read_stablehlo
+from repopt_jax.export.stablehlo import operations_of, read_stablehlo
 
 ONNX = ".onnx"
+
+
+def count_operations(path: str | Path) -> dict[str, int]:
+    """The operations that a file's program runs, by name, the most frequent first. Of a loop one round is
+    counted, and of alternatives for platforms the CPU's.
+
+    Raises:
+      OSError, ValueError: as `open_file`.
+      ModuleNotFoundError: onnx, or flatbuffers, is not installed.
+    """
+    if Path(path).suffix == STABLEHLO:
+        found = operations_of(read_stablehlo(path).exported)
+    else:
+        extras.require("onnx", by="reading an ONNX file")
+        import onnx
+
+        found = (node.op_type for node in onnx.load(path).graph.node)
+    return dict(collections.Counter(found).most_common())
 
 
 class Port(NamedTuple):

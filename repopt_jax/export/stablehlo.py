@@ -13,8 +13,9 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,31 @@ def read_stablehlo(path: str | Path) -> Program:
         raise ValueError(
             f"{path} cannot be read by jax {jax.__version__} ({error}): export it again with this version"
         ) from error
+
+
+def operations_of(exported: export.Exported) -> list[str]:
+    """The operations of an exported program by name, as they are run: those of a function as often as it is
+    called, and of alternatives, one for each platform, those of the first, the CPU."""
+    from jax.extend.mlir import ir
+    from jax.extend.mlir.dialects import stablehlo
+
+    def names(operation: Any) -> Iterator[str]:
+        if operation.name == "func.call":
+            operation = functions[ir.FlatSymbolRefAttr(operation.attributes["callee"]).value]
+        kind, _, name = operation.name.partition(".")
+        if kind == "stablehlo" and name not in ("return", "case"):  # which only hold others together
+            yield name
+        regions = list(operation.regions)
+        for region in regions[:1] if name == "case" else regions:
+            for block in region:
+                for inner in block:
+                    yield from names(inner.operation)
+
+    with ir.Context() as context:
+        stablehlo.register_dialect(context)
+        program = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
+        functions = {ir.StringAttr(op.attributes["sym_name"]).value: op.operation for op in program.body}
+        return list(names(functions["main"]))
 
 
 def _followed_by(metadata: Metadata, program: bytes) -> bytes:

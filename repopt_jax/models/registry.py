@@ -12,6 +12,7 @@ from repopt_jax.models.fcos import DETECTORS, FCOS
 from repopt_jax.models.ghost import GHOST_VARIANTS, ghostnet
 from repopt_jax.models.mobileone import MOBILEONE_VARIANTS, mobileone
 from repopt_jax.models.network import Network
+from repopt_jax.models.published import PUBLISHED, Published
 from repopt_jax.models.repmlp import REPMLP_VARIANTS, RepMLPNet
 from repopt_jax.models.vgg import VGG_VARIANTS, vgg
 from repopt_jax.nn.rngs import counted_in_python
@@ -29,6 +30,9 @@ class Entry:
       variant: the row of its table.
       mode: the way of training for which it is published, a `surgery.Mode`.
       task: "classify" or "detect".
+      image_size, num_classes, in_channels: of the images that it is described for, which its numbers of
+        parameters and of operations belong to; None for no size.
+      published: the accuracy that its authors report; None where there is none.
     """
 
     name: str
@@ -36,6 +40,10 @@ class Entry:
     variant: Any
     mode: str = "plain"
     task: Task = "classify"
+    image_size: int | None = None
+    num_classes: int = 1000
+    in_channels: int = 3
+    published: Published | None = None
 
 
 def create(
@@ -95,6 +103,15 @@ def find(name: str) -> Entry:
 
 # Unpublished small networks for images of at most 32 pixels; the other rows are RepVGG's.
 _SMALL = ("cifar-small", "cifar-A0", "cifar-A0-narrow", "digits", "digits-deep", "cifar-deep")
+# Part of a name -> side, classes and channels of the images, where these are not ImageNet's. The detector of
+# faces is for images of any size, those on EfficientRep for YOLOv6's.
+_IMAGES: dict[str, tuple[int | None, int, int]] = {
+    "digits": (8, 10, 1),
+    "cifar": (32, 10, 3),
+    "fcos-scenes": (64, 10, 1),
+    "fcos-face": (None, 1, 3),
+    "fcos-efficientrep": (640, 80, 3),
+}
 # Rows that RepOptimizer publishes as well.
 _REPOPT = ("B1", "B2", "L1", "L2")
 
@@ -104,7 +121,11 @@ def _entries() -> dict[str, Entry]:
 
     def add(prefix: str, key: str, family: Callable[..., Network], row: Any, mode: str, task: Task) -> None:
         name = (prefix + key).lower()
-        found[name] = Entry(name, family, row, mode, task)
+        published = PUBLISHED.get(name)
+        size = 224 if published is None else published.image_size
+        # Small networks by what they are for; detectors have the classes of COCO.
+        own = next((images for word, images in _IMAGES.items() if word in name), (size, 1000, 3))
+        found[name] = Entry(name, family, row, mode, task, *own, published)
 
     for key in _REPOPT:
         add("repopt-vgg-", key, vgg, VGG_VARIANTS[key], "repopt", "classify")

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from repopt_jax.report import figures
 from repopt_jax.train.tasks import METRICS, metric_label
 
 CSS = """
@@ -32,6 +31,8 @@ td { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 td small { color: var(--soft); }
+.facts td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.facts td:first-child { color: var(--soft); min-width: 6rem; }
 .verdict { background: var(--panel); border-left: 4px solid var(--accent); padding: .8rem 1rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start; }
 .figures figure { flex: 0 1 29rem; min-width: 0; }
@@ -399,11 +400,12 @@ def _runs(content: Mapping[str, Any]) -> str:
     again = f"repopt train --config={runs[0]['directory']}/config.json --out=runs/again"
     return (
         f"{count}{in_table}<p>Each run's folder holds its config, by which it can be made again, alone:</p>\n"
-        f"<pre>{escape(again)}</pre>" + _command(content["made"]["command"])
+        f"<pre>{escape(again)}</pre>" + made_by(content["made"]["command"])
     )
 
 
-def _command(command: str) -> str:
+def made_by(command: str) -> str:
+    """The command that has made the page; "" without one."""
     return f"<p>All of this was made by</p>\n<pre>{escape(command)}</pre>" if command else ""
 
 
@@ -414,6 +416,8 @@ def _figures(images: Mapping[str, str], *names: str) -> str:
 
 def figure(caption: str, picture: bytes) -> str:
     """A PNG file, at its size on paper, and its caption."""
+    from repopt_jax.report import figures  # needs Matplotlib, which a page without pictures does not
+
     pixels = int.from_bytes(picture[16:20], "big")  # the width, in the header of a PNG file
     width = round(pixels / figures.DPI * 100)
     image = _image(picture, caption, f' width="{width}"')
@@ -432,6 +436,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return (
         f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
+
+
+def facts(rows: Iterable[Sequence[str]]) -> str:
+    """A table of names and what they are, which breaks long texts; `rows` are markup."""
+    body = "\n".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
+    return f'<table class="facts">\n<tbody>\n{body}\n</tbody></table>'
 
 
 def section(title: str, *parts: str) -> str:

@@ -10,8 +10,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,6 +20,7 @@ from typing import Any
 from repopt_jax.report import figures, monitor, page
 from repopt_jax.report.compare import Results
 from repopt_jax.report.comparison import point_text
+from repopt_jax.report.machine import processor
 from repopt_jax.report.records import History, Run, history_of, read_run
 from repopt_jax.report.statistics import Difference, standard_error
 from repopt_jax.surgery.prepare import Mode
@@ -257,18 +256,6 @@ def commit() -> str:
 
     name = ask("rev-parse", "--short=10", "HEAD")
     return name + ("+" if name and ask("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def processor() -> str:
-    """The processor's name and how many cores this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
 
 
 def _relative(path: Path) -> str:

@@ -8,7 +8,6 @@ and lists all problems at once. The dataclasses are not frozen, because `ml_coll
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 import numbers
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 
-from repopt_jax import jsontext, models, userfile
+from repopt_jax import extras, jsontext, models, userfile
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
@@ -32,6 +31,7 @@ from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.quantize.layers import MAX_BITS, MIN_BITS, Per, WeightRange
 from repopt_jax.surgery.choose import find_structure, parse_options
 from repopt_jax.surgery.prepare import Mode
+from repopt_jax.train.loggers import LOGGERS, PACKAGES
 
 # Task -> where its images can come from.
 SOURCES_OF = {
@@ -60,7 +60,8 @@ def setting(default: Any, **rules: Any) -> Any:
       rules: any of
         at_least, more_than, at_most, less_than: its range, of a tuple that of each entry; a string names
           another field whose value is the bound. None is in every range.
-        choices: the values that it can take, or a function of the whole config that gives them.
+        choices: the values that it can take, of a tuple its entries, or a function of the whole config that
+          gives them.
         only: path of another field -> the values of that field with which this one has a meaning; with others
           it must keep its default.
         changeable: True if it says how a run is carried out, not what it computes: an unfinished run may go
@@ -385,7 +386,9 @@ class Config:
         than 0 also writes one at every evaluation.
       log_every: steps that one line of `metrics.jsonl` averages over.
       published: test accuracy that the authors of a recipe report; it is repeated in the summary.
-      tensorboard: also writes TensorBoard files (needs the `tensorboard` extra).
+      loggers: where the records go besides `metrics.jsonl`, any of "tensorboard" and "wandb", each with the
+        extra of its name; see `train.loggers`.
+      tensorboard: the same as "tensorboard" among `loggers`.
     """
 
     name: str = "run"
@@ -408,6 +411,7 @@ class Config:
     keep_best: int = setting(0, at_least=0, changeable=True)
     log_every: int = setting(20, at_least=1)
     published: float | None = setting(None, at_least=0, at_most=1, changeable=True)
+    loggers: tuple[str, ...] = setting((), choices=tuple(LOGGERS), changeable=True)
     tensorboard: bool = setting(False, changeable=True)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -421,6 +425,11 @@ class Config:
 def evaluated_on(config: Config) -> str:
     """The images that a run of `config` is evaluated on: "validation" or "test"."""
     return "validation" if config.data.validation else "test"
+
+
+def logger_names(config: Config) -> tuple[str, ...]:
+    """The loggers that `config` asks for, each once."""
+    return tuple(dict.fromkeys((*config.loggers, *(["tensorboard"] if config.tensorboard else []))))
 
 
 # -- files
@@ -504,10 +513,10 @@ def tuples(value: Any) -> Any:
 
 def differing_fields(first: Config, second: Config) -> list[str]:
     """The fields that make two configs different runs, each as `name (1 and 2)`."""
-    other = {setting.name: setting.value for setting in _settings(second)}
+    other = {setting.name: setting.value for setting in settings_of(second)}
     return [
         f"{name} ({value!r} and {other[name]!r})"
-        for name, value, _, rules, _ in _settings(first)
+        for name, value, _, rules, _ in settings_of(first)
         if value != other[name] and not rules.get("changeable")
     ]
 
@@ -525,12 +534,13 @@ class _Setting(NamedTuple):
     type: Any
 
 
-def _settings(section: Any, prefix: str = "", only: Mapping[str, Any] | None = None) -> Iterator[_Setting]:
+def settings_of(section: Any, prefix: str = "", only: Mapping[str, Any] | None = None) -> Iterator[_Setting]:
+    """Every field of a config and of its sections."""
     for field in dataclasses.fields(section):
         value, name = getattr(section, field.name), prefix + field.name
         rules = {**field.metadata, "only": {**(only or {}), **only_of(field)}}
         if dataclasses.is_dataclass(value):
-            yield from _settings(value, f"{name}.", rules["only"])
+            yield from settings_of(value, f"{name}.", rules["only"])
         else:
             yield _Setting(name, tuples(value), field.default, rules, field.type)
 
@@ -571,12 +581,13 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
                 f"`data.image_size`={config.data.image_size} gives maps that are not whole tiles of "
                 f"`model.name`={model.name!r}: it must be a multiple of {side}"
             )
-    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        others.append(
-            "`tensorboard`=True needs tensorboardX: install `repopt_jax[tensorboard]`, or set it to False"
-        )
+    for name in logger_names(config):
+        package = PACKAGES.get(name)
+        if package is not None and not extras.installed(package):
+            field = f"`loggers`={config.loggers!r}" if name in config.loggers else f"`{name}`=True"
+            others.append(f"{field} needs {package}: install `repopt_jax[{name}]`, or leave {name} out")
     # What has been said of a NaN is enough.
-    unusable = tuple(f"`{setting.name}`=" for setting in _settings(config) if not _is_finite(setting.value))
+    unusable = tuple(f"`{setting.name}`=" for setting in settings_of(config) if not _is_finite(setting.value))
     problems += [problem for problem in others if not problem.startswith(unusable)]
     if problems:
         raise ValueError("this config cannot run: " + "; ".join(problems))
@@ -584,7 +595,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
 def _field_problems(config: Config) -> Iterator[str]:
     """What the rules of each field say of its value."""
-    settings = {setting.name: setting for setting in _settings(config)}
+    settings = {setting.name: setting for setting in settings_of(config)}
 
     def choices(setting: _Setting) -> Any:
         known = setting.rules.get("choices")
@@ -598,8 +609,9 @@ def _field_problems(config: Config) -> Iterator[str]:
             yield _WrongType(f"`{name}`={value!r} must {must}")
             continue
         known = choices(setting)
-        if known and value not in known:  # there are none where the field that they hang on is wrong
-            yield f"`{name}`={value!r} must be one of {', '.join(known)}{did_you_mean(value, known)}"
+        for one in value if isinstance(value, tuple) else (value,):
+            if known and one not in known:  # there are none where the field that they hang on is wrong
+                yield f"`{name}`={one!r} must be one of {', '.join(known)}{did_you_mean(one, known)}"
         if value is not None and not inside:
             yield f"`{name}`={value} must {must}"
         if not _is_finite(value):
@@ -643,7 +655,8 @@ def _kind(setting: _Setting) -> str:
     kind = next(k for k in typing.get_args(setting.type) or (setting.type,) if k is not type(None))
     if tuple in (typing.get_origin(kind), typing.get_origin(setting.type)):
         entries = setting.type if typing.get_origin(setting.type) is tuple else kind
-        return f"hold {'whole' if typing.get_args(entries)[0] is int else 'finite'} numbers"
+        inside = {int: "whole numbers", str: "texts"}.get(typing.get_args(entries)[0], "finite numbers")
+        return f"hold {inside}"
     names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
     return f"be {names[kind]}"
 

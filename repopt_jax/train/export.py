@@ -21,6 +21,7 @@ from repopt_jax.export.runtime import (
     STABLEHLO,
     FileNetwork,
     Port,
+    count_operations,
     open_file,
     open_onnx,
     open_stablehlo,
@@ -76,6 +77,8 @@ class Exported:
       metadata: what the file says.
       difference: between the outputs of the file, as it is run here, and of the network that it holds: of
         INT8 the quantized one.
+      ms: for one image, median; of this processor and of this moment.
+      operations: of the program in the file, name -> number.
       int8: what quantization changed; None for the other formats.
     """
 
@@ -85,6 +88,8 @@ class Exported:
     outputs: tuple[Port, ...]
     metadata: Metadata
     difference: OutputDifference
+    ms: float
+    operations: dict[str, int]
     int8: "Int8 | None" = None
 
 
@@ -100,7 +105,7 @@ class Int8:
       difference: of the outputs of the INT8 file from those of the float32 file.
       fused: of the outputs of the INT8 file with onnxruntime's fused integer kernels from those with every
         node run as it is written, see `export.compare_fused`.
-      ms, float_ms: for one image, median; they are of this processor and of this moment.
+      float_ms: of the float32 file, for one image, as `Exported.ms`.
     """
 
     images: int
@@ -110,7 +115,6 @@ class Int8:
     float_test: dict[str, Any]
     difference: OutputDifference
     fused: FusedDifference
-    ms: float
     float_ms: float
 
 
@@ -184,8 +188,9 @@ def export(
             beside = out.with_name(f"{out.name}.float32")
             with _written("onnx", plain, metadata, beside, keep=False) as other:
                 int8 = _beside(trained, file, other, images, data_dir)
-        size = file.path.stat().st_size
-    return Exported(out, size, file.inputs, file.outputs, metadata, difference, int8)
+        size, ms = file.path.stat().st_size, latency(file)
+    operations = count_operations(out)
+    return Exported(out, size, file.inputs, file.outputs, metadata, difference, ms, operations, int8)
 
 
 @contextlib.contextmanager
@@ -217,7 +222,6 @@ def _beside(
         float_test=measure(other, trained.config, data_dir=data_dir),
         difference=difference_of_files(other, file, trained.config, data_dir=data_dir),
         fused=compare_fused(file.path, np.concatenate([*shown])),
-        ms=latency(file),
         float_ms=latency(other),
     )
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,9 +31,10 @@ from repopt_jax.surgery.prepare import Mode
 from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, check_scales_folder, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints, Progress
-from repopt_jax.train.config import Config, evaluated_on, to_json, validate
+from repopt_jax.train.config import Config, evaluated_on, logger_names, to_json, validate
 from repopt_jax.train.lock import Lock
-from repopt_jax.train.processes import barrier, in_all_processes
+from repopt_jax.train.loggers import LOGGERS, Logger, Loggers, Session
+from repopt_jax.train.processes import barrier, in_all_processes, is_first
 from repopt_jax.train.progress import LOADING_S, Feeder, ProgressBar, Stopwatch, WaitWarning
 from repopt_jax.train.rundir import (
     MetricsWriter,
@@ -55,7 +56,12 @@ SAME_SCALES = 1e-6
 
 
 def run(
-    config: Config, out_dir: str | Path, *, progress: bool = True, stop: Callable[[], bool] | None = None
+    config: Config,
+    out_dir: str | Path,
+    *,
+    progress: bool = True,
+    stop: Callable[[], bool] | None = None,
+    loggers: Iterable[Logger] = (),
 ) -> Summary:
     """Trains as `config` says and leaves everything in `out_dir`; see `rundir` for what is there.
 
@@ -69,6 +75,8 @@ def run(
       stop: called after each step and before each batch of an evaluation, until it returns True; then a
         checkpoint is written and the run returns unfinished. With several processes it must give the same
         answer in all of them, as `processes.stop_on_signals` does.
+      loggers: take the records too, beside the log and the loggers that `config` names; see `loggers`. One
+        that fails gives a warning and is left out.
 
     Raises:
       ValueError: a config that cannot run (all problems listed), data or scales that do not fit, or an
@@ -97,11 +105,16 @@ def run(
             return summary
         in_all_processes("go on in `out_dir`", folder.check_progress)
         with ProgressBar(config.name, config.task, split=evaluated_on(config), shown=progress) as bar:
-            return _run(config, folder, lock, bar, stop or (lambda: False))
+            return _run(config, folder, lock, bar, stop or (lambda: False), loggers)
 
 
 def _run(
-    config: Config, folder: RunFolder, lock: Lock | None, bar: ProgressBar, ask: Callable[[], bool]
+    config: Config,
+    folder: RunFolder,
+    lock: Lock | None,
+    bar: ProgressBar,
+    ask: Callable[[], bool],
+    loggers: Iterable[Logger],
 ) -> Summary:
     """`run` in a folder that is held, of a run that is not finished."""
     in_all_processes("read the scales", lambda: check_scales_folder(config))
@@ -133,12 +146,9 @@ def _run(
         state, resumed = _first_state(config, state, checkpoints, mesh)
         if start is not None:
             batches.set_state(resumed.data)
-        log = MetricsWriter(
-            folder.path,
-            resume_step=start,
-            evaluated=not resumed.evaluation_pending,
-            tensorboard=config.tensorboard,
-        )
+        log = MetricsWriter(folder.path, resume_step=start, evaluated=not resumed.evaluation_pending)
+        session = Session(folder.path, config.name, dataclasses.asdict(config), start)
+        others = [LOGGERS[name]() for name in logger_names(config)]
         total = config.epochs * feed.steps_per_epoch
         bar.begin(total=total, start=start or 0)
         job = _Job(
@@ -146,7 +156,7 @@ def _run(
             ask=ask,
             lock=lock,
             feeder=stack.enter_context(contextlib.closing(Feeder(batches))),
-            metrics=stack.enter_context(log),
+            metrics=stack.enter_context(Loggers(log, [*others, *loggers] if is_first() else (), session)),
             bar=bar,
             warning=WaitWarning(config.name, workers=config.data.workers),
             law=search_law(config, feed.steps_per_epoch, folder.metrics),
@@ -194,7 +204,7 @@ class _Job:
     ask: Callable[[], bool]
     lock: Lock | None
     feeder: Feeder
-    metrics: MetricsWriter
+    metrics: Loggers
     bar: ProgressBar
     warning: WaitWarning
     law: SearchLaw | None = None

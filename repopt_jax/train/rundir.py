@@ -2,7 +2,7 @@
 
 run.lock                     who writes here now; see `lock`
 config.json, dataset.json    what is trained on what; written first, never changed
-metrics.jsonl, tensorboard/  the log
+metrics.jsonl                the log; loggers beside it write to tensorboard/ and wandb/
 checkpoints/                 state; see `checkpoint`
 progress.json                the step of the newest checkpoint: were all lost, the run would know of it
 scales/                      what a search found
@@ -31,7 +31,6 @@ import optax
 
 from repopt_jax import jsontext
 from repopt_jax._version import __version__
-from repopt_jax.core import paths
 from repopt_jax.data import DatasetInfo, DetectionInfo
 from repopt_jax.train.config import (
     MOUNTED,
@@ -407,7 +406,7 @@ def _file_error(error: BaseException | None) -> OSError | None:
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl`, one JSON object a line, and to TensorBoard. A context manager."""
+    """Appends records to `metrics.jsonl`, one JSON object a line. A context manager."""
 
     def __init__(
         self,
@@ -415,7 +414,6 @@ class MetricsWriter:
         *,
         resume_step: int | None,
         evaluated: bool = True,
-        tensorboard: bool = False,
     ):
         """Opens the file for a run that starts after `resume_step`, or anew for None.
 
@@ -438,12 +436,6 @@ class MetricsWriter:
                 _make_ready(path, resume_step, evaluated)
             # Without a buffer: what could not be written is not tried again when the file is closed.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-        self._board = None
-        if tensorboard and is_first():
-            from tensorboardX import SummaryWriter  # of an extra, which `validate` asks for
-
-            purge = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=purge)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has a "kind" and a "step", and the time of day as "time".
@@ -455,10 +447,6 @@ class MetricsWriter:
         with os_errors(f"write to {self._path}"):
             while line:
                 line = line[self._file.write(line) or 0 :]
-        if self._board is not None:
-            for name, value in paths.named_leaves(dict(record))[0].items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def sync(self) -> None:
         """Waits until all records are on disk: a checkpoint promises the lines up to its step.
@@ -471,8 +459,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
