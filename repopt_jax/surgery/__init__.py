@@ -6,6 +6,7 @@ from repopt_jax.surgery.cpu import fast_on_cpu as fast_on_cpu
 from repopt_jax.surgery.custom_l2 import custom_l2 as custom_l2
 from repopt_jax.surgery.decay import weight_decay_mask as weight_decay_mask
 from repopt_jax.surgery.fuse import fuse as fuse
+from repopt_jax.surgery.fuse import output_difference as output_difference
 from repopt_jax.surgery.layers import find_branches as find_branches
 from repopt_jax.surgery.layers import find_layers as find_layers
 from repopt_jax.surgery.macs import count_macs as count_macs
