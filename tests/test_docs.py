@@ -25,7 +25,8 @@ def test_scripts_tests_and_commands_exist(page):
     missing = [name for name in files if not (ROOT / name).exists() and "NAME" not in name]
     assert missing == []
     # `repopt train ...` in a block of commands or in the text.
-    named = set(re.findall(r"(?:^|`|/bin/|&& )repopt (\w+)", text, re.MULTILINE))
+    found = re.findall(r"(?:^|`|/bin/|&& )repopt (\w[\w-]*)", text, re.MULTILINE)
+    named = {name.replace("-", "_") for name in found}
     known = {"evaluate": "eval"}
     assert named <= {known.get(name, name) for name in vars(commands) if not name.startswith("_")}
 
