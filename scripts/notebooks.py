@@ -34,6 +34,7 @@ def executed(notebook, folder):
         kernel_name="python3",
         timeout=SECONDS,
         record_timing=False,
+        coalesce_streams=True,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own connection to this process
         resources={"metadata": {"path": str(folder)}},
     )
