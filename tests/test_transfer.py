@@ -354,3 +354,13 @@ class TestAuthorsFiles:
 
 def r_squared(true, predicted):
     return 1 - np.square(predicted - true).sum() / np.square(true - true.mean()).sum()
+
+
+@pytest.mark.parametrize(
+    "make", [depth_scales, lambda f, x: law_scales(f, 1.0, x), lambda f, x: transfer_scales(f, Scales({}), x)]
+)
+def test_a_function_has_no_order_of_layers(make):
+    """`find_branches` takes one; these say what to do, and do not print the parameters that follow it."""
+    with pytest.raises(TypeError, match=r"`model` is of type function.*Scales\.depth_rule") as error:
+        make(lambda params, x: x @ params["kernel"], {"kernel": np.zeros((99, 99))})
+    assert "array" not in str(error.value)

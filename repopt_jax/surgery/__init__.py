@@ -8,7 +8,7 @@ from repopt_jax.surgery.choose import Choice, find_structures
 from repopt_jax.surgery.cpu import fast_on_cpu
 from repopt_jax.surgery.custom_l2 import custom_l2
 from repopt_jax.surgery.decay import weight_decay_mask
-from repopt_jax.surgery.fuse import fuse
+from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.surgery.layers import find_branches, find_layers
 from repopt_jax.surgery.macs import count_macs
 from repopt_jax.surgery.prepare import Mode, prepare
@@ -45,6 +45,7 @@ __all__ = [
     "fuse",
     "kept_rows",
     "law_scales",
+    "output_difference",
     "plan_pruning",
     "prepare",
     "reinitialize",

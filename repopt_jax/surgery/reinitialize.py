@@ -3,7 +3,8 @@
 Source: "Re-parameterizing Your Optimizers rather than Architectures" (ICLR 2023), section 3.2.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, overload
 
 import jax
@@ -97,7 +98,8 @@ def reinitialize(
       keep: "split" keeps all kernels as they are. What is returned as weights then merges into them
         (`branches_of`).
       return_weights: whether to return the branch tensors w_b as well, path -> branch -> array (for
-        structures path -> theta), which `reparameterize` keeps.
+        structures path -> theta), which `reparameterize` keeps. They have the widest dtype of the kernels,
+        and at least float32.
 
     Returns:
       A new model (or tree), the given one being unchanged; or a pair of it and the branch tensors.
@@ -134,11 +136,11 @@ def reinitialize(
     if keep == "split":
         fresh, weights = with_kernels(model, {}), branches_of(model, scales, near=None)
     elif isinstance(scales, Scales):
-        weights = sample_weights(scales, rngs.params())
+        weights = sample_weights(scales, rngs.params(), dtype=_widest_dtype(model, scales.entries))
         fresh = with_kernels(model, merge_weights(scales, weights))
     else:
-        key = rngs.params()
-        weights = {path: structure.sample(key_of(path, key)) for path, structure in scales.items()}
+        key, dtype = rngs.params(), _widest_dtype(model, scales)
+        weights = {path: one.sample(key_of(path, key), dtype=dtype) for path, one in scales.items()}
         fresh = with_kernels(model, {path: scales[path].merge(theta) for path, theta in weights.items()})
     return (fresh, weights) if return_weights else fresh
 
@@ -151,6 +153,13 @@ def sample_weights(scales: Scales, key: jax.Array, *, dtype: Any = jnp.float32) 
         searched = {b.name: entry.vectors[b.name] for b in entry.branches.branches if not b.has_scale}
         weights[path] = drawn | {name: u.astype(dtype) for name, u in searched.items()}
     return weights
+
+
+def _widest_dtype(model: Any, kernels: Iterable[str]) -> Any:
+    """Returns the dtype in which branches of these kernels are drawn: theirs, and at least float32."""
+    leaves, _ = paths.named_leaves(arrays_of(model))
+    dtypes = (jax.dtypes.canonicalize_dtype(leaves[path].dtype) for path in kernels)
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def merge_weights(scales: Scales, weights: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:

@@ -136,7 +136,9 @@ def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = 
 
     Raises:
       ValueError: as `find_layers` and `find_branches`.
+      TypeError: `model` is no NNX model.
     """
+    _check_has_order(model)
     branch_sets = find_branches(model, select, branches)
     scales = Scales.depth_rule(branch_sets, _depths(model, select, branch_sets))
     return scales.with_metadata(architecture=_architecture(model))
@@ -154,7 +156,9 @@ def law_scales(model: nnx.Module, Lambda: float, select: Select = None, branches
 
     Raises:
       ValueError: as `depth_scales`; or a Lambda that is negative or not finite.
+      TypeError: as `depth_scales`.
     """
+    _check_has_order(model)
     branch_sets = find_branches(model, select, branches)
     scales = Scales.from_law(branch_sets, _depths(model, select, branch_sets), Lambda)
     return scales.with_metadata(architecture=_architecture(model))
@@ -178,7 +182,9 @@ def transfer_scales(
 
     Raises:
       ValueError: as `depth_scales` and `Scales.transfer`.
+      TypeError: as `depth_scales`.
     """
+    _check_has_order(model)
     check_scales(source, "source")
     branch_sets = find_branches(model, select, branches)
     depths = _depths(model, select, branch_sets)
@@ -238,6 +244,16 @@ def _with_scales(
 
 def _architecture(model: nnx.Module) -> str:
     return model.architecture if isinstance(model, Network) else ""
+
+
+def _check_has_order(model: Any) -> None:
+    """Raises TypeError if `model` is no NNX model: the layers of a function have no order to count l in."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` is of type {type(model).__name__}: it must be an NNX model; for a function give l "
+            "yourself, with its find_branches(apply, params, x), to Scales.depth_rule, Scales.from_law or "
+            "Scales.transfer"
+        )
 
 
 def _depths(model: nnx.Module, select: Select, taken: Container[str]) -> dict[str, np.ndarray]:
