@@ -113,7 +113,8 @@ def operations_of(exported: export.Exported) -> list[str]:
     with ir.Context() as context:
         stablehlo.register_dialect(context)
         program = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
-        functions = {op.attributes["sym_name"].value: op.operation for op in program.body}
+        named: list[Any] = list(program.body)
+        functions = {op.attributes["sym_name"].value: op.operation for op in named}
         return list(names(functions["main"]))
 
 
