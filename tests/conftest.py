@@ -34,7 +34,6 @@ LONGEST = {
     "test_onnx.py": 50,
     "test_cli_export.py": 50,
     "test_optimizers.py": 44,
-    "test_loggers.py": 40,
     "test_notebooks.py": 44,
     "test_questions.py": 44,
     "test_configs.py": 42,
