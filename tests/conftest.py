@@ -70,11 +70,13 @@ LONGEST = {
 # with what `pip install repopt_jax` brings. Where Flax is installed, any missing package is an error.
 
 LIGHT = not extras.installed("flax")
+# Packages of the extras `test` and `docs` that only tests import.
+OF_TESTS = ("equinox", "griffe", "latex2mathml", "markdown", "mkdocs", "nbclient", "nbformat", "qwix")
 left_out: set[str] = set()
 
 
 def is_of_an_extra(error: ModuleNotFoundError) -> bool:
-    return (error.name or "").partition(".")[0] in {*extras.EXTRAS, "equinox", "qwix"}
+    return (error.name or "").partition(".")[0] in {*extras.EXTRAS, *OF_TESTS}
 
 
 if LIGHT:
