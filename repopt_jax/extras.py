@@ -12,7 +12,9 @@ PACKAGES = {
     "scales": ("orbax", "etils"),
     "flax": ("flax", "safetensors"),
     "train": ("PIL", "absl", "argcomplete", "grain", "ml_collections", "rich", "tensorflow_datasets"),
-    "quickstart": ("matplotlib", "sklearn", "tensorboardX"),
+    "digits": ("sklearn",),
+    "plots": ("matplotlib",),
+    "tensorboard": ("tensorboardX",),
     "detect": ("pycocotools",),
     "export": ("flatbuffers", "onnx", "onnxruntime"),
     "wandb": ("wandb",),
@@ -23,9 +25,11 @@ PACKAGES = {
 INCLUDED = {
     "flax": ("scales",),
     "train": ("scales", "flax"),
-    "quickstart": ("scales", "flax", "train", "detect"),
     "export": ("scales", "flax"),
 }
+
+# Packages that several distributions share -> the module that is meant.
+_NAMESPACES = {"orbax": "orbax.checkpoint"}
 
 EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}
 
@@ -54,7 +58,11 @@ def require(*packages: str, by: str) -> None:
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported. None in `sys.modules` is Python's mark for one that cannot."""
+    """Whether a package can be imported. None in `sys.modules` is Python's mark for one that cannot; a folder
+    of its name without a module in it, such as `wandb/` of a run, is none."""
     if package in sys.modules:
         return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
+    spec = importlib.util.find_spec(package)
+    if spec is not None and package in _NAMESPACES:
+        spec = importlib.util.find_spec(_NAMESPACES[package])
+    return spec is not None and spec.origin is not None

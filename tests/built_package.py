@@ -32,12 +32,16 @@ def problems(path: Path) -> list[str]:
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     needs = [row for row in message.get_all("Requires-Dist", []) if "extra ==" not in row]
     wheel = path.suffix == ".whl"
-    wanted = ["repopt_jax/py.typed", "repopt_jax/__main__.py"]
+    wanted = ["repopt_jax/py.typed", "repopt_jax/__main__.py", "repopt_jax/models/table.json"]
+    wanted += ["repopt_jax/cli/completions.json"]
     wanted += ["repopt_jax/configs/digits.py"] if wheel else []
+    entry = next((text for name, text in files.items() if name.endswith("entry_points.txt")), b"")
     if not wheel:
         wanted += ["configs/digits.py", "docs/method.md", "tests/conftest.py", "examples/with_linen.py"]
         wanted += ["README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "mkdocs.yml"]
     found = [f"{name} is missing" for name in wanted if name not in files]
+    if wheel and b"repopt = repopt_jax.__main__:run" not in entry:
+        found.append("it installs no program `repopt`")
     found += [f"{name} should not be in it" for name in files if "__pycache__" in name or "/runs/" in name]
     found += [f"{name} should not be in a wheel" for name in files if wheel and name.startswith("tests/")]
     found += [

@@ -4,6 +4,7 @@ compiled programs kept from run to run, and the longest files first."""
 import gc
 import importlib
 import os
+import traceback
 
 import program_cache
 
@@ -76,7 +77,12 @@ left_out: set[str] = set()
 
 
 def is_of_an_extra(error: ModuleNotFoundError) -> bool:
-    return (error.name or "").partition(".")[0] in {*extras.EXTRAS, *OF_TESTS}
+    """Whether a package of an extra is missing where it may be: not in the optimizer half, unless that says
+    so itself, as files of scales do."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    inside = any(f"/repopt_jax/{unit}/" in file for unit in ("core", "optim") for file in files)
+    missing = (error.name or "").partition(".")[0] in {*extras.EXTRAS, *OF_TESTS}
+    return missing and (not inside or "pip install" in str(error))
 
 
 if LIGHT:

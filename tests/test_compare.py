@@ -416,9 +416,11 @@ def test_a_process_that_dies_is_an_error(jobs):
 @pytest.mark.kills
 def test_a_process_that_hangs_is_ended(jobs, tmp_path, monkeypatch):
     """What a debugger, a full network drive or SIGSTOP make of one: it is there and does nothing."""
-    monkeypatch.setattr(workers, "TICK_S", 0.2)
     path = tmp_path / "stopped"
     with workers.Workers(2) as pool:
+        for call in [pool.submit(jobs.add, 1, 1) for _ in range(8)]:
+            call.result()  # both have begun: from here on they are heard twice a second
+        monkeypatch.setattr(workers, "TICK_S", 0.4)
         call = pool.submit(jobs.endless, str(path))
         begun(call, path)
         pid = int(path.with_suffix(".begun").read_text())

@@ -63,11 +63,15 @@ class Bash:
         start = "".join(f"bind '{key}'\n" for key in keys)
         start += f"""bind -x '"{SHOW}": printf "<<%s>>" "$READLINE_LINE"'\nPS1=ready\nsource repopt.bash\n"""
         (place / "start.bash").write_text(start)
-        pid, self.terminal = pty.fork()
-        if pid == 0:
-            os.chdir(place)
-            os.execvpe("bash", ["bash", "--noprofile", "--rcfile", "start.bash", "-i"], environment(place))
-        self.pid = pid
+        self.terminal, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            ["bash", "--noprofile", "--rcfile", "start.bash", "-i"],
+            cwd=place,
+            env=environment(place),
+            start_new_session=True,
+            **dict.fromkeys(("stdin", "stdout", "stderr"), inside),
+        )
+        os.close(inside)
         self.until("ready")
 
     def until(self, pattern):
@@ -95,8 +99,8 @@ class Bash:
 
     def close(self):
         os.write(self.terminal, b"exit\n")
+        self.process.wait()
         os.close(self.terminal)
-        os.waitpid(self.pid, 0)
 
 
 @pytest.fixture(scope="module")

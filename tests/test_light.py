@@ -99,14 +99,20 @@ def test_the_base_is_small():
 BLOCKED = f"import sys\nsys.modules.update(dict.fromkeys({sorted(extras.EXTRAS)!r}))\n"
 
 
-def in_a_light_process(code):
-    """Runs code where no package of an extra can be imported."""
-    return subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, check=False)
+@pytest.fixture
+def in_a_light_process(tmp_path):
+    """Runs code where no package of an extra can be imported, and nothing lies beside it."""
+
+    def run(code):
+        command = [sys.executable, "-c", BLOCKED + code]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    return run
 
 
 @pytest.mark.parametrize("statement", ["from repopt_jax import {}", "import repopt_jax.{}"])
 @pytest.mark.parametrize("unit", sorted(NEEDS))
-def test_a_part_that_is_missing_names_its_extra(unit, statement):
+def test_a_part_that_is_missing_names_its_extra(in_a_light_process, unit, statement):
     run = in_a_light_process(f"import repopt_jax\n{statement.format(unit)}")
     last = run.stderr.strip().splitlines()[-1]
     package, extra = NEEDS[unit]
@@ -115,18 +121,18 @@ def test_a_part_that_is_missing_names_its_extra(unit, statement):
 
 
 @pytest.mark.parametrize("name", ["fuse", "verify_equivalence", "depth_scales"])
-def test_a_name_that_is_missing_names_its_extra(name):
+def test_a_name_that_is_missing_names_its_extra(in_a_light_process, name):
     run = in_a_light_process(f"import repopt_jax\nrepopt_jax.{name}")
     assert "pip install 'repopt_jax[flax]'" in run.stderr
 
 
-def test_files_of_scales_name_their_extra():
+def test_files_of_scales_name_their_extra(in_a_light_process):
     run = in_a_light_process("import repopt_jax\nrepopt_jax.load_scales('x')")
     assert "needs orbax and etils, which are not installed: pip install 'repopt_jax[scales]'" in run.stderr
 
 
-@pytest.mark.parametrize("command", ["train --config=digits --out=x", "bench updates", "eval --run=x"])
-def test_the_command_line_says_it_in_a_sentence(command):
+@pytest.mark.parametrize("command", ["train --config=digits --out=x", "bench update", "eval --run=x"])
+def test_the_command_line_says_it_in_a_sentence(in_a_light_process, command):
     code = f"from repopt_jax.cli.main import main\nsys.exit(main({command.split()!r}))"
     run = in_a_light_process(code)
     assert (run.returncode, run.stderr.count("\n")) == (1, 1), run.stderr

@@ -27,7 +27,7 @@ for package in ("IPython", "ipykernel", "traitlets", "zmq", "jupyter_client", "t
     warnings.filterwarnings("ignore", module=package)
 """
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-HIDDEN = re.compile(r"/home/|/root|/tmp/|/work|/Users/|0x[0-9a-f]{6,}|\d\d:\d\d:\d\d")
+HIDDEN = re.compile(r"/home/|/root|/tmp/|/Users/|0x[0-9a-f]{6,}|\d\d:\d\d:\d\d")
 
 
 def load_script():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from repopt_jax import data, train
 from repopt_jax.detection import decode
 from repopt_jax.report.quickstart import comparison_of
-from repopt_jax.train import config as configs
 from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields, to_json
 from repopt_jax.train.tasks import Detection
 
@@ -283,7 +283,7 @@ def test_differences_are_named_by_their_whole_path():
 def test_urls_and_missing_packages_are_refused(tmp_path, monkeypatch):
     config = train.Config(scales="gs://bucket/scales", tensorboard=True)
     config.data = train.DataConfig(source="folder", data_dir="s3://bucket/images")
-    monkeypatch.setattr(configs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match="cannot run") as error:
         train.validate(config)
     for part in ("`scales`='gs://bucket/scales' is a URL", "`data.data_dir`='s3", "mounted", "tensorboardX"):

@@ -132,11 +132,12 @@ class _Watched:
         self._started = False
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._stuck = False
+        self._unanswered = 0
         threading.Thread(target=_fetch, args=(running, self._wanted, self._answers), daemon=True).start()
 
     def __next__(self) -> dict[str, np.ndarray]:
         self._wanted.put(True)
+        self._unanswered += 1
         waited, since_death, hung = 0.0, 0.0, False
         while True:
             try:
@@ -146,15 +147,15 @@ class _Watched:
                 waited += TICK_S
             self._find_workers()
             dead = [worker for worker in self._workers if worker.exitcode]
-            since_death += TICK_S if dead else 0
+            since_death += TICK_S if dead or hung else 0
             if waited >= HANG_S and not hung:
                 hung = True
                 for worker in self._workers:
                     worker.kill()  # also one that was stopped
             if since_death > GRACE_S:
-                self._stuck = True
                 self.close()
-                raise self._ended(dead[0].exitcode, hung) from None
+                raise self._ended(dead[0].exitcode if dead else "?", hung) from None
+        self._unanswered -= 1
         self._find_workers()
         self._started = True
         if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
@@ -177,11 +178,13 @@ class _Watched:
         )
 
     def close(self) -> None:
-        """Ends the thread and the processes."""
+        """Ends the thread and the processes; by force where Grain has not come back with a batch, since two
+        threads must not read what a dead worker has left."""
         self._wanted.put(False)
-        if not self._stuck:
+        if not self._unanswered:
             self._running.close()
             return
+        self._find_workers()
         for worker in self._workers:
             worker.kill()
             worker.join()

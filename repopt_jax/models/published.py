@@ -1,6 +1,6 @@
 """Accuracies that the authors of the networks publish, on ImageNet, each with its source.
 
-They are the only figures of this library that it has not computed itself. A network without one has no row.
+A network without one has no row.
 """
 
 from typing import NamedTuple

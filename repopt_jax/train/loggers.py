@@ -14,6 +14,7 @@ of a job has loggers.
     board.close()
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -37,8 +38,8 @@ class Session:
       directory: folder of the run, in which it may write.
       name: of the run.
       config: all that the run was given, nested dicts by field.
-      step: records of later steps follow; those of earlier ones were written by the session before. None for
-        a run at its beginning.
+      step: records of later steps follow, and the evaluation of this one if it had not been made; others of
+        it and of earlier ones were written by the session before. None for a run at its beginning.
     """
 
     directory: Path
@@ -56,8 +57,8 @@ class Logger(Protocol):
         ...
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes one record, as in `metrics.jsonl`: a "kind" ("train", "eval", "scales", ...), a "step", and
-        numbers or nested dicts of numbers."""
+        """Takes one record, as in `metrics.jsonl` but without its "time": a "kind" ("train", "eval", ...), a
+        "step", and numbers or nested dicts of numbers."""
         ...
 
     def sync(self) -> None:
@@ -65,7 +66,7 @@ class Logger(Protocol):
         ...
 
     def close(self) -> None:
-        """Called once, at the end of the session, also after an error of the run."""
+        """Called once, at the end of the session, also after an error of the run or of `begin`."""
         ...
 
 
@@ -96,14 +97,16 @@ class TensorBoard:
         self._summaries: Any = summary_pb2
         folder = session.directory / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
+        # Of a run that was killed before its first checkpoint and begins again there are events already.
+        first = session.step + 1 if session.step is not None else 0 if any(folder.iterdir()) else None
         # TensorBoard looks for this part of a name, and reads the files in the order of their names.
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
         self._file = RecordWriter(str(folder / name))
         self._add(0, file_version="brain.Event:2")
-        if session.step is not None:  # TensorBoard then drops what it has of later steps
+        if first is not None:  # TensorBoard then drops what it has of this step and later ones
             start = self._events.SessionLog(status=self._events.SessionLog.START)
-            self._add(session.step + 1, session_log=start)
+            self._add(first, session_log=start)
         self.sync()
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -183,9 +186,16 @@ class Loggers:
         self._log = log
         self._name = session.name
         self._others: list[Logger] = []
-        for other in others:
-            self._others.append(other)
-            self._call(other, "begin", session)
+        self._open = contextlib.ExitStack()  # each is closed, whatever the others do
+        self._open.callback(log.close)
+        try:
+            for other in others:
+                self._others.append(other)
+                self._open.callback(self._close, other)
+                self._call(other, "begin", session)
+        except BaseException:  # a Ctrl-C while one of them waits for its server
+            self.close()
+            raise
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._log.write(record)
@@ -198,8 +208,10 @@ class Loggers:
             self._call(other, "sync")
 
     def close(self) -> None:
-        self._log.close()
-        for other in tuple(self._others):
+        self._open.close()
+
+    def _close(self, other: Logger) -> None:
+        if any(one is other for one in self._others):
             self._call(other, "close")
 
     def __enter__(self) -> "Loggers":
@@ -218,11 +230,11 @@ class Loggers:
                 *(self._name, type(other).__name__, method, type(error).__name__),
                 " ".join(str(error).split()) or "no message",
             )
-            if method not in ("begin", "close"):
+            if method != "close":
                 self._abandon(other)
 
     def _abandon(self, other: Logger) -> None:
-        """Closes a logger that has failed, which may fail again."""
+        """Closes a logger that has failed, which may fail again, or has nothing to close yet."""
         try:
             other.close()
         except Exception:

@@ -149,6 +149,7 @@ def _run(
         log = MetricsWriter(folder.path, resume_step=start, evaluated=not resumed.evaluation_pending)
         session = Session(folder.path, config.name, dataclasses.asdict(config), start)
         others = [LOGGERS[name]() for name in logger_names(config)]
+        metrics = stack.enter_context(Loggers(log, [*others, *loggers] if is_first() else (), session))
         total = config.epochs * feed.steps_per_epoch
         bar.begin(total=total, start=start or 0)
         job = _Job(
@@ -156,7 +157,7 @@ def _run(
             ask=ask,
             lock=lock,
             feeder=stack.enter_context(contextlib.closing(Feeder(batches))),
-            metrics=stack.enter_context(Loggers(log, [*others, *loggers] if is_first() else (), session)),
+            metrics=metrics,
             bar=bar,
             warning=WaitWarning(config.name, workers=config.data.workers),
             law=search_law(config, feed.steps_per_epoch, folder.metrics),

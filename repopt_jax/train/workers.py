@@ -69,7 +69,7 @@ class Workers:
         self._inherit = tuple(inherit)
         self._pool = ThreadPoolExecutor(max(count, 1))
         self._processes: list[subprocess.Popen] = []
-        self._hung: set[int] = set()
+        self._hung: dict[int, float] = {}  # process -> seconds of silence
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
 
     def __enter__(self) -> "Workers":
@@ -131,7 +131,8 @@ class Workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             if process.pid in self._hung:
-                ended = f"hung: nothing was heard of it for {TICKS * TICK_S:.0f} s, and it was ended"
+                silence = self._hung[process.pid]
+                ended = f"hung: nothing was heard of it for {silence:.0f} s, and it was ended"
             else:
                 ended = f"has ended (exit code {process.poll()}), perhaps for want of memory"
             raise ChildProcessError(
@@ -147,16 +148,17 @@ class Workers:
     def _watch(self, process: subprocess.Popen, beats: int) -> None:
         """Ends a process that gives no sign of life: what waits for its answer then sees that it is gone."""
         silent, allowed = 0, STARTING
+        poll = select.poll()
+        poll.register(beats, select.POLLIN)
         while silent < allowed:
-            ready, _, _ = select.select([beats], [], [], TICK_S)
-            if not ready:
+            if not poll.poll(1000 * TICK_S):
                 silent += 1
                 continue
             silent, allowed = 0, TICKS
             if not os.read(beats, 4096):  # it has ended
                 break
         else:
-            self._hung.add(process.pid)
+            self._hung[process.pid] = silent * TICK_S
             process.kill()
         os.close(beats)
 
