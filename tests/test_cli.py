@@ -244,7 +244,7 @@ def test_whatever_a_config_file_does(capsys, tmp_path, text, parts, monkeypatch)
 def test_a_config_that_needs_an_extra(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     (tmp_path / "mine.py").write_text("import sklearn\n")
-    parts = ("sklearn is not installed", "mine.py, line 1", "pip install 'repopt_jax[quickstart]'")
+    parts = ("sklearn is not installed", "mine.py, line 1", "pip install 'repopt_jax[digits]'")
     refused(capsys, ["train", f"--config={tmp_path}/mine.py", "--out=x"], *parts)
 
 
