@@ -19,11 +19,6 @@ from repopt_jax.train.config import SOURCES_OF, Config, load_config, settings_of
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 BEGIN, END = "<!-- table of networks -->\n\n", "\n<!-- end of the table -->"
 CONFIGS = Path(__file__).parents[1] / "configs"
-# Fields that hold a file or a folder, or can.
-HOLD_PATHS = (
-    *("scales", "prune.run", "quantize.run", "data.data_dir", "data.train_annotations"),
-    *("data.eval_annotations", "data.train_images", "data.eval_images"),
-)
 
 
 def words() -> dict[str, Any]:
@@ -44,7 +39,7 @@ def runs(name: str) -> list[str]:
 
 
 def _values(field: Any) -> list[str] | str | None:
-    if field.name in HOLD_PATHS:
+    if field.rules.get("path"):
         return completion.PATHS
     if isinstance(field.default, bool):
         return ["True", "False"]

@@ -1,6 +1,5 @@
 """Completion: what a real shell makes of a line when the tabulator key is pressed."""
 
-import importlib.util
 import json
 import os
 import pty
@@ -11,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 from repopt_jax import bench, train
@@ -47,14 +47,16 @@ def environment(place):
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "TERM": "dumb", "HISTFILE": ""}
 
 
+def script_of(place, shell):
+    command = [place / "bin" / "repopt", "completion", shell]
+    return subprocess.run(command, env=environment(place), capture_output=True).stdout
+
+
 class Bash:
     """An interactive bash at a terminal, with the script that `repopt completion bash` prints."""
 
     def __init__(self, place):
-        script = subprocess.run(
-            [place / "bin" / "repopt", "completion", "bash"], env=environment(place), capture_output=True
-        ).stdout
-        (place / "repopt.bash").write_bytes(script)
+        (place / "repopt.bash").write_bytes(script_of(place, "bash"))
         keys = [
             "set bell-style none",
             "set enable-bracketed-paste off",
@@ -192,10 +194,7 @@ def test_zsh_and_fish_are_given_descriptions(place):
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
 def test_fish_completes(place):
-    script = subprocess.run(
-        [place / "bin" / "repopt", "completion", "fish"], env=environment(place), capture_output=True
-    ).stdout
-    (place / "repopt.fish").write_bytes(script)
+    (place / "repopt.fish").write_bytes(script_of(place, "fish"))
     lines = ("repopt tra", "repopt train --config.optim.learning_r")
     for line, word in zip(lines, ("train", "--config.optim.learning_rate=")):
         ask = ["fish", "--no-config", "-c", f"source repopt.fish; complete --do-complete '{line}'"]
@@ -205,10 +204,7 @@ def test_fish_completes(place):
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
 def test_zsh_takes_the_script(place):
-    script = subprocess.run(
-        [place / "bin" / "repopt", "completion", "zsh"], env=environment(place), capture_output=True
-    ).stdout
-    (place / "_repopt").write_bytes(script)
+    (place / "_repopt").write_bytes(script_of(place, "zsh"))
     code = "fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; print $_comps[repopt]"
     done = subprocess.run(
         ["zsh", "-f", "-c", code], env=environment(place), cwd=place, capture_output=True, text=True
@@ -269,12 +265,7 @@ finally:
 
 
 def test_the_kept_words_are_those_of_the_configs_and_their_fields():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    found = tables.words()
+    found = programs.load("scripts/tables.py").words()
     own = {name for name in found["fields"]["model.name"] if name in registry._entries()}
     found["fields"]["model.name"] = [name for name in found["fields"]["model.name"] if name in own]
     assert found == KEPT, "run scripts/tables.py"

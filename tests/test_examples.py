@@ -1,12 +1,12 @@
 """The programs of `examples/`, each run for a few steps; one of them is the guide in docs/own_network.md."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from flax import nnx
 from networks import assert_close, relative
@@ -31,15 +31,6 @@ FRAMEWORKS = {
 }
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def guide():
     """The part of the program that the guide shows."""
     text = (ROOT / "examples" / "your_model.py").read_text()
@@ -49,7 +40,7 @@ def guide():
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_framework(name, tmp_path, capsys):
     kernels, shape = FRAMEWORKS[name]
-    result = load(name).main(search_steps=STEPS, steps=STEPS, folder=tmp_path)
+    result = programs.load(f"examples/{name}.py").main(search_steps=STEPS, steps=STEPS, folder=tmp_path)
     for losses in (result["search"], result["train"]):
         assert len(losses) == STEPS
         assert np.mean(losses[-5:]) < FALLS_TO * losses[0]
@@ -63,7 +54,7 @@ def test_a_framework(name, tmp_path, capsys):
 
 
 def test_pmap(capsys):
-    result = load("with_pmap").main(steps=STEPS)
+    result = programs.load("examples/with_pmap.py").main(steps=STEPS)
     assert len(result["losses"]) == STEPS
     assert np.mean(result["losses"][-5:]) < FALLS_TO * result["losses"][0]
     assert "4 devices" in capsys.readouterr().out
@@ -72,7 +63,7 @@ def test_pmap(capsys):
 def test_pmap_trains_as_one_device_does(x64, monkeypatch):
     """Against a loop on one device that multiplies its gradients itself. The controls: without the scales,
     and without the mean over the devices."""
-    example = load("with_pmap")
+    example = programs.load("examples/with_pmap.py")
     rng = np.random.default_rng(0)
     batches = [(rng.normal(size=(16, 8, 8, 1)), rng.integers(0, 10, 16)) for _ in range(STEPS)]
     params = example.init(jax.random.key(0))
@@ -112,7 +103,7 @@ def test_pmap_trains_as_one_device_does(x64, monkeypatch):
 
 
 def test_the_guide(tmp_path, capsys):
-    deployed, accuracy = load("your_model").run(steps=STEPS, folder=tmp_path)
+    deployed, accuracy = programs.load("examples/your_model.py").run(steps=STEPS, folder=tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     searched, trained = ((float(words[1]), float(words[3])) for words in lines if words[0] == "loss")
     assert searched[1] < FALLS_TO * searched[0]

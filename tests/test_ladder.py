@@ -1,7 +1,6 @@
 """The ablation ladder: each rung is what its name says, and the comparison has them all."""
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from training import tiny_config
 
@@ -25,16 +25,6 @@ INFO = data.DatasetInfo(
 RUNGS = [
     "1-plain", "2-init", "3-multiplier", "4-ones", "5-depth", "6-means", "7-full", "8-direct", "9-frozen",
 ]  # fmt: skip
-
-
-def module(path):
-    """A program or config of the repository, imported by its place."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +96,7 @@ def test_means_keep_one_signed_number_of_each_vector(searched):
 
 
 def test_rungs_have_one_recipe():
-    ladder = module(ROOT / "configs" / "ladder.py")
+    ladder = programs.load("configs/ladder.py")
     assert [rung for rung in ladder.RUNGS if rung != "search"] == RUNGS
     flat = {
         rung: dataclasses.asdict(ladder.get_config(rung)) | {"mode": ladder.get_config(rung).model.mode}
@@ -170,7 +160,7 @@ def test_each_optimizer_trains_with_scales_and_clipping(digits, tmp_path, search
 
 
 def test_the_comparison_has_every_rung_by_one_recipe():
-    ladder = module(ROOT / "configs" / "ladder.py")
+    ladder = programs.load("configs/ladder.py")
     comparison = ladder.get_comparison()
     assert list(comparison.ways) == RUNGS
     assert (comparison.seeds, comparison.points) == (3, ({},))

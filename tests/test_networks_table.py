@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from flax import nnx
 from networks import count, deployed_count, made_ready
@@ -17,7 +17,6 @@ from repopt_jax.models import registry
 from repopt_jax.models.published import PUBLISHED
 from repopt_jax.surgery.describe import describe
 
-PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 ROWS = {row["name"]: row for row in networks.networks()}
 OWN = tuple(registry._entries())  # other tests may have registered some of their own
 # One of each family and of each kind of structure; `long` counts all.
@@ -90,9 +89,9 @@ def test_operations_are_the_published_ones(name):
 
 
 def test_the_page_has_the_table():
-    begin, end = "<!-- table of networks -->\n\n", "\n<!-- end of the table -->"
-    page = PAGE.read_text()
-    table = page[page.index(begin) + len(begin) : page.index(end)]
+    tables = programs.load("scripts/tables.py")
+    page = tables.PAGE.read_text()
+    table = page[page.index(tables.BEGIN) + len(tables.BEGIN) : page.index(tables.END)]
     assert table == networks.markdown(networks.networks()), AGAIN
 
 

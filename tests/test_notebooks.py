@@ -4,13 +4,13 @@ Each is executed in a process of its own, in an empty folder, with warnings as e
 within a tolerance, as other versions of the libraries round otherwise; pictures are not compared.
 """
 
-import importlib.util
 import os
 import re
 from pathlib import Path
 
 import nbformat
 import program_cache
+import programs
 import pytest
 from nbclient.exceptions import CellExecutionError
 
@@ -28,15 +28,6 @@ for package in ("IPython", "ipykernel", "traitlets", "zmq", "jupyter_client", "t
 """
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 HIDDEN = re.compile(r"/home/|/root|/tmp/|/Users/|0x[0-9a-f]{6,}|\d\d:\d\d:\d\d")
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("notebooks_script", ROOT / "scripts" / "notebooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read(path):
@@ -78,7 +69,7 @@ def test_what_is_stored_is_what_comes_out(path, tmp_path):
     stored = read(path)
     strict = nbformat.from_dict(stored)
     strict.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
-    found = load_script().executed(strict, tmp_path)
+    found = programs.load("scripts/notebooks.py").executed(strict, tmp_path)
     differences = {}
     for number, (old, new) in enumerate(zip(stored.cells, found.cells[1:], strict=True)):
         tolerance = old.metadata.get("tolerance", TOLERANCE)
@@ -141,4 +132,4 @@ def test_a_cell_that_fails_is_noticed(tmp_path):
     """And a warning is a failure."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(STRICT + "warnings.warn('this')")])
     with pytest.raises(CellExecutionError, match="this"):
-        load_script().executed(notebook, tmp_path)
+        programs.load("scripts/notebooks.py").executed(notebook, tmp_path)

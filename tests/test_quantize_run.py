@@ -1,11 +1,10 @@
 """Quantizing a run: what is saved, measured and said, by the function and by `repopt quantize`."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from test_cli import refused
 from training import tiny_config
@@ -216,12 +215,7 @@ def test_what_the_command_refuses(run, tmp_path, capsys, argv, message, code):
 
 
 def test_the_table_of_a_comparison():
-    file = Path(__file__).parents[1] / "scripts" / "quantize_table.py"
-    spec = importlib.util.spec_from_file_location("quantize_table", file)
-    assert spec is not None
-    assert spec.loader is not None
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
+    table = programs.load("scripts/quantize_table.py")
     cells = {
         f"{bits}:{per}": {"value": 0.1 * bits, "ratio": 5.0 * bits, "expected": 4.0 * bits}
         for bits in table.BITS

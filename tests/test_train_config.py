@@ -283,10 +283,16 @@ def test_differences_are_named_by_their_whole_path():
 def test_urls_and_missing_packages_are_refused(tmp_path, monkeypatch):
     config = train.Config(scales="gs://bucket/scales", tensorboard=True)
     config.data = train.DataConfig(source="folder", data_dir="s3://bucket/images")
+    config.prune.run = "gs://bucket/run"
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match="cannot run") as error:
         train.validate(config)
-    for part in ("`scales`='gs://bucket/scales' is a URL", "`data.data_dir`='s3", "mounted", "tensorboardX"):
+    for part in (
+        "`scales`='gs://bucket/scales' is a URL",
+        "`data.data_dir`='s3",
+        "`prune.run`='gs",
+        "tensorboardX",
+    ):
         assert part in str(error.value)
     with pytest.raises(ValueError, match=r"`out_dir` gs://bucket/run is a URL: give a folder"):
         train.RunFolder("gs://bucket/run")

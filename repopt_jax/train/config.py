@@ -31,7 +31,7 @@ from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.quantize.layers import MAX_BITS, MIN_BITS, Per, WeightRange
 from repopt_jax.surgery.choose import find_structure, parse_options
 from repopt_jax.surgery.prepare import Mode
-from repopt_jax.train.loggers import LOGGERS, PACKAGES
+from repopt_jax.train.loggers import LOGGERS
 
 # Task -> where its images can come from.
 SOURCES_OF = {
@@ -64,6 +64,7 @@ def setting(default: Any, **rules: Any) -> Any:
           gives them.
         only: path of another field -> the values of that field with which this one has a meaning; with others
           it must keep its default.
+        path: True if it names a file or a folder, or can.
         changeable: True if it says how a run is carried out, not what it computes: an unfinished run may go
           on with another value.
     """
@@ -154,11 +155,11 @@ class DataConfig:
 
     source: str = setting("digits", choices=lambda config: SOURCES_OF.get(config.task, SOURCES))
     name: str = setting("", only=sources_with("name"))
-    data_dir: str = setting("", only=sources_with("data_dir"))
-    train_annotations: str = setting("", only=sources_with("train_annotations"))
-    eval_annotations: str = setting("", only=sources_with("eval_annotations"))
-    train_images: str = setting("", only=sources_with("train_images"))
-    eval_images: str = setting("", only=sources_with("eval_images"))
+    data_dir: str = setting("", path=True, only=sources_with("data_dir"))
+    train_annotations: str = setting("", path=True, only=sources_with("train_annotations"))
+    eval_annotations: str = setting("", path=True, only=sources_with("eval_annotations"))
+    train_images: str = setting("", path=True, only=sources_with("train_images"))
+    eval_images: str = setting("", path=True, only=sources_with("eval_images"))
     image_size: int = setting(8, at_least=1)
     crop_padding: int = setting(0, at_least=0, only=CLASSIFY)
     flip: bool = False
@@ -312,7 +313,7 @@ class PruneConfig:
       threshold: norm below which a row is removed in the end.
     """
 
-    run: str = ""
+    run: str = setting("", path=True)
     step: int | None = setting(None, at_least=0)
     target: float = setting(0.5, more_than=0, at_most=1)
     select: str = ""
@@ -353,7 +354,7 @@ class QuantizeConfig:
     keep_float: tuple[str, ...] = ()
     momentum: float = setting(0.9, at_least=0, less_than=1)
     freeze_after: int | None = setting(None, at_least=0)
-    run: str = ""
+    run: str = setting("", path=True)
     step: int | None = setting(None, at_least=0)
     fused: bool = False
 
@@ -397,7 +398,7 @@ class Config:
     epochs: int = setting(1, at_least=1)
     batch_size: int = setting(64, at_least=1)
     eval_batch_size: int = setting(256, at_least=1)
-    scales: str = ""
+    scales: str = setting("", path=True)
     scales_mean: bool = False
     rules: str = setting("both", choices=("both", "init", "multiplier"), only={"model.mode": ("repopt",)})
     normalise: bool = setting(
@@ -561,6 +562,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         raise ValueError("this config cannot run: " + "; ".join(problems))
     devices = jax.device_count() if device_count is None else device_count
     others = [
+        *_path_problems(config),
         *_scales_problems(config),
         *_structure_problems(config.model),
         *_data_problems(config.data),
@@ -582,10 +584,10 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
                 f"`model.name`={model.name!r}: it must be a multiple of {side}"
             )
     for name in logger_names(config):
-        package = PACKAGES.get(name)
-        if package is not None and not extras.installed(package):
-            field = f"`loggers`={config.loggers!r}" if name in config.loggers else f"`{name}`=True"
-            others.append(f"{field} needs {package}: install `repopt_jax[{name}]`, or leave {name} out")
+        for package in extras.PACKAGES.get(name, ()):
+            if not extras.installed(package):
+                field = f"`loggers`={config.loggers!r}" if name in config.loggers else f"`{name}`=True"
+                others.append(f"{field} needs {package}: install `repopt_jax[{name}]`, or leave {name} out")
     # What has been said of a NaN is enough.
     unusable = tuple(f"`{setting.name}`=" for setting in settings_of(config) if not _is_finite(setting.value))
     problems += [problem for problem in others if not problem.startswith(unusable)]
@@ -690,6 +692,12 @@ def _is_finite(value: Any) -> bool:
     return all(not isinstance(entry, numbers.Real) or math.isfinite(entry) for entry in entries)
 
 
+def _path_problems(config: Config) -> Iterator[str]:
+    for setting in settings_of(config):
+        if setting.rules.get("path") and "://" in (setting.value or ""):
+            yield f"`{setting.name}`={setting.value!r} is a URL: {MOUNTED}"
+
+
 def _scales_problems(config: Config) -> Iterator[str]:
     scales, mode = config.scales, config.model.mode
     if config.scales_mean and (not scales or needs_no_folder(scales)):
@@ -712,9 +720,7 @@ def _scales_problems(config: Config) -> Iterator[str]:
     if needs_no_folder(scales):
         return
     folder = scales.removeprefix(TRANSFER)
-    if "://" in folder:
-        yield f"`scales`={scales!r} is a URL: {MOUNTED}"
-    elif scales and not os.path.isdir(folder):
+    if scales and "://" not in folder and not os.path.isdir(folder):
         what = f"is neither {' nor '.join(NAMED_SCALES)} nor {LAW}NUMBER nor a directory"
         if scales.startswith(TRANSFER):
             what = f"names no directory after {TRANSFER!r}"
@@ -755,8 +761,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     for name in SOURCES[data.source].required if data.source in SOURCES else ():
         if not getattr(data, name):
             yield f"`data.{name}` is empty: `data.source`={data.source!r} needs it"
-    if "://" in (data.data_dir or ""):
-        yield f"`data.data_dir`={data.data_dir!r} is a URL: {MOUNTED}"
     if len(data.scenes) != 2:
         yield f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation"
     if data.source == "scenes" and data.image_size < MIN_SIZE:

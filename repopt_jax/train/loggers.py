@@ -173,9 +173,8 @@ class Wandb:
         self._run.finish()
 
 
-# Name in a config's `loggers` -> its class, and the package that it needs.
+# Name in a config's `loggers`, which is also that of the extra that it needs -> its class.
 LOGGERS: dict[str, Callable[[], Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb}
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Loggers:
