@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax import bench as bench
     from repopt_jax import core as core
     from repopt_jax import data as data
+    from repopt_jax import deploy as deploy
     from repopt_jax import detection as detection
     from repopt_jax import export as export
     from repopt_jax import interop as interop
@@ -83,8 +84,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_NAMES` and `_SUBPACKA
     from repopt_jax.verify import verify_equivalence as verify_equivalence
 
 _SUBPACKAGES = (
-    *("bench", "core", "data", "detection", "export", "interop", "models", "nn", "optim", "quantize"),
-    *("report", "surgery", "train", "verify"),
+    *("bench", "core", "data", "deploy", "detection", "export", "interop", "models", "nn", "optim"),
+    *("quantize", "report", "surgery", "train", "verify"),
 )
 
 # Subpackage -> the names of it that are also names of the package.

@@ -20,13 +20,13 @@ from typing import Any
 
 from PIL import Image
 
-from repopt_jax import data, train
+from repopt_jax import data, deploy, train
+from repopt_jax.deploy import Exported, export
+from repopt_jax.deploy.exporting import CALIBRATION_IMAGES
 from repopt_jax.detection import contact_sheet
 from repopt_jax.export.runtime import open_file
 from repopt_jax.report.gallery import predict
 from repopt_jax.report.machine import processor
-from repopt_jax.train import deploy
-from repopt_jax.train.export import CALIBRATION_IMAGES, Exported, export
 
 # File -> what it is, and arguments of `export` besides the format.
 FILES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -23,12 +23,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from repopt_jax.deploy import Options, evaluate, load_plain, open_test, quantize_run, training_images
 from repopt_jax.quantize import calibrate, expected, output_noise, quantize
 from repopt_jax.report import figures
 from repopt_jax.report.machine import processor
 from repopt_jax.report.report import commit
-from repopt_jax.train.deploy import evaluate, load_plain, open_test, training_images
-from repopt_jax.train.quantize import Options, quantize_run
 from repopt_jax.train.rundir import Summary
 from repopt_jax.train.tasks import METRICS, metric_label
 

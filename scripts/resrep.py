@@ -23,8 +23,8 @@ import jax
 from flax import nnx
 
 from repopt_jax import models, train
+from repopt_jax.deploy import prune, prune_config
 from repopt_jax.nn.block import block, classifier
-from repopt_jax.train.prune import prune, prune_config
 
 NETWORKS = ("vgg-cifar-small", "resnet-14")
 TARGET = 0.5

@@ -13,13 +13,12 @@ from PIL import Image
 from test_cli import refused, write_images
 from tolerances import INT8_FILE, INT8_FILE_APART
 
-from repopt_jax import data, models, train
+from repopt_jax import data, deploy, models, train
 from repopt_jax.cli.main import main
 from repopt_jax.data.transforms import normalise
+from repopt_jax.deploy import evaluate_file, export
 from repopt_jax.export import runtime
 from repopt_jax.models import registry
-from repopt_jax.train import deploy
-from repopt_jax.train.export import evaluate_file, export
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 from repopt_jax import data
+from repopt_jax.deploy import evaluate
 from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
+from repopt_jax.report import workers
 from repopt_jax.report.compare import compare
 from repopt_jax.report.comparison import Comparison, against, load_comparison, smoke_of
 from repopt_jax.report.depth import gradient_by_layer
-from repopt_jax.train import Config, load_config, workers
+from repopt_jax.train import Config, load_config
 from repopt_jax.train.build import load_trained, open_feed
-from repopt_jax.train.config import validate
-from repopt_jax.train.deploy import evaluate
+from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import read_json
 
 RATES = (0.02, 0.2)

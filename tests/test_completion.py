@@ -16,9 +16,9 @@ import pytest
 from repopt_jax import bench, train
 from repopt_jax.cli import completion
 from repopt_jax.cli.main import main, make_parsers
+from repopt_jax.deploy import exporting
 from repopt_jax.export.metadata import LAYOUTS
 from repopt_jax.models import registry
-from repopt_jax.train import export
 from repopt_jax.train.config import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -276,11 +276,11 @@ def test_the_kept_words_are_those_of_the_configs_and_their_fields():
 @pytest.mark.parametrize(
     ("command", "option", "known"),
     [
-        ("export", "--format", export.FORMATS),
+        ("export", "--format", exporting.FORMATS),
         ("export", "--layout", LAYOUTS),
-        ("export", "--preprocess", export.PREPROCESS),
-        ("export", "--weights", export.WEIGHTS),
-        ("quantize", "--weights", export.WEIGHTS),
+        ("export", "--preprocess", exporting.PREPROCESS),
+        ("export", "--weights", exporting.WEIGHTS),
+        ("quantize", "--weights", exporting.WEIGHTS),
         ("bench", "PARTS", (*bench.PARTS, "all")),
     ],
 )

@@ -14,11 +14,11 @@ import pytest
 from flax import nnx
 
 from repopt_jax import data, models, train
+from repopt_jax.deploy import deploy
 from repopt_jax.models import GhostRow, GhostVariant, VGGVariant
 from repopt_jax.models.registry import NETWORKS
 from repopt_jax.train import build
 from repopt_jax.train import config as configs
-from repopt_jax.train.deploy import deploy
 from repopt_jax.train.optimizer import make_schedule
 from repopt_jax.train.state import make_mesh
 from repopt_jax.train.tasks import cross_entropy, mixed_cross_entropy

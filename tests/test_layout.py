@@ -33,11 +33,12 @@ LEVELS = {
     "quantize": 5,
     "export": 5,
     "train": 6,
-    "report": 7,
-    "bench": 8,
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "deploy": 7,
+    "report": 8,
+    "bench": 9,
+    "cli": 10,
+    "__init__": 11,
+    "__main__": 11,
 }
 
 # The half of the library that serves Linen, Equinox and plain dicts alike must not need Flax.

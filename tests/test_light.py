@@ -31,7 +31,7 @@ OPTIMIZER_HALF = (
 NEEDS = {
     **dict.fromkeys(("nn", "models", "surgery", "verify", "quantize", "export", "interop"), ("flax", "flax")),
     **dict.fromkeys(("data", "detection"), ("PIL", "train")),
-    **dict.fromkeys(("train", "report", "bench"), ("flax", "train")),
+    **dict.fromkeys(("train", "deploy", "report", "bench"), ("flax", "train")),
 }
 
 

@@ -18,11 +18,11 @@ from training import tiny_config
 
 from repopt_jax import models, repopt_mask, train
 from repopt_jax.core import paths
+from repopt_jax.deploy import deploy, evaluate, load_any, load_deployed
 from repopt_jax.quantize import Scheme, find_quantizable, quantizers
 from repopt_jax.quantize.layers import with_quantizers
 from repopt_jax.surgery.searchtree import search_tree
 from repopt_jax.train.build import config_check
-from repopt_jax.train.deploy import deploy, evaluate, load_any, load_deployed
 from repopt_jax.train.state import split_model
 
 STEPS = 10

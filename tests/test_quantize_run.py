@@ -11,11 +11,8 @@ from training import tiny_config
 
 from repopt_jax import train
 from repopt_jax.cli.main import main
-from repopt_jax.quantize import find_quantizable, quantizers
-from repopt_jax.report import quantization
-from repopt_jax.report.figures import png
-from repopt_jax.train.deploy import deploy, evaluate, load_any, load_plain
-from repopt_jax.train.quantize import (
+from repopt_jax.deploy import deploy, evaluate, load_any, load_plain
+from repopt_jax.deploy.quantization import (
     Options,
     Quantized,
     aware_config,
@@ -23,6 +20,9 @@ from repopt_jax.train.quantize import (
     quantize_run,
     weight_bytes,
 )
+from repopt_jax.quantize import find_quantizable, quantizers
+from repopt_jax.report import quantization
+from repopt_jax.report.figures import png
 
 LAYERS = [f"stages/{stage}/{block}/conv" for stage, block in ((0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0))]
 
@@ -106,7 +106,7 @@ def test_a_deployment_is_quantized_like_its_run(run, tmp_path):
 
 
 def test_wrong_preprocessing_is_said(run, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("repopt_jax.train.quantize.SETTLED_STEPS", 1)
+    monkeypatch.setattr("repopt_jax.deploy.quantization.SETTLED_STEPS", 1)
     config = json.loads((run / "config.json").read_text())
     config["data"]["mean"], config["data"]["std"] = [0.9], [0.1]
     copy = tmp_path / "copy"

@@ -28,9 +28,9 @@ from training import (
     warned,
 )
 
-from repopt_jax import interop, jsontext, train
+from repopt_jax import deploy, interop, jsontext, train
 from repopt_jax.report import gallery
-from repopt_jax.train import checkpoint, deploy, lock
+from repopt_jax.train import checkpoint, lock
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.rundir import RunFolder, check_records, read_records
 

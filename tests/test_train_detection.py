@@ -14,13 +14,13 @@ import pytest
 from networks import TINY_DETECTOR
 from PIL import Image
 
-from repopt_jax import Scales, cli, data, load_scales, models, save_scales, train
+from repopt_jax import Scales, cli, data, deploy, load_scales, models, save_scales, train
 from repopt_jax.cli.commands import command_after_search
 from repopt_jax.data.pipeline import subset
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
 from repopt_jax.report import gallery, quickstart, records
-from repopt_jax.train import build, deploy
+from repopt_jax.train import build
 from repopt_jax.train.state import make_mesh
 
 models.register(models.Entry("fcos-tiny", models.FCOS, TINY_DETECTOR, task="detect"))

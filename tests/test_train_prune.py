@@ -13,13 +13,13 @@ from PIL import Image
 from tolerances import SHRUNK_TRAINED
 from training import assert_same_run, checkpoints_in, stop_at, tiny_config, told, warned
 
-from repopt_jax import train
+from repopt_jax import deploy, train
 from repopt_jax.cli.main import main
+from repopt_jax.deploy import prune, prune_config
 from repopt_jax.optim import get_masks, set_masks
 from repopt_jax.surgery.modules import named_modules
-from repopt_jax.train import build, deploy
-from repopt_jax.train.config import validate
-from repopt_jax.train.prune import prune, prune_config
+from repopt_jax.train import build
+from repopt_jax.train.rules import validate
 from repopt_jax.train.state import make_mesh, put_batch
 
 # Six steps an epoch, 360 in all. A row needs about (1 - momentum) / (rate * strength) steps to become zero.

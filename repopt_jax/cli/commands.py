@@ -219,8 +219,8 @@ def prune(args: argparse.Namespace) -> int:
       repopt prune --run=runs/plain --target=0.5 --out=runs/half --config.prune.strength=1e-3"""
     out = _absolute(args.out)
     with _logging(), _interruptible(out):
+        from repopt_jax.deploy.pruning import DEPLOYED, prune
         from repopt_jax.train import Summary, processes
-        from repopt_jax.train.prune import DEPLOYED, prune
         from repopt_jax.train.tasks import format_metrics
 
         config = _pruning(args)
@@ -255,7 +255,7 @@ def prune(args: argparse.Namespace) -> int:
 
 
 def _pruning(args: argparse.Namespace) -> Any:
-    from repopt_jax.train.prune import prune_config
+    from repopt_jax.deploy import prune_config
 
     made = prune_config(args.run, target=args.target, checkpoint=args.checkpoint or "latest")
     return with_overrides(made, args.overrides)
@@ -293,10 +293,11 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.model and args.checkpoint:
         raise UsageError("--checkpoint is of a run, and --model holds one network")
     with _logging():
-        from repopt_jax.train import deploy, tasks
+        from repopt_jax import deploy
+        from repopt_jax.train import tasks
 
         if args.model:
-            from repopt_jax.train.export import evaluate_file
+            from repopt_jax.deploy import evaluate_file
 
             data, found = evaluate_file(args.model, run_dir=args.run or None, data_dir=args.data_dir or None)
             task, name = data.task, f"{data.name}, {args.model}"
@@ -329,7 +330,7 @@ def predict(args: argparse.Namespace) -> int:
 
             network = open_file(args.model)
         else:
-            from repopt_jax.train import deploy
+            from repopt_jax import deploy
 
             network = deploy.load_any(args.run)
         if gallery.description(network).task == "classify":
@@ -357,7 +358,8 @@ def deploy(args: argparse.Namespace) -> int:
     saves the weights with what is needed to rebuild the network."""
     out = Path(args.out)
     with _logging():
-        from repopt_jax.train import deploy, tasks
+        from repopt_jax import deploy
+        from repopt_jax.train import tasks
 
         done = deploy.deploy(
             args.run, out, data_dir=args.data_dir or None, checkpoint=args.checkpoint or "latest"
@@ -395,9 +397,9 @@ def export(args: argparse.Namespace) -> int:
       repopt export --run=runs/deployed --format=stablehlo --out=network.stablehlo --preprocess
       repopt export --run=runs/deployed --format=onnx --out=network.onnx"""
     with _logging():
+        from repopt_jax.deploy import export
         from repopt_jax.interop.convert import refuse_existing
         from repopt_jax.report import export as report
-        from repopt_jax.train.export import export
 
         refuse_existing(report.page_of(_absolute(args.out)))
         done = export(
@@ -433,9 +435,9 @@ def quantize(args: argparse.Namespace) -> int:
     if args.overrides and not args.qat:
         raise UsageError(f"{args.overrides[0]} changes a training, and without --qat there is none")
     with _logging(), _interruptible(out / "training" if args.qat else out):
+        from repopt_jax.deploy import Options, quantize_run
         from repopt_jax.report import quantization
         from repopt_jax.train import Summary, processes
-        from repopt_jax.train.quantize import Options, quantize_run
 
         names = ("bits", "weight_bits", "per", "calibration", "percentile", "images", "epochs")
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -516,7 +518,7 @@ def convert(args: argparse.Namespace) -> int:
 
       repopt convert RepVGG-A0-train.pth a0 --model=repvgg-A0
       repopt convert runs/deployed b1.safetensors --to=timm"""
-    from repopt_jax.train.deploy import convert
+    from repopt_jax.deploy import convert
 
     options = {name: getattr(args, name) for name in ("model", "classes", "key", "to")}
     _print(*convert(args.source, args.target, **options), f"Written: {_absolute(args.target)}")

@@ -26,6 +26,8 @@ from typing import Any
 
 import jax
 
+from repopt_jax.deploy.evaluation import evaluate
+from repopt_jax.report import workers
 from repopt_jax.report.comparison import (
     Comparison,
     differing,
@@ -37,11 +39,11 @@ from repopt_jax.report.comparison import (
 )
 from repopt_jax.report.depth import gradient_by_layer
 from repopt_jax.report.statistics import Difference, difference
-from repopt_jax.train import processes, workers
+from repopt_jax.train import processes
 from repopt_jax.train.build import load_trained
-from repopt_jax.train.config import SEARCH, Config, evaluated_on, validate
-from repopt_jax.train.deploy import evaluate
+from repopt_jax.train.config import SEARCH, Config, evaluated_on
 from repopt_jax.train.loop import run
+from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import PART, Summary, read_json, refuse_strangers, replace_file
 from repopt_jax.train.tasks import METRICS, format_metrics
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from repopt_jax.deploy.exporting import Exported
 from repopt_jax.export.runtime import ONNX
 from repopt_jax.report import page
 from repopt_jax.report.machine import processor
-from repopt_jax.train.export import Exported
 from repopt_jax.train.tasks import METRICS, format_metrics, metric_label
 
 USE = """from repopt_jax.export.runtime import open_file
@@ -64,7 +64,7 @@ def write_page(done: Exported, *, source: str, command: str = "") -> Path:
     """Writes the page beside the file, and returns its path. It has no pictures and needs no Matplotlib.
 
     Args:
-      done: what `train.export.export` returned.
+      done: what `deploy.export` returned.
       source: the run or deployment that was exported.
       command: the command that made the file.
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from repopt_jax.data.images import decode_image, read_encoded, resize, to_pillow
 from repopt_jax.data.pipeline import subset
+from repopt_jax.deploy.evaluation import open_test
+from repopt_jax.deploy.exporting import metadata_of
 from repopt_jax.detection import Detections
 from repopt_jax.detection.drawing import contact_sheet, draw_detections
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.export.runtime import FileNetwork, prepare
 from repopt_jax.train.build import Trained
-from repopt_jax.train.deploy import open_test
-from repopt_jax.train.export import metadata_of
 from repopt_jax.train.state import merge_model, split_model
 from repopt_jax.train.tasks import make_detect
 

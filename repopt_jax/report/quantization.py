@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from repopt_jax.deploy.quantization import Quantized
 from repopt_jax.report import page
-from repopt_jax.train.quantize import Quantized
 from repopt_jax.train.tasks import METRICS, format_metrics, metric_label
 
 DRAWN_LAYERS = 6  # whose histograms are drawn: the worst

@@ -6,8 +6,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from repopt_jax.deploy.quantization import QuantizedLayer
 from repopt_jax.report.figures import INK, OTHERS, PLAIN, RC, WIDTH
-from repopt_jax.train.quantize import QuantizedLayer
 
 
 def ratios(layers: Mapping[str, QuantizedLayer]) -> Figure:

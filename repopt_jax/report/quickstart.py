@@ -19,6 +19,7 @@ from typing import Any
 import optax
 
 from repopt_jax._version import __version__
+from repopt_jax.deploy.network import Deployed, deploy, load_deployed
 from repopt_jax.optim.sgd import repopt_mask
 from repopt_jax.report import monitor, records, report
 from repopt_jax.report.compare import Results, compare
@@ -26,8 +27,8 @@ from repopt_jax.report.comparison import Comparison, search_of
 from repopt_jax.report.gallery import answers, gallery
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.train.build import config_check
-from repopt_jax.train.config import SEARCH, Config, to_json, validate
-from repopt_jax.train.deploy import Deployed, deploy, load_deployed
+from repopt_jax.train.config import SEARCH, Config, to_json
+from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import read_json, replace_file
 from repopt_jax.train.tasks import METRICS
 from repopt_jax.verify import equivalence as verify

@@ -16,9 +16,9 @@ from repopt_jax.train.config import (
     from_json,
     load_config,
     to_json,
-    validate,
 )
 from repopt_jax.train.loop import run
+from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import RunFolder, Summary
 
 __all__ = [

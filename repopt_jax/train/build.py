@@ -29,9 +29,10 @@ from repopt_jax.surgery.reinitialize import sample_weights
 from repopt_jax.surgery.resrep import PruningPlan, plan_pruning, to_resrep
 from repopt_jax.surgery.search import csla_twin, extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import TRANSFER, Config, from_json, needs_no_folder, to_json, validate
+from repopt_jax.train.config import TRANSFER, Config, from_json, needs_no_folder, to_json
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule, weight_decay
 from repopt_jax.train.processes import in_all_processes
+from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import RunFolder
 from repopt_jax.train.state import (
     Objective,

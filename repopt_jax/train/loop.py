@@ -31,11 +31,12 @@ from repopt_jax.surgery.prepare import Mode
 from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, check_scales_folder, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints, Progress
-from repopt_jax.train.config import Config, evaluated_on, logger_names, to_json, validate
+from repopt_jax.train.config import Config, evaluated_on, logger_names, to_json
 from repopt_jax.train.lock import Lock
 from repopt_jax.train.loggers import LOGGERS, Logger, Loggers, Session
 from repopt_jax.train.processes import barrier, in_all_processes, is_first
 from repopt_jax.train.progress import LOADING_S, Feeder, ProgressBar, Stopwatch, WaitWarning
+from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import (
     MetricsWriter,
     RunFolder,

@@ -33,7 +33,6 @@ from repopt_jax import jsontext
 from repopt_jax._version import __version__
 from repopt_jax.data import DatasetInfo, DetectionInfo
 from repopt_jax.train.config import (
-    MOUNTED,
     Config,
     differing_fields,
     evaluated_on,
@@ -43,6 +42,7 @@ from repopt_jax.train.config import (
 )
 from repopt_jax.train.lock import LOCK, Lock, held
 from repopt_jax.train.processes import barrier, in_all_processes, is_first
+from repopt_jax.train.rules import MOUNTED
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
 

@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from repopt_jax.core import paths
-from repopt_jax.train.config import mesh_problems
+from repopt_jax.train.rules import mesh_problems
 
 Batch = dict[str, jax.Array]
 # (model, batch) -> (mean loss over the images of the batch, sums over them of what the log averages)

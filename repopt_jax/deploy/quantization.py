@@ -18,6 +18,16 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.core import paths
+from repopt_jax.deploy.evaluation import COMPARED_IMAGES, evaluate, open_test, training_images
+from repopt_jax.deploy.network import RECORD as DEPLOYED
+from repopt_jax.deploy.network import (
+    as_plain,
+    load_any,
+    load_deployed,
+    origin_of,
+    plain_network,
+    save_deployed,
+)
 from repopt_jax.quantize import (
     Histogram,
     Scheme,
@@ -36,21 +46,6 @@ from repopt_jax.quantize.layers import Quantizer
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.train.build import Trained, load_trained
 from repopt_jax.train.config import Config, QuantizeConfig
-from repopt_jax.train.deploy import (
-    COMPARED_IMAGES,
-    as_plain,
-    evaluate,
-    load_any,
-    load_deployed,
-    open_test,
-    origin_of,
-    plain_network,
-    save_deployed,
-    training_images,
-)
-from repopt_jax.train.deploy import (
-    RECORD as DEPLOYED,
-)
 from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import PART, Summary, from_record, read_json, refuse_strangers, replace_file
 from repopt_jax.train.tasks import METRICS

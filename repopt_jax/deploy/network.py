@@ -1,4 +1,4 @@
-"""From a run to a plain network on disk, and back: fuse, measure, save, load, evaluate, convert.
+"""From a run to a plain network on disk, and back: fuse, measure, save, load.
 
 weights/       the fused network's arrays, an Orbax checkpoint
 deploy.json    how to rebuild it, and what deploying changed; written last: its presence means all is whole
@@ -6,36 +6,21 @@ deploy.json    how to rebuild it, and what deploying changed; written last: its 
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from repopt_jax._version import __version__
 from repopt_jax.core import paths
-from repopt_jax.core.scales import save_scales
-from repopt_jax.interop import load_torch_scales
-from repopt_jax.interop.convert import convert_file, export_weights, is_torch_file, refuse_existing
-from repopt_jax.interop.networks import RECORD as CONVERTED
-from repopt_jax.interop.networks import load_converted
+from repopt_jax.deploy.evaluation import compared_images, evaluate
 from repopt_jax.quantize.layers import Scheme, with_quantizers
 from repopt_jax.surgery.fuse import fuse, output_difference
 from repopt_jax.surgery.resrep import resized, shrink
-from repopt_jax.train.build import (
-    Trained,
-    build_model,
-    load_trained,
-    make_task,
-    open_checkpoints,
-    pruning_plan,
-)
-from repopt_jax.train.config import Config, DataConfig, PruneConfig, from_json
+from repopt_jax.train.build import Trained, build_model, load_trained, open_checkpoints, pruning_plan
+from repopt_jax.train.config import Config, PruneConfig, from_json
 from repopt_jax.train.rundir import (
     PART,
     RunFolder,
@@ -45,11 +30,10 @@ from repopt_jax.train.rundir import (
     refuse_strangers,
     replace_file,
 )
-from repopt_jax.train.state import Network, abstract, first_device, make_mesh, merge_model, split_model
-from repopt_jax.train.tasks import METRICS, Task
+from repopt_jax.train.state import Network, abstract, first_device, merge_model, split_model
+from repopt_jax.train.tasks import METRICS
 
 RECORD = "deploy.json"
-COMPARED_IMAGES = 1024  # test images on which outputs are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +124,7 @@ def save_deployed(
     (out_dir / (RECORD + PART)).write_text(json.dumps(origin), encoding="utf-8")
     parameters = nnx.state(fused, nnx.Param)
     shapes = {path: tuple(leaf.shape) for path, leaf in paths.named_leaves(parameters)[0].items()}
-    difference = output_difference(trained.model, fused, _some_images(trained, data_dir))
+    difference = output_difference(trained.model, fused, compared_images(trained, data_dir))
     test = evaluate(trained._replace(model=fused), data_dir=data_dir)
     ocp.save(str(out_dir / "weights"), _arrays(split_model(fused)), overwrite=True)
     deployed = Deployed(
@@ -253,106 +237,6 @@ def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> T
     return load_deployed(directory)
 
 
-def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]:
-    """The numbers of the task (`tasks.METRICS`), loss and count over the test images of the network's data
-    set, each counted once.
-
-    Raises:
-      FileNotFoundError, ValueError: the data are missing, or their classes are not those of the training.
-    """
-    task, source, batches = open_test(trained, data_dir)
-    network = split_model(trained.model)
-    mesh = make_mesh(devices=jax.local_devices()[:1])
-    return task.make_evaluator(network.graphdef, source, mesh)(network.params, network.non_trainable, batches)
-
-
-def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any, Any]:
-    """The task of a network, its data set, and the batches of the test split, the last one padded.
-
-    Raises:
-      FileNotFoundError, ValueError: as `evaluate`.
-    """
-    info = trained.info
-    return open_test_of(trained.config, info.class_names, info.channels, data_dir)
-
-
-def open_test_of(
-    config: Config,
-    class_names: Sequence[str],
-    channels: int,
-    data_dir: str | None = None,
-    **preprocessing: Any,
-) -> tuple[Task, Any, Any]:
-    """`open_test` by a config, the names of the classes, and the channels of the images; `preprocessing` are
-    fields of `DataConfig` that replace those of the config."""
-    # The test images, also of a run that was evaluated on training images that it held out.
-    settings = dataclasses.replace(config.data, validation=0, **preprocessing)
-    task, source, transform = _open(config, settings, class_names, channels, data_dir)
-    size, limit = config.eval_batch_size, config.data.eval_limit
-    batches = task.eval_batches(
-        source, transform, batch_size=size, limit=limit, process_index=0, process_count=1
-    )
-    return task, source, batches
-
-
-def training_images(trained: Trained, count: int, *, data_dir: str | None = None) -> np.ndarray:
-    """The first `count` training images of a run, in the order of `data.train_limit`, or all if there are
-    fewer: preprocessed as in evaluation, not augmented. float32 (count, height, width, channels).
-
-    Raises:
-      FileNotFoundError, ValueError: as `evaluate`.
-    """
-    config, known = trained.config, trained.info
-    task, source, transform = _open(config, config.data, known.class_names, known.channels, data_dir)
-    info = dataclasses.replace(source.info, num_eval=source.info.num_train)
-    source = dataclasses.replace(source, info=info, eval=source.train)
-    limit = min(count, info.num_eval)
-    size = min(config.eval_batch_size, limit)
-    shown = {"batch_size": size, "limit": limit, "process_index": 0, "process_count": 1}
-    batches = task.eval_batches(source, transform, **shown)
-    return np.concatenate([batch["image"][batch["mask"] > 0] for batch in batches])
-
-
-def _open(
-    config: Config,
-    settings: DataConfig,
-    class_names: Sequence[str],
-    channels: int,
-    data_dir: str | None,
-) -> tuple[Task, Any, Any]:
-    """The task, the data set and the preprocessing of the `data` section of a config.
-
-    Raises:
-      FileNotFoundError, ValueError: as `evaluate`.
-    """
-    if data_dir is not None:
-        settings = dataclasses.replace(settings, data_dir=data_dir)
-    task = make_task(config)
-    source, transform = task.open_data(settings)
-    if (found := source.info.class_names) != (wanted := tuple(class_names)):
-        raise ValueError(
-            f"the network was trained on {len(wanted)} classes ({', '.join(wanted[:6])} ...) and the data "
-            f"have {len(found)} ({', '.join(found[:6])} ...): give the data that it was trained on"
-        )
-    if source.info.channels != channels:
-        raise ValueError(
-            f"the network takes images of {channels} channels, and the data have {source.info.channels}: "
-            "give the data that it was trained on"
-        )
-    return task, source, transform
-
-
-def _some_images(trained: Trained, data_dir: str | None) -> jax.Array:
-    """The first `COMPARED_IMAGES` test images; no more are read."""
-    images, count = [], 0
-    for batch in open_test(trained, data_dir)[2]:
-        images.append(batch["image"][batch["mask"] > 0])
-        count += len(images[-1])
-        if count >= COMPARED_IMAGES:
-            break
-    return jnp.asarray(np.concatenate(images)[:COMPARED_IMAGES])
-
-
 def _origin(run_dir: str | Path, checkpoint: str | int) -> dict[str, Any]:
     """What a deployment is made from, read without loading the network."""
     folder = RunFolder(run_dir)
@@ -398,64 +282,3 @@ def _arrays(network: Network) -> dict[str, Any]:
 def _plain(value: Any) -> dict[str, Any]:
     """A dataclass as what JSON gives back, so that stored and fresh values compare."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
-
-
-# -- other forms
-
-SCALES = "scales"
-
-
-def convert(
-    source: str, out: str, *, model: str = "", classes: int = 0, key: str = "", to: str = ""
-) -> tuple[str, ...]:
-    """Converts `source` to `out` and returns a description of the result, line by line.
-
-    | source | out | what |
-    |---|---|---|
-    | PyTorch or safetensors file | folder | a converted folder, which `interop.load_converted` reads |
-    | the same | `.pth`, `.pt`, `.safetensors` | the same weights under the names of `to` |
-    | the same, `to="scales"` | folder | the scales alone, as `load_scales` reads them |
-    | our run, deployed or converted folder | `.pth`, `.pt`, `.safetensors` | its weights, names of `to` |
-
-    Args:
-      source, out: as above; nothing may be at `out`.
-      model: the architecture of a file, such as "repopt-vgg-B1".
-      classes: of a file's network; where it is given, the file must say the same.
-      key: the entry of a checkpoint that holds the weights, as `interop.read_tensors` takes it.
-      to: whose names PyTorch's keys are to be (a key of `interop.SCHEMES`), "" for the network's own
-        authors'; or "scales".
-
-    Raises:
-      FileNotFoundError: nothing at `source`.
-      FileExistsError: something is at `out`.
-      ValueError: what the file or the folder holds cannot be converted so.
-    """
-    refuse_existing(out)
-    given, target = Path(source).expanduser(), Path(out).expanduser()
-    if not given.exists():
-        raise FileNotFoundError(f"no file or folder at {source}")
-    if given.is_dir():
-        if model or classes or key or to == SCALES:
-            raise ValueError(
-                f"{source} is a folder of ours, which says itself what it holds: give `to` alone"
-            )
-        if not is_torch_file(target):
-            raise ValueError(f"{source} is a folder of ours: `out` must end in .safetensors, .pth or .pt")
-        if (given / CONVERTED).is_file():
-            return export_weights(target, load_converted(given), names=to).lines
-        trained = load_any(given)
-        return export_weights(target, trained.model, names=to, mode=trained.config.model.mode).lines
-    if to == SCALES:
-        if is_torch_file(target):
-            raise ValueError(f"scales go into a folder of ours, not a file such as {out}")
-        scales = load_torch_scales(given, key=key or None)
-        save_scales(target, scales)
-        vectors = sum(len(entry) for entry in scales.vectors.values())
-        known = f" of {scales.metadata.architecture}" if scales.metadata.architecture else ""
-        return (f"scales{known}: {vectors} vectors for {len(scales.entries)} layers",)
-    if not model:
-        raise ValueError(
-            "`model` must name the file's architecture, such as repopt-vgg-B1 or repvgg-A0; of a file of "
-            "scales alone, `to` must be scales"
-        )
-    return convert_file(given, target, model, classes=classes, key=key or None, names=to).lines

@@ -17,11 +17,12 @@ import jax
 import optax
 from flax import nnx
 
+from repopt_jax.deploy.evaluation import evaluate
+from repopt_jax.deploy.network import deploy
 from repopt_jax.optim.resrep import row_norms
 from repopt_jax.surgery.resrep import kept_rows
 from repopt_jax.train.build import load_source, load_trained, open_checkpoints, pruning_plan
 from repopt_jax.train.config import Config, PruneConfig, tuples
-from repopt_jax.train.deploy import deploy, evaluate
 from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import RunFolder, Summary, from_record, read_json, read_records, replace_file
 from repopt_jax.train.tasks import METRICS

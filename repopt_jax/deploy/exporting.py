@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax import extras
+from repopt_jax.deploy.evaluation import COMPARED_IMAGES, open_test_of, training_images
+from repopt_jax.deploy.network import load_plain, read_settings
 from repopt_jax.export.function import file_function
 from repopt_jax.export.metadata import LAYOUTS, Metadata
 from repopt_jax.export.onnx import FusedDifference, compare_fused, to_onnx
@@ -33,13 +35,6 @@ from repopt_jax.surgery.fuse import OutputDifference, difference_of
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.train.build import Trained, make_task
 from repopt_jax.train.config import Config, DataConfig
-from repopt_jax.train.deploy import (
-    COMPARED_IMAGES,
-    load_plain,
-    open_test_of,
-    read_settings,
-    training_images,
-)
 from repopt_jax.train.rundir import PART
 from repopt_jax.train.tasks import Task
 
