@@ -4,6 +4,7 @@ Ctrl-C ends it with code 130 and one sentence at any moment: also while its modu
 seconds, and while the interpreter ends. So nothing but the standard library is imported here at the top.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 INTERRUPTED = 130  # what a shell gives for a program that Ctrl-C ended
+_asked = False  # to end, by Ctrl-C
 
 
 def run() -> int:
@@ -22,14 +24,26 @@ def run() -> int:
         _unblock()
         from repopt_jax.cli.main import main
 
-        return main()
+        code = main(interrupted=lambda: _asked)
+        if not _asked:
+            # All is done: of a Ctrl-C while the interpreter ends, Python would die without a word.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return code
     except KeyboardInterrupt:  # outside of a command
-        return _leave()
+        code = _leave()
+    # Threads of compilers and files that the signal left in the middle of their work may crash the
+    # interpreter while it ends, so that it is left as it is.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if code == INTERRUPTED else _leave())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, as Python does; but inside an import, where modules make other errors of it
     or pass over it, it ends the process at once."""
+    global _asked
+    _asked = True
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os._exit(_leave())

@@ -823,3 +823,66 @@ def test_ctrl_c_at_any_moment(place, tmp_path, count):
         assert process.wait(120) == 130, said
     assert not [line for line in said if "Traceback" in line or line.startswith(" ")], said
     assert said[-1].startswith("repopt: "), said
+
+
+def test_another_error_made_of_ctrl_c(capsys, train, monkeypatch):
+    def interrupted(*_, **__):
+        raise SystemError("a callback returned a result with an exception set")
+
+    monkeypatch.setattr("repopt_jax.train.run", interrupted)
+    assert main(train(), interrupted=lambda: True) == 130
+    assert capsys.readouterr().err == "repopt: interrupted; run the same command again\n"
+    with pytest.raises(SystemError):  # and where there was no Ctrl-C
+        main(train())
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize(
+    ("pressed", "at_the_end", "code"), [("os.kill(os.getpid(), 2)", "os.abort", 130), ("0", "press", 0)]
+)
+def test_ctrl_c_and_the_end_of_the_interpreter(pressed, at_the_end, code):
+    """After Ctrl-C nothing that is torn down can crash; when all is done, a Ctrl-C changes nothing."""
+    program = f"""
+import atexit, os, sys
+import repopt_jax.__main__ as program
+import repopt_jax.cli.main
+def press(): os.kill(os.getpid(), 2)
+sys.modules["repopt_jax.cli.main"].main = lambda **_: {pressed}
+atexit.register({at_the_end})
+sys.exit(program.run())
+"""
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code
+    assert done.stderr == ("repopt: interrupted; run the same command again\n" if code else "")
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize(
+    ("command", "count"), [("verify", 2), ("verify", 70), ("verify", 110), ("eval", 1), ("export", 20)]
+)
+def test_ctrl_c_while_programs_are_compiled(tmp_path, count, command):
+    """JAX tells of each program on standard error."""
+    arguments = ["--config=digits:depth,smoke"]
+    if command != "verify":
+        run = tmp_path / "run"
+        assert main(["train", "--config=digits:plain,smoke", f"--out={run}"]) == 0
+        arguments = [f"--run={run}"]
+    if command == "export":
+        arguments += ["--format=stablehlo", f"--out={tmp_path}/net.stablehlo"]
+    program = [sys.executable, "-m", "repopt_jax", command, *arguments]
+    environment = {
+        **os.environ,
+        "JAX_LOG_COMPILES": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        compiled = (line for line in iter(process.stderr.readline, "") if "Compiling jit" in line)
+        for _ in range(count):
+            next(compiled)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(120) == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "repopt: interrupted; run the same command again"

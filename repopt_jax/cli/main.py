@@ -8,7 +8,7 @@ answered at once.
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from repopt_jax.cli import commands, completion, huge_pages
 from repopt_jax.cli.errors import UsageError, fail, report
@@ -16,8 +16,14 @@ from repopt_jax.cli.options import parsers as make_parsers
 from repopt_jax.hints import did_you_mean
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. `argv` does not contain the program's name."""
+def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] = lambda: False) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+      argv: without the program's name; by default that of this process.
+      interrupted: whether Ctrl-C was pressed. Libraries make other errors of a KeyboardInterrupt that is
+        raised inside them.
+    """
     if completion.asked():
         completion.answer(make_parsers()[0])
     try:
@@ -33,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             huge_pages.restart()
         return args.command(args)
     except BaseException as error:
+        if interrupted() and not isinstance(error, KeyboardInterrupt):
+            error = KeyboardInterrupt()
         code = report(error)
         if code is None:
             raise
