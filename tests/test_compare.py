@@ -23,6 +23,7 @@ from repopt_jax.report.comparison import Comparison, against, load_comparison, s
 from repopt_jax.report.depth import gradient_by_layer
 from repopt_jax.train import Config, load_config
 from repopt_jax.train.build import load_trained, open_feed
+from repopt_jax.train.lock import held
 from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import read_json
 
@@ -132,6 +133,14 @@ def test_another_comparison_is_refused_with_all_differences(compared, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match=r"holds no comparison \(it has mine\.txt\)"):
         compare(comparison(), tmp_path, count=0)
+
+
+def test_a_comparison_has_its_folder_for_itself(compared):
+    folder, *_ = compared
+    with held(folder), pytest.raises(BlockingIOError, match="is being written by process") as raised:
+        compare(comparison(), folder, count=0)
+    assert "\n" not in str(raised.value)
+    assert not (folder / "run.lock").exists()
 
 
 def test_pairs_are_every_way_with_the_others():

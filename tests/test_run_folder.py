@@ -170,6 +170,57 @@ def test_what_a_killed_owner_left_is_taken_over_and_one_that_was_stopped_keeps_i
     assert not (folder / "run.lock").exists()
 
 
+STARTER = """
+import subprocess, sys
+from pathlib import Path
+from repopt_jax.train.lock import held
+with held(Path(sys.argv[1])) as own:
+    child = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    subprocess.Popen(child, pass_fds=(own.descriptor,))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("ends", [True, False])
+def test_processes_that_a_killed_owner_started_end_first(tmp_path, caplog, monkeypatch, ends):
+    """The child reads the same standard input, and ends when that does: when the lock is waited for."""
+    waited = []
+
+    class Moments(threading.Event):
+        def wait(self, timeout=None):
+            if timeout != 0.2:
+                return super().wait(timeout)
+            waited.append(timeout)
+            if ends:
+                process.stdin.close()
+            return False
+
+    if not ends:
+        monkeypatch.setattr(lock, "STALE_S", 0.0)
+    ours = lock.Lock(tmp_path / "run")
+    ours._ending = Moments()
+    program = [sys.executable, "-c", STARTER, str(tmp_path / "run")]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        process.kill()
+        process.wait()
+        if ends:
+            ours.acquire()
+            ours.release()
+        else:
+            with pytest.raises(BlockingIOError, match=f"written by process {process.pid} of"):
+                ours.acquire()
+    assert waited or not ends
+    first, *others = warned(caplog)
+    assert f"process {process.pid} of" in first
+    assert "has ended, and processes that it started are ending" in first
+    assert [line.endswith("this process takes it over") for line in others] == [True] * ends
+
+
 def elsewhere(folder):
     """The lock of a process on another machine, which this machine does not see."""
     owner = {"host": "node7", "process": 12, "user": "ada", "since": "2026-01-01T00:00:00+00:00"}

@@ -4,7 +4,7 @@
     OUT/searches/<search>/             hyper-searches whose scales some ways take
     OUT/runs/<way>/<point>/<seed>/     a run for each way, point of the grid and seed; its test.json has the
                                        numbers on the test images
-    OUT/.lock                          held by the processes that work here
+    OUT/run.lock                       who works here: one comparison at a time, with its processes
 
 Each way is trained at every point of the grid with the first seeds. The point with the best mean on the
 held-out training images is the way's own, and the other seeds are trained there. When all of that is done,
@@ -42,6 +42,7 @@ from repopt_jax.report.statistics import Difference, difference
 from repopt_jax.train import processes
 from repopt_jax.train.build import load_trained
 from repopt_jax.train.config import SEARCH, Config, evaluated_on
+from repopt_jax.train.lock import LOCK, held
 from repopt_jax.train.loop import run
 from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import PART, Summary, read_json, refuse_strangers, replace_file
@@ -50,7 +51,6 @@ from repopt_jax.train.tasks import METRICS, format_metrics
 Log = Callable[[str], None]
 
 SPEC = "comparison.json"
-LOCK = ".lock"
 DIVERGED = "diverged.json"  # in the folder of a run: why it ended
 
 
@@ -121,6 +121,7 @@ def compare(
 
     Raises:
       ValueError: a config that cannot run, an `out_dir` that holds something else.
+      BlockingIOError: another comparison is being made in `out_dir`.
       ChildProcessError, OSError: as `loop.run`, and processes that die. What is finished stays.
       KeyboardInterrupt: after the running steps, with their checkpoints.
     """
@@ -138,9 +139,9 @@ def compare(
     _refuse_others(comparison, out_dir)
     first = None if source is None else (load_comparison, (source,))
     with (
-        _locked(out_dir, log) as held,
+        held(out_dir) as lock,
         contextlib.nullcontext() if count else processes.stop_on_signals() as stop,
-        workers.Workers(count, first=first, inherit=held, stop=stop or (lambda: False)) as pool,
+        workers.Workers(count, first=first, inherit=(lock.descriptor,), stop=stop or (lambda: False)) as pool,
     ):
         _claim(comparison, out_dir)
         _make(plan, pool, log)
@@ -385,7 +386,7 @@ def _refuse_others(comparison: Comparison, out_dir: Path) -> None:
     """Raises ValueError for a folder that is neither new, empty nor of this comparison."""
     stored = read_json(out_dir / SPEC)
     if stored is None:
-        refuse_strangers(out_dir, "comparison", lambda name: name in (SPEC + PART, LOCK))
+        refuse_strangers(out_dir, "comparison", lambda name: name == SPEC + PART or name.startswith(LOCK))
     elif others := list(differing(stored, spec(comparison))):
         raise ValueError(
             f"`out_dir` {out_dir} holds another comparison; it differs in {', '.join(others)}. Choose "
@@ -398,22 +399,3 @@ def _claim(comparison: Comparison, out_dir: Path) -> None:
     _refuse_others(comparison, out_dir)
     if not (out_dir / SPEC).exists():
         replace_file(out_dir / SPEC, json.dumps(spec(comparison), indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _locked(out_dir: Path, log: Log) -> Iterator[tuple[int, ...]]:
-    """Holds the folder for this process and its workers, which inherit the descriptors: what an earlier call
-    that was killed has left running ends first."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield ()
-        return
-    with open(out_dir / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"Waiting for another comparison in {out_dir} to end")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield (file.fileno(),)

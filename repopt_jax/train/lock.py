@@ -1,9 +1,10 @@
 """The lock of a folder: one program at a time may write into it.
 
 run.lock holds who owns the folder: host, process, user, and since when. On one machine the operating
-system tells whether the owner lives: it holds the open file locked (flock), until it ends in whatever way.
-Another machine that shares the folder may not see that; there the owner is alive as long as it touches the
-file, which a thread of it does every TOUCH_S seconds.
+system tells whether the owner lives: it holds the open file locked (flock), until it ends in whatever way,
+and with it the processes that have inherited the descriptor. Another machine that shares the folder may not
+see that; there the owner is alive as long as it touches the file, which a thread of it does every TOUCH_S
+seconds.
 """
 
 import contextlib
@@ -47,16 +48,22 @@ class Lock:
         """Makes this process the owner of the folder, which exists.
 
         What an owner that has ended left behind is taken over, with a warning that names it. Where that can
-        only be told by waiting, STALE_S seconds pass at the most.
+        only be told by waiting, or processes that it started have yet to end, STALE_S seconds pass at the
+        most.
 
         Raises:
           BlockingIOError: the folder has an owner; the message says who, and since when.
           OSError: the file cannot be written.
         """
+        patience: float | None = None  # when waiting for the processes of an owner that has ended ends
         while self._file is None:
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
             try:
-                locks = _flock(file)
+                try:
+                    locks = _flock(file)
+                except BlockingIOError:
+                    patience = self._wait_for_orphans(_owner(file), patience)
+                    continue
                 if not self._is_at_its_place(file):  # its owner has just removed it
                     continue
                 if (owner := _owner(file)) is not None:
@@ -105,6 +112,26 @@ class Lock:
             self.path.unlink()
         self._file.close()
         self._file = None
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file: a process that inherits it keeps the folder locked as long as it lives."""
+        return self._file.fileno()
+
+    def _wait_for_orphans(self, owner: dict[str, Any] | None, end: float | None) -> float:
+        """Waits a moment if the owner has ended and what it started has not; returns when to give up."""
+        if not owner or owner.get("host") != self._own["host"] or _lives(owner.get("process")):
+            raise BlockingIOError
+        if end is None:
+            end = time.monotonic() + STALE_S
+            logger.warning(
+                "%s: %s has ended, and processes that it started are ending; this waits up to %.0f seconds",
+                *(self.path.parent, _described(owner), STALE_S),
+            )
+        if time.monotonic() > end:
+            raise BlockingIOError
+        self._ending.wait(0.2)
+        return end
 
     def _touch(self) -> None:
         while not self._ending.wait(TOUCH_S):
@@ -198,6 +225,19 @@ def _owner(file: Any) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return found if found is None or isinstance(found, dict) else {}
+
+
+def _lives(process: Any) -> bool:
+    """Whether there is a process of this number on this machine, as far as one can know."""
+    if not isinstance(process, int) or process <= 0:
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _described(owner: dict[str, Any]) -> str:
