@@ -14,7 +14,7 @@ from typing import Any
 from repopt_jax import models
 from repopt_jax.cli import completion, networks
 from repopt_jax.surgery.describe import describe
-from repopt_jax.train.config import SOURCES_OF, Config, load_config, settings_of
+from repopt_jax.train.config import SOURCES_OF, Config, UnknownRun, load_config, settings_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 BEGIN, END = "<!-- table of networks -->\n\n", "\n<!-- end of the table -->"
@@ -29,12 +29,13 @@ def words() -> dict[str, Any]:
 
 
 def runs(name: str) -> list[str]:
-    """The runs of a shipped config, as its refusal of another one names them."""
+    """The runs of a shipped config."""
     try:
         load_config(f"{name}:?")
     except ValueError as error:
-        said = str(error).partition("must be one of ")[2]
-        return said.removesuffix(", or that and ',smoke'").split(", ")
+        if isinstance(error.__cause__, UnknownRun):
+            return list(error.__cause__.runs)
+        raise
     return []
 
 

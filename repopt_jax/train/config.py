@@ -561,20 +561,30 @@ SMALLEST = {
 SMOKE_SIDE = 8  # of the images: the digits' own
 
 
+class UnknownRun(ValueError):
+    """The argument of a config file names none of its `runs`."""
+
+    def __init__(self, message: str, runs: tuple[str, ...]):
+        super().__init__(message)
+        self.runs: tuple[str, ...] = runs
+
+
 def parse_argument(arg: str, choices: Iterable[str], default: str | None = None) -> tuple[str, bool]:
     """(run, whether `,smoke` follows it) of a config file's argument; an empty one means `default`, or else
     the first choice.
 
     Raises:
-      ValueError: no such run, with the nearest one, or something else after the comma.
+      UnknownRun: no such run; the nearest one is named.
+      ValueError: something else than `smoke` after the comma.
     """
     choices = tuple(choices)
     name, _, option = arg.partition(",")
     name = name or default or choices[0]
     if name not in choices:
-        raise ValueError(
+        raise UnknownRun(
             f"argument {arg!r}{did_you_mean(name, choices)} must be one of {', '.join(choices)}, or that and "
-            "',smoke'"
+            "',smoke'",
+            choices,
         )
     if option not in ("", "smoke"):
         raise ValueError(f"argument {arg!r} ends in {option!r}: only ',smoke' can follow the run")
