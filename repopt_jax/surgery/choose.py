@@ -78,8 +78,8 @@ def find_structures(
 
     With `select` every layer that it chooses becomes the structure.
 
-    Parameters of several axes in modules of other kinds (transposed convolutions, embeddings, classes of your
-    own) are listed as well, so that nothing is passed over without a word.
+    Parameters of several axes in modules of other kinds (embeddings, classes of your own) are listed as well,
+    so that nothing is passed over without a word.
 
     Args:
       model: any NNX model.
