@@ -123,7 +123,7 @@ def to_structure(
             return kind(made[layer.path], rngs=own, **options)
 
     without_norm = {path for path, s in made.items() if not s.norm}
-    after = pair_up(model, pairs or {}, lambda module: isinstance(module, Block), example)
+    after = pair_up(model, pairs or {}, lambda module: isinstance(module, Block), example).after
     removed = {
         after[layer.name] for path, layer in layers.items() if path in without_norm and layer.name in after
     }
