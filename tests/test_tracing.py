@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strangers import STRANGERS, call
 
-from repopt_jax import find_branches, find_layers, find_structures
+from repopt_jax import fast_on_cpu, find_branches, find_layers, find_parametrizations, find_structures
+from repopt_jax.core import paths, published
 from repopt_jax.core.branches import BranchSet, Identity, Kernel, from_canonical, to_canonical
 from repopt_jax.core.published import default_branches
+from repopt_jax.core.structure import Stage, Structure
 from repopt_jax.core.tracing import trace_layers
 
 
@@ -47,6 +49,14 @@ def test_what_tracing_finds_is_what_the_classes_say(name):
         if g.pad_mode == "constant":
             assert other.geometry.padding == g.padding
     assert all(layer.uses == 1 for layer in found.values()) == (name != "shared head")
+
+
+def test_convolutions_of_ours_are_convolutions():
+    model, x = fast_on_cpu(DEPTHWISE.fresh()), jnp.zeros((2, *DEPTHWISE.inputs))
+    model.eval()
+    apply, params = traced(model, lambda model: model(x))
+    assert "repopt_convolution" in str(jax.make_jaxpr(apply)(params))
+    assert find_branches(apply, params) == find_branches(model)
 
 
 @pytest.mark.parametrize("name", STRANGERS)
@@ -199,6 +209,44 @@ def test_equinox_and_functions_give_the_branch_sets_of_the_twin():
     layers = trace_layers(functional, params, jnp.zeros((3, 8, 8, 2))).layers
     assert [layer.has_bias for layer in layers.values()] == [False, True, True, True]
     assert layers["net/~/stem/w"].readers == ("max",)
+
+
+def test_structures_of_a_function_are_those_of_the_twin():
+    params, static = eqx.partition(EquinoxNet(jax.random.key(0)), eqx.is_inexact_array)
+    x = jnp.zeros((3, 2, 8, 8))
+
+    def apply(params, x):
+        return jax.vmap(eqx.combine(params, static))(x)
+
+    twin = nnx.eval_shape(lambda: Twin(rngs=nnx.Rngs(0)))
+    for structure in ("repopt", "orepa"):
+        described = published.repopt if structure == "repopt" else structure
+        found = find_parametrizations(apply, params, x, structure=described)
+        own = find_parametrizations(twin, described)
+        shapes = {path.replace("weight", "kernel"): one.shapes() for path, one in found.items()}
+        assert shapes == {path: one.shapes() for path, one in own.items()}
+        assert all(one.kernel == paths.named_leaves(params)[0][path].shape for path, one in found.items())
+    # A structure that is for dense layers too leaves that of the logits, which is told by what it makes.
+
+    def doubled(layer):
+        return Structure(layer, {name: (Stage(Kernel(layer.window), "scale"),) for name in "ab"})
+
+    table = find_structures(apply, params, x, structure=doubled)
+    assert "it is the dense layer that makes the logits" in table["head/weight"].reason
+    assert [path for path, choice in table.items() if choice.structure] == [
+        *("body/weight", "mix/weight", "stem/weight")
+    ]
+    assert "a + b" in str(table)
+    chosen = find_parametrizations(apply, params, x, select="head")
+    assert chosen.keys() == {"head/weight"}
+    with pytest.raises(
+        ValueError, match=r"`structure` is not defined for all selected layers: body: .* have batch norms"
+    ):
+        find_parametrizations(apply, params, x, structure="acnet", select="body")
+    with pytest.raises(ValueError, match="`structure` is not defined for all selected layers: head: "):
+        find_parametrizations(apply, params, x, structure="orepa", select="head|body")
+    with pytest.raises(TypeError, match="`model` is a dict: it must be an NNX model, or a function"):
+        find_parametrizations({})
 
 
 # -- what is done to a kernel

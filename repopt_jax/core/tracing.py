@@ -21,7 +21,7 @@ import numpy as np
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Branch, BranchSet, Shape, to_canonical
-from repopt_jax.core.jaxprs import Equation, Flat, Value, bodies, flatten, scan_arguments
+from repopt_jax.core.jaxprs import CONVOLUTIONS, Equation, Flat, Value, bodies, flatten, scan_arguments
 from repopt_jax.core.layer import Chosen, Layer
 from repopt_jax.core.structure import Geometry
 
@@ -300,7 +300,7 @@ def trace_uses(apply: Callable[..., Any], params: Any, *example: Any) -> Uses:
     infos += [_Info(data=True)] * (len(flat.inputs) - len(infos))
     walk = _Walk(closed_over=len(flat.inputs) == len(leaves))
     for info in walk.run(flat, infos, 1):
-        walk.read("output", info)
+        walk.read("output", info._replace(made_by=info.made_by or info.term))
     return walk.found
 
 
@@ -342,8 +342,8 @@ class _Walk:
         if equation.name in PASSED and len(taken) == 1:
             return taken
         made: Use | None = None
-        layer = equation.name in ("conv_general_dilated", "dot_general")
-        if equation.name == "conv_general_dilated":
+        layer = equation.name in (*CONVOLUTIONS, "dot_general")
+        if equation.name in CONVOLUTIONS:
             made = self.convolution(equation, taken, times)
         elif equation.name == "dot_general":
             made = self.product(equation, taken, times)
@@ -519,7 +519,7 @@ def _term(equation: Equation, taken: list[_Info]) -> Use | None:
             if one is not None and other is not None:
                 one.adapted |= _adapts(other, one)
         return None
-    kept = equation.name in ("mul", "add", "add_any", "reshape")
+    kept = equation.name in ("mul", "add", "add_any", "reshape", "transpose")
     kept |= equation.name == "div" and taken[0].data
     return data[0].term if len(data) == 1 and kept else None
 
