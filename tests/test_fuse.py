@@ -298,6 +298,18 @@ def test_a_norm_and_a_layer_that_do_not_always_come_together(x64):
     assert type(chosen.norms[3]) is FoldedNorm
 
 
+def test_a_layer_whose_input_is_given_by_name_takes_in_its_norm(x64):
+    model = random_block(lambda rngs: nnx.Dict(conv=conv(4, 4, 3, rngs=rngs), bn=batch_norm(4, rngs=rngs)))
+    x = random_input(2, 5, 5, 4)
+
+    def run(model):
+        return model["bn"](model["conv"](inputs=x))
+
+    fused = fuse(model, example=run)
+    assert type(fused["bn"]) is FoldedNorm
+    assert relative(run(fused), run(model)) <= EXACT
+
+
 class Residual(nnx.Module):
     """A block that the package does not know."""
 

@@ -457,12 +457,14 @@ def test_a_stack_of_convolutions_that_vmap_runs_as_one(groups):
     assert find_branches(apply, params, select=".*") == find_branches(model, nnx.Conv)
     assert find_branches(apply, params)["kernel"].stacked == 1
     assert trace_layers(apply, params).layers["kernel"].geometry == find_layers(model)["kernel"].geometry
-    if groups > 1:
-        return
-    # The same where all of them take one input.
+    # Where all of them take one input, the outputs of a group are those of all layers.
     shared = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))
     apply, params = traced(model, lambda model: shared(model, x[0]))
-    assert find_branches(apply, params) == find_branches(model)
+    if groups == 1:
+        assert find_branches(apply, params) == find_branches(model)
+    else:
+        reason = "its stack is mixed with its groups before its use"
+        assert trace_layers(apply, params).others["kernel"] == reason
 
 
 # -- adapters
@@ -553,6 +555,26 @@ def test_adapters_of_any_function(options, is_adapter):
     # As wide as the layer itself it is another branch.
     wide = params | {"down": jnp.zeros((6, 6)), "up": jnp.zeros((6, 6))}
     assert "w" in trace_layers(functools.partial(adapted, **options), wide, x).layers
+
+
+def test_adapters_for_one_example_at_a_time_and_in_stacks():
+    def single(params, x):
+        return params["w"] @ x + params["b"] + 2.0 * (params["up"] @ (params["down"] @ x))
+
+    def stacked(params, x):
+        def one(x, layer):
+            return jax.vmap(functools.partial(single, layer))(jnp.tanh(x)), None
+
+        return jax.lax.scan(jax.checkpoint(one), x, params)[0]
+
+    shapes = {"w": (6, 6), "b": (6,), "down": (2, 6), "up": (6, 2)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    found = trace_layers(jax.vmap(single, (None, 0)), params, jnp.zeros((3, 6)))
+    assert found.adapted.keys() == {"w"}
+    params = {name: jnp.zeros((5, *shape)) for name, shape in shapes.items()}
+    found = trace_layers(stacked, params, jnp.zeros((3, 6)))
+    assert found.adapted["w"].stack == (5,)
+    assert found.layers.keys() == {"down", "up"}
 
 
 def test_an_adapter_of_a_convolution():

@@ -456,10 +456,12 @@ class _Walk:
         layout = _layout(index, shape)
         if layout is None:
             turned = np.flip(index, tuple(range(len(axes[0]))))
-            reversed_taps = bool(axes[0]) and _layout(turned, shape) is not None
-            self.refuse(
-                kernel, f"its {'taps are reversed' if reversed_taps else 'axes are mixed'} before its use"
-            )
+            order = "axes are mixed"
+            if axes[0] and _layout(turned, shape) is not None:
+                order = "taps are reversed"
+            elif kernel.view.gathered:  # `vmap` over grouped convolutions of one input
+                order = "stack is mixed with its groups"
+            self.refuse(kernel, f"its {order} before its use")
             return None
         # A stack is run layer by layer: once each.
         use = Use(path, geometry, stack, layout, 1 if stack else times)
