@@ -503,7 +503,8 @@ class Odd(nnx.Module):
         keys = jax.random.split(rngs.params(), 3)
         make = nnx.vmap(lambda key: nnx.Linear(2, 4, rngs=nnx.Rngs(key)), in_axes=0, out_axes=1)
         self.sideways = make(keys)
-        self.up = nnx.ConvTranspose(2, 2, (2, 2), rngs=rngs)
+        self.up = nnx.ConvTranspose(2, 2, (2, 2), strides=2, rngs=rngs)
+        self.turned = nnx.ConvTranspose(2, 2, (3, 3), transpose_kernel=True, rngs=rngs)
         self.einsum = nnx.Einsum("ab,cb->ac", (2, 2), rngs=rngs)
         self.bn = nnx.BatchNorm(2, rngs=rngs)
 
@@ -523,6 +524,7 @@ REASONS = {
     "biased (Linear)": "its bias alone, not the layer, is shared with biased_too",
     "biased_too (Linear)": "its bias alone, not the layer, is shared with biased",
     "wrapped/layer_instance (Linear)": "wrapped (WeightNorm) normalises its kernel before each use",
+    "turned (ConvTranspose)": "its taps reversed (`transpose_kernel`)",
     "sideways (Linear)": "layers must be stacked along the first axis",
 }
 
@@ -540,10 +542,11 @@ def test_layers_that_cannot_be_made_of_branches_are_listed_with_the_reasons():
     assert list(find_layers(model)) == ["good/kernel", "same/kernel"]  # by default those that can be
     for select in (r"up|einsum", (nnx.ConvTranspose, nnx.Einsum), lambda path, m: path in ("up", "einsum")):
         with pytest.raises(
-            ValueError, match=r"einsum \(Einsum\): its equation 'ab,cb->ac' is no dense .*; up \(ConvT"
+            ValueError,
+            match=r"einsum \(Einsum\): its equation 'ab,cb->ac' is no dense .*; up \(Conv.*strides 2",
         ):
             find_layers(model, select)
-    with pytest.raises(ValueError, match=r"bn \(BatchNorm\): only nnx.Conv and nnx.Linear can"):
+    with pytest.raises(ValueError, match=r"bn \(BatchNorm\): only nnx.Conv, .* can be made of"):
         find_layers(model, nnx.BatchNorm)
     scales = random_scales({"causal/kernel": BranchSet((3, 2, 2), (Kernel((3,)),))})
     for refused in (verify_equivalence, csla_twin):

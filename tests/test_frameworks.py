@@ -25,8 +25,10 @@ from repopt_jax import (
     Scales,
     default_branches,
     extract_scales,
+    find_parametrizations,
     gradient_multipliers,
     reinitialize,
+    reparameterize,
     repopt_mask,
     search_tree,
 )
@@ -225,6 +227,42 @@ def test_search(framework, data, searched):
     found = tree.extract_scales().vectors[task.path]
     assert_close(dict(found), dict(searched.scales))
     assert_close(kernel_of(tree.merged(), task), searched.kernel)
+
+
+class Structured(NamedTuple):
+    theta: Any  # at the start, with the kernel that it makes
+    start: jax.Array
+    kernel: jax.Array  # at the end
+
+
+@pytest.fixture(scope="module")
+def structured(data):
+    """An NNX model with OREPA's branches and scales in `nnx.Optimizer`'s state."""
+    model = NNXNet(data.kernel)
+    structures = find_parametrizations(model, "orepa")
+    model, theta = reinitialize(model, structures, trained=False, rngs=nnx.Rngs(5), return_weights=True)
+    start = jnp.array(model.conv.kernel[...])
+    tx = reparameterize(sgd(), structures, weights=theta, trainable_scales=True)
+    return Structured(theta["conv/kernel"], start, train_nnx(model, data, tx).conv.kernel[...])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda f: f.__name__)
+def test_a_structure_with_trainable_scales(framework, data, structured):
+    task = framework(data)
+    structures = find_parametrizations(task.loss, task.params, structure="orepa")
+    assert list(structures) == [task.path]
+    assert structures[task.path].layout == task.layout
+    start = structured.start if task.layout == "...io" else jnp.moveaxis(structured.start, (-1, -2), (0, 1))
+    params = paths.map_named(lambda path, x: start if path == task.path else x, task.params)
+    # Without OREPA's branches the kernel goes another way.
+    plain = kernel_of(train(params, task.loss, sgd()), task)
+    assert np.abs(plain - structured.kernel).max() > tolerances.FRAMEWORKS_APART
+    theta = {task.path: structured.theta}
+    tx = reparameterize(sgd(), structures, weights=theta, trainable_scales=True)
+    assert_close(kernel_of(train(params, task.loss, tx), task), structured.kernel)
+    # What is drawn for a kernel of any layout makes that kernel, or the optimizer would refuse it.
+    fresh, drawn = reinitialize(task.params, structures, trained=False, rngs=nnx.Rngs(0), return_weights=True)
+    reparameterize(sgd(), structures, weights=drawn, trainable_scales=True).init(fresh)
 
 
 def test_reinitialize_and_multipliers_on_plain_and_equinox_trees(data):

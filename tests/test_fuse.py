@@ -17,6 +17,7 @@ from repopt_jax.models import VGGVariant, vgg
 from repopt_jax.nn import Block, Branched, ChannelAffine, Merged, PreNorm
 from repopt_jax.nn.block import batch_norm, block, conv
 from repopt_jax.surgery.fuse import (
+    FoldedNorm,
     OutputDifference,
     fold_batch_norm,
     fold_input_norm,
@@ -227,6 +228,86 @@ def test_a_model_in_training_mode_is_refused_with_its_layers():
     model.stages[2][0].bn.use_running_average = False
     with pytest.raises(ValueError, match=r"\(batch norms stages/2/0/bn use batch statistics\)"):
         fuse(model)
+
+
+class Normed(nnx.Module):
+    """Norms right before layers that pad nothing, and where they cannot be folded into what follows."""
+
+    def __init__(self, *, rngs):
+        def norm(channels):
+            return nnx.BatchNorm(channels, use_fast_variance=False, rngs=rngs)
+
+        self.stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.norms = nnx.List([norm(n) for n in (4, 6, 6, 6, 6, 6, 6)])
+        self.valid = nnx.Conv(4, 6, (3, 3), padding="VALID", feature_group_count=2, rngs=rngs)
+        self.after = norm(6)  # of `valid`, which has a norm on either side
+        self.point = nnx.Conv(6, 6, (1, 1), strides=2, use_bias=False, rngs=rngs)
+        self.wrapped = nnx.Conv(6, 6, (3, 3), padding="CIRCULAR", rngs=rngs)
+        self.padded = nnx.Conv(6, 6, (3, 3), rngs=rngs)
+        self.active, self.both, self.head = (nnx.Linear(6, 6, rngs=rngs) for _ in range(3))
+        self.merged = Merged(repopt(Geometry((), 6, 6)), rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem(x))
+        x = nnx.relu(self.after(self.valid(self.norms[0](x))))
+        x = nnx.relu(self.wrapped(self.norms[1](nnx.relu(self.point(self.norms[2](x))))))
+        x = nnx.relu(self.padded(self.norms[3](x)))  # kept: zeros around what is shifted
+        x = self.active(nnx.relu(self.norms[4](x)))  # kept: an activation in between
+        y = self.norms[5](nnx.relu(x.mean((1, 2))))  # kept: read twice
+        x = self.norms[6](nnx.relu(self.both(y) + y))
+        return self.head(nnx.relu(self.merged(x)))
+
+
+def test_norms_before_layers_are_found_by_the_flow_of_data(x64):
+    model = random_block(lambda rngs: Normed(rngs=rngs))
+    x = random_input(2, 7, 8, 3)
+    example = (jax.ShapeDtypeStruct(x.shape, x.dtype),)
+    fused = fuse(model, example=example)
+    left = [path for path, m in named_modules(fused) if isinstance(m, nnx.BatchNorm)]
+    assert left == ["norms/3", "norms/4", "norms/5"]
+    assert relative(fused(x), model(x)) <= EXACT
+    assert (fused.wrapped.padding, fused.point.strides, type(fused.merged)) == ("CIRCULAR", 2, nnx.Linear)
+    # Negative control: the padded layer cannot take its norm in.
+    (layer, norm), x = (model.padded, model.norms[3]), random_input(2, 7, 8, 6)
+    assert relative(fold_input_norm(layer, norm)(x), layer(norm(x))) > FORGOTTEN
+
+
+class Twice(nnx.Module):
+    """A norm that two layers read, a layer that reads two norms, and a norm that a layer before takes in."""
+
+    def __init__(self, *, rngs):
+        self.norms = nnx.List([nnx.BatchNorm(4, use_fast_variance=False, rngs=rngs) for _ in range(4)])
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(4)])
+
+    def __call__(self, x):
+        (shared, one, other, between), (a, b, twice, first) = self.norms, self.layers
+        x = shared(x)
+        x = nnx.relu(a(x)) + nnx.relu(b(x))
+        x = twice(one(nnx.relu(x))) + twice(other(nnx.tanh(x)))
+        return a(between(first(nnx.relu(x))))
+
+
+def test_a_norm_and_a_layer_that_do_not_always_come_together(x64):
+    model = random_block(lambda rngs: Twice(rngs=rngs))
+    x = random_input(5, 4)
+    fused = fuse(model, example=(x,))
+    left = [path for path, m in named_modules(fused) if isinstance(m, nnx.BatchNorm)]
+    assert left == ["norms/0", "norms/1", "norms/2"]
+    assert relative(fused(x), model(x)) <= EXACT
+    chosen = fuse(model, example=lambda model: model.layers[1](model.norms[3](x)))  # here no layer is before
+    assert type(chosen.norms[3]) is FoldedNorm
+
+
+def test_a_layer_whose_input_is_given_by_name_takes_in_its_norm(x64):
+    model = random_block(lambda rngs: nnx.Dict(conv=conv(4, 4, 3, rngs=rngs), bn=batch_norm(4, rngs=rngs)))
+    x = random_input(2, 5, 5, 4)
+
+    def run(model):
+        return model["bn"](model["conv"](inputs=x))
+
+    fused = fuse(model, example=run)
+    assert type(fused["bn"]) is FoldedNorm
+    assert relative(run(fused), run(model)) <= EXACT
 
 
 class Residual(nnx.Module):

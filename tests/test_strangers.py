@@ -1,5 +1,6 @@
 """Networks of public collections: found, searched, re-initialised, checked, given branches and fused."""
 
+import functools
 import inspect
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import tolerances
 from flax import nnx
 from networks import randomised
-from strangers import STRANGERS, VAE, call
+from strangers import STRANGERS, VAE, Stranger, call
 
 from repopt_jax import (
     extract_scales,
@@ -25,6 +26,7 @@ from repopt_jax import (
 )
 from repopt_jax.core.published import repopt
 from repopt_jax.nn import Merged
+from repopt_jax.nn.geometry import convolve, geometry_of, plain_layer
 from repopt_jax.surgery.fuse import output_difference
 from repopt_jax.surgery.modules import named_modules
 
@@ -151,6 +153,87 @@ def test_transposed_convolutions_take_in_their_norms(x64):
     assert isinstance(deployed.up, nnx.ConvTranspose)
     assert not [m for _, m in named_modules(deployed) if isinstance(m, nnx.BatchNorm)]
     assert output_difference(model, deployed, x).max_rel <= tolerances.STRANGERS
+
+
+class Turned(nnx.Module):
+    """Transposed convolutions at stride 1, which are convolutions, between a strided one and a classifier."""
+
+    def __init__(self, *, rngs):
+        def norm():
+            return nnx.BatchNorm(4, use_fast_variance=False, rngs=rngs)
+
+        layer = functools.partial(nnx.ConvTranspose, 4, 4, rngs=rngs)
+        self.up = nnx.ConvTranspose(3, 4, (3, 3), strides=(2, 2), rngs=rngs)
+        self.same, self.valid = layer((3, 3)), layer((3, 3), padding="VALID")
+        self.even, self.pairs = layer((4, 3)), layer((3, 3), padding=((2, 1), (0, 1)), use_bias=False)
+        self.apart, self.round = layer((3, 3), kernel_dilation=2), layer((3, 3), padding="CIRCULAR")
+        self.fc = nnx.Linear(4, 2, rngs=rngs)
+        self.norms = nnx.List([norm() for _ in range(7)])
+
+    def __call__(self, x):
+        layers = (self.up, self.same, self.valid, self.even, self.pairs, self.apart, self.round)
+        for layer, norm in zip(layers, self.norms, strict=True):
+            x = nnx.relu(norm(layer(x)))
+        return self.fc(x.mean((1, 2)))
+
+
+TURNED = Stranger(Turned, (3, 4, 3), ("same", "valid", "pairs", "apart", "round"))
+
+
+def test_transposed_convolutions_at_stride_1_are_convolutions(x64):
+    batches = TURNED.batches()
+    example = (batches[0]["x"],)
+    model = TURNED.fresh(jnp.float64)
+    assert [path.removesuffix("/kernel") for path in find_branches(model)] == sorted(TURNED.taken)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    found = find_branches(lambda params, x: nnx.merge(graph, params, rest, copy=True)(x), params, *example)
+    assert found == find_branches(model)
+    _, scales, check, branched, deployed = the_whole_way(
+        lambda: TURNED.fresh(jnp.float64), batches, "repvgg", example
+    )
+    assert scales.branch_sets == find_branches(model)
+    assert check.max_difference <= tolerances.STRANGERS
+    assert check.movement > 1e-5
+    assert not [m for _, m in named_modules(deployed) if isinstance(m, nnx.BatchNorm)]
+    for name in TURNED.taken:
+        assert isinstance(getattr(deployed, name), nnx.Conv)
+    assert isinstance(deployed.up, nnx.ConvTranspose)
+    branched.eval()
+    assert output_difference(branched, deployed, *example).max_rel <= tolerances.STRANGERS
+    # Negative control: a network with other statistics is another function.
+    assert output_difference(randomised(branched, 1), deployed, *example).max_rel > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 1, "CIRCULAR"])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_the_geometry_of_a_transposed_convolution(size, padding, dilation, x64):
+    layer = nnx.ConvTranspose(
+        2, 3, (size,), padding=padding, kernel_dilation=dilation, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    x = np.random.default_rng(0).normal(size=(2, 11, 2))
+    if padding == "CIRCULAR" and size % 2 == 0 and dilation == 1:
+        with pytest.raises(ValueError, match="of an even window shifts it the other way"):
+            geometry_of(layer)
+        return
+    y = convolve(x, layer.kernel[...], geometry_of(layer)) + layer.bias[...].reshape(1, 1, -1)
+    np.testing.assert_allclose(y, layer(x), rtol=0, atol=1e-13)
+    plain = plain_layer(geometry_of(layer), layer.kernel[...], layer.bias[...])
+    np.testing.assert_allclose(plain(x), layer(x), rtol=0, atol=1e-13)
+
+
+def test_transposed_convolutions_that_are_none():
+    options = (
+        ({"strides": 2}, "some taps of the kernel only, so that a 1x1 branch in the centre would reach some"),
+        ({"transpose_kernel": True}, "outputs on another axis and its taps reversed"),
+        ({"mask": jnp.ones((3, 2, 3))}, "an nnx.ConvTranspose with `mask` can be neither"),
+        ({"padding": "CAUSAL"}, "padding 'CAUSAL' is none that nnx.ConvTranspose can run"),
+    )
+    for given, reason in options:
+        model = nnx.Sequential(nnx.ConvTranspose(2, 3, (3,), **given, rngs=nnx.Rngs(0)))
+        with pytest.raises(ValueError, match=reason):
+            find_branches(model)
+        assert reason in find_structures(model)["layers/0/kernel"].reason
 
 
 class Shared(nnx.Module):

@@ -20,6 +20,7 @@ from repopt_jax import (
     default_branches,
     depth_scales,
     extract_scales,
+    find_layers,
     reinitialize,
     to_repvgg,
     to_search,
@@ -381,16 +382,24 @@ class TestPadding:
         layer = nnx.eval_shape(lambda: nnx.Conv(1, 1, (4,), padding="SAME", rngs=nnx.Rngs(0)))
         assert explicit_padding(layer) == ((1, 2),)
 
-    @pytest.mark.parametrize(
-        ("options", "pairs"),
-        [
-            ({"padding": "CAUSAL"}, "((2, 0), (2, 0))"),
-        ],
-    )
-    def test_what_depends_on_the_input_is_refused_with_what_to_write(self, options, pairs, x64):
-        model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Conv(3, 4, (3, 3), **options, rngs=nnx.Rngs(0))))
-        scales = random_scales({"layers/0/kernel": default_branches((3, 3, 3, 4), stride=2)})
-        message = f"padding '{options['padding']}' .* give the layer explicit pairs, such as "
-        with pytest.raises(ValueError, match=message) as error:
-            csla_twin(model, scales, {})
-        assert str(error.value).endswith(pairs)
+    @pytest.mark.parametrize(("side", "dilation", "pairs"), [(3, 1, (2, 0)), (4, 1, (3, 0)), (5, 2, (8, 0))])
+    def test_what_shifts_the_window_is_refused_with_pairs_that_compute_the_same(self, side, dilation, pairs):
+        def layer(padding):
+            return nnx.Conv(3, 4, (side,), padding=padding, kernel_dilation=dilation, rngs=nnx.Rngs(0))
+
+        causal = layer("CAUSAL")
+        scales = random_scales({"layers/0/kernel": default_branches((side, 3, 4))})
+        with pytest.raises(ValueError, match=r"padding 'CAUSAL' .* give the layer explicit pairs") as error:
+            csla_twin(nnx.Sequential(causal), scales, {})
+        assert str(error.value).endswith(f": padding=({pairs},)")
+        x = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)
+        np.testing.assert_array_equal(layer((pairs,))(x), causal(x))
+        assert np.abs(layer("SAME")(x) - causal(x)).max() > 0.1
+        find_layers(nnx.Sequential(layer((pairs,))))
+
+    def test_no_pairs_are_advised_where_flax_runs_no_layer(self):
+        layer = nnx.Conv(3, 4, (3, 3), padding="CAUSAL", rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="only implemented for 1D"):
+            layer(np.zeros((1, 5, 5, 3), np.float32))
+        with pytest.raises(ValueError, match=r"runs it along one spatial axis only$"):
+            find_layers(nnx.Sequential(layer))

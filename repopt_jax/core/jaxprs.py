@@ -26,6 +26,11 @@ CALLS = {
 }
 
 
+# Primitives of one convolution, with the parameters of the first: JAX's, and this library's, which is lowered
+# to other programs on a CPU (`nn.convolution`).
+CONVOLUTIONS = ("conv_general_dilated", "repopt_convolution")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
     """An array of a traced function; two are the same only if they are one object.

@@ -6,8 +6,9 @@ from typing import TypeAlias
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Branch, BranchSet, Shape
+from repopt_jax.core.parametrization import Parametrization
 from repopt_jax.core.published import repopt
-from repopt_jax.core.structure import Geometry
+from repopt_jax.core.structure import Geometry, Structure
 
 Chosen: TypeAlias = Sequence[Branch] | BranchSet | None
 
@@ -25,7 +26,8 @@ class Layer:
       shape: shape of the kernel with the axes of the stack; () for (*stack, *window, in/groups, out).
       uses: how often the layer is run in a call of the network; 0 if it was found without a call.
       readers: what reads its output, after a bias: the primitives with the parameters that they take, such as
-        "sub bn/mean"; empty if it was found without a call.
+        "sub bn/mean", and "output" if it is an output of the network, up to a factor and the order of its
+        entries; empty if it was found without a call.
     """
 
     path: str
@@ -46,6 +48,15 @@ class Layer:
     def kernel(self) -> Shape:
         """Shape of the kernel, with the axes of the stack in front."""
         return self.shape or (*self.stack, *self.geometry.kernel)
+
+    def parametrization(self, structure: Structure) -> Parametrization:
+        """Returns this structure of one layer as the kernel's function of what is trained.
+
+        Raises:
+          ValueError: the structure has batch norms inside.
+        """
+        shape = self.kernel[len(self.stack) :]
+        return Parametrization(structure, self.stack, self.layout, shape)
 
     def branch_set(self, branches: Chosen = None) -> BranchSet:
         """Returns these branches as a set for this layer; those of `repopt` for None.

@@ -21,7 +21,7 @@ import numpy as np
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Branch, BranchSet, Shape, to_canonical
-from repopt_jax.core.jaxprs import Equation, Flat, Value, bodies, flatten, scan_arguments
+from repopt_jax.core.jaxprs import CONVOLUTIONS, Equation, Flat, Value, bodies, flatten, scan_arguments
 from repopt_jax.core.layer import Chosen, Layer
 from repopt_jax.core.structure import Geometry
 
@@ -45,7 +45,8 @@ def find_branches(
       params: the parameters, a tree of arrays or `jax.ShapeDtypeStruct`s.
       example: the other arguments, likewise. Without any, arrays that `apply` has taken in are the data.
       select: which layers: a regular expression for the whole path of a layer, or a function (path, `Layer`)
-        -> bool. By default every layer that has several branches.
+        -> bool. By default every layer that has several branches, but not those that are kept while the
+        product of two smaller kernels is trained in their place (`Traced.adapted`).
       branches: None for those of `repopt`; a sequence for every layer; or a function of the `Layer`, or a
         mapping from regular expressions for a layer's whole path (the first that matches counts), to a
         sequence, a `BranchSet`, or None for the default.
@@ -56,7 +57,7 @@ def find_branches(
       TypeError: `params` holds what is no array; `select` or `branches` is none of these.
     """
     traced = trace_layers(apply, params, *example)
-    chosen = _selected(traced, select)
+    chosen = selected(traced, select)
     choose = chooser(chosen, branches)
     found, problems = {}, []
     for path, layer in chosen.items():
@@ -81,12 +82,16 @@ class Traced(NamedTuple):
     Attributes:
       layers: path of a kernel -> its layer, sorted by path, with numbers in paths as numbers.
       others: path of a parameter of several axes that is no layer's kernel -> the reason.
-      refused: paths of those others that a convolution or a product takes all the same.
+      refused: paths of those others that a convolution or a product takes all the same, and that no
+        selection makes layers.
+      adapted: path of a kernel among the others -> its layer, which a selection takes: to its output the
+        product of two smaller kernels is added, which are trained while it is kept (LoRA, arXiv 2106.09685).
     """
 
     layers: dict[str, Layer]
     others: dict[str, str]
     refused: tuple[str, ...] = ()
+    adapted: dict[str, Layer] = {}  # noqa: RUF012  (a default of a named tuple, which nothing changes)
 
     def __str__(self) -> str:
         taken = [f"  {path}: {' + '.join(layer.branch_set().names)}" for path, layer in self.layers.items()]
@@ -101,7 +106,8 @@ def trace_layers(apply: Callable[..., Any], params: Any, *example: Any) -> Trace
     A kernel is a parameter that a convolution or a product with data takes as it is, up to casts and the
     order of its axes. Parameters that are changed before each use (a normalised kernel), of which only a part
     is used, that are also read otherwise (an embedding that makes the logits), or that enter a transposed
-    convolution are none.
+    convolution are none. A kernel W whose output is added to that of B after A, of the same input and with
+    fewer channels between them than W takes or gives, is one of `Traced.adapted`: x W + (x A) B.
 
     Args:
       apply, params, example: as in `find_branches`.
@@ -116,7 +122,7 @@ def trace_layers(apply: Callable[..., Any], params: Any, *example: Any) -> Trace
             "leaves separate (Equinox: `eqx.partition(model, eqx.is_inexact_array)`)"
         )
     trace = trace_uses(apply, params, *example)
-    found, others = {}, {}
+    found, adapted, others = {}, {}, {}
     biases = {path for uses in trace.uses.values() for use in uses for path in use.biases}
     for path, leaf in leaves.items():
         uses, shape = trace.uses.get(path, []), tuple(leaf.shape)
@@ -135,13 +141,23 @@ def trace_layers(apply: Callable[..., Any], params: Any, *example: Any) -> Trace
         readers = tuple(dict.fromkeys(str(r) for use in uses for r in use.readers))
         has_bias = all(use.biases for use in uses)
         count = sum(use.times for use in uses)
-        found[path] = Layer(path, first.geometry, first.stack, has_bias, first.layout, shape, count, readers)
+        layer = Layer(path, first.geometry, first.stack, has_bias, first.layout, shape, count, readers)
+        if any(use.adapted for use in uses):
+            adapted[path] = layer
+            others[path] = "the product of two smaller kernels is added to its output (LoRA)"
+        else:
+            found[path] = layer
 
     def ordered(mapping: dict[str, Any]) -> dict[str, Any]:
-        return dict(sorted(mapping.items(), key=lambda item: paths.natural_order(item[0])))
+        return dict(sorted(mapping.items(), key=_by_path))
 
-    refused = tuple(path for path in others if path in trace.uses or path in trace.problems)
-    return Traced(ordered(found), ordered(others), refused)
+    taken = trace.uses.keys() | trace.problems.keys()
+    refused = tuple(path for path in others if path in taken and path not in adapted)
+    return Traced(ordered(found), ordered(others), refused, ordered(adapted))
+
+
+def _by_path(item: tuple[str, Any]) -> Any:
+    return paths.natural_order(item[0])
 
 
 # --- Following values
@@ -166,6 +182,9 @@ class Use:
       times: how often the equation runs, in scans.
       biases: parameters that are added to the output.
       readers: what reads the sum.
+      source: the array that it takes, up to casts and its shape.
+      after: the use of which that array is the output, up to a factor.
+      adapted: whether the output of two other uses, one after the other, is added to its own (LoRA).
     """
 
     path: str
@@ -175,6 +194,9 @@ class Use:
     times: int
     biases: list[str] = dataclasses.field(default_factory=list)
     readers: list[Reader] = dataclasses.field(default_factory=list)
+    source: Any = None
+    after: "Use | None" = None
+    adapted: bool = False
 
     @property
     def same_layer(self) -> Any:
@@ -205,12 +227,15 @@ class _View(NamedTuple):
       index: for every entry of the value, its place in one layer's flattened parameter.
       stack: leading axes of the parameter that scans or products have taken away.
       shape: shape of one layer's parameter.
+      gathered: whether axes have been moved and joined in one step, as `vmap` does to make one convolution of
+        a stack of them.
     """
 
     path: str
     index: np.ndarray
     stack: Shape
     shape: Shape
+    gathered: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -226,6 +251,24 @@ class _View(NamedTuple):
         rest = self.shape[count:]
         return _View(self.path, _places(rest), (*self.stack, *self.shape[:count]), rest)
 
+    def ungathered(self, axes: list[int]) -> "_View | None":
+        """Returns the view of one layer of a stack that `vmap` runs as one convolution, if it is one.
+
+        `axes` are (*spatial, input, output) of the one kernel, whose outputs are in order of the layers; the
+        view that is returned has its axes in this order.
+        """
+        count = len(self.shape) - len(axes)
+        number = math.prod(self.shape[:count])
+        if not self.gathered or count < 1 or not self.index.size or self.index.shape[axes[-1]] % number:
+            return None
+        index = self.index.transpose(axes)
+        index = np.moveaxis(index.reshape(*index.shape[:-1], number, -1), -2, 0)
+        rest = self.shape[count:]
+        offsets = np.arange(number).reshape(number, *(1,) * len(axes)) * math.prod(rest)
+        if index[0].size != math.prod(rest) or (index != index[0] + offsets).any():
+            return None
+        return _View(self.path, index[0], (*self.stack, *self.shape[:count]), rest)
+
 
 class _Info(NamedTuple):
     """What is known of a value: whether it depends on data, on which parameters, and what it is."""
@@ -235,6 +278,8 @@ class _Info(NamedTuple):
     view: _View | None = None
     size: int = 0  # number of entries of the one parameter that it is, perhaps repeated
     made_by: Use | None = None  # the layer whose output it is, up to casts and the bias
+    term: Use | None = None  # the same, also up to a factor and the shape
+    changed: str = ""  # why it is no view of the parameter any more, where more is known than that
 
 
 # Equations of one argument that change neither its values nor their order.
@@ -255,7 +300,7 @@ def trace_uses(apply: Callable[..., Any], params: Any, *example: Any) -> Uses:
     infos += [_Info(data=True)] * (len(flat.inputs) - len(infos))
     walk = _Walk(closed_over=len(flat.inputs) == len(leaves))
     for info in walk.run(flat, infos, 1):
-        walk.read("output", info)
+        walk.read("output", info._replace(made_by=info.made_by or info.term))
     return walk.found
 
 
@@ -263,6 +308,7 @@ class _Walk:
     def __init__(self, *, closed_over: bool):
         self.found = Uses()
         self.closed_over = closed_over  # whether the data are constants of the function
+        self.sources: dict[Value, Any] = {}  # array -> the one that it is up to casts and its shape
 
     def run(self, flat: Flat, inputs: Sequence[_Info], times: int) -> list[_Info]:
         """Follows the values of a function; `times` is how often it runs."""
@@ -286,12 +332,18 @@ class _Walk:
             moved = _moved(equation, views[0]) if len(views) == len(taken) == 1 else None
             kept = moved is not None or equation.name == "broadcast_in_dim"
             size = taken[0].size if kept and len(taken) == 1 else 0
-            return [_Info(params=params, view=moved, size=size)] * len(equation.outputs)
+            changed = next((info.changed for info in taken if info.changed), "")
+            if equation.name == "concatenate" and len(params) > 1:
+                changed = "it is joined with other parameters before each use"
+            info = _Info(params=params, view=moved, size=size, changed=changed)
+            return [info] * len(equation.outputs)
+        if equation.name in (*PASSED, "reshape") and len(taken) == 1:
+            self.sources[equation.outputs[0]] = self.source(equation.inputs[0])
         if equation.name in PASSED and len(taken) == 1:
             return taken
         made: Use | None = None
-        layer = equation.name in ("conv_general_dilated", "dot_general")
-        if equation.name == "conv_general_dilated":
+        layer = equation.name in (*CONVOLUTIONS, "dot_general")
+        if equation.name in CONVOLUTIONS:
             made = self.convolution(equation, taken, times)
         elif equation.name == "dot_general":
             made = self.product(equation, taken, times)
@@ -302,8 +354,16 @@ class _Walk:
             for info in taken:
                 rest = [other for other in taken if other is not info and not other.data]
                 self.read(equation.name, info, frozenset[str]().union(*(other.params for other in rest)))
+        if made is not None and layer:
+            (x,) = (n for n, info in enumerate(taken) if info.data)
+            made.source, made.after = self.source(equation.inputs[x]), taken[x].term
+        term = made or _term(equation, taken)
         # What has been computed from data is data, whatever parameters were used.
-        return [_Info(data=True, made_by=made)] * len(equation.outputs)
+        return [_Info(data=True, made_by=made, term=term)] * len(equation.outputs)
+
+    def source(self, value: Value) -> Any:
+        """Returns what stands for an array and its casts; of a constant, which many values hold, itself."""
+        return self.sources.get(value, value if value.constant is None else id(value.constant))
 
     def note(self, params: frozenset[str], primitive: str) -> None:
         for path in params:
@@ -334,11 +394,19 @@ class _Walk:
         elif p["batch_group_count"] != 1:
             self.refuse(kernel, "a convolution in groups of the batch")
         else:
+            outputs, groups = shape[out], p["feature_group_count"]
+            one = kernel.view.ungathered([*spatial, into, out]) if kernel.view else None
+            if one is not None:
+                kernel, count = kernel._replace(view=one), math.prod(one.stack)
+                outputs //= count
+                spatial, into, out = list(range(len(spatial))), len(spatial), len(spatial) + 1
+                if groups % count == 0:  # else all of them take the same input
+                    inputs, groups = inputs // count, groups // count
             geometry = Geometry(
-                [shape[axis] for axis in spatial],
+                [shape[axis] for axis in numbers.rhs_spec[2:]],
                 inputs,
-                shape[out],
-                p["feature_group_count"],
+                outputs,
+                groups,
                 strides=p["window_strides"],
                 dilation=p["rhs_dilation"],
                 padding=p["padding"],
@@ -378,16 +446,22 @@ class _Walk:
         """Keeps a use of a kernel whose (spatial, input, output) axes are these."""
         if kernel.view is None:
             if kernel.params:
-                self.refuse(kernel, "it is changed before each use")
+                self.refuse(kernel, kernel.changed or "it is changed before each use")
             return None
-        path, index, stack, shape = kernel.view
+        path, index, stack, shape, _ = kernel.view
         if index.size != math.prod(shape):
             self.refuse(kernel, "only a part of it is one kernel")
             return None
         index = index.transpose([axis for group in axes for axis in group]).reshape(geometry.kernel)
         layout = _layout(index, shape)
         if layout is None:
-            self.refuse(kernel, "its axes are mixed before its use")
+            turned = np.flip(index, tuple(range(len(axes[0]))))
+            order = "axes are mixed"
+            if axes[0] and _layout(turned, shape) is not None:
+                order = "taps are reversed"
+            elif kernel.view.gathered:  # `vmap` over grouped convolutions of one input
+                order = "stack is mixed with its groups"
+            self.refuse(kernel, f"its {order} before its use")
             return None
         # A stack is run layer by layer: once each.
         use = Use(path, geometry, stack, layout, 1 if stack else times)
@@ -430,7 +504,34 @@ class _Walk:
         """Returns what is known of one element of the first axis."""
         if info.data:
             return _Info(data=True)
-        return info._replace(view=info.view.unstacked(1) if info.view else None)  # of the whole size
+        one = info.view.unstacked(1) if info.view else None
+        if info.view and not one:
+            info = info._replace(changed="its stack is not along its first axis")
+        return info._replace(view=one)  # of the whole size
+
+
+def _term(equation: Equation, taken: list[_Info]) -> Use | None:
+    """Returns the layer whose output this is up to a factor, an addend that is no data, and its shape.
+
+    Of a sum of two such outputs it keeps whether one adapts the other, and returns None.
+    """
+    data = [info for info in taken if info.data]
+    if equation.name in ("add", "add_any") and len(data) == 2:
+        for one, other in ((data[0].term, data[1].term), (data[1].term, data[0].term)):
+            if one is not None and other is not None:
+                one.adapted |= _adapts(other, one)
+        return None
+    kept = equation.name in ("mul", "add", "add_any", "reshape", "transpose")
+    kept |= equation.name == "div" and taken[0].data
+    return data[0].term if len(data) == 1 and kept else None
+
+
+def _adapts(last: Use, whole: Use) -> bool:
+    """Whether `last` is the second of two layers that take what `whole` takes, through fewer channels."""
+    first, layer = last.after, whole.geometry
+    if first is None or first.source != whole.source:
+        return False
+    return first.geometry.outputs < min(layer.inputs, layer.outputs)
 
 
 def _with_bias(equation: Equation, taken: list[_Info]) -> Use | None:
@@ -451,7 +552,9 @@ def _moved(equation: Equation, view: _View) -> _View | None:
     match equation.name:
         case "transpose":
             index = index.transpose(p["permutation"])
-        case "reshape" if p.get("dimensions") is None:
+        case "reshape":
+            if p.get("dimensions") is not None:
+                index, view = index.transpose(p["dimensions"]), view._replace(gathered=True)
             index = index.reshape(p["new_sizes"])
         case "squeeze":
             index = index.squeeze(tuple(p["dimensions"]))
@@ -511,17 +614,24 @@ def _places(shape: Sequence[int]) -> np.ndarray:
 # --- Choosing
 
 
-def _selected(traced: Traced, select: Select) -> dict[str, Layer]:
+def selected(traced: Traced, select: Select) -> dict[str, Layer]:
+    """Returns the layers that `select` chooses, by their kernels' paths, as in `find_branches`.
+
+    Raises:
+      ValueError: it chooses none, or parameters that cannot be made of branches, with the reasons.
+      TypeError: it is none of what it can be.
+    """
     wrong: dict[str, str] = {}
+    every = dict(sorted((traced.layers | traced.adapted).items(), key=_by_path))
     match select:
         case None:
             return traced.layers
         case str() | re.Pattern():
             pattern = paths.compiled(select, "select")
-            found = {p: one for p, one in traced.layers.items() if pattern.fullmatch(one.name)}
+            found = {p: one for p, one in every.items() if pattern.fullmatch(one.name)}
             wrong = {p: traced.others[p] for p in traced.refused if pattern.fullmatch(p.rpartition("/")[0])}
         case _ if callable(select):
-            found = {p: one for p, one in traced.layers.items() if select(one.name, one)}
+            found = {p: one for p, one in every.items() if select(one.name, one)}
         case _:
             raise TypeError(
                 f"`select` is {select!r}: it must be a regular expression, a function (path, layer) -> bool, "
@@ -533,7 +643,7 @@ def _selected(traced: Traced, select: Select) -> dict[str, Layer]:
             + "; ".join(f"{path}: {why}" for path, why in wrong.items())
         )
     if not found:
-        names = [one.name for one in traced.layers.values()]
+        names = [one.name for one in every.values()]
         raise ValueError(
             f"`apply` has no layer that `select` = {select!r} chooses: its layers are "
             f"{paths.listed(names, 8)}"

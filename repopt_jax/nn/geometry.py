@@ -139,13 +139,16 @@ def along_channels(v: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.asarray(v, y.dtype).reshape((1,) * (y.ndim - 1) + v.shape)
 
 
-def geometry_of(layer: Plain) -> Geometry:
-    """Returns the geometry of an `nnx.Conv` or `nnx.Linear`.
+def geometry_of(layer: Plain | nnx.ConvTranspose) -> Geometry:
+    """Returns the geometry of an `nnx.Conv` or `nnx.Linear`, or of an `nnx.ConvTranspose` at stride 1.
 
     Raises:
-      ValueError: a padding that shifts the window (`CAUSAL`), with the pairs to write instead; or a layer
-        that computes otherwise than these two classes, see `check_plain`.
+      ValueError: a padding that shifts the window (`CAUSAL`), with the pairs to write instead; a transposed
+        convolution at another stride; or a layer that computes otherwise than these classes, see
+        `check_plain` and `check_transposed`.
     """
+    if isinstance(layer, nnx.ConvTranspose):
+        return _geometry_of_transposed(layer)
     check_plain(layer)
     if isinstance(layer, nnx.Linear):
         return Geometry((), layer.in_features, layer.out_features)
@@ -161,12 +164,69 @@ def geometry_of(layer: Plain) -> Geometry:
     )
 
 
+def _geometry_of_transposed(layer: nnx.ConvTranspose) -> Geometry:
+    """At stride 1 a transposed convolution is a convolution: nothing is put between the pixels of its input.
+
+    Flax does not reverse its taps. It pads r = (window - 1) * dilation zeros in front and behind ("VALID"),
+    or ceil(r / 2) and floor(r / 2), where `nnx.Conv` has them the other way round ("SAME", and "CIRCULAR" in
+    effect, whose sums over the periods of a wider output are the output of a wrapped input).
+    """
+    check_transposed(layer)
+    axes = len(layer.kernel_size)
+    if set(per_axis(layer.strides or 1, axes, "strides")) - {1}:
+        raise ValueError(
+            f"a transposed convolution with strides {layer.strides}: each of its outputs is reached by some "
+            "taps of the kernel only, so that a 1x1 branch in the centre would reach some outputs alone"
+        )
+    dilation = per_axis(layer.kernel_dilation or 1, axes, "kernel_dilation")
+    reach = [(n - 1) * d for n, d in zip(layer.kernel_size, dilation)]
+    padding: Any = layer.padding
+    match padding:
+        case "SAME" | "CIRCULAR":
+            pads = [(r - r // 2, r // 2) for r in reach]
+        case "VALID":
+            pads = [(r, r) for r in reach]
+        case str():
+            raise ValueError(f"padding {padding!r} is none that nnx.ConvTranspose can run")
+        case _:
+            pads = pairs_of(padding, axes)
+    if padding == "CIRCULAR" and any(r % 2 for r in reach):
+        raise ValueError(
+            "padding 'CIRCULAR' of an even window shifts it the other way than that of nnx.Conv: use nnx.Conv"
+        )
+    return Geometry(
+        layer.kernel_size,
+        layer.in_features,
+        layer.out_features,
+        dilation=dilation,
+        padding=pads,
+        pad_mode=FLAX_PAD_MODES.get(str(padding), "constant"),
+    )
+
+
+def pairs_of(padding: int | Sequence[int | Sequence[int]], axes: int) -> Pads:
+    """Returns a padding that Flax takes as numbers as (before, after) for each spatial axis."""
+    if isinstance(padding, int):
+        return ((padding, padding),) * axes
+    return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+
+
 def pads_by_size(layer: nnx.Conv) -> bool:
     """Returns whether the padding depends on the input's size: `SAME` at a stride above 1."""
     strides = per_axis(layer.strides or 1, len(layer.kernel_size), "strides")
     dilation = per_axis(layer.kernel_dilation or 1, len(layer.kernel_size), "kernel_dilation")
     reaches = [(n - 1) * d for n, d in zip(layer.kernel_size, dilation)]
     return layer.padding == "SAME" and any(s > 1 and r for s, r in zip(strides, reaches))
+
+
+def pads_with_zeros(layer: nnx.Module) -> bool:
+    """Returns whether a convolution may put zeros around its input, where a wrapped one has its own values.
+
+    `layer` is an `nnx.Conv`, or of a class that pads nothing.
+    """
+    if not isinstance(layer, nnx.Conv) or str(layer.padding) in FLAX_PAD_MODES:
+        return False
+    return pads_by_size(layer) or layer.padding == "CAUSAL" or any(map(any, explicit_padding(layer)))
 
 
 def explicit_padding(layer: nnx.Conv) -> Pads:
@@ -179,10 +239,8 @@ def explicit_padding(layer: nnx.Conv) -> Pads:
     dilation = per_axis(layer.kernel_dilation or 1, len(window), "kernel_dilation")
     reach = [(n - 1) * d for n, d in zip(window, dilation)]
     centred = tuple((r // 2, r - r // 2) for r in reach)
-    if isinstance(padding, int):
-        return ((padding, padding),) * len(window)
     if not isinstance(padding, str):
-        return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+        return pairs_of(padding, len(window))
     if padding == "VALID":
         return ((0, 0),) * len(window)
     if padding in FLAX_PAD_MODES:
@@ -194,9 +252,14 @@ def explicit_padding(layer: nnx.Conv) -> Pads:
             f"padding 'SAME' with strides {layer.strides} depends on the input's size: it has the pairs "
             "`geometry_of(layer).for_input(size).padding`"
         )
+    shifts = (
+        f"padding {padding!r} shifts the window, so that its centre, where small branches are, is an earlier"
+    )
+    if len(window) > 1:
+        raise ValueError(f"{shifts} sample; and nnx.Conv runs it along one spatial axis only")
     raise ValueError(
-        f"padding {padding!r} shifts the window, so that its centre, where small branches are, is an earlier "
-        f"sample; if that is meant, give the layer explicit pairs, such as {tuple((r, 0) for r in reach)}"
+        f"{shifts} sample; if that is meant, give the layer explicit pairs, which compute the same: "
+        f"padding={tuple((r, 0) for r in reach)}"
     )
 
 
@@ -229,6 +292,8 @@ def plain_layer(
 def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
     """Returns `module` if it is an `nnx.Conv` or `nnx.Linear` that is determined by its kernel and bias.
 
+    Of an `nnx.ConvTranspose` that is `check_transposed`.
+
     Args:
       module: the layer.
       changed: whether its function may be a `ChangedOperands`.
@@ -237,7 +302,7 @@ def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
       ValueError: it is of another class, or has a function of its own, a mask, or dilated inputs.
     """
     if not isinstance(module, (nnx.Conv, nnx.Linear)):
-        raise ValueError("only nnx.Conv and nnx.Linear can be made of branches")
+        raise ValueError(f"a {type(module).__name__} is neither an nnx.Conv nor an nnx.Linear")
     is_conv = isinstance(module, nnx.Conv)
     base, function = (nnx.Conv, "conv_general_dilated") if is_conv else (nnx.Linear, "dot_general")
     if type(module).__call__ is not base.__call__:
@@ -254,6 +319,18 @@ def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
                 "an nnx.Conv with `mask` or `input_dilation` can be neither re-parameterized nor fused"
             )
     return module
+
+
+def check_transposed(layer: nnx.ConvTranspose) -> None:
+    """Raises ValueError if a transposed convolution is not determined by its kernel, (*spatial, in, out)."""
+    if type(layer).__call__ is not nnx.ConvTranspose.__call__:
+        raise ValueError("its class has a __call__ of its own, in place of that of nnx.ConvTranspose")
+    if layer.mask is not None:
+        raise ValueError("an nnx.ConvTranspose with `mask` can be neither re-parameterized nor fused")
+    if layer.transpose_kernel:
+        raise ValueError(
+            "its kernel has its outputs on another axis and its taps reversed (`transpose_kernel`)"
+        )
 
 
 def _made(geometry: Geometry, **options: Any) -> Plain:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.paths import natural_order
-from repopt_jax.nn.geometry import FLAX_PAD_MODES, check_plain, explicit_padding, pads_by_size
+from repopt_jax.nn.geometry import check_plain, pads_with_zeros
 from repopt_jax.surgery.layers import WRAPPERS
 from repopt_jax.surgery.marks import Probe
 from repopt_jax.surgery.modules import named_modules, replace_modules
@@ -361,7 +361,7 @@ class Channels:
                         problems[producers[0]] = self._not_constant(producers, name)
                     elif a.any() or b.any():
                         shifted.add(name)
-                        if _pads_with_zeros(self._modules[name]):
+                        if pads_with_zeros(self._modules[name]):
                             problems[producers[0]] = (
                                 f"a removed channel would be a constant other than zero to {name}, which "
                                 "pads it with zeros"
@@ -522,9 +522,3 @@ def _norms_of(calls: Sequence[tuple[str, Any, Any]], kinds: Mapping[str, str]) -
         if layer is not None and set(layers) == {layer} and count[layer] == len(layers):
             found[layer] = norm
     return found
-
-
-def _pads_with_zeros(layer: nnx.Module) -> bool:
-    if not isinstance(layer, nnx.Conv) or str(layer.padding) in FLAX_PAD_MODES:
-        return False
-    return pads_by_size(layer) or layer.padding == "CAUSAL" or any(map(any, explicit_padding(layer)))

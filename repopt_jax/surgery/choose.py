@@ -14,11 +14,11 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, overload
 
 from flax import nnx
 
-from repopt_jax.core import paths
+from repopt_jax.core import paths, tracing
 from repopt_jax.core.branches import Kernel
 from repopt_jax.core.layer import Layer
 from repopt_jax.core.published import PUBLISHED_FOR, STRUCTURES, repopt
@@ -56,7 +56,15 @@ class Choice(NamedTuple):
 
 
 class Choices(dict[str, Choice]):
-    """What becomes of each layer, by the path of its kernel. As text it is a table, a line for each layer."""
+    """What becomes of each layer, by the path of its kernel. As text it is a table, a line for each layer.
+
+    Attributes:
+      selected: whether `select` chose the layers.
+    """
+
+    def __init__(self, choices: Mapping[str, Choice], *, selected: bool = False):
+        super().__init__(sorted(choices.items(), key=lambda item: paths.natural_order(item[0])))
+        self.selected = selected
 
     def __str__(self) -> str:
         taken = [f"  {path}: {choice}" for path, choice in self.items() if choice.structure is not None]
@@ -65,9 +73,25 @@ class Choices(dict[str, Choice]):
         return "\n".join(line for title, lines in parts if lines for line in (f"{title}:", *lines))
 
 
+@overload
 def find_structures(
     model: nnx.Module, structure: Described = repopt, select: Select = None, *, options: Options = None
-) -> Choices:
+) -> Choices: ...
+
+
+@overload
+def find_structures(
+    model: Callable[..., Any],
+    params: Any,
+    /,
+    *example: Any,
+    structure: Described = repopt,
+    select: tracing.Select = None,
+    options: Options = None,
+) -> Choices: ...
+
+
+def find_structures(model: Any, *args: Any, **given: Any) -> Choices:
     """Returns what `to_structure` with these arguments makes of each layer, by the path of its kernel.
 
     Without `select` some layers are left as they are: those for which the structure is not defined; the dense
@@ -78,24 +102,67 @@ def find_structures(
 
     With `select` every layer that it chooses becomes the structure.
 
-    Parameters of several axes in modules of other kinds (transposed convolutions, embeddings, classes of your
-    own) are listed as well, so that nothing is passed over without a word.
+    Parameters of several axes in modules of other kinds (embeddings, classes of your own) are listed as well,
+    so that nothing is passed over without a word.
+
+    Of a function of any framework it is what `find_parametrizations` makes of each layer, which is found by
+    tracing, as in `find_branches`: `find_structures(apply, params, *example, structure="orepa")`. The dense
+    layers of the logits are there those whose output is one of the function.
 
     Args:
-      model: any NNX model.
+      model: any NNX model; or a function.
+      params, example: of a function, its parameters and other arguments, arrays or `jax.ShapeDtypeStruct`s.
       structure: by default the branches of RepOptimizer, which a search and its scales are for; a name in
         `STRUCTURES`; a description; or a mapping of regular expressions for a layer's whole path to names or
         descriptions, of which the first that matches counts. A network may have particular descriptions for
         a name (`models.Network.descriptions`).
-      select: which layers, as in `find_layers`.
+      select: which layers, as in `find_layers`; of a function, as in `core.tracing.find_branches`.
       options: arguments of the descriptions, such as {"gamma": 1 / 3} for "acnet"; for `structure` a mapping,
         of all of them.
 
     Raises:
       ValueError: an unknown name or option; a rule that matches no layer; or as `find_layers` for a `select`
-        that chooses nothing.
-      TypeError: `select` is none of the above.
+        that chooses nothing, and of a function as `find_branches` for one that chooses what is no layer.
+      TypeError: `select` is none of the above; or `model` is neither a model nor a function.
     """
+    if isinstance(model, nnx.Module):
+        return _of_model(model, *args, **given)
+    if not callable(model):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}: it must be an NNX model, or a function of parameters"
+        )
+    return _of_function(model, *args, **given)
+
+
+def _of_function(
+    apply: Callable[..., Any],
+    params: Any,
+    *example: Any,
+    structure: Described = repopt,
+    select: tracing.Select = None,
+    options: Options = None,
+) -> Choices:
+    traced = tracing.trace_layers(apply, params, *example)
+    layers = tracing.selected(traced, select)
+    describe = _describer(apply, structure, [layer.name for layer in layers.values()], options)
+
+    def stays(layer: Layer, made: Structure, description: Description) -> str:
+        makes_output = not layer.geometry.axes and "output" in layer.readers
+        return _reason_to_stay(layer, made, description, makes_output) if select is None else ""
+
+    # The structure is kept in the optimizer, which has no place for batch norms.
+    found = _choices(layers, describe, Layer.parametrization, stays)
+    if select is None:
+        found |= {
+            path: Choice(None, why, undefined=path in traced.refused, layer=traced.adapted.get(path))
+            for path, why in traced.others.items()
+        }
+    return Choices(found, selected=select is not None)
+
+
+def _of_model(
+    model: nnx.Module, structure: Described = repopt, select: Select = None, *, options: Options = None
+) -> Choices:
     layers, unreadable = survey_layers(model, select)
     describe = _describer(model, structure, [layer.name for layer in layers.values()], options)
     declares = isinstance(model, DeclaresBranches)
@@ -104,33 +171,58 @@ def find_structures(
         join(path, "kernel"): Choice(None, why.partition(": ")[2], undefined=True)
         for path, why in unreadable.items()
     }
-    for path, layer in layers.items():
-        try:
-            description = describe(layer)
-            made = description(layer.geometry)
-            if layer.layout != "...io" and made.followers("norm"):
-                raise ValueError(
-                    "its inputs or outputs have several axes: there are no branches with batch norms for it"
-                )
-            if layer.stack and made.followers("norm"):
-                raise ValueError(
-                    "it is a stacked layer, whose branches would need batch norms made by the same nnx.vmap: "
-                    "leave it out with `select`, or build the network of `nn.Branched`"
-                )
-        except ValueError as error:
-            found[path] = Choice(None, str(error), undefined=True, layer=layer)
-            continue
-        reason = ""
-        if select is None and not declares:
-            reason = _reason_to_stay(layer, made, description, classifier)
-        found[path] = Choice(None if reason else made, reason, layer=layer)
+
+    def stays(layer: Layer, made: Structure, description: Description) -> str:
+        if select is not None or declares:
+            return ""
+        return _reason_to_stay(layer, made, description, layer.name == classifier)
+
+    found |= _choices(layers, describe, _check_norms, stays)
     if declares and select is None:
         others = (join(p, "kernel") for p, m in named_modules(model) if isinstance(m, LAYERS))
         undeclared = Choice(None, "the model does not declare it: choose it with `select`")
         found |= {path: undeclared for path in others if path not in found}
     if select is None:
         found |= {path: choice for path, choice in _of_other_kinds(model).items() if path not in found}
-    return Choices(sorted(found.items(), key=lambda item: paths.natural_order(item[0])))
+    return Choices(found, selected=select is not None)
+
+
+def _choices(
+    layers: Mapping[str, Layer],
+    describe: Callable[[Layer], Description],
+    check: Callable[[Layer, Structure], Any],
+    stays: Callable[[Layer, Structure, Description], str],
+) -> dict[str, Choice]:
+    """Returns what becomes of each layer.
+
+    `check` raises ValueError where a layer cannot be its structure; `stays` gives the reason why one that can
+    is left as it is, or "".
+    """
+    found = {}
+    for path, layer in layers.items():
+        try:
+            description = describe(layer)
+            made = description(layer.geometry)
+            check(layer, made)
+        except ValueError as error:
+            found[path] = Choice(None, str(error), undefined=True, layer=layer)
+            continue
+        reason = stays(layer, made, description)
+        found[path] = Choice(None if reason else made, reason, layer=layer)
+    return found
+
+
+def _check_norms(layer: Layer, made: Structure) -> None:
+    """Raises ValueError if this layer of a model cannot have the structure's batch norms."""
+    if layer.layout != "...io" and made.followers("norm"):
+        raise ValueError(
+            "its inputs or outputs have several axes: there are no branches with batch norms for it"
+        )
+    if layer.stack and made.followers("norm"):
+        raise ValueError(
+            "it is a stacked layer, whose branches would need batch norms made by the same nnx.vmap: "
+            "leave it out with `select`, or build the network of `nn.Branched`"
+        )
 
 
 def _of_other_kinds(model: nnx.Module) -> dict[str, Choice]:
@@ -144,11 +236,9 @@ def _of_other_kinds(model: nnx.Module) -> dict[str, Choice]:
     }
 
 
-def _reason_to_stay(
-    layer: Layer, structure: Structure, description: Description, classifier: str | None
-) -> str:
+def _reason_to_stay(layer: Layer, structure: Structure, description: Description, makes_logits: bool) -> str:
     """Returns why a layer is not taken unless `select` chooses it, or ""."""
-    if layer.name == classifier and description is not repopt:
+    if makes_logits and description is not repopt:
         return "it is the dense layer that makes the logits: choose it with `select` if it is not"
     own = Kernel(layer.geometry.window)
     if [[stage.map for stage in chain] for _, chain in structure.chains] == [[own]]:
@@ -265,7 +355,7 @@ def _value(text: str, item: str) -> Any:
 
 
 def _describer(
-    model: nnx.Module, structure: Described, names: Sequence[str], options: Options
+    model: Any, structure: Described, names: Sequence[str], options: Options
 ) -> Callable[[Layer], Description]:
     """Returns a function from a layer, whose name is one of `names`, to its description."""
     if isinstance(structure, str):

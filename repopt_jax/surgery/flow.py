@@ -1,12 +1,13 @@
-"""Which batch norm reads which layer's output, and nothing else does: by the flow of data, not by names.
+"""Which batch norms and layers come together, and with nothing else: by the flow of data, not by names.
 
-The model is traced once, with a mark on the output of every layer and on the input of every batch norm. A
-batch norm belongs to a layer if it is the only one to read the layer's output, at each use, and reads nothing
-else. In pre-activation networks a norm may come after a sum or a concatenation: it belongs to no layer.
+The model is traced once, with a mark on the input and the output of every layer and every batch norm. Two of
+them come together if the second is the only one to read the first one's output, at each use, and reads
+nothing else. In pre-activation networks a norm may come after a sum or a concatenation: it belongs to no
+layer before it, but perhaps to the one after it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from flax import nnx
@@ -21,10 +22,22 @@ Example: TypeAlias = Sequence[Any] | Callable[[Any], Any] | None
 _OUT, _IN = "output of ", "input of "
 
 
+class Neighbours(NamedTuple):
+    """The batch norms that come together with a layer, by the layer's path.
+
+    Attributes:
+      after: the norm that alone reads the layer's output, and reads nothing else.
+      before: the norm whose output the layer alone reads, and which reads nothing else.
+    """
+
+    after: dict[str, str]
+    before: dict[str, str]
+
+
 def norms_of_layers(
     model: nnx.Module, example: Example, layers: Sequence[str], norms: Sequence[str]
-) -> dict[str, str]:
-    """Returns the batch norm that alone reads a layer's output, by the layer's path.
+) -> Neighbours:
+    """Returns the batch norms after and before layers.
 
     Args:
       model: the model, which is not changed. It is traced in evaluation mode.
@@ -40,8 +53,8 @@ def norms_of_layers(
             f"`example` is a {type(example).__name__}: it must be a tuple of what the model is called with, "
             "such as (images,), or a function that calls a model"
         )
-    marked = intercepted(model, _mark_output, lambda path, module: path in layers)
-    marked = intercepted(marked, _mark_input, lambda path, module: path in norms)
+    known = {*layers, *norms}
+    marked = intercepted(model, _mark, lambda path, module: path in known)
     marked.eval()
     graph, state = nnx.split(marked)
 
@@ -56,14 +69,20 @@ def norms_of_layers(
     for source, reader in reads:
         readers.setdefault(source, []).append(reader)
         sources.setdefault(reader, []).append(source)
-    found = {}
-    for layer in layers:
-        taken = readers.get(_OUT + layer, [])
-        norm = taken[0] if taken else ""
-        alone = norm.startswith(_IN) and set(taken) == {norm}
-        if alone and set(sources[norm]) == {_OUT + layer}:
-            found[layer] = norm.removeprefix(_IN)
-    return found
+
+    def next_of(path: str) -> str:
+        """Returns the path of what alone reads this output, and reads nothing else; "" if nothing does."""
+        taken = readers.get(_OUT + path, [])
+        reader = taken[0] if taken else ""
+        alone = reader.startswith(_IN) and set(taken) == {reader}
+        return reader.removeprefix(_IN) if alone and set(sources[reader]) == {_OUT + path} else ""
+
+    after = {layer: next_of(layer) for layer in layers}
+    before = {next_of(norm): norm for norm in norms}
+    return Neighbours(
+        {layer: norm for layer, norm in after.items() if norm in norms},
+        {layer: norm for layer, norm in before.items() if layer in layers},
+    )
 
 
 def _reads(flat: Flat) -> Iterator[tuple[str, str]]:
@@ -88,9 +107,7 @@ def _reads(flat: Flat) -> Iterator[tuple[str, str]]:
     yield from ((known[value], "") for value in flat.outputs if known.get(value))
 
 
-def _mark_output(path: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _mark(path: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    if args:  # an input by keyword has no mark, and counts as none that was read alone
+        args = (checkpoint_name(args[0], _IN + path), *args[1:])
     return checkpoint_name(call(*args, **options), _OUT + path)
-
-
-def _mark_input(path: str, call: Callable[..., Any], x: Any, *args: Any, **options: Any) -> Any:
-    return call(checkpoint_name(x, _IN + path), *args, **options)

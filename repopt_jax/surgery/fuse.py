@@ -25,9 +25,15 @@ from repopt_jax.core.branches import Shape
 from repopt_jax.nn.block import Block, ChannelAffine, PreNorm
 from repopt_jax.nn.branched import Branched, StructuredLayer, affine_of
 from repopt_jax.nn.compactor import Compactor
-from repopt_jax.nn.geometry import ChangedOperands, check_plain, explicit_padding, pads_by_size, plain_layer
+from repopt_jax.nn.geometry import (
+    ChangedOperands,
+    check_plain,
+    check_transposed,
+    pads_with_zeros,
+    plain_layer,
+)
 from repopt_jax.nn.merged import Merged, MergedGeneral
-from repopt_jax.surgery.flow import Example, norms_of_layers
+from repopt_jax.surgery.flow import Example, Neighbours, norms_of_layers
 from repopt_jax.surgery.modules import aliases, check_model, named_modules, replace_modules
 
 Foldable = nnx.Conv | nnx.Linear | nnx.ConvTranspose | StructuredLayer
@@ -69,8 +75,9 @@ def fuse(
         it.
       example: what the model is called with, a tuple of arrays or `jax.ShapeDtypeStruct`s, or a function that
         calls a model, such as `lambda model: model(x, train=False)`. The model is traced with it, and every
-        batch norm is folded that alone reads the output of a layer. Others (after a sum, a concatenation or
-        an activation, as in pre-activation networks) are kept.
+        batch norm is folded that alone reads the output of a layer; then every other one whose output one
+        layer alone reads, if that layer pads no zeros (a dense or 1x1 layer, "VALID"). The others (after a
+        sum and before an activation, as in pre-activation networks) are kept.
 
     Raises:
       ValueError: the model is in training mode (batch norms use batch statistics): call `model.eval()` first;
@@ -97,12 +104,16 @@ def fuse(
             return False  # its layers are folded on their own, or reported below
         return isinstance(module, only) if only else fuse_block.dispatch(type(module)) is not default
 
-    norm_of = pair_up(model, pairs or {}, wanted, example)
-    taken_in = set(norm_of.values())
+    after, before = pair_up(model, pairs or {}, wanted, example)
+    taken_in = {*after.values(), *before.values()}
 
     def replace(path: str, module: Any) -> nnx.Module | None:
-        if path in norm_of:
-            return fold_batch_norm(module, norms[norm_of[path]])
+        if path in before:
+            module = fold_input_norm(module, norms[before[path]])
+        if path in after:
+            module = fold_batch_norm(module, norms[after[path]])
+        if path in after or path in before:
+            return module
         if path in taken_in:
             return FoldedNorm()
         return fuse_block(module) if wanted(module) else None
@@ -200,8 +211,7 @@ def _(block: Block) -> Block:
     layer = _plain(block.conv) if block.bn is None else fold_batch_norm(block.conv, block.bn)
     if not isinstance(block.pre, nnx.BatchNorm):
         return block.replaced(layer, None)
-    if isinstance(layer, nnx.Conv) and (pads_by_size(layer) or any(map(any, explicit_padding(layer)))):
-        # The layer pads with zeros what the norm has shifted, which no bias expresses.
+    if _pads_zeros(layer):  # pads with zeros what the norm has shifted, which no bias expresses
         return block.replaced(layer, None, pre=fuse_block(block.pre))
     return block.replaced(fold_input_norm(layer, block.pre), None, pre=None)
 
@@ -258,10 +268,19 @@ def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
     return plain_like(layer, scale_output(kernel, s), b if bias is None else b + bias * s)
 
 
-def fold_input_norm(layer: nnx.Conv | nnx.Linear, bn: nnx.BatchNorm) -> Any:
+def _pads_zeros(layer: Foldable) -> bool:
+    """Whether there may be zeros in the layer's input that a batch norm before it does not shift."""
+    if isinstance(layer, StructuredLayer):
+        geometry = layer.structure.layer
+        padded = geometry.pad_mode == "constant" and any(map(any, geometry.padding))
+        return padded or geometry.pad_mode == "same"
+    return isinstance(layer, nnx.ConvTranspose) or pads_with_zeros(layer)
+
+
+def fold_input_norm(layer: nnx.Conv | nnx.Linear | StructuredLayer, bn: nnx.BatchNorm) -> Any:
     """Returns one plain layer that computes layer(bn(x)): the kernel times s, and its response to b.
 
-    (s, b) are those of the batch norm. It is exact if the layer pads its input with nothing.
+    (s, b) are those of the batch norm. It is exact if the layer pads its input with no zeros.
 
     Raises:
       ValueError: the layer's input is quantized, which does not commute with the batch norm.
@@ -297,7 +316,7 @@ def plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> An
         geometry = layer.structure.layer
         return plain_layer(geometry, kernel, bias, dtype=layer.dtype, precision=layer.precision)
     if isinstance(layer, nnx.ConvTranspose):
-        _check_transposed(layer)
+        check_transposed(layer)
     else:
         check_plain(layer, changed=True)
     plain = nnx.clone(layer)  # keeps its other attributes: padding by name, precision, fake quantization
@@ -320,10 +339,11 @@ def pair_up(
     pairs: Mapping[str, str],
     is_block: Callable[[nnx.Module], bool],
     example: Example = None,
-) -> dict[str, str]:
-    """Returns the batch norm of each layer that `pairs` name, or that `example` shows, by the layer's path.
+) -> Neighbours:
+    """Returns the batch norms after layers that `pairs` name, or that `example` shows, and those before.
 
-    Layers and batch norms inside modules for which `is_block` is true are left out.
+    `example` alone shows those before, of layers that can take them in (`fold_input_norm`), where they are
+    after no layer. Layers and batch norms inside modules for which `is_block` is true are left out.
 
     Raises:
       ValueError: rules that match no layer, or batch norms that do not belong to one layer alone, all listed.
@@ -365,14 +385,19 @@ def pair_up(
     if problems:
         raise ValueError(f"`pairs` cannot be folded: {'; '.join(problems)}")
     if example is None:
-        return found
+        return Neighbours(found, {})
     norms = [p for p, m in outside.items() if isinstance(m, nnx.BatchNorm) and p not in takers]
-    free = [p for p in layers if p not in found]
-    for path, norm in norms_of_layers(model, example, free, norms).items():
+    seen, before = norms_of_layers(model, example, list(layers), norms), {}
+    for path, norm in seen.after.items():
         with contextlib.suppress(ValueError):  # a norm of another kind is kept
             _check_pair(layers[path], outside[norm], norm)
-            found[path] = norm
-    return found
+            found.setdefault(path, norm)
+    for path, norm in seen.before.items():
+        with contextlib.suppress(ValueError):
+            if norm not in found.values():
+                _check_before(layers[path], outside[norm], norm)
+                before[path] = norm
+    return Neighbours(found, before)
 
 
 def _norm_of(
@@ -404,10 +429,9 @@ def _norm_of(
 
 def _check_pair(layer: Foldable, bn: Any, norm: str) -> None:
     """Raises ValueError if this batch norm, at the path `norm`, cannot be folded into the layer before it."""
-    if type(bn).__call__ is not nnx.BatchNorm.__call__ or bn.axis != -1:
-        raise ValueError(f"the batch norm at {norm} is not along the last axis, or of a class of its own")
+    _check_norm(bn, norm)
     if isinstance(layer, nnx.ConvTranspose):
-        _check_transposed(layer)
+        check_transposed(layer)
     elif isinstance(layer, (nnx.Conv, nnx.Linear)):
         check_plain(layer, changed=True)
     channels = _channels(layer)
@@ -415,19 +439,35 @@ def _check_pair(layer: Foldable, bn: Any, norm: str) -> None:
         raise ValueError(f"it has {channels} channels, and the batch norm at {norm} {bn.var.shape}")
 
 
-def _check_transposed(layer: nnx.ConvTranspose) -> None:
-    if type(layer).__call__ is not nnx.ConvTranspose.__call__ or layer.mask is not None:
-        raise ValueError("a transposed convolution with a `mask` or of a class of its own cannot be folded")
-    if layer.transpose_kernel:
-        raise ValueError("a transposed convolution with `transpose_kernel` has its outputs on another axis")
+def _check_before(layer: Foldable, bn: Any, norm: str) -> None:
+    """Raises ValueError if this batch norm, at the path `norm`, cannot be folded into the layer after it."""
+    _check_norm(bn, norm)
+    if _pads_zeros(layer):
+        raise ValueError("it pads with zeros what the batch norm has shifted")
+    if not isinstance(layer, StructuredLayer):
+        check_plain(layer)
+    inputs = (*_stack(layer), layer.in_features)
+    if bn.var.shape != inputs:
+        raise ValueError(f"it has inputs of {inputs} channels, and the batch norm at {norm} {bn.var.shape}")
+
+
+def _check_norm(bn: Any, norm: str) -> None:
+    """Raises ValueError if it is no batch norm over the last axis as Flax computes it."""
+    if type(bn).__call__ is not nnx.BatchNorm.__call__ or bn.axis != -1:
+        raise ValueError(f"the batch norm at {norm} is not along the last axis, or of a class of its own")
 
 
 def _channels(layer: Foldable) -> Shape:
     """Returns the shape of vectors over the output channels, with the axes of a stack in front."""
+    return (*_stack(layer), layer.out_features)
+
+
+def _stack(layer: Foldable) -> Shape:
+    """Returns the axes along which equal layers are stacked."""
     if isinstance(layer, StructuredLayer):
-        return (*layer.stack, layer.out_features)
+        return layer.stack
     axes = 0 if isinstance(layer, nnx.Linear) else len(layer.kernel_size)
-    return (*layer.kernel.shape[: -2 - axes], layer.out_features)
+    return layer.kernel.shape[: -2 - axes]
 
 
 def _first_match(rules: Sequence[tuple[re.Pattern[str], str]], path: str) -> str | None:

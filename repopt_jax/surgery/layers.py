@@ -33,8 +33,8 @@ def find_layers(model: nnx.Module, select: Select = None) -> dict[str, Layer]:
 
     Args:
       model: any NNX model.
-      select: which layers. None selects every `nnx.Conv` and `nnx.Linear` that branches can replace or, if
-        the model declares its `branch_sets()`, the layers of these. A regular expression for the whole path
+      select: which layers. None selects every layer of `LAYERS` that branches can replace or, if the model
+        declares its `branch_sets()`, the layers of these. A regular expression for the whole path
         of a layer (`encoder/.*`) or a function (path, module) -> bool selects among all modules that have a
         kernel, a type or a tuple of types among all modules.
 
@@ -143,7 +143,9 @@ def _branches_of_model(
 
 
 # The classes whose kernels branches can make up.
-LAYERS = (nnx.Conv, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+
+_KINDS = "nnx.Conv, nnx.ConvTranspose (stride 1), nnx.Linear, nnx.LinearGeneral and nnx.Einsum"
 
 
 def read_layer(path: str, module: nnx.Module) -> Layer:
@@ -152,10 +154,11 @@ def read_layer(path: str, module: nnx.Module) -> Layer:
     Raises:
       ValueError: branches cannot replace it, with the reason.
     """
+    if not isinstance(module, LAYERS):
+        raise ValueError(f"only {_KINDS} can be made of branches")
     if isinstance(module, (nnx.LinearGeneral, nnx.Einsum)):
         return _read_general(path, module)
-    geometry = geometry_of(module)  # pyright: ignore[reportArgumentType]  (refuses what it is not)
-    assert isinstance(module, (nnx.Conv, nnx.Linear))  # what has a geometry
+    geometry = geometry_of(module)
     shape, one = tuple(module.kernel.shape), geometry.kernel
     stack = shape[: max(len(shape) - len(one), 0)]
     out = (*stack, geometry.outputs)
@@ -226,10 +229,7 @@ def layers_at(model: nnx.Module, kernels: Iterable[str]) -> dict[str, Layer]:
     check_aliases(model, kernels)
     modules = {join(path, "kernel"): (path, m) for path, m in named_modules(model) if _is_plain(m)}
     if wrong := [kernel for kernel in kernels if kernel not in modules]:
-        raise TypeError(
-            "only kernels of nnx.Conv, nnx.Linear, nnx.LinearGeneral and nnx.Einsum can become CSLA layers, "
-            f"not {', '.join(sorted(wrong))}"
-        )
+        raise TypeError(f"only kernels of {_KINDS} can become CSLA layers, not {', '.join(sorted(wrong))}")
     return _described(model, dict(modules[kernel] for kernel in kernels))
 
 

@@ -8,6 +8,8 @@ import jax
 from flax import nnx
 from jax.extend import core
 
+from repopt_jax.core.jaxprs import CONVOLUTIONS
+
 # Programs inside an equation that run once.
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "cond_jaxpr", "body_jaxpr")
 
@@ -48,7 +50,7 @@ def _of_equation(equation: Any) -> int:
     def shape(variable: Any) -> tuple[int, ...]:
         return variable.aval.shape
 
-    if name in ("conv_general_dilated", "repopt_convolution"):
+    if name in CONVOLUTIONS:
         kernel, outputs = shape(equation.invars[1]), params["dimension_numbers"].rhs_spec[0]
         return math.prod(shape(equation.outvars[0])) * math.prod(kernel) // kernel[outputs]
     if name == "dot_general":

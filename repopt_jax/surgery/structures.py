@@ -5,13 +5,13 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.core import paths
+from repopt_jax.core import paths, tracing
 from repopt_jax.core.branches import Shape
 from repopt_jax.core.layer import Layer
 from repopt_jax.core.parametrization import Parametrization
@@ -22,7 +22,7 @@ from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
 from repopt_jax.nn.merged import Merged, MergedGeneral
 from repopt_jax.nn.rngs import check_rngs, counted_in_python
-from repopt_jax.surgery.choose import Described, Options, find_classifier, find_structures
+from repopt_jax.surgery.choose import Choices, Described, Options, find_classifier, find_structures
 from repopt_jax.surgery.flow import Example
 from repopt_jax.surgery.fuse import FoldedNorm, pair_up
 from repopt_jax.surgery.layers import LAYERS, Branches, Select, find_branches
@@ -95,7 +95,7 @@ def to_structure(
         return nnx.eval_shape(lambda m: to_structure(m, structure, select, **given, rngs=nnx.Rngs(0)), model)
     lost = "a network of new branches would have other kernels"
     require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
-    taken = _taken(model, structure, select, options)
+    taken = _taken(model, find_structures(model, structure, select, options=options))
     made = {layer.path: one for layer, one in taken}
     normed = [path.rpartition("/")[0] for path, one in made.items() if one.followers("norm")]
     if keep and normed:
@@ -112,8 +112,7 @@ def to_structure(
     def make(layer: Layer, **options: Any) -> StructuredLayer:
         kind = Branched if made[layer.path].followers("norm") else Merged
         if keep:
-            shape = layer.kernel[len(layer.stack) :]
-            one = Parametrization(made[layer.path], layer.stack, layer.layout, shape)
+            one = layer.parametrization(made[layer.path])
             near = one.sample(key_of(layer.path, key)) if one.is_product else None
             theta = one.split(leaves[layer.path][...], near)
             return merged_layer(layer, one.structure, theta["weights"], theta["scales"], **options)
@@ -123,36 +122,57 @@ def to_structure(
             return kind(made[layer.path], rngs=own, **options)
 
     without_norm = {path for path, s in made.items() if not s.norm}
-    after = pair_up(model, pairs or {}, lambda module: isinstance(module, Block), example)
+    after = pair_up(model, pairs or {}, lambda module: isinstance(module, Block), example).after
     removed = {
         after[layer.name] for path, layer in layers.items() if path in without_norm and layer.name in after
     }
     return replace_layers(model, layers, make, without_norm=without_norm, removed=removed)
 
 
+@overload
 def find_parametrizations(
     model: nnx.Module, structure: Described = repopt, select: Select = None, *, options: Options = None
-) -> dict[str, Parametrization]:
+) -> dict[str, Parametrization]: ...
+
+
+@overload
+def find_parametrizations(
+    model: Callable[..., Any],
+    params: Any,
+    /,
+    *example: Any,
+    structure: Described = repopt,
+    select: tracing.Select = None,
+    options: Options = None,
+) -> dict[str, Parametrization]: ...
+
+
+def find_parametrizations(model: Any, *args: Any, **given: Any) -> dict[str, Parametrization]:
     """Returns a structure for each layer that becomes one, by its kernel's path, to be kept in the optimizer.
 
         structures = find_parametrizations(model, "orepa", r"stages/.*")
+        structures = find_parametrizations(apply, params, images[:1], structure="orepa")
         model, theta = reinitialize(model, structures, rngs=rngs, return_weights=True)
         tx = reparameterize(inner, structures, weights=theta, trainable_scales=True)
 
+    The layers of an NNX model are found by their classes, those of a function of any framework by tracing it,
+    as in `find_branches`. `reinitialize` is given the model, or the parameters of the function.
+
     Args:
-      model: the plain network.
+      model: the plain network; or a function, with `structure`, `select` and `options` by keyword.
+      params, example: of a function, its parameters and other arguments, arrays or `jax.ShapeDtypeStruct`s.
       structure: as in `to_structure`, without batch norms inside; by default RepOptimizer's branches, k x k +
         1x1 + identity, with a scale each.
-      select, options: as in `to_structure`.
+      select, options: as in `find_structures`.
 
     Raises:
       ValueError: as `to_structure`; or structures with batch norms inside.
+      TypeError: `model` is neither a model nor a function.
     """
     found, problems = {}, []
-    for layer, one in _taken(model, structure, select, options):
+    for layer, one in _taken(model, find_structures(model, *args, **given)):
         try:
-            shape = layer.kernel[len(layer.stack) :]
-            found[layer.path] = Parametrization(one, layer.stack, layer.layout, shape)
+            found[layer.path] = layer.parametrization(one)
         except ValueError as error:
             problems.append(f"{layer.name}: {error}")
     if problems:
@@ -160,14 +180,11 @@ def find_parametrizations(
     return found
 
 
-def _taken(
-    model: nnx.Module, structure: Described, select: Select, options: Options
-) -> list[tuple[Layer, Structure]]:
+def _taken(model: Any, choices: Choices) -> list[tuple[Layer, Structure]]:
     """Returns the layers that become a structure, after `find_structures`."""
-    choices = find_structures(model, structure, select, options=options)
     left = {path.rpartition("/")[0]: choice for path, choice in choices.items() if choice.structure is None}
     undefined = [f"{name}: {choice.reason}" for name, choice in left.items() if choice.undefined]
-    if undefined and select is not None:
+    if undefined and choices.selected:
         raise ValueError(f"`structure` is not defined for all selected layers: {'; '.join(undefined)}")
     reasons = "; ".join(f"{name}: {choice.reason}" for name, choice in left.items())
     taken = [(c.layer, c.structure) for c in choices.values() if c.layer and c.structure is not None]
