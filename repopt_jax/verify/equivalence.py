@@ -245,6 +245,7 @@ def verify_equivalence(
     layers_at(model, scales.entries)
     with jax.enable_x64(True):
         model, scales = _as_float64(model), _as_float64(scales)
+        nnx.pop(model, nnx.Intermediate)  # of the copy, sown before
         data = [_as_float64(jax.tree.map(jnp.asarray, batch)) for batch in batches]
         if not data:
             raise ValueError("`batches` is empty: at least one batch is needed to train on")
@@ -305,6 +306,7 @@ class _Network:
         # Without copy=True the statistics that the forward pass writes would escape the trace of grad.
         merged = nnx.merge(self.graph, params, non_trainable, copy=True)
         value = self.loss(merged, batch)
+        nnx.pop(merged, nnx.Intermediate)  # what the model sows is no state that the next step begins with
         return value, nnx.split(merged, nnx.Param, ...)[2]
 
     def train(self, tx: optax.GradientTransformation, batches: list) -> reasons.Side:
