@@ -37,7 +37,7 @@ def check_quickly(source: Any) -> list[BadImage]:
 
     def problem(split: Any, index: int) -> str | None:
         path = split.path(index)
-        return None if path is None else quick_problem(path)
+        return None if path is None else quick_problem(path, max_pixels=split.max_pixels)
 
     return _bad(source, problem, most=QUICK_FILES)
 

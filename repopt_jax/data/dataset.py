@@ -18,7 +18,13 @@ HOLD_OUT_SEED = 20_240_229  # of the order in which training images are held out
 
 
 class RandomAccess(Sequence[Item], ABC):
-    """A sequence of examples, each of which is made when it is asked for."""
+    """A sequence of examples, each of which is made when it is asked for.
+
+    Attributes:
+      max_pixels: that an image file of it may have; None for `images.MAX_PIXELS`.
+    """
+
+    max_pixels: int | None = None
 
     @abstractmethod
     def example(self, index: int) -> Item:
@@ -50,6 +56,7 @@ class Part(RandomAccess[Any]):
     def __init__(self, whole: Sequence[Any], indices: np.ndarray):
         self.whole = whole
         self.indices = indices
+        self.max_pixels = getattr(whole, "max_pixels", None)
 
     def __len__(self) -> int:
         return len(self.indices)

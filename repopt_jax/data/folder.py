@@ -10,7 +10,9 @@ from repopt_jax.data.images import Record, Split, read_encoded, sampled_shape
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
-def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) -> Source:
+def open_folder(
+    data_dir: str | os.PathLike[str], *, name: str | None = None, max_pixels: int | None = None
+) -> Source:
     """Opens `train/<class>/*` and `test/<class>/*` (or `val`, `validation`): JPEG, PNG, WebP or BMP files.
 
     Classes are the folders of `train`, sorted by name; hidden files and files with other suffixes are
@@ -20,6 +22,7 @@ def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) ->
     Args:
       data_dir: the folder that holds `train` and the others.
       name: of the data set, by default that of the folder.
+      max_pixels: that an image may have; None for `images.MAX_PIXELS`, 2^25.
 
     Raises:
       FileNotFoundError: `data_dir`, its `train` or its test folder is missing.
@@ -37,7 +40,7 @@ def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) ->
     _check_not_empty(train, class_names)
     if not len(evaluation):
         raise ValueError(f"{eval_dir} holds no JPEG, PNG, WebP or BMP images; put them in <class>/ folders")
-    shape, channels = sampled_shape(len(train), train.path)
+    shape, channels = sampled_shape(len(train), train.path, max_pixels=max_pixels)
     info = DatasetInfo(
         name=name or root.resolve().name,
         class_names=class_names,
@@ -46,7 +49,8 @@ def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) ->
         num_train=len(train),
         num_eval=len(evaluation),
     )
-    return Source(info, Split(train, channels=channels), Split(evaluation, channels=channels))
+    splits = (Split(part, channels=channels, max_pixels=max_pixels) for part in (train, evaluation))
+    return Source(info, *splits)
 
 
 class _FolderRecords(Sequence[Record]):

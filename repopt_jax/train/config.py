@@ -132,6 +132,8 @@ class DataConfig:
         COCO's persons, and 0.05 for others.
       flip_pairs: of source "coco", the keypoints that trade places in a mirrored image, counted from 0, pair
         after pair: 0, 1, 2, 3 means that 0 and 1 do, and 2 and 3. None for those that their names give.
+      max_pixels: that an image file may have; None for 2^25, of which a WebP takes 0.6 GB while it is
+        decoded, in each thread or process that decodes. Of "folder", "tfds" and "coco".
       mean, std: of each channel, for pixels in [0, 1].
       validation: training images that are held out, always the same ones; the run is evaluated on these and
         does not see the test images, which `repopt eval` reads. 0 for none: it is evaluated on the test
@@ -166,6 +168,7 @@ class DataConfig:
     max_objects: int | None = setting(None, at_least=1, only=sources_with("max_objects"))
     sigmas: tuple[float, ...] | None = setting(None, at_least=0, only=sources_with("sigmas"))
     flip_pairs: tuple[int, ...] | None = setting(None, at_least=0, only=sources_with("flip_pairs"))
+    max_pixels: int | None = setting(None, at_least=1, only=sources_with("max_pixels"))
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = setting((1.0,), more_than=0)
     validation: int = setting(0, at_least=0)
