@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from repopt_jax import jsontext
+from repopt_jax.arguments import check_path
 from repopt_jax.data.dataset import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
 from repopt_jax.data.images import (
     decode_image,
@@ -91,6 +92,7 @@ def open_coco(
         nothing but crowds; the two files have different categories; `flip_pairs` or `sigmas` do not fit the
         keypoints.
     """
+    check_path("data_dir", data_dir)
     root = Path(data_dir).expanduser()
     files = [root / Path(file).expanduser() for file in (train_annotations, eval_annotations)]
     folders = [_image_folder(root, file, given) for file, given in zip(files, (train_images, eval_images))]

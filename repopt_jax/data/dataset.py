@@ -5,12 +5,15 @@ keypoints of any number of objects in each image.
 """
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
+
+from repopt_jax.arguments import check_kind
 
 Item = TypeVar("Item", covariant=True)
 
@@ -88,6 +91,8 @@ def hold_out(source: Any, count: int) -> Any:
     Raises:
       ValueError: fewer than one image would be left on either side.
     """
+    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_kind("count", count, numbers.Integral, "a whole number")
     total = source.info.num_train
     if not 1 <= count < total:
         raise ValueError(

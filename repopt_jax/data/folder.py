@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from repopt_jax.arguments import check_path
 from repopt_jax.data.dataset import DatasetInfo, Source
 from repopt_jax.data.images import Record, Split, read_encoded, sampled_shape
 
@@ -28,6 +29,7 @@ def open_folder(
       FileNotFoundError: `data_dir`, its `train` or its test folder is missing.
       ValueError: no classes or only one, classes without images, or test classes that `train` does not have.
     """
+    check_path("data_dir", data_dir)
     root = Path(data_dir).expanduser()
     train_dir, eval_dir = _split_folders(root)
     class_names = _class_folders(train_dir)
@@ -49,8 +51,8 @@ def open_folder(
         num_train=len(train),
         num_eval=len(evaluation),
     )
-    splits = (Split(part, channels=channels, max_pixels=max_pixels) for part in (train, evaluation))
-    return Source(info, *splits)
+    options = {"channels": channels, "max_pixels": max_pixels}
+    return Source(info, Split(train, **options), Split(evaluation, **options))
 
 
 class _FolderRecords(Sequence[Record]):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.data.dataset import DatasetInfo, Source
 from repopt_jax.data.images import Record, Split
 
@@ -22,6 +23,7 @@ def open_tfds(
       FileNotFoundError: it is not prepared in `data_dir`.
       ValueError: it is not in a random-access format, or is not one of labelled images.
     """
+    check_kind("name", name, str, "the name of a data set")
     import tensorflow_datasets as tfds
 
     core: Any = tfds.core  # loads its modules lazily, which a type checker does not see
@@ -85,8 +87,8 @@ def _from_builder(builder: Any, max_pixels: int | None = None) -> Source:
         num_train=len(train),
         num_eval=len(evaluation),
     )
-    splits = (Split(part, channels=channels, max_pixels=max_pixels) for part in (train, evaluation))
-    return Source(info, *splits)
+    options = {"channels": channels, "max_pixels": max_pixels}
+    return Source(info, Split(train, **options), Split(evaluation, **options))
 
 
 def _feature_keys(builder: Any) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from repopt_jax import jsontext, models, userfile
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.transforms import MAX_MAGNITUDE
@@ -438,6 +439,7 @@ def load_config(file_and_arg: str) -> Config:
       ValueError: the file is no Python file with a `get_config`, or no `config.json`.
       TypeError: the file does not return a `Config`.
     """
+    check_path("file_and_arg", file_and_arg)
     name, _, arg = file_and_arg.partition(":")
     path = config_file(name)
     if path.suffix == ".json":
@@ -470,6 +472,7 @@ def config_file(name: str) -> Path:
 
 def to_json(config: Config) -> str:
     """The config as indented JSON; `from_json` gives an equal config back."""
+    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
@@ -479,6 +482,7 @@ def from_json(text: str | bytes) -> Config:
     Raises:
       ValueError: no JSON, no object, or an unknown field; all of them are listed.
     """
+    check_kind("text", text, (str, bytes), "the text of a config.json")
     unknown: list[str] = []
     config = _from_dict(Config, jsontext.parse(text, "it"), "", unknown)
     if unknown:
