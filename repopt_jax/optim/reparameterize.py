@@ -24,6 +24,7 @@ from repopt_jax.core.parametrization import (
     Parametrization,
     Theta,
     check_kernels,
+    check_structures,
     parametrizations,
     scale_vectors,
     theta_of,
@@ -140,8 +141,7 @@ def reparameterize(
         unused = "`weights` are given" if weights is not None else "`trainable_scales` is True"
         raise ValueError(f"{unused} and `keep_weights` is False: the branch tensors would not be used")
     if trainable_scales:
-        if isinstance(scales, Mapping):
-            _check_structures("scales", scales)
+        check_structures("scales", scales)
         return _with_trained_scales(inner, scales, weights)
     if not isinstance(scales, Scales):
         raise TypeError(
@@ -282,9 +282,7 @@ def decay_mask(structures: Scales | Mapping[str, Parametrization], default: Any 
         (`surgery.weight_decay_mask` of the plain network); by default arrays of more than one axis are
         decayed.
     """
-    check_kind("structures", structures, (Scales, Mapping), "`Scales`, or a mapping of paths to structures")
-    if not isinstance(structures, Scales):
-        _check_structures("structures", structures)
+    check_structures("structures", structures)
     known = parametrizations(structures) if isinstance(structures, Scales) else dict(structures)
     flat = {
         f"{path}/{inside}": decayed
@@ -302,15 +300,6 @@ def decay_mask(structures: Scales | Mapping[str, Parametrization], default: Any 
         return paths.map_named(lambda path, _: flat[path] if path in flat else chosen[path], params)
 
     return mask
-
-
-def _check_structures(name: str, structures: Mapping[str, Any]) -> None:
-    wrong = [f"{p} ({type(s).__name__})" for p, s in structures.items() if not isinstance(s, Parametrization)]
-    if wrong:
-        raise TypeError(
-            f"`{name}` holds {', '.join(wrong)}: they must be `Parametrization`s, such as "
-            "`find_parametrizations` returns"
-        )
 
 
 def _check_theta(structures, theta, leaves) -> None:
