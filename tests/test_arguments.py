@@ -7,7 +7,7 @@ from flax import nnx
 
 import repopt_jax
 from repopt_jax import Scales, models
-from repopt_jax.core.arguments import check_number
+from repopt_jax.arguments import check_number
 from repopt_jax.quantize import quantize
 
 

@@ -16,12 +16,13 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from repopt_jax import interop, models
+from repopt_jax import fuse, interop, models
 from repopt_jax.cli import huge_pages
 from repopt_jax.cli.config import read_config
 from repopt_jax.cli.main import main, parse
 from repopt_jax.core import scales as scales_module
 from repopt_jax.core.scales import save_scales
+from repopt_jax.export import Metadata, to_stablehlo
 from repopt_jax.models import registry
 from repopt_jax.report import quickstart
 
@@ -727,6 +728,35 @@ def test_python_m_repopt_jax():
     )
     assert done.returncode == 2
     assert_one_sentence(done.stderr, "did you mean '--config'")
+
+
+@pytest.mark.parametrize("command", ["eval", "convert", "predict"])
+def test_a_refusal_is_all_that_a_process_says(command, tmp_path):
+    """No warning of another package, whose filters and loggers a test of its own would hide, is beside it."""
+    (tmp_path / "damaged.pth").write_bytes(b"PK\x03\x04" + bytes(range(200)))
+    if command == "predict":
+        model = models.create("vgg-digits", num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
+        model.eval()
+        metadata = Metadata(image_size=8, channels=1, mean=(0.5,), std=(0.5,))
+        to_stablehlo(fuse(model), tmp_path / "network.stablehlo", metadata)
+    arguments, said = {
+        "eval": (["--run=none"], "none holds no run"),
+        "convert": (["damaged.pth", "out", "--model=repvgg-a0"], "damaged.pth is truncated or damaged"),
+        "predict": (
+            ["picture.png", "--model=network.stablehlo"],
+            "no image picture.png",
+        ),
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-m", "repopt_jax", command, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert_one_sentence(done.stderr, said)
 
 
 MADVISE = "always [madvise] never\n"

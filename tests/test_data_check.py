@@ -65,7 +65,7 @@ def test_a_quick_look_finds_what_a_beginning_and_an_end_show(folder):
 def test_a_quick_look_at_many_files_takes_some(folder, monkeypatch):
     monkeypatch.setattr(check, "QUICK_FILES", 10)
     seen = []
-    monkeypatch.setattr(check, "quick_problem", seen.append)
+    monkeypatch.setattr(check, "quick_problem", lambda path, **options: seen.append(path))
     check.check_quickly(data.open_source("folder", data_dir=folder))
     assert len(set(seen)) == len(seen) == 20
 

@@ -218,8 +218,8 @@ def test_a_row_says_what_its_data_set_takes():
     coco = rows.pop("coco")
     assert rows == {
         "digits": ("classify", ("data_dir",), ()),
-        "folder": ("classify", ("data_dir", "name"), ("data_dir",)),
-        "tfds": ("classify", ("name", "data_dir"), ("name",)),
+        "folder": ("classify", ("data_dir", "name", "max_pixels"), ("data_dir",)),
+        "tfds": ("classify", ("name", "data_dir", "max_pixels"), ("name",)),
         "scenes": ("detect", ("scenes", "scenes_seed", "image_size"), ()),
     }
     assert (coco[0], coco[2]) == ("detect", ("data_dir",))

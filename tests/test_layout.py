@@ -17,6 +17,7 @@ PACKAGE = Path(repopt_jax.__file__).parent
 # no optimizers.
 LEVELS = {
     "_version": 0,
+    "arguments": -1,
     "extras": -1,
     "hints": 0,
     "jsontext": -1,

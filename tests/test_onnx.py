@@ -384,6 +384,14 @@ def convolved(
 
 
 MAPS, ROWS = (5, 6, 4), (7,)
+STARTS = ((-9, 5), (-1, -1), (0, 0), (1, 1), (2, 0), (9, -9))
+
+
+def whole(x):
+    """A whole number of the input, from 0 to 3."""
+    return jnp.argmax(x.sum((0, 1, 2)))
+
+
 FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
     # convolutions
     "asymmetric pads": (lambda x: convolved(x, 3, 3, 4, 5, padding=((2, 0), (0, 1))), MAPS),
@@ -527,6 +535,34 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
         MAPS,
     ),
     "pads of single rows": (lambda x: jnp.pad(x[:, None], ((0, 0), (1, 1), (0, 0))), ROWS),
+    "pads with the edge": (
+        lambda x: (
+            jnp.pad(x, ((0, 0), (1, 2), (2, 1), (0, 0)), "edge"),
+            jnp.pad(nnx.relu(x), ((0, 0), (0, 0), (0, 3), (1, 0)), "edge") * 2,
+        ),
+        MAPS,
+    ),
+    "slices from known starts": (
+        lambda x: [jax.lax.dynamic_slice(x, (0, i, 2, j), (x.shape[0], 2, 3, 4)) for i, j in STARTS],
+        MAPS,
+    ),
+    "slices from starts in the input": (
+        lambda x: (
+            # From before the beginning to beyond the end.
+            *(
+                jax.lax.dynamic_slice(nnx.relu(x), (7, whole(x) + i, 2, j), (x.shape[0], 2, 3, 3))
+                for i, j in STARTS
+            ),
+            jax.lax.dynamic_slice_in_dim(x, whole(x), 2, axis=2),
+        ),
+        MAPS,
+    ),
+    "slices of what is broadcast": (
+        lambda x: jax.lax.dynamic_slice_in_dim(
+            jnp.broadcast_to(x.mean(1, keepdims=True), x.shape), whole(x), 2, axis=1
+        ),
+        MAPS,
+    ),
     "slices": (lambda x: (x[:, 1:4:2], x[:, :, ::-1], x[..., 1], x[:, 2, 3:], x[:, -1]), MAPS),
     "slices of one": (lambda x: jax.lax.slice(x, (0, 1, 0, 0), (x.shape[0], 5, 6, 4), (1, 2, 3, 1)), MAPS),
     "entries": (lambda x: (x[:, :, jnp.asarray([3, 1, 1])], jnp.take(x, np.asarray([0, 2]), axis=3)), MAPS),
@@ -896,6 +932,22 @@ def test_operations_without_a_form_are_refused_together():
         "half (Function): convert_element_type (computed in bfloat16; build the network with dtype=float32); "
         "half (Function): mul (computed in bfloat16; build the network with dtype=float32)"
     )
+
+
+@pytest.mark.parametrize("start", [lambda x: 1, lambda x: jnp.argmax(x.sum(0))], ids=["known", "not known"])
+def test_a_part_of_the_batch_that_ends_with_it_is_refused(start):
+    """With fewer images it would start earlier."""
+
+    def cut(x):
+        return jax.lax.dynamic_slice(x, (start(x), 0), (1, 7), allow_negative_indices=False)
+
+    with pytest.raises(ValueError, match=r"dynamic_slice \(a slice of the batch whose end depends on"):
+        onnx_model(Function(cut), (7,))
+
+
+def test_an_axis_that_is_not_padded_writes_nothing():
+    proto = onnx_model(Function(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 2), (0, 0)), "edge")), MAPS)
+    assert [node.op_type for node in proto.graph.node].count("Concat") == 1
 
 
 def test_batches_that_are_mixed_are_refused():

@@ -317,6 +317,32 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, stopped, 
         assert pattern.search(reads[0])
 
 
+@pytest.mark.parametrize("asked", ["latest", "best"])
+def test_where_all_checkpoints_are_damaged_training_on_is_not_the_advice(tmp_path, stopped, caplog, asked):
+    run_dir = copied(stopped, tmp_path)
+    folder, steps = run_dir / "checkpoints", checkpoints_in(run_dir)
+    for step in steps:
+        flip(folder / str(step))
+    caplog.clear()
+    with Checkpoints(folder, scores={8: 0.5}) as reader, pytest.raises(FileNotFoundError) as raised:
+        reader.find(asked)
+    which = f"(steps {', '.join(map(str, steps))})" if asked == "latest" else "that were evaluated (steps 8)"
+    assert str(raised.value) == (
+        f"the checkpoints of {run_dir} {which} are all damaged, see the warnings above: put a copy of one of "
+        "them in its place"
+    )
+    named = [f"the checkpoint of step {step} " in caplog.text for step in steps]
+    assert named == [asked == "latest" or step == 8 for step in steps]
+    # The controls: one that is whole but was not evaluated, and none at all.
+    flip(folder / "9")
+    with Checkpoints(folder, scores={}) as reader, pytest.raises(FileNotFoundError, match="let it train"):
+        reader.find("best")
+    for step in steps:
+        shutil.rmtree(folder / str(step))
+    with Checkpoints(folder) as reader, pytest.raises(FileNotFoundError, match="let it train"):
+        reader.find(asked)
+
+
 def test_run_with_a_damaged_checkpoint_ends_the_same(digits, tmp_path, stopped, unbroken):
     run_dir = copied(stopped, tmp_path)
     flip(run_dir / "checkpoints" / "9")

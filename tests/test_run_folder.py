@@ -71,12 +71,17 @@ def test_a_second_run_is_refused_while_the_first_goes_on(digits, tmp_path):
     """The second one asks in the middle of the first, and is refused before it opens its data."""
     said = []
 
+    def opened(config):
+        raise LookupError("its data are opened")
+
     def second():
-        broken = tiny_config("plain", digits)
-        broken.data.data_dir = str(tmp_path / "nowhere" / "\0")
-        with pytest.raises(BlockingIOError) as raised:
-            train.run(tiny_config("plain", digits), tmp_path / "run", progress=False)
-        said.append(str(raised.value))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.loop, "open_feed", opened)
+            with pytest.raises(BlockingIOError) as raised:
+                train.run(tiny_config("plain", digits), tmp_path / "run", progress=False)
+            said.append(str(raised.value))
+            with pytest.raises(LookupError):  # the control: in a folder of its own it opens them
+                train.run(tiny_config("plain", digits), tmp_path / "third", progress=False)
         return False
 
     config = tiny_config("plain", digits)

@@ -212,6 +212,7 @@ OF_COCO = {
     "max_objects": 7,
     "sigmas": (0.1, 0.2, 0.3, 0.4),
     "flip_pairs": (0, 1, 3, 2),
+    "max_pixels": 10**8,
 }
 
 

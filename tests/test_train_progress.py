@@ -6,9 +6,9 @@ import re
 import threading
 
 import pytest
-from training import warned
+from training import tiny_config, warned
 
-from repopt_jax.train import progress
+from repopt_jax.train import loop, progress
 
 
 class Batches:
@@ -199,3 +199,28 @@ def test_data_that_take_long_to_open_are_said_and_others_not(lines):
         assert bar._waiting is not None
         bar._waiting.join(60)
     assert lines() == ["compiling", "loading data"]
+
+
+def test_a_run_says_that_its_data_take_long_before_they_are_open(digits, tmp_path, monkeypatch, caplog):
+    """Where standard error is no terminal, here as in a pipe: data that are open once this has been said."""
+    said = threading.Event()
+
+    class Seen(logging.Handler):
+        def emit(self, record):
+            if record.getMessage().endswith(" tiny: loading data"):
+                said.set()
+
+    def slow(config):
+        assert said.wait(60)
+        raise LookupError("the data are open")
+
+    logger, handler = logging.getLogger(progress.__name__), Seen()
+    caplog.set_level(logging.INFO, logger=progress.__name__)
+    monkeypatch.setattr(loop, "LOADING_S", 0.001)
+    monkeypatch.setattr(loop, "open_feed", slow)
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(LookupError, match="the data are open"):
+            loop.run(tiny_config("plain", digits), tmp_path / "run")
+    finally:
+        logger.removeHandler(handler)

@@ -122,6 +122,33 @@ def test_a_network_and_its_twin_stay_together(setting):
     assert result.compared.startswith("12 steps in float64, batch norm in training mode (6 layers)")
 
 
+class Sowing(Dense):
+    def __call__(self, x):
+        logits = super().__call__(x)
+        self.sow(nnx.Intermediate, "logits", logits)
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")  # outside of `nnx.capture`
+@pytest.mark.parametrize("called", [False, True])
+def test_a_model_that_sows(called):
+    """A loss may read what is sown in its step; the given model keeps what it has."""
+    model = Sowing(rngs=nnx.Rngs(params=1, dropout=2))
+    if called:
+        model(jnp.ones((2, 4)))
+
+    def loss(model, batch):
+        value = verify.cross_entropy(model, batch)
+        if isinstance(model, Sowing):  # not a probe of the loss
+            (logits,) = model.logits.get_value()
+            value += 1e-3 * jnp.square(logits).mean()
+        return value
+
+    before = nnx.state(model)
+    assert check(model=model, loss=loss).equivalent
+    chex.assert_trees_all_equal(before, nnx.state(model))
+
+
 def sgd(first):
     return optax.chain(
         first,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from repopt_jax import models
+from repopt_jax.arguments import check_items
 from repopt_jax.bench import results
 from repopt_jax.bench.compiling import bench_compile
 from repopt_jax.bench.conv import bench_conv
@@ -60,6 +61,7 @@ def bench(
         results of another machine; or as the parts.
       ModuleNotFoundError: torch is the only part and not installed.
     """
+    check_items("parts", parts, "names of parts")
     parts = list(PARTS) if "all" in parts else list(dict.fromkeys(parts))
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"`parts` {', '.join(unknown)}: they must be of {', '.join(PARTS)} or all")

@@ -34,12 +34,14 @@ learning rates too high for a flow, since every step adds its own square to N, s
 slows the flow of the gradients, and Lambda, the decay, goes on.
 """
 
+import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from repopt_jax.arguments import HasShape, check_kind, check_number
 from repopt_jax.core.branches import BranchSet
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ def search_lambda(weight_decay: float, rates: ArrayLike, momentum: float | None 
     Raises:
       ValueError: a momentum of 1 or more, whose steps have no sum.
     """
+    check_number("weight_decay", weight_decay, at_least=0, optional=False)
+    check_kind("rates", rates, (list, tuple, HasShape, numbers.Real), "the learning rates of the steps")
     momentum = momentum or 0.0
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` is {momentum}: it must be at least 0 and below 1")
@@ -132,8 +136,11 @@ def compare_with_law(scales: "Scales", start: "Scales", Lambda: float) -> dict[s
     Raises:
       ValueError: the layers or branches differ.
     """
-    from repopt_jax.core.scales import check_fit
+    from repopt_jax.core.scales import check_fit, check_scales
 
+    check_scales(scales)
+    check_scales(start, "start")
+    check_number("Lambda", Lambda, optional=False)
     check_fit(start, scales.branch_sets, where=" of `start`")
     found = {}
     for path, entry in scales.entries.items():

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core import algebra, paths
 from repopt_jax.core.branches import (
     BranchSet,
@@ -234,6 +235,21 @@ class Parametrization:
 
     def _from_canonical(self, kernel: jax.Array) -> jax.Array:
         return self._by_layer(functools.partial(from_canonical, layout=self.layout, shape=self._one))(kernel)
+
+
+def check_structures(name: str, structures: Any) -> None:
+    """Raises TypeError if an argument that must be `Scales`, or the structures of kernels by their paths, is
+    something else."""
+    what = "`Scales`, or a mapping of paths to structures"
+    check_kind(name, structures, (Scales, Mapping), what, remedy="`load_scales` reads a file")
+    if isinstance(structures, Scales):
+        return
+    wrong = [f"{p} ({type(s).__name__})" for p, s in structures.items() if not isinstance(s, Parametrization)]
+    if wrong:
+        raise TypeError(
+            f"`{name}` holds {', '.join(wrong)}: they must be `Parametrization`s, such as "
+            "`find_parametrizations` returns"
+        )
 
 
 def check_kernels(structures: Mapping[str, Parametrization], leaves: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core.branches import (
     Average,
     Branch,
@@ -354,6 +355,7 @@ def default_branches(
       groups, layout, stacked: as in `BranchSet`.
       stride: the layer's stride, one number or one for each spatial axis.
     """
+    check_kind("kernel", kernel, (tuple, list), "the shape of a kernel")
     shape = tuple(kernel)[stacked:]
     *window, inputs, out = shape if layout == "...io" else (*shape[2:], shape[1], shape[0])
     layer = Geometry(tuple(window), inputs * groups, out, groups, strides=stride)

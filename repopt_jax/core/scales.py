@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from repopt_jax import extras, jsontext
 from repopt_jax._version import __version__
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.core import law, paths, transfer
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.transfer import Depths
@@ -231,6 +232,7 @@ def save_scales(path: str | os.PathLike[str], scales: Scales) -> None:
       ValueError: a scale is NaN or infinite.
       FileExistsError: `path` exists.
     """
+    check_path("path", path)
     extras.require("orbax", "etils", by="a file of scales")
     from etils import epath
     from orbax.checkpoint import v1 as ocp
@@ -265,8 +267,7 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
     from etils import epath
     from orbax.checkpoint import v1 as ocp
 
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"`path` is of type {type(path).__name__}: it must be the path of a folder")
+    check_path("path", path)
     location = epath.Path(path).absolute()
     if not location.exists():
         raise FileNotFoundError(f"no scales at {location}")
@@ -309,13 +310,7 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
 
 def check_scales(scales: Any, name: str = "scales") -> None:
     """Raises TypeError if an argument that must be `Scales` is something else."""
-    if isinstance(scales, Scales):
-        return
-    shown = repr(scales) if isinstance(scales, (str, os.PathLike)) else f"of type {type(scales).__name__}"
-    remedy = ""
-    if isinstance(scales, (str, os.PathLike)):
-        remedy = ": `load_scales` reads a file"
-    raise TypeError(f"`{name}` is {shown}, and it must be `Scales`{remedy}")
+    check_kind(name, scales, Scales, "`Scales`", remedy="`load_scales` reads a file")
 
 
 def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:

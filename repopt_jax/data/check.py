@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repopt_jax.data.dataset import RandomAccess, part_of
+from repopt_jax.arguments import check_kind
+from repopt_jax.data.dataset import AnnotatedSource, RandomAccess, Source, part_of
 from repopt_jax.data.images import quick_problem
 
 SPLITS = ("train", "eval")
@@ -34,10 +35,11 @@ def check_quickly(source: Any) -> list[BadImage]:
     Nothing is decoded, so that damage in the middle of a file is not found. Data sets that are not made of
     image files have none.
     """
+    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
 
     def problem(split: Any, index: int) -> str | None:
         path = split.path(index)
-        return None if path is None else quick_problem(path)
+        return None if path is None else quick_problem(path, max_pixels=split.max_pixels)
 
     return _bad(source, problem, most=QUICK_FILES)
 
@@ -45,6 +47,7 @@ def check_quickly(source: Any) -> list[BadImage]:
 def check_images(source: Any) -> list[BadImage]:
     """The images of a data set that cannot be read; all are decoded, by as many threads as there are
     cores."""
+    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
 
     def problem(split: Any, index: int) -> str | None:
         try:
@@ -62,6 +65,7 @@ def without_bad(source: Any) -> Any:
     Raises:
       ValueError: no image of a split is left.
     """
+    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
     bad = check_images(source)
     if not bad:
         return source

@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 
 from repopt_jax import jsontext
+from repopt_jax.arguments import check_path
 from repopt_jax.data.dataset import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
-from repopt_jax.data.images import decode_image, image_header, read_encoded, sampled_shape
+from repopt_jax.data.images import (
+    decode_image,
+    exchanges_sides,
+    image_header,
+    read_encoded,
+    sampled_shape,
+)
 
 # COCO's own constants for the 17 keypoints of a person, in its order, and the default for other keypoints.
 PERSON_SIGMAS = (
@@ -51,6 +58,7 @@ def open_coco(
     max_objects: int | None = None,
     sigmas: Sequence[float] | None = None,
     flip_pairs: Sequence[tuple[int, int]] | Sequence[int] | None = None,
+    max_pixels: int | None = None,
 ) -> AnnotatedSource:
     """Opens annotations in COCO's format. Every annotation is checked; no image is decoded yet.
 
@@ -74,6 +82,7 @@ def open_coco(
       sigmas: see `DetectionInfo`; by default COCO's own for its person of 17 keypoints, 0.05 for any other.
       flip_pairs: see `DetectionInfo`, as pairs or in one row, (0, 1, 2, 3) for (0, 1) and (2, 3); by default
         those that the names of the keypoints give, as above. () for none.
+      max_pixels: that an image may have; None for `images.MAX_PIXELS`, 2^25.
 
     Raises:
       FileNotFoundError: a JSON file or a folder of images does not exist.
@@ -83,12 +92,14 @@ def open_coco(
         nothing but crowds; the two files have different categories; `flip_pairs` or `sigmas` do not fit the
         keypoints.
     """
+    check_path("data_dir", data_dir)
     root = Path(data_dir).expanduser()
     files = [root / Path(file).expanduser() for file in (train_annotations, eval_annotations)]
     folders = [_image_folder(root, file, given) for file, given in zip(files, (train_images, eval_images))]
-    train_file, eval_file = (_Annotations(file, folder) for file, folder in zip(files, folders))
+    train_file, eval_file = (_Annotations(file, folder, max_pixels) for file, folder in zip(files, folders))
     _check_same_categories(train_file, eval_file)
-    channels = sampled_shape(len(train_file.paths), train_file.paths.__getitem__)[1]
+    paths = train_file.paths
+    channels = sampled_shape(len(paths), paths.__getitem__, max_pixels=max_pixels)[1]
     train, evaluation = (CocoImages(file, channels) for file in (train_file, eval_file))
     keypoint_names = train_file.keypoint_names
     info = DetectionInfo(
@@ -110,6 +121,7 @@ class CocoImages(AnnotatedSplit):
 
     def __init__(self, file: "_Annotations", channels: int):
         self._paths, self._shapes, self._channels = file.paths, file.shapes, channels
+        self.max_pixels = file.max_pixels
         order = np.argsort(file.rows, kind="stable")
         self._starts = np.searchsorted(file.rows[order], np.arange(len(file.paths) + 1))
         self._objects: dict[str, np.ndarray] = {name: array[order] for name, array in file.objects.items()}
@@ -127,12 +139,19 @@ class CocoImages(AnnotatedSplit):
 
     def image(self, index: int) -> np.ndarray:
         path = self._paths[index]
-        image = decode_image(read_encoded(path), channels=self._channels, name=path)
+        encoded = read_encoded(path)
+        image = decode_image(encoded, channels=self._channels, name=path, max_pixels=self.max_pixels)
         height, width = self._shapes[index]
         if image.shape[:2] != (height, width):
+            how = "use the image that was annotated, not turned and not resized"
+            if image.shape[:2] == (width, height) and exchanges_sides(encoded, max_pixels=self.max_pixels):
+                how = (
+                    "its EXIF orientation is applied, and they are for its pixels as they are stored: "
+                    "annotate it upright, as viewers show it, or remove the orientation from the file"
+                )
             raise ValueError(
                 f"image {path} is {image.shape[1]} wide and {image.shape[0]} high, but its annotations are "
-                f"for {width} by {height}; use the image that was annotated, not turned and not resized"
+                f"for {width} by {height}; {how}"
             )
         return image
 
@@ -149,9 +168,9 @@ class _Annotations:
       objects: the arrays of `Objects` for all annotations together.
     """
 
-    def __init__(self, path: Path, folder: Path):
+    def __init__(self, path: Path, folder: Path, max_pixels: int | None):
         content = _load(path)
-        self.path = path
+        self.path, self.max_pixels = path, max_pixels
         problems: list[str] = []
         self._read_categories(content["categories"], problems)
         self._read_images(content["images"], folder, problems)
@@ -194,7 +213,9 @@ class _Annotations:
         for image, path in zip(images, self.paths):
             size = image.get("height"), image.get("width")
             if not all(isinstance(n, int) and n > 0 for n in size):
-                size = (1, 1) if path in without_file else image_header(path)[0]
+                size = (1, 1)
+                if path not in without_file:
+                    size = image_header(path, max_pixels=self.max_pixels)[0]
             self.shapes.append(size)  # pyright: ignore[reportArgumentType]
 
     def _read_annotations(self, annotations: list[dict], problems: list[str]) -> None:

@@ -5,6 +5,7 @@ keypoints of any number of objects in each image.
 """
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +13,21 @@ from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
+from repopt_jax.arguments import check_kind
+
 Item = TypeVar("Item", covariant=True)
 
 HOLD_OUT_SEED = 20_240_229  # of the order in which training images are held out
 
 
 class RandomAccess(Sequence[Item], ABC):
-    """A sequence of examples, each of which is made when it is asked for."""
+    """A sequence of examples, each of which is made when it is asked for.
+
+    Attributes:
+      max_pixels: that an image file of it may have; None for `images.MAX_PIXELS`.
+    """
+
+    max_pixels: int | None = None
 
     @abstractmethod
     def example(self, index: int) -> Item:
@@ -50,6 +59,7 @@ class Part(RandomAccess[Any]):
     def __init__(self, whole: Sequence[Any], indices: np.ndarray):
         self.whole = whole
         self.indices = indices
+        self.max_pixels = getattr(whole, "max_pixels", None)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -81,6 +91,8 @@ def hold_out(source: Any, count: int) -> Any:
     Raises:
       ValueError: fewer than one image would be left on either side.
     """
+    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_kind("count", count, numbers.Integral, "a whole number")
     total = source.info.num_train
     if not 1 <= count < total:
         raise ValueError(

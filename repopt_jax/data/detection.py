@@ -4,12 +4,14 @@ Their order, sharding and caching are those of `repopt_jax.data.pipeline`.
 """
 
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from repopt_jax.arguments import check_array, check_count, check_kind
 from repopt_jax.data.dataset import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
 from repopt_jax.data.images import resize
 from repopt_jax.data.pipeline import Options, Sharding, check_image, endless_batches, one_epoch, pad_rows
@@ -101,6 +103,10 @@ def train_detection_batches(
     Raises:
       ValueError: sizes, counts or `cache` that do not fit together or the source.
     """
+    check_kind("source", source, AnnotatedSource, "an annotated data set, such as `open_source` returns")
+    check_kind("transform", transform, DetectionTransform, "a `DetectionTransform`")
+    check_kind("batch_size", batch_size, numbers.Integral, "a whole number")
+    check_kind("seed", seed, numbers.Integral, "a whole number")
     partners = _partners(source.info)
 
     def finish(arrays: tuple[np.ndarray, ...], rng: RowRng) -> dict[str, np.ndarray]:
@@ -135,6 +141,9 @@ def eval_detection_batches(
 
     Every process gets the same number of batches.
     """
+    check_kind("source", source, AnnotatedSource, "an annotated data set, such as `open_source` returns")
+    check_kind("transform", transform, DetectionTransform, "a `DetectionTransform`")
+    check_kind("batch_size", batch_size, numbers.Integral, "a whole number")
     sharding = Sharding(batch_size=batch_size, **options)
     count = sharding.rows
 
@@ -166,6 +175,7 @@ def eval_annotations(source: AnnotatedSource, indices: Iterable[int] | None = No
       {"images", "annotations", "categories"}. The id of an image is its position + 1 and that of a category
       its class + 1; boxes and keypoints are in pixels of the image as it is stored.
     """
+    check_kind("source", source, AnnotatedSource, "an annotated data set, such as `open_source` returns")
     images, annotations = [], []
     for index in range(len(source.eval)) if indices is None else indices:
         images.append({"id": int(index) + 1})
@@ -188,6 +198,8 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, float]:
     Returns:
       uint8 (size, size, channels), the image in the upper left corner and 0 elsewhere; `size` / longer side.
     """
+    check_array("image", image)
+    check_count("size", size)
     ratio = size / max(image.shape[:2])
     resized = _scaled(image, ratio)
     out = np.zeros((size, size, image.shape[-1]), np.uint8)

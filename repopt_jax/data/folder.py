@@ -4,13 +4,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from repopt_jax.arguments import check_path
 from repopt_jax.data.dataset import DatasetInfo, Source
 from repopt_jax.data.images import Record, Split, read_encoded, sampled_shape
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
-def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) -> Source:
+def open_folder(
+    data_dir: str | os.PathLike[str], *, name: str | None = None, max_pixels: int | None = None
+) -> Source:
     """Opens `train/<class>/*` and `test/<class>/*` (or `val`, `validation`): JPEG, PNG, WebP or BMP files.
 
     Classes are the folders of `train`, sorted by name; hidden files and files with other suffixes are
@@ -20,11 +23,13 @@ def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) ->
     Args:
       data_dir: the folder that holds `train` and the others.
       name: of the data set, by default that of the folder.
+      max_pixels: that an image may have; None for `images.MAX_PIXELS`, 2^25.
 
     Raises:
       FileNotFoundError: `data_dir`, its `train` or its test folder is missing.
       ValueError: no classes or only one, classes without images, or test classes that `train` does not have.
     """
+    check_path("data_dir", data_dir)
     root = Path(data_dir).expanduser()
     train_dir, eval_dir = _split_folders(root)
     class_names = _class_folders(train_dir)
@@ -37,7 +42,7 @@ def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) ->
     _check_not_empty(train, class_names)
     if not len(evaluation):
         raise ValueError(f"{eval_dir} holds no JPEG, PNG, WebP or BMP images; put them in <class>/ folders")
-    shape, channels = sampled_shape(len(train), train.path)
+    shape, channels = sampled_shape(len(train), train.path, max_pixels=max_pixels)
     info = DatasetInfo(
         name=name or root.resolve().name,
         class_names=class_names,
@@ -46,7 +51,8 @@ def open_folder(data_dir: str | os.PathLike[str], *, name: str | None = None) ->
         num_train=len(train),
         num_eval=len(evaluation),
     )
-    return Source(info, Split(train, channels=channels), Split(evaluation, channels=channels))
+    options = {"channels": channels, "max_pixels": max_pixels}
+    return Source(info, Split(train, **options), Split(evaluation, **options))
 
 
 class _FolderRecords(Sequence[Record]):

@@ -2,7 +2,8 @@
 
 Only what a training set needs is decoded: PNG, JPEG, WebP and BMP, told by their content, whatever the name
 of the file says. Everything else that Pillow can open is refused (some of it starts other programs, or takes
-gigabytes of memory for a few bytes), and so is an image of more than MAX_PIXELS, before it is decoded.
+gigabytes of memory for a few bytes). So is, before it is decoded, an image of more than MAX_PIXELS, or of
+more than FREE_PIXELS in a file that has too few bytes to hold a picture of that size.
 """
 
 import io
@@ -28,7 +29,10 @@ SAMPLED_HEADERS = 64
 # Modes of more than 8 bits a channel: Pillow would clip them when converting, so they are refused.
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 FORMATS = "PNG, JPEG, WebP or BMP"
-MAX_PIXELS = 100_000_000  # of an image: 300 MB as RGB
+# Of an image, if nothing else is asked for: 100 MB as RGB, and several times that to decode it.
+MAX_PIXELS = 2**25
+# A blank page has 64 (JPEG) to 654 (WebP) pixels for each byte of its file; a WebP of 90 bytes claims 10^8.
+FREE_PIXELS, MAX_DENSITY = 2**24, 1000
 MAX_BYTES = 2**28  # of a file
 ORIENTATION = 0x0112  # EXIF's tag
 # What Pillow says of damaged notes of a camera, whose pixels are whole.
@@ -47,16 +51,19 @@ class Record(NamedTuple):
 class Split(RandomAccess[Example]):
     """Decodes the records of `records` (random access to `Record`) as they are asked for."""
 
-    def __init__(self, records: Sequence[Record], *, channels: int):
+    def __init__(self, records: Sequence[Record], *, channels: int, max_pixels: int | None = None):
         self._records = records
         self._channels = channels
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self._records)
 
     def example(self, index: int) -> Example:
         record = self._records[index]
-        image = decode_image(record.encoded, channels=self._channels, name=record.name)
+        image = decode_image(
+            record.encoded, channels=self._channels, name=record.name, max_pixels=self.max_pixels
+        )
         return {"image": image, "label": record.label}
 
     def path(self, index: int) -> str | None:
@@ -64,22 +71,33 @@ class Split(RandomAccess[Example]):
         return None if path is None else path(index)
 
 
-def decode_image(encoded: bytes, *, channels: int, name: str) -> np.ndarray:
+def decode_image(encoded: bytes, *, channels: int, name: str, max_pixels: int | None = None) -> np.ndarray:
     """Decodes PNG, JPEG, WebP or BMP to uint8 (height, width, `channels`).
 
     With one channel, colours are reduced to their luminance; with three, grey values are repeated. Palettes
     are resolved and transparency is dropped. EXIF's orientation is applied, so that the image stands as a
-    viewer shows it; of an animation the first picture is taken.
+    viewer shows it; of an animation the first picture is taken. Decoding three channels takes 10 bytes of
+    memory for each pixel of a PNG or JPEG and 18 of a WebP, 0.6 GB of the largest one; turning takes 4 more,
+    and so does another mode, such as that of a PNG with transparency.
+
+    Args:
+      encoded: the content of the file.
+      channels: 1 or 3.
+      name: of the image, for messages.
+      max_pixels: that an image may have; None for MAX_PIXELS.
 
     Raises:
-      ValueError: not such an image, a damaged or truncated one, one of more than MAX_PIXELS, or one with more
-        than 8 bits a channel; `name` is in the message.
+      ValueError: not such an image, a damaged or truncated one, one of more than `max_pixels`, one of more
+        than FREE_PIXELS in a file with less than a byte for MAX_DENSITY of them, or one with more than 8 bits
+        a channel; `name` is in the message.
     """
     try:
         if _format(encoded[:16]) == "PNG" and PNG_END not in encoded:
             raise ValueError("image file is truncated")  # Pillow reads on where only pixels are complete
-        with _opened(io.BytesIO(encoded)) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
+        mode = "L" if channels == 1 else "RGB"
+        with _opened(io.BytesIO(encoded), max_pixels) as opened:
+            opened.load()  # what a PNG says of its orientation may follow its pixels
+            image = opened if opened.mode == mode else opened.convert(mode)
             image = np.asarray(_upright(image, _orientation(opened)))
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise _unreadable(name, error) from error
@@ -112,7 +130,9 @@ def _open_file(path: str) -> IO[bytes]:
     raise ValueError(f"cannot read image {path} ({reason}); replace it or remove it")
 
 
-def sampled_shape(count: int, path: Callable[[int], str]) -> tuple[tuple[int, int, int] | None, int]:
+def sampled_shape(
+    count: int, path: Callable[[int], str], *, max_pixels: int | None = None
+) -> tuple[tuple[int, int, int] | None, int]:
     """(shape or None if it varies, channels) of `count` image files, from headers spread evenly over them.
 
     They have one channel if all the sampled ones are grey, else three. Those that cannot be read are passed
@@ -125,7 +145,7 @@ def sampled_shape(count: int, path: Callable[[int], str]) -> tuple[tuple[int, in
     headers, problems = [], []
     for i in range(sampled):
         try:
-            headers.append(image_header(path(i * count // sampled)))
+            headers.append(image_header(path(i * count // sampled), max_pixels=max_pixels))
         except ValueError as error:  # `check` finds it, and may leave it out
             problems.append(error)
     if not headers:
@@ -135,15 +155,15 @@ def sampled_shape(count: int, path: Callable[[int], str]) -> tuple[tuple[int, in
     return ((*sizes.pop(), channels) if len(sizes) == 1 else None), channels
 
 
-def image_header(path: str) -> tuple[tuple[int, int], str]:
+def image_header(path: str, *, max_pixels: int | None = None) -> tuple[tuple[int, int], str]:
     """((height, width), mode) of an image file as `decode_image` gives it, without decoding the pixels.
 
     Raises:
-      ValueError: not an image; the message names the file.
+      ValueError: not an image, or one that is too large, as for `decode_image`; the message names the file.
     """
     with _open_file(path) as file:
         try:
-            with _opened(file) as opened:
+            with _opened(file, max_pixels) as opened:
                 turned = _orientation(opened) >= 5
                 height, width = opened.height, opened.width
                 return ((width, height) if turned else (height, width)), opened.mode
@@ -151,7 +171,14 @@ def image_header(path: str) -> tuple[tuple[int, int], str]:
             raise _unreadable(path, error) from error
 
 
-def quick_problem(path: str) -> str | None:
+def exchanges_sides(encoded: bytes, *, max_pixels: int | None = None) -> bool:
+    """Whether the EXIF orientation of an image that can be read exchanges its width and its height."""
+    with _opened(io.BytesIO(encoded), max_pixels) as opened:
+        opened.load()
+        return _orientation(opened) >= 5
+
+
+def quick_problem(path: str, *, max_pixels: int | None = None) -> str | None:
     """What is wrong with an image file by its beginning and its end, without decoding it; None if nothing is.
 
     A file that is empty, cut or no image is found; damage in its middle is not.
@@ -172,9 +199,9 @@ def quick_problem(path: str) -> str | None:
     }
     try:
         if complete.get(_format(beginning), False):
-            image_header(path)
+            image_header(path, max_pixels=max_pixels)
         else:  # a whole file may have more after its end
-            decode_image(read_encoded(path), channels=3, name=path)
+            decode_image(read_encoded(path), channels=3, name=path, max_pixels=max_pixels)
     except ValueError as error:
         return str(error)
     return None
@@ -211,7 +238,15 @@ def _format(beginning: bytes) -> str:
     return "BMP" if beginning.startswith(b"BM") else ""
 
 
-def _opened(file: IO[bytes]) -> "Image.Image":
+class _TooLarge(ValueError):
+    """Why an image is not decoded, and what to do."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+def _opened(file: IO[bytes], max_pixels: int | None) -> "Image.Image":
     """A Pillow image of which the header has been read and checked, from a file at its beginning.
 
     Its class is called itself: `Image.open` would try every format that it knows, and warn of large images.
@@ -225,12 +260,12 @@ def _opened(file: IO[bytes]) -> "Image.Image":
         "BMP": BmpImagePlugin.BmpImageFile,
     }
     kind = _format(file.read(16))
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not kind:
         raise ValueError(f"not an image in a known format, {FORMATS}")
     opened = classes[kind](file)
-    if opened.width * opened.height > MAX_PIXELS:
-        raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
+    _refuse_large(opened.width, opened.height, size, MAX_PIXELS if max_pixels is None else max_pixels)
     _refuse_deep(opened.mode)
     return opened
 
@@ -264,6 +299,22 @@ def _upright(image: "Image.Image", orientation: int) -> "Image.Image":
     return image if orientation == 1 else image.transpose(turns[orientation])
 
 
+def _refuse_large(width: int, height: int, size: int, max_pixels: int) -> None:
+    pixels = width * height
+    found = f"{width} x {height} = {pixels:,} pixels in {size:,} bytes"
+    if pixels > max_pixels:
+        raise _TooLarge(
+            f"{found}, more than {max_pixels:,} pixels",
+            "make it smaller, remove it, or allow more with `max_pixels` (--config.data.max_pixels)",
+        )
+    if pixels > FREE_PIXELS and pixels > MAX_DENSITY * size:
+        raise _TooLarge(
+            f"{found}, more than {MAX_DENSITY} for each byte, as no picture has and files that exhaust the "
+            "memory have",
+            f"remove it, or make it smaller, at most {FREE_PIXELS:,} pixels",
+        )
+
+
 def _refuse_deep(mode: str) -> None:
     if mode in DEEP_MODES:
         raise ValueError(f"more than 8 bits a channel, Pillow mode {mode}")
@@ -271,4 +322,5 @@ def _refuse_deep(mode: str) -> None:
 
 def _unreadable(name: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"cannot read image {name} ({reason}); replace the file or remove it")
+    remedy = error.remedy if isinstance(error, _TooLarge) else "replace the file or remove it"
+    return ValueError(f"cannot read image {name} ({reason}); {remedy}")

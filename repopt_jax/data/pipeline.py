@@ -6,12 +6,14 @@ run on one process or eight, with worker processes or without, resumed or not, s
 of the array that several processes make of them are in the order of the mesh's devices.)
 """
 
+import numbers
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import numpy as np
 
+from repopt_jax.arguments import check_count, check_kind
 from repopt_jax.data.dataset import AnnotatedSource, Source
 from repopt_jax.data.rng import RowRng, batch_rng
 
@@ -194,6 +196,8 @@ def steps_per_epoch(source: Source | AnnotatedSource, batch_size: int, *, limit:
     Raises:
       ValueError: not even one batch, or a `limit` that the source does not have.
     """
+    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_kind("batch_size", batch_size, numbers.Integral, "a whole number")
     count = len(subset(source.info.num_train, limit, "train"))
     if not 1 <= batch_size <= count:
         raise ValueError(f"`batch_size` is {batch_size}; it must be in [1, {count}], the images of an epoch")
@@ -202,6 +206,8 @@ def steps_per_epoch(source: Source | AnnotatedSource, batch_size: int, *, limit:
 
 def eval_steps(source: Source | AnnotatedSource, batch_size: int, *, limit: int | None = None) -> int:
     """Number of batches that `eval_batches` gives, the padded one included."""
+    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_count("batch_size", batch_size)
     return -(-len(subset(source.info.num_eval, limit, "eval")) // batch_size)
 
 

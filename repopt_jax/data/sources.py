@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.data.coco import open_coco
 from repopt_jax.data.dataset import AnnotatedSource
 from repopt_jax.data.digits import open_digits
@@ -76,6 +77,7 @@ def open_source(source: str, **options: Any) -> Any:
       FileNotFoundError: the folder or the prepared data set does not exist.
       ImportError: the digits are needed and scikit-learn is not installed.
     """
+    check_kind("source", source, str, "the name of a data set")
     if source not in SOURCES:
         raise ValueError(f"`source` is {source!r}; it must be one of {', '.join(SOURCES)}")
     entry = SOURCES[source]
@@ -100,5 +102,9 @@ def open_configured(settings: Any) -> Any:
 
     Returns and raises as `open_source`.
     """
+    if not hasattr(settings, "source"):
+        raise TypeError(
+            f"`settings` is of type {type(settings).__name__}: it must be the `data` section of a config"
+        )
     options = SOURCES[settings.source].options if settings.source in SOURCES else ()
     return open_source(settings.source, **{name: getattr(settings, name, None) for name in options})

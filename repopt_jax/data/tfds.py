@@ -4,21 +4,26 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.data.dataset import DatasetInfo, Source
 from repopt_jax.data.images import Record, Split
 
 
-def open_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Source:
+def open_tfds(
+    name: str, *, data_dir: str | os.PathLike[str] | None = None, max_pixels: int | None = None
+) -> Source:
     """Opens a TFDS data set that has been prepared as ArrayRecord.
 
     Args:
       name: `cifar10`, `name/config` or `name:1.2.0`.
       data_dir: TFDS's directory, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+      max_pixels: that an image may have; None for `images.MAX_PIXELS`, 2^25.
 
     Raises:
       FileNotFoundError: it is not prepared in `data_dir`.
       ValueError: it is not in a random-access format, or is not one of labelled images.
     """
+    check_kind("name", name, str, "the name of a data set")
     import tensorflow_datasets as tfds
 
     core: Any = tfds.core  # loads its modules lazily, which a type checker does not see
@@ -31,7 +36,7 @@ def open_tfds(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> S
             f"TFDS data set {name!r} is not prepared in {place}; prepare it once with "
             f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
         ) from error
-    return _from_builder(builder)
+    return _from_builder(builder, max_pixels)
 
 
 def open_tfds_directory(directory: str | os.PathLike[str]) -> Source:
@@ -66,7 +71,7 @@ class _TfdsRecords(Sequence[Record]):
         return Record(stored[image_key], int(stored[label_key]), f"{index} {self._name}")
 
 
-def _from_builder(builder: Any) -> Source:
+def _from_builder(builder: Any, max_pixels: int | None = None) -> Source:
     image_key, label_key = _feature_keys(builder)
     features = builder.info.features
     if "train" not in builder.info.splits:
@@ -82,7 +87,8 @@ def _from_builder(builder: Any) -> Source:
         num_train=len(train),
         num_eval=len(evaluation),
     )
-    return Source(info, Split(train, channels=channels), Split(evaluation, channels=channels))
+    options = {"channels": channels, "max_pixels": max_pixels}
+    return Source(info, Split(train, **options), Split(evaluation, **options))
 
 
 def _feature_keys(builder: Any) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from repopt_jax.arguments import check_path
 from repopt_jax.core.scales import save_scales
 from repopt_jax.deploy.network import load_any
 from repopt_jax.interop import load_torch_scales
@@ -37,6 +38,8 @@ def convert(
       FileExistsError: something is at `out`.
       ValueError: what the file or the folder holds cannot be converted so.
     """
+    check_path("source", source)
+    check_path("out", out)
     refuse_existing(out)
     given, target = Path(source).expanduser(), Path(out).expanduser()
     if not given.exists():

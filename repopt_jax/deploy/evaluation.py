@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repopt_jax.arguments import check_count, check_kind
 from repopt_jax.train.build import Trained, make_task
 from repopt_jax.train.config import Config, DataConfig
 from repopt_jax.train.state import make_mesh, split_model
@@ -23,6 +24,13 @@ def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]
     Raises:
       FileNotFoundError, ValueError: the data are missing, or their classes are not those of the training.
     """
+    check_kind(
+        "trained",
+        trained,
+        Trained,
+        "a trained network, such as `load_trained` returns",
+        remedy="`load_trained` and `load_any` read a folder",
+    )
     task, source, batches = open_test(trained, data_dir)
     network = split_model(trained.model)
     mesh = make_mesh(devices=jax.local_devices()[:1])
@@ -35,6 +43,13 @@ def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any,
     Raises:
       FileNotFoundError, ValueError: as `evaluate`.
     """
+    check_kind(
+        "trained",
+        trained,
+        Trained,
+        "a trained network, such as `load_trained` returns",
+        remedy="`load_trained` and `load_any` read a folder",
+    )
     info = trained.info
     return open_test_of(trained.config, info.class_names, info.channels, data_dir)
 
@@ -65,6 +80,14 @@ def training_images(trained: Trained, count: int, *, data_dir: str | None = None
     Raises:
       FileNotFoundError, ValueError: as `evaluate`.
     """
+    check_kind(
+        "trained",
+        trained,
+        Trained,
+        "a trained network, such as `load_trained` returns",
+        remedy="`load_trained` and `load_any` read a folder",
+    )
+    check_count("count", count)
     config, known = trained.config, trained.info
     task, source, transform = _open(config, config.data, known.class_names, known.channels, data_dir)
     info = dataclasses.replace(source.info, num_eval=source.info.num_train)

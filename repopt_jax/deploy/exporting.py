@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax import extras
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.deploy.evaluation import COMPARED_IMAGES, open_test_of, training_images
 from repopt_jax.deploy.network import load_plain, read_settings
 from repopt_jax.export.function import file_function
@@ -154,6 +155,9 @@ def export(
       ModuleNotFoundError: a package that writes or runs the format is not installed.
       OSError: the file cannot be written.
     """
+    check_path("run_dir", run_dir)
+    check_path("out", out)
+    check_kind("format", format, str, "the name of a format")
     out = Path(out).expanduser()
     _check(out, format, layout, preprocess, decode, weights, keep_float)
     trained, images = load_plain(run_dir, checkpoint=checkpoint), 0
@@ -317,6 +321,7 @@ def evaluate_file(
         classes.
       ModuleNotFoundError: what runs the file is not installed.
     """
+    check_path("path", path)
     file = open_file(path)
     data = file.metadata
     if run_dir is not None:

@@ -14,6 +14,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from repopt_jax._version import __version__
+from repopt_jax.arguments import check_path
 from repopt_jax.core import paths
 from repopt_jax.deploy.evaluation import compared_images, evaluate
 from repopt_jax.quantize.layers import Scheme, with_quantizers
@@ -96,6 +97,8 @@ def deploy(
       ValueError: `checkpoint` is none, `out_dir` holds something else, or the data do not fit the network.
       OSError: `out_dir` cannot be written.
     """
+    check_path("run_dir", run_dir)
+    check_path("out_dir", out_dir)
     out_dir = Path(out_dir).expanduser().absolute()
     origin = _origin(run_dir, checkpoint)
     if (stored := _stored(out_dir, origin)) is not None:
@@ -176,6 +179,7 @@ def load_deployed(directory: str | Path) -> Trained:
     Raises:
       FileNotFoundError: no deployment in `directory`.
     """
+    check_path("directory", directory)
     directory = Path(directory).expanduser().absolute()
     record = read_json(directory / RECORD)
     if record is None:
@@ -227,6 +231,7 @@ def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> T
       FileNotFoundError: there is neither, or no such checkpoint.
       ValueError: a `checkpoint` of a deployment, which has none.
     """
+    check_path("directory", directory)
     if not (Path(directory).expanduser() / RECORD).is_file():
         return load_trained(directory, checkpoint="latest" if checkpoint is None else checkpoint)
     if checkpoint is not None:

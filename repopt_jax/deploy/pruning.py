@@ -17,6 +17,7 @@ import jax
 import optax
 from flax import nnx
 
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.deploy.evaluation import evaluate
 from repopt_jax.deploy.network import deploy
 from repopt_jax.optim.resrep import row_norms
@@ -87,6 +88,7 @@ def prune_config(run_dir: str | Path, *, target: float = 0.5, checkpoint: str | 
       FileNotFoundError: no run, or no such checkpoint, in `run_dir`.
       ValueError: `checkpoint` is none; the run is of another mode, or prunes itself.
     """
+    check_path("run_dir", run_dir)
     folder = RunFolder(run_dir)
     config, _ = folder.read()
     if config.prune.run:
@@ -143,6 +145,8 @@ def prune(
       FileNotFoundError: the run that it started from is gone.
       OSError: as `loop.run`, `deploy`.
     """
+    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_path("out_dir", out_dir)
     if not config.prune.run:
         raise ValueError("`prune.run` is empty: make the config with `prune_config`")
     done = run(config, out_dir, progress=progress, stop=stop)

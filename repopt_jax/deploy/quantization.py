@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from repopt_jax.arguments import check_path
 from repopt_jax.core import paths
 from repopt_jax.deploy.evaluation import COMPARED_IMAGES, evaluate, open_test, training_images
 from repopt_jax.deploy.network import RECORD as DEPLOYED
@@ -223,6 +224,8 @@ def quantize_run(
         quantize; the training cannot run; or `out_dir` holds something else.
       OSError: `out_dir` cannot be written.
     """
+    check_path("run_dir", run_dir)
+    check_path("out_dir", out_dir)
     options, out_dir = options or Options(), Path(out_dir).expanduser().absolute()
     source = load_any(run_dir, checkpoint=checkpoint)
     name = str(Path(run_dir).expanduser().absolute())
@@ -409,6 +412,7 @@ def load_quantized(directory: str | Path) -> tuple[Trained, Quantized]:
     Raises:
       FileNotFoundError: there is none in `directory`.
     """
+    check_path("directory", directory)
     path = Path(directory).expanduser() / RECORD
     if (record := read_json(path)) is None:
         raise FileNotFoundError(f"{directory} has no {RECORD}: it holds no quantized network")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from repopt_jax.arguments import check_array, check_count, check_items, check_kind
+
 # Colours that can be distinguished on dark and on light images, also with colour blindness: those of Okabe
 # and Ito without black, and three lighter ones of Paul Tol. Class `c` is drawn in COLOURS[c % 10], and so is
 # keypoint `c`.
@@ -56,6 +58,13 @@ def draw_detections(
     Raises:
       ValueError: `image` is not an image, or `zoom` is not positive.
     """
+    check_array("image", image)
+    check_array("boxes", boxes)
+    check_array("classes", classes)
+    for name, value in (("scores", scores), ("keypoints", keypoints)):
+        if value is not None:
+            check_array(name, value)
+    check_kind("class_names", class_names, (list, tuple), "the names of the classes, in a list")
     if image.ndim != 3 or image.shape[-1] not in (1, 3) or image.dtype != np.uint8:
         raise ValueError(
             f"`image` is {image.dtype} {image.shape}; it must be uint8 (height, width, 1 or 3 channels)"
@@ -93,6 +102,8 @@ def contact_sheet(
     Raises:
       ValueError: no images, or `columns` is not positive.
     """
+    check_items("images", images, "images")
+    check_count("columns", columns)
     if not images:
         raise ValueError("`images` is empty; give at least one")
     if columns < 1:

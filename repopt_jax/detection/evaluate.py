@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from repopt_jax.arguments import check_array, check_kind
 from repopt_jax.detection.outputs import Detections
 
 
@@ -31,6 +32,13 @@ def evaluate_detections(
       ModuleNotFoundError: pycocotools is not installed; pip install 'repopt_jax[detect]'.
       ValueError: `sigmas` does not fit the keypoints, or a prediction is of an image that is not evaluated.
     """
+    check_kind("ground_truth", ground_truth, dict, "a dict such as `data.eval_annotations` returns")
+    if missing := sorted({"images", "annotations", "categories"} - ground_truth.keys()):
+        raise ValueError(
+            f"`ground_truth` has no {', '.join(missing)}: give what `data.eval_annotations` returns"
+        )
+    check_kind("predictions", predictions, (list, tuple), "a list such as `to_predictions` returns")
+    check_kind("sigmas", sigmas, (list, tuple), "a number for each keypoint, in a list")
     _check(ground_truth, predictions, len(sigmas))
     annotations = ground_truth["annotations"]
     boxes = any(not a["iscrowd"] for a in annotations)
@@ -65,6 +73,9 @@ def to_predictions(detections: Detections, index: np.ndarray, ratio: np.ndarray)
       For each detection {"image_id", "category_id" (class + 1), "bbox" (x, y, width, height), "score"} and,
       if there are keypoints, "keypoints" (x, y, 1 of each).
     """
+    check_kind("detections", detections, Detections, "`Detections`, such as `decode` returns")
+    check_array("index", index)
+    check_array("ratio", ratio)
     boxes, scores, classes, keypoints = (np.asarray(part) for part in detections)
     boxes = boxes.astype(float) / ratio[:, None, None]
     keypoints = keypoints.astype(float) / ratio[:, None, None, None]

@@ -107,7 +107,7 @@ def folded(
     """Returns the equations that the input reaches and that the outputs need, and the known values."""
     constants: dict[Value, np.ndarray] = {}
     left = []
-    for equation in flat.equations:
+    for equation in map(_without_empty, flat.equations):
         for value in equation.inputs:
             if value.constant is not None and value not in constants:
                 constants[value] = np.asarray(value.constant, value.aval.dtype)
@@ -126,6 +126,16 @@ def folded(
             kept.append(equation)
             needed.update(equation.inputs)
     return tuple(reversed(kept)), constants
+
+
+def _without_empty(equation: Equation) -> Equation:
+    """A concatenation without the operands that have no entries, as `jnp.pad` of "edge" makes them of an axis
+    that is not padded. They may be cut from the batch, which has no form in a file."""
+    if equation.name != "concatenate":
+        return equation
+    axis = equation.params["dimension"]
+    inputs = tuple(v for v in equation.inputs if export.is_symbolic_dim(v.shape[axis]) or v.shape[axis] != 0)
+    return dataclasses.replace(equation, inputs=inputs or equation.inputs)
 
 
 def _sizes_in(equation: Equation) -> list[Any]:

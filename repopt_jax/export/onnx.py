@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax import extras
+from repopt_jax.arguments import check_array, check_kind, check_path
 from repopt_jax.core import paths
 from repopt_jax.export.checks import check_exportable
 from repopt_jax.export.function import file_function, named_outputs
@@ -26,6 +27,7 @@ from repopt_jax.export.metadata import LAYOUTS, Metadata
 from repopt_jax.export.operations import OPERATIONS
 from repopt_jax.export.runtime import open_onnx
 from repopt_jax.export.tensors import Node, Writer
+from repopt_jax.surgery.modules import check_model
 
 OPSET = 17
 IR_VERSION = 8
@@ -54,6 +56,9 @@ def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata) -> None:
       ModuleNotFoundError: onnx is not installed.
       OSError: the file cannot be written.
     """
+    check_model(model)
+    check_path("path", path)
+    check_kind("metadata", metadata, Metadata, "a `Metadata`")
     if metadata.decoded:
         raise ValueError(
             "`metadata.decoded` is True: an ONNX file gives a detector's raw outputs, as the sorting and "
@@ -86,6 +91,8 @@ def onnx_model(
     Raises:
       ValueError, ModuleNotFoundError: as `to_onnx`; a layout that is neither.
     """
+    check_model(model)
+    check_kind("input_shape", input_shape, (tuple, list), "the shape of one image")
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     first = layout == "NCHW"
@@ -280,6 +287,8 @@ def compare_fused(path: str | Path, images: np.ndarray) -> FusedDifference:
     Raises:
       ValueError, ModuleNotFoundError: as `open_file`.
     """
+    check_path("path", path)
+    check_array("images", images)
     fused, plain = (next(iter(open_onnx(path, optimized=o)(images).values())) for o in (True, False))
     return FusedDifference(
         max_abs=float(np.abs(fused - plain).max()),

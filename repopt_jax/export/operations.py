@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from repopt_jax.core.jaxprs import Equation, Value
-from repopt_jax.export.graph import FAKE_QUANTIZE, Unsupported
+from repopt_jax.export.graph import BATCH, FAKE_QUANTIZE, Unsupported
 from repopt_jax.export.tensors import Order, Quantization, Tensor, Writer
 
 Form = Callable[[Writer, Equation], Tensor | list[Tensor]]
@@ -475,6 +475,8 @@ def _resized(w: Writer, t: Tensor, scales: dict[int, int]) -> Tensor:
 
 
 def concatenation(w: Writer, e: Equation) -> Tensor:
+    if len(e.inputs) == 1:
+        return w[e.inputs[0]]
     return _joined(w, e, [w.whole(v) for v in e.inputs], e.params["dimension"])
 
 
@@ -551,6 +553,38 @@ def sliced(
         for a, n in zip(t.order, t.sizes)
     )
     return Tensor(name, t.order, new)
+
+
+def dynamic_slicing(w: Writer, e: Equation) -> Tensor:
+    """Slice that starts where the input says: as in JAX, at the nearest place where the part is inside."""
+    operand, *given = e.inputs
+    sizes, parts = w.sizes(operand), w.graph.sizes(e.params["slice_sizes"])
+    cut = [a for a, (n, part) in enumerate(zip(sizes, parts)) if n != part]
+    if any(sizes[a] % BATCH == 0 for a in cut):
+        raise Unsupported("a slice of the batch whose end depends on the batch size")
+    last = {a: sizes[a] - parts[a] for a in cut}
+    numbers = {a: w[given[a]].number for a in cut}
+    known = {a: min(max(int(n), 0), last[a]) for a, n in numbers.items() if n is not None}
+    if len(known) == len(cut):
+        starts = [known.get(a, 0) for a in range(len(sizes))]
+        limits = [start + part for start, part in zip(starts, parts)]
+        return sliced(w, operand, starts, limits, (1,) * len(sizes))
+    t = w.settled(w[operand])
+    axes = [a for a in cut if a in t.stored]
+    if not axes:
+        return t
+    starts = [np.asarray([known[a]]) if a in known else _start(w, given[a], last[a]) for a in axes]
+    start = w.node("Concat", *starts, axis=0)
+    end = w.node("Add", start, np.asarray([parts[a] for a in axes]))
+    name = w.node("Slice", t, start, end, np.asarray([t.order.index(a) for a in axes]))
+    new = tuple(parts[a] if a in axes else n for a, n in zip(t.order, t.sizes))  # pyright: ignore
+    return Tensor(name, t.order, new)
+
+
+def _start(w: Writer, value: Value, last: int) -> str:
+    """A whole number that depends on the input, from 0 to `last`, as a vector of one."""
+    number = w.node("Cast", w.reshape(w.name(w.settled(w[value])), (1,)), to=np.dtype(np.int64))
+    return w.node("Max", w.node("Min", number, np.asarray([last])), np.asarray([0]))
 
 
 def reversal(w: Writer, e: Equation) -> Tensor:
@@ -685,6 +719,7 @@ OPERATIONS: dict[str, Form] = {
     "tile": tiling,
     "pad": padding,
     "slice": slicing,
+    "dynamic_slice": dynamic_slicing,
     "gather": gathering,
     "split": splitting,
     "rev": reversal,

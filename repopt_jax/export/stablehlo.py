@@ -23,10 +23,12 @@ from flax import nnx
 from jax import export
 
 from repopt_jax import extras
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.export.checks import check_exportable
 from repopt_jax.export.function import file_function
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.nn.convolution import xla_convolutions
+from repopt_jax.surgery.modules import check_model
 
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -61,6 +63,9 @@ def to_stablehlo(model: nnx.Module, path: str | Path, metadata: Metadata) -> Non
       ModuleNotFoundError: flatbuffers is not installed.
       OSError: the file cannot be written.
     """
+    check_model(model)
+    check_path("path", path)
+    check_kind("metadata", metadata, Metadata, "a `Metadata`")
     extras.require("flatbuffers", by="a StableHLO file")
     check_exportable(model)
     (batch,) = export.symbolic_shape("batch")
@@ -78,6 +83,7 @@ def read_stablehlo(path: str | Path) -> Program:
       ValueError: another file, or a damaged one.
       ModuleNotFoundError: flatbuffers is not installed.
     """
+    check_path("path", path)
     extras.require("flatbuffers", by="a StableHLO file")
     content = Path(path).read_bytes()
     given = _metadata_of(content, path)

@@ -21,6 +21,7 @@ import numpy as np
 import safetensors
 from numpy.typing import ArrayLike
 
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.interop.checkpoints import select_tensors, without_wrappers
 from repopt_jax.interop.pickles import DTYPES, STORAGES, StorageRef, TensorRef, Unreadable, load
 
@@ -51,6 +52,7 @@ def read_tensors(path: str | os.PathLike[str], *, key: str | None = None) -> dic
       ValueError: the file is of another type, empty, truncated or damaged; it would run code; or it holds no
         tensors, or none under `key`. The message is one sentence that names the file.
     """
+    check_path("path", path)
     file = Path(path).expanduser()
     if file.is_dir():
         raise Unreadable(f"{file} is a folder, not a PyTorch or safetensors file")
@@ -81,6 +83,8 @@ def write_safetensors(
       FileExistsError: `path` exists.
       ValueError: dtypes that the format does not have, all listed.
     """
+    check_path("path", path)
+    check_kind("tensors", tensors, Mapping, "a mapping of names to arrays")
     arrays = _arrays(tensors, set(_SAFETENSORS.values()), "safetensors")
     specs = {
         name: safetensors.TensorSpec(
@@ -105,6 +109,8 @@ def write_torch(path: str | os.PathLike[str], tensors: Mapping[str, ArrayLike]) 
       FileExistsError: `path` exists.
       ValueError: dtypes without a storage class in PyTorch, all listed.
     """
+    check_path("path", path)
+    check_kind("tensors", tensors, Mapping, "a mapping of names to arrays")
     storages = {DTYPES[dtype]: storage for storage, dtype in STORAGES.items() if storage != "UntypedStorage"}
     arrays = _arrays(tensors, set(storages), "PyTorch's file format")
     with _new_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:

@@ -20,6 +20,7 @@ from flax import nnx
 
 from repopt_jax import jsontext, models
 from repopt_jax._version import __version__
+from repopt_jax.arguments import check_path
 from repopt_jax.interop.names import NETWORKS, arrays_of, recognise
 from repopt_jax.interop.weights import init_rng_state
 from repopt_jax.nn.branched import Branched
@@ -138,6 +139,7 @@ def load_converted(directory: str | os.PathLike[str]) -> Any:
       FileNotFoundError: `directory` holds no converted network.
       ValueError: it was written by a version of this library with other descriptions.
     """
+    check_path("directory", directory)
     from orbax.checkpoint import v1 as ocp
 
     folder = Path(directory).expanduser().absolute()

@@ -34,6 +34,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from repopt_jax.arguments import check_path
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Branch, BranchSet, Identity, Kernel, Shape
 from repopt_jax.core.published import repopt
@@ -77,6 +78,7 @@ def load_torch_scales(path: str | os.PathLike[str], model: Any = None, *, key: s
         infinite values; blocks of unknown kernels that `model` does not have; or scales that do not fit
         `model`, with every missing, extra and misshapen layer.
     """
+    check_path("path", path)
     file = Path(path)
     tensors = read_tensors(file, key=key)
     blocks = _blocks(tensors)

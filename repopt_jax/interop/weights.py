@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.core import paths
 from repopt_jax.interop.files import read_tensors, write_safetensors, write_torch
 from repopt_jax.interop.names import (
@@ -30,6 +31,7 @@ from repopt_jax.interop.names import (
     torch_names,
     torch_tensors,
 )
+from repopt_jax.surgery.modules import check_model
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -53,6 +55,10 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
       ValueError: unknown names; names that do not fit the model; every missing, extra and misshapen key;
         tensors that hold no floating-point numbers; or constants that are others here.
     """
+    check_kind(
+        "tensors", tensors, Mapping, "a mapping of names to arrays", remedy="`load_torch` reads a file"
+    )
+    check_model(model)
     scheme = _scheme_of(tensors, model) if names == "auto" else find_scheme(names)
     places, constants = torch_tensors(model, scheme)
     given = {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
@@ -106,6 +112,7 @@ def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.nd
     Raises:
       ValueError: unknown names, or layers that these names have no place for; all of them are listed.
     """
+    check_model(model)
     places, constants = torch_tensors(model, authors_scheme(model) if names == "auto" else names)
     arrays, _ = paths.named_leaves(arrays_of(model))
     tensors: dict[str, np.ndarray] = {}
@@ -123,6 +130,8 @@ def load_torch(
     path: str | os.PathLike[str], model: Model, names: str | Scheme = "auto", *, key: str | None = None
 ) -> Model:
     """Applies `from_torch` to a file's tensors; `path` and `key` as in `read_tensors`, errors as of both."""
+    check_path("path", path)
+    check_model(model)
     return from_torch(read_tensors(path, key=key), model, names)
 
 
@@ -136,6 +145,8 @@ def save_torch(path: str | os.PathLike[str], model: nnx.Module, names: str | Sch
       ValueError: another suffix, or as `to_torch`.
       FileExistsError: `path` exists.
     """
+    check_path("path", path)
+    check_model(model)
     write_tensors(path, to_torch(model, names))
 
 

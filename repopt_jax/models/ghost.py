@@ -27,10 +27,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from repopt_jax.arguments import check_count
 from repopt_jax.core.published import repopt_ghost
 from repopt_jax.core.structure import Geometry
 from repopt_jax.models.network import Classifier, LayerSpec, check_variant
 from repopt_jax.nn.block import Block, SqueezeExcite, block, conv
+from repopt_jax.nn.rngs import check_rngs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +181,8 @@ def ghostnet(
       rngs: `nnx.Rngs`.
     """
     check_variant(variant, GhostVariant)
+    check_count("num_classes", num_classes)
+    check_rngs(rngs)
     options = {"dtype": dtype, "rngs": rngs}
     stem, last = _channels(variant.stem, variant), _last_channels(variant)
     stages: list[list[nnx.Module]] = [[] for _ in range(len(variant.stages) + 2)]

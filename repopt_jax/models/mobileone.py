@@ -14,10 +14,12 @@ from typing import Any
 
 from flax import nnx
 
+from repopt_jax.arguments import check_count
 from repopt_jax.core.published import mobileone as copied
 from repopt_jax.core.structure import Geometry
 from repopt_jax.models.network import Classifier, LayerSpec, check_variant
 from repopt_jax.nn.block import SqueezeExcite, block
+from repopt_jax.nn.rngs import check_rngs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,8 @@ def mobileone(
       rngs: `nnx.Rngs`.
     """
     check_variant(variant, MobileOneVariant)
+    check_count("num_classes", num_classes)
+    check_rngs(rngs)
     stages: list[list[nnx.Module]] = [[] for _ in range(5)]
     for spec in mobileone_specs(variant, in_channels):
         se = SqueezeExcite(spec.outputs, spec.outputs // 16, dtype=dtype, rngs=rngs) if spec.se else None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.core.arguments import check_count
+from repopt_jax.arguments import check_count
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.published import STRUCTURES, repopt
 from repopt_jax.core.scales import Scales

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from repopt_jax.core.arguments import check_count
+from repopt_jax.arguments import check_count, check_kind
 from repopt_jax.hints import did_you_mean
 from repopt_jax.models.fcos import DETECTORS, FCOS
 from repopt_jax.models.ghost import GHOST_VARIANTS, ghostnet
@@ -86,6 +86,7 @@ def register(entry: Entry) -> None:
     Raises:
       ValueError: the name is taken by another network, or is not in lower case.
     """
+    check_kind("entry", entry, Entry, "an `Entry`")
     if entry.name != entry.name.lower() or NETWORKS.get(entry.name, entry) != entry:
         raise ValueError(f"`entry` is named {entry.name!r}: it must be in lower case and not taken yet")
     NETWORKS[entry.name] = entry

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from repopt_jax.arguments import check_count
 from repopt_jax.core.published import repopt_mlp
 from repopt_jax.core.structure import Geometry
 from repopt_jax.models.network import LayerSpec, OfVariant, check_variant, run_stages
@@ -41,6 +42,7 @@ from repopt_jax.nn.block import (
     kernel_init,
 )
 from repopt_jax.nn.geometry import convolution_of, joined
+from repopt_jax.nn.rngs import check_rngs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,8 @@ class RepMLPNet(OfVariant):
         rngs: nnx.Rngs,
     ):
         check_variant(variant, RepMLPVariant)
+        check_count("num_classes", num_classes)
+        check_rngs(rngs)
         super().__init__(variant, num_classes=num_classes, in_channels=in_channels)
         options = {"dtype": dtype, "rngs": rngs}
         stages, inputs = [], in_channels

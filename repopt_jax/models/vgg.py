@@ -13,9 +13,11 @@ from typing import Any
 
 from flax import nnx
 
+from repopt_jax.arguments import check_count
 from repopt_jax.core.structure import Geometry
 from repopt_jax.models.network import Classifier, LayerSpec, check_variant
 from repopt_jax.nn.block import SqueezeExcite, block
+from repopt_jax.nn.rngs import check_rngs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,8 @@ def vgg(
       ValueError: `post_se` with a variant that has `pre_se`; no class; an unknown activation.
     """
     check_variant(variant, VGGVariant)
+    check_count("num_classes", num_classes)
+    check_rngs(rngs)
     if post_se and variant.pre_se:
         raise ValueError(
             f"`post_se` is True, but every block of {variant.name} has squeeze-and-excitation before its "

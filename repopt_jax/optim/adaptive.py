@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from repopt_jax.arguments import check_number
 from repopt_jax.core import paths
-from repopt_jax.core.arguments import check_number
 from repopt_jax.core.scales import LayerScales, Scales, check_scales, check_values
 from repopt_jax.optim.reparameterize import reparameterize
 from repopt_jax.optim.sgd import require_gradients, state_vectors
@@ -80,7 +80,7 @@ def repopt_adamw(
     Raises:
       ValueError: as `scale_by_repopt_adam`.
     """
-    check_number("learning_rate", learning_rate)
+    check_number("learning_rate", learning_rate, optional=False)
     check_number("weight_decay", weight_decay, at_least=0)
     return optax.chain(
         scale_by_repopt_adam(scales, b1, b2, eps, eps_root, mu_dtype=mu_dtype, nesterov=nesterov, rule=rule),
@@ -108,7 +108,7 @@ def repopt_lion(
       ValueError: as `scale_by_repopt_adam`.
     """
     check_scales(scales)
-    check_number("learning_rate", learning_rate)
+    check_number("learning_rate", learning_rate, optional=False)
     check_number("weight_decay", weight_decay, at_least=0)
     _check_rates(b1=b1, b2=b2)
     lion = optax.scale_by_lion(b1, b2, mu_dtype)

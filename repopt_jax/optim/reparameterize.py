@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core import paths
 from repopt_jax.core.parametrization import (
     Parametrization,
     Theta,
     check_kernels,
+    check_structures,
     parametrizations,
     scale_vectors,
     theta_of,
@@ -134,10 +136,12 @@ def reparameterize(
         kernel, or no `params` although `inner` needs them.
       TypeError: structures without `trainable_scales`.
     """
+    check_kind("inner", inner, optax.GradientTransformation, "an Optax transformation")
     if not keep_weights and (weights is not None or trainable_scales):
         unused = "`weights` are given" if weights is not None else "`trainable_scales` is True"
         raise ValueError(f"{unused} and `keep_weights` is False: the branch tensors would not be used")
     if trainable_scales:
+        check_structures("scales", scales)
         return _with_trained_scales(inner, scales, weights)
     if not isinstance(scales, Scales):
         raise TypeError(
@@ -278,11 +282,7 @@ def decay_mask(structures: Scales | Mapping[str, Parametrization], default: Any 
         (`surgery.weight_decay_mask` of the plain network); by default arrays of more than one axis are
         decayed.
     """
-    if not isinstance(structures, Scales | Mapping):
-        raise TypeError(
-            f"`structures` is of type {type(structures).__name__}: it must be `Scales`, or a mapping of "
-            "paths to structures"
-        )
+    check_structures("structures", structures)
     known = parametrizations(structures) if isinstance(structures, Scales) else dict(structures)
     flat = {
         f"{path}/{inside}": decayed

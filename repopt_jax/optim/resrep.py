@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from repopt_jax.arguments import check_items, check_kind, check_number
 from repopt_jax.core import paths
 from repopt_jax.optim.sgd import hidden_paths, replicated_like, require_gradients
 
@@ -63,6 +64,7 @@ def scale_by_resrep(
         the parameters lack or that are no kernels; at `update`, paths that the gradients lack, or no
         `params`. All paths are listed. Paths that `optax.masked` or `optax.partition` hide are skipped.
     """
+    check_items("compactors", compactors, "paths of compactors")
     names = tuple(compactors)
     if not names:
         raise ValueError("`compactors` is empty: there is nothing to prune")
@@ -123,6 +125,9 @@ def resrep(
     Raises:
       ValueError: as `scale_by_resrep`, or another momentum.
     """
+    check_kind("inner", inner, optax.GradientTransformation, "an Optax transformation")
+    check_items("compactors", compactors, "paths of compactors")
+    check_number("learning_rate", learning_rate, optional=False)
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` is {momentum}: it must be at least 0 and less than 1")
     names = frozenset(compactors)

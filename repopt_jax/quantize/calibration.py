@@ -26,8 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from repopt_jax.arguments import check_items, check_kind
 from repopt_jax.core import paths
 from repopt_jax.quantize.layers import Range, find_quantizable, run_with_inputs
+from repopt_jax.surgery.modules import check_model
 
 Method = Literal["abs-max", "percentile", "entropy", "mse"]
 
@@ -107,6 +109,7 @@ def calibrate(model: nnx.Module, images: Any, *, batch_size: int = 64) -> dict[s
         first, layers that no image reaches, or inputs that are not finite, with all of their layers.
       TypeError: images that are whole numbers, as before the preprocessing.
     """
+    check_model(model)
     layers = find_quantizable(model)
     graphdef, state = nnx.split(model)
 
@@ -146,6 +149,7 @@ def find_ranges(
     Raises:
       ValueError: an unknown method, or a percentile outside of (0, 100].
     """
+    check_kind("histograms", histograms, Mapping, "a mapping such as `calibrate` returns")
     check_method(method, percentile)
     threshold = {
         "abs-max": lambda one: one.largest,
@@ -256,6 +260,7 @@ def batches_of(model: nnx.Module, images: Any, *, batch_size: int = 64) -> Itera
 
 def _in_batches(images: Any, batch_size: int) -> Iterable[Any]:
     if not hasattr(images, "shape"):
+        check_items("images", images, "an array, or batches of them")
         return (batch for batch in images if len(batch))
     return (images[i : i + batch_size] for i in range(0, len(images), batch_size))
 

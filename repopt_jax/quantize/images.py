@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.quantize.calibration import batches_of
-from repopt_jax.surgery.modules import intercepted, named_modules
+from repopt_jax.surgery.modules import check_model, intercepted, named_modules
 
 # Measured on networks of digits: of the right images (8 or more) at most 0.075 and 1.11; without mean and
 # std 0.19 and 6.5, and with those of other data 0.21 and 1.7.
@@ -61,6 +61,7 @@ def image_statistics(model: nnx.Module, images: Any, *, batch_size: int = 64) ->
     Raises:
       ValueError, TypeError: images that `calibrate` refuses.
     """
+    check_model(model)
     norms: dict[str, Any] = {path: m for path, m in named_modules(model) if _is_ordinary(m)}
     graphdef, state = nnx.split(model)
     called: list[str] = []

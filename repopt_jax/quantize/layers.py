@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from repopt_jax.arguments import check_array, check_kind
 from repopt_jax.core import paths
 from repopt_jax.nn.branched import StructuredLayer
 from repopt_jax.nn.geometry import ChangedOperands, check_plain
@@ -286,6 +287,9 @@ def with_quantizers(
     Raises:
       ValueError: as `find_quantizable`; paths that are none of its layers, all of them.
     """
+    check_model(model)
+    check_kind("scheme", scheme, Scheme, "a `Scheme`")
+    check_kind("ranges", ranges, Mapping, "a mapping such as `find_ranges` returns")
     layers = find_quantizable(model)
     check_paths(model, ranges, "ranges", layers)
 
@@ -317,6 +321,7 @@ def with_functions(
 
 def without_quantizers(model: nnx.Module) -> nnx.Module:
     """Returns a copy of `model` in floating point: its layers compute with the functions of before."""
+    check_model(model)
     return with_functions(
         model, lambda path, function: function.function if isinstance(function, Quantizer) else None
     )
@@ -331,6 +336,7 @@ def with_integer_biases(model: nnx.Module) -> nnx.Module:
     where s has a value for each output channel if the kernel's scale has. Layers in floating point, and
     biases of more than 32 bits, stay as they are.
     """
+    check_model(model)
     copy = replace_modules(model, lambda path, module: None)
     modules: dict[str, Any] = dict(named_modules(copy))
     for path, quantizer in quantizers(copy).items():
@@ -352,6 +358,7 @@ def function_name(layer: nnx.Module) -> str:
 
 def quantizers(model: nnx.Module) -> dict[str, Quantizer]:
     """Returns the quantizers of a network by the paths of their layers."""
+    check_model(model)
     found = {path.rpartition("/")[0]: m for path, m in named_modules(model) if isinstance(m, Quantizer)}
     return dict(sorted(found.items(), key=lambda item: paths.natural_order(item[0])))
 
@@ -374,6 +381,8 @@ def run_with_inputs(model: nnx.Module, images: jax.Array) -> tuple[Any, dict[str
     A pure function, to be called under `jax.jit` as well. Convolutions with wrapped or reflected padding get
     padded inputs.
     """
+    check_model(model)
+    check_array("images", images)
     found: dict[str, list[jax.Array]] = {}
 
     def record(path: str, function: Any) -> Any:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core.paths import natural_order
 from repopt_jax.quantize.calibration import (
     PERCENTILE,
@@ -36,6 +37,7 @@ from repopt_jax.quantize.layers import (
     run_with_inputs,
     with_functions,
 )
+from repopt_jax.surgery.modules import check_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,8 @@ def output_noise(
 
     Images are (count, *shape of one) or an iterable of batches, as in `calibrate`.
     """
+    check_kind("model", model, Callable, "a network")
+    check_kind("quantized", quantized, Callable, "a network")
     run = nnx.jit(lambda model, batch: model(batch))
     noise = Noise()
     for batch in batches_of(model, images, batch_size=batch_size):  # pyright: ignore[reportArgumentType]
@@ -144,6 +148,8 @@ def layer_noise(
     The latter is what the layers before it have added: the noise as it travels through the network. An input
     is taken before it is rounded. Arguments are those of `output_noise`.
     """
+    check_model(model)
+    check_kind("quantized", quantized, nnx.Module, "an NNX model")
     run = nnx.jit(run_with_inputs)
     output, layers = Noise(), {}
     for batch in batches_of(model, images, batch_size=batch_size):

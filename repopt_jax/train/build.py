@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.core.scales import Scales, load_scales
 from repopt_jax.data.check import listed
 from repopt_jax.optim.check import check_optimizer
@@ -107,6 +108,7 @@ def open_data(config: Config) -> tuple[Any, Any]:
     Raises:
       FileNotFoundError, ValueError: as `data.open_source`.
     """
+    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
     return make_task(config).open_data(config.data)
 
 
@@ -150,6 +152,8 @@ def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
     Raises:
       FileNotFoundError, ValueError: the scales are missing or do not fit the network.
     """
+    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_kind("info", info, (data.DatasetInfo, data.DetectionInfo), "the `info` of a data set")
     scales = _scales(config, info)
     return _network(config, info, scales), _multiplier(config, scales)
 
@@ -431,6 +435,7 @@ def load_trained(run_dir: str | Path, *, checkpoint: str | int = "latest") -> Tr
       FileNotFoundError: no run, or no such checkpoint, in `run_dir`.
       ValueError: `checkpoint` is something else.
     """
+    check_path("run_dir", run_dir)
     folder = RunFolder(run_dir)
     config, info = folder.read()
     plan = pruning_plan(config, info)

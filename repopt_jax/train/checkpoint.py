@@ -135,11 +135,7 @@ class Checkpoints:
         """
         if asked in ("latest", "best"):
             if (step := getattr(self, str(asked))) is None:
-                unscored = asked == "best" and self._complete()
-                why = "an evaluation at its step" if unscored else "been written yet"
-                raise FileNotFoundError(
-                    f"{self.directory.parent} has no checkpoint that is whole and has {why}: let it train"
-                )
+                raise FileNotFoundError(self._why_none(best=asked == "best"))
             return step
         if not _NUMBER.fullmatch(str(asked)):
             raise ValueError(f"`checkpoint`={asked!r} must be latest, best or the number of a step")
@@ -152,6 +148,19 @@ class Checkpoints:
         if not self._is_whole(step):
             raise FileNotFoundError(f"the checkpoint of step {step} in {self.directory} is damaged")
         return step
+
+    def _why_none(self, *, best: bool) -> str:
+        run, complete = self.directory.parent, sorted(self._complete())
+        scored = [step for step in complete if step in self._scores]
+        among = scored if best and scored else complete
+        if among and self._first_whole(among) is None:
+            with_score = "that were evaluated " if among != complete else ""
+            return (
+                f"the checkpoints of {run} {with_score}(steps {', '.join(map(str, among))}) are all damaged, "
+                "see the warnings above: put a copy of one of them in its place"
+            )
+        lacks = "has an evaluation at its step" if best and complete else "has been written yet"
+        return f"{run} has no checkpoint that is whole and {lacks}: let it train"
 
     def save(
         self, step: int, state: TrainState, progress: Progress, *, scheduled: bool = True, wait: bool = False

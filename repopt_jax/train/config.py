@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from repopt_jax import jsontext, models, userfile
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.transforms import MAX_MAGNITUDE
@@ -132,6 +133,8 @@ class DataConfig:
         COCO's persons, and 0.05 for others.
       flip_pairs: of source "coco", the keypoints that trade places in a mirrored image, counted from 0, pair
         after pair: 0, 1, 2, 3 means that 0 and 1 do, and 2 and 3. None for those that their names give.
+      max_pixels: that an image file may have; None for 2^25, of which a WebP takes 0.6 GB while it is
+        decoded, in each thread or process that decodes. Of "folder", "tfds" and "coco".
       mean, std: of each channel, for pixels in [0, 1].
       validation: training images that are held out, always the same ones; the run is evaluated on these and
         does not see the test images, which `repopt eval` reads. 0 for none: it is evaluated on the test
@@ -166,6 +169,7 @@ class DataConfig:
     max_objects: int | None = setting(None, at_least=1, only=sources_with("max_objects"))
     sigmas: tuple[float, ...] | None = setting(None, at_least=0, only=sources_with("sigmas"))
     flip_pairs: tuple[int, ...] | None = setting(None, at_least=0, only=sources_with("flip_pairs"))
+    max_pixels: int | None = setting(None, at_least=1, only=sources_with("max_pixels"))
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = setting((1.0,), more_than=0)
     validation: int = setting(0, at_least=0)
@@ -435,6 +439,7 @@ def load_config(file_and_arg: str) -> Config:
       ValueError: the file is no Python file with a `get_config`, or no `config.json`.
       TypeError: the file does not return a `Config`.
     """
+    check_path("file_and_arg", file_and_arg)
     name, _, arg = file_and_arg.partition(":")
     path = config_file(name)
     if path.suffix == ".json":
@@ -467,6 +472,7 @@ def config_file(name: str) -> Path:
 
 def to_json(config: Config) -> str:
     """The config as indented JSON; `from_json` gives an equal config back."""
+    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
@@ -476,6 +482,7 @@ def from_json(text: str | bytes) -> Config:
     Raises:
       ValueError: no JSON, no object, or an unknown field; all of them are listed.
     """
+    check_kind("text", text, (str, bytes), "the text of a config.json")
     unknown: list[str] = []
     config = _from_dict(Config, jsontext.parse(text, "it"), "", unknown)
     if unknown:

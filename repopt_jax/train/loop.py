@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.core import paths
 from repopt_jax.core.scales import ScalesMetadata, save_scales
 from repopt_jax.data.check import SPLITS, listed
@@ -87,6 +88,8 @@ def run(
       OSError: `out_dir`, the data or the scales cannot be read or written; the last checkpoint is kept.
       FloatingPointError: loss or parameters that are not finite; the checkpoint before is kept.
     """
+    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_path("out_dir", out_dir)
     # What is wrong with a config, its folder, its data or its scales is raised before anything is written.
     in_all_processes("run this config", lambda: validate(config))
     folder = RunFolder(out_dir)

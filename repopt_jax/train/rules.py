@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from repopt_jax import extras, models
+from repopt_jax.arguments import check_kind
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
@@ -50,6 +51,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
     Raises:
       ValueError: listing every problem, not only the first.
     """
+    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
     problems = [*_section_problems(config)] or [*_field_problems(config)]
     if any(isinstance(problem, _WrongType) for problem in problems):
         # Values of other types would make no sense, or an error, in the comparisons below.

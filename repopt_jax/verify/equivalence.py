@@ -19,14 +19,14 @@ import optax
 from flax import nnx
 
 from repopt_jax import userfile
+from repopt_jax.arguments import check_items, check_number
 from repopt_jax.core import paths
-from repopt_jax.core.arguments import check_number
 from repopt_jax.core.scales import LayerScales, Scales, check_fit, check_scales
 from repopt_jax.nn.merged import Merged
 from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.optim.sgd import repopt_mask
 from repopt_jax.surgery.layers import check_aliases, layers_at
-from repopt_jax.surgery.modules import join, named_modules
+from repopt_jax.surgery.modules import check_model, join, named_modules
 from repopt_jax.surgery.reinitialize import Weights, merge_weights, sample_weights, with_kernels
 from repopt_jax.surgery.search import csla_twin
 from repopt_jax.surgery.trained import Keep, branches_of
@@ -109,6 +109,7 @@ def scale_by_layer_means(scales: Scales) -> optax.GradientTransformation:
     Behind it decay and momentum are the ordinary ones: a learning rate for each layer that does not apply to
     its decay.
     """
+    check_scales(scales)
 
     layers = {
         reasons.path_in_twin(path, name): entry
@@ -226,9 +227,11 @@ def verify_equivalence(
       TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`); or an argument is
         of another type.
     """
+    check_model(model)
     check_scales(scales)
     check_rngs(rngs)
     check_number("tolerance", tolerance, at_least=0)
+    check_items("batches", batches, "batches")
     if (optimizer is None) != (twin_optimizer is None):
         given, other = (
             ("twin_optimizer", "optimizer") if optimizer is None else ("optimizer", "twin_optimizer")
@@ -245,6 +248,7 @@ def verify_equivalence(
     layers_at(model, scales.entries)
     with jax.enable_x64(True):
         model, scales = _as_float64(model), _as_float64(scales)
+        nnx.pop(model, nnx.Intermediate)  # of the copy, sown before
         data = [_as_float64(jax.tree.map(jnp.asarray, batch)) for batch in batches]
         if not data:
             raise ValueError("`batches` is empty: at least one batch is needed to train on")
@@ -305,6 +309,7 @@ class _Network:
         # Without copy=True the statistics that the forward pass writes would escape the trace of grad.
         merged = nnx.merge(self.graph, params, non_trainable, copy=True)
         value = self.loss(merged, batch)
+        nnx.pop(merged, nnx.Intermediate)  # what the model sows is no state that the next step begins with
         return value, nnx.split(merged, nnx.Param, ...)[2]
 
     def train(self, tx: optax.GradientTransformation, batches: list) -> reasons.Side:

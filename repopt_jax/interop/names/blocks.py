@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core import algebra, paths
 from repopt_jax.core.structure import Structure
 from repopt_jax.hints import did_you_mean
@@ -231,6 +232,8 @@ def block_scheme(
     Raises:
       ValueError: a structure without published names, an unknown option, or what is no regular expression.
     """
+    check_kind("structure", structure, str, "the name of a structure")
+    check_kind("blocks", blocks, Mapping, "a mapping of patterns to names")
     description = find_structure(structure, options)
     for pattern in blocks:
         paths.compiled(pattern, "blocks")

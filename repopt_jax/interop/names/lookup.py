@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Kernel
 from repopt_jax.core.structure import Structure
@@ -127,6 +128,9 @@ def recognise(tensors: Mapping[str, Any]) -> Recognised:
     Raises:
       ValueError: the keys are of no known scheme; the known ones are listed.
     """
+    check_kind(
+        "tensors", tensors, Mapping, "a mapping of names to arrays", remedy="`read_tensors` reads a file"
+    )
     lines = [f"{key} {','.join(map(str, tensor.shape))}" for key, tensor in tensors.items()]
     for scheme in SCHEMES.values():
         for layout in scheme.layouts:

@@ -1,0 +1,110 @@
+"""What public functions are given: refused at once, by the argument's name, if it is of the wrong kind."""
+
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    more_than: float | None = None,
+    at_most: float | None = None,
+    less_than: float | None = None,
+    optional: bool = True,
+) -> None:
+    """Checks a number that is known now; arrays, traced values and schedules are passed over, and so is None
+    if the number is `optional`.
+
+    Raises:
+      TypeError: `value` is text, a container or a Boolean.
+      ValueError: it is NaN, infinite or out of its range.
+    """
+    if isinstance(value, (str, bytes, bool, list, tuple, dict)) or (value is None and not optional):
+        raise TypeError(f"`{name}` is {value!r}: it must be a number")
+    if not isinstance(value, numbers.Real):
+        return
+    bounds = {
+        "at least": (at_least, lambda limit: value >= limit),
+        "more than": (more_than, lambda limit: value > limit),
+        "at most": (at_most, lambda limit: value <= limit),
+        "less than": (less_than, lambda limit: value < limit),
+    }
+    given = {words: rule for words, rule in bounds.items() if rule[0] is not None}
+    if not math.isfinite(value) or not all(holds(limit) for limit, holds in given.values()):
+        range_of = " and ".join(f"{words} {limit}" for words, (limit, _) in given.items())
+        raise ValueError(f"`{name}` is {value}: it must be a finite number{range_of and f', {range_of}'}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Checks a number of things, at least one.
+
+    Raises:
+      TypeError: `value` is no integer.
+      ValueError: it is less than 1.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}: it must be a whole number")
+    if value < 1:
+        raise ValueError(f"`{name}` is {value}: it must be at least 1")
+
+
+def check_kind(name: str, value: Any, kind: Any, what: str, *, remedy: str = "") -> None:
+    """Checks what an argument is.
+
+    Args:
+      name: of the argument.
+      value: what was given.
+      kind: the class or classes that it may be of, as `isinstance` takes them.
+      what: these in words, "an NNX model".
+      remedy: what to do, of a path that was given in place of what is in the file.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if isinstance(value, kind):
+        return
+    text = isinstance(value, (str, os.PathLike))
+    shown = repr(value) if text else f"of type {type(value).__name__}"
+    raise TypeError(f"`{name}` is {shown}: it must be {what}{f' ({remedy})' if text and remedy else ''}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Checks the path of a file or a folder.
+
+    Raises:
+      TypeError: `value` is no text and no path.
+    """
+    check_kind(name, value, (str, os.PathLike), "a path")
+
+
+def check_items(name: str, value: Any, what: str) -> None:
+    """Checks several things, in a list or whatever can be iterated over.
+
+    Raises:
+      TypeError: `value` is a single text or path, a mapping, or nothing to iterate over.
+    """
+    single = isinstance(value, (str, bytes, os.PathLike, Mapping)) or not isinstance(value, Iterable)
+    check_kind(name, value, () if single else object, f"{what}, in a list")
+
+
+@runtime_checkable
+class HasShape(Protocol):
+    """An array, or what stands for one."""
+
+    @property
+    def shape(self) -> Any:
+        """Its sizes."""
+
+
+def check_array(name: str, value: Any) -> None:
+    """Checks an array, of any library.
+
+    Raises:
+      TypeError: `value` has no shape.
+    """
+    check_kind(name, value, HasShape, "an array")
