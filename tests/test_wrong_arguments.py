@@ -22,7 +22,7 @@ from repopt_jax import data, detection, fuse, models, train
 from repopt_jax.data.images import to_pillow
 from repopt_jax.export import Metadata
 from repopt_jax.quantize import Scheme
-from repopt_jax.surgery import depth_scales
+from repopt_jax.surgery import depth_scales, plan_pruning
 
 GIVEN = {"path": "runs/x", "none": None, "dict": {"w": 1}, "number": 0.5}
 ALLOWED = (TypeError, ValueError, KeyError, FileNotFoundError)
@@ -42,22 +42,12 @@ MAY_BE = {
         ("path", "out", "directory", "run_dir", "out_dir", "data_dir", "deploy.convert.source"), ("path",)
     ),
     **dict.fromkeys(("max_norm", "learning_rate", "Lambda", "weight_decay", "rates"), ("number",)),
-    **dict.fromkeys(("tensors", "ranges", "shapes", "histograms", "blocks"), ("dict",)),
+    **dict.fromkeys(("tensors", "ranges", "shapes", "histograms", "blocks", "weights"), ("dict",)),
     **dict.fromkeys(("scores", "keypoints"), ("none",)),
     "text": ("path",),
+    # Any pytree, of which the layers are said to be missing.
+    **dict.fromkeys(("surgery.branches_of.model", "surgery.reinitialize.model"), tuple(GIVEN)),
 }
-# Functions that leave it to what they call, which does not always name the argument.
-UNCHECKED = (
-    "core.trace_layers",
-    *(
-        f"surgery.{name}"
-        for name in (
-            *("branches_of", "count_macs", "csla_twin", "fast_on_cpu", "kept_rows", "law_scales"),
-            *("output_difference", "plan_pruning", "prepare", "reinitialize", "resized", "search_tree"),
-            *("shrink", "to_resrep", "to_structure", "weight_decay_mask"),
-        )
-    ),
-)
 
 
 def functions() -> dict[str, Callable[..., Any]]:
@@ -88,7 +78,6 @@ CASES = [
     for argument in required(function)
     for kind in GIVEN
     if name.partition(".")[2] not in OF_ARRAYS
-    and name not in UNCHECKED
     and argument not in TREES
     and kind not in MAY_BE.get(f"{name}.{argument}", MAY_BE.get(argument, ()))
 ]
@@ -129,7 +118,10 @@ def right(digits, tmp_path_factory):
         "image": image,
         "size": 8,
         "metadata": Metadata(image_size=8, channels=1, mean=(0.5,), std=(0.5,)),
-        "plan": None,
+        "plan": plan_pruning(model, jnp.ones((1, 8, 8, 1))),
+        "weights": {},
+        "shapes": {},
+        "apply": lambda params: params,
         "params": nnx.state(model, nnx.Param),
         "tx": optax.sgd(0.1),
         "inner": optax.sgd(0.1),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core import paths
 from repopt_jax.core.branches import Branch, BranchSet, Shape, to_canonical
 from repopt_jax.core.jaxprs import CONVOLUTIONS, Equation, Flat, Value, bodies, flatten, scan_arguments
@@ -115,6 +116,7 @@ def trace_layers(apply: Callable[..., Any], params: Any, *example: Any) -> Trace
     Raises:
       TypeError: `params` holds what is no array, all listed.
     """
+    check_kind("apply", apply, Callable, "a function of parameters")
     leaves, _ = paths.named_leaves(params)
     if wrong := [f"{p} ({type(leaf).__name__})" for p, leaf in leaves.items() if not hasattr(leaf, "dtype")]:
         raise TypeError(

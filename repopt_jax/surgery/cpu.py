@@ -4,7 +4,7 @@ from flax import nnx
 from jax import lax
 
 from repopt_jax.nn.convolution import conv_general_dilated
-from repopt_jax.surgery.modules import replace_modules
+from repopt_jax.surgery.modules import check_model, replace_modules
 
 
 def fast_on_cpu(model: nnx.Module) -> nnx.Module:
@@ -19,6 +19,7 @@ def fast_on_cpu(model: nnx.Module) -> nnx.Module:
     Raises:
       TypeError: modules in a container that cannot be rebuilt, as `prepare`.
     """
+    check_model(model)
 
     def replace(path: str, module: nnx.Module) -> None:
         del path

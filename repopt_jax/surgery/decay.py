@@ -14,7 +14,7 @@ from repopt_jax.core import paths
 from repopt_jax.nn.branched import StructuredLayer
 from repopt_jax.nn.compactor import Compactor
 from repopt_jax.surgery.custom_l2 import repvgg_layers
-from repopt_jax.surgery.modules import join, named_modules
+from repopt_jax.surgery.modules import check_model, join, named_modules
 
 
 def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable[[Any], Any]:
@@ -34,6 +34,7 @@ def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable
       ValueError: parameters of more than one axis that are neither a layer's kernel nor in a structure, all
         listed: there is no default for them, so give a mask of your own.
     """
+    check_model(model)
     decayed: dict[str, bool] = {}
     for path, module in named_modules(model):
         if isinstance(module, StructuredLayer):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from repopt_jax.arguments import check_array, check_kind
 from repopt_jax.core import algebra, paths
 from repopt_jax.core.branches import Shape
 from repopt_jax.nn.block import Block, ChannelAffine, PreNorm
@@ -167,6 +168,9 @@ def output_difference(
       options: further arguments of both, by name, the same for every batch: `train=False`. `nnx.Rngs` are
         copied for each call, so that both models draw the same numbers.
     """
+    check_kind("model", model, Callable, "a network")
+    check_kind("deployed", deployed, Callable, "a network")
+    check_array("images", images)
     run, run_deployed = _runner(model, options), _runner(deployed, options)
     batches = [jnp.asarray(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     pairs = [(jax.tree.leaves(run(batch)), jax.tree.leaves(run_deployed(batch))) for batch in batches]

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jax.extend import core
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core.jaxprs import CONVOLUTIONS
 
 # Programs inside an equation that run once.
@@ -27,6 +28,7 @@ def count_macs(model: Callable[..., Any], *inputs: Any) -> int:
       model: an NNX model in evaluation mode, or a function of arrays.
       inputs: arrays or `jax.ShapeDtypeStruct`s.
     """
+    check_kind("model", model, Callable, "a model or a function")
     if isinstance(model, nnx.Module):
         graphdef, state = nnx.split(model)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.core.scales import Scales
 from repopt_jax.hints import did_you_mean
@@ -111,6 +112,7 @@ def prepare(
         or as `to_search`, `reinitialize` and `to_structure`.
     """
     check_rngs(rngs)
+    check_kind("mode", mode, str, "the name of a mode")
     mode = Mode.parse(mode)
     if scales is not None and not mode.has_scales:
         raise ValueError(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core import algebra, paths
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.compactor import Compacted, Compactor
@@ -30,7 +31,7 @@ from repopt_jax.surgery.fuse import FoldedNorm, fold_batch_norm, plain_like
 from repopt_jax.surgery.layers import Select, find_layers
 from repopt_jax.surgery.macs import count_macs
 from repopt_jax.surgery.marks import compiled, constant_inputs, drawn, random_inputs
-from repopt_jax.surgery.modules import Removed, join, named_modules, replace_modules
+from repopt_jax.surgery.modules import Removed, check_model, join, named_modules, replace_modules
 
 # Largest difference between a random network before and after half of its channels are removed, relative to
 # the largest output: rounding in single precision and in half precision; mistakes are of the order of 1.
@@ -143,6 +144,7 @@ def plan_pruning(
         `followers` without `successors`, or both `select` and `successors`.
       TypeError: `select` is of no kind that `find_layers` takes.
     """
+    check_model(model)
     if successors is not None and select is not None:
         raise ValueError("`select` and `successors` both say which layers to prune: give one of them")
     if followers and successors is None:
@@ -183,6 +185,8 @@ def to_resrep(model: nnx.Module, plan: PruningPlan) -> nnx.Module:
     Raises:
       ValueError: the model lacks modules of the plan, all listed.
     """
+    check_model(model)
+    check_kind("plan", plan, PruningPlan, "a `PruningPlan`, such as `plan_pruning` returns")
     modules = dict(named_modules(model))
     points = {
         norm or layer: (number, layer)
@@ -221,6 +225,8 @@ def kept_rows(model: nnx.Module, plan: PruningPlan, threshold: float = 1e-5) -> 
     Raises:
       ValueError: a negative threshold, or a model without these compactors.
     """
+    check_model(model)
+    check_kind("plan", plan, PruningPlan, "a `PruningPlan`, such as `plan_pruning` returns")
     if not threshold >= 0:
         raise ValueError(f"`threshold` is {threshold}: it must be at least 0")
     norms = {p: np.asarray(n) for p, n in row_norms(nnx.state(model, nnx.Param), plan.compactors).items()}
@@ -251,6 +257,8 @@ def shrink(
       ValueError: the model is in training mode or has other compactors; `keep` that does not fit, or keeps no
         channel of a compactor.
     """
+    check_model(model)
+    check_kind("plan", plan, PruningPlan, "a `PruningPlan`, such as `plan_pruning` returns")
     kept = plan.checked(kept_rows(model, plan, threshold) if keep is None else keep)
     if empty := [path for path, mask in kept.items() if not mask.any()]:
         raise ValueError(f"`keep` leaves no channel of {', '.join(empty)}: each needs one at least")
@@ -292,6 +300,8 @@ def resized(model: nnx.Module, shapes: Mapping[str, Sequence[int]]) -> nnx.Modul
     Raises:
       ValueError: shapes of other parameters, or with another number of axes; all are listed.
     """
+    check_model(model)
+    check_kind("shapes", shapes, Mapping, "shapes by path")
 
     def rebuild(path: str, module: Any) -> nnx.Module | None:
         if isinstance(module, nnx.BatchNorm):

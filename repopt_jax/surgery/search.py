@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from repopt_jax.arguments import check_kind, check_number
 from repopt_jax.core.published import of_branches
 from repopt_jax.core.scales import (
     DeclaresBranches,
@@ -34,7 +35,7 @@ from repopt_jax.surgery.layers import (
     find_layers,
     layers_at,
 )
-from repopt_jax.surgery.modules import is_abstract, join, named_modules
+from repopt_jax.surgery.modules import check_model, is_abstract, join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
 from repopt_jax.surgery.structures import merged_layer, replace_layers
 from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
@@ -158,6 +159,7 @@ def law_scales(model: nnx.Module, Lambda: float, select: Select = None, branches
       ValueError: as `depth_scales`; or a Lambda that is negative or not finite.
       TypeError: as `depth_scales`.
     """
+    check_number("Lambda", Lambda, optional=False)
     _check_has_order(model)
     branch_sets = find_branches(model, select, branches)
     scales = Scales.from_law(branch_sets, _depths(model, select, branch_sets), Lambda)
@@ -209,6 +211,9 @@ def csla_twin(
         cannot be made of branches (all, with the reasons).
       TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`).
     """
+    check_model(model)
+    check_scales(scales)
+    check_kind("weights", weights, Mapping, "the branch tensors by path")
     check_aliases(model, scales.entries)
     check_fit(scales, arrays_of(model))
     return _with_scales(model, scales, weights, trainable_scales=trainable_scales)

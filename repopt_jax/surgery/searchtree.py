@@ -25,6 +25,7 @@ from flax import nnx
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit
+from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.reinitialize import Weights, merge_weights, sample_weights
 
 P = TypeVar("P")
@@ -108,6 +109,7 @@ def search_tree(params: P, scales: Scales, *, rngs: nnx.Rngs, trainable_scales: 
       ValueError: the scales do not fit (every misshapen path and every path that `params` lack), or are NaN
         or infinite.
     """
+    check_rngs(rngs)
     leaves, structure = _arrays(params)
     check_finite(scales)
     check_fit(scales, params)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core import paths, tracing
 from repopt_jax.core.branches import Shape
 from repopt_jax.core.layer import Layer
@@ -90,6 +91,7 @@ def to_structure(
         The latter are also stacked layers with batch norms, because `nnx.scan` and `nnx.vmap` would not carry
         the batch statistics of new modules. Or the model has been trained, or may have been.
     """
+    check_kind("structure", structure, (str, Structure, Mapping, Callable), "a structure, or its name")
     if is_abstract(model):
         given: dict[str, Any] = {"options": options, "pairs": pairs, "example": example, "trained": False}
         return nnx.eval_shape(lambda m: to_structure(m, structure, select, **given, rngs=nnx.Rngs(0)), model)

@@ -16,6 +16,7 @@ from repopt_jax.core.parametrization import (
     Parametrization,
     Theta,
     check_kernels,
+    check_structures,
     parametrizations,
     scale_vectors,
 )
@@ -60,6 +61,7 @@ def branches_of(
     Raises:
       ValueError: the scales or structures do not fit the model, with every path; or `near` is missing.
     """
+    check_structures("structures", structures)
     leaves, _ = paths.named_leaves(nnx.state(model) if isinstance(model, nnx.Module) else model)
     of_scales = isinstance(structures, Scales)
     known = parametrizations(structures) if of_scales else structures
