@@ -108,3 +108,25 @@ def check_array(name: str, value: Any) -> None:
       TypeError: `value` has no shape.
     """
     check_kind(name, value, HasShape, "an array")
+
+
+@runtime_checkable
+class Transforms(Protocol):
+    """A transformation of Optax, or what can be used as one, such as `optax.MultiSteps`."""
+
+    @property
+    def init(self) -> Any:
+        """Makes the state."""
+
+    @property
+    def update(self) -> Any:
+        """Transforms updates."""
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Checks a transformation of Optax.
+
+    Raises:
+      TypeError: `value` has no `init` and `update`.
+    """
+    check_kind(name, value, Transforms, "an Optax transformation")

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.arguments import check_kind
+from repopt_jax.arguments import check_transformation
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.paths import listed
@@ -119,7 +119,7 @@ def check_optimizer(tx: optax.GradientTransformation, scales: Scales, params: An
         for which constant scales are no counterpart.
       ValueError: the scales do not fit the parameters.
     """
-    check_kind("tx", tx, optax.GradientTransformation, "an Optax transformation")
+    check_transformation("tx", tx)
     if faults := find_faults(tx, scales, params, **extra_args):
         raise OptimizerError(tuple(faults))
 

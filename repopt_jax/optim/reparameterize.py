@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.arguments import check_kind
+from repopt_jax.arguments import check_transformation
 from repopt_jax.core import paths
 from repopt_jax.core.parametrization import (
     Parametrization,
@@ -136,7 +136,7 @@ def reparameterize(
         kernel, or no `params` although `inner` needs them.
       TypeError: structures without `trainable_scales`.
     """
-    check_kind("inner", inner, optax.GradientTransformation, "an Optax transformation")
+    check_transformation("inner", inner)
     if not keep_weights and (weights is not None or trainable_scales):
         unused = "`weights` are given" if weights is not None else "`trainable_scales` is True"
         raise ValueError(f"{unused} and `keep_weights` is False: the branch tensors would not be used")

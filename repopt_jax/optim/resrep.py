@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.arguments import check_items, check_kind, check_number
+from repopt_jax.arguments import check_items, check_number, check_transformation
 from repopt_jax.core import paths
 from repopt_jax.optim.sgd import hidden_paths, replicated_like, require_gradients
 
@@ -125,7 +125,7 @@ def resrep(
     Raises:
       ValueError: as `scale_by_resrep`, or another momentum.
     """
-    check_kind("inner", inner, optax.GradientTransformation, "an Optax transformation")
+    check_transformation("inner", inner)
     check_items("compactors", compactors, "paths of compactors")
     check_number("learning_rate", learning_rate, optional=False)
     if not 0 <= momentum < 1:
