@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repopt_jax.arguments import check_kind
-from repopt_jax.data.dataset import AnnotatedSource, RandomAccess, Source, part_of
+from repopt_jax.data.dataset import RandomAccess, check_source, part_of
 from repopt_jax.data.images import quick_problem
 
 SPLITS = ("train", "eval")
@@ -35,7 +34,7 @@ def check_quickly(source: Any) -> list[BadImage]:
     Nothing is decoded, so that damage in the middle of a file is not found. Data sets that are not made of
     image files have none.
     """
-    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_source(source)
 
     def problem(split: Any, index: int) -> str | None:
         path = split.path(index)
@@ -47,7 +46,7 @@ def check_quickly(source: Any) -> list[BadImage]:
 def check_images(source: Any) -> list[BadImage]:
     """The images of a data set that cannot be read; all are decoded, by as many threads as there are
     cores."""
-    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_source(source)
 
     def problem(split: Any, index: int) -> str | None:
         try:
@@ -65,7 +64,7 @@ def without_bad(source: Any) -> Any:
     Raises:
       ValueError: no image of a split is left.
     """
-    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_source(source)
     bad = check_images(source)
     if not bad:
         return source

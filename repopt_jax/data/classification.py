@@ -8,7 +8,7 @@ import numpy as np
 
 from repopt_jax.arguments import check_kind
 from repopt_jax.data.augment import crop_and_flip, distort, erase, mix, random_resized_crop
-from repopt_jax.data.dataset import Example, Source
+from repopt_jax.data.dataset import Example, Source, check_source
 from repopt_jax.data.pipeline import Options, Sharding, check_image, endless_batches, one_epoch, pad_rows
 from repopt_jax.data.rng import CROP, RowRng, stream
 from repopt_jax.data.transforms import Transform, fit, normalise
@@ -52,7 +52,7 @@ def train_batches(
       ValueError: sizes, counts or `cache` that do not fit together or the source; an odd number of rows a
         process where images are mixed in pairs.
     """
-    check_kind("source", source, Source, "a labelled data set, such as `open_source` returns")
+    check_source(source, Source)
     check_kind("transform", transform, Transform, "a `Transform`")
     check_kind("batch_size", batch_size, numbers.Integral, "a whole number")
     check_kind("seed", seed, numbers.Integral, "a whole number")
@@ -84,7 +84,7 @@ def eval_batches(
     float32 (batch,): 1 for an image, 0 for a row that pads the last batch (black before normalisation, label
     0). Every process gets the same number of batches.
     """
-    check_kind("source", source, Source, "a labelled data set, such as `open_source` returns")
+    check_source(source, Source)
     check_kind("transform", transform, Transform, "a `Transform`")
     check_kind("batch_size", batch_size, numbers.Integral, "a whole number")
     sharding = Sharding(batch_size=batch_size, **options)

@@ -91,7 +91,7 @@ def hold_out(source: Any, count: int) -> Any:
     Raises:
       ValueError: fewer than one image would be left on either side.
     """
-    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_source(source)
     check_kind("count", count, numbers.Integral, "a whole number")
     total = source.info.num_train
     if not 1 <= count < total:
@@ -306,3 +306,13 @@ class AnnotatedSource:
     skipped: tuple[Any, ...] = ()
     # As in `Source`.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+
+# Classes of data sets -> what they are called in messages.
+_NAMES = {Source: "a labelled", AnnotatedSource: "an annotated"}
+
+
+def check_source(source: Any, kind: type[Source] | type[AnnotatedSource] | None = None) -> None:
+    """Raises TypeError if an argument `source` is no data set, or none of this class."""
+    name = "a" if kind is None else _NAMES[kind]
+    check_kind("source", source, kind or tuple(_NAMES), f"{name} data set, such as `open_source` returns")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from repopt_jax.arguments import check_array, check_count, check_kind
-from repopt_jax.data.dataset import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects
+from repopt_jax.data.dataset import AnnotatedSource, AnnotatedSplit, DetectionInfo, Objects, check_source
 from repopt_jax.data.images import resize
 from repopt_jax.data.pipeline import Options, Sharding, check_image, endless_batches, one_epoch, pad_rows
 from repopt_jax.data.rng import RowRng
@@ -103,7 +103,7 @@ def train_detection_batches(
     Raises:
       ValueError: sizes, counts or `cache` that do not fit together or the source.
     """
-    check_kind("source", source, AnnotatedSource, "an annotated data set, such as `open_source` returns")
+    check_source(source, AnnotatedSource)
     check_kind("transform", transform, DetectionTransform, "a `DetectionTransform`")
     check_kind("batch_size", batch_size, numbers.Integral, "a whole number")
     check_kind("seed", seed, numbers.Integral, "a whole number")
@@ -141,7 +141,7 @@ def eval_detection_batches(
 
     Every process gets the same number of batches.
     """
-    check_kind("source", source, AnnotatedSource, "an annotated data set, such as `open_source` returns")
+    check_source(source, AnnotatedSource)
     check_kind("transform", transform, DetectionTransform, "a `DetectionTransform`")
     check_kind("batch_size", batch_size, numbers.Integral, "a whole number")
     sharding = Sharding(batch_size=batch_size, **options)
@@ -175,7 +175,7 @@ def eval_annotations(source: AnnotatedSource, indices: Iterable[int] | None = No
       {"images", "annotations", "categories"}. The id of an image is its position + 1 and that of a category
       its class + 1; boxes and keypoints are in pixels of the image as it is stored.
     """
-    check_kind("source", source, AnnotatedSource, "an annotated data set, such as `open_source` returns")
+    check_source(source, AnnotatedSource)
     images, annotations = [], []
     for index in range(len(source.eval)) if indices is None else indices:
         images.append({"id": int(index) + 1})

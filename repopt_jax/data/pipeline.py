@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 import numpy as np
 
 from repopt_jax.arguments import check_count, check_kind
-from repopt_jax.data.dataset import AnnotatedSource, Source
+from repopt_jax.data.dataset import AnnotatedSource, Source, check_source
 from repopt_jax.data.rng import RowRng, batch_rng
 
 if TYPE_CHECKING:  # imports Grain, which takes a second
@@ -196,7 +196,7 @@ def steps_per_epoch(source: Source | AnnotatedSource, batch_size: int, *, limit:
     Raises:
       ValueError: not even one batch, or a `limit` that the source does not have.
     """
-    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_source(source)
     check_kind("batch_size", batch_size, numbers.Integral, "a whole number")
     count = len(subset(source.info.num_train, limit, "train"))
     if not 1 <= batch_size <= count:
@@ -206,7 +206,7 @@ def steps_per_epoch(source: Source | AnnotatedSource, batch_size: int, *, limit:
 
 def eval_steps(source: Source | AnnotatedSource, batch_size: int, *, limit: int | None = None) -> int:
     """Number of batches that `eval_batches` gives, the padded one included."""
-    check_kind("source", source, (Source, AnnotatedSource), "a data set, such as `open_source` returns")
+    check_source(source)
     check_count("batch_size", batch_size)
     return -(-len(subset(source.info.num_eval, limit, "eval")) // batch_size)
 

@@ -24,13 +24,6 @@ def evaluate(trained: Trained, *, data_dir: str | None = None) -> dict[str, Any]
     Raises:
       FileNotFoundError, ValueError: the data are missing, or their classes are not those of the training.
     """
-    check_kind(
-        "trained",
-        trained,
-        Trained,
-        "a trained network, such as `load_trained` returns",
-        remedy="`load_trained` and `load_any` read a folder",
-    )
     task, source, batches = open_test(trained, data_dir)
     network = split_model(trained.model)
     mesh = make_mesh(devices=jax.local_devices()[:1])
@@ -43,13 +36,7 @@ def open_test(trained: Trained, data_dir: str | None = None) -> tuple[Task, Any,
     Raises:
       FileNotFoundError, ValueError: as `evaluate`.
     """
-    check_kind(
-        "trained",
-        trained,
-        Trained,
-        "a trained network, such as `load_trained` returns",
-        remedy="`load_trained` and `load_any` read a folder",
-    )
+    _check_trained(trained)
     info = trained.info
     return open_test_of(trained.config, info.class_names, info.channels, data_dir)
 
@@ -80,13 +67,7 @@ def training_images(trained: Trained, count: int, *, data_dir: str | None = None
     Raises:
       FileNotFoundError, ValueError: as `evaluate`.
     """
-    check_kind(
-        "trained",
-        trained,
-        Trained,
-        "a trained network, such as `load_trained` returns",
-        remedy="`load_trained` and `load_any` read a folder",
-    )
+    _check_trained(trained)
     check_count("count", count)
     config, known = trained.config, trained.info
     task, source, transform = _open(config, config.data, known.class_names, known.channels, data_dir)
@@ -97,6 +78,11 @@ def training_images(trained: Trained, count: int, *, data_dir: str | None = None
     shown = {"batch_size": size, "limit": limit, "process_index": 0, "process_count": 1}
     batches = task.eval_batches(source, transform, **shown)
     return np.concatenate([batch["image"][batch["mask"] > 0] for batch in batches])
+
+
+def _check_trained(trained: Any) -> None:
+    what, remedy = "a trained network, such as `load_trained` returns", "`load_any` reads a folder"
+    check_kind("trained", trained, Trained, what, remedy=remedy)
 
 
 def _open(
@@ -128,12 +114,18 @@ def _open(
     return task, source, transform
 
 
-def compared_images(trained: Trained, data_dir: str | None = None) -> jax.Array:
-    """The first `COMPARED_IMAGES` test images; no more are read."""
-    images, count = [], 0
+def compared_batches(trained: Trained, data_dir: str | None = None) -> list[jax.Array]:
+    """The first test images, in batches: at least `COMPARED_IMAGES` if there are as many, and no more batches
+    than that takes."""
+    batches, count = [], 0
     for batch in open_test(trained, data_dir)[2]:
-        images.append(batch["image"][batch["mask"] > 0])
-        count += len(images[-1])
+        batches.append(batch["image"][batch["mask"] > 0])
+        count += len(batches[-1])
         if count >= COMPARED_IMAGES:
             break
-    return jnp.asarray(np.concatenate(images)[:COMPARED_IMAGES])
+    return batches
+
+
+def compared_images(trained: Trained, data_dir: str | None = None) -> jax.Array:
+    """The first `COMPARED_IMAGES` test images; no more are read."""
+    return jnp.asarray(np.concatenate(compared_batches(trained, data_dir))[:COMPARED_IMAGES])

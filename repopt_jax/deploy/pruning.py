@@ -17,13 +17,13 @@ import jax
 import optax
 from flax import nnx
 
-from repopt_jax.arguments import check_kind, check_path
+from repopt_jax.arguments import check_path
 from repopt_jax.deploy.evaluation import evaluate
 from repopt_jax.deploy.network import deploy
 from repopt_jax.optim.resrep import row_norms
 from repopt_jax.surgery.resrep import kept_rows
 from repopt_jax.train.build import load_source, load_trained, open_checkpoints, pruning_plan
-from repopt_jax.train.config import Config, PruneConfig, tuples
+from repopt_jax.train.config import Config, PruneConfig, check_config, tuples
 from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import RunFolder, Summary, from_record, read_json, read_records, replace_file
 from repopt_jax.train.tasks import METRICS
@@ -145,7 +145,7 @@ def prune(
       FileNotFoundError: the run that it started from is gone.
       OSError: as `loop.run`, `deploy`.
     """
-    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_config(config)
     check_path("out_dir", out_dir)
     if not config.prune.run:
         raise ValueError("`prune.run` is empty: make the config with `prune_config`")

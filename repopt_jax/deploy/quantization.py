@@ -19,7 +19,7 @@ from flax import nnx
 
 from repopt_jax.arguments import check_path
 from repopt_jax.core import paths
-from repopt_jax.deploy.evaluation import COMPARED_IMAGES, evaluate, open_test, training_images
+from repopt_jax.deploy.evaluation import compared_batches, evaluate, training_images
 from repopt_jax.deploy.network import RECORD as DEPLOYED
 from repopt_jax.deploy.network import (
     as_plain,
@@ -320,7 +320,7 @@ def _by_layer(
         histograms, how["calibration"], levels=options.scheme.levels, percentile=options.percentile
     )
     look = expected(plain.model, histograms, **how)
-    ratio, arriving = layer_noise(plain.model, network, _test_images(plain, data_dir))
+    ratio, arriving = layer_noise(plain.model, network, compared_batches(plain, data_dir))
     placed = quantizers(network)
     layers = {
         path: _layer(
@@ -437,17 +437,6 @@ def _stored(out_dir: Path, spec: Mapping[str, Any]) -> Quantized | None:
 def _read(record: Mapping[str, Any], path: Path, *, reused: bool = False) -> Quantized:
     layers = {p: from_record(QuantizedLayer, layer, path) for p, layer in record["layers"].items()}
     return from_record(Quantized, dict(record) | {"layers": layers}, path, reused=reused)
-
-
-def _test_images(trained: Trained, data_dir: str | None) -> list[jax.Array]:
-    """At least `COMPARED_IMAGES` test images, in batches, if there are as many."""
-    batches, count = [], 0
-    for batch in open_test(trained, data_dir)[2]:
-        batches.append(batch["image"][batch["mask"] > 0])
-        count += len(batches[-1])
-        if count >= COMPARED_IMAGES:
-            break
-    return batches
 
 
 def _layer(

@@ -30,7 +30,7 @@ from repopt_jax.surgery.reinitialize import sample_weights
 from repopt_jax.surgery.resrep import PruningPlan, plan_pruning, to_resrep
 from repopt_jax.surgery.search import csla_twin, extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import TRANSFER, Config, from_json, needs_no_folder, to_json
+from repopt_jax.train.config import TRANSFER, Config, check_config, from_json, needs_no_folder, to_json
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule, weight_decay
 from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rules import validate
@@ -108,7 +108,7 @@ def open_data(config: Config) -> tuple[Any, Any]:
     Raises:
       FileNotFoundError, ValueError: as `data.open_source`.
     """
-    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_config(config)
     return make_task(config).open_data(config.data)
 
 
@@ -152,7 +152,7 @@ def build_model(config: Config, info: Any) -> tuple[Any, Scales | None]:
     Raises:
       FileNotFoundError, ValueError: the scales are missing or do not fit the network.
     """
-    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_config(config)
     check_kind("info", info, (data.DatasetInfo, data.DetectionInfo), "the `info` of a data set")
     scales = _scales(config, info)
     return _network(config, info, scales), _multiplier(config, scales)

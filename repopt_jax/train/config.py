@@ -470,9 +470,14 @@ def config_file(name: str) -> Path:
     raise FileNotFoundError(f"no config file {name!r}; shipped ones are {', '.join(shipped)}")
 
 
+def check_config(config: Any) -> None:
+    """Raises TypeError if an argument `config` is no `Config`."""
+    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+
+
 def to_json(config: Config) -> str:
     """The config as indented JSON; `from_json` gives an equal config back."""
-    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_config(config)
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 

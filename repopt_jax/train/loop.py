@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from repopt_jax.arguments import check_kind, check_path
+from repopt_jax.arguments import check_path
 from repopt_jax.core import paths
 from repopt_jax.core.scales import ScalesMetadata, save_scales
 from repopt_jax.data.check import SPLITS, listed
@@ -32,7 +32,7 @@ from repopt_jax.surgery.prepare import Mode
 from repopt_jax.surgery.search import extract_scales
 from repopt_jax.train.build import Feed, Program, build_program, check_scales_folder, make_task, open_feed
 from repopt_jax.train.checkpoint import Checkpoints, Progress
-from repopt_jax.train.config import Config, evaluated_on, logger_names, to_json
+from repopt_jax.train.config import Config, check_config, evaluated_on, logger_names, to_json
 from repopt_jax.train.lock import Lock
 from repopt_jax.train.loggers import LOGGERS, Logger, Loggers, Session
 from repopt_jax.train.processes import barrier, in_all_processes, is_first
@@ -88,7 +88,7 @@ def run(
       OSError: `out_dir`, the data or the scales cannot be read or written; the last checkpoint is kept.
       FloatingPointError: loss or parameters that are not finite; the checkpoint before is kept.
     """
-    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_config(config)
     check_path("out_dir", out_dir)
     # What is wrong with a config, its folder, its data or its scales is raised before anything is written.
     in_all_processes("run this config", lambda: validate(config))

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from repopt_jax import extras, models
-from repopt_jax.arguments import check_kind
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
@@ -31,6 +30,7 @@ from repopt_jax.train.config import (
     ModelConfig,
     OptimConfig,
     Setting,
+    check_config,
     law_of,
     logger_names,
     needs_no_folder,
@@ -51,7 +51,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
     Raises:
       ValueError: listing every problem, not only the first.
     """
-    check_kind("config", config, Config, "a `Config`", remedy="`load_config` reads a file")
+    check_config(config)
     problems = [*_section_problems(config)] or [*_field_problems(config)]
     if any(isinstance(problem, _WrongType) for problem in problems):
         # Values of other types would make no sense, or an error, in the comparisons below.
