@@ -121,7 +121,7 @@ class CocoImages(AnnotatedSplit):
 
     def __init__(self, file: "_Annotations", channels: int):
         self._paths, self._shapes, self._channels = file.paths, file.shapes, channels
-        self.max_pixels = file.max_pixels
+        self.max_pixels: int | None = file.max_pixels
         order = np.argsort(file.rows, kind="stable")
         self._starts = np.searchsorted(file.rows[order], np.arange(len(file.paths) + 1))
         self._objects: dict[str, np.ndarray] = {name: array[order] for name, array in file.objects.items()}
@@ -170,7 +170,8 @@ class _Annotations:
 
     def __init__(self, path: Path, folder: Path, max_pixels: int | None):
         content = _load(path)
-        self.path, self.max_pixels = path, max_pixels
+        self.path: Path = path
+        self.max_pixels: int | None = max_pixels
         problems: list[str] = []
         self._read_categories(content["categories"], problems)
         self._read_images(content["images"], folder, problems)

@@ -59,7 +59,7 @@ class Part(RandomAccess[Any]):
     def __init__(self, whole: Sequence[Any], indices: np.ndarray):
         self.whole = whole
         self.indices = indices
-        self.max_pixels = getattr(whole, "max_pixels", None)
+        self.max_pixels: int | None = getattr(whole, "max_pixels", None)
 
     def __len__(self) -> int:
         return len(self.indices)
