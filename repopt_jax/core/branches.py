@@ -616,18 +616,7 @@ class BranchSet:
         the nearest kernel that they can express. Where P is a multiplier it is inverted elementwise;
         elsewhere the least-squares problem is solved by conjugate gradients to the precision of the dtype.
         """
-        if self.stacked:
-            return self._by_layer(self.layer.split, kernel, scales)
-        wide = jnp.promote_types(kernel.dtype, jnp.float32)
-        scales = {name: jnp.asarray(s).astype(wide) for name, s in scales.items()}
-        if self.elementwise:
-            m = self.multiplier(scales, dtype=wide)
-            x = jnp.where(m > 0, kernel / jnp.where(m > 0, m, 1), 0)
-            weights = self.branch_gradients(x, scales)
-        else:
-            like = {b.name: jax.ShapeDtypeStruct(b.shape(self.canonical), wide) for b in self.branches}
-            weights = algebra.least_norm(lambda w: self.merge(w, scales), kernel.astype(wide), like)
-        return {name: w.astype(kernel.dtype) for name, w in weights.items()}
+        return _split(self, kernel, dict(scales))
 
     def sample(self, key: jax.Array, *, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
         """Draws every w_b as that branch's own layer would be initialised (the identity as ones).
@@ -696,6 +685,24 @@ class BranchSet:
             return jnp.ones((self.out,), dtype or jnp.result_type(*scales.values(), jnp.float32))
         s = jnp.asarray(scales[branch.name])
         return s if dtype is None else s.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _split(branches: BranchSet, kernel: jax.Array, scales: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Does the work of `BranchSet.split`, compiled, because an optimizer's `init` splits layer after layer of
+    few shapes: tracing the conjugate gradients anew for each would take a third of a second."""
+    if branches.stacked:
+        return branches._by_layer(functools.partial(_split, branches.layer), kernel, scales)
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    scales = {name: jnp.asarray(s).astype(wide) for name, s in scales.items()}
+    if branches.elementwise:
+        m = branches.multiplier(scales, dtype=wide)
+        x = jnp.where(m > 0, kernel / jnp.where(m > 0, m, 1), 0)
+        weights = branches.branch_gradients(x, scales)
+    else:
+        like = {b.name: jax.ShapeDtypeStruct(b.shape(branches.canonical), wide) for b in branches.branches}
+        weights = algebra.least_norm(lambda w: branches.merge(w, scales), kernel.astype(wide), like)
+    return {name: w.astype(kernel.dtype) for name, w in weights.items()}
 
 
 def check_layout(layout: str) -> None:
