@@ -136,7 +136,10 @@ def _intercepting(kind: type[nnx.Module], around: Callable[..., Any]) -> type[nn
 
 def copy_leaf(leaf: Any) -> Any:
     """Copies an array, so that donating one model's arrays cannot invalidate another's."""
-    return leaf.copy() if isinstance(leaf, jax.Array) else leaf
+    if isinstance(leaf, jax.core.Tracer):
+        return leaf
+    # `leaf.copy()` would compile a program for each shape.
+    return jax.device_put(leaf, may_alias=False) if isinstance(leaf, jax.Array) else leaf
 
 
 def join(path: str, name: str) -> str:
