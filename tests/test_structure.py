@@ -34,6 +34,7 @@ from repopt_jax.core.published import (
     repopt_ghost,
     repopt_mlp,
     repvgg,
+    slak,
     unireplknet,
 )
 from repopt_jax.surgery.fuse import fuse
@@ -131,7 +132,7 @@ def with_norms(trained, statistics):
 
 
 # Descriptions that have several branches, or any, in larger windows alone.
-OF_LARGE, LARGE = ("replknet", "unireplknet"), (7, 7)
+OF_LARGE, LARGE = ("replknet", "slak", "unireplknet"), (7, 7)
 
 
 def in_training(kind):
@@ -393,6 +394,8 @@ def test_published_descriptions():
     assert names(functools.partial(mobileone, copies=2)) == ["3x3_0", "3x3_1", "1x1", "identity"]
     assert names(replknet, LAYERS["large"]) == ["9x9", "5x5"]
     assert names(functools.partial(replknet, small=3), LAYERS["large"]) == ["9x9", "3x3"]
+    assert names(slak, LAYERS["large"]) == ["9x5", "5x9", "5x5"]
+    assert names(functools.partial(slak, small=3), LAYERS["oblong"]) == ["3x3", "3x5"]
     assert names(unireplknet, LAYERS["large"]) == ["9x9", "5x5", "5x5_d2x2", "3x3_d3x3", "3x3_d4x4"]
     assert names(functools.partial(qarepvgg, pool=True)) == ["3x3", "1x1", "identity", "pool"]
     inner = ["3x3", "average", "frequency", "1x1_3x3", "depthwise_1x1"]
