@@ -124,8 +124,10 @@ def _has_tiles(shape: Sequence[int], params: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def xla_convolutions() -> Iterator[None]:
-    """Inside, `conv_general_dilated` is XLA's own everywhere. What counts is when a function is traced: one
-    that was compiled before stays as it is."""
+    """Makes `conv_general_dilated` XLA's own on every platform, in functions that are traced inside.
+
+    A function that was compiled before stays as it is.
+    """
     token = _enabled.set(False)
     try:
         yield
@@ -199,8 +201,8 @@ def _lower_for_cpu(context: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
 
 
 def _is_whole(axes: Any) -> bool:
-    """Whether the shapes that are lowered are those of one device: what a compiler divides later must not
-    be cut into pieces that lie on several devices."""
+    """Whether the shapes that are lowered are those of one device. What a compiler divides later must not be
+    cut into pieces that lie on several devices."""
     if hasattr(axes, "manual_axes"):
         return axes.manual_axes == frozenset(axes.mesh.axis_names)
     return getattr(axes, "num_devices", 1) == 1
