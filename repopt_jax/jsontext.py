@@ -31,7 +31,7 @@ def parse(text: str | bytes, name: object, *, depth: int | None = DEPTH) -> Any:
 
 
 def _is_within(value: Any, depth: int) -> bool:
-    """Level by level, not by recursion."""
+    """Whether a value is nested at most `depth` levels deep, found level by level and not by recursion."""
     level = [value]
     for _ in range(depth):
         level = [

@@ -154,6 +154,7 @@ FORMS = {
     "replknet, small 3": BlockForm(
         "replknet", reference.LargeKernel, LARGE, "lkb_reparam", {"small": 3}, lambda shape: {"small": 3}
     ),
+    "slak": BlockForm("slak", reference.LongKernels, (*LARGE, Shape(3, 6, 11, 2, groups=3)), "lkb_reparam"),
     "unireplknet": BlockForm(
         "unireplknet",
         reference.DilatedReparam,

@@ -54,6 +54,8 @@ class Network(NamedTuple):
 NETWORKS = {
     # Two convolutions, the second with the identity: what all layers are, and quick to compile.
     "narrow": Network((1, 0, 0, 0), 64, 4, 2, 10),
+    # With maps from which our convolutions have forms of their own on a CPU.
+    "mapped": Network((1, 0, 0, 0), 16, 12, 2, 10),
     # The same as wide as the layers that hold most of a network's parameters.
     "wide": Network((1, 0, 0, 0), 512, 14, 8, 10, "bfloat16"),
     "B1": Network(None, 0, 224, 8, 1000, "bfloat16"),
@@ -71,6 +73,7 @@ class Case:
       optimizer: "sgd" (momentum, Nesterov, decay), "adamw" or "lion".
       network: a row of `NETWORKS`.
       whole: the training step; else the update by itself, the gradient being given.
+      xla: with XLA's own convolutions.
     """
 
     rule: str
@@ -79,6 +82,7 @@ class Case:
     optimizer: str = "sgd"
     network: str = "narrow"
     whole: bool = True
+    xla: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +190,11 @@ def facts_of(devices: str, cases: Sequence[Case]) -> list[Facts]:
 
 def compile_case(case: Case, devices: Sequence[Any]) -> Facts:
     """The facts of one program, in this process."""
+    from repopt_jax.nn.convolution import xla_convolutions
     from repopt_jax.train import state as sharding
 
     network, info, config = _settings(case, len(devices))
-    with _rule(case.rule):
+    with _rule(case.rule), xla_convolutions() if case.xla else contextlib.nullcontext():
         mesh = sharding.make_mesh(case.fsdp, devices=devices)
         lowered = _lowered(case, network, info, config, mesh)
         start = time.perf_counter()

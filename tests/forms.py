@@ -3,11 +3,20 @@
 import jax
 from flax import nnx
 
-from repopt_jax import fuse, models, nn, prepare
+from repopt_jax import Geometry, fuse, models, nn, prepare
 from repopt_jax.surgery import csla_twin
+from repopt_jax.surgery.choose import find_structure
 from repopt_jax.surgery.reinitialize import sample_weights
 
 CSLA = "csla"  # no mode: the network of a search with constant scales
+
+
+def is_of_small_windows(structure, options=None):
+    """Whether a structure has several branches in a layer of 3x3; others need larger windows, or maps."""
+    try:
+        return len(find_structure(structure, options)(Geometry((3, 3), 4, 4)).chains) > 1
+    except ValueError:
+        return False
 
 
 def vgg(variant, mode="plain", *, form="training", num_classes=3, post_se=False):

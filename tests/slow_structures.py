@@ -26,7 +26,7 @@ def run(structure, arrays, x, *, training=False, wrong=""):
       training: with the statistics of the batch.
       wrong: "" or the name of a mistake: "border", zeros in the padding after a norm; "bias", the first
         norm's shift left out; "groups", the first stage's channels handed on in another order; "sum", the
-        norm after a sum of chains left out.
+        norm after a sum of chains left out; "batch", in the padding the batch's statistics.
     """
     outputs, statistics = {}, {}
     for name, chain in structure.chains:
@@ -45,7 +45,7 @@ def run(structure, arrays, x, *, training=False, wrong=""):
                 first = wrong == "bias" and not last
                 # A norm that maps share sees one channel of each map, its positions as pixels.
                 y, border = _maps(y, stage.shared), _maps(border, stage.shared)
-                y, border, statistics[key] = _norm(y, border, arrays["norms"][key], training, first)
+                y, border, statistics[key] = _norm(y, border, arrays["norms"][key], training, first, wrong)
                 y, border = _flat(y, stage.shared), _flat(border, stage.shared)
             if wrong == "groups" and not last:
                 y = _interleaved(y, layer.groups)
@@ -97,7 +97,7 @@ def _flat(y, shared):
     return y if shared == 1 else np.swapaxes(y, -1, -2).reshape(*y.shape[:-2], -1)
 
 
-def _norm(y, border, norm, training, without_shift):
+def _norm(y, border, norm, training, without_shift, wrong=""):
     mean, var = norm["mean"], norm["var"]
     if training:
         axes = tuple(range(y.ndim - 1))
@@ -107,7 +107,8 @@ def _norm(y, border, norm, training, without_shift):
         m, v = mean, var
     shift = 0 if without_shift else 1
     normalised = (y - shift * m) / np.sqrt(v + EPSILON) * norm["scale"] + shift * norm["bias"]
-    at_border = (border - mean) / np.sqrt(var + EPSILON) * norm["scale"] + norm["bias"]
+    at_mean, at_var = (m, v) if wrong == "batch" else (mean, var)
+    at_border = (border - at_mean) / np.sqrt(at_var + EPSILON) * norm["scale"] + norm["bias"]
     return normalised, at_border, {"mean": mean, "var": var}
 
 

@@ -24,12 +24,17 @@ def _update(rule, optimizer="sgd"):
     return Case(rule, fsdp=2, optimizer=optimizer, whole=False)
 
 
+def _mapped(statistics, xla):
+    return Case("plain", 2, statistics, network="mapped", xla=xla)
+
+
 @pytest.fixture(scope="module")
 def facts():
     """Facts by case, of all cases of this file: one process starts JAX once."""
     cases = [Case(rule, *step) for step in STEPS for rule in ("plain", "repopt")]
     cases += [_update(rule) for rule in ("plain", "repopt")]
     cases += [_update(rule) for rule in WRONG]
+    cases += [_mapped(statistics, xla) for statistics in ("global", "device") for xla in (False, True)]
     return dict(zip(cases, facts_of("cpu:8", cases)))
 
 
@@ -45,6 +50,15 @@ def test_scales_add_their_vectors_to_the_step_and_nothing_else(facts, step):
     # Measured 0; 64 bytes with jax 0.12 and fsdp 8.
     assert repopt.memory["temporaries"] <= plain.memory["temporaries"] + repopt.scale_bytes
     assert repopt.writers == plain.writers
+
+
+@pytest.mark.parametrize("statistics", ["global", "device"])
+def test_our_convolutions_move_nothing_more_between_devices(facts, statistics):
+    """Where each device computes by itself, the gradients of kernels have another form than XLA's."""
+    ours, theirs = (facts[_mapped(statistics, xla)] for xla in (False, True))
+    assert ours.collectives == theirs.collectives
+    assert any(key.startswith("all-reduce") for key in ours.collectives)
+    assert (ours.memory != theirs.memory) == (statistics == "device")
 
 
 def test_an_update_reads_the_gradient_the_kernel_its_momentum_and_its_vectors(facts):

@@ -14,8 +14,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from networks import abstract
 
-from repopt_jax import fast_on_cpu, find_layers
+from repopt_jax import Geometry, fast_on_cpu, find_layers, fuse, models, nn, to_search
+from repopt_jax.core.published import repvgg
 from repopt_jax.nn import convolution
 from repopt_jax.nn.convolution import conv_general_dilated, product_of_tiles, xla_convolutions
 
@@ -35,7 +37,9 @@ def cases(draw):
         for n, d, (before, after) in zip(window, dilation, padding)
     ]
     sizes = [max(size, 1 - before - after, 2) for size, (before, after) in zip(sizes, padding)]
-    return draw(of_sizes(sizes, window, strides, padding, dilation))
+    spread = draw(st.lists(st.sampled_from([1, 1, 2]), min_size=axes, max_size=axes))
+    shapes, options = draw(of_sizes(sizes, window, strides, padding, dilation, draw(st.sampled_from(SIDES))))
+    return shapes, options | {"lhs_dilation": spread, "precision": draw(st.sampled_from([None, "highest"]))}
 
 
 @st.composite
@@ -46,8 +50,12 @@ def tiles(draw):
     return draw(of_sizes(sizes, window, window, [(0, 0)] * len(window), [1] * len(window)))
 
 
+# What is divided into groups: the features, or the images, as in the gradient of a grouped kernel.
+SIDES = ("feature", "feature", "batch")
+
+
 @st.composite
-def of_sizes(draw, sizes, window, strides, padding, dilation):
+def of_sizes(draw, sizes, window, strides, padding, dilation, side="feature"):
     axes, groups = len(sizes), draw(st.sampled_from([1, 2, 3, 4]))
     inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
     spatial = LETTERS[-axes:]
@@ -65,10 +73,13 @@ def of_sizes(draw, sizes, window, strides, padding, dilation):
         "padding": padding,
         "rhs_dilation": dilation,
         "dimension_numbers": numbers,
-        "feature_group_count": groups,
+        f"{side}_group_count": groups,
     }
-    lengths = dict(zip(spatial, sizes)) | {"N": draw(st.integers(1, 3)), "C": inputs}
-    kernel = dict(zip(spatial, window)) | {"I": inputs // groups, "O": outputs}
+    images, depth = draw(st.integers(1, 3)), inputs // groups
+    if side == "batch":
+        images, depth = images * groups, inputs
+    lengths = dict(zip(spatial, sizes)) | {"N": images, "C": inputs}
+    kernel = dict(zip(spatial, window)) | {"I": depth, "O": outputs}
     shapes = [lengths[c] for c in numbers[0]], [kernel[c] for c in numbers[1]]
     return shapes, options
 
@@ -79,8 +90,8 @@ def operands(shapes, dtype, seed=0):
 
 
 def results(operation, x, w, v, u):
-    """A convolution, both gradients of a curved function of it, a derivative forwards, one of a gradient,
-    and a batch of each operand; compiled at once."""
+    """A convolution, both gradients of a curved function of it, derivatives forwards and of a gradient in
+    both directions, and a batch of each operand; compiled at once."""
 
     @jax.jit
     def everything(x, w, v, u):
@@ -92,7 +103,9 @@ def results(operation, x, w, v, u):
             operation(x, w),
             gradients(x, w),
             jax.jvp(operation, (x, w), (v, u))[1],
+            jax.linearize(operation, x, w)[1](v, u),
             jax.jvp(gradients, (x, w), (v, u))[1],
+            jax.grad(lambda x, w: sum(jnp.sum(g**2) for g in gradients(x, w)), (0, 1))(x, w),
             jax.vmap(operation, (0, None))(jnp.stack([x, v]), w),
             jax.vmap(operation, (None, 0), 1)(x, jnp.stack([w, u])),
             jax.vmap(operation)(jnp.stack([x, v]), jnp.stack([w, u])),
@@ -103,11 +116,17 @@ def results(operation, x, w, v, u):
 
 
 def far(found, expected):
-    """The largest difference of any result, as a share of 1 + its largest number."""
+    """The largest difference of any result, as a share of 1 + its largest number; infinite for NaN."""
     leaves = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in leaves]
     assert all(a.shape == b.shape for a, b in pairs)
-    return max(np.abs(a - b).max(initial=0) / (1 + np.abs(b).max(initial=0)) for a, b in pairs)
+    shares = [np.abs(a - b).max(initial=0) / (1 + np.abs(b).max(initial=0)) for a, b in pairs]
+    return np.nan_to_num(np.max(shares), nan=np.inf)
+
+
+def rounded_once(x, w, **options):
+    wide = conv_general_dilated(x.astype(jnp.float64), w.astype(jnp.float64), **options)
+    return wide.astype(x.dtype)
 
 
 def both(case, dtype, operation=conv_general_dilated):
@@ -117,13 +136,14 @@ def both(case, dtype, operation=conv_general_dilated):
     small = dict.fromkeys(("PHASED_OUTPUTS", "MIN_CHANNELS", "MIN_KERNEL_CHANNELS", "MIN_POSITIONS"), 1)
     with mock.patch.multiple(convolution, **small, CHUNK_BYTES=500):
         ours = results(functools.partial(operation, **options), *arrays)
-    with xla_convolutions():
-        theirs = results(functools.partial(conv_general_dilated, **options), *arrays)
+    # XLA's, every pass in float64 and rounded afterwards: in float32 not all are right, see below.
+    with xla_convolutions(), jax.enable_x64(True):
+        theirs = results(functools.partial(rounded_once, **options), *arrays)
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
     return ours, theirs
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases())
 def test_every_shape_as_xla(case):
     with jax.enable_x64(True):
@@ -195,7 +215,7 @@ def forms_of(monkeypatch):
     def names(function, *args):
         chosen.clear()
         jax.jit(lambda *args: function(*args)).lower(*args)
-        return sorted({form.__name__ for form in chosen} - {"bind"})
+        return sorted({form.__name__ for form in chosen} - {"bind", "by_xla"})
 
     monkeypatch.setattr(convolution, "choose", noted)
     return names
@@ -236,17 +256,36 @@ def test_forms_of_a_strided_dense_layer(forms_of, channels, size, forms):
     assert forms_of(strided, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, w))) == forms
 
 
-def test_a_map_that_is_shifted_shows(monkeypatch, x64):
-    """The control: a form that reads one pixel beside."""
-    expected = training(*images(6, 1, 1, dtype=jnp.float64))
-    plan = convolution._plan
+# A form -> a kind and a stride of which the training uses it.
+USED = {
+    "by_taps": ((6, 1, 1), 1),
+    "depthwise_kernel": ((6, 1, 2), 2),
+    "by_groups": ((4, 3, 2), 1),
+    "dense_kernel": ((1, 8, 8), 1),
+    "pointwise": ((1, 32, 32, 1), 1),
+    "by_phases": ((1, 8, 8), 2),
+}
 
-    def shifted(size, taps, stride, padding, *more):
-        before, after = padding
-        return plan(size, taps, stride, (before + 1, after - 1), *more)
 
-    monkeypatch.setattr(convolution, "_plan", shifted)
-    assert far(jax.jit(lambda *a: training(*a))(*images(6, 1, 1, dtype=jnp.float64)), expected) > 0.01
+@pytest.mark.parametrize("form", USED)
+def test_a_form_that_reads_one_pixel_beside_shows(monkeypatch, form, x64):
+    """The control of every form."""
+    kind, stride = USED[form]
+    arrays = images(*kind, dtype=jnp.float64, size=33 if form == "by_phases" else 12)
+
+    def step(*arrays):
+        return training(*arrays, (stride, stride))
+
+    with xla_convolutions():
+        expected = jax.jit(step)(*arrays)
+    assert far(jax.jit(lambda *a: step(*a))(*arrays), expected) < tolerances.CONVOLUTIONS["float64"]
+    right = getattr(convolution, form)
+
+    def shifted(lhs, rhs, *, padding, **params):
+        return right(lhs, rhs, padding=tuple((before + 1, after - 1) for before, after in padding), **params)
+
+    monkeypatch.setattr(convolution, form, shifted)
+    assert far(jax.jit(lambda *a: step(*a))(*arrays), expected) > 0.01
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
@@ -259,6 +298,27 @@ def test_other_platforms_see_the_same_text(kind, platform):
     ours = text()
     with xla_convolutions():
         assert ours == text()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["mobileone-digits", "repopt-ghostnet-digits", "vgg-digits"])
+def test_other_platforms_see_the_same_text_of_a_whole_step(name, platform):
+    """Of the search of a network."""
+    model = abstract(lambda rngs: to_search(models.create(name, num_classes=3, rngs=rngs), rngs=rngs))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    x = jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32)
+
+    def text():
+        def loss(params, rest, x):
+            return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x) ** 2)
+
+        traced = jax.jit(jax.value_and_grad(loss)).trace(params, rest, x)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    ours = text()
+    with xla_convolutions():
+        assert ours == text()
+    assert ours.count("stablehlo.convolution") > 6
 
 
 COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce", "reduce-scatter")
@@ -304,6 +364,44 @@ def test_in_a_shard_map(monkeypatch, kind, checked, x64):
     )(x, w)
     assert far(y, conv(x, w, convolution=lax.conv_general_dilated)) < tolerances.CONVOLUTIONS["float64"]
     assert far(gradient, training(x, w)[1][1]) < tolerances.CONVOLUTIONS["float64"]
+
+
+def test_a_branch_that_is_smaller_than_its_padded_layer():
+    """The 1x1 beside a 3x3 padded by (0, 2) has the pads (-1, 1), in the precision that networks train in."""
+    layer = nn.Branched(repvgg(Geometry((3, 3), 8, 8, padding=((0, 2), (0, 2)))), rngs=nnx.Rngs(0))
+    layer.eval()
+    (x,) = operands([[2, 6, 6, 8]], jnp.float32)
+    y, fused = (jax.jit(lambda x, m=model: m(x))(x) for model in (layer, fuse(layer)))
+    assert far(y, fused) < tolerances.CONVOLUTIONS["float32"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_sums_of_another_type_are_kept(kind):
+    """Products of bfloat16 with sums in float32, which are not rounded at the end. Rounded, they differ by
+    2e-3."""
+    x, w = images(*kind, dtype=jnp.bfloat16)
+    wide = functools.partial(conv_general_dilated, preferred_element_type=jnp.float32)
+    y, expected = (jax.jit(functools.partial(conv, convolution=wide))(*a) for a in ((x, w), exact(x, w)))
+    assert y.dtype == jnp.float32
+    assert far(y, expected) < tolerances.CONVOLUTIONS["float32"]
+    assert far(y.astype(jnp.bfloat16), expected) > 20 * tolerances.CONVOLUTIONS["float32"]
+
+
+def exact(*arrays):
+    return [a.astype(jnp.float32) for a in arrays]
+
+
+@pytest.mark.parametrize("pads", [(-1, 1), (-2, 2), (-1, 2), (1, -1), (-5, 5), (5, -5)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_map_that_padding_cuts_is_not_read_outside(stride, pads):
+    """In jaxlib 0.10 XLA's own reads outside of it, in float32; the last two pads leave nothing of it."""
+    x, w = operands(([2, 5, 5, 8], [3, 3, 8, 8]), jnp.float32)
+    options = IMAGES | {"padding": [pads, pads]}
+    y = jax.jit(lambda x, w: conv_general_dilated(x, w, (stride, stride), **options))(x, w)
+    with jax.enable_x64(True), xla_convolutions():
+        wide = (a.astype(jnp.float64) for a in (x, w))
+        expected = conv_general_dilated(*wide, (stride, stride), **options)
+    assert far(y, expected) < tolerances.CONVOLUTIONS["float32"]
 
 
 def test_what_xla_refuses_is_refused():

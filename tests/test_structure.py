@@ -34,6 +34,7 @@ from repopt_jax.core.published import (
     repopt_ghost,
     repopt_mlp,
     repvgg,
+    slak,
     unireplknet,
 )
 from repopt_jax.surgery.fuse import fuse
@@ -63,6 +64,9 @@ LAYERS = {
     "1x1": Geometry((1, 1), 4, 4),
     "dense": Geometry((), 5, 5),
     "large": Geometry((9, 9), 3, 3, 3),
+    # A small kernel is smaller than the window in these alone, and a set of dilated ones has several.
+    "large, grouped": Geometry((7, 7), 4, 8, 2),
+    "large, strided, dilated": Geometry((7, 7), 2, 2, strides=2, dilation=2),
     "oblong": Geometry((3, 5), 4, 4),
     # With an output for each position of the window, which lies side by side or does not.
     "maps": Geometry((3, 3), 2, 18, 2, strides=3, padding=((0, 0), (0, 0))),
@@ -127,32 +131,42 @@ def with_norms(trained, statistics):
     return trained | {"norms": norms}
 
 
-@pytest.mark.parametrize("kind", ["plain", "strided", "grouped", "depthwise", "maps"])
+# Descriptions that have several branches, or any, in larger windows alone.
+OF_LARGE, LARGE = ("replknet", "slak", "unireplknet"), (7, 7)
+
+
+def in_training(kind):
+    """Layers of every description in training mode, of this kind of layer, and an input of theirs."""
+    base, layers = LAYERS[kind], {}
+    for name, description in DESCRIPTIONS.items():
+        layer = dataclasses.replace(base, window=LARGE, padding=None) if name in OF_LARGE else base
+        with contextlib.suppress(ValueError):  # where each is defined is a test of its own
+            layers[name] = made(description(layer))
+            layers[name].train()
+    return layers, image(dataclasses.replace(base, window=LARGE, padding=None))
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "strided", "grouped", "depthwise", "dilated", "dilated, strided, grouped", "maps"]
+)
 def test_training_is_the_reference(x64, kind):
     """Of every description, in one program: running statistics after a step and the gradient along a random
     direction, from statistics of the batch; the padding after a norm is that of the running statistics,
     without a gradient."""
-    base, layers, rng = LAYERS[kind], {}, np.random.default_rng(2)
-    for name, description in DESCRIPTIONS.items():
-        window, padding = ((5, 5), None) if name == "unireplknet" else ((3, 3), base.padding)
-        layer = Geometry(
-            window, base.inputs, base.outputs, base.groups, strides=base.strides, padding=padding
-        )
-        with contextlib.suppress(ValueError):  # where each is defined is a test of its own
-            layers[name] = made(description(layer))
-            layers[name].train()
-    x = image(LAYERS[kind])
-    target = rng.normal(size=jax.eval_shape(lambda m: m(x), layers["repvgg"]).shape)
+    (layers, x), rng = in_training(kind), np.random.default_rng(2)
+    targets = {
+        name: rng.normal(size=jax.eval_shape(lambda m: m(x), layer).shape) for name, layer in layers.items()
+    }
 
     @jax.jit
     def gradients_and_statistics(layers, x):
-        def loss(layer):
+        def loss(layer, target):
             value = ((layer(x) - target) ** 2).mean()
             return value, {
                 key: {n: getattr(norm, n)[...] for n in ("mean", "var")} for key, norm in layer.norms.items()
             }
 
-        return {name: jax.grad(loss, has_aux=True)(layer) for name, layer in layers.items()}
+        return {name: jax.grad(loss, has_aux=True)(layer, targets[name]) for name, layer in layers.items()}
 
     for name, (gradients, moved) in gradients_and_statistics(layers, x).items():
         layer, arrays = layers[name], arrays_of(layers[name])
@@ -161,7 +175,7 @@ def test_training_is_the_reference(x64, kind):
         along = jax.tree.map(lambda w, v: w + STEP * 1j * v, arrays, direction)
         y, after = slow_structures.run(layer.structure, with_norms(along, statistics), x, training=True)
         assert_close(moved, jax.tree.map(np.real, after), EXACT)
-        expected = ((y - target) ** 2).mean().imag / STEP
+        expected = ((y - targets[name]) ** 2).mean().imag / STEP
         gradients = nnx.to_pure_dict(nnx.state(gradients, nnx.Param))
         products = jax.tree.map(lambda g, v: np.vdot(g, v), gradients, prune(direction, gradients))
         assert relative(sum(jax.tree.leaves(products)), expected) <= EXACT, name
@@ -181,6 +195,20 @@ def test_mistakes_show(x64, mistake):
     wrong, _ = slow_structures.run(branched.structure, arrays_of(branched), x, wrong=mistake)
     for y in outputs({"any": branched}, x)["any"]:
         assert relative(y, wrong) > MISTAKE
+
+
+@pytest.mark.parametrize("mistake", ["border", "bias", "groups", "sum", "batch"])
+def test_mistakes_show_in_training(x64, mistake):
+    """The same for one step; and the border from the batch's statistics in place of the running ones."""
+    layer = LAYERS["grouped"]
+    branched = made(orepa_repvgg(layer) if mistake == "sum" else dbb(layer, middle=8))
+    arrays, x = arrays_of(branched), image(layer)
+    branched.train()
+    y = branched(x)
+    right, _ = slow_structures.run(branched.structure, arrays, x, training=True)
+    wrong, _ = slow_structures.run(branched.structure, arrays, x, training=True, wrong=mistake)
+    assert relative(y, right) <= EXACT
+    assert relative(y, wrong) > MISTAKE
 
 
 def with_scales(structure):
@@ -237,7 +265,7 @@ def layers(draw):
     axes = draw(st.integers(1, 2))
     groups = draw(st.sampled_from([1, 2]))
     channels = st.sampled_from([2, 4])
-    window = tuple(draw(st.sampled_from([1, 3, 5])) for _ in range(axes))
+    window = tuple(draw(st.sampled_from([5, 3, 1])) for _ in range(axes))
     inputs = draw(channels)
     return Geometry(
         window,
@@ -253,9 +281,11 @@ def layers(draw):
 @st.composite
 def structures(draw):
     layer = draw(layers())
-    sizes = [tuple(draw(st.sampled_from([k for k in (1, 3, 5) if k <= n])) for n in layer.window)]
-    maps = [Kernel(layer.window), Kernel((1,) * layer.axes), Kernel(sizes[0]), Average(), Frequency()]
-    maps += [Kernel((3,) * layer.axes, (2,) * layer.axes)] if min(layer.window) >= 5 else []
+    sizes = [draw(st.sampled_from([k for k in (3, 5, 1) if k <= n])) for n in layer.window]
+    maps = [Kernel(sizes), Average(), Frequency(), Kernel(layer.window), Kernel((1,) * layer.axes)]
+    if 5 in layer.window:  # dilated along the sides on which there is room
+        room = [n == 5 for n in layer.window]
+        maps.insert(0, Kernel([3 if r else 1 for r in room], [2 if r else 1 for r in room]))
     follow = st.sampled_from(["norm", "scale", "constant", ""])
     chains = {}
     if layer.taps > 1 and draw(st.booleans()):
@@ -268,8 +298,9 @@ def structures(draw):
             residual = channels % width == 0 and draw(st.booleans())
             chain.append(Stage(Kernel((1,) * layer.axes), draw(follow), channels=channels, residual=residual))
             width = channels
-        last = draw(st.sampled_from([*maps, *([Identity(), Pool()] if width == layer.outputs else [])]))
-        fixed = isinstance(last, (Identity, Pool)) and draw(st.booleans())
+        own = draw(st.sampled_from([(Pool(), Identity()), maps])) if width == layer.outputs else maps
+        last = draw(st.sampled_from(own))
+        fixed = own is not maps and draw(st.booleans())
         chain.append(Stage(last, draw(follow), trained=not fixed))
         chains[f"chain{i}"] = tuple(chain)
     sums = {}
@@ -279,14 +310,56 @@ def structures(draw):
     return Structure(layer, chains, sums=sums)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(structures())
-def test_drawn_structures(structure):
+def kinds_of(structure):
+    """What there is in a structure, in words."""
+    layer, stages = structure.layer, [stage for _, chain in structure.chains for stage in chain]
+    dilated = [s.map for s in stages if isinstance(s.map, Kernel) and s.map.dilation != (1,) * layer.axes]
+    found = {
+        "strided": max(layer.strides) > 1,
+        "dilated": max(layer.dilation) > 1,
+        "grouped": layer.groups > 1,
+        "a dilated kernel": bool(dilated),
+        "a norm inside": any(s.then == "norm" for _, chain in structure.chains for s in chain[:-1]),
+        "no norm": not structure.followers("norm"),
+        "a residual": any(s.residual for s in stages),
+        "a fixed vector": any(not s.trained for s in stages),
+        "a depthwise stage": any(s.expansion for s in stages),
+        "a chain of three": any(len(chain) == 3 for _, chain in structure.chains),
+        "a sum with a norm": bool(structure.sums),
+    }
+    return {kind for kind, there in found.items() if there} | {type(s.map).__name__ for s in stages}
+
+
+KINDS = {
+    *("strided", "dilated", "grouped", "a dilated kernel", "a norm inside", "no norm", "a residual"),
+    *("a fixed vector", "a depthwise stage", "a chain of three", "a sum with a norm"),
+    *("Kernel", "Identity", "Pool", "Average", "Frequency", "a wrong border"),
+}
+
+
+def test_drawn_structures():
+    """Branch by branch and merged, and where no norm prevents it merged before it runs; and what was drawn
+    has everything in it that a structure can have, and a border that can be wrong."""
+    drawn = set()
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(structures())
+    def is_the_reference(structure):
+        drawn.update(kinds_of(structure))
+        layers, x = {"branched": made(structure)}, image(structure.layer)
+        if not structure.followers("norm"):
+            layers["merged"] = made(structure, nn.Merged)
+        arrays = arrays_of(layers["branched"])
+        expected, _ = slow_structures.run(structure, arrays, x)
+        wrong, _ = slow_structures.run(structure, arrays, x, wrong="border")
+        for pair in outputs(layers, x).values():
+            for y in pair:
+                assert relative(y, expected) <= EXACT
+                drawn.update({"a wrong border"} if relative(y, wrong) > MISTAKE else ())
+
     with jax.enable_x64(True):
-        layer, x = made(structure), image(structure.layer)
-        expected, _ = slow_structures.run(structure, arrays_of(layer), x)
-        for y in outputs({"drawn": layer}, x)["drawn"]:
-            assert relative(y, expected) <= EXACT
+        is_the_reference()
+    assert drawn >= KINDS
 
 
 def test_the_identity_of_a_wider_stage_is_repeated_in_each_group(x64):
@@ -321,6 +394,8 @@ def test_published_descriptions():
     assert names(functools.partial(mobileone, copies=2)) == ["3x3_0", "3x3_1", "1x1", "identity"]
     assert names(replknet, LAYERS["large"]) == ["9x9", "5x5"]
     assert names(functools.partial(replknet, small=3), LAYERS["large"]) == ["9x9", "3x3"]
+    assert names(slak, LAYERS["large"]) == ["9x5", "5x9", "5x5"]
+    assert names(functools.partial(slak, small=3), LAYERS["oblong"]) == ["3x3", "3x5"]
     assert names(unireplknet, LAYERS["large"]) == ["9x9", "5x5", "5x5_d2x2", "3x3_d3x3", "3x3_d4x4"]
     assert names(functools.partial(qarepvgg, pool=True)) == ["3x3", "1x1", "identity", "pool"]
     inner = ["3x3", "average", "frequency", "1x1_3x3", "depthwise_1x1"]

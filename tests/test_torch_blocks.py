@@ -67,6 +67,7 @@ KEYS = {
         "dbb_origin.bn dbb_avg.avgbn dbb_1x1_kxk.bn1.bn dbb_1x1_kxk.bn2",
     ),
     "replknet": keys("lkb_origin.conv small_conv.conv", "lkb_origin.bn small_conv.bn"),
+    "slak": keys("Decom1.conv Decom2.conv small_conv.conv", "Decom1.bn Decom2.bn small_conv.bn"),
     "unireplknet": keys(
         "lk_origin dil_conv_k5_1 dil_conv_k5_2 dil_conv_k3_3 dil_conv_k3_4",
         "origin_bn dil_bn_k5_1 dil_bn_k5_2 dil_bn_k3_3 dil_bn_k3_4",
@@ -186,6 +187,7 @@ TRAINED = {
     "qarepvgg2": {},
     "replknet": {},
     "repvgg": {},
+    "slak": {},
     "unireplknet": {},
 }
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tolerances
 from flax import nnx
+from forms import is_of_small_windows
 from networks import relative
 from training import tiny_config
 
@@ -12,6 +13,7 @@ from repopt_jax import data, fuse, train
 from repopt_jax.core import paths
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.nn.branched import StructuredLayer
+from repopt_jax.surgery.choose import parse_options
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.train import build
 from repopt_jax.train.state import make_mesh, merge_model, put_batch
@@ -33,7 +35,13 @@ def structure_config(mode, digits, **changes):
     return tiny_config(mode, digits, epochs=1, batch_size=24, checkpoint_every=0, **changes)
 
 
-@pytest.mark.parametrize("mode", [name for name in STRUCTURES if name not in ("unireplknet", "repmlp")])
+def of_digits():
+    """The structures that have branches in a network of digits, whose windows are 3x3."""
+    options = {name: parse_options(MODES.get(name, ("", None))[0]) for name in STRUCTURES}
+    return [name for name in STRUCTURES if is_of_small_windows(name, options[name])]
+
+
+@pytest.mark.parametrize("mode", of_digits())
 def test_a_structure_trains_and_fuses(mode, digits):
     options, norms = MODES.get(mode, ("", None))
     config = structure_config(mode, digits, model__structure_options=options)

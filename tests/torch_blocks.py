@@ -127,6 +127,26 @@ class LargeKernel(nn.Module):
         return self.lkb_origin(x) + self.small_conv(x)
 
 
+class LongKernels(nn.Module):
+    """SLaK's two kernels that are long along one axis each, and the small one."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, small=5):
+        super().__init__()
+        for name, window in (
+            ("Decom1", (size, small)),
+            ("Decom2", (small, size)),
+            ("small_conv", (small, small)),
+        ):
+            part = nn.Sequential()
+            pads = tuple(n // 2 for n in window)
+            part.add_module("conv", convolution(inputs, outputs, window, stride, groups, pads))
+            part.add_module("bn", nn.BatchNorm2d(outputs))
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return self.Decom1(x) + self.Decom2(x) + self.small_conv(x)
+
+
 class DilatedReparam(nn.Module):
     """UniRepLKNet's: `sets` are (size, dilation) of the small kernels."""
 

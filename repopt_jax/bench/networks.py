@@ -99,8 +99,8 @@ def one_device() -> Any:
 
 @contextlib.contextmanager
 def tracing(name: str, tf32: bool):
-    """Inside, programs of this network are traced: with TF32 for float32 if the device has it (JAX's default)
-    or without, and with the convolutions that `NETWORKS` says."""
+    """Sets what programs of this network are traced with: TF32 for float32, if the device has it (JAX's
+    default), or not; and the convolutions that `NETWORKS` names."""
     with contextlib.ExitStack() as stack:
         if not tf32:
             stack.enter_context(jax.default_matmul_precision("highest"))

@@ -116,7 +116,7 @@ def _inline(
 
 
 def _closed(jaxpr: Any) -> core.ClosedJaxpr:
-    """Some calls hold a jaxpr without its constants, as it has none."""
+    """Returns a jaxpr with its constants; some calls hold one without, because it has none."""
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 

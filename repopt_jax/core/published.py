@@ -188,6 +188,23 @@ def replknet(layer: Geometry, *, small: int = 5) -> Structure:
     return Structure(layer, normed(Kernel(layer.window), Kernel(tuple(min(small, n) for n in layer.window))))
 
 
+def slak(layer: Geometry, *, small: int = 5) -> Structure:
+    """SLaK (arXiv 2207.03620, section 3): K x N and N x K in place of K x K, and N x N; a batch norm each.
+
+    For each axis a kernel that is as long as the window along it and `small` along the others. There is no
+    kernel of the whole window: the merged one has zeros where none of these reaches, and stays so.
+
+    Raises:
+      ValueError: a small kernel that cannot be centred in the window.
+    """
+    short = [min(small, n) for n in layer.window]
+    long = [
+        Kernel(tuple(layer.window[i] if i == axis else n for i, n in enumerate(short)))
+        for axis in range(layer.axes)
+    ]
+    return Structure(layer, normed(*long, Kernel(tuple(short))))
+
+
 # UniRepLKNet's dilated kernels, (size, dilation), by the size of the large kernel.
 DILATED_KERNELS: dict[int, tuple[tuple[int, int], ...]] = {
     17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
@@ -317,6 +334,7 @@ STRUCTURES: dict[str, Description] = {
     "acnet": acnet,
     "dbb": dbb,
     "replknet": replknet,
+    "slak": slak,
     "unireplknet": unireplknet,
     "qarepvgg": qarepvgg,
     "qarepvgg2": functools.partial(qarepvgg, pool=True),

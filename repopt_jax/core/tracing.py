@@ -498,7 +498,7 @@ class _Walk:
         return [_Info(data=True)] * len(equation.outputs)
 
     def carried(self, info: _Info, primitive: str) -> _Info:
-        """What a loop changes is data, also where it starts as a parameter."""
+        """Returns data for a value that a loop changes, also if it starts as a parameter."""
         self.note(info.params, primitive)
         return _Info(data=True)
 

@@ -124,8 +124,10 @@ def _has_tiles(shape: Sequence[int], params: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def xla_convolutions() -> Iterator[None]:
-    """Inside, `conv_general_dilated` is XLA's own everywhere. What counts is when a function is traced: one
-    that was compiled before stays as it is."""
+    """Makes `conv_general_dilated` XLA's own on every platform, in functions that are traced inside.
+
+    A function that was compiled before stays as it is.
+    """
     token = _enabled.set(False)
     try:
         yield
@@ -199,8 +201,8 @@ def _lower_for_cpu(context: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
 
 
 def _is_whole(axes: Any) -> bool:
-    """Whether the shapes that are lowered are those of one device: what a compiler divides later must not
-    be cut into pieces that lie on several devices."""
+    """Whether the shapes that are lowered are those of one device. What a compiler divides later must not be
+    cut into pieces that lie on several devices."""
     if hasattr(axes, "manual_axes"):
         return axes.manual_axes == frozenset(axes.mesh.axis_names)
     return getattr(axes, "num_devices", 1) == 1
@@ -240,21 +242,40 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
             return pointwise
         if dilated:
             large = outputs >= PHASED_OUTPUTS or math.prod(rhs.shape) >= PHASED_WEIGHTS
-            return by_phases if large and window > 1 and not strided else _XLA.bind
+            return by_phases if large and window > 1 and not strided else by_xla
         # In the gradient of a kernel the channels are the batch: an axis that lies after the images.
         is_kernel = whole and numbers.lhs_spec[0] > numbers.lhs_spec[1] and outputs <= MAX_TERMS
         enough = min(batch, features) >= MIN_KERNEL_CHANNELS and (outputs == 1 or window >= MIN_POSITIONS)
-        return dense_kernel if is_kernel and enough else _XLA.bind
+        return dense_kernel if is_kernel and enough else by_xla
     if groups > 1:
         inputs = rhs.shape[numbers.rhs_spec[1]]
         if inputs * window <= MAX_TERMS and not (strided and dilated):
             return by_taps
-        return by_groups if inputs > NARROW and groups <= MAX_GROUPS else _XLA.bind
+        return by_groups if inputs > NARROW and groups <= MAX_GROUPS else by_xla
     if not whole:
-        return _XLA.bind
+        return by_xla
     if lhs.shape[numbers.lhs_spec[0]] == batch_groups and not dilated and outputs <= MAX_TERMS:
         return depthwise_kernel
-    return by_groups if batch_groups <= MAX_GROUPS else _XLA.bind
+    return by_groups if batch_groups <= MAX_GROUPS else by_xla
+
+
+def by_xla(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+    """XLA's own convolution, of a map that is cut before it where padding is negative.
+
+    With pads such as (-1, 1), of which the first cuts and the second does not, the program of jaxlib 0.10 for
+    float32 and bfloat16 reads memory outside of the map; `docs/xla_cpu_convolutions.md` has an example.
+    """
+    numbers, padding = params["dimension_numbers"], []
+    for axis, pads, spread in zip(numbers.lhs_spec[2:], params["padding"], params["lhs_dilation"]):
+        size, cut = lhs.shape[axis], [max(-n, 0) for n in pads]
+        if spread == 1 and 0 < sum(cut) < size:
+            lhs = lax.slice_in_dim(lhs, cut[0], size - cut[1], axis=axis)
+            pads = [max(n, 0) for n in pads]
+        elif spread == 1 and sum(cut) >= size:  # nothing of the map is left
+            lhs = jnp.zeros((*lhs.shape[:axis], size + sum(pads), *lhs.shape[axis + 1 :]), lhs.dtype)
+            pads = (0, 0)
+        padding.append(tuple(pads))
+    return _XLA.bind(lhs, rhs, **{**params, "padding": tuple(padding)})
 
 
 def by_groups(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
@@ -392,7 +413,7 @@ def by_phases(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
             w = lax.slice_in_dim(w, first, last + 1, step, axis)
             dilation.append((end - start) // max(len(pairs) - 1, 1) or 1)
             padding.append((-start, end + plan.count - lhs.shape[map_axis]))
-        return _XLA.bind(lhs, w, **{**part, "rhs_dilation": tuple(dilation), "padding": tuple(padding)})
+        return by_xla(lhs, w, **{**part, "rhs_dilation": tuple(dilation), "padding": tuple(padding)})
 
     phases = [phase(residues) for residues in itertools.product(*(range(len(p.taps)) for p in plans))]
     return _from_channels_last(_interleaved(phases, plans), numbers.out_spec)

@@ -165,11 +165,12 @@ def geometry_of(layer: Plain | nnx.ConvTranspose) -> Geometry:
 
 
 def _geometry_of_transposed(layer: nnx.ConvTranspose) -> Geometry:
-    """At stride 1 a transposed convolution is a convolution: nothing is put between the pixels of its input.
+    """Returns the geometry of the convolution that a transposed one is at stride 1.
 
-    Flax does not reverse its taps. It pads r = (window - 1) * dilation zeros in front and behind ("VALID"),
-    or ceil(r / 2) and floor(r / 2), where `nnx.Conv` has them the other way round ("SAME", and "CIRCULAR" in
-    effect, whose sums over the periods of a wider output are the output of a wrapped input).
+    Nothing is put between the pixels of its input there. Flax does not reverse its taps. It pads
+    r = (window - 1) * dilation zeros in front and behind ("VALID"), or ceil(r / 2) and floor(r / 2), where
+    `nnx.Conv` has them the other way round ("SAME", and "CIRCULAR" in effect, whose sums over the periods of
+    a wider output are the output of a wrapped input).
     """
     check_transposed(layer)
     axes = len(layer.kernel_size)

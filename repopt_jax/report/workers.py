@@ -178,7 +178,7 @@ def _cores() -> list[int]:
 
 
 def main(cores: str, beats: str = "") -> None:
-    """The life of a worker: calls come by standard input and results go by standard output, both pickled, and
+    """Runs a worker: reads calls from standard input and writes results to standard output, both pickled, and
     signs of life to the descriptor `beats`."""
     if beats:
         os.set_inheritable(int(beats), False)

@@ -92,8 +92,8 @@ def make_task(config: Config) -> Task:
 
 
 def check_scales_folder(config: Config) -> None:
-    """Raises where the folder that a config's `scales` name holds none, or damaged ones. Whether they fit is
-    known when the data are open.
+    """Checks that the folder that a config's `scales` name holds readable scales. Whether they fit is known
+    when the data are open.
 
     Raises:
       FileNotFoundError, ValueError: as `load_scales`.
@@ -341,8 +341,11 @@ def _program(
 
 
 def _warn_if_short(config: Config, schedule: optax.Schedule, steps_per_epoch: int) -> None:
-    """Says so where no row can become zero: each begins with the norm 1, and the lasso moves one by at most
-    rate * strength / (1 - momentum) in a step."""
+    """Warns if training is too short for a row to become zero.
+
+    Each row begins with the norm 1, and the lasso moves it by at most rate * strength / (1 - momentum) in a
+    step.
+    """
     prune, total = config.prune, config.epochs * steps_per_epoch
     first = round(prune.before_epochs * steps_per_epoch) + prune.interval
     rates = sum(np.asarray(schedule(step)).item() for step in range(min(first, total), total))

@@ -115,7 +115,7 @@ class Lock:
 
     @property
     def descriptor(self) -> int:
-        """Of the open file: a process that inherits it keeps the folder locked as long as it lives."""
+        """Descriptor of the open file. A process that inherits it keeps the folder locked while it lives."""
         return self._file.fileno()
 
     def _wait_for_orphans(self, owner: dict[str, Any] | None, end: float | None) -> float:

@@ -167,7 +167,7 @@ class Wandb:
         self._run.log({"step": record["step"], **numbers(record)})
 
     def sync(self) -> None:
-        """Nothing: a process of wandb's own writes each row at once."""
+        """Does nothing, because a process of wandb's own writes each row at once."""
 
     def close(self) -> None:
         self._run.finish()

@@ -217,7 +217,7 @@ class _Job:
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def asked_to_stop(self) -> bool:
-        """Asks until the answer is True, and remembers that."""
+        """Whether the run is to stop; not asked again after the first True."""
         self.stopping = self.stopping or self.ask()
         return self.stopping
 
@@ -295,7 +295,7 @@ def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) ->
 
 
 def _record_skipped(job: _Job) -> None:
-    """Tells of the images that are left out because they cannot be read."""
+    """Records and logs the images that are left out because they cannot be read."""
     bad = job.feed.source.skipped
     if not bad:
         return

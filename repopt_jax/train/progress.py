@@ -172,7 +172,7 @@ class ProgressBar:
             self._log(what)
 
     def _forget(self) -> None:
-        """Does not say any more what was begun before."""
+        """Cancels the message that is still to come of what was begun before."""
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting.join()

@@ -16,8 +16,8 @@ store their weights, as NumPy arrays.
 In these tables the layer's own kernel is called `own`, whatever its size, and a tensor to which the identity
 is added, which PyTorch stores without it, is in `deltas` in place of `weights`. Names are those of
 DingXiaoH/{ACNet,DiverseBranchBlock,RepVGG,RepLKNet-pytorch} (MIT licence), AILab-CVC/UniRepLKNet (Apache
-2.0), cxxgtxy/QARepVGG, apple/ml-mobileone (Apple's licence), ChengpengChen/RepGhost (MIT licence) and
-JUGGHM/OREPA_CVPR2022.
+2.0), VITA-Group/SLaK, cxxgtxy/QARepVGG, apple/ml-mobileone (Apple's licence), ChengpengChen/RepGhost (MIT
+licence) and JUGGHM/OREPA_CVPR2022.
 
 OREPA's block stores the scales of its branches as rows of one array, and three constants. Its table of
 cosines is the one here in windows of three taps a side, with an even number of outputs. In other windows the
@@ -164,6 +164,15 @@ BLOCK_NAMES: dict[str, BlockNames] = {
         (
             *_normed("own", "lkb_origin.conv", "lkb_origin.bn"),
             *_normed(r"\d+x\d+", "small_conv.conv", "small_conv.bn"),
+        ),
+        "lkb_reparam",
+    ),
+    # With small kernels of five, as in all published networks.
+    "slak": BlockNames(
+        (
+            *_normed(r"(?!5x)\d+x5", "Decom1.conv", "Decom1.bn"),
+            *_normed(r"5x(?!5$)\d+", "Decom2.conv", "Decom2.bn"),
+            *_normed("5x5", "small_conv.conv", "small_conv.bn"),
         ),
         "lkb_reparam",
     ),
