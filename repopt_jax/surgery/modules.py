@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import core
 
 from repopt_jax.core.paths import natural_order
 
@@ -136,7 +137,7 @@ def _intercepting(kind: type[nnx.Module], around: Callable[..., Any]) -> type[nn
 
 def copy_leaf(leaf: Any) -> Any:
     """Copies an array, so that donating one model's arrays cannot invalidate another's."""
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, core.Tracer):
         return leaf
     # `leaf.copy()` would compile a program for each shape.
     return jax.device_put(leaf, may_alias=False) if isinstance(leaf, jax.Array) else leaf
