@@ -1,12 +1,10 @@
 """Four virtual CPU devices for every test, float64 where a test asks for it, no silent rank promotion,
 compiled programs kept from run to run, and the longest files first."""
 
-import argparse
 import gc
 import importlib
 import os
 import traceback
-import zlib
 
 import program_cache
 
@@ -15,8 +13,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # variable at 0 everything is compiled as in use, which takes twice as long.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = program_cache.compile_flags(os.environ)
-# Where each operation was written is in no text that a test reads, and takes a twentieth of the time.
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # The processes of pytest-xdist and those that tests start inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(program_cache.folder())
@@ -127,48 +123,9 @@ if LIGHT:
         return f"without extras: {len(left_out)} files of tests are left out"
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--share", type=share_of, metavar="K/N", help="run share K of N of the tests, see `dealt`"
-    )
-
-
-def share_of(text):
-    """ "2/3" -> (1, 3)."""
-    k, n = map(int, text.split("/"))
-    if not 1 <= k <= n:
-        raise argparse.ArgumentTypeError(f"{text} is no share: give K/N with 1 <= K <= N")
-    return k - 1, n
-
-
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     """The longest files first, the others in their order, in which pytest-xdist hands them out."""
     items.sort(key=lambda item: -LONGEST.get(item.path.name, 0))
-    if config.getoption("share"):
-        mine = dealt(items, *config.getoption("share"))
-        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
-        items[:] = [item for item in items if item in mine]
-
-
-def dealt(items, share, shares):
-    """The tests of one of several environments that together run all of them.
-
-    What differs between versions of Python and of a package is how it is called, which half of a file's tests
-    shows as well as all of them: of each file the tests are dealt out, and of each parametrized test its
-    cases. Those that need PyTorch are run everywhere, as an environment without it skips them.
-    """
-    groups, mine = {}, set()
-    for item in items:
-        if item.get_closest_marker("torch"):
-            mine.add(item)
-            continue
-        key = item.nodeid.partition("[")[0] if hasattr(item, "callspec") else item.path.name
-        groups.setdefault(key, []).append(item)
-    for key, cases in groups.items():
-        # In the order of a hash, so that a case's parameters have nothing to do with its share.
-        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        mine.update(cases[(share - zlib.crc32(key.encode())) % shares :: shares])
-    return mine
 
 
 def pytest_collection_finish():
@@ -208,8 +165,7 @@ jax.monitoring.register_event_duration_secs_listener(count_program)
 def programs_of_one_file():
     """A file of tests finds neither JAX's memory full nor gigabytes of other files' programs."""
     yield
-    if programs > MANY_PROGRAMS:
-        forget_programs()
+    forget_programs()
 
 
 @pytest.fixture

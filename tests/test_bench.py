@@ -420,7 +420,6 @@ def torch_step():
     return torch_step
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize("name", ["vgg-digits", "repvgg-a0", "repvgg-b1g4"])
 def test_the_network_of_pytorch_has_the_parameters_of_ours(torch_step, name):
     import torch
@@ -433,7 +432,6 @@ def test_the_network_of_pytorch_has_the_parameters_of_ours(torch_step, name):
     assert sorted(p.numel() for p in theirs.parameters()) == counts
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize("how", [{"foreach": True}, {"fused": True}])
 def test_the_update_of_pytorch_is_ours(torch_step, how):
     """Four updates of kernel and vector, beside the trainer's optimizer."""

@@ -834,6 +834,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
 INTERRUPTS = (1, 30, 200, 600, 1200)
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize("count", INTERRUPTS)
 def test_ctrl_c_at_any_moment(place, tmp_path, count):
     """Python tells of each import on standard error; the signal comes after so many of them since one of
@@ -865,6 +866,7 @@ def test_another_error_made_of_ctrl_c(capsys, train, monkeypatch):
         main(train())
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize(
     ("pressed", "at_the_end", "code"), [("os.kill(os.getpid(), 2)", "os.abort", 130), ("0", "press", 0)]
 )
@@ -884,6 +886,7 @@ sys.exit(program.run())
     assert done.stderr == ("repopt: interrupted; run the same command again\n" if code else "")
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize(
     ("command", "count"), [("verify", 2), ("verify", 70), ("verify", 110), ("eval", 1), ("export", 20)]
 )

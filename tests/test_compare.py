@@ -423,6 +423,7 @@ def test_a_process_that_dies_is_an_error(jobs):
         pool.submit(jobs.die).result()
 
 
+@pytest.mark.kills
 def test_a_process_that_hangs_is_ended(jobs, tmp_path, monkeypatch):
     """What a debugger, a full network drive or SIGSTOP make of one: it is there and does nothing."""
     path = tmp_path / "stopped"
@@ -507,6 +508,7 @@ def get_comparison(arg=""):
 """
 
 
+@pytest.mark.kills
 def test_a_killed_comparison_goes_on_to_the_same_table(tmp_path):
     (tmp_path / "small.py").write_text(COMPARED)
 

@@ -46,7 +46,6 @@ def by_hand(torch, state, size):
     return total
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize(
     ("size", "options"), [(3, {}), (5, {"groups": 2}), (3, {"stride": 2, "inputs": 8}), (7, {"groups": 4})]
 )

@@ -723,7 +723,6 @@ def test_safetensors_metadata_and_key(tmp_path):
         read_tensors(file, key="model")
 
 
-@pytest.mark.torch
 class TestAgainstPyTorch:
     """What PyTorch itself writes and reads."""
 
@@ -907,7 +906,6 @@ class TestKinds:
             read_tensors(file)
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 @pytest.mark.parametrize("name", ["float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz"])
 def test_float8_of_pytorch(kind, name, tmp_path):

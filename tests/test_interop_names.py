@@ -703,7 +703,6 @@ def test_the_check_without_pytorch_says_so(target, monkeypatch):
     refused(lambda: convert.check(model, wrong, "repopt"), "the two sides differ, nothing was written")
 
 
-@pytest.mark.torch
 def test_the_check_notices_another_network(target):
     pytest.importorskip("torch")
     model, state = target

@@ -395,7 +395,7 @@ class TestDetectors:
         rng = np.random.default_rng(3)
         return {f"{name}.{key}": v for name in DETECTOR for key, v in detector_state(rng, name).items()}
 
-    @pytest.fixture(params=["opcodes", pytest.param("PyTorch", marks=pytest.mark.torch)])
+    @pytest.fixture(params=["opcodes", "PyTorch"])
     def file(self, request, state, tmp_path, monkeypatch):
         """A YOLOv6 checkpoint: whole modules, in half precision, of classes that are gone."""
         file = tmp_path / "yolov6s_scale.pt"

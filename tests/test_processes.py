@@ -133,6 +133,7 @@ def test_two_processes_leave_the_run_of_one(digits, tmp_path, repopt, in_one_pro
     assert (summary["steps"], summary["test_count"], summary["finished"]) == (12, 20, True)
 
 
+@pytest.mark.kills
 def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_process):
     """SIGTERM to one of them; the run is finished by one process on four devices."""
     from repopt_jax.cli.main import main
@@ -155,6 +156,7 @@ def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_pro
     assert json.loads((out / "summary.json").read_text())["steps"] == epochs * 4
 
 
+@pytest.mark.kills
 def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_process):
     """In a run that one process began, two went on with, and one finishes."""
     from repopt_jax.cli.main import main
@@ -175,6 +177,7 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
     assert json.loads((out / "summary.json").read_text())["steps"] == 16
 
 
+@pytest.mark.kills
 def test_a_process_that_hangs_ends_the_other(digits, tmp_path, repopt):
     """Stopped, it sends no heartbeats; the other one says that it is gone."""
     endless = ("--config.epochs=4000", "--config.checkpoint_every=10000", "--config.eval_every=4000")

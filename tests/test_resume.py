@@ -83,6 +83,7 @@ KILLS = (
 )
 
 
+@pytest.mark.kills
 def test_run_killed_again_and_again_ends_the_same(digits, tmp_path, unbroken, caplog):
     run_dir = tmp_path / "run"
     expected = ""
@@ -514,6 +515,7 @@ def test_error_of_a_save_comes_out_once_and_keeps_the_one_before(digits, tmp_pat
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@pytest.mark.kills
 def test_full_disk_ends_with_one_sentence(digits, tmp_path, unbroken):
     done = killed(tmp_path / "run", digits, "limit", 8)
     assert done.returncode == 1

@@ -155,6 +155,7 @@ def holder(tmp_path):
             process.kill()
 
 
+@pytest.mark.kills
 def test_what_a_killed_owner_left_is_taken_over_and_one_that_was_stopped_keeps_it(tmp_path, holder, caplog):
     folder = tmp_path / "run"
     os.kill(holder.pid, signal.SIGSTOP)
@@ -186,6 +187,7 @@ with held(Path(sys.argv[1])) as own:
 """
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize("ends", [True, False])
 def test_processes_that_a_killed_owner_started_end_first(tmp_path, caplog, monkeypatch, ends):
     """The child reads the same standard input, and ends when that does: when the lock is waited for."""

@@ -18,7 +18,6 @@ from repopt_jax.interop.names import BIASED, block_rows, torch_names
 from repopt_jax.nn.branched import Branched
 from repopt_jax.surgery.modules import named_modules
 
-pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
 
 import forms  # noqa: E402

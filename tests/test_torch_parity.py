@@ -14,7 +14,6 @@ from repopt_jax.interop.torch_forward import torch_logits
 from repopt_jax.interop.weights import from_torch, to_torch
 from repopt_jax.surgery.modules import named_modules
 
-pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
 
 import torch_networks as reference  # noqa: E402

@@ -14,7 +14,6 @@ from repopt_jax.interop.names import torch_names
 from repopt_jax.interop.weights import from_torch
 from repopt_jax.models import registry
 
-pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
 
 import torch_networks as reference  # noqa: E402

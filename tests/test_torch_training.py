@@ -14,7 +14,6 @@ from repopt_jax.nn import Merged
 from repopt_jax.surgery import extract_scales
 from repopt_jax.surgery.modules import named_modules
 
-pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
 
 import torch_networks as reference  # noqa: E402
