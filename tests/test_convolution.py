@@ -143,14 +143,19 @@ def both(case, dtype, operation=conv_general_dilated):
     return ours, theirs
 
 
-@settings(max_examples=20, deadline=None)
+# The same cases each time: of about a thousand, one makes XLA end the process while it compiles the
+# derivative of a gradient of its own convolution (jaxlib 0.10 and 0.12).
+DRAWN = {"deadline": None, "derandomize": True}
+
+
+@settings(max_examples=30, **DRAWN)
 @given(cases())
 def test_every_shape_as_xla(case):
     with jax.enable_x64(True):
         assert far(*both(case, jnp.float64)) < tolerances.CONVOLUTIONS["float64"]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, **DRAWN)
 @given(tiles())
 def test_tiles_as_xla(case):
     with jax.enable_x64(True):
@@ -174,7 +179,7 @@ def test_tiles_are_a_product_of_matrices_and_other_windows_are_not(platform):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6, **DRAWN)
 @given(cases())
 def test_every_shape_as_xla_to_rounding(dtype, case):
     assert far(*both(case, dtype)) < tolerances.CONVOLUTIONS[dtype]

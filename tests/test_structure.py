@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import slow_structures
 from flax import nnx
+from forms import is_of_small_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import abstract, assert_close, randomised, relative
@@ -133,6 +134,12 @@ def with_norms(trained, statistics):
 
 # Descriptions that have several branches, or any, in larger windows alone.
 OF_LARGE, LARGE = ("replknet", "slak", "unireplknet"), (7, 7)
+
+
+def test_which_need_larger_windows():
+    """No other is left out where networks of small windows are tested."""
+    small = {name for name in STRUCTURES if is_of_small_windows(name)}
+    assert set(STRUCTURES) - small == {*OF_LARGE, "repmlp"}
 
 
 def in_training(kind):

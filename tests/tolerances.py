@@ -44,8 +44,8 @@ TORCH_VARIANCE_APART = 0.01
 WITHOUT_MULTIPLIERS = 0.05
 
 # Convolutions as lowered for a CPU against XLA's in float64, rounded after each pass, with their derivatives,
-# of 1 + an array's largest entry; measured over 40 to 90 drawn cases each: 4.1e-15, 1.1e-6 and 1.4e-2.
-CONVOLUTIONS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 6e-2}
+# of 1 + an array's largest entry; measured over 40 to 90 drawn cases each: 4.1e-15, 1.7e-6 and 1.4e-2.
+CONVOLUTIONS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
 
 # Networks of structures, merged against branch by branch, float64, of what an input changes in an output;
 # measured: at most 2.6e-14.

@@ -165,7 +165,7 @@ class Parametrization:
             "scales": dict(near["scales"] if scales is None else scales),
         }
         near = jax.tree.map(lambda x: jnp.asarray(x).astype(wide), near)
-        found = _split(self, kernel.astype(wide), near)
+        found = _split_all(self, kernel.astype(wide), near)
         return jax.tree.map(lambda x: x.astype(kernel.dtype), found)
 
     def scales(self, trained: Mapping[str, jax.Array], stack: Shape = ()) -> dict[str, jax.Array]:
@@ -238,7 +238,7 @@ class Parametrization:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _split(parametrization: Parametrization, kernel: jax.Array, near: Theta) -> Theta:
+def _split_all(parametrization: Parametrization, kernel: jax.Array, near: Theta) -> Theta:
     """Does the work of `Parametrization.split`, compiled for the same reason as that of a branch set."""
     return parametrization._by_layer(parametrization._split)(parametrization._to_canonical(kernel), near)
 
