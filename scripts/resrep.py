@@ -77,12 +77,12 @@ def configs(name: str, seed: int, images: str | None) -> tuple[train.Config, dic
         base,
         name=name,
         seed=seed,
-        epochs=16 if images else 40,
+        epochs=8 if images else 40,
         eval_every=8,
         data=data,
         model=dataclasses.replace(base.model, name=name),
     )
-    return config, {"epochs": 40 if images else 160, "eval_every": 40}
+    return config, {"epochs": 20 if images else 160, "eval_every": 20 if images else 40}
 
 
 def measure(name: str, seed: int, images: str | None, runs: pathlib.Path) -> dict:
