@@ -45,6 +45,20 @@ def test_halves_are_rounded_to_even():
     np.testing.assert_array_equal(fake_quantize(x, 1.0, 0, low=-8, high=7), [0, 2, 2, 0, -2])
 
 
+def test_quotients_are_not_products_with_a_reciprocal():
+    """XLA divides by one number by multiplying with its reciprocal, which sends halves to either side."""
+    scale, x = np.float32(13 / 512), np.arange(-20_000, 20_000, dtype=np.float32) * np.float32(143 / 2**14)
+    options = {"low": -(2**20), "high": 2**20}
+    wanted = np.round(x / scale)
+    assert np.sum(x / scale * 2 % 2 == 1) > 1000
+    for run in (quantize_array, jax.jit(quantize_array, static_argnames=("low", "high"))):
+        np.testing.assert_array_equal(run(jnp.asarray(x), jnp.asarray(scale), 0, **options), wanted)
+    fixed = jax.jit(lambda x: fake_quantize(x, scale, 0, **options))
+    np.testing.assert_array_equal(fixed(x), wanted * scale)
+    np.testing.assert_array_equal(fixed(jnp.full(3, jnp.nan)), jnp.nan)
+    assert np.sum(np.round(x * (1 / scale)) != wanted) > 100
+
+
 def test_the_derivative_is_that_of_clipping():
     x = jnp.asarray([-2.0, -0.1, 0.3, 1.1, 9.0])
     options = {"low": 0, "high": 15}

@@ -19,6 +19,7 @@ from repopt_jax.data.transforms import normalise
 from repopt_jax.deploy import evaluate_file, export
 from repopt_jax.export import runtime
 from repopt_jax.models import registry
+from repopt_jax.quantize import Scheme, quantizers
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -224,6 +225,23 @@ def test_int8_is_measured_beside_float32(capsys, runs, name, weights, tmp_path):
     assert largest == (127 if weights == "full" else 63)
 
 
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_short_scales_reach_the_file(capsys, runs, command, tmp_path):
+    source, out, option = runs / "pets", tmp_path / "int8.onnx", "--scale-bits=3"
+    if command == "quantize":
+        source = tmp_path / "quantized"
+        run(capsys, "quantize", f"--run={runs / 'pets'}", f"--out={source}", "--images=16", option)
+        assert quantizers(deploy.load_any(source).model)["head"].scheme == Scheme(scale_bits=3)
+        option = ""
+    run(capsys, "export", f"--run={source}", "--format=onnx-int8", f"--out={out}", *filter(None, [option]))
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(out).graph.initializer}
+    scales = [array for name, array in stored.items() if name.endswith(("input_scale", "kernel_scale"))]
+    assert len(scales) > 8
+    for scale in scales:
+        digits = np.ldexp(np.frexp(scale)[0], 3)
+        np.testing.assert_array_equal(digits, np.round(digits))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, bits, tmp_path):
     folder, out = tmp_path / "quantized", tmp_path / "int8.onnx"
@@ -329,6 +347,8 @@ def test_operations_that_are_counted_are_the_networks(runs, tmp_path):
         ),
         (["--format=onnx-int8", "--out=a.onnx", "--weights=half"], ["`weights` is 'half'", "reduced, full"]),
         (["--format=onnx", "--out=a.onnx", "--weights=full"], ["`weights` is for the format onnx-int8"]),
+        (["--format=onnx", "--out=a.onnx", "--scale-bits=4"], ["`scale_bits` is for the format onnx-int8"]),
+        (["--format=onnx-int8", "--out=a.onnx", "--scale-bits=0"], ["`scale_bits` is 0", "from 1 to 24"]),
         (["--format=onnx", "--out=a.onnx", "--decode"], ["`decode` is for the format stablehlo"]),
         (["--format=stablehlo", "--out=a.stablehlo", "--decode"], ["`decoded` is True", "detector"]),
         (["--format=stablehlo", "--out=none/a.stablehlo"], ["no folder none"]),

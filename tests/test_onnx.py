@@ -3,7 +3,6 @@ floating point and with whole numbers."""
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,7 +31,14 @@ from repopt_jax.export.runtime import open_file
 from repopt_jax.models.mobileone import mobileone
 from repopt_jax.nn.block import SqueezeExcite
 from repopt_jax.nn.convolution import conv_general_dilated, product_of_tiles
-from repopt_jax.quantize import Scheme, layers, quantize, quantize_array, quantizers, with_integer_biases
+from repopt_jax.quantize import (
+    EXACT_SCALE_BITS,
+    Scheme,
+    quantize,
+    quantize_array,
+    quantizers,
+    with_integer_biases,
+)
 from repopt_jax.quantize.layers import input_scale, with_functions
 
 onnx = pytest.importorskip("onnx")
@@ -665,7 +671,7 @@ def numbers_in_jax(model, x, given=None):
         if path not in quantizers(model):
             return None
         low, high = function.range[...]
-        scale, zero_point = input_scale(low, high, function.scheme.levels)
+        scale, zero_point = input_scale(low, high, function.scheme)
 
         def recorded(lhs, rhs, *args, **kwargs):
             uses = found.setdefault(path, [])
@@ -721,25 +727,17 @@ def test_every_layer_quantizes_as_in_jax(name):
     assert steps <= 1
 
 
-def test_where_sums_are_exact_a_deep_network_quantizes_as_in_jax(monkeypatch):
-    """With scales that are powers of two no sum is rounded, in whatever order it is added up: from end to end
-    not one whole number differs. So what differs otherwise is the order of sums alone."""
-
-    def power(scale):
-        return jnp.exp2(jnp.ceil(jnp.log2(scale)))
-
-    def of_inputs(low, high, levels, given=input_scale):
-        scale = power(given(low, high, levels)[0])
-        return scale, jnp.clip(jnp.round(-jnp.minimum(low, 0) / scale), 0, levels)
-
-    monkeypatch.setattr(layers, "kernel_scale", lambda *args, given=layers.kernel_scale: power(given(*args)))
-    for module in (layers, sys.modules[__name__]):
-        monkeypatch.setattr(module, "input_scale", of_inputs)
-    case, model = CASES["VGG, CIFAR"], quantized.__wrapped__("VGG, CIFAR")
+@pytest.mark.parametrize("biases", ["float", "integer"])
+@pytest.mark.parametrize("name", INT8)
+def test_with_short_scales_every_network_quantizes_as_in_jax(name, biases):
+    """From end to end: no sum is rounded, in whatever order it is added up, and not one whole number differs.
+    What differs otherwise is the order of sums alone."""
+    case, model = CASES[name], quantized(name, scale_bits=EXACT_SCALE_BITS)
+    model = with_integer_biases(model) if biases == "integer" else model
     proto, x = onnx_model(model, case.shape), images(case.shape, 3, seed=1)
     (in_file, outputs), (in_jax, expected) = numbers_in_file(proto, x, model), numbers_in_jax(model, x)
     assert steps_apart(in_file, in_jax) == (0, 0)
-    np.testing.assert_array_equal(outputs[0], expected[0])
+    assert far(outputs, [np.asarray(y) for y in expected]) <= tolerances.INT8_OUTPUTS
 
 
 @pytest.mark.parametrize(
@@ -771,7 +769,7 @@ def test_a_quantized_file_holds_whole_numbers():
         assert kernel.dtype == np.int8
         largest = np.abs(kernel.astype(int)).reshape(len(kernel), -1).max(1) if "stages" in path else None
         assert largest is None or (largest == Scheme().weight_max).all()
-        scale, zero_point = input_scale(*quantizer.range[...], 255)
+        scale, zero_point = input_scale(*quantizer.range[...], Scheme())
         [node] = [n for n in proto.graph.node if n.name == f"{path}/QuantizeLinear"]
         assert constants[node.input[1]] == scale
         assert constants[node.input[2]] == zero_point
@@ -827,7 +825,9 @@ def test_integer_biases_are_whole_numbers_of_32_bits():
     for path in quantizers(model):
         whole = constants[f"{path}/bias_quantized"]
         assert whole.dtype == np.int32
-        units = constants[f"{path}/kernel_scale"] * input_scale(*quantizers(model)[path].range[...], 255)[0]
+        units = (
+            constants[f"{path}/kernel_scale"] * input_scale(*quantizers(model)[path].range[...], Scheme())[0]
+        )
         np.testing.assert_array_equal(constants[f"{path}/bias_scale"], units)
     (in_file, outputs), (in_jax, expected) = numbers_in_file(proto, x, model), numbers_in_jax(model, x)
     assert steps_apart(in_file, in_jax) == (0.0, 0)

@@ -214,6 +214,7 @@ def test_a_network_of_branches_goes_on_fused(tmp_path, digits, float_run):
         ({"bits": 1}, "`quantize.bits`=1 must be at least 2, or 0 for floating point"),
         ({"per": "group"}, "`quantize.per`='group' must be one of channel, tensor"),
         ({"per": "tensor"}, "one scale for a kernel does not commute with their factors"),
+        ({"scale_bits": 4}, "rounded scales do not commute with their factors"),
         ({"fused": True}, "needs `quantize.run`"),
         ({"step": 3}, "`quantize.step`=3 does nothing without `quantize.run`"),
         ({"momentum": 1.0}, "`quantize.momentum`=1.0 must"),

@@ -412,6 +412,7 @@ def export(args: argparse.Namespace) -> int:
             preprocess=args.preprocess or "",
             decode=args.decode,
             weights=args.weights,
+            scale_bits=args.scale_bits,
         )
     page = report.write_page(done, source=str(_absolute(args.run)), command=args.command_line)
     _print(
@@ -439,7 +440,7 @@ def quantize(args: argparse.Namespace) -> int:
         from repopt_jax.report import quantization
         from repopt_jax.train import Summary, processes
 
-        names = ("bits", "weight_bits", "per", "calibration", "percentile", "images", "epochs")
+        names = ("bits", "weight_bits", "scale_bits", "per", "calibration", "percentile", "images", "epochs")
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         if args.weights is not None:
             given["weight_range"] = args.weights

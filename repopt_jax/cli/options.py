@@ -8,6 +8,10 @@ from repopt_jax._version import __version__
 from repopt_jax.cli import commands, completion
 from repopt_jax.cli.parser import Parser, above_zero, count, integers, path, positive, whole, words
 
+SCALE_BITS = (
+    "{}significant bits of every scale (all); with 4, sums are exact and every runtime computes the same"
+)
+
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:
     """Returns the parser of the program, and those of its commands by name.
@@ -147,6 +151,7 @@ def _export(parser: Parser) -> None:
         "of onnx-int8: reduced (-63 to 63, the default: right on every x86 processor) or full (-127 to 127)",
         values=("reduced", "full"),
     )
+    parser.option("--scale-bits=N", SCALE_BITS.format("of onnx-int8: "), type=int)
 
 
 def _quantize(parser: Parser) -> None:
@@ -165,6 +170,7 @@ def _quantize(parser: Parser) -> None:
         "whole numbers of 8-bit kernels: reduced, to 63, or full, to 127 (reduced)",
         values=("reduced", "full"),
     )
+    parser.option("--scale-bits=N", SCALE_BITS.format(""), type=int)
     parser.option(
         "--calibration=HOW",
         "ranges by abs-max, percentile, entropy or mse (percentile)",

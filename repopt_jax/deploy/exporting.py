@@ -31,7 +31,7 @@ from repopt_jax.export.runtime import (
 )
 from repopt_jax.export.stablehlo import to_stablehlo
 from repopt_jax.interop.convert import refuse_existing
-from repopt_jax.quantize import quantize, quantizers, with_integer_biases, without_quantizers
+from repopt_jax.quantize import Scheme, quantize, quantizers, with_integer_biases, without_quantizers
 from repopt_jax.surgery.fuse import OutputDifference, difference_of
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.train.build import Trained, make_task
@@ -125,6 +125,7 @@ def export(
     preprocess: str = "",
     decode: bool = False,
     weights: str | None = None,
+    scale_bits: int | None = None,
     keep_float: Iterable[str] | None = None,
 ) -> Exported:
     """Writes the network of a run or deployment to a file, and compares what the file computes with it.
@@ -141,7 +142,7 @@ def export(
       decode: of a detector, in StableHLO: the file gives detections in place of raw outputs.
       weights: of onnx-int8, the range of whole numbers of weights: "reduced", -63 to 63, the default, or
         "full", -127 to 127, see `quantize.Scheme`.
-
+      scale_bits: of onnx-int8, significant binary digits of every scale, see `quantize.Scheme`; None for all.
       keep_float: of onnx-int8, paths of the layers that stay in floating point; by default the last ones of
         a detector (`FCOS.predictions`), and none of a classifier.
 
@@ -159,20 +160,24 @@ def export(
     check_path("out", out)
     check_kind("format", format, str, "the name of a format")
     out = Path(out).expanduser()
-    _check(out, format, layout, preprocess, decode, weights, keep_float)
+    _check(out, format, layout, preprocess, decode, weights, scale_bits, keep_float)
     trained, images = load_plain(run_dir, checkpoint=checkpoint), 0
     if format == INT8:
         if quantizers(trained.model):
-            if weights is not None or keep_float is not None:
+            if (weights, scale_bits, keep_float) != (None, None, None):
                 raise ValueError(
-                    f"{run_dir} holds a network that is quantized already: leave `weights` and `keep_float` "
-                    "out, or give the run that it was made from"
+                    f"{run_dir} holds a network that is quantized already: leave `weights`, `scale_bits` and "
+                    "`keep_float` out, or give the run that it was made from"
                 )
             plain = trained._replace(model=without_quantizers(trained.model))
         else:
             plain, calibration = trained, training_images(trained, CALIBRATION_IMAGES, data_dir=data_dir)
             kept = getattr(plain.model, "predictions", ()) if keep_float is None else keep_float
-            options = {"weight_range": weights or "reduced", "keep_float": kept}
+            options = {
+                "weight_range": weights or "reduced",
+                "scale_bits": scale_bits,
+                "keep_float": kept,
+            }
             trained = plain._replace(model=quantize(plain.model, calibration, **options))
             images = len(calibration)
         # Those that onnxruntime's integer kernels make of them anyhow.
@@ -388,9 +393,11 @@ def _check(
     preprocess: str,
     decode: bool,
     weights: str | None,
+    scale_bits: int | None,
     keep_float: Iterable[str] | None,
 ) -> None:
     """Raises what `export` raises before it loads anything."""
+    Scheme(scale_bits=scale_bits)
     if format not in FORMATS:
         raise ValueError(f"`format` is {format!r}; it must be one of {', '.join(FORMATS)}")
     suffix = FORMATS[format].suffix
@@ -410,6 +417,7 @@ def _check(
             f"`weights` is {weights!r}; it must be one of {', '.join(WEIGHTS)}",
         ),
         (format == INT8 or weights is None, f"`weights` is for the format {INT8}"),
+        (format == INT8 or scale_bits is None, f"`scale_bits` is for the format {INT8}"),
         (format == INT8 or keep_float is None, f"`keep_float` is for the format {INT8}"),
     )
     if wrong := [message for holds, message in problems if not holds]:

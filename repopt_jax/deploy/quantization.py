@@ -84,6 +84,7 @@ class Options:
     calibration: str = "percentile"
     percentile: float = PERCENTILE
     weight_range: str = "reduced"
+    scale_bits: int | None = None
     images: int = 512
     keep_float: int = 0
     sensitivity: bool = False
@@ -106,7 +107,7 @@ class Options:
     @property
     def scheme(self) -> Scheme:
         """Bits and scales of the layers."""
-        return Scheme(self.bits, self.weight_bits, self.per, self.weight_range)  # pyright: ignore[reportArgumentType]
+        return Scheme(self.bits, self.weight_bits, self.per, self.weight_range, self.scale_bits)  # pyright: ignore[reportArgumentType]
 
     @property
     def ranges(self) -> dict[str, Any]:
@@ -342,8 +343,8 @@ def aware_config(source: Trained, run_dir: str | Path, options: Options, kept: l
     """The config with which the network of a run is trained on with quantization.
 
     It is the run's, with half of its epochs, a tenth of its learning rate without warm-up, and ranges that
-    are frozen half-way. Batch norms are kept where that is exact: per channel, in modes plain and repopt.
-    Otherwise the fused network is trained.
+    are frozen half-way. Batch norms are kept where that is exact: per channel with scales that are not
+    rounded, in modes plain and repopt. Otherwise the fused network is trained.
 
     Args:
       source: the network of the run.
@@ -360,7 +361,7 @@ def aware_config(source: Trained, run_dir: str | Path, options: Options, kept: l
     if mode == Mode.SEARCH or config.prune.run:
         what = "a search" if mode == Mode.SEARCH else "a pruning"
         raise ValueError(f"{run_dir} is {what}: train the network of another run with quantization")
-    fused = options.per == "tensor" or mode not in (Mode.PLAIN, Mode.REPOPT)
+    fused = not options.scheme.by_channel or mode not in (Mode.PLAIN, Mode.REPOPT)
     epochs = options.epochs or max(1, config.epochs // 2)
     train_limit, size = config.data.train_limit, source.info.num_train - config.data.validation
     steps = min(size, train_limit or size) // config.batch_size * epochs

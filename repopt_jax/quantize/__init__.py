@@ -9,6 +9,7 @@ from repopt_jax.quantize.calibration import Histogram, calibrate, find_ranges
 from repopt_jax.quantize.expected import Expected, expected
 from repopt_jax.quantize.images import check_images, image_statistics
 from repopt_jax.quantize.layers import (
+    EXACT_SCALE_BITS,
     Observed,
     Quantizer,
     Scheme,
@@ -23,6 +24,7 @@ from repopt_jax.quantize.post import quantize
 from repopt_jax.quantize.sensitivity import Sensitivity, layer_noise, output_noise, sensitivity
 
 __all__ = [
+    "EXACT_SCALE_BITS",
     "Expected",
     "Histogram",
     "Observed",

@@ -22,9 +22,8 @@ def quantize_array(
     x: jax.Array, scale: jax.Array, zero_point: jax.Array, *, low: int, high: int, axis: int | None = None
 ) -> jax.Array:
     """Returns q, int32, of the shape of x; arguments as `fake_quantize`."""
-    scale, zero_point = _along(scale, x, axis), _along(zero_point, x, axis)
-    rounded = jnp.round(x / scale.astype(x.dtype)) + zero_point.astype(x.dtype)
-    return jnp.clip(rounded, low, high).astype(jnp.int32)
+    s, z = (_along(v, x, axis).astype(x.dtype) for v in (scale, zero_point))
+    return _quantized(x, s, z, low, high).astype(jnp.int32)
 
 
 def fake_quantize(
@@ -74,7 +73,14 @@ def _(low: int, high: int, axis: int | None, primals: Any, tangents: Any) -> Any
 
 def _computed(x: Any, scale: Any, zero_point: Any, *, low: int, high: int, axis: int | None) -> Any:
     s, z = _along(scale, x, axis), _along(zero_point, x, axis)
-    return (jnp.clip(jnp.round(x / s) + z, low, high) - z) * s
+    return (_quantized(x, s, z, low, high) - z) * s
+
+
+def _quantized(x: jax.Array, s: jax.Array, z: jax.Array, low: int, high: int) -> jax.Array:
+    """clip(round(x / s) + z, low, high), of the dtype of x."""
+    # Of x / s, where s is one number, XLA makes x * (1 / s), which rounds twice: halves, which whole numbers
+    # in units of two scales often are, then go to either side. A divisor that depends on x stays one.
+    return jnp.clip(jnp.round(x / jnp.where(jnp.isnan(x), x, s)) + z, low, high)
 
 
 def _along(v: jax.Array, x: jax.Array, axis: int | None) -> jax.Array:

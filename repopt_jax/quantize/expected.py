@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.quantize.calibration import PERCENTILE, Histogram, Method, find_ranges
-from repopt_jax.quantize.layers import Per, Scheme, WeightRange, find_quantizable, kernel_scale
+from repopt_jax.quantize.layers import Per, Scheme, WeightRange, find_quantizable, input_scale, kernel_scale
 from repopt_jax.quantize.sensitivity import decibel
 
 
@@ -79,6 +79,7 @@ def expected(
     calibration: Method = "percentile",
     percentile: float = PERCENTILE,
     weight_range: WeightRange = "reduced",
+    scale_bits: int | None = None,
 ) -> Expected:
     """Returns the signal-to-noise ratios to expect of the quantized layers, without quantizing.
 
@@ -91,12 +92,12 @@ def expected(
     Args:
       model: fused, in evaluation mode.
       histograms: what `calibrate` returned; None for the kernels' part alone.
-      bits, weight_bits, per, calibration, percentile, weight_range: as in `quantize`.
+      bits, weight_bits, per, calibration, percentile, weight_range, scale_bits: as in `quantize`.
 
     Raises:
       ValueError: as `Scheme`, `find_quantizable` and `find_ranges`.
     """
-    scheme = Scheme(bits, weight_bits, per, weight_range)
+    scheme = Scheme(bits, weight_bits, per, weight_range, scale_bits)
     ranges = find_ranges(histograms or {}, calibration, levels=scheme.levels, percentile=percentile)
     found = {}
     for path, layer in find_quantizable(model).items():
@@ -108,7 +109,8 @@ def expected(
         if histograms is not None and (mean_square := histograms[path].mean_square):
             low, high = ranges[path]
             share = 1 - histograms[path].counts[0] / histograms[path].count
-            of_input = float(share * ((high - low) / scheme.levels) ** 2 / (12 * mean_square))
+            step = float(input_scale(low, high, scheme)[0])
+            of_input = float(share * step**2 / (12 * mean_square))
         tail = float(np.abs(np.asarray(kernel)).max()) / square**0.5 if square else 0.0
         found[path] = ExpectedLayer(of_kernel, of_input, tail)
     return Expected(found)

@@ -34,6 +34,8 @@ Per = Literal["channel", "tensor"]
 WeightRange = Literal["reduced", "full"]
 MIN_BITS, MAX_BITS = 2, 8
 REDUCED_MAX = 63
+MAX_SCALE_BITS = 24  # of float32
+EXACT_SCALE_BITS = 4
 
 Range = tuple[float, float]
 
@@ -49,6 +51,11 @@ class Scheme:
       weight_range: largest whole number of a kernel of 8 bits: "reduced" is 63, "full" 127. On x86 processors
         without VNNI, the integer kernels of onnxruntime add two products in 16 bits, which 127 overflows.
         With fewer bits it is 2^(bits - 1) - 1.
+      scale_bits: significant binary digits of every scale, 1 to 24, to which it is rounded up; None for those
+        of its dtype. Products are then whole multiples of a unit, and with `EXACT_SCALE_BITS` digits a sum of
+        some thousand of them is, but for a few, less than 2^24 units: float32 does not round it, whether
+        products are added up in one order, another, or as integers, and every runtime computes the same.
+        Steps are 4 % longer on average, and 12 % at most.
 
     Raises:
       ValueError: numbers of bits, `per` or `weight_range` that are none of these.
@@ -58,12 +65,17 @@ class Scheme:
     weight_bits: int | None = None
     per: Per = "channel"
     weight_range: WeightRange = "reduced"
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
         problems = [
-            f"`{name}` is {value!r}: it must be a whole number from {MIN_BITS} to {MAX_BITS}"
-            for name, value in (("bits", self.bits), ("weight_bits", self.weight_bits))
-            if value is not None and not (type(value) is int and MIN_BITS <= value <= MAX_BITS)
+            f"`{name}` is {value!r}: it must be a whole number from {least} to {most}"
+            for name, value, least, most in (
+                ("bits", self.bits, MIN_BITS, MAX_BITS),
+                ("weight_bits", self.weight_bits, MIN_BITS, MAX_BITS),
+                ("scale_bits", self.scale_bits, 1, MAX_SCALE_BITS),
+            )
+            if value is not None and not (type(value) is int and least <= value <= most)
         ]
         problems += [
             f"`{name}` is {value!r}: it must be {' or '.join(map(repr, get_args(choices)))}"
@@ -87,6 +99,13 @@ class Scheme:
         bits = self.bits if self.weight_bits is None else self.weight_bits
         reduced = bits == MAX_BITS and self.weight_range == "reduced"
         return REDUCED_MAX if reduced else 2 ** (bits - 1) - 1
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether rounding a kernel commutes with a factor for each of its output channels: if each has a
+        scale, and the scale is not rounded itself.
+        """
+        return self.per == "channel" and self.scale_bits is None
 
 
 class Observed(nnx.Variable[jax.Array]):
@@ -135,7 +154,7 @@ class Quantizer(ChangedOperands):
     @property
     def by_channel(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether quantizing the kernel commutes with a factor for each output channel."""
-        return self.scheme.per == "channel"
+        return self.scheme.by_channel
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         if self.momentum is not None and not self.use_running_average:
@@ -163,7 +182,7 @@ class Quantizer(ChangedOperands):
 def quantized_input(x: jax.Array, inputs: jax.Array, scheme: Scheme) -> jax.Array:
     """Returns x rounded to the levels of a range, (2,); scale and zero point are those of `input_scale`."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    scale, zero = input_scale(inputs[0], inputs[1], scheme.levels)
+    scale, zero = input_scale(inputs[0], inputs[1], scheme)
     return fake_quantize(x.astype(wide), scale, zero, low=0, high=scheme.levels).astype(x.dtype)
 
 
@@ -179,31 +198,43 @@ def quantized_kernel(kernel: jax.Array, scheme: Scheme) -> jax.Array:
     return fake_quantize(kernel.astype(wide), scale, zero, low=-q, high=q, axis=axis).astype(kernel.dtype)
 
 
-def input_scale(low: Any, high: Any, levels: Any) -> tuple[jax.Array, jax.Array]:
+def input_scale(low: Any, high: Any, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
     """Returns scale and zero point of inputs from `low` to `high`, both () of the dtype of `low`.
 
         scale = (high - low) / levels        zero point = round(-low / scale)
 
     The range is widened to hold zero. Of an empty range the scale is 1, as there is only zero to represent.
+    The scale is rounded up to `scheme.scale_bits`.
     """
     low, high = _with_zero(jnp.asarray(low), jnp.asarray(high))
     width = high - low
-    scale = jnp.where(width > _least(width.dtype), width / levels, jnp.ones_like(width))
-    return scale, jnp.clip(jnp.round(-low / scale), 0, levels)
+    scale = jnp.where(width > _least(width.dtype), width / scheme.levels, jnp.ones_like(width))
+    scale = _rounded_up(scale, scheme.scale_bits)
+    return scale, jnp.clip(jnp.round(-low / scale), 0, scheme.levels)
 
 
 def kernel_scale(kernel: jax.Array, scheme: Scheme) -> jax.Array:
     """Returns max|K| / q, (out,) for `per` "channel" and () for "tensor", in the dtype of the kernel.
 
-    It is larger by a few units in the last place, so that the largest weight is not clipped by rounding. A
-    channel of zeros, which any scale represents, has the largest of the others, and a kernel of zeros 1.
+    It is larger by a few units in the last place, so that the largest weight is not clipped by rounding, and
+    then rounded up to `scheme.scale_bits`. A channel of zeros, which any scale represents, has the largest of
+    the others, and a kernel of zeros 1.
     """
     axes = tuple(range(kernel.ndim - 1)) if scheme.per == "channel" else None
     largest = lax.stop_gradient(jnp.abs(kernel).max(axis=axes))
     whole = largest.max()
     largest = jnp.where(largest > _least(kernel.dtype), largest, whole)
     largest = jnp.where(whole > _least(kernel.dtype), largest, jnp.asarray(scheme.weight_max, kernel.dtype))
-    return largest * (1 + 4 * float(jnp.finfo(kernel.dtype).eps)) / scheme.weight_max
+    scale = largest * (1 + 4 * float(jnp.finfo(kernel.dtype).eps)) / scheme.weight_max
+    return _rounded_up(scale, scheme.scale_bits)
+
+
+def _rounded_up(scale: jax.Array, bits: int | None) -> jax.Array:
+    """The least number of so many significant binary digits that is not below `scale`."""
+    if bits is None:
+        return scale
+    fraction, exponent = jnp.frexp(scale)
+    return jnp.ldexp(jnp.ceil(jnp.ldexp(fraction, bits)), exponent - bits)
 
 
 def _with_zero(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -345,7 +376,7 @@ def with_integer_biases(model: nnx.Module) -> nnx.Module:
             continue
         scheme, bias = quantizer.scheme, layer.bias[...]
         low, high = quantizer.range[...]
-        unit = input_scale(low, high, scheme.levels)[0] * kernel_scale(layer.kernel[...], scheme)
+        unit = input_scale(low, high, scheme)[0] * kernel_scale(layer.kernel[...], scheme)
         whole = jnp.round(bias / unit)
         layer.bias.set_value(jnp.where(jnp.abs(whole) < 2.0**31, whole * unit, bias).astype(bias.dtype))
     return copy

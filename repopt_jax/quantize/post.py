@@ -35,6 +35,7 @@ def quantize(
     calibration: Method = "percentile",
     percentile: float = PERCENTILE,
     weight_range: WeightRange = "reduced",
+    scale_bits: int | None = None,
     keep_float: Iterable[str] = (),
     batch_size: int = 64,
 ) -> nnx.Module:
@@ -49,7 +50,7 @@ def quantize(
     Args:
       model: fused, in evaluation mode.
       images: as in `calibrate`; or the histograms that it returned, for several quantizations of a network.
-      bits, weight_bits, per, weight_range: as in `Scheme`.
+      bits, weight_bits, per, weight_range, scale_bits: as in `Scheme`.
       calibration, percentile: how ranges of inputs are found, see `quantize.calibration`. The percentile is
         that of absolute values; TensorRT's tools offer 99.9 to 99.999.
       keep_float: paths of layers that stay in floating point, such as `Sensitivity.worst(2)`.
@@ -60,7 +61,7 @@ def quantize(
         `keep_float` that are no layers, all of them, or that leave no layer to quantize.
       TypeError: as `calibrate`.
     """
-    scheme = Scheme(bits, weight_bits, per, weight_range)
+    scheme = Scheme(bits, weight_bits, per, weight_range, scale_bits)
     check_method(calibration, percentile)
     layers, kept = find_quantizable(model), list(keep_float)
     norms = [f"{p} ({type(m).__name__})" for p, m in named_modules(model) if isinstance(m, nnx.BatchNorm)]

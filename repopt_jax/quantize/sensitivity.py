@@ -67,6 +67,7 @@ def sensitivity(
     calibration: Method = "percentile",
     percentile: float = PERCENTILE,
     weight_range: WeightRange = "reduced",
+    scale_bits: int | None = None,
     histograms: Mapping[str, Histogram] | None = None,
     batch_size: int = 64,
 ) -> Sensitivity:
@@ -76,13 +77,14 @@ def sensitivity(
 
     Args:
       model, images: as in `quantize`; an iterable of batches is kept.
-      bits, weight_bits, per, calibration, percentile, weight_range, batch_size: as in `quantize`.
+      bits, weight_bits, per, calibration, percentile, weight_range, scale_bits, batch_size: as in
+        `quantize`.
       histograms: what `calibrate` returned for the model, if it is there already.
 
     Raises:
       ValueError, TypeError: as `quantize`.
     """
-    scheme = Scheme(bits, weight_bits, per, weight_range)
+    scheme = Scheme(bits, weight_bits, per, weight_range, scale_bits)
     layers = list(find_quantizable(model))
     batches = list(batches_of(model, images, batch_size=batch_size))
     if histograms is None:

@@ -256,13 +256,14 @@ def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
     (s, b) are those of the batch norm. Stacked layers are folded with a batch norm that is stacked likewise.
 
     Raises:
-      ValueError: the layer's kernel is quantized with one scale for all of its channels.
+      ValueError: the layer's kernel is quantized with one scale for all of its channels, or rounded ones.
     """
     changed = changed_operands(layer)
     if changed is not None and not changed.by_channel:
         raise ValueError(
-            "the kernel is quantized with one scale for the whole tensor, which does not commute with the "
-            "batch norm's factors: quantize per channel, or fuse before quantizing"
+            "the kernel is quantized with one scale for the whole tensor, or with rounded scales, which does "
+            "not commute with the batch norm's factors: quantize per channel without `scale_bits`, or fuse "
+            "before quantizing"
         )
     s, b = affine_of(bn)
     kernel, bias = _kernel_and_bias(layer)

@@ -200,7 +200,13 @@ def _aware(config: Config, model: Any) -> Any:
         return model
     model.eval()
     model = fuse(model) if quantize.fused else model
-    scheme: Any = Scheme(quantize.bits, quantize.weight_bits, quantize.per, quantize.weight_range)  # pyright: ignore[reportArgumentType]
+    scheme = Scheme(
+        quantize.bits,
+        quantize.weight_bits,
+        quantize.per,  # pyright: ignore[reportArgumentType]
+        quantize.weight_range,  # pyright: ignore[reportArgumentType]
+        quantize.scale_bits,
+    )
     layers = find_quantizable(model)
     check_paths(model, quantize.keep_float, "quantize.keep_float", layers)
     ranges = {path: (0.0, 0.0) for path in layers if path not in quantize.keep_float}

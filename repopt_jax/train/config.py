@@ -21,7 +21,7 @@ from repopt_jax.data import SOURCES
 from repopt_jax.data.transforms import MAX_MAGNITUDE
 from repopt_jax.hints import did_you_mean
 from repopt_jax.nn.block import ACTIVATIONS
-from repopt_jax.quantize.layers import MAX_BITS, MIN_BITS, Per, WeightRange
+from repopt_jax.quantize.layers import MAX_BITS, MAX_SCALE_BITS, MIN_BITS, Per, WeightRange
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.train.loggers import LOGGERS
 
@@ -331,8 +331,9 @@ class QuantizeConfig:
       bits: of inputs, 2 to 8; 0 for training in floating point.
       weight_bits: of kernels; None for `bits`.
       per: whether a kernel has a scale for each output "channel" or one for the "tensor". Batch norms can be
-        kept with "channel" alone, where rounding commutes with their factors.
+        kept with "channel" alone, without `scale_bits`, where rounding commutes with their factors.
       weight_range: "reduced" or "full", see `quantize.Scheme`.
+      scale_bits: significant binary digits of every scale; None for all.
       keep_float: paths of layers that stay in floating point.
       momentum: of the moving average of the inputs' ranges.
       freeze_after: steps after which the ranges stay as they are; None for never.
@@ -345,6 +346,7 @@ class QuantizeConfig:
     weight_bits: int | None = setting(None, at_least=MIN_BITS, at_most=MAX_BITS)
     per: str = setting("channel", choices=get_args(Per))
     weight_range: str = setting("reduced", choices=get_args(WeightRange))
+    scale_bits: int | None = setting(None, at_least=1, at_most=MAX_SCALE_BITS)
     keep_float: tuple[str, ...] = ()
     momentum: float = setting(0.9, at_least=0, less_than=1)
     freeze_after: int | None = setting(None, at_least=0)

@@ -312,6 +312,11 @@ def _quantize_problems(config: Config) -> Iterator[str]:
             "`quantize.per`='tensor' with batch norms: one scale for a kernel does not commute with their "
             "factors; use 'channel', or a trained network fused (`quantize.fused`=True)"
         )
+    if not quantize.fused and quantize.scale_bits is not None:
+        yield (
+            f"`quantize.scale_bits`={quantize.scale_bits} with batch norms: rounded scales do not commute "
+            "with their factors; leave it out, or use a trained network fused (`quantize.fused`=True)"
+        )
     if quantize.fused and not quantize.run:
         yield "`quantize.fused`=True needs `quantize.run`: a fused network without training learns badly"
     if quantize.fused and (mode in (Mode.SEARCH, Mode.REPOPT) or config.scales):
