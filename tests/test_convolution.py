@@ -409,6 +409,26 @@ def test_a_map_that_padding_cuts_is_not_read_outside(stride, pads):
     assert far(y, expected) < tolerances.CONVOLUTIONS["float32"]
 
 
+def test_no_padded_map_is_kept_for_the_gradient_of_a_depthwise_kernel():
+    def temporaries():
+        numbers = ("NHWC", "HWIO", "NHWC")
+
+        def loss(kernels, x):
+            for kernel in kernels:
+                options = {"feature_group_count": 32, "dimension_numbers": numbers}
+                x = x + jnp.tanh(conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), **options))
+            return (x * x).sum()
+
+        kernels = [jax.ShapeDtypeStruct((3, 3, 1, 32), jnp.float32)] * 4
+        x = jax.ShapeDtypeStruct((8, 16, 16, 32), jnp.float32)
+        compiled = jax.jit(jax.grad(loss)).lower(kernels, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = temporaries()
+    with xla_convolutions():
+        assert ours <= tolerances.DEPTHWISE_MEMORY * temporaries()
+
+
 def test_what_xla_refuses_is_refused():
     x, w = images(6, 1, 1)
     with pytest.raises(TypeError, match=r"dtypes"):

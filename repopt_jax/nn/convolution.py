@@ -475,9 +475,11 @@ def depthwise_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array
     axes, dilation = x.ndim - 2, params["rhs_dilation"]
     counts = [p.size for p in _plans(x.shape[1:-1], g.shape[1:-1], params)]
     reach = [(n - 1) * d + 1 for n, d in zip(g.shape[1:-1], dilation)]
-    # Padded when g is there: a padded map would be kept from the forward pass on, up to four times the map.
-    x, g = lax.optimization_barrier((x, g))
-    x = lax.pad(x, jnp.zeros((), dtype), [(0, 0, 0), *((*p, 0) for p in params["padding"]), (0, 0, 0)])
+    # Zeros that XLA does not know before g is there: otherwise the map is padded on the way forward, as it is
+    # for the layer itself, and kept until now, up to four times the map. jax 0.10 drops an
+    # `optimization_barrier` too early.
+    zero = (g[(0,) * g.ndim] > jnp.inf).astype(dtype)
+    x = lax.pad(x, zero, [(0, 0, 0), *((*p, 0) for p in params["padding"]), (0, 0, 0)])
     products = []
     for tap in itertools.product(*map(range, counts)):
         starts = [t * s for t, s in zip(tap, params["window_strides"])]
