@@ -535,6 +535,14 @@ def test_what_it_refuses():
     short = {"convs/1/kernel": {"weights": theta["convs/1/kernel"]["weights"], "scales": {}}}
     with pytest.raises(ValueError, match="6 missing arrays: convs/1/kernel/scales/3x3"):
         reparameterize(optax.sgd(0.1), structures, weights=short, trainable_scales=True).init(fresh)
+    scales = depth_scales(network, SELECTED)
+    _, weights = reinitialize(network, scales, rngs=nnx.Rngs(0), return_weights=True)
+    some = {path: w for path, w in weights.items() if path in ("convs/0/kernel", "middle/kernel")}
+    with pytest.raises(ValueError, match="7 missing arrays: convs/1/kernel/weights/3x3") as error:
+        reparameterize(optax.sgd(0.1), scales, weights=some, trainable_scales=True).init(
+            nnx.state(network, nnx.Param)
+        )
+    assert all(f"convs/{i}/kernel/weights/1x1" in str(error.value) for i in (1, 2, 3))
     with pytest.raises(ValueError, match=r"convs/0: 3x3, 1x1 have batch norms"):
         find_parametrizations(network, "repvgg", r"convs/0")
     with pytest.raises(ValueError, match="convs/1/kernel"):

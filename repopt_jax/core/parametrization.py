@@ -276,10 +276,13 @@ def theta_of(scales: Scales, weights: Mapping[str, Mapping[str, jax.Array]]) -> 
 
     Args:
       scales: the initial scales.
-      weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` returns them.
+      weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` returns them. A path that it
+        lacks has no tensors in the result, which whoever checks it against the structures will name.
     """
     vectors = scale_vectors(scales)
-    return {path: {"weights": dict(weights[path]), "scales": vectors[path]} for path in scales.entries}
+    return {
+        path: {"weights": dict(weights.get(path, {})), "scales": vectors[path]} for path in scales.entries
+    }
 
 
 def scale_vectors(scales: Scales) -> dict[str, dict[str, jax.Array]]:
