@@ -420,6 +420,8 @@ def kept():
     yield "online", prepare(model, "online", select=SELECTED, keep="split", rngs=rngs).model
     yield "orepa", to_structure(model, "orepa", r"convs/.*", keep="split", rngs=rngs)
     yield "repopt", reinitialize(model, scales, keep="split", rngs=rngs)
+    structures = find_parametrizations(model, "orepa", r"convs/.*")
+    yield "orepa in the optimizer", reinitialize(model, structures, keep="split", rngs=rngs)
 
 
 def test_a_trained_network_is_kept(x64):
@@ -438,6 +440,76 @@ def test_a_trained_network_is_kept(x64):
         theta = branches_of(model, given, near=nnx.Rngs(2))
         tx = reparameterize(optax.adamw(1e-3), given, weights=theta, trainable_scales=True)
         tx.init(nnx.state(model, nnx.Param))  # refuses what does not merge into the kernels
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_training_on_in_the_optimizer_is_that_in_the_network(x64, name):
+    """From kernels that are kept, with products of tensors: both split them alike."""
+    structures = find_parametrizations(trained(), "orepa", r"convs/.*")
+    online = to_structure(trained(), "orepa", r"convs/.*", keep="split", rngs=nnx.Rngs(1))
+    expected, _ = ends(online, INNER[name](weight_decay_mask(online)))
+    kept, theta = reinitialize(trained(), structures, keep="split", rngs=nnx.Rngs(1), return_weights=True)
+    assert_close(kernels(kept), kernels(trained()), 0)
+    mask = decay_mask(structures, weight_decay_mask(kept))
+    tx = reparameterize(INNER[name](mask), structures, weights=theta, trainable_scales=True)
+    found, _ = ends(kept, tx)
+    assert_close(kernels(found), kernels(expected), MUON_EXACT if name == "muon" else EXACT)
+    # A split nearest to another draw is another training.
+    other = branches_of(trained(), structures, near=nnx.Rngs(2))
+    tx = reparameterize(INNER[name](mask), structures, weights=other, trainable_scales=True)
+    assert relative(kernels(ends(kept, tx)[0]), kernels(expected)) > OTHER
+
+
+def thin(layer):
+    """Of a window of 3x3 no branch is as large as that."""
+    return Structure(layer, {"row": (Stage(Kernel((1, 3))),), "point": (Stage(Kernel((1, 1))),)}, norm=True)
+
+
+def test_kernels_that_the_branches_cannot_express_are_not_lost(x64):
+    """All layers are named. A scale of zero takes a branch away."""
+    model, rngs = trained(), nnx.Rngs(0)
+
+    def scaled(layer):
+        return dataclasses.replace(thin(layer), chains={n: without_norm(c) for n, c in thin(layer).chains})
+
+    def two(layer):
+        return [Kernel((1, 3)), Kernel((1, 1))] if layer.geometry.axes else None
+
+    halves = depth_scales(model, SELECTED)
+    broken = {p: e for p, e in halves.entries.items() if p in ("convs/1/kernel", "middle/kernel")}
+    for path, entry in broken.items():
+        own = entry.branches.names[0]
+        vectors = entry.vectors | {own: entry.vectors[own].at[0].set(0)}
+        halves = Scales(halves.entries | {path: dataclasses.replace(entry, vectors=vectors)})
+    every, some = (
+        "convs/0/kernel, convs/1/kernel, convs/2/kernel, convs/3/kernel",
+        "convs/1/kernel, middle/kernel",
+    )
+    for way, named in (
+        (lambda: to_structure(model, scaled, r"convs/.*", keep="split", rngs=rngs), every),
+        (lambda: to_search(model, r"convs/.*", two, keep="split", rngs=rngs), every),
+        (lambda: branches_of(model, find_parametrizations(model, scaled, r"convs/.*")), every),
+        (lambda: to_search(model, SELECTED, scales=halves, keep="split", rngs=rngs), some),
+        (lambda: reinitialize(model, halves, keep="split", rngs=rngs), some),
+    ):
+        with pytest.raises(ValueError, match=f"^the branches of {named} cannot express the kernels that"):
+            way()
+    to_structure(model, scaled, r"convs/.*", allow_trained=True, rngs=rngs)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_kernels_of_zeros_are_kept(dtype, x64):
+    """Where a draw cancels, so that what is left is the rounding of its terms."""
+    model = Network(nnx.Rngs(0), dtype)
+    model.convs[1].kernel.set_value(jnp.zeros_like(model.convs[1].kernel[...]))
+    structures = find_parametrizations(model, "orepa", r"convs/.*")
+    theta = branches_of(model, structures, near=nnx.Rngs(1))
+    tx = reparameterize(optax.sgd(0.1), structures, weights=theta, trainable_scales=True)
+    tx.init(nnx.state(model, nnx.Param))
+    theta["convs/1/kernel"]["weights"]["3x3"] += 1
+    tx = reparameterize(optax.sgd(0.1), structures, weights=theta, trainable_scales=True)
+    with pytest.raises(ValueError, match=r"merge into other kernels .* at convs/1/kernel: give"):
+        tx.init(nnx.state(model, nnx.Param))
 
 
 def test_a_trained_network_is_not_redrawn_unasked(x64):

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from repopt_jax.arguments import check_kind
 from repopt_jax.core import algebra, paths
@@ -31,7 +32,7 @@ from repopt_jax.core.branches import (
     to_canonical,
 )
 from repopt_jax.core.published import of_branches
-from repopt_jax.core.scales import Scales
+from repopt_jax.core.scales import Scales, is_concrete
 from repopt_jax.core.structure import Affine, Geometry, Part, Structure
 
 # {"weights": key of a stage -> its tensor, "scales": key -> the trainable factor after the stage}
@@ -264,6 +265,36 @@ def check_kernels(structures: Mapping[str, Parametrization], leaves: Mapping[str
     found = {path: tuple(leaves[path].shape) for path in expected if path in leaves}
     if difference := paths.describe_difference(expected, found, noun="kernels"):
         raise ValueError(f"the structures do not fit the parameters: {difference}")
+
+
+def other_kernels(
+    merged: Mapping[str, jax.Array],
+    sizes: Mapping[str, jax.Array],
+    leaves: Mapping[str, Any],
+    tolerance: float,
+) -> list[str]:
+    """Returns the paths at which branches merge into another kernel than that of the parameters.
+
+    Arrays without values, of a traced or abstract call, and those that other processes hold a part of are
+    not looked at.
+
+    Args:
+      merged: path -> what the branches merge into.
+      sizes: path -> what their absolute values merge into. Terms that cancel are rounded by their own size,
+        not by that of the kernel, which may be zero.
+      leaves: path -> parameter.
+      tolerance: largest difference, relative to the kernel's largest entry.
+    """
+    wrong = []
+    for path, kernel in merged.items():
+        leaf = leaves[path]
+        if not all(is_concrete(x) and getattr(x, "is_fully_addressable", True) for x in (kernel, leaf)):
+            continue
+        k, size = np.asarray(leaf, np.float64), np.abs(np.asarray(sizes[path], np.float64)).max()
+        allowed = tolerance * np.abs(k).max() + 4 * float(jnp.finfo(leaf.dtype).eps) * size
+        if not np.abs(np.asarray(kernel, np.float64) - k).max() <= allowed:
+            wrong.append(path)
+    return wrong
 
 
 def parametrizations(scales: Scales) -> dict[str, Parametrization]:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from repopt_jax.arguments import check_transformation
@@ -25,6 +24,7 @@ from repopt_jax.core.parametrization import (
     Theta,
     check_kernels,
     check_structures,
+    other_kernels,
     parametrizations,
     scale_vectors,
     theta_of,
@@ -312,8 +312,7 @@ def _check_theta(structures, theta, leaves) -> None:
         found |= {f"{path}/{kind}/{key}": w.shape for kind in shapes for key, w in entries[kind].items()}
     if difference := paths.describe_difference(expected, found, noun="arrays"):
         raise ValueError(f"`weights` do not fit the structures: {difference}")
-    merged = {path: structure.merge(theta[path]) for path, structure in structures.items()}
-    _check_merged(merged, leaves)
+    _check_merged({path: (structure.merge, (theta[path],)) for path, structure in structures.items()}, leaves)
 
 
 def _branch_gradients(branches, g, vectors):
@@ -339,17 +338,14 @@ def _check_weights(scales: Scales, weights, leaves) -> None:
     found = {f"{path}/{name}": w.shape for path, ws in weights.items() for name, w in ws.items()}
     if difference := paths.describe_difference(expected, found, noun="branch tensors"):
         raise ValueError(f"`weights` do not fit the scales: {difference}")
-    _check_merged({p: e.branches.merge(weights[p], e.vectors) for p, e in scales.entries.items()}, leaves)
+    _check_merged({p: (e.branches.merge, (weights[p], e.vectors)) for p, e in scales.entries.items()}, leaves)
 
 
-def _check_merged(merged: Mapping[str, jax.Array], leaves: Mapping[str, Any]) -> None:
-    wrong = []
-    for path, kernel in merged.items():
-        if is_concrete(kernel) and is_concrete(leaves[path]):
-            k = np.asarray(leaves[path], np.float64)
-            if not np.abs(np.asarray(kernel, np.float64) - k).max() <= KERNEL_TOLERANCE * np.abs(k).max():
-                wrong.append(path)
-    if wrong:
+def _check_merged(merges: Mapping[str, tuple[Any, tuple[Any, ...]]], leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError with the paths whose branches, (how they are merged, arrays), give other kernels."""
+    merged = {path: merge(*arrays) for path, (merge, arrays) in merges.items()}
+    sizes = {path: merge(*jax.tree.map(jnp.abs, arrays)) for path, (merge, arrays) in merges.items()}
+    if wrong := other_kernels(merged, sizes, leaves, KERNEL_TOLERANCE):
         raise ValueError(
             f"`weights` merge into other kernels than those of the parameters at {', '.join(wrong)}: give "
             "the weights that `reinitialize` returned with this very model"
