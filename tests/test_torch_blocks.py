@@ -71,6 +71,10 @@ KEYS = {
         "lk_origin dil_conv_k5_1 dil_conv_k5_2 dil_conv_k3_3 dil_conv_k3_4",
         "origin_bn dil_bn_k5_1 dil_bn_k5_2 dil_bn_k3_3 dil_bn_k3_4",
     ),
+    "unireplknet, larger": keys(
+        "lk_origin dil_conv_k5_1 dil_conv_k7_2 dil_conv_k3_3 dil_conv_k3_4 dil_conv_k3_5",
+        "origin_bn dil_bn_k5_1 dil_bn_k7_2 dil_bn_k3_3 dil_bn_k3_4 dil_bn_k3_5",
+    ),
     "qarepvgg": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
     "qarepvgg2": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
     "repvgg": keys("rbr_dense.conv rbr_1x1.conv", "rbr_dense.bn rbr_1x1.bn rbr_identity"),
