@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from networks import randomised
 from optax import contrib
+from orbax.checkpoint import v1 as ocp
 from test_structure import structures as drawn_structures
 from test_structure import without_norm
 from twins import assert_close, problem, relative, slow_merge, train
@@ -166,8 +167,9 @@ def batches():
     return jnp.asarray(rng.normal(size=(STEPS, 6, 8, 8, 3))), jnp.asarray(rng.integers(0, 5, (STEPS, 6)))
 
 
-def ends(model, tx):
-    """Parameters and statistics after `STEPS` steps, as one compiled scan."""
+def ends(model, tx, state=None, part=slice(None)):
+    """Parameters and statistics after a part of `STEPS` steps, as one compiled scan, and the optimizer's
+    state; `state` is the one to go on from."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     rest = jax.tree.map(lambda x: x.astype(jnp.float64), rest)  # statistics are float32 in Flax
 
@@ -183,8 +185,11 @@ def ends(model, tx):
         updates, state = tx.update(gradients, state, params)
         return (optax.apply_updates(params, updates), rest, state), None
 
-    run = jax.jit(lambda p, r, data: jax.lax.scan(step, (p, r, tx.init(p)), data)[0])
-    params, rest, state = run(params, rest, batches())
+    def start(params):
+        return tx.init(params) if state is None else state
+
+    run = jax.jit(lambda p, r, data: jax.lax.scan(step, (p, r, start(p)), data)[0])
+    params, rest, state = run(params, rest, [each[part] for each in batches()])
     return nnx.merge(graph, params, rest), state
 
 
@@ -250,6 +255,48 @@ def test_in_the_optimizer_as_in_the_network(x64, structure, name):
     for path, structure in structures.items():
         kernel = kernels(found)[path.removesuffix("/kernel")]
         assert_close({"kernel": kernel}, {"kernel": structure.merge(state.theta[path])}, 1e-15)
+
+
+@pytest.fixture
+def x64_in_all_threads(x64):
+    """Also in those of Orbax, which read and write."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def test_a_training_is_resumed_to_the_bit(x64_in_all_threads, tmp_path):
+    """From a checkpoint, by an optimizer that is made anew. The kernels alone would not tell theta."""
+    name = "muon"  # with Adam for vectors, so that both kinds of moments are there
+    half = STEPS // 2
+    fresh, _, structures, theta = started(orepa)
+    mask = decay_mask(structures, weight_decay_mask(fresh))
+
+    def optimizer(weights):
+        return reparameterize(INNER[name](mask), structures, weights=weights, trainable_scales=True)
+
+    model, state = ends(fresh, optimizer(theta), part=slice(half))
+    whole, last = ends(model, optimizer(theta), state, slice(half, None))
+    saved = nnx.to_pure_dict(nnx.state(model))
+    ocp.save(str(tmp_path / "checkpoint"), {"network": saved, "optimizer": state})
+    del state
+
+    # The branches that it is made with are those of the start, and merge into other kernels than the loaded.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(optimizer(theta).init, nnx.state(fresh, nnx.Param)),
+    )
+    loaded = ocp.load(str(tmp_path / "checkpoint"), {"network": saved, "optimizer": shapes})
+    again = nnx.clone(fresh)
+    nnx.update(again, loaded["network"])
+    resumed, end = ends(again, optimizer(theta), loaded["optimizer"], slice(half, None))
+    chex.assert_trees_all_equal(kernels(resumed), kernels(whole))
+    chex.assert_trees_all_equal(end, last)
+    # Negative control: from the kernels alone.
+    split = branches_of(again, structures, near=nnx.Rngs(0))
+    other, _ = ends(again, optimizer(split), part=slice(half, None))
+    assert relative(kernels(other), kernels(whole)) > OTHER
 
 
 @pytest.mark.parametrize("kind", ["structures", "scales"])

@@ -111,7 +111,10 @@ def reparameterize(
     `inner` then sees `stages/1/0/conv/kernel/weights/1x1` and `stages/1/0/conv/kernel/scales/1x1`;
     `decay_mask` decays what the structure decays. This is the same training as that of a network of
     `nn.Merged` layers (mode "online" of `prepare`). `update` needs the parameters, and every step moves each
-    kernel to A(theta) whatever else has changed it, so that nothing may follow in the chain.
+    kernel to A(theta) whatever else has changed it, so that nothing may follow in the chain. The state holds
+    theta, so that it goes into checkpoints with the parameters and is loaded into
+    `jax.eval_shape(tx.init, params)`: with parameters that have been trained `init` itself refuses the
+    `weights` of the start.
 
     Cost: let n be the total size of the branch tensors, in a layer of 3x3 + 1x1 + identity about 1.11 times
     the size of the kernel. The state holds n numbers for the w_b, and for each moment that `inner` keeps n
