@@ -85,6 +85,9 @@ def layers():
             "stacked",
             "average pooling",
             "stacked averages",
+            "fixed 1x1, then 3x3",
+            "inside maps",
+            "ACNet + dilated",
         )
     )
 
