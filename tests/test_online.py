@@ -45,6 +45,7 @@ from repopt_jax import (
     verify_equivalence,
     weight_decay_mask,
 )
+from repopt_jax.core import paths
 from repopt_jax.core.published import STRUCTURES, dbb, orepa, repopt
 from repopt_jax.optim import OptimizerError, Reason, check_optimizer
 from repopt_jax.surgery.modules import named_modules
@@ -314,6 +315,22 @@ def test_branches_are_drawn_in_the_kernels_dtype(x64, kind):
         if dtype == jnp.float64:
             drawn = max(jax.tree.leaves(weights["convs/1/kernel"]), key=jnp.size)
             assert (drawn != drawn.astype(jnp.float32)).any()
+
+
+@pytest.mark.parametrize(
+    ("description", "scales"),
+    [(repopt, set()), (orepa, {"3x3", "average", "frequency", "1x1_3x3_1", "depthwise_1x1_1", "1x1"})],
+)
+def test_what_is_decayed_in_the_optimizer(x64, description, scales):
+    """Tensors and the identity's vector; of scales OREPA's alone; no bias and no batch norm."""
+    fresh, _, structures, theta = started(description)
+    leaves, _ = paths.named_leaves(nnx.state(fresh, nnx.Param))
+    mask = decay_mask(structures, weight_decay_mask(fresh))(paths.nested(leaves | theta))
+    found = {path for path, decayed in paths.named_leaves(mask)[0].items() if decayed}
+    tensors = {f"{path}/weights/{key}" for path, t in theta.items() for key in t["weights"]}
+    assert {"convs/1/kernel/weights/1x1", "middle/kernel/weights/identity"} < tensors
+    factors = {f"{path}/scales/{key}" for path in theta if path.startswith("convs") for key in scales}
+    assert found == {"head/kernel"} | tensors | factors
 
 
 def test_frozen_scales_train_another_network(x64):
@@ -726,6 +743,42 @@ def test_theta_is_sharded_with_the_kernel(x64):
     assert sharded["kernel"].sharding.is_equivalent_to(sharding, 4)
     assert theta["kernel"]["weights"]["3x3"].sharding.is_equivalent_to(sharding, 4)
     assert_close((sharded, theta), expected, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("layout", "spec"),
+    [("...io", (None, None, None, "fsdp")), ("...io", (None, None, "fsdp")), ("oi...", ("fsdp",))],
+)
+def test_theta_that_is_given_is_sharded_with_the_kernel(x64, layout, spec):
+    """Tensors and scales along the outputs, or along the inputs, and none of another width; nothing is kept
+    whole on every device that need not be."""
+    one = Parametrization(orepa(Geometry((3, 3), 8, 4)), (), layout)
+    theta = one.sample(jax.random.key(0), dtype=jnp.float64)
+    params = {"kernel": one.merge(theta)}
+    tx = reparameterize(optax.adam(1e-2), {"kernel": one}, weights={"kernel": theta}, trainable_scales=True)
+
+    def steps(params):
+        state = tx.init(params)
+        update = jax.jit(tx.update)
+        for _ in range(3):
+            updates, state = update(jax.tree.map(jnp.sin, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state.theta
+
+    expected = steps(params)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(params, jax.NamedSharding(mesh, jax.P(*spec)))
+    found = tx.init(sharded).theta["kernel"]
+    along_outputs = spec != (None, None, "fsdp")
+    assert found["scales"]["3x3"].sharding.is_fully_replicated != along_outputs
+    for key in ("3x3", "1x1", "average", "1x1_3x3_1"):
+        x = found["weights"][key]
+        part = list(x.shape)
+        part[-1 if along_outputs else -2] //= 4
+        assert list(x.sharding.shard_shape(x.shape)) == part, key
+    other = found["weights"]["depthwise_1x1_0"]  # (3, 3, 1, 64)
+    assert other.sharding.is_fully_replicated
+    assert_close(steps(sharded), expected, EXACT)
 
 
 def test_identity_and_kernel_alone():

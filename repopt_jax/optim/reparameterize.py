@@ -32,7 +32,6 @@ from repopt_jax.core.parametrization import (
 from repopt_jax.core.scales import Scales, check_values, is_concrete
 from repopt_jax.optim.sgd import (
     hidden_paths,
-    replicated_like,
     require_gradients,
     state_vectors,
     visible_scales,
@@ -114,7 +113,8 @@ def reparameterize(
     kernel to A(theta) whatever else has changed it, so that nothing may follow in the chain. The state holds
     theta, so that it goes into checkpoints with the parameters and is loaded into
     `jax.eval_shape(tx.init, params)`: with parameters that have been trained `init` itself refuses the
-    `weights` of the start.
+    `weights` of the start. Of a kernel that is sharded, arrays of theta are sharded along the axes that are
+    as long as the kernel's.
 
     Cost: let n be the total size of the branch tensors, in a layer of 3x3 + 1x1 + identity about 1.11 times
     the size of the kernel. The state holds n numbers for the w_b, and for each moment that `inner` keeps n
@@ -235,7 +235,7 @@ def _with_trained_scales(
                 theta[path] = structure.split(kernel, scales=initial.get(path))
             else:
                 copies = jax.tree.map(lambda x, k=kernel: jnp.array(x, k.dtype), dict(given.get(path, {})))
-                theta[path] = replicated_like(leaves[path], copies)
+                theta[path] = _sharded_as_kernel(copies, structure, leaves[path])
         _check_theta(visible, theta, leaves)
         return TrainedStructureState(theta, inner.init(paths.nested(leaves | theta)))
 
@@ -330,6 +330,30 @@ def _sharded_as_splits(given, branches, leaf, vectors):
         return given
     shardings = {name: w.sharding for name, w in branches.split(leaf, vectors).items()}
     return {name: jax.device_put(w, shardings.get(name)) for name, w in given.items()}
+
+
+def _sharded_as_kernel(theta: Any, structure: Parametrization, leaf: Any) -> Any:
+    """Shards each array of theta along the axes that are as long as the kernel's, as these are sharded.
+
+    What has no such axis is replicated, and so is all of a kernel with several axes of inputs or outputs.
+    """
+    if not (is_concrete(leaf) and isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)):
+        return theta
+    spec = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
+    stack, one = spec[: len(structure.stack)], spec[len(structure.stack) :]
+    if structure.layout == "oi...":
+        one = (*one[2:], one[1], one[0])
+    elif structure.layout != "...io":
+        one = (None,) * len(structure.structure.layer.kernel)
+    kernel = structure.structure.layer.kernel
+
+    def put(x: jax.Array) -> jax.Array:
+        axes = x.ndim - len(stack)  # those of a kernel, or the outputs alone
+        own = zip(x.shape[len(stack) :], kernel[-axes:], one[-axes:])
+        found = jax.P(*stack, *(axis if size == whole else None for size, whole, axis in own))
+        return jax.device_put(x, jax.NamedSharding(leaf.sharding.mesh, found))
+
+    return jax.tree.map(put, theta)
 
 
 def _check_weights(scales: Scales, weights, leaves) -> None:
