@@ -174,6 +174,20 @@ FORMS = {
         "qarepvgg2", reference.QuantizationAware, DENSE, "rbr_reparam", theirs=lambda shape: {"pool": True}
     ),
     "repvgg": BlockForm("repvgg", reference.ThreeNorms, DENSE, "rbr_reparam"),
+    "mobileone": BlockForm(
+        "mobileone",
+        reference.SeveralCopies,
+        (Shape(3, 4, 3, 2), Shape(4, 4, 3, groups=4), Shape(4, 6, 1), Shape(6, 6, 1)),
+        "reparam_conv",
+        {"copies": 2},
+        lambda shape: {"copies": 2},
+    ),
+    "repghost": BlockForm(
+        "repghost",
+        reference.CheapOperation,
+        (Shape(3, 3, 3, groups=3), Shape(3, 3, 5, groups=3), Shape(3, 3, 3)),
+        "cheap_operation",
+    ),
     "orepa": BlockForm("orepa", reference.SixScales, DENSE, "orepa_reparam"),
     "orepa, depthwise": BlockForm("orepa", reference.SixScales, DEPTHWISE, "orepa_reparam"),
     # With more than four groups the 1x1 before the kernel is twice as wide.
