@@ -136,8 +136,10 @@ def reinitialize(
     lost = "re-initialising would discard its kernels"
     require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
     if keep == "split":
-        kept = branches_of(model, scales) if isinstance(scales, Scales) else None
-        weights = kept_branches(model, scales, rngs=rngs) if kept is None else kept
+        if isinstance(scales, Scales):
+            weights = branches_of(model, scales)
+        else:
+            weights = kept_branches(model, scales, rngs=rngs)
         fresh = with_kernels(model, {})
     elif isinstance(scales, Scales):
         weights = sample_weights(scales, rngs.params(), dtype=_widest_dtype(model, scales.entries))
