@@ -407,6 +407,18 @@ def test_a_drawn_structure_is_split_by_the_least_change(one, seed):
     np.testing.assert_allclose(moved - flat, change, atol=SPLIT * np.abs(change).max())
 
 
+def test_branches_that_merge_into_the_kernel_already_stay(x64):
+    """But for rounding, also where they mix taps and a kernel is rounded otherwise than their sum."""
+    p = problem(("average pooling", "stacked averages", "fixed 1x1, then 3x3", "inside maps"))
+    for path, entry in p.scales.entries.items():
+        one = Parametrization.of_branch_set(entry.branches)
+        scales = {name: entry.vectors[name] for name in one.shapes()["scales"]}
+        near = {"weights": p.path_weights()[path], "scales": scales}
+        kernel = p.start()[path.partition("/")[0]]["kernel"] * (1 + 2e-16)
+        assert_close(one.split(kernel, near), near, EXACT)
+        assert relative(one.split(1.1 * kernel, near)["weights"], near["weights"]) > OTHER
+
+
 def test_chains_of_any_names_are_split(x64):
     """Also where they are those of a branch set, which calls them by their maps."""
     chains = {"point": (Stage(Kernel((1,)), "scale"),), "own": (Stage(Kernel((3,)), "scale", start=0.5),)}
@@ -455,10 +467,11 @@ def test_gradients_of_theta(x64, layout):
 
 
 def test_the_mask_alone_is_the_branches_of_any_split(x64):
-    """SGD moves K by -lr P(g), which does not depend on how K is split."""
+    """SGD, with momentum and decay, moves K by a rule that does not depend on how K is split. LAMB's does."""
     p = layers()
-    masked = p.train(optax.chain(repopt_mask(p.scales), optax.sgd(0.1, 0.9)))
+    masked = p.train(optax.chain(repopt_mask(p.scales), nesterov()))
     rng = np.random.default_rng(3)
+    ends = []
     for shift in (0.0, 1.0):
         weights = {}
         for path, entry in p.scales.entries.items():
@@ -467,8 +480,10 @@ def test_the_mask_alone_is_the_branches_of_any_split(x64):
             vectors = {n: v for n, v in entry.vectors.items() if n in one.shapes()["scales"]}
             kernel = p.start()[path.partition("/")[0]]["kernel"]
             weights[path] = one.split(kernel, {"weights": near, "scales": vectors})["weights"]
-        found = p.train(reparameterize(optax.sgd(0.1, 0.9), p.scales, weights=weights))
+        found = p.train(reparameterize(nesterov(), p.scales, weights=weights))
         assert_close(found, masked, 1e-10)
+        ends.append(p.train(reparameterize(optax.lamb(1e-2), p.scales, weights=weights)))
+    assert relative(*ends) > OTHER
 
 
 @functools.cache
