@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import torch_blocks as reference
 from flax import nnx
+from forms import UNIREPLKNET
 from networks import abstract
 
 from repopt_jax import interop, to_structure
-from repopt_jax.core.published import DILATED_KERNELS
 from repopt_jax.interop.names import BIASED, NORM
 
 CLASSES = 3
@@ -160,13 +160,34 @@ FORMS = {
         reference.DilatedReparam,
         (Shape(3, 3, 7, groups=3), Shape(3, 3, 9, groups=3), Shape(3, 3, 5, groups=3)),
         "lk_origin",
-        theirs=lambda shape: {"sets": DILATED_KERNELS[shape.size]},
+        theirs=lambda shape: {"sets": [*zip(*UNIREPLKNET[shape.size])]},
+    ),
+    "unireplknet, larger": BlockForm(
+        "unireplknet",
+        reference.DilatedReparam,
+        (Shape(3, 3, 11, groups=3), *(Shape(3, 3, size, groups=3) for size in (13, 15, 17))),
+        "lk_origin",
+        theirs=lambda shape: {"sets": [*zip(*UNIREPLKNET[shape.size])]},
     ),
     "qarepvgg": BlockForm("qarepvgg", reference.QuantizationAware, DENSE, "rbr_reparam"),
     "qarepvgg2": BlockForm(
         "qarepvgg2", reference.QuantizationAware, DENSE, "rbr_reparam", theirs=lambda shape: {"pool": True}
     ),
     "repvgg": BlockForm("repvgg", reference.ThreeNorms, DENSE, "rbr_reparam"),
+    "mobileone": BlockForm(
+        "mobileone",
+        reference.SeveralCopies,
+        (Shape(3, 4, 3, 2), Shape(4, 4, 3, groups=4), Shape(4, 6, 1), Shape(6, 6, 1)),
+        "reparam_conv",
+        {"copies": 2},
+        lambda shape: {"copies": 2},
+    ),
+    "repghost": BlockForm(
+        "repghost",
+        reference.CheapOperation,
+        (Shape(3, 3, 3, groups=3), Shape(3, 3, 5, groups=3), Shape(3, 3, 3)),
+        "cheap_operation",
+    ),
     "orepa": BlockForm("orepa", reference.SixScales, DENSE, "orepa_reparam"),
     "orepa, depthwise": BlockForm("orepa", reference.SixScales, DEPTHWISE, "orepa_reparam"),
     # With more than four groups the 1x1 before the kernel is twice as wide.

@@ -10,6 +10,17 @@ from repopt_jax.surgery.reinitialize import sample_weights
 
 CSLA = "csla"  # no mode: the network of a search with constant scales
 
+# UniRepLKNet's small kernels as its authors list them: side of the large one -> (sides, dilations).
+UNIREPLKNET = {
+    17: ((5, 9, 3, 3, 3), (1, 2, 4, 5, 7)),
+    15: ((5, 7, 3, 3, 3), (1, 2, 3, 5, 7)),
+    13: ((5, 7, 3, 3, 3), (1, 2, 3, 4, 5)),
+    11: ((5, 5, 3, 3, 3), (1, 2, 3, 4, 5)),
+    9: ((5, 5, 3, 3), (1, 2, 3, 4)),
+    7: ((5, 3, 3), (1, 2, 3)),
+    5: ((3, 3), (1, 2)),
+}
+
 
 def is_of_small_windows(structure, options=None):
     """Whether a structure has several branches in a layer of 3x3; others need larger windows, or maps."""

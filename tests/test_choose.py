@@ -11,7 +11,7 @@ import pytest
 import tolerances
 from any_networks import DEPTHWISE, NETWORKS, squared_error
 from flax import nnx
-from forms import is_of_small_windows
+from forms import UNIREPLKNET, is_of_small_windows
 from networks import abstract, count, parameter_shapes, relative, settled_statistics
 
 from repopt_jax import Geometry, fuse, models, prepare, to_structure
@@ -336,13 +336,19 @@ def test_options_as_text():
     assert parse_options("small = 7,gamma=0.5") == {"small": 7, "gamma": 0.5}
 
 
-@pytest.mark.parametrize("size", published.DILATED_KERNELS)
+@pytest.mark.parametrize("size", UNIREPLKNET)
 def test_unireplknet_has_a_set_for_every_published_size(size):
     structure = published.unireplknet(Geometry((size, size), 2, 2, 2))
     own, *small = [chain[0].map for _, chain in structure.chains]
     assert own == Kernel((size, size))
-    assert [(m.size[0], m.dilation[0]) for m in small] == list(published.DILATED_KERNELS[size])
-    assert max((k - 1) * d + 1 for k, d in published.DILATED_KERNELS[size]) <= size
+    assert small == [Kernel((k, k), (d, d)) for k, d in zip(*UNIREPLKNET[size], strict=True)]
+
+
+def test_unireplknet_has_no_other_sets():
+    assert set(published.DILATED_KERNELS) == set(UNIREPLKNET)
+    for size in (3, 6, 19):
+        with pytest.raises(ValueError, match=r"the same, one of 5, 7, 9, 11, 13, 15, 17$"):
+            published.unireplknet(Geometry((size, size), 2, 2, 2))
 
 
 def test_the_documentation_has_every_structure_with_its_options():

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from networks import randomised
 from optax import contrib
+from orbax.checkpoint import v1 as ocp
 from test_structure import structures as drawn_structures
 from test_structure import without_norm
 from twins import assert_close, problem, relative, slow_merge, train
@@ -44,6 +45,7 @@ from repopt_jax import (
     verify_equivalence,
     weight_decay_mask,
 )
+from repopt_jax.core import paths
 from repopt_jax.core.published import STRUCTURES, dbb, orepa, repopt
 from repopt_jax.optim import OptimizerError, Reason, check_optimizer
 from repopt_jax.surgery.modules import named_modules
@@ -84,6 +86,9 @@ def layers():
             "stacked",
             "average pooling",
             "stacked averages",
+            "fixed 1x1, then 3x3",
+            "inside maps",
+            "ACNet + dilated",
         )
     )
 
@@ -166,8 +171,9 @@ def batches():
     return jnp.asarray(rng.normal(size=(STEPS, 6, 8, 8, 3))), jnp.asarray(rng.integers(0, 5, (STEPS, 6)))
 
 
-def ends(model, tx):
-    """Parameters and statistics after `STEPS` steps, as one compiled scan."""
+def ends(model, tx, state=None, part=slice(None)):
+    """Parameters and statistics after a part of `STEPS` steps, as one compiled scan, and the optimizer's
+    state; `state` is the one to go on from."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     rest = jax.tree.map(lambda x: x.astype(jnp.float64), rest)  # statistics are float32 in Flax
 
@@ -183,8 +189,11 @@ def ends(model, tx):
         updates, state = tx.update(gradients, state, params)
         return (optax.apply_updates(params, updates), rest, state), None
 
-    run = jax.jit(lambda p, r, data: jax.lax.scan(step, (p, r, tx.init(p)), data)[0])
-    params, rest, state = run(params, rest, batches())
+    def start(params):
+        return tx.init(params) if state is None else state
+
+    run = jax.jit(lambda p, r, data: jax.lax.scan(step, (p, r, start(p)), data)[0])
+    params, rest, state = run(params, rest, [each[part] for each in batches()])
     return nnx.merge(graph, params, rest), state
 
 
@@ -252,6 +261,48 @@ def test_in_the_optimizer_as_in_the_network(x64, structure, name):
         assert_close({"kernel": kernel}, {"kernel": structure.merge(state.theta[path])}, 1e-15)
 
 
+@pytest.fixture
+def x64_in_all_threads(x64):
+    """Also in those of Orbax, which read and write."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def test_a_training_is_resumed_to_the_bit(x64_in_all_threads, tmp_path):
+    """From a checkpoint, by an optimizer that is made anew. The kernels alone would not tell theta."""
+    name = "muon"  # with Adam for vectors, so that both kinds of moments are there
+    half = STEPS // 2
+    fresh, _, structures, theta = started(orepa)
+    mask = decay_mask(structures, weight_decay_mask(fresh))
+
+    def optimizer(weights):
+        return reparameterize(INNER[name](mask), structures, weights=weights, trainable_scales=True)
+
+    model, state = ends(fresh, optimizer(theta), part=slice(half))
+    whole, last = ends(model, optimizer(theta), state, slice(half, None))
+    saved = nnx.to_pure_dict(nnx.state(model))
+    ocp.save(str(tmp_path / "checkpoint"), {"network": saved, "optimizer": state})
+    del state
+
+    # The branches that it is made with are those of the start, and merge into other kernels than the loaded.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(optimizer(theta).init, nnx.state(fresh, nnx.Param)),
+    )
+    loaded = ocp.load(str(tmp_path / "checkpoint"), {"network": saved, "optimizer": shapes})
+    again = nnx.clone(fresh)
+    nnx.update(again, loaded["network"])
+    resumed, end = ends(again, optimizer(theta), loaded["optimizer"], slice(half, None))
+    chex.assert_trees_all_equal(kernels(resumed), kernels(whole))
+    chex.assert_trees_all_equal(end, last)
+    # Negative control: from the kernels alone.
+    split = branches_of(again, structures, near=nnx.Rngs(0))
+    other, _ = ends(again, optimizer(split), part=slice(half, None))
+    assert relative(kernels(other), kernels(whole)) > OTHER
+
+
 @pytest.mark.parametrize("kind", ["structures", "scales"])
 def test_branches_are_drawn_in_the_kernels_dtype(x64, kind):
     """And bfloat16 kernels from branches in float32. A float32 draw would leave zeros in the last bits."""
@@ -264,6 +315,22 @@ def test_branches_are_drawn_in_the_kernels_dtype(x64, kind):
         if dtype == jnp.float64:
             drawn = max(jax.tree.leaves(weights["convs/1/kernel"]), key=jnp.size)
             assert (drawn != drawn.astype(jnp.float32)).any()
+
+
+@pytest.mark.parametrize(
+    ("description", "scales"),
+    [(repopt, set()), (orepa, {"3x3", "average", "frequency", "1x1_3x3_1", "depthwise_1x1_1", "1x1"})],
+)
+def test_what_is_decayed_in_the_optimizer(x64, description, scales):
+    """Tensors and the identity's vector; of scales OREPA's alone; no bias and no batch norm."""
+    fresh, _, structures, theta = started(description)
+    leaves, _ = paths.named_leaves(nnx.state(fresh, nnx.Param))
+    mask = decay_mask(structures, weight_decay_mask(fresh))(paths.nested(leaves | theta))
+    found = {path for path, decayed in paths.named_leaves(mask)[0].items() if decayed}
+    tensors = {f"{path}/weights/{key}" for path, t in theta.items() for key in t["weights"]}
+    assert {"convs/1/kernel/weights/1x1", "middle/kernel/weights/identity"} < tensors
+    factors = {f"{path}/scales/{key}" for path in theta if path.startswith("convs") for key in scales}
+    assert found == {"head/kernel"} | tensors | factors
 
 
 def test_frozen_scales_train_another_network(x64):
@@ -340,6 +407,18 @@ def test_a_drawn_structure_is_split_by_the_least_change(one, seed):
     np.testing.assert_allclose(moved - flat, change, atol=SPLIT * np.abs(change).max())
 
 
+def test_branches_that_merge_into_the_kernel_already_stay(x64):
+    """But for rounding, also where they mix taps and a kernel is rounded otherwise than their sum."""
+    p = problem(("average pooling", "stacked averages", "fixed 1x1, then 3x3", "inside maps"))
+    for path, entry in p.scales.entries.items():
+        one = Parametrization.of_branch_set(entry.branches)
+        scales = {name: entry.vectors[name] for name in one.shapes()["scales"]}
+        near = {"weights": p.path_weights()[path], "scales": scales}
+        kernel = p.start()[path.partition("/")[0]]["kernel"] * (1 + 2e-16)
+        assert_close(one.split(kernel, near), near, EXACT)
+        assert relative(one.split(1.1 * kernel, near)["weights"], near["weights"]) > OTHER
+
+
 def test_chains_of_any_names_are_split(x64):
     """Also where they are those of a branch set, which calls them by their maps."""
     chains = {"point": (Stage(Kernel((1,)), "scale"),), "own": (Stage(Kernel((3,)), "scale", start=0.5),)}
@@ -388,10 +467,11 @@ def test_gradients_of_theta(x64, layout):
 
 
 def test_the_mask_alone_is_the_branches_of_any_split(x64):
-    """SGD moves K by -lr P(g), which does not depend on how K is split."""
+    """SGD, with momentum and decay, moves K by a rule that does not depend on how K is split. LAMB's does."""
     p = layers()
-    masked = p.train(optax.chain(repopt_mask(p.scales), optax.sgd(0.1, 0.9)))
+    masked = p.train(optax.chain(repopt_mask(p.scales), nesterov()))
     rng = np.random.default_rng(3)
+    ends = []
     for shift in (0.0, 1.0):
         weights = {}
         for path, entry in p.scales.entries.items():
@@ -400,8 +480,10 @@ def test_the_mask_alone_is_the_branches_of_any_split(x64):
             vectors = {n: v for n, v in entry.vectors.items() if n in one.shapes()["scales"]}
             kernel = p.start()[path.partition("/")[0]]["kernel"]
             weights[path] = one.split(kernel, {"weights": near, "scales": vectors})["weights"]
-        found = p.train(reparameterize(optax.sgd(0.1, 0.9), p.scales, weights=weights))
+        found = p.train(reparameterize(nesterov(), p.scales, weights=weights))
         assert_close(found, masked, 1e-10)
+        ends.append(p.train(reparameterize(optax.lamb(1e-2), p.scales, weights=weights)))
+    assert relative(*ends) > OTHER
 
 
 @functools.cache
@@ -420,6 +502,8 @@ def kept():
     yield "online", prepare(model, "online", select=SELECTED, keep="split", rngs=rngs).model
     yield "orepa", to_structure(model, "orepa", r"convs/.*", keep="split", rngs=rngs)
     yield "repopt", reinitialize(model, scales, keep="split", rngs=rngs)
+    structures = find_parametrizations(model, "orepa", r"convs/.*")
+    yield "orepa in the optimizer", reinitialize(model, structures, keep="split", rngs=rngs)
 
 
 def test_a_trained_network_is_kept(x64):
@@ -438,6 +522,76 @@ def test_a_trained_network_is_kept(x64):
         theta = branches_of(model, given, near=nnx.Rngs(2))
         tx = reparameterize(optax.adamw(1e-3), given, weights=theta, trainable_scales=True)
         tx.init(nnx.state(model, nnx.Param))  # refuses what does not merge into the kernels
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_training_on_in_the_optimizer_is_that_in_the_network(x64, name):
+    """From kernels that are kept, with products of tensors: both split them alike."""
+    structures = find_parametrizations(trained(), "orepa", r"convs/.*")
+    online = to_structure(trained(), "orepa", r"convs/.*", keep="split", rngs=nnx.Rngs(1))
+    expected, _ = ends(online, INNER[name](weight_decay_mask(online)))
+    kept, theta = reinitialize(trained(), structures, keep="split", rngs=nnx.Rngs(1), return_weights=True)
+    assert_close(kernels(kept), kernels(trained()), 0)
+    mask = decay_mask(structures, weight_decay_mask(kept))
+    tx = reparameterize(INNER[name](mask), structures, weights=theta, trainable_scales=True)
+    found, _ = ends(kept, tx)
+    assert_close(kernels(found), kernels(expected), MUON_EXACT if name == "muon" else EXACT)
+    # A split nearest to another draw is another training.
+    other = branches_of(trained(), structures, near=nnx.Rngs(2))
+    tx = reparameterize(INNER[name](mask), structures, weights=other, trainable_scales=True)
+    assert relative(kernels(ends(kept, tx)[0]), kernels(expected)) > OTHER
+
+
+def thin(layer):
+    """Of a window of 3x3 no branch is as large as that."""
+    return Structure(layer, {"row": (Stage(Kernel((1, 3))),), "point": (Stage(Kernel((1, 1))),)}, norm=True)
+
+
+def test_kernels_that_the_branches_cannot_express_are_not_lost(x64):
+    """All layers are named. A scale of zero takes a branch away."""
+    model, rngs = trained(), nnx.Rngs(0)
+
+    def scaled(layer):
+        return dataclasses.replace(thin(layer), chains={n: without_norm(c) for n, c in thin(layer).chains})
+
+    def two(layer):
+        return [Kernel((1, 3)), Kernel((1, 1))] if layer.geometry.axes else None
+
+    halves = depth_scales(model, SELECTED)
+    broken = {p: e for p, e in halves.entries.items() if p in ("convs/1/kernel", "middle/kernel")}
+    for path, entry in broken.items():
+        own = entry.branches.names[0]
+        vectors = entry.vectors | {own: entry.vectors[own].at[0].set(0)}
+        halves = Scales(halves.entries | {path: dataclasses.replace(entry, vectors=vectors)})
+    every, some = (
+        "convs/0/kernel, convs/1/kernel, convs/2/kernel, convs/3/kernel",
+        "convs/1/kernel, middle/kernel",
+    )
+    for way, named in (
+        (lambda: to_structure(model, scaled, r"convs/.*", keep="split", rngs=rngs), every),
+        (lambda: to_search(model, r"convs/.*", two, keep="split", rngs=rngs), every),
+        (lambda: branches_of(model, find_parametrizations(model, scaled, r"convs/.*")), every),
+        (lambda: to_search(model, SELECTED, scales=halves, keep="split", rngs=rngs), some),
+        (lambda: reinitialize(model, halves, keep="split", rngs=rngs), some),
+    ):
+        with pytest.raises(ValueError, match=f"^the branches of {named} cannot express the kernels that"):
+            way()
+    to_structure(model, scaled, r"convs/.*", allow_trained=True, rngs=rngs)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_kernels_of_zeros_are_kept(dtype, x64):
+    """Where a draw cancels, so that what is left is the rounding of its terms."""
+    model = Network(nnx.Rngs(0), dtype)
+    model.convs[1].kernel.set_value(jnp.zeros_like(model.convs[1].kernel[...]))
+    structures = find_parametrizations(model, "orepa", r"convs/.*")
+    theta = branches_of(model, structures, near=nnx.Rngs(1))
+    tx = reparameterize(optax.sgd(0.1), structures, weights=theta, trainable_scales=True)
+    tx.init(nnx.state(model, nnx.Param))
+    theta["convs/1/kernel"]["weights"]["3x3"] += 1
+    tx = reparameterize(optax.sgd(0.1), structures, weights=theta, trainable_scales=True)
+    with pytest.raises(ValueError, match=r"merge into other kernels .* at convs/1/kernel: give"):
+        tx.init(nnx.state(model, nnx.Param))
 
 
 def test_a_trained_network_is_not_redrawn_unasked(x64):
@@ -535,6 +689,14 @@ def test_what_it_refuses():
     short = {"convs/1/kernel": {"weights": theta["convs/1/kernel"]["weights"], "scales": {}}}
     with pytest.raises(ValueError, match="6 missing arrays: convs/1/kernel/scales/3x3"):
         reparameterize(optax.sgd(0.1), structures, weights=short, trainable_scales=True).init(fresh)
+    scales = depth_scales(network, SELECTED)
+    _, weights = reinitialize(network, scales, rngs=nnx.Rngs(0), return_weights=True)
+    some = {path: w for path, w in weights.items() if path in ("convs/0/kernel", "middle/kernel")}
+    with pytest.raises(ValueError, match="7 missing arrays: convs/1/kernel/weights/3x3") as error:
+        reparameterize(optax.sgd(0.1), scales, weights=some, trainable_scales=True).init(
+            nnx.state(network, nnx.Param)
+        )
+    assert all(f"convs/{i}/kernel/weights/1x1" in str(error.value) for i in (1, 2, 3))
     with pytest.raises(ValueError, match=r"convs/0: 3x3, 1x1 have batch norms"):
         find_parametrizations(network, "repvgg", r"convs/0")
     with pytest.raises(ValueError, match="convs/1/kernel"):
@@ -596,6 +758,42 @@ def test_theta_is_sharded_with_the_kernel(x64):
     assert sharded["kernel"].sharding.is_equivalent_to(sharding, 4)
     assert theta["kernel"]["weights"]["3x3"].sharding.is_equivalent_to(sharding, 4)
     assert_close((sharded, theta), expected, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("layout", "spec"),
+    [("...io", (None, None, None, "fsdp")), ("...io", (None, None, "fsdp")), ("oi...", ("fsdp",))],
+)
+def test_theta_that_is_given_is_sharded_with_the_kernel(x64, layout, spec):
+    """Tensors and scales along the outputs, or along the inputs, and none of another width; nothing is kept
+    whole on every device that need not be."""
+    one = Parametrization(orepa(Geometry((3, 3), 8, 4)), (), layout)
+    theta = one.sample(jax.random.key(0), dtype=jnp.float64)
+    params = {"kernel": one.merge(theta)}
+    tx = reparameterize(optax.adam(1e-2), {"kernel": one}, weights={"kernel": theta}, trainable_scales=True)
+
+    def steps(params):
+        state = tx.init(params)
+        update = jax.jit(tx.update)
+        for _ in range(3):
+            updates, state = update(jax.tree.map(jnp.sin, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state.theta
+
+    expected = steps(params)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(params, jax.NamedSharding(mesh, jax.P(*spec)))
+    found = tx.init(sharded).theta["kernel"]
+    along_outputs = spec != (None, None, "fsdp")
+    assert found["scales"]["3x3"].sharding.is_fully_replicated != along_outputs
+    for key in ("3x3", "1x1", "average", "1x1_3x3_1"):
+        x = found["weights"][key]
+        part = list(x.shape)
+        part[-1 if along_outputs else -2] //= 4
+        assert list(x.sharding.shard_shape(x.shape)) == part, key
+    other = found["weights"]["depthwise_1x1_0"]  # (3, 3, 1, 64)
+    assert other.sharding.is_fully_replicated
+    assert_close(steps(sharded), expected, EXACT)
 
 
 def test_identity_and_kernel_alone():

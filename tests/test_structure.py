@@ -69,6 +69,10 @@ LAYERS = {
     "large, grouped": Geometry((7, 7), 4, 8, 2),
     "large, strided, dilated": Geometry((7, 7), 2, 2, strides=2, dilation=2),
     "oblong": Geometry((3, 5), 4, 4),
+    # Without a tap in the middle, so that there is neither a 1x1 kernel nor an identity.
+    "even": Geometry((4, 2), 4, 4),
+    "3-D, strided, dilated, grouped": Geometry((3, 1, 3), 4, 4, 2, strides=(1, 2, 1), dilation=(2, 1, 1)),
+    "cut off": Geometry((5, 3), 4, 4, padding=((-1, 2), (0, -1))),
     # With an output for each position of the window, which lies side by side or does not.
     "maps": Geometry((3, 3), 2, 18, 2, strides=3, padding=((0, 0), (0, 0))),
     "maps of every window": Geometry((2, 3), 2, 12, strides=(2, 1)),
@@ -123,8 +127,10 @@ def test_every_description_is_defined_for_some_layers_and_most_for_all():
     maps = {"maps", "maps of every window"}
     assert set(undefined.pop("repmlp")) == set(LAYERS) - maps
     for name in ("dbb", "dbb, wide"):  # pooling keeps the channels, and a 1x1 kernel needs a centre
-        assert set(undefined.pop(name)) <= maps
+        assert set(undefined.pop(name)) <= maps | {"even"}
+    assert undefined.pop("acnet") == ["even", "maps of every window"]
     assert {name for kinds in undefined.values() for name in kinds} <= {"maps of every window"}
+    assert [name for name, _ in defined(LAYERS["even"])["repvgg"].chains] == ["4x2"]
 
 
 def with_norms(trained, statistics):

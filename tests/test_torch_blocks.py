@@ -71,9 +71,18 @@ KEYS = {
         "lk_origin dil_conv_k5_1 dil_conv_k5_2 dil_conv_k3_3 dil_conv_k3_4",
         "origin_bn dil_bn_k5_1 dil_bn_k5_2 dil_bn_k3_3 dil_bn_k3_4",
     ),
+    "unireplknet, larger": keys(
+        "lk_origin dil_conv_k5_1 dil_conv_k7_2 dil_conv_k3_3 dil_conv_k3_4 dil_conv_k3_5",
+        "origin_bn dil_bn_k5_1 dil_bn_k7_2 dil_bn_k3_3 dil_bn_k3_4 dil_bn_k3_5",
+    ),
     "qarepvgg": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
     "qarepvgg2": keys("rbr_dense.conv rbr_1x1", "rbr_dense.bn bn"),
     "repvgg": keys("rbr_dense.conv rbr_1x1.conv", "rbr_dense.bn rbr_1x1.bn rbr_identity"),
+    "mobileone": keys(
+        "rbr_conv.0.conv rbr_conv.1.conv rbr_scale.conv",
+        "rbr_conv.0.bn rbr_conv.1.bn rbr_scale.bn rbr_skip",
+    ),
+    "repghost": keys("cheap_operation.0", "cheap_operation.1 fusion_bn.0"),
     "orepa": keys("", "bn") | OREPA | {"weight_orepa_1x1", "vector"},
     "orepa_repvgg": keys("rbr_1x1.conv", "rbr_dense.bn rbr_1x1.bn rbr_identity")
     | {f"rbr_dense.{name.replace('orepa', 'rbr')}" for name in OREPA | {"vector"}},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tolerances import SHRUNK_TRAINED
+from tolerances import SHRUNK_TRAINED, SHRUNK_WRONG
 from training import assert_same_run, checkpoints_in, stop_at, tiny_config, told, warned
 
 from repopt_jax import deploy, train
@@ -175,6 +175,31 @@ def test_layers_can_be_chosen_and_keep_their_minimum(source, tmp_path):
     done = prune(config_of(source, target=0.01, epochs=6, prune=settings), tmp_path / "run", progress=False)
     assert done.masked == 8 - 2 + 8 - 2
     assert "stages/0/0/conv" not in done.widths
+
+
+def test_layers_are_driven_to_their_minimum(source, tmp_path):
+    """Of eight channels two of each chosen layer stay unmasked, of which the lasso may take one, and the
+    outputs stay."""
+    settings = {"select": r"stages/[34]/.*", "at_least": 2, "granularity": 100, "before_epochs": 0.0}
+    settings |= {"momentum": 0.0, "strength": 0.15}  # without momentum a row that arrives stays
+    config = config_of(source, target=0.01, epochs=40, prune=settings)
+    done = prune(config, tmp_path / "run", progress=False)
+    assert done.removed >= done.masked == 8 - 2 + 8 - 2
+    assert {done.widths[f"stages/{i}/0/conv"][3] for i in (3, 4)} <= {1, 2}
+    assert done.smallest >= config.prune.threshold
+    assert done.max_rel < SHRUNK_TRAINED
+    assert done.test_after == done.test_trained
+
+
+def test_where_all_rows_are_below_the_threshold_the_largest_stays(source, tmp_path):
+    """Of every layer; what they computed is lost then, and the record says so."""
+    done = prune(config_of(source, epochs=6, prune={"threshold": 100.0}), tmp_path / "run", progress=False)
+    before, after = (sum(w[i] for w in done.widths.values()) for i in (1, 3))
+    assert before - after == done.removed > done.masked
+    assert {w[3] for path, w in done.widths.items() if path != "head"} == {1}
+    assert done.smallest < 100
+    assert done.max_rel > SHRUNK_WRONG
+    assert 0 <= done.test_after["accuracy"] <= 1
 
 
 def test_training_that_is_too_short_says_so(source, tmp_path, caplog):

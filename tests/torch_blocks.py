@@ -203,6 +203,35 @@ class ThreeNorms(nn.Module):
         return y if self.rbr_identity is None else y + self.rbr_identity(x)
 
 
+class SeveralCopies(nn.Module):
+    """MobileOne's: the kernel several times, a 1x1 beside a larger one, the identity; a norm each."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1, copies=2):
+        super().__init__()
+        self.rbr_conv = nn.ModuleList(conv_bn(inputs, outputs, size, stride, groups) for _ in range(copies))
+        self.rbr_scale = conv_bn(inputs, outputs, 1, stride, groups) if size > 1 else None
+        self.rbr_skip = nn.BatchNorm2d(inputs) if inputs == outputs and stride == 1 else None
+
+    def forward(self, x):
+        branches = [*self.rbr_conv, self.rbr_scale, self.rbr_skip]
+        return sum(branch(x) for branch in branches if branch is not None)
+
+
+class CheapOperation(nn.Module):
+    """RepGhost's: the kernel and, where there is one, the identity; a norm each."""
+
+    def __init__(self, inputs, outputs, size, stride=1, groups=1):
+        super().__init__()
+        kernel = convolution(inputs, outputs, size, stride, groups, size // 2)
+        self.cheap_operation = nn.Sequential(kernel, nn.BatchNorm2d(outputs))
+        same = inputs == outputs and stride == 1
+        self.fusion_bn = nn.Sequential(*([nn.BatchNorm2d(inputs)] if same else []))
+
+    def forward(self, x):
+        y = self.cheap_operation(x)
+        return y + self.fusion_bn(x) if len(self.fusion_bn) else y
+
+
 class SixScales(nn.Module):
     """OREPA's: linear branches, each with a scale, and a norm after their sum. Run branch by branch.
 

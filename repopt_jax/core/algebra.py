@@ -323,15 +323,41 @@ def least_norm(forward: Callable[[Any], jax.Array], target: jax.Array, like: Any
     """Returns the x of least norm for which forward(x) is nearest to `target`, by conjugate gradients.
 
     `forward` is linear, from trees like `like` to arrays like `target`; the result has the precision of its
-    dtype. The normal equations in x, unlike forward(forward^T(y)) = target, are consistent for every target.
-    Starting at 0, the iterates stay in the range of the transpose, which makes the norm of the solution
-    least.
+    dtype.
+
+    In each step s = forward^T(target - forward(x)) is computed anew, so that it is in the range of the
+    transpose, and with it x, which starts at 0: that makes its norm least. Conjugate gradients on the normal
+    equations move s along instead. Of a target that is no more than rounding, such as the difference of a
+    kernel from branches that merge into it already, what they collect outside of the range grows without
+    bound, and forward(x) does not show it. (Bjorck, Numerical methods for least squares problems, 7.4: CGLS.)
     """
     transpose = jax.linear_transpose(forward, like)
-    found, _ = jax.scipy.sparse.linalg.cg(
-        lambda x: transpose(forward(x))[0],
-        transpose(target)[0],
-        tol=float(jnp.finfo(target.dtype).eps),
-        maxiter=1000,
-    )
-    return found
+    tolerance = float(jnp.finfo(target.dtype).eps) ** 2
+    size = jnp.max(jnp.abs(target))  # squares of small numbers would vanish
+    unit = target / jnp.where(size > 0, size, 1)
+
+    def squares(tree: Any) -> jax.Array:
+        return functools.reduce(jnp.add, [jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(tree)])
+
+    def along(x: Any, step: jax.Array, direction: Any) -> Any:
+        return jax.tree.map(lambda a, b: a + step * b, x, direction)
+
+    first = transpose(unit)[0]
+    enough = tolerance * squares(first), tolerance * squares(unit)
+
+    def goes_on(state: tuple[Any, ...]) -> jax.Array:
+        _, residual, _, found, count = state
+        return (found > enough[0]) & (squares(residual) > enough[1]) & (count < 1000)
+
+    def move(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, residual, direction, found, count = state
+        moved = forward(direction)
+        step = found / squares(moved)
+        x, residual = along(x, step, direction), residual - step * moved
+        s = transpose(residual)[0]
+        new = squares(s)
+        return x, residual, along(s, new / found, direction), new, count + 1
+
+    start = (jax.tree.map(jnp.zeros_like, first), unit, first, squares(first), 0)
+    x, *_ = lax.while_loop(goes_on, move, start)
+    return jax.tree.map(lambda leaf: leaf * size, x)

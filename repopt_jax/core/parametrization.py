@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from repopt_jax.arguments import check_kind
 from repopt_jax.core import algebra, paths
@@ -31,7 +32,7 @@ from repopt_jax.core.branches import (
     to_canonical,
 )
 from repopt_jax.core.published import of_branches
-from repopt_jax.core.scales import Scales
+from repopt_jax.core.scales import Scales, is_concrete
 from repopt_jax.core.structure import Affine, Geometry, Part, Structure
 
 # {"weights": key of a stage -> its tensor, "scales": key -> the trainable factor after the stage}
@@ -266,6 +267,36 @@ def check_kernels(structures: Mapping[str, Parametrization], leaves: Mapping[str
         raise ValueError(f"the structures do not fit the parameters: {difference}")
 
 
+def other_kernels(
+    merged: Mapping[str, jax.Array],
+    sizes: Mapping[str, jax.Array],
+    leaves: Mapping[str, Any],
+    tolerance: float,
+) -> list[str]:
+    """Returns the paths at which branches merge into another kernel than that of the parameters.
+
+    Arrays without values, of a traced or abstract call, and those that other processes hold a part of are
+    not looked at.
+
+    Args:
+      merged: path -> what the branches merge into.
+      sizes: path -> what their absolute values merge into. Terms that cancel are rounded by their own size,
+        not by that of the kernel, which may be zero.
+      leaves: path -> parameter.
+      tolerance: largest difference, relative to the kernel's largest entry.
+    """
+    wrong = []
+    for path, kernel in merged.items():
+        leaf = leaves[path]
+        if not all(is_concrete(x) and getattr(x, "is_fully_addressable", True) for x in (kernel, leaf)):
+            continue
+        k, size = np.asarray(leaf, np.float64), np.abs(np.asarray(sizes[path], np.float64)).max()
+        allowed = tolerance * np.abs(k).max() + 4 * float(jnp.finfo(leaf.dtype).eps) * size
+        if not np.abs(np.asarray(kernel, np.float64) - k).max() <= allowed:
+            wrong.append(path)
+    return wrong
+
+
 def parametrizations(scales: Scales) -> dict[str, Parametrization]:
     """Returns the branches of each layer of `scales` with trainable scales, by the kernel's path."""
     return {path: Parametrization.of_branch_set(entry.branches) for path, entry in scales.entries.items()}
@@ -276,10 +307,13 @@ def theta_of(scales: Scales, weights: Mapping[str, Mapping[str, jax.Array]]) -> 
 
     Args:
       scales: the initial scales.
-      weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` returns them.
+      weights: path -> branch -> w_b, as `reinitialize(..., return_weights=True)` returns them. A path that it
+        lacks has no tensors in the result, which whoever checks it against the structures will name.
     """
     vectors = scale_vectors(scales)
-    return {path: {"weights": dict(weights[path]), "scales": vectors[path]} for path in scales.entries}
+    return {
+        path: {"weights": dict(weights.get(path, {})), "scales": vectors[path]} for path in scales.entries
+    }
 
 
 def scale_vectors(scales: Scales) -> dict[str, dict[str, jax.Array]]:

@@ -76,8 +76,9 @@ def prune_config(run_dir: str | Path, *, target: float = 0.5, checkpoint: str | 
     """The config with which the network of a run is pruned: its data, network and length, the published
     recipe's optimizer.
 
-    The rate is a cosine from 0.01 to 0, momentum 0.9 without Nesterov, decay 1e-4; of the run's own optimizer
-    only what the images and the batch ask for is kept: label smoothing and accumulation.
+    The rate is a cosine from 0.01 to 0, momentum 0.9 without Nesterov, decay 1e-4; the published code gives
+    biases twice the rate. Of the run's own optimizer only what the images and the batch ask for is kept:
+    label smoothing and accumulation.
 
     Args:
       run_dir: the run, finished or not, of a plain network: mode plain or repopt.

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from repopt_jax.arguments import check_transformation
@@ -25,6 +24,7 @@ from repopt_jax.core.parametrization import (
     Theta,
     check_kernels,
     check_structures,
+    other_kernels,
     parametrizations,
     scale_vectors,
     theta_of,
@@ -32,7 +32,6 @@ from repopt_jax.core.parametrization import (
 from repopt_jax.core.scales import Scales, check_values, is_concrete
 from repopt_jax.optim.sgd import (
     hidden_paths,
-    replicated_like,
     require_gradients,
     state_vectors,
     visible_scales,
@@ -111,7 +110,11 @@ def reparameterize(
     `inner` then sees `stages/1/0/conv/kernel/weights/1x1` and `stages/1/0/conv/kernel/scales/1x1`;
     `decay_mask` decays what the structure decays. This is the same training as that of a network of
     `nn.Merged` layers (mode "online" of `prepare`). `update` needs the parameters, and every step moves each
-    kernel to A(theta) whatever else has changed it, so that nothing may follow in the chain.
+    kernel to A(theta) whatever else has changed it, so that nothing may follow in the chain. The state holds
+    theta, so that it goes into checkpoints with the parameters and is loaded into
+    `jax.eval_shape(tx.init, params)`: with parameters that have been trained `init` itself refuses the
+    `weights` of the start. Of a kernel that is sharded, arrays of theta are sharded along the axes that are
+    as long as the kernel's.
 
     Cost: let n be the total size of the branch tensors, in a layer of 3x3 + 1x1 + identity about 1.11 times
     the size of the kernel. The state holds n numbers for the w_b, and for each moment that `inner` keeps n
@@ -232,7 +235,7 @@ def _with_trained_scales(
                 theta[path] = structure.split(kernel, scales=initial.get(path))
             else:
                 copies = jax.tree.map(lambda x, k=kernel: jnp.array(x, k.dtype), dict(given.get(path, {})))
-                theta[path] = replicated_like(leaves[path], copies)
+                theta[path] = _sharded_as_kernel(copies, structure, leaves[path])
         _check_theta(visible, theta, leaves)
         return TrainedStructureState(theta, inner.init(paths.nested(leaves | theta)))
 
@@ -312,8 +315,7 @@ def _check_theta(structures, theta, leaves) -> None:
         found |= {f"{path}/{kind}/{key}": w.shape for kind in shapes for key, w in entries[kind].items()}
     if difference := paths.describe_difference(expected, found, noun="arrays"):
         raise ValueError(f"`weights` do not fit the structures: {difference}")
-    merged = {path: structure.merge(theta[path]) for path, structure in structures.items()}
-    _check_merged(merged, leaves)
+    _check_merged({path: (structure.merge, (theta[path],)) for path, structure in structures.items()}, leaves)
 
 
 def _branch_gradients(branches, g, vectors):
@@ -330,6 +332,30 @@ def _sharded_as_splits(given, branches, leaf, vectors):
     return {name: jax.device_put(w, shardings.get(name)) for name, w in given.items()}
 
 
+def _sharded_as_kernel(theta: Any, structure: Parametrization, leaf: Any) -> Any:
+    """Shards each array of theta along the axes that are as long as the kernel's, as these are sharded.
+
+    What has no such axis is replicated, and so is all of a kernel with several axes of inputs or outputs.
+    """
+    if not (is_concrete(leaf) and isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)):
+        return theta
+    spec = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
+    stack, one = spec[: len(structure.stack)], spec[len(structure.stack) :]
+    if structure.layout == "oi...":
+        one = (*one[2:], one[1], one[0])
+    elif structure.layout != "...io":
+        one = (None,) * len(structure.structure.layer.kernel)
+    kernel = structure.structure.layer.kernel
+
+    def put(x: jax.Array) -> jax.Array:
+        axes = x.ndim - len(stack)  # those of a kernel, or the outputs alone
+        own = zip(x.shape[len(stack) :], kernel[-axes:], one[-axes:])
+        found = jax.P(*stack, *(axis if size == whole else None for size, whole, axis in own))
+        return jax.device_put(x, jax.NamedSharding(leaf.sharding.mesh, found))
+
+    return jax.tree.map(put, theta)
+
+
 def _check_weights(scales: Scales, weights, leaves) -> None:
     expected = {
         f"{path}/{name}": shape
@@ -339,17 +365,14 @@ def _check_weights(scales: Scales, weights, leaves) -> None:
     found = {f"{path}/{name}": w.shape for path, ws in weights.items() for name, w in ws.items()}
     if difference := paths.describe_difference(expected, found, noun="branch tensors"):
         raise ValueError(f"`weights` do not fit the scales: {difference}")
-    _check_merged({p: e.branches.merge(weights[p], e.vectors) for p, e in scales.entries.items()}, leaves)
+    _check_merged({p: (e.branches.merge, (weights[p], e.vectors)) for p, e in scales.entries.items()}, leaves)
 
 
-def _check_merged(merged: Mapping[str, jax.Array], leaves: Mapping[str, Any]) -> None:
-    wrong = []
-    for path, kernel in merged.items():
-        if is_concrete(kernel) and is_concrete(leaves[path]):
-            k = np.asarray(leaves[path], np.float64)
-            if not np.abs(np.asarray(kernel, np.float64) - k).max() <= KERNEL_TOLERANCE * np.abs(k).max():
-                wrong.append(path)
-    if wrong:
+def _check_merged(merges: Mapping[str, tuple[Any, tuple[Any, ...]]], leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError with the paths whose branches, (how they are merged, arrays), give other kernels."""
+    merged = {path: merge(*arrays) for path, (merge, arrays) in merges.items()}
+    sizes = {path: merge(*jax.tree.map(jnp.abs, arrays)) for path, (merge, arrays) in merges.items()}
+    if wrong := other_kernels(merged, sizes, leaves, KERNEL_TOLERANCE):
         raise ValueError(
             f"`weights` merge into other kernels than those of the parameters at {', '.join(wrong)}: give "
             "the weights that `reinitialize` returned with this very model"

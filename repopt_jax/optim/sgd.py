@@ -47,6 +47,9 @@ def repopt_mask(scales: Scales, normalise: bool = False) -> optax.GradientTransf
 
         optax.chain(repopt_mask(scales), optax.add_decayed_weights(4e-5), optax.sgd(lr, 0.9, nesterov=True))
 
+    Kernels of any origin will do, those of a trained network too: the branches of every split of K move it in
+    the same way, so that none has to be found. `reinitialize` is for a training from scratch.
+
     Where every branch places coordinates, P(g) = m * g, and m is rebuilt inside the update from the scale
     vectors and iota comparisons, which the compiler fuses into the update. For other branch sets P is
     computed by transposition, which is exact as well. In kernels of stacked layers each layer has its own P.

@@ -18,7 +18,7 @@ from repopt_jax.core.scales import Scales, check_finite, check_fit, check_scales
 from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.layers import check_aliases
 from repopt_jax.surgery.modules import copy_leaf, is_abstract, key_of
-from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
+from repopt_jax.surgery.trained import Keep, branches_of, kept_branches, require_untrained
 
 M = TypeVar("M")
 Weights = dict[str, dict[str, jax.Array]]
@@ -96,7 +96,8 @@ def reinitialize(
       allow_trained: whether to discard the kernels of a model that has been trained, or of which that cannot
         be told.
       keep: "split" keeps all kernels as they are. What is returned as weights then merges into them
-        (`branches_of`).
+        (`branches_of`): branches of least norm or, of structures in which a chain is a product of tensors
+        (OREPA), nearest to a fresh draw.
       return_weights: whether to return the branch tensors w_b as well, path -> branch -> array (for
         structures path -> theta), which `reparameterize` keeps. They have the widest dtype of the kernels,
         and at least float32.
@@ -106,7 +107,8 @@ def reinitialize(
 
     Raises:
       ValueError: the scales do not fit (every missing, extra or misshapen path); they name a shared layer by
-        another path than its own; they are NaN or infinite; or the model has been trained, or may have been.
+        another path than its own; they are NaN or infinite; the model has been trained, or may have been; or
+        its kernels are to be kept and the branches cannot express them, with every path.
     """
     if is_abstract(model):
         given: dict[str, Any] = {
@@ -134,7 +136,11 @@ def reinitialize(
     lost = "re-initialising would discard its kernels"
     require_untrained(model, trained=trained, allow_trained=allow_trained, keep=keep, lost=lost)
     if keep == "split":
-        fresh, weights = with_kernels(model, {}), branches_of(model, scales, near=None)
+        if isinstance(scales, Scales):
+            weights = branches_of(model, scales)
+        else:
+            weights = kept_branches(model, scales, rngs=rngs)
+        fresh = with_kernels(model, {})
     elif isinstance(scales, Scales):
         weights = sample_weights(scales, rngs.params(), dtype=_widest_dtype(model, scales.entries))
         fresh = with_kernels(model, merge_weights(scales, weights))

@@ -79,7 +79,8 @@ def to_search(
 
     Raises:
       ValueError: as `find_layers` and `find_branches`; scales that do not fit, with every path; an unknown
-        name of scales; or the model has been trained, or may have been.
+        name of scales; or the model has been trained, or may have been; or its kernels are to be kept and
+        the branches cannot express them, with every path.
     """
     if is_abstract(model):
         given: dict[str, Any] = {"scales": scales, "trained": False}

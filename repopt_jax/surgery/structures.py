@@ -36,7 +36,7 @@ from repopt_jax.surgery.modules import (
     named_modules,
     replace_modules,
 )
-from repopt_jax.surgery.trained import Keep, require_untrained
+from repopt_jax.surgery.trained import Keep, kept_branches, require_untrained
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ def to_structure(
         that do not belong together, as in `fuse`; no layer that becomes the structure; or layers that
         `select` chooses and no rule matches, or for which the structure is not defined, all with the reasons.
         The latter are also stacked layers with batch norms, because `nnx.scan` and `nnx.vmap` would not carry
-        the batch statistics of new modules. Or the model has been trained, or may have been.
+        the batch statistics of new modules. Or the model has been trained, or may have been; or its kernels
+        are to be kept and the branches cannot express them, with every path.
     """
     check_kind("structure", structure, (str, Structure, Mapping, Callable), "a structure, or its name")
     if is_abstract(model):
@@ -107,17 +108,17 @@ def to_structure(
         )
     layers = {layer.path: layer for layer, _ in taken}
     check_rngs(rngs)
+    kept = {}
+    if keep:
+        structures = {path: layer.parametrization(made[path]) for path, layer in layers.items()}
+        kept = kept_branches(model, structures, rngs=rngs)
     key = rngs.params()
-
-    leaves, _ = paths.named_leaves(nnx.state(model)) if keep else ({}, None)
 
     def make(layer: Layer, **options: Any) -> StructuredLayer:
         kind = Branched if made[layer.path].followers("norm") else Merged
         if keep:
-            one = layer.parametrization(made[layer.path])
-            near = one.sample(key_of(layer.path, key)) if one.is_product else None
-            theta = one.split(leaves[layer.path][...], near)
-            return merged_layer(layer, one.structure, theta["weights"], theta["scales"], **options)
+            theta = kept[layer.path]
+            return merged_layer(layer, made[layer.path], theta["weights"], theta["scales"], **options)
         with counted_in_python(nnx.Rngs(params=key_of(layer.path, key))) as own:
             if axes := _axes(layer):
                 return MergedGeneral(made[layer.path], **axes, rngs=own, **options)

@@ -17,6 +17,7 @@ from repopt_jax.core.parametrization import (
     Theta,
     check_kernels,
     check_structures,
+    other_kernels,
     parametrizations,
     scale_vectors,
 )
@@ -24,6 +25,10 @@ from repopt_jax.core.scales import Scales, is_concrete
 from repopt_jax.surgery.modules import join, key_of, named_modules
 
 Keep = Literal["split"] | None
+
+# Largest relative difference between a kernel and the merged branches that are to take its place, beside the
+# rounding of their sum.
+KEPT = 1e-3
 
 
 @overload
@@ -59,7 +64,9 @@ def branches_of(
       The `weights` of `reparameterize`: for scales path -> branch -> w_b, for structures path -> theta.
 
     Raises:
-      ValueError: the scales or structures do not fit the model, with every path; or `near` is missing.
+      ValueError: the scales or structures do not fit the model, with every path; `near` is missing; or the
+        branches cannot express a kernel, because none with a scale other than zero is as large as the window;
+        all such paths are listed.
     """
     check_structures("structures", structures)
     leaves, _ = paths.named_leaves(nnx.state(model) if isinstance(model, nnx.Module) else model)
@@ -81,7 +88,34 @@ def branches_of(
                     if name not in vectors[path]
                 }
         theta[path] = structure.split(kernel, drawn, scales=vectors.get(path))
+    _require_kept(known, theta, leaves)
     return {path: t["weights"] for path, t in theta.items()} if of_scales else theta
+
+
+def kept_branches(
+    model: Any, structures: Mapping[str, Parametrization], *, rngs: nnx.Rngs
+) -> dict[str, Theta]:
+    """Returns `branches_of` the model: of least norm, and where a chain is a product of tensors, for which
+    there is no such theta, nearest to a fresh draw.
+
+    Raises:
+      ValueError: as `branches_of`.
+    """
+    products = {path: one for path, one in structures.items() if one.is_product}
+    others = {path: one for path, one in structures.items() if path not in products}
+    return branches_of(model, others) | (branches_of(model, products, near=rngs) if products else {})
+
+
+def _require_kept(
+    structures: Mapping[str, Parametrization], theta: Mapping[str, Theta], leaves: Mapping[str, Any]
+) -> None:
+    merged = {path: one.merge(theta[path]) for path, one in structures.items()}
+    sizes = {path: one.merge(jax.tree.map(abs, theta[path])) for path, one in structures.items()}
+    if lost := other_kernels(merged, sizes, leaves, KEPT):
+        raise ValueError(
+            f"the branches of {', '.join(lost)} cannot express the kernels that the network has: a kernel as "
+            "large as the window, with no scale of zero, can; add one, or leave these layers out"
+        )
 
 
 def require_untrained(
