@@ -1,5 +1,6 @@
 """Quantizing a run: what is saved, measured and said, by the function and by `repopt quantize`."""
 
+import dataclasses
 import json
 import shutil
 
@@ -193,7 +194,9 @@ def test_the_command_and_its_page(run, tmp_path, capsys):
 def test_lines_name_what_stayed_in_floating_point(done):
     printed = "\n".join(quantization.lines(done))
     assert f"in floating point: {', '.join(done.kept)}" in printed
-    assert "kernels 6 bits with a scale per tensor" in printed
+    assert "kernels 6 bits with a scale per tensor; ranges" in printed
+    short = dataclasses.replace(done, options=done.options | {"scale_bits": 4})
+    assert "with a scale per tensor, of 4 significant bits; ranges" in "\n".join(quantization.lines(short))
 
 
 @pytest.mark.parametrize(

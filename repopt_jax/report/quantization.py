@@ -29,13 +29,14 @@ def lines(done: Quantized) -> list[str]:
     """What is printed of a quantization."""
     options, metric = done.options, METRICS[done.task][0]
     weight_bits = options["weight_bits"] or options["bits"]
+    digits = f", of {options['scale_bits']} significant bits" if options["scale_bits"] else ""
     change = [done.test[metric.name], done.test_float[metric.name]]
     points = "" if None in change else f" ({100 * (change[0] - change[1]):+.2f} points)"
     kept = done.kept
     return [
         *([f"Warning: {done.warning}"] if done.warning else []),
-        f"{options['bits']} bits, kernels {weight_bits} bits with a scale per {options['per']}; ranges by "
-        f"{options['calibration']} on {done.images} training images"
+        f"{options['bits']} bits, kernels {weight_bits} bits with a scale per {options['per']}{digits}; "
+        f"ranges by {options['calibration']} on {done.images} training images"
         + ("; trained on with quantization" if options["aware"] else ""),
         *([f"in floating point: {', '.join(kept)}"] if kept else []),
         f"floating point: {format_metrics(done.task, done.test_float)} of {done.test_count} images",
