@@ -8,9 +8,7 @@ from repopt_jax._version import __version__
 from repopt_jax.cli import commands, completion
 from repopt_jax.cli.parser import Parser, above_zero, count, integers, path, positive, whole, words
 
-SCALE_BITS = (
-    "{}significant bits of every scale (all); with 4, sums are exact and every runtime computes the same"
-)
+SCALE_BITS = "{}significant bits of scales (all); with 4 every runtime computes the same"
 
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:
