@@ -25,8 +25,10 @@ from repopt_jax.train.state import make_mesh, put_batch
 # Six steps an epoch, 360 in all. A row needs about (1 - momentum) / (rate * strength) steps to become zero.
 EPOCHS, RATE = 60, 0.1
 SETTINGS = {
-    "strength": 0.1,
-    "momentum": 0.0,  # a row that arrives stays, however sums are rounded
+    # With more momentum a row that arrives is carried on to and fro, and whether it ends below the threshold
+    # of 1e-5 hangs on rounding: 9.8e-6 was seen at 0.9. At 0.5 masked rows end below 2e-6, others above 5e-5.
+    "strength": 0.05,
+    "momentum": 0.5,
     "before_epochs": 5.0,
     "interval": 4,
     "granularity": 3,
@@ -181,7 +183,7 @@ def test_layers_are_driven_to_their_minimum(source, tmp_path):
     """Of eight channels two of each chosen layer stay unmasked, of which the lasso may take one, and the
     outputs stay."""
     settings = {"select": r"stages/[34]/.*", "at_least": 2, "granularity": 100, "before_epochs": 0.0}
-    settings |= {"momentum": 0.0, "strength": 0.15}  # without momentum a row that arrives stays
+    settings |= {"strength": 0.075}
     config = config_of(source, target=0.01, epochs=40, prune=settings)
     done = prune(config, tmp_path / "run", progress=False)
     assert done.removed >= done.masked == 8 - 2 + 8 - 2
@@ -223,7 +225,7 @@ def test_configs_that_cannot_prune(source):
         ({"at_least": 0}, "`prune.at_least`=0 must"),
         ({"threshold": -1.0}, "`prune.threshold`=-1.0 must"),
         ({"before_epochs": 60.0}, "`prune.before_epochs`=60 leaves none of the 60 `epochs`"),
-        ({"run": ""}, "`prune.strength`=0.1 does nothing without `prune.run`"),
+        ({"run": ""}, "`prune.strength`=0.05 does nothing without `prune.run`"),
     ):
         with pytest.raises(ValueError) as error:
             validate(dataclasses.replace(config, prune=dataclasses.replace(config.prune, **changes)))
@@ -315,7 +317,7 @@ def test_command_line_refuses_in_one_sentence(source, digits, tmp_path, capfd):
 def test_a_detector_is_pruned_and_draws_what_it_finds(tmp_path, capfd):
     run, out = tmp_path / "run", tmp_path / "smaller"
     assert main(["train", "--config=scenes:plain,smoke", f"--out={run}"]) == 0
-    settings = {**SETTINGS, "before_epochs": 0.0, "interval": 1, "granularity": 8, "strength": 0.05}
+    settings = {**SETTINGS, "before_epochs": 0.0, "interval": 1, "granularity": 8, "strength": 0.25}
     command = ["prune", f"--run={run}", f"--out={out}", "--target=0.8", "--config.epochs=60"]
     command += [f"--config.prune.{name}={value}" for name, value in settings.items()]
     assert main([*command, f"--config.optim.learning_rate={RATE}", "--config.eval_every=60"]) == 0

@@ -268,8 +268,7 @@ def check_kernels(structures: Mapping[str, Parametrization], leaves: Mapping[str
 
 
 def other_kernels(
-    merged: Mapping[str, jax.Array],
-    sizes: Mapping[str, jax.Array],
+    merges: Mapping[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]],
     leaves: Mapping[str, Any],
     tolerance: float,
 ) -> list[str]:
@@ -279,20 +278,25 @@ def other_kernels(
     not looked at.
 
     Args:
-      merged: path -> what the branches merge into.
-      sizes: path -> what their absolute values merge into. Terms that cancel are rounded by their own size,
-        not by that of the kernel, which may be zero.
+      merges: path -> (how branches are merged, its arguments).
       leaves: path -> parameter.
-      tolerance: largest difference, relative to the kernel's largest entry.
+      tolerance: largest difference, relative to the kernel's largest entry, beside the rounding of the sum:
+        terms that cancel are rounded by their own size, not by that of the kernel, which may be zero.
     """
+
+    def known(x: Any) -> bool:
+        return is_concrete(x) and getattr(x, "is_fully_addressable", True)
+
     wrong = []
-    for path, kernel in merged.items():
-        leaf = leaves[path]
-        if not all(is_concrete(x) and getattr(x, "is_fully_addressable", True) for x in (kernel, leaf)):
+    for path, (merge, arrays) in merges.items():
+        if not all(map(known, jax.tree.leaves((arrays, leaves[path])))):
             continue
-        k, size = np.asarray(leaf, np.float64), np.abs(np.asarray(sizes[path], np.float64)).max()
-        allowed = tolerance * np.abs(k).max() + 4 * float(jnp.finfo(leaf.dtype).eps) * size
-        if not np.abs(np.asarray(kernel, np.float64) - k).max() <= allowed:
+        kernel, size = (
+            np.asarray(merge(*terms), np.float64) for terms in (arrays, jax.tree.map(jnp.abs, arrays))
+        )
+        k = np.asarray(leaves[path], np.float64)
+        rounding = 4 * float(jnp.finfo(leaves[path].dtype).eps) * np.abs(size).max()
+        if not np.abs(kernel - k).max() <= tolerance * np.abs(k).max() + rounding:
             wrong.append(path)
     return wrong
 

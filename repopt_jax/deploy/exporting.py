@@ -173,11 +173,7 @@ def export(
         else:
             plain, calibration = trained, training_images(trained, CALIBRATION_IMAGES, data_dir=data_dir)
             kept = getattr(plain.model, "predictions", ()) if keep_float is None else keep_float
-            options = {
-                "weight_range": weights or "reduced",
-                "scale_bits": scale_bits,
-                "keep_float": kept,
-            }
+            options = {"weight_range": weights or "reduced", "scale_bits": scale_bits, "keep_float": kept}
             trained = plain._replace(model=quantize(plain.model, calibration, **options))
             images = len(calibration)
         # Those that onnxruntime's integer kernels make of them anyhow.

@@ -195,8 +195,7 @@ def load_deployed(directory: str | Path) -> Trained:
     whole = nnx.eval_shape(fused)
     whole = resized(whole, record["shapes"]) if record.get("shapes") else whole
     if quantized := record.get("quantized"):
-        scheme = {field.name: quantized[field.name] for field in dataclasses.fields(Scheme)}
-        whole = with_quantizers(whole, Scheme(**scheme), dict.fromkeys(quantized["layers"], (0.0, 0.0)))
+        whole = with_quantizers(whole, Scheme.of(quantized), dict.fromkeys(quantized["layers"], (0.0, 0.0)))
     network = split_model(whole)
     loaded = ocp.load(str(directory / "weights"), abstract(_arrays(network), first_device()))
     return Trained(merge_model(network.graphdef, **loaded), config, info, int(record["step"]))

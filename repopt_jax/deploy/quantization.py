@@ -107,7 +107,7 @@ class Options:
     @property
     def scheme(self) -> Scheme:
         """Bits and scales of the layers."""
-        return Scheme(self.bits, self.weight_bits, self.per, self.weight_range, self.scale_bits)  # pyright: ignore[reportArgumentType]
+        return Scheme.of(vars(self))
 
     @property
     def ranges(self) -> dict[str, Any]:

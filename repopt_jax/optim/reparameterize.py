@@ -370,9 +370,7 @@ def _check_weights(scales: Scales, weights, leaves) -> None:
 
 def _check_merged(merges: Mapping[str, tuple[Any, tuple[Any, ...]]], leaves: Mapping[str, Any]) -> None:
     """Raises ValueError with the paths whose branches, (how they are merged, arrays), give other kernels."""
-    merged = {path: merge(*arrays) for path, (merge, arrays) in merges.items()}
-    sizes = {path: merge(*jax.tree.map(jnp.abs, arrays)) for path, (merge, arrays) in merges.items()}
-    if wrong := other_kernels(merged, sizes, leaves, KERNEL_TOLERANCE):
+    if wrong := other_kernels(merges, leaves, KERNEL_TOLERANCE):
         raise ValueError(
             f"`weights` merge into other kernels than those of the parameters at {', '.join(wrong)}: give "
             "the weights that `reinitialize` returned with this very model"

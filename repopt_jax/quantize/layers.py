@@ -88,6 +88,16 @@ class Scheme:
         if problems:
             raise ValueError("; ".join(problems))
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Scheme":
+        """The scheme among the fields, by name, of a config or a record that has others too.
+
+        Raises:
+          ValueError: as the scheme itself.
+          KeyError: a field is missing.
+        """
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
+
     @property
     def levels(self) -> int:
         """The largest whole number of an input, 2^bits - 1; the least is 0."""

@@ -88,7 +88,12 @@ def branches_of(
                     if name not in vectors[path]
                 }
         theta[path] = structure.split(kernel, drawn, scales=vectors.get(path))
-    _require_kept(known, theta, leaves)
+    merges = {path: (one.merge, (theta[path],)) for path, one in known.items()}
+    if lost := other_kernels(merges, leaves, KEPT):
+        raise ValueError(
+            f"the branches of {', '.join(lost)} cannot express the kernels that the network has: a kernel as "
+            "large as the window, with no scale of zero, can; add one, or leave these layers out"
+        )
     return {path: t["weights"] for path, t in theta.items()} if of_scales else theta
 
 
@@ -104,18 +109,6 @@ def kept_branches(
     products = {path: one for path, one in structures.items() if one.is_product}
     others = {path: one for path, one in structures.items() if path not in products}
     return branches_of(model, others) | (branches_of(model, products, near=rngs) if products else {})
-
-
-def _require_kept(
-    structures: Mapping[str, Parametrization], theta: Mapping[str, Theta], leaves: Mapping[str, Any]
-) -> None:
-    merged = {path: one.merge(theta[path]) for path, one in structures.items()}
-    sizes = {path: one.merge(jax.tree.map(abs, theta[path])) for path, one in structures.items()}
-    if lost := other_kernels(merged, sizes, leaves, KEPT):
-        raise ValueError(
-            f"the branches of {', '.join(lost)} cannot express the kernels that the network has: a kernel as "
-            "large as the window, with no scale of zero, can; add one, or leave these layers out"
-        )
 
 
 def require_untrained(

@@ -200,18 +200,11 @@ def _aware(config: Config, model: Any) -> Any:
         return model
     model.eval()
     model = fuse(model) if quantize.fused else model
-    scheme = Scheme(
-        quantize.bits,
-        quantize.weight_bits,
-        quantize.per,  # pyright: ignore[reportArgumentType]
-        quantize.weight_range,  # pyright: ignore[reportArgumentType]
-        quantize.scale_bits,
-    )
     layers = find_quantizable(model)
     check_paths(model, quantize.keep_float, "quantize.keep_float", layers)
     ranges = {path: (0.0, 0.0) for path in layers if path not in quantize.keep_float}
     options = {"momentum": quantize.momentum, "frozen_after": quantize.freeze_after}
-    return with_quantizers(model, scheme, ranges, **options)
+    return with_quantizers(model, Scheme.of(vars(quantize)), ranges, **options)
 
 
 def _scales(config: Config, info: Any) -> Scales | None:
