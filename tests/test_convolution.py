@@ -2,6 +2,9 @@
 elsewhere."""
 
 import functools
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import chex
@@ -183,6 +186,22 @@ def test_tiles_are_a_product_of_matrices_and_other_windows_are_not(platform):
 @given(cases())
 def test_every_shape_as_xla_to_rounding(dtype, case):
     assert far(*both(case, dtype)) < tolerances.CONVOLUTIONS[dtype]
+
+
+OF_A_PROCESS = """
+import jax, jax.numpy as jnp
+from repopt_jax.nn.convolution import conv_general_dilated
+x, w = jnp.zeros((1, 2, 4)), jnp.zeros((2, 2, 1))
+print(jax.make_jaxpr(lambda x, w: conv_general_dilated(x, w, (1,), "SAME"))(x, w).eqns[0].primitive)
+"""
+
+
+@pytest.mark.parametrize(("value", "primitive"), [("1", "conv_general_dilated"), ("0", "repopt_convolution")])
+def test_the_environment_turns_it_off_for_a_process(value, primitive):
+    environment = {**os.environ, "REPOPT_XLA_CONVOLUTIONS": value}
+    code = [sys.executable, "-c", OF_A_PROCESS]
+    done = subprocess.run(code, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == [primitive]
 
 
 IMAGES = {"padding": [(1, 1)] * 2, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}

@@ -18,6 +18,7 @@ import contextvars
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,10 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-_enabled = contextvars.ContextVar("repopt_jax_convolutions", default=True)
+# In the environment, so that it holds in the processes that this one starts as well.
+_enabled = contextvars.ContextVar(
+    "repopt_jax_convolutions", default=os.environ.get("REPOPT_XLA_CONVOLUTIONS") != "1"
+)
 
 # More terms in a sum, or more groups, make a program that takes longer to compile than is won.
 MAX_TERMS = 80
@@ -51,7 +55,8 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     """`jax.lax.conv_general_dilated`, of the same arguments, lowered for a CPU to faster forms.
 
     Every transformation of JAX works as with that function: forward mode, reverse mode and their
-    compositions, `jax.vmap`, `jax.checkpoint`, sharding. Inside `xla_convolutions()` it is that function.
+    compositions, `jax.vmap`, `jax.checkpoint`, sharding. Inside `xla_convolutions()`, and with
+    REPOPT_XLA_CONVOLUTIONS=1 in the environment, it is that function.
 
     Raises:
       TypeError, ValueError: as `jax.lax.conv_general_dilated`.
@@ -126,7 +131,8 @@ def _has_tiles(shape: Sequence[int], params: dict[str, Any]) -> bool:
 def xla_convolutions() -> Iterator[None]:
     """Makes `conv_general_dilated` XLA's own on every platform, in functions that are traced inside.
 
-    A function that was compiled before stays as it is.
+    A function that was compiled before stays as it is. REPOPT_XLA_CONVOLUTIONS=1 in the environment does the
+    same for the whole of a process.
     """
     token = _enabled.set(False)
     try:
