@@ -63,8 +63,7 @@ def get_comparison(arg: str = "") -> Comparison:
     """The comparison called "three", "structures", "a0" or "quantize".
 
     three: plain SGD, RepOpt with searched scales and RepVGG, three seeds each, all by the same recipe.
-    structures: these, the depth rule, structures trained online and DBB; five seeds, and for each way the
-    best of three learning rates on 2,560 held-out images, chosen with the first seed.
+    structures: these, the depth rule, structures trained online and DBB; five seeds, the same recipe.
     a0: the same, of a network with the stages of RepVGG-A0 (2, 4, 14, 1 blocks) at a third of its width.
     quantize: the three, QARepVGG and online, three seeds each by the same recipe, for
     `scripts/quantize_table.py`.
@@ -74,8 +73,7 @@ def get_comparison(arg: str = "") -> Comparison:
     settings: dict[str, Any] = {}
     if choice in ("structures", "a0"):
         names += ["depth", "online", "orepa", "dbb"]
-        grid = {"optim.learning_rate": (0.05, 0.1, 0.2)}
-        settings = {"seeds": 5, "tuning_seeds": 1, "grid": grid, "validation": 2560}
+        settings = {"seeds": 5}
     if choice == "quantize":
         names += ["qarepvgg", "online"]
     ways = {name: get_config(name) for name in names}

@@ -73,6 +73,29 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def join(args: argparse.Namespace) -> int:
+    """Join the results of a comparison that several machines made.
+
+    Each made some of the seeds or ways (--ways). RESULTS are files that `repopt compare --results=PATH`
+    wrote, or this command: of the same comparison, and no seed of a way twice. Means, intervals and
+    conclusions are computed anew. Example, for seeds 0 to 4:
+
+      repopt compare --config=deep_digits --seeds=3 --out=runs/here --results=here
+      repopt compare --config=deep_digits --config.seed=3 --seeds=2 --out=runs/there --results=there
+      repopt join here.json there.json --results=both"""
+    from repopt_jax.report.join import join, read_results, write_results
+
+    if twice := sorted({file for file in args.files if args.files.count(file) > 1}):
+        raise UsageError(f"{', '.join(twice)} is given twice")
+    joined = join({file: read_results(file) for file in args.files})
+    write_results(joined, _absolute(args.results))
+    for row in joined["rows"]:
+        values = row["test"].get(joined["metric"], {}).values()
+        _print(f"{row['label']}: {', '.join(f'{100 * value:.2f}' for value in values)}")
+    _print("", *joined["conclusions"], "", f"Results: {_absolute(args.results)}.json")
+    return 0
+
+
 def print_config(args: argparse.Namespace) -> int:
     """Prints the config, or the comparison, that a command would run, as a file that gives it again. Nothing
     is checked that only a run needs: data, scales, devices."""
@@ -115,7 +138,7 @@ def _comparison(args: argparse.Namespace) -> Any:
 
     found = load_comparison(args.config)
     if not isinstance(found, Comparison):
-        return comparison_of(with_overrides(found, args.overrides), seeds=args.seeds)
+        return _some_ways(comparison_of(with_overrides(found, args.overrides), seeds=args.seeds), args.ways)
     given = [override.removeprefix("--config.").partition("=")[0] for override in args.overrides]
     own = ("name", "scales", "data.validation", *found.grid)
     if refused := [name for name in given if name in own]:
@@ -128,7 +151,19 @@ def _comparison(args: argparse.Namespace) -> Any:
         for kind, given in (("ways", found.ways), ("searches", found.searches))
     }
     seeds = found.seeds if args.seeds is None else args.seeds
-    return dataclasses.replace(found, **changed, seeds=seeds)
+    return _some_ways(dataclasses.replace(found, **changed, seeds=seeds), args.ways)
+
+
+def _some_ways(comparison: Any, ways: Sequence[str] | None) -> Any:
+    """The comparison of these ways alone, with the differences that are among them."""
+    if ways is None:
+        return comparison
+    if unknown := [way for way in ways if way not in comparison.ways]:
+        raise UsageError(
+            f"--ways has {', '.join(unknown)}, and the comparison has {', '.join(comparison.ways)}"
+            f"{did_you_mean(unknown[0], comparison.ways)}"
+        )
+    return comparison.of(ways)
 
 
 def _keep_compiled(out: Path) -> None:
@@ -544,7 +579,7 @@ def models(args: argparse.Namespace) -> int:
 
 @single_process
 def bench(args: argparse.Namespace) -> int:
-    """Measure the time and memory of updates, training steps and inference.
+    """Measure time and memory of updates, steps and inference.
 
     Measures the cost of re-parameterization, on the first device. In each round all candidates run, in
     another order each time, and are compared within the round. PARTS are separated by commas, or "all":

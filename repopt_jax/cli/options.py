@@ -37,6 +37,7 @@ def _quickstart(parser: Parser) -> None:
     parser.option("--out=DIR", "folder of all results (%(default)s)", type=path, default="runs/quickstart")
     parser.comparison_options()
     parser.config_options(default="deep_digits")
+    parser.set_defaults(ways=None)
 
 
 def _compare(parser: Parser) -> None:
@@ -47,7 +48,15 @@ def _compare(parser: Parser) -> None:
         required=True,
     )
     parser.comparison_options()
+    parser.option(
+        "--ways=WAY,...", "these ways alone (all); `repopt join` joins them with others", type=words
+    )
     parser.config_options(required=True)
+
+
+def _join(parser: Parser) -> None:
+    parser.argument("RESULTS", "PATH.json of a comparison", type=path, nargs="+", dest="files")
+    parser.option("--results=PATH", "writes PATH.md, PATH.json and PATH.png", required=True)
 
 
 def _training(parser: Parser) -> None:
@@ -296,6 +305,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "quickstart": Command(commands.quickstart, _quickstart),
     "compare": Command(commands.compare, _compare),
+    "join": Command(commands.join, _join, computes=False),
     "search": Command(commands.search, _training),
     "train": Command(commands.train, _training),
     "check-data": Command(commands.check_data, _check_data),

@@ -14,6 +14,8 @@ from repopt_jax.train.config import (
     differing_fields,
     from_json,
     load_config,
+    needs_no_folder,
+    settings_of,
     smoke,
     to_json,
 )
@@ -129,6 +131,33 @@ class Comparison:
     def label(self, way: str) -> str:
         """What tables and figures call a way."""
         return self.labels.get(way, way)
+
+    def of(self, ways: Iterable[str]) -> "Comparison":
+        """The comparison of some of the ways: theirs the seeds, the grid and the differences among them."""
+        named = {way: config for way, config in self.ways.items() if way in set(ways)}
+        taken = {search_of(config) for config in named.values() if config.scales.startswith(SEARCH)}
+        return dataclasses.replace(
+            self,
+            ways=named,
+            searches={name: config for name, config in self.searches.items() if name in taken},
+            labels={way: label for way, label in self.labels.items() if way in named},
+            differences=[pair for pair in self.pairs if named.keys() >= set(pair)],
+        )
+
+    def settings(self, way: str) -> dict[str, Any]:
+        """The fields of a way's config that are not at their defaults, without seed and name, what the grid
+        sets, and folders."""
+        config, left_out = self.ways[way], {"seed", "name", *self.grid}
+        if not (config.scales.startswith(SEARCH) or needs_no_folder(config.scales)):
+            left_out.add("scales")
+        return {
+            name: value
+            for name, value, default, rules, _ in settings_of(config)
+            if value != default
+            and name not in left_out
+            and not rules.get("changeable")
+            and (name == "scales" or not rules.get("path"))
+        }
 
 
 def search_of(config: Config) -> str:

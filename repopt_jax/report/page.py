@@ -66,7 +66,7 @@ CAPTIONS = {
 INTERVALS = (
     "Runs of one seed see the same images in the same order, so they are compared in pairs. Each interval is "
     "Student's t over its own pairs, without a correction for there being {count} of them. All ways share "
-    "the test images, and those with searched scales one search: the spread over other test sets and other "
+    "the test images, and those with searched scales {searches}: the spread over other test sets and other "
     "searches is not in it."
 )
 NEXT = """# your own network, as it is: see docs/own_network.md
@@ -208,7 +208,7 @@ def _differences(content: Mapping[str, Any]) -> str:
         )
         for d in content["differences"]
     ]
-    text = INTERVALS.format(count=len(rows))
+    text = INTERVALS.format(count=len(rows), searches="one search")
     heads = ("difference, seed by seed", "points", "95 % interval", "contains zero")
     return table(heads, rows) + f'<p class="soft">{escape(text)}</p>'
 

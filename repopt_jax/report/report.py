@@ -13,7 +13,7 @@ import math
 import shutil
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from repopt_jax.report.machine import processor
 from repopt_jax.report.records import History, Run, history_of, read_run
 from repopt_jax.report.statistics import Difference, standard_error
 from repopt_jax.surgery.prepare import Mode
+from repopt_jax.train.config import Config
 from repopt_jax.train.tasks import METRICS, metric_label
 
 
@@ -94,14 +95,7 @@ def _content(
         "points": [point_text(point) for point in comparison.points],
         "tuned_by": comparison.tuned_by,
         "validation": comparison.validation,
-        "differences": [
-            {
-                "label": f"{comparison.label(d.way)} minus {comparison.label(d.than)}",
-                **dataclasses.asdict(d),
-                "shown": d.shown,
-            }
-            for d in results.differences
-        ],
+        "differences": [difference_row(d, comparison.label) for d in results.differences],
         "searches": [
             {"name": name, **dataclasses.asdict(monitor.verdict(history))}
             for name, history in histories.items()
@@ -116,25 +110,43 @@ def _content(
 
 def _row(results: Results, way: str, deployed: Mapping[str, Any] | None) -> dict[str, Any]:
     result, comparison = results.ways[way], results.comparison
-    values = list(result.test.get(comparison.metric, {}).values())
-    accuracies = result.test.get("accuracy")
     return {
         "way": way,
         "label": comparison.label(way),
         "point": point_text(result.point),
+        "settings": comparison.settings(way),
         "tuning": [None if value != value else value for value in result.tuning],
         "test": result.test,
-        "mean": statistics.fmean(values) if values else None,
-        "deviation": statistics.stdev(values) if len(values) > 1 else None,
-        "standard_error": (
-            standard_error(statistics.fmean(accuracies.values()), result.count) if accuracies else None
-        ),
+        **spread(result.test, comparison.metric, result.count),
         "test_count": result.count,
         "step_ms": result.step_ms,
         "train_parameters": result.summary.get("train_parameters"),
         "deploy_parameters": deployed and deployed["deploy_parameters"],
         "deploy_error": deployed and deployed["max_rel"],
         "gradients": {layer: size for layer, size in result.gradients.items() if math.isfinite(size)},
+    }
+
+
+def difference_row(d: Difference, label: Callable[[str], str]) -> dict[str, Any]:
+    """A difference as report.json has it; `label` gives what a way is called."""
+    return {"label": f"{label(d.way)} minus {label(d.than)}", **dataclasses.asdict(d), "shown": d.shown}
+
+
+def spread(test: Mapping[str, Mapping[Any, float]], metric: str, count: int) -> dict[str, float | None]:
+    """Mean and deviation of the seeds, and the binomial error of an accuracy on so many images.
+
+    Args:
+      test: metric -> seed -> value in [0, 1].
+      metric: whose mean and deviation.
+      count: number of test images.
+    """
+    values, accuracies = list(test.get(metric, {}).values()), test.get("accuracy")
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "standard_error": standard_error(statistics.fmean(accuracies.values()), count)
+        if accuracies
+        else None,
     }
 
 
@@ -163,20 +175,34 @@ def _runs(results: Results) -> Iterator[dict[str, Any]]:
 def conclusions(results: Results) -> Iterator[str]:
     """What the differences allow to be said: who is ahead of whom, what is not shown, and how much of a lead
     is there at the start."""
-    label = results.comparison.label
-    for than in dict.fromkeys(d.than for d in results.differences):
+    labels = {way: results.comparison.label(way) for way in results.ways}
+    starts = starts_of({way: results.comparison.settings(way) for way in results.ways})
+    return sentences(results.differences, labels, starts)
+
+
+def sentences(
+    differences: Sequence[Difference], labels: Mapping[str, str], starts: Mapping[str, str]
+) -> Iterator[str]:
+    """`conclusions` of differences alone.
+
+    Args:
+      differences: way minus way.
+      labels: way -> what it is called.
+      starts: way -> the way that is its rule of initialization alone.
+    """
+    for than in dict.fromkeys(d.than for d in differences):
         for word, sign in (("Ahead of", 1), ("Behind", -1)):
-            found = [d for d in results.differences if d.than == than and d.shown and d.mean * sign > 0]
+            found = [d for d in differences if d.than == than and d.shown and d.mean * sign > 0]
             if found:
-                listed = "; ".join(f"{label(d.way)} {_with_interval(d)}" for d in found)
-                yield f"{word} {label(than)} by points that are unlikely to be chance: {listed}."
-    if unclear := [d for d in results.differences if not d.shown and d.low is not None]:
-        listed = "; ".join(f"{label(d.way)} minus {label(d.than)} {_with_interval(d)}" for d in unclear)
+                listed = "; ".join(f"{labels[d.way]} {_with_interval(d)}" for d in found)
+                yield f"{word} {labels[than]} by points that are unlikely to be chance: {listed}."
+    if unclear := [d for d in differences if not d.shown and d.low is not None]:
+        listed = "; ".join(f"{labels[d.way]} minus {labels[d.than]} {_with_interval(d)}" for d in unclear)
         yield f"Not shown which is better, as the interval contains zero: {listed}."
-    if single := [d for d in results.differences if d.low is None]:
-        listed = "; ".join(f"{label(d.way)} minus {label(d.than)} {_points(d.mean)}" for d in single)
+    if single := [d for d in differences if d.low is None]:
+        listed = "; ".join(f"{labels[d.way]} minus {labels[d.than]} {_points(d.mean)}" for d in single)
         yield f"One seed says nothing of the spread: {listed}."
-    yield from _share_of_start(results)
+    yield from _share_of_start(differences, labels, starts)
 
 
 def _with_interval(d: Difference) -> str:
@@ -185,15 +211,17 @@ def _with_interval(d: Difference) -> str:
     return f"{_points(d.mean)} ({_points(d.low)} to {_points(d.high)})"
 
 
-def _share_of_start(results: Results) -> Iterator[str]:
+def _share_of_start(
+    differences: Sequence[Difference], labels: Mapping[str, str], starts: Mapping[str, str]
+) -> Iterator[str]:
     """How much of a lead that is shown is there with the rule of initialization alone."""
-    label, found = results.comparison.label, {(d.way, d.than): d for d in results.differences}
+    found = {(d.way, d.than): d for d in differences}
     for (way, than), whole in found.items():
-        start = next((other for other in results.ways if _is_start_of(results, other, way)), None)
+        start = starts.get(way)
         if start is None or (start, than) not in found or not whole.shown or whole.mean <= 0:
             continue
         part, rest = found[start, than].mean, found.get((way, start))
-        lead = f"{label(way)} is ahead of {label(than)}"
+        lead = f"{labels[way]} is ahead of {labels[than]}"
         more = "" if rest is None or rest.shown else ", and more than that is not shown"
         if part >= whole.mean:
             yield (
@@ -218,14 +246,21 @@ def _points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def _is_start_of(results: Results, other: str, way: str) -> bool:
-    """Whether `other` is `way` with the rule of initialization only."""
-    a, b = (results.comparison.ways[name] for name in (other, way))
-    return a.model.mode == b.model.mode == Mode.REPOPT and (a.rules, b.rules, a.scales) == (
-        "init",
-        "both",
-        b.scales,
-    )
+def starts_of(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Way -> the way that is its rule of initialization alone, where there is one; `settings` are those of
+    each way as `Comparison.settings` gives them."""
+    named = {
+        way: {**of, "rules": of.get("rules", Config.rules)}
+        for way, of in settings.items()
+        if of.get("model.mode") == Mode.REPOPT and "scales" in of
+    }
+    return {
+        way: other
+        for way, of in named.items()
+        if of["rules"] == "both"
+        for other, others in named.items()
+        if others == {**of, "rules": "init"}
+    }
 
 
 def _made(results: Results, command: str) -> dict[str, Any]:
@@ -270,30 +305,36 @@ def _relative(path: Path) -> str:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The tables of report.json's content as Markdown."""
-    made = content["made"]
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    """The tables of report.json's content, or of what `join` made of several, as Markdown."""
+    made, parts = content["made"], content.get("parts", ())
     rows = content["rows"]
     metrics = [m for m in METRICS[content["task"]] if any(m.name in row["test"] for row in rows)]
     lines = [f"# {content['title']}", ""]
     if made["command"]:
         lines += [f"`{made['command']}`", ""]
-    commit_text = f", commit {made['commit']}" if made["commit"] else ""
-    lines += [
-        f"{made['date']}{commit_text}; {made['processor']}; {versions}. {made['epochs']} epochs, "
-        f"{made['steps']} steps, {rows[0]['test_count']:,} test images{_binomial(rows)}.",
-        "",
-    ]
-    by = "one seed" if content["tuned_by"] == 1 else f"{content['tuned_by']} seeds"
+    size = (
+        f"{made['epochs']} epochs, {made['steps']} steps, {rows[0]['test_count']:,} test images"
+        f"{_binomial(rows)}."
+    )
+    if parts:
+        lines += [f"{size} Made in {len(parts)} parts:", ""]
+        lines += [f"{i}. `{part['command']}`, {_origin(part)}" for i, part in enumerate(parts, 1)]
+        lines += [""]
+    else:
+        lines += [f"{_origin(made)} {size}", ""]
     if len(content["points"]) > 1:
+        by = "one seed" if content["tuned_by"] == 1 else f"{content['tuned_by']} seeds"
         lines += [
             f"Each way was trained at every point of the grid by {by}; "
-            f"{content['validation']} training images that were held out decided between the points, and the "
-            "test images were read when all was trained.",
+            f"{content['validation']} training images that were held out decided between the points"
+            f"{', in each part for itself' if parts else ''}, and the test images were read when all was "
+            "trained.",
             "",
         ]
     for metric in metrics:
         lines += [*_ways_table(rows, metric.name, metric.label, content), ""]
+    if parts:
+        lines += [*_parts_table(rows, parts), ""]
     if len(content["points"]) > 1:
         lines += [*_tuning_table(content), ""]
     if content["differences"]:
@@ -306,6 +347,13 @@ def markdown(content: Mapping[str, Any]) -> str:
         ]
         lines += [""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _origin(made: Mapping[str, Any]) -> str:
+    """When, from which commit and on what results were made."""
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    commit_text = f", commit {made['commit']}" if made["commit"] else ""
+    return f"{made['date']}{commit_text}; {made['processor']}; {versions}."
 
 
 def _binomial(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -335,6 +383,23 @@ def _ways_table(
     return lines
 
 
+def _parts_table(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "Seeds, and ms a step on the machine of each part:",
+        "",
+        "| | " + " | ".join(f"part {i}" for i, _ in enumerate(parts, 1)) + " |",
+        "|---" * (1 + len(parts)) + "|",
+    ]
+    for row in rows:
+        cells = []
+        for part in parts:
+            way = part["ways"].get(row["label"], {"seeds": [], "step_ms": None})
+            seeds, step = ", ".join(map(str, way["seeds"])), way["step_ms"]
+            cells.append(seeds if step is None else f"{seeds}: {step:.1f} ms")
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    return lines
+
+
 def _tuning_table(content: Mapping[str, Any]) -> list[str]:
     name = metric_label(METRICS[content["task"]][0], "validation")
     lines = [
@@ -360,7 +425,8 @@ def _difference_table(content: Mapping[str, Any]) -> list[str]:
         each = ", ".join(_points(value) for value in d["by_seed"].values())
         interval = "" if d["low"] is None else f"{_points(d['low'])} to {_points(d['high'])}"
         lines.append(f"| {d['label']} | {each} | {_points(d['mean'])} | {interval} |")
-    return [*lines, "", page.INTERVALS.format(count=len(content["differences"]))]
+    searches = "one search in each part" if content.get("parts") else "one search"
+    return [*lines, "", page.INTERVALS.format(count=len(content["differences"]), searches=searches)]
 
 
 # -- the figures
