@@ -1,7 +1,9 @@
 """Results of one comparison that two machines made: joined, they are those of one."""
 
 import dataclasses
+import itertools
 import json
+import math
 
 import pytest
 from test_cli import refused
@@ -10,9 +12,11 @@ from test_report import WAYS, made
 from repopt_jax.cli.main import main
 from repopt_jax.report import report
 from repopt_jax.report.compare import Results
-from repopt_jax.report.comparison import load_comparison
+from repopt_jax.report.comparison import Comparison, load_comparison
 from repopt_jax.report.join import join, read_results, write_results
-from repopt_jax.report.statistics import difference
+from repopt_jax.report.report import markdown
+from repopt_jax.report.statistics import difference, standard_error
+from repopt_jax.train.config import Config, ModelConfig
 
 # Way -> seed -> accuracy.
 ALL = {
@@ -22,100 +26,155 @@ ALL = {
 }
 
 
-def content(folder, names, seeds, *, machine="EPYC", **changes):
-    """What the results file of a part has, `seeds` of the ways `names`."""
+WHOLE = {way: WAYS[way] for way in ALL}
+PAIRS = [("init", "plain"), ("depth", "plain"), ("depth", "init")]
+
+
+def content(folder, names, seeds, *, machine="EPYC", tuning=(0.5, 0.7), **changes):
+    """What the results file of a part has, `seeds` of the ways `names`, each tuned by all of its seeds."""
     results = made(folder, {way: tuple(ALL[way][seed] for seed in seeds) for way in names}, searched=False)
-    results = dataclasses.replace(
-        results, comparison=dataclasses.replace(results.comparison, **{"seeds": len(seeds), **changes})
-    )
+    settings = {"ways": WHOLE, "differences": PAIRS, "seeds": len(seeds), **changes}
+    comparison = dataclasses.replace(results.comparison, **settings).of(names)
     found = {
         way: dataclasses.replace(
             result,
-            test={"accuracy": dict(zip(seeds, result.test["accuracy"].values()))},
+            test={"accuracy": {seed: ALL[way][seed] for seed in seeds}},
+            tuning=tuning,
             folders=dict(zip(seeds, result.folders.values())),
         )
         for way, result in results.ways.items()
     }
-    pairs = results.comparison.pairs
-    differences = [difference(a, b, found[a].test["accuracy"], found[b].test["accuracy"]) for a, b in pairs]
-    whole = report._content(
-        Results(results.comparison, found, differences, {}), {}, None, {}, f"repopt compare on {machine}"
-    )
+    tests = {way: result.test["accuracy"] for way, result in found.items()}
+    differences = [difference(a, b, tests[a], tests[b]) for a, b in comparison.pairs]
+    command = f"repopt compare on {machine}"
+    whole = report._content(Results(comparison, found, differences, {}), {}, None, {}, command)
     whole["made"]["processor"] = machine
     whole.pop("runs")
     return json.loads(json.dumps(whole))
 
 
+def shared(folder):
+    """Parts of the comparison: two machines have some seeds of two ways each, a third one a way of its own.
+    The means at the points of the grid are of 3, 2 and 5 seeds."""
+    return {
+        "a": content(folder / "a", ("plain", "depth"), (0, 1, 2), tuning=(0.5, 0.7)),
+        "b": content(folder / "b", ("plain", "depth"), (3, 4), machine="Xeon", tuning=(0.25, 0.9)),
+        "c": content(folder / "c", ("init",), range(5), tuning=(0.4, 0.78)),
+    }
+
+
 @pytest.fixture
 def whole(tmp_path):
-    return content(tmp_path / "whole", ALL, range(5))
+    tuning = ((3 * 0.5 + 2 * 0.25) / 5, (3 * 0.7 + 2 * 0.9) / 5)
+    return content(tmp_path / "whole", ALL, range(5), tuning=tuning)
 
 
 @pytest.fixture
 def parts(tmp_path):
-    """Two machines by seeds, and a third that made a way of its own."""
-    return {
-        "a": content(tmp_path / "a", ("plain", "depth"), (0, 1, 2)),
-        "b": content(tmp_path / "b", ("plain", "depth"), (3, 4), machine="Xeon"),
-        "c": content(tmp_path / "c", ("init",), range(5))
-        | {"differences": [{"way": "init", "than": "plain"}]},
-    }
+    return shared(tmp_path)
 
 
 def numbers(content):
-    """What must not depend on how seeds and ways were shared out."""
-    rows = {
-        row["way"]: {name: row[name] for name in ("test", "mean", "deviation", "standard_error", "tuning")}
-        for row in content["rows"]
-    }
-    return rows, {(d["way"], d["than"]): d for d in content["differences"]}
+    """What must not depend on how seeds and ways were shared out, or on the order of the files."""
+    content = json.loads(json.dumps(content))
+    names = (
+        "test",
+        "mean",
+        "deviation",
+        "standard_error",
+        "tuning",
+        "tuned_by",
+        "seeds",
+        "settings",
+        "steps",
+    )
+    rows = {row["way"]: {name: row[name] for name in names} for row in content["rows"]}
+    return rows, {(d["way"], d["than"]): d for d in content["differences"]}, content["conclusions"]
 
 
-def test_joined_parts_are_the_whole(whole, parts):
-    rows, differences = numbers(json.loads(json.dumps(join(parts))))
-    expected_rows, expected_differences = numbers(whole)
+@pytest.mark.parametrize("order", ["".join(files) for files in itertools.permutations("abc")])
+def test_joined_parts_are_the_whole_in_any_order(whole, parts, order):
+    joined = join({name: parts[name] for name in order})
+    rows, differences, conclusions = numbers(joined)
+    expected_rows, expected_differences, expected_conclusions = numbers(whole)
     assert differences == expected_differences
+    assert conclusions == expected_conclusions
+    assert list(rows) == list(expected_rows)
     for way, row in expected_rows.items():
-        assert rows[way]["test"] == row["test"]
-        for name in ("mean", "deviation", "standard_error", "tuning"):
-            assert rows[way][name] == pytest.approx(row[name], rel=1e-12), (way, name)
+        for name, value in row.items():
+            near = pytest.approx(value, rel=1e-12) if name in ("mean", "deviation", "tuning") else value
+            assert rows[way][name] == near, (way, name)
+    assert (joined["tuned_by"], joined["ways"], joined["pairs"]) == (
+        whole["tuned_by"],
+        whole["ways"],
+        whole["pairs"],
+    )
 
 
-def test_conclusions_are_of_all_seeds_and_ways(whole, parts):
-    found = join(parts)["conclusions"]
-    (start,) = found[1:]
-    assert [start] == whole["conclusions"][1:]
+def test_conclusions_are_of_all_seeds_and_ways(parts):
+    ahead, *_, start = join(parts)["conclusions"]
+    leads = ("init +19.8 (+18.2 to +21.4)", "depth +21.4 (+19.1 to +23.7)")
+    for lead in leads:
+        assert lead in ahead
+        assert lead not in " ".join(parts["a"]["conclusions"])
     assert start.startswith(
         "Most of the lead is where the training starts: of the +21.4 points that depth is"
     )
-    for lead in ("init +19.8 (+18.2 to +21.4)", "depth +21.4 (+19.1 to +23.7)"):
-        assert lead in found[0]
-        assert lead in whole["conclusions"][0]
-        assert lead not in " ".join(parts["a"]["conclusions"])
 
 
-def test_what_was_joined_is_joined_with_more(parts):
-    two = join({name: parts[name] for name in "ab"})
-    again = json.loads(json.dumps(two))
-    three, at_once = join({"two": again, "c": parts["c"]}), join(parts)
-    assert numbers(three) == numbers(at_once)
-    assert three["parts"] == at_once["parts"]
-    assert [part["processor"] for part in three["parts"]] == ["EPYC", "Xeon", "EPYC"]
+@pytest.mark.parametrize("first", ["ab", "bc", "ca"])
+def test_what_was_joined_is_joined_with_more(whole, parts, first):
+    some = json.loads(json.dumps(join({name: parts[name] for name in first})))
+    (rest,) = set(parts) - set(first)
+    joined = join({"some": some, rest: parts[rest]})
+    assert numbers(joined)[1:] == numbers(whole)[1:]
+    for row, expected in zip(joined["rows"], whole["rows"], strict=True):
+        assert row["tuning"] == pytest.approx(expected["tuning"], rel=1e-12)
+        assert (row["mean"], row["tuned_by"]) == (pytest.approx(expected["mean"], rel=1e-12), 5)
+    assert sorted(part["processor"] for part in joined["parts"]) == ["EPYC", "EPYC", "Xeon"]
 
 
 def test_a_difference_is_over_the_seeds_that_both_ways_have(tmp_path):
     first = content(tmp_path / "a", ("plain", "depth"), (0, 1, 2))
     second = content(tmp_path / "b", ("plain",), (3, 4))
-    (difference,) = join({"a": first, "b": second})["differences"]
-    assert list(difference["by_seed"]) == [0, 1, 2]
+    joined = join({"a": first, "b": second})
+    (found,) = joined["differences"]
+    assert list(found["by_seed"]) == [0, 1, 2]
+    assert "by 3 to 5 seeds" in markdown(joined)
+
+
+def test_a_part_whose_runs_diverged_is_joined(parts):
+    row = parts["b"]["rows"][0]
+    row |= {"test_count": 0, "train_parameters": None, "epochs": None, "steps": None, "step_ms": None}
+    row["test"] = {"accuracy": {"3": 0.0, "4": 0.0}}
+    for order in ("ab", "ba"):
+        plain = join({name: parts[name] for name in order})["rows"][0]
+        assert list(plain["test"]["accuracy"].values()) == [0.6, 0.5, 0.55, 0.0, 0.0]
+        assert (plain["test_count"], plain["train_parameters"], plain["steps"]) == (355, 1000, 2000)
+        assert plain["standard_error"] == pytest.approx(standard_error(1.65 / 5, 355))
+
+
+def test_results_of_before_are_joined(parts):
+    """Rows had no settings, seeds and steps of their own, and files no pairs."""
+    old = parts["a"]
+    for row in old["rows"]:
+        for name in ("settings", "seeds", "epochs", "steps", "tuned_by"):
+            del row[name]
+    for name in ("ways", "pairs"):
+        del old[name]
+    joined = join({"a": old, **{name: parts[name] for name in "bc"}})
+    assert {(d["way"], d["than"]) for d in joined["differences"]} == set(PAIRS)
+    assert "initialization alone" in joined["conclusions"][-1]
+    assert joined["parts"][0]["ways"]["plain"] == {"seeds": [0, 1, 2], "step_ms": 10.5}
 
 
 def test_tables_name_every_part_with_its_times(parts, tmp_path):
     parts["b"]["rows"][0]["step_ms"] = 21.25
     write_results(join(parts), tmp_path / "new" / "joined")
     text = (tmp_path / "new" / "joined.md").read_text()
-    assert "1. `repopt compare on EPYC`, " in text
-    assert "2. `repopt compare on Xeon`, " in text
+    assert "\n2. 20" in text
+    assert "; Xeon; python 3, jax 1. `repopt compare on Xeon`\n" in text
+    assert text.count("ms a step") == 1
     assert "| plain | 0, 1, 2: 10.5 ms | 3, 4: 21.2 ms |  |" in text
     assert "| plain | 60.00, 50.00, 55.00, 58.00, 61.00 | 56.80 |" in text
     assert "one search in each part" in text
@@ -123,16 +182,16 @@ def test_tables_name_every_part_with_its_times(parts, tmp_path):
     assert read_results(tmp_path / "new" / "joined.json") == json.loads(json.dumps(join(parts)))
 
 
+SLOWER = {way: dataclasses.replace(config, epochs=7) for way, config in WHOLE.items()}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"title": "x"}, "`title` is 'Digits' in a and 'x' in b"),
         ({"validation": 30}, "`validation` is 20 in a and 30 in b"),
-        ({"labels": {"plain": "SGD"}}, "`label` of way 'plain' is 'plain' in a and 'SGD' in b"),
-        (
-            {"ways": {**WAYS, "plain": dataclasses.replace(WAYS["plain"], epochs=7)}},
-            r"`settings` of way 'plain' is {} in a and {'epochs': 7} in b",
-        ),
+        ({"labels": {"plain": "SGD"}}, "`label` of plain is 'plain' in a and 'SGD' in b"),
+        ({"ways": SLOWER}, "`epochs` of plain, depth is at its default in a and 7 in b"),
     ],
 )
 def test_other_comparisons_are_refused(parts, tmp_path, changes, said):
@@ -142,6 +201,18 @@ def test_other_comparisons_are_refused(parts, tmp_path, changes, said):
     assert str(error.value) == f"these results cannot be joined: {said}"
 
 
+def test_scales_of_another_search_are_refused():
+    ways = {"searched": Config(model=ModelConfig(mode="repopt"), scales="search:short")}
+    searches = {"short": Config(model=ModelConfig(mode="search"), epochs=3)}
+    settings = Comparison("x", ways, searches).settings("searched")
+    assert settings == {
+        "model.mode": "repopt",
+        "scales": "search:short",
+        "search.model.mode": "search",
+        "search.epochs": 3,
+    }
+
+
 def test_all_problems_are_said_at_once(parts):
     other = json.loads(json.dumps(parts["a"]))
     other["rows"][0]["point"] = "learning rate 0.1"
@@ -149,13 +220,52 @@ def test_all_problems_are_said_at_once(parts):
         join({"a": parts["a"], "b": other})
     assert str(error.value) == "these results cannot be joined: " + "; ".join(
         (
-            "`point` of way 'plain' is 'learning rate 0.3' in a and 'learning rate 0.1' in b",
-            "seeds 0, 1, 2 of way 'plain' are in a and in b",
-            "seeds 0, 1, 2 of way 'depth' are in a and in b",
+            "`point` of plain is 'learning rate 0.3' in a and 'learning rate 0.1' in b (each part chooses "
+            "for itself: share a comparison with a grid by ways)",
+            "seeds 0, 1, 2 of plain, depth are in a and in b",
         )
     )
     with pytest.raises(ValueError, match="1 is not enough"):
         join({"a": parts["a"]})
+
+
+def spoiled(part, *path, value):
+    """JSON of a part with one value replaced."""
+    part = json.loads(json.dumps(part))
+    owner = part
+    for name in path[:-1]:
+        owner = owner[name]
+    owner[path[-1]] = value
+    return json.dumps(part)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("task",), "sing", "`task` is 'sing', not one of"),
+        (("rows",), [], "`rows` is empty"),
+        (("rows",), "x", "`rows` of it is 'x'"),
+        (("rows", 0), "x", "row 0 is no object"),
+        (("rows", 1), {}, "row 1 has no label, point, step_ms"),
+        (("rows", 0, "test"), [], "`test` of row 0 is []"),
+        (("rows", 0, "test"), {"accuracy": {"x": 0.5}}, "`test` of row 0 has no seeds of accuracy"),
+        (("rows", 0, "test"), {"accuracy": {"0": "x"}}, "`test` of row 0 has something that is no number"),
+        (("rows", 0, "test"), {"accuracy": {"0": math.nan}}, "is not JSON: it has NaN"),
+        (("rows", 0, "tuning"), ["x"], "`tuning` of row 0 has something that is no number"),
+        (("rows", 0, "seeds"), ["x"], "`seeds` of row 0 has something that is no whole number"),
+        (("made",), {}, "`made` has no command, commit, date, processor, versions"),
+        (("differences",), ["x"], "difference 0 is no object"),
+        (("pairs",), [["a"]], "pair 0 is not two names"),
+        (("parts",), [{"ways": {"plain": 1}}], "'plain' of part 0 is no object"),
+    ],
+)
+def test_files_that_are_no_results(tmp_path, parts, path, value, said):
+    file = tmp_path / "spoiled.json"
+    file.write_text(spoiled(parts["a"], *path, value=value))
+    with pytest.raises(ValueError) as error:
+        read_results(file)
+    assert str(file) in str(error.value)
+    assert said in str(error.value)
 
 
 def test_some_ways_of_a_comparison():
@@ -164,8 +274,12 @@ def test_some_ways_of_a_comparison():
     assert list(some.ways) == list(some.labels) == ["repopt", "depth", "dbb"]
     assert (list(some.searches), list(some.pairs)) == (["search"], [])  # they are compared with another way
     assert (some.seeds, some.title) == (whole.seeds, whole.title)
-    some = whole.of(["plain", "dbb"])
+    assert (some.all_ways, list(some.all_pairs)) == (tuple(whole.ways), list(whole.pairs))
+    some = whole.of(way for way in ("plain", "dbb"))
     assert (list(some.searches), list(some.pairs)) == ([], [("dbb", "plain")])
+    assert some.of(["dbb"]).all_ways == tuple(whole.ways)
+    with pytest.raises(ValueError, match=r"`ways` has acnet, orca, and plain, repopt"):
+        whole.of(["plain", "orca", "acnet"])
 
 
 def test_ways_are_chosen_by_an_option(capfd):
@@ -173,10 +287,18 @@ def test_ways_are_chosen_by_an_option(capfd):
     assert main([*command, "--ways=plain,repvgg"]) == 0
     out = capfd.readouterr().out
     assert "repvgg" in out
-    assert "repopt" not in out.partition("def get_comparison")[2]
-    refused(
-        capfd, [*command, "--ways=plain,repvg"], "--ways has repvg, and", "did you mean 'repvgg'?", code=2
-    )
+    assert "'repopt': Config(" not in out
+    assert "differences=[('repopt', 'plain'), ('repvgg', 'plain')]" in out
+    assert "among=('plain', 'repopt', 'repvgg')" in out
+    for ways, said in (
+        (
+            "plain,repvg",
+            "--ways has 'repvg' (did you mean 'repvgg'?); the comparison has plain, repopt, repvgg",
+        ),
+        ("plain,plain", "--ways=plain,plain names a way twice"),
+        ("plain,", "--ways has ''; the comparison has"),
+    ):
+        refused(capfd, [*command, f"--ways={ways}"], said, code=2)
 
 
 def test_command(parts, tmp_path, capfd, monkeypatch):
@@ -191,11 +313,14 @@ def test_command(parts, tmp_path, capfd, monkeypatch):
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    refused(capfd, ["join", "a.json", "a.json", "--results=again"], "a.json is given twice", code=2)
+    same = ["join", "a.json", f"{tmp_path}/a.json", "--results=again"]
+    refused(capfd, same, f"a.json, {tmp_path}/a.json are not all different files", code=2)
+    over = ["join", "a.json", "b.json", "--results=a"]
+    refused(capfd, over, "--results=a would replace a.json, which is joined", code=2)
     for files, said in (
         (["a.json"], "1 is not enough"),
         (["a.json", "none.json"], "none.json: No such file"),
-        (["a.json", "other.json"], "other.json is not the results of a comparison, it has no about,"),
+        (["a.json", "other.json"], "other.json is not the results of a comparison: it has no about,"),
         (["a.json", "broken.json"], "broken.json is not JSON"),
         (["a.json", "binary.json"], "binary.json is not text"),
     ):

@@ -17,6 +17,7 @@ from test_branches import branch_sets, draw_scales
 from twins import assert_close, jacobian, problem, relative, slow_merge
 
 from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel
+from repopt_jax.core.parametrization import other_kernels
 from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.optim import sgd as optim
@@ -283,3 +284,17 @@ def test_a_fixed_pointwise_convolution_is_checked_and_stored():
     with pytest.raises(ValueError, match="`matrix` has shape"):
         AfterPointwise((3, 3), [[np.nan]])
     assert BranchSet((3, 3, 3, 3), (Average(), Identity())).elementwise is False
+
+
+def test_kernels_are_compared_where_they_have_values():
+    """Not those of a program that is being traced, also where its arrays are constants."""
+    x, y = jnp.full((3, 3, 2, 2), 1e4), jnp.full((3, 3, 2, 2), 1 - 1e4)
+    merges = dict.fromkeys(("right", "cancelled", "wrong"), (jnp.add, (x, y)))
+    ones = jnp.ones_like(x)
+    # Terms of 1e4 that cancel are rounded by their own size.
+    leaves = {"right": ones, "cancelled": ones + 1e-3, "wrong": ones + 1e-1}
+    assert other_kernels(merges, leaves, 1e-6) == ["wrong"]
+    assert other_kernels(merges, jax.eval_shape(lambda: leaves), 1e-6) == []
+    found = []
+    jax.jit(lambda: found.append(other_kernels(merges, leaves, 1e-6)))()
+    assert found == [[]]

@@ -78,21 +78,26 @@ def join(args: argparse.Namespace) -> int:
 
     Each made some of the seeds or ways (--ways). RESULTS are files that `repopt compare --results=PATH`
     wrote, or this command: of the same comparison, and no seed of a way twice. Means, intervals and
-    conclusions are computed anew. Example, for seeds 0 to 4:
+    conclusions are computed anew. A comparison with a grid is shared by ways, as each part chooses for
+    itself. Example, for three seeds:
 
-      repopt compare --config=deep_digits --seeds=3 --out=runs/here --results=here
-      repopt compare --config=deep_digits --config.seed=3 --seeds=2 --out=runs/there --results=there
+      repopt compare --config=cifar10_small --seeds=2 --out=runs/here --results=here
+      repopt compare --config=cifar10_small --config.seed=2 --seeds=1 --out=runs/there --results=there
       repopt join here.json there.json --results=both"""
     from repopt_jax.report.join import join, read_results, write_results
 
-    if twice := sorted({file for file in args.files if args.files.count(file) > 1}):
-        raise UsageError(f"{', '.join(twice)} is given twice")
-    joined = join({file: read_results(file) for file in args.files})
-    write_results(joined, _absolute(args.results))
+    out = _absolute(args.results)
+    files = {_absolute(file).resolve(): file for file in args.files}
+    if len(files) < len(args.files):
+        raise UsageError(f"{', '.join(args.files)} are not all different files")
+    if Path(f"{out}.json").resolve() in files:
+        raise UsageError(f"--results={args.results} would replace {args.results}.json, which is joined")
+    joined = join({file: read_results(file) for file in files.values()})
+    write_results(joined, out)
     for row in joined["rows"]:
         values = row["test"].get(joined["metric"], {}).values()
         _print(f"{row['label']}: {', '.join(f'{100 * value:.2f}' for value in values)}")
-    _print("", *joined["conclusions"], "", f"Results: {_absolute(args.results)}.json")
+    _print("", *joined["conclusions"], "", f"Results: {out}.json")
     return 0
 
 
@@ -160,9 +165,11 @@ def _some_ways(comparison: Any, ways: Sequence[str] | None) -> Any:
         return comparison
     if unknown := [way for way in ways if way not in comparison.ways]:
         raise UsageError(
-            f"--ways has {', '.join(unknown)}, and the comparison has {', '.join(comparison.ways)}"
-            f"{did_you_mean(unknown[0], comparison.ways)}"
+            f"--ways has {unknown[0]!r}{did_you_mean(unknown[0], comparison.ways)}; the comparison has "
+            f"{', '.join(comparison.ways)}"
         )
+    if len(set(ways)) < len(ways):
+        raise UsageError(f"--ways={','.join(ways)} names a way twice")
     return comparison.of(ways)
 
 

@@ -291,9 +291,10 @@ def other_kernels(
     for path, (merge, arrays) in merges.items():
         if not all(map(known, jax.tree.leaves((arrays, leaves[path])))):
             continue
-        kernel, size = (
-            np.asarray(merge(*terms), np.float64) for terms in (arrays, jax.tree.map(jnp.abs, arrays))
-        )
+        merged = merge(*arrays), merge(*jax.tree.map(jnp.abs, arrays))
+        if not all(map(is_concrete, merged)):  # what is computed while a function is traced has no value
+            continue
+        kernel, size = (np.asarray(x, np.float64) for x in merged)
         k = np.asarray(leaves[path], np.float64)
         rounding = 4 * float(jnp.finfo(leaves[path].dtype).eps) * np.abs(size).max()
         if not np.abs(kernel - k).max() <= tolerance * np.abs(k).max() + rounding:

@@ -44,6 +44,8 @@ class Comparison:
       validation: training images that are held out and decide between the points of the grid; 0 without a
         grid: then there is nothing to decide, and all images train.
       about: paragraphs for the head of the page: what is compared, and what the table shows.
+      among: of a part of a comparison (see `of`), the names of all of its ways; `differences` may be of
+        these. None for a comparison that is whole.
 
     Raises:
       ValueError: values that do not fit together; it lists all problems.
@@ -59,6 +61,7 @@ class Comparison:
     tuning_seeds: int | None = None
     validation: int = 0
     about: Sequence[str] = ()
+    among: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -83,8 +86,8 @@ class Comparison:
             yield f"`grid` has no values of {', '.join(empty)}"
         if unknown := sorted(set(self.labels) - set(self.ways)):
             yield f"`labels` of ways that are not compared: {', '.join(unknown)}"
-        named = set(itertools.chain(*self.pairs))
-        if unknown := sorted(named - set(self.ways)):
+        named = set(itertools.chain(*self.all_pairs))
+        if unknown := sorted(named - set(self.all_ways)):
             yield f"`differences` of ways that are not compared: {', '.join(unknown)}"
         for way, config in self.ways.items():
             if config.scales.startswith(SEARCH) and search_of(config) not in self.searches:
@@ -109,9 +112,20 @@ class Comparison:
         return tuple(dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values()))
 
     @property
+    def all_ways(self) -> tuple[str, ...]:
+        """The names of the ways, those of the other parts too."""
+        return tuple(self.ways if self.among is None else self.among)
+
+    @property
+    def all_pairs(self) -> Sequence[tuple[str, str]]:
+        """The pairs of `differences`, those with ways of other parts too."""
+        ways = self.all_ways
+        return against(ways, *ways[:1]) if self.differences is None else self.differences
+
+    @property
     def pairs(self) -> Sequence[tuple[str, str]]:
-        """The pairs of `differences`."""
-        return against(self.ways, *list(self.ways)[:1]) if self.differences is None else self.differences
+        """The pairs of `differences` among the ways."""
+        return [pair for pair in self.all_pairs if self.ways.keys() >= set(pair)]
 
     @property
     def tuned_by(self) -> int:
@@ -133,21 +147,36 @@ class Comparison:
         return self.labels.get(way, way)
 
     def of(self, ways: Iterable[str]) -> "Comparison":
-        """The comparison of some of the ways: theirs the seeds, the grid and the differences among them."""
-        named = {way: config for way, config in self.ways.items() if way in set(ways)}
+        """The part of it that is some of the ways, for `join` with the others.
+
+        Raises:
+          ValueError: a way that is not compared, or none.
+        """
+        chosen = set(ways)
+        if unknown := sorted(chosen - set(self.ways)):
+            raise ValueError(f"`ways` has {', '.join(unknown)}, and {', '.join(self.ways)} are compared")
+        named = {way: config for way, config in self.ways.items() if way in chosen}
         taken = {search_of(config) for config in named.values() if config.scales.startswith(SEARCH)}
         return dataclasses.replace(
             self,
             ways=named,
             searches={name: config for name, config in self.searches.items() if name in taken},
             labels={way: label for way, label in self.labels.items() if way in named},
-            differences=[pair for pair in self.pairs if named.keys() >= set(pair)],
+            differences=self.all_pairs,
+            among=self.all_ways,
         )
 
     def settings(self, way: str) -> dict[str, Any]:
-        """The fields of a way's config that are not at their defaults, without seed and name, what the grid
-        sets, and folders."""
-        config, left_out = self.ways[way], {"seed", "name", *self.grid}
+        """The fields of a way's config that are not at their defaults, and as `search.FIELD` those of the
+        search that its scales are from: without seed and name, what the grid sets, and folders."""
+        config = self.ways[way]
+        if not config.scales.startswith(SEARCH):
+            return self._changed(config)
+        search = self._changed(self.searches[search_of(config)])
+        return {**self._changed(config), **{f"search.{name}": value for name, value in search.items()}}
+
+    def _changed(self, config: Config) -> dict[str, Any]:
+        left_out = {"seed", "name", *self.grid}
         if not (config.scales.startswith(SEARCH) or needs_no_folder(config.scales)):
             left_out.add("scales")
         return {

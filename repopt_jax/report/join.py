@@ -2,30 +2,31 @@
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from repopt_jax.report import figures
 from repopt_jax.report.report import difference_row, markdown, sentences, spread, starts_of
 from repopt_jax.report.statistics import difference
 from repopt_jax.train.tasks import METRICS
 
-# What results that are joined have in common, and what is the same of a way wherever it was trained.
+# What results that are joined have in common, and what is the same of a way wherever it was trained. Where a
+# machine does not know it, since all of its runs diverged or its file is older than the field, nothing is
+# compared.
 SAME = ("title", "task", "metric", "points", "validation")
-SAME_OF_A_RUN = ("epochs", "steps")
-SAME_OF_A_WAY = ("label", "point", "settings", "train_parameters", "test_count")
-# What only the machine that has the runs knows: figures of its page, networks that it deployed.
-LEFT_OUT = {"deployed": {}, "equivalence": None, "searches": []}
+SAME_OF_A_WAY = ("label", "point", "epochs", "steps", "train_parameters", "test_count")
+
+Results = Mapping[str, Mapping[str, Any]]  # name for messages -> what a results file holds
 
 
-def join(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def join(results: Results) -> dict[str, Any]:
     """The results of all seeds and ways, from those of some.
 
-    Means, deviations, differences and what they show are computed anew from the values of all seeds. The
-    differences are those that a part has, and of a way in none of these the one from the first way; each is
-    over the seeds that both ways have.
+    Means, deviations, differences and what they show are computed anew from the values of all seeds. A
+    difference is over the seeds that both of its ways have.
 
     Args:
       results: name for messages -> what a results file holds, as `read_results` gives it; what was joined
@@ -39,102 +40,150 @@ def join(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if problems:
         raise ValueError("these results cannot be joined: " + "; ".join(problems))
     contents = list(results.values())
-    first = contents[0]
-    rows = {way: _joined(found, results) for way, found in _rows(results).items()}
-    tests = {
-        way: {int(seed): value for seed, value in row["test"].get(first["metric"], {}).items()}
-        for way, row in rows.items()
-    }
+    first, metric = contents[0], contents[0]["metric"]
+    found = _rows(results)
+    order = dict.fromkeys(way for content in contents for way in content.get("ways", ()))
+    rows = {way: _joined([*found[way].values()], metric) for way in (*order, *found) if way in found}
+    tests = {way: _by_seed(row["test"].get(metric, {})) for way, row in rows.items()}
     labels = {way: row["label"] for way, row in rows.items()}
-    pairs = dict.fromkeys((d["way"], d["than"]) for content in contents for d in content["differences"])
-    base, *ways = rows
-    # A part without the way that its ways are compared with has no difference of theirs.
-    lone = [(way, base) for way in ways if not any(way in pair for pair in pairs)]
+    pairs = dict.fromkeys(pair for content in contents for pair in _pairs(content))
     differences = [
         difference(way, than, tests[way], tests[than])
-        for way, than in (*pairs, *lone)
-        if tests[way].keys() & tests[than].keys()
+        for way, than in pairs
+        if way in tests and than in tests and tests[way].keys() & tests[than].keys()
     ]
     starts = starts_of({way: row.get("settings", {}) for way, row in rows.items()})
+    known = [row for row in rows.values() if row["steps"] is not None]
+    of_runs = {name: known[0][name] if known else None for name in ("epochs", "steps")}
     return {
         **{name: first[name] for name in (*SAME, "about")},
-        "made": {**first["made"], "command": ""},
+        "made": {**first["made"], **of_runs, "command": ""},
         "parts": [part for content in contents for part in _parts(content)],
-        "tuned_by": sum(content["tuned_by"] for content in contents),
+        "tuned_by": max(row["tuned_by"] for row in rows.values()),
+        "ways": list(order or rows),
+        "pairs": [list(pair) for pair in pairs],
         "conclusions": list(sentences(differences, labels, starts)),
         "rows": list(rows.values()),
         "differences": [difference_row(d, labels.__getitem__) for d in differences],
-        **LEFT_OUT,
+        # What only the machine that has the runs can tell.
+        "deployed": {},
+        "equivalence": None,
+        "searches": [],
     }
 
 
-def _problems(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+# -- what forbids it
+
+
+def _problems(results: Results) -> Iterator[str]:
     if len(results) < 2:
         yield f"{len(results)} is not enough, give two or more"
         return
     if others := list(_others(results)):
         yield from others  # and nothing of their ways, which are others too
         return
-    for way, found in _rows(results).items():
-        (name, row), *others = found.items()
-        for other, again in others:
-            # Files of before `settings` was written have none.
-            for field in SAME_OF_A_WAY:
-                if field in row and field in again and row[field] != again[field]:
-                    pair = f"{row[field]!r} in {name} and {again[field]!r} in {other}"
-                    yield f"`{field}` of way {way!r} is {pair}"
-        for (name, row), (other, again) in itertools.combinations(found.items(), 2):
-            if twice := sorted(_seeds(row) & _seeds(again)):
-                yield f"seeds {', '.join(map(str, twice))} of way {way!r} are in {name} and in {other}"
+    yield from _of_all_ways(_differing, results)
+    yield from _of_all_ways(_twice, results)
 
 
-def _others(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _others(results: Results) -> Iterator[str]:
     """What makes results those of other comparisons than the first."""
     (name, first), *others = results.items()
     for other, content in others:
         for field in SAME:
             if content[field] != first[field]:
                 yield f"`{field}` is {first[field]!r} in {name} and {content[field]!r} in {other}"
-        for field in SAME_OF_A_RUN:
-            if content["made"][field] != first["made"][field]:
-                pair = first["made"][field], content["made"][field]
-                yield f"`{field}` is {pair[0]} in {name} and {pair[1]} in {other}"
 
 
-def _seeds(row: Mapping[str, Any]) -> set[int]:
-    return {int(seed) for values in row["test"].values() for seed in values}
+def _of_all_ways(problems: Any, results: Results) -> Iterator[str]:
+    """The problems of each way, those of several ways once: "{}" in them is where the ways are named."""
+    ways: dict[str, list[str]] = {}
+    for way, found in _rows(results).items():
+        for problem in problems(found):
+            ways.setdefault(problem, []).append(way)
+    yield from (problem.replace("{}", ", ".join(named)) for problem, named in ways.items())
 
 
-def _rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Way -> file -> its row there, the ways in the order in which files have them."""
-    rows: dict[str, dict[str, Mapping[str, Any]]] = {}
+def _differing(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What a row has otherwise than the first that has it."""
+    for field in SAME_OF_A_WAY:
+        known = {file: row[field] for file, row in found.items() if row[field]}
+        for (name, value), (other, again) in itertools.pairwise(known.items()):
+            if value != again:
+                hint = ""
+                if field == "point":
+                    hint = " (each part chooses for itself: share a comparison with a grid by ways)"
+                yield f"`{field}` of {{}} is {value!r} in {name} and {again!r} in {other}{hint}"
+    settings = {file: row["settings"] for file, row in found.items() if "settings" in row}
+    for (name, one), (other, two) in itertools.pairwise(settings.items()):
+        for field in sorted(one.keys() | two.keys()):
+            if one.get(field) != two.get(field):
+                values = (repr(of[field]) if field in of else "at its default" for of in (one, two))
+                yield f"`{field}` of {{}} is {next(values)} in {name} and {next(values)} in {other}"
+
+
+def _twice(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for (name, row), (other, again) in itertools.combinations(found.items(), 2):
+        if twice := sorted({*row["seeds"]} & {*again["seeds"]}):
+            yield f"seeds {', '.join(map(str, twice))} of {{}} are in {name} and in {other}"
+
+
+# -- what it is made of
+
+
+def _rows(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+    """Way -> file -> its row there, with what older files have elsewhere."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
     for file, content in results.items():
+        of_all = {name: content["made"].get(name) for name in ("epochs", "steps")}
+        of_all["tuned_by"] = content["tuned_by"]
         for row in content["rows"]:
-            rows.setdefault(row["way"], {})[file] = row
+            seeds = sorted({int(seed) for values in row["test"].values() for seed in values})
+            rows.setdefault(row["way"], {})[file] = {**of_all, "seeds": seeds, **row}
     return rows
 
 
-def _joined(
-    found: Mapping[str, Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def _joined(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     """The row of a way, from its rows in several files."""
-    rows, metric = list(found.values()), next(iter(results.values()))["metric"]
-    test: dict[str, dict[str, float]] = {}
+    test: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, values in row["test"].items():
-            test.setdefault(name, {}).update(values)
-    test = {
-        name: dict(sorted(values.items(), key=lambda item: int(item[0]))) for name, values in test.items()
+            test.setdefault(name, {}).update(_by_seed(values))
+    test = {name: dict(sorted(values.items())) for name, values in test.items()}
+    known = {
+        name: next((row[name] for row in rows if row.get(name)), rows[0][name]) for name in SAME_OF_A_WAY
     }
-    weights = [results[file]["tuned_by"] for file in found]
+    weights = [row["tuned_by"] for row in rows]
     tuning = [
         None if None in means else statistics.fmean(means, weights)
         for means in zip(*(row["tuning"] for row in rows))
     ]
-    # One machine's: those of the others are in `parts`, and it is not told what they deployed.
-    own = {"step_ms": None, "deploy_parameters": None, "deploy_error": None}
-    made = {"test": test, "tuning": tuning, **spread(test, metric, rows[0]["test_count"])}
-    return {**rows[0], **own, **made}
+    settings = next(({"settings": row["settings"]} for row in rows if "settings" in row), {})
+    return {
+        **rows[0],
+        **known,
+        **settings,
+        "seeds": sorted(seed for row in rows for seed in row["seeds"]),
+        "test": test,
+        **spread(test, metric, known["test_count"]),
+        "tuning": tuning,
+        "tuned_by": sum(weights),
+        # Of one machine: the times are in `parts`.
+        "step_ms": None,
+        "deploy_parameters": None,
+        "deploy_error": None,
+    }
+
+
+def _by_seed(values: Mapping[Any, float]) -> dict[int, float]:
+    return {int(seed): value for seed, value in values.items()}
+
+
+def _pairs(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is compared with what, also with ways that other parts have; older files tell their own alone."""
+    if "pairs" in content:
+        return [(way, than) for way, than in content["pairs"]]
+    return [(d["way"], d["than"]) for d in content["differences"]]
 
 
 def _parts(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -142,13 +191,14 @@ def _parts(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     if "parts" in content:
         return content["parts"]
     ways = {
-        row["label"]: {
-            "seeds": [int(seed) for seed in row["test"].get(content["metric"], {})],
-            "step_ms": row["step_ms"],
-        }
-        for row in content["rows"]
+        row["label"]: {"seeds": row["seeds"], "step_ms": row["step_ms"]}
+        for found in _rows({"": content}).values()
+        for row in found.values()
     }
     return [{**content["made"], "ways": ways}]
+
+
+# -- files
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -156,23 +206,119 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is no results file of a comparison.
+      ValueError: it is no results file of a comparison; it lists all that is wrong.
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    wanted = {*SAME, "about", "made", "rows", "differences", "tuned_by"}
-    missing = wanted - content.keys() if isinstance(content, dict) else wanted
-    if missing:
+    if problems := list(itertools.islice(_faults(content), 5)):
         raise ValueError(
-            f"{path} is not the results of a comparison, it has no {', '.join(sorted(missing))}: give the "
-            ".json that `repopt compare --results` wrote"
+            f"{path} is not the results of a comparison: {'; '.join(problems)}. Give the .json that `repopt "
+            "compare --results` wrote"
         )
     return content
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"it has {text}")
+
+
+# Name -> type of what is read from results, and from one of their rows.
+TYPES = {
+    "title": str,
+    "task": str,
+    "metric": str,
+    "points": list,
+    "validation": int,
+    "about": list,
+    "made": dict,
+    "rows": list,
+    "differences": list,
+    "tuned_by": int,
+}
+TYPES_OF_A_ROW = {
+    "way": str,
+    "label": str,
+    "point": str,
+    "tuning": list,
+    "test": dict,
+    "test_count": int,
+    "step_ms": (float, int, type(None)),
+    "train_parameters": (int, type(None)),
+}
+TYPES_OF_MADE = {"command": str, "date": str, "commit": str, "processor": str, "versions": dict}
+# What files of today have besides.
+LATER = {"ways": list, "pairs": list, "parts": list}
+LATER_OF_A_ROW = {"settings": dict, "seeds": list, "epochs": (int, type(None)), "steps": (int, type(None))}
+
+
+def _faults(content: Any) -> Iterator[str]:
+    """What makes a value no content of a results file, as far as `join` reads it."""
+    if faults := list(_wrong("it", content, TYPES, LATER)):
+        yield from faults
+        return
+    if content["task"] not in METRICS:
+        yield f"`task` is {content['task']!r}, not one of {', '.join(METRICS)}"
+    yield from _wrong("`made`", content["made"], TYPES_OF_MADE)
+    if not content["rows"]:
+        yield "`rows` is empty"
+    for number, row in enumerate(content["rows"]):
+        where = f"row {number}"
+        faults = list(_wrong(where, row, TYPES_OF_A_ROW, {**LATER_OF_A_ROW, "tuned_by": int}))
+        yield from faults
+        if faults:
+            continue
+        for metric, values in row["test"].items():
+            if not isinstance(values, dict) or not all(map(_is_whole, values)):
+                yield f"`test` of {where} has no seeds of {metric}"
+            elif not all(map(_is_finite, values.values())):
+                yield f"`test` of {where} has something that is no number"
+        if not all(value is None or _is_finite(value) for value in row["tuning"]):
+            yield f"`tuning` of {where} has something that is no number"
+        if not all(isinstance(seed, int) for seed in row.get("seeds", ())):
+            yield f"`seeds` of {where} has something that is no whole number"
+    for number, d in enumerate(content["differences"]):
+        yield from _wrong(f"difference {number}", d, {"way": str, "than": str})
+    for number, pair in enumerate(content.get("pairs", ())):
+        if not (isinstance(pair, list) and list(map(type, pair)) == [str, str]):
+            yield f"pair {number} is not two names"
+    for number, part in enumerate(content.get("parts", ())):
+        where = f"part {number}"
+        yield from _wrong(where, part, {**TYPES_OF_MADE, "ways": dict})
+        for label, way in part.get("ways", {}).items() if isinstance(part, dict) else ():
+            wanted = {"seeds": list, "step_ms": (float, int, type(None))}
+            yield from _wrong(f"{label!r} of {where}", way, wanted)
+
+
+def _wrong(
+    where: str, found: Any, wanted: Mapping[str, Any], later: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """Which fields are missing or of another type; those of `later` may be missing."""
+    if not isinstance(found, dict):
+        yield f"{where} is no object"
+        return
+    if missing := sorted(wanted.keys() - found.keys()):
+        yield f"{where} has no {', '.join(missing)}"
+    for name, kind in {**wanted, **(later or {})}.items():
+        if name in found and not isinstance(found[name], kind):
+            yield f"`{name}` of {where} is {_short(found[name])}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:37]}..."
+
+
+def _is_whole(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def write_results(content: Mapping[str, Any], path: str | Path) -> None:

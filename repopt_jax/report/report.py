@@ -8,6 +8,7 @@ report/*.png    the figures
 
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from repopt_jax.report.machine import processor
 from repopt_jax.report.records import History, Run, history_of, read_run
 from repopt_jax.report.statistics import Difference, standard_error
 from repopt_jax.surgery.prepare import Mode
-from repopt_jax.train.config import Config
+from repopt_jax.train.config import Config, settings_of
 from repopt_jax.train.tasks import METRICS, metric_label
 
 
@@ -94,6 +95,8 @@ def _content(
         "rows": [_row(results, way, deployed.get(way)) for way in results.ways],
         "points": [point_text(point) for point in comparison.points],
         "tuned_by": comparison.tuned_by,
+        "ways": list(comparison.all_ways),
+        "pairs": [list(pair) for pair in comparison.all_pairs],
         "validation": comparison.validation,
         "differences": [difference_row(d, comparison.label) for d in results.differences],
         "searches": [
@@ -115,6 +118,10 @@ def _row(results: Results, way: str, deployed: Mapping[str, Any] | None) -> dict
         "label": comparison.label(way),
         "point": point_text(result.point),
         "settings": comparison.settings(way),
+        "seeds": list(result.folders),
+        "epochs": result.summary.get("epochs"),
+        "steps": result.summary.get("steps"),
+        "tuned_by": comparison.tuned_by,
         "tuning": [None if value != value else value for value in result.tuning],
         "test": result.test,
         **spread(result.test, comparison.metric, result.count),
@@ -175,8 +182,11 @@ def _runs(results: Results) -> Iterator[dict[str, Any]]:
 def conclusions(results: Results) -> Iterator[str]:
     """What the differences allow to be said: who is ahead of whom, what is not shown, and how much of a lead
     is there at the start."""
-    labels = {way: results.comparison.label(way) for way in results.ways}
-    starts = starts_of({way: results.comparison.settings(way) for way in results.ways})
+    comparison = results.comparison
+    labels = {way: comparison.label(way) for way in results.ways}
+    # With folders of scales, which `settings` leaves out: here they are of one machine.
+    of = {way: {**comparison.settings(way), "scales": comparison.ways[way].scales} for way in results.ways}
+    starts = starts_of(of)
     return sentences(results.differences, labels, starts)
 
 
@@ -246,20 +256,26 @@ def _points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
+# Fields that have no meaning where scales do not multiply gradients.
+OF_MULTIPLIERS = tuple(
+    name
+    for name, *_, rules, _ in settings_of(Config())
+    if "init" not in rules["only"].get("rules", ("init",))
+)
+
+
 def starts_of(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Way -> the way that is its rule of initialization alone, where there is one; `settings` are those of
     each way as `Comparison.settings` gives them."""
-    named = {
-        way: {**of, "rules": of.get("rules", Config.rules)}
-        for way, of in settings.items()
-        if of.get("model.mode") == Mode.REPOPT and "scales" in of
-    }
+    rules, kept = {}, {}
+    for way, of in settings.items():
+        if of.get("model.mode") == Mode.REPOPT and "scales" in of:
+            rules[way] = of.get("rules", Config.rules)
+            kept[way] = {name: v for name, v in of.items() if name not in ("rules", *OF_MULTIPLIERS)}
     return {
         way: other
-        for way, of in named.items()
-        if of["rules"] == "both"
-        for other, others in named.items()
-        if others == {**of, "rules": "init"}
+        for way, other in itertools.permutations(kept, 2)
+        if (rules[way], rules[other]) == ("both", "init") and kept[way] == kept[other]
     }
 
 
@@ -318,21 +334,23 @@ def markdown(content: Mapping[str, Any]) -> str:
     )
     if parts:
         lines += [f"{size} Made in {len(parts)} parts:", ""]
-        lines += [f"{i}. `{part['command']}`, {_origin(part)}" for i, part in enumerate(parts, 1)]
+        lines += [
+            f"{i}. {_origin(part)}" + (f" `{part['command']}`" if part["command"] else "")
+            for i, part in enumerate(parts, 1)
+        ]
         lines += [""]
     else:
         lines += [f"{_origin(made)} {size}", ""]
     if len(content["points"]) > 1:
-        by = "one seed" if content["tuned_by"] == 1 else f"{content['tuned_by']} seeds"
         lines += [
-            f"Each way was trained at every point of the grid by {by}; "
+            f"Each way was trained at every point of the grid by {_tuned_by(content)}; "
             f"{content['validation']} training images that were held out decided between the points"
             f"{', in each part for itself' if parts else ''}, and the test images were read when all was "
             "trained.",
             "",
         ]
     for metric in metrics:
-        lines += [*_ways_table(rows, metric.name, metric.label, content), ""]
+        lines += [*_ways_table(rows, metric.name, metric.label), ""]
     if parts:
         lines += [*_parts_table(rows, parts), ""]
     if len(content["points"]) > 1:
@@ -349,6 +367,14 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _tuned_by(content: Mapping[str, Any]) -> str:
+    counts = {row.get("tuned_by", content["tuned_by"]) for row in content["rows"]}
+    least, most = min(counts), max(counts)
+    if least < most:
+        return f"{least} to {most} seeds"
+    return "one seed" if most == 1 else f"{most} seeds"
+
+
 def _origin(made: Mapping[str, Any]) -> str:
     """When, from which commit and on what results were made."""
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
@@ -361,25 +387,22 @@ def _binomial(rows: Sequence[Mapping[str, Any]]) -> str:
     return f" (binomial standard error at most {100 * max(errors):.1f} points)" if errors else ""
 
 
-def _ways_table(
-    rows: Sequence[Mapping[str, Any]], metric: str, label: str, content: Mapping[str, Any]
-) -> list[str]:
-    lines = [
-        f"| | {label}, %, seed by seed | mean | standard deviation | chosen | ms a step "
-        "| parameters in training |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def _ways_table(rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> list[str]:
+    # Without a grid nothing was chosen, and what was joined has its times part by part.
+    chosen, timed = any(row["point"] for row in rows), any(row["step_ms"] is not None for row in rows)
+    heads = [f"{label}, %, seed by seed", "mean", "standard deviation"]
+    heads += [*(["chosen"] if chosen else []), *(["ms a step"] if timed else []), "parameters in training"]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for row in rows:
         values = [100 * value for value in row["test"].get(metric, {}).values()]
         if not values:
             continue
-        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        step = "" if row["step_ms"] is None else f"{row['step_ms']:.1f}"
-        parameters = "" if row["train_parameters"] is None else f"{row['train_parameters']:,}"
-        lines.append(
-            f"| {row['label']} | {', '.join(f'{v:.2f}' for v in values)} | {statistics.mean(values):.2f} "
-            f"| {spread} | {row['point']} | {step} | {parameters} |"
-        )
+        cells = [", ".join(f"{value:.2f}" for value in values), f"{statistics.mean(values):.2f}"]
+        cells += [f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""]
+        cells += [row["point"]] if chosen else []
+        cells += ["" if row["step_ms"] is None else f"{row['step_ms']:.1f}"] if timed else []
+        cells += ["" if row["train_parameters"] is None else f"{row['train_parameters']:,}"]
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     return lines
 
 
