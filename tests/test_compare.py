@@ -130,9 +130,29 @@ def test_another_comparison_is_refused_with_all_differences(compared, tmp_path):
         compare(other, folder, count=0)
     with pytest.raises(ValueError, match=r"`ways` \(plain, searched there and plain here\)"):
         compare(comparison(ways={"plain": small()}, differences=()), folder, count=0)
+    with pytest.raises(ValueError, match=r"differs in short: epochs \(2 and 3\)"):
+        compare(comparison(searches={"short": small("search", epochs=3)}), folder, count=0)
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match=r"holds no comparison \(it has mine\.txt\)"):
         compare(comparison(), tmp_path, count=0)
+
+
+def test_parts_share_a_folder(compared, tmp_path):
+    """What one part has trained is there for the whole."""
+    folder, whole, lines = compared
+    done = compare(comparison().of(["plain"]), tmp_path, count=0)
+    assert not (tmp_path / "searches").exists()
+    assert done.ways.keys() == {"plain"}
+    assert done.ways["plain"].test == whole.ways["plain"].test
+    compare(comparison().of(["searched"]), tmp_path, count=0)
+    assert read_json(tmp_path / "comparison.json") == read_json(folder / "comparison.json")
+    again = []
+    compare(comparison(), tmp_path, count=0, log=again.append)
+    assert len(again) == len(lines)
+    assert all("(was there)" in line for line in again)
+    other = comparison(ways={**comparison().ways, "plain": small(epochs=3)})
+    with pytest.raises(ValueError, match=r"differs in plain: epochs \(2 and 3\)"):
+        compare(other.of(["plain"]), tmp_path, count=0)
 
 
 def test_a_comparison_has_its_folder_for_itself(compared):

@@ -250,7 +250,11 @@ def spoiled(part, *path, value):
         (("rows", 0, "test"), [], "`test` of row 0 is []"),
         (("rows", 0, "test"), {"accuracy": {"x": 0.5}}, "`test` of row 0 has no seeds of accuracy"),
         (("rows", 0, "test"), {"accuracy": {"0": "x"}}, "`test` of row 0 has something that is no number"),
-        (("rows", 0, "test"), {"accuracy": {"0": math.nan}}, "is not JSON: it has NaN"),
+        (
+            ("rows", 0, "test"),
+            {"accuracy": {"0": math.nan}},
+            "`test` of row 0 has something that is no number",
+        ),
         (("rows", 0, "tuning"), ["x"], "`tuning` of row 0 has something that is no number"),
         (("rows", 0, "seeds"), ["x"], "`seeds` of row 0 has something that is no whole number"),
         (("made",), {}, "`made` has no command, commit, date, processor, versions"),
@@ -322,7 +326,7 @@ def test_command(parts, tmp_path, capfd, monkeypatch):
         (["a.json", "none.json"], "none.json: No such file"),
         (["a.json", "other.json"], "other.json is not the results of a comparison: it has no about,"),
         (["a.json", "broken.json"], "broken.json is not JSON"),
-        (["a.json", "binary.json"], "binary.json is not text"),
+        (["a.json", "binary.json"], "binary.json is not JSON"),
     ):
         refused(capfd, ["join", *files, "--results=again"], said)
     assert not (tmp_path / "again.json").exists()

@@ -31,6 +31,7 @@ from repopt_jax.report import workers
 from repopt_jax.report.comparison import (
     Comparison,
     differing,
+    joined_spec,
     load_comparison,
     point_name,
     point_text,
@@ -112,7 +113,7 @@ def compare(
     Args:
       comparison: what is compared.
       out_dir: a new or empty folder, or that of the same comparison, which goes on. It may be given more
-        seeds than before.
+        seeds than before, and other parts (`Comparison.of`).
       count: processes that make runs side by side, each on its share of the cores; 0 for this process alone.
         By default one for each core (at most `workers.MOST`) where the device is a CPU, else 0.
       source: the config file that the comparison is from, as `load_comparison` takes it: the processes import
@@ -397,5 +398,7 @@ def _refuse_others(comparison: Comparison, out_dir: Path) -> None:
 def _claim(comparison: Comparison, out_dir: Path) -> None:
     """Writes what is compared to the folder, of which this process has the lock."""
     _refuse_others(comparison, out_dir)
-    if not (out_dir / SPEC).exists():
-        replace_file(out_dir / SPEC, json.dumps(spec(comparison), indent=1) + "\n")
+    stored = read_json(out_dir / SPEC)
+    whole = joined_spec(stored or {}, spec(comparison))
+    if stored != whole:
+        replace_file(out_dir / SPEC, json.dumps(whole, indent=1) + "\n")

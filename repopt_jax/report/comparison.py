@@ -259,18 +259,25 @@ def spec(comparison: Comparison) -> dict[str, Any]:
         for kind, given in (("ways", comparison.ways), ("searches", comparison.searches))
     }
     choice = {"grid": comparison.grid, "tuning_seeds": comparison.tuning_seeds}
-    return json.loads(json.dumps({**configs, **choice, "validation": comparison.validation}))
+    of_all = {"among": comparison.all_ways, **choice, "validation": comparison.validation}
+    return json.loads(json.dumps({**configs, **of_all}))
 
 
 def differing(stored: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
-    """What a stored `spec` differs in from another, each as a phrase."""
+    """What a stored `spec` differs in from another, each as a phrase. Parts of one comparison do not differ
+    by the ways that only one of them has."""
+    before, now = set(stored.get("among", stored.get("ways", {}))), spec["among"]
+    if before != set(now):
+        yield f"`ways` ({', '.join(sorted(before))} there and {', '.join(sorted(now))} here)"
     for kind in ("ways", "searches"):
-        before, now = stored.get(kind, {}), spec[kind]
-        if before.keys() != now.keys():
-            yield f"`{kind}` ({', '.join(before)} there and {', '.join(now)} here)"
-        for name in before.keys() & now.keys():
-            pair = (from_json(json.dumps(config)) for config in (before[name], now[name]))
+        for name in stored.get(kind, {}).keys() & spec[kind].keys():
+            pair = (from_json(json.dumps(of[kind][name])) for of in (stored, spec))
             yield from (f"{name}: {field}" for field in differing_fields(*pair))
     for field in ("grid", "tuning_seeds", "validation"):
         if stored.get(field) != spec[field]:
             yield f"`{field}` ({stored.get(field)} there and {spec[field]} here)"
+
+
+def joined_spec(stored: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of a folder that parts with these specs have been made in."""
+    return {**spec, **{kind: {**stored.get(kind, {}), **spec[kind]} for kind in ("ways", "searches")}}

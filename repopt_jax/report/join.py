@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from repopt_jax import jsontext
 from repopt_jax.report import figures
 from repopt_jax.report.report import difference_row, markdown, sentences, spread, starts_of
 from repopt_jax.report.statistics import difference
@@ -209,22 +210,13 @@ def read_results(path: str | Path) -> dict[str, Any]:
       ValueError: it is no results file of a comparison; it lists all that is wrong.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    content = jsontext.parse(path.read_bytes(), path)
     if problems := list(itertools.islice(_faults(content), 5)):
         raise ValueError(
             f"{path} is not the results of a comparison: {'; '.join(problems)}. Give the .json that `repopt "
             "compare --results` wrote"
         )
     return content
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"it has {text}")
 
 
 # Name -> type of what is read from results, and from one of their rows.
