@@ -144,8 +144,16 @@ def markdown(result: dict) -> str:
         if not own:
             continue
         change = [100 * (r["test_after"]["accuracy"] - r["test_before"]["accuracy"]) for r in own]
-        lines.append(f"{name}: {statistics.mean(change):+.2f} points on average, {len(own)} seeds.")
-    lines += ["", "Outputs of each layer, before and after (first seed):", ""]
+        seeds = "one seed" if len(own) == 1 else f"{len(own)} seeds"
+        lines.append(f"{name}: {statistics.mean(change):+.2f} points on average, {seeds}.")
+    lines += [
+        "",
+        "Training goes on while rows go: what a network gains is that of the epochs with compactors, for "
+        "which there is no run without pruning beside.",
+        "",
+        "Outputs of each layer, before and after (first seed):",
+        "",
+    ]
     for name in NETWORKS:
         for row in [row for row in rows if row["network"] == name][:1]:
             widths = ", ".join(
