@@ -4,7 +4,7 @@
     python scripts/resrep.py RUNS --images cifar10   # an image folder of 32x32 pixels: hours
 
 RUNS keeps one folder a run; what is finished there is not run again, what was interrupted continues. Writes
-OUT.json and OUT.md (`--out`, by default scripts/results/resrep_digits or resrep_images).
+OUT.json and OUT.md (`--out`, by default scripts/results/resrep_NAME, of the image folder's name or "digits").
 
 The settings were fixed before any of these networks was pruned, by how far a row has to go: the published
 ones (rate 0.01, lasso 1e-4, masks every 200 steps) are for several hundred thousand steps, and here there are
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import shlex
 import statistics
 
 import jax
@@ -173,12 +174,16 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="path without suffix")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    out = args.out or pathlib.Path("scripts/results") / f"resrep_{'images' if args.images else 'digits'}"
+    name = pathlib.Path(args.images).name if args.images else "digits"
+    out = args.out or pathlib.Path("scripts/results") / f"resrep_{name}"
+    options = ["--images", name] if args.images else []
+    if args.seeds != parser.get_default("seeds"):
+        options += ["--seeds", *map(str, args.seeds)]
     plain, changes = configs(NETWORKS[0], 0, args.images)
     rows: list[dict] = []
     result = {
-        "data": "an image folder" if args.images else "the embedded digits",
-        "command": "python scripts/resrep.py RUNS" + (" --images DIR" if args.images else ""),
+        "data": f"the images of {name}" if args.images else "the embedded digits",
+        "command": shlex.join(["python", "scripts/resrep.py", "RUNS", *options]),
         "hardware": args.hardware or f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "epochs": (plain.epochs, changes["epochs"]),
         "settings": {"target": TARGET, "rate": RATE, **PRUNE},
