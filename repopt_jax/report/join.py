@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ SAME = ("title", "task", "metric", "points", "validation")
 SAME_OF_A_WAY = ("label", "point", "epochs", "steps", "train_parameters", "test_count")
 
 Results = Mapping[str, Mapping[str, Any]]  # name for messages -> what a results file holds
+Rows = Mapping[str, Mapping[str, Any]]  # the same name -> its row of one way
 
 
 def join(results: Results) -> dict[str, Any]:
@@ -96,37 +97,37 @@ def _others(results: Results) -> Iterator[str]:
                 yield f"`{field}` is {first[field]!r} in {name} and {content[field]!r} in {other}"
 
 
-def _of_all_ways(problems: Any, results: Results) -> Iterator[str]:
-    """The problems of each way, those of several ways once: "{}" in them is where the ways are named."""
-    ways: dict[str, list[str]] = {}
+def _of_all_ways(problems: Callable[[Rows], Iterator[tuple[str, str]]], results: Results) -> Iterator[str]:
+    """The problems of each way, as (what, what is wrong with it); that of several ways is said once."""
+    ways: dict[tuple[str, str], list[str]] = {}
     for way, found in _rows(results).items():
         for problem in problems(found):
             ways.setdefault(problem, []).append(way)
-    yield from (problem.replace("{}", ", ".join(named)) for problem, named in ways.items())
+    yield from (f"{what} of {', '.join(named)} {wrong}" for (what, wrong), named in ways.items())
 
 
-def _differing(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What a row has otherwise than the first that has it."""
+def _differing(found: Rows) -> Iterator[tuple[str, str]]:
+    """What a row has otherwise than the one before that has it."""
     for field in SAME_OF_A_WAY:
         known = {file: row[field] for file, row in found.items() if row[field]}
-        for (name, value), (other, again) in itertools.pairwise(known.items()):
-            if value != again:
+        for (name, one), (other, two) in itertools.pairwise(known.items()):
+            if one != two:
                 hint = ""
                 if field == "point":
                     hint = " (each part chooses for itself: share a comparison with a grid by ways)"
-                yield f"`{field}` of {{}} is {value!r} in {name} and {again!r} in {other}{hint}"
+                yield f"`{field}`", f"is {one!r} in {name} and {two!r} in {other}{hint}"
     settings = {file: row["settings"] for file, row in found.items() if "settings" in row}
     for (name, one), (other, two) in itertools.pairwise(settings.items()):
         for field in sorted(one.keys() | two.keys()):
-            if one.get(field) != two.get(field):
-                values = (repr(of[field]) if field in of else "at its default" for of in (one, two))
-                yield f"`{field}` of {{}} is {next(values)} in {name} and {next(values)} in {other}"
+            first, second = (repr(of[field]) if field in of else "at its default" for of in (one, two))
+            if first != second:
+                yield f"`{field}`", f"is {first} in {name} and {second} in {other}"
 
 
-def _twice(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _twice(found: Rows) -> Iterator[tuple[str, str]]:
     for (name, row), (other, again) in itertools.combinations(found.items(), 2):
         if twice := sorted({*row["seeds"]} & {*again["seeds"]}):
-            yield f"seeds {', '.join(map(str, twice))} of {{}} are in {name} and in {other}"
+            yield f"seeds {', '.join(map(str, twice))}", f"are in {name} and in {other}"
 
 
 # -- what it is made of
