@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,7 +83,8 @@ def join(args: argparse.Namespace) -> int:
       repopt compare --config=cifar10_small --seeds=2 --out=runs/here --results=here
       repopt compare --config=cifar10_small --config.seed=2 --seeds=1 --out=runs/there --results=there
       repopt join here.json there.json --results=both"""
-    from repopt_jax.report.join import join, read_results, write_results
+    from repopt_jax.report.join import join
+    from repopt_jax.report.results import read_results, write_results
 
     out = _absolute(args.results)
     files = {_absolute(file).resolve(): file for file in args.files}
@@ -119,21 +119,19 @@ def print_config(args: argparse.Namespace) -> int:
 
 
 def _copy_results(out: Path, results: str) -> None:
-    """Copies the tables, the numbers and the first picture of the report in `out`, where it is asked for; of
-    the numbers those that do not name folders of this machine."""
+    """Writes the report in `out` as results files, where it is asked for, without what names folders of this
+    machine."""
     if not results:
         return
-    copied = _absolute(results)
-    copied.parent.mkdir(parents=True, exist_ok=True)
-    for name, suffix in (("report.md", ".md"), ("report/accuracy.png", ".png")):
-        shutil.copyfile(out / name, f"{copied}{suffix}")
+    from repopt_jax.report.results import write_results
+
     content = json.loads((out / "report.json").read_text(encoding="utf-8"))
     content.pop("runs")
     (content["equivalence"] or {}).pop("inputs", None)
     for deployed in content["deployed"].values():
         for name in ("run", "config"):
             deployed.pop(name)
-    Path(f"{copied}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_results(content, _absolute(results))
 
 
 def _comparison(args: argparse.Namespace) -> Any:
@@ -143,7 +141,8 @@ def _comparison(args: argparse.Namespace) -> Any:
 
     found = load_comparison(args.config)
     if not isinstance(found, Comparison):
-        return _some_ways(comparison_of(with_overrides(found, args.overrides), seeds=args.seeds), args.ways)
+        found = comparison_of(with_overrides(found, args.overrides), seeds=args.seeds)
+        return found if args.ways is None else found.of(args.ways)
     given = [override.removeprefix("--config.").partition("=")[0] for override in args.overrides]
     own = ("name", "scales", "data.validation", *found.grid)
     if refused := [name for name in given if name in own]:
@@ -156,21 +155,8 @@ def _comparison(args: argparse.Namespace) -> Any:
         for kind, given in (("ways", found.ways), ("searches", found.searches))
     }
     seeds = found.seeds if args.seeds is None else args.seeds
-    return _some_ways(dataclasses.replace(found, **changed, seeds=seeds), args.ways)
-
-
-def _some_ways(comparison: Any, ways: Sequence[str] | None) -> Any:
-    """The comparison of these ways alone, with the differences that are among them."""
-    if ways is None:
-        return comparison
-    if unknown := [way for way in ways if way not in comparison.ways]:
-        raise UsageError(
-            f"--ways has {unknown[0]!r}{did_you_mean(unknown[0], comparison.ways)}; the comparison has "
-            f"{', '.join(comparison.ways)}"
-        )
-    if len(set(ways)) < len(ways):
-        raise UsageError(f"--ways={','.join(ways)} names a way twice")
-    return comparison.of(ways)
+    found = dataclasses.replace(found, **changed, seeds=seeds)
+    return found if args.ways is None else found.of(args.ways)
 
 
 def _keep_compiled(out: Path) -> None:

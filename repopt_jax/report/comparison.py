@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from repopt_jax import userfile
+from repopt_jax.hints import did_you_mean
 from repopt_jax.train.config import (
     SEARCH,
     Config,
@@ -150,11 +151,13 @@ class Comparison:
         """The part of it that is some of the ways, for `join` with the others.
 
         Raises:
-          ValueError: a way that is not compared, or none.
+          ValueError: a way that is not compared, one twice, or none.
         """
-        chosen = set(ways)
-        if unknown := sorted(chosen - set(self.ways)):
-            raise ValueError(f"`ways` has {', '.join(unknown)}, and {', '.join(self.ways)} are compared")
+        chosen = list(ways)
+        if unknown := [f"{way!r}{did_you_mean(way, self.ways)}" for way in chosen if way not in self.ways]:
+            raise ValueError(f"`ways` has {', '.join(unknown)}; compared are {', '.join(self.ways)}")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"`ways` names one twice: {', '.join(chosen)}")
         named = {way: config for way, config in self.ways.items() if way in chosen}
         taken = {search_of(config) for config in named.values() if config.scales.startswith(SEARCH)}
         return dataclasses.replace(

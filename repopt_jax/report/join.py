@@ -1,18 +1,12 @@
 """Results of one comparison from several machines, joined: each made some of the seeds, or of the ways."""
 
 import itertools
-import json
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from repopt_jax import jsontext
-from repopt_jax.report import figures
-from repopt_jax.report.report import difference_row, markdown, sentences, spread, starts_of
+from repopt_jax.report.results import difference_row, sentences, spread, starts_of
 from repopt_jax.report.statistics import difference
-from repopt_jax.train.tasks import METRICS
 
 # What results that are joined have in common, and what is the same of a way wherever it was trained. Where a
 # machine does not know it, since all of its runs diverged or its file is older than the field, nothing is
@@ -198,132 +192,3 @@ def _parts(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         for row in found.values()
     }
     return [{**content["made"], "ways": ways}]
-
-
-# -- files
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """What a results file, PATH.json of `--results=PATH`, holds.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: it is no results file of a comparison; it lists all that is wrong.
-    """
-    path = Path(path)
-    content = jsontext.parse(path.read_bytes(), path)
-    if problems := list(itertools.islice(_faults(content), 5)):
-        raise ValueError(
-            f"{path} is not the results of a comparison: {'; '.join(problems)}. Give the .json that `repopt "
-            "compare --results` wrote"
-        )
-    return content
-
-
-# Name -> type of what is read from results, and from one of their rows.
-TYPES = {
-    "title": str,
-    "task": str,
-    "metric": str,
-    "points": list,
-    "validation": int,
-    "about": list,
-    "made": dict,
-    "rows": list,
-    "differences": list,
-    "tuned_by": int,
-}
-TYPES_OF_A_ROW = {
-    "way": str,
-    "label": str,
-    "point": str,
-    "tuning": list,
-    "test": dict,
-    "test_count": int,
-    "step_ms": (float, int, type(None)),
-    "train_parameters": (int, type(None)),
-}
-TYPES_OF_MADE = {"command": str, "date": str, "commit": str, "processor": str, "versions": dict}
-# What files of today have besides.
-LATER = {"ways": list, "pairs": list, "parts": list}
-LATER_OF_A_ROW = {"settings": dict, "seeds": list, "epochs": (int, type(None)), "steps": (int, type(None))}
-
-
-def _faults(content: Any) -> Iterator[str]:
-    """What makes a value no content of a results file, as far as `join` reads it."""
-    if faults := list(_wrong("it", content, TYPES, LATER)):
-        yield from faults
-        return
-    if content["task"] not in METRICS:
-        yield f"`task` is {content['task']!r}, not one of {', '.join(METRICS)}"
-    yield from _wrong("`made`", content["made"], TYPES_OF_MADE)
-    if not content["rows"]:
-        yield "`rows` is empty"
-    for number, row in enumerate(content["rows"]):
-        where = f"row {number}"
-        faults = list(_wrong(where, row, TYPES_OF_A_ROW, {**LATER_OF_A_ROW, "tuned_by": int}))
-        yield from faults
-        if faults:
-            continue
-        for metric, values in row["test"].items():
-            if not isinstance(values, dict) or not all(map(_is_whole, values)):
-                yield f"`test` of {where} has no seeds of {metric}"
-            elif not all(map(_is_finite, values.values())):
-                yield f"`test` of {where} has something that is no number"
-        if not all(value is None or _is_finite(value) for value in row["tuning"]):
-            yield f"`tuning` of {where} has something that is no number"
-        if not all(isinstance(seed, int) for seed in row.get("seeds", ())):
-            yield f"`seeds` of {where} has something that is no whole number"
-    for number, d in enumerate(content["differences"]):
-        yield from _wrong(f"difference {number}", d, {"way": str, "than": str})
-    for number, pair in enumerate(content.get("pairs", ())):
-        if not (isinstance(pair, list) and list(map(type, pair)) == [str, str]):
-            yield f"pair {number} is not two names"
-    for number, part in enumerate(content.get("parts", ())):
-        where = f"part {number}"
-        yield from _wrong(where, part, {**TYPES_OF_MADE, "ways": dict})
-        for label, way in part.get("ways", {}).items() if isinstance(part, dict) else ():
-            wanted = {"seeds": list, "step_ms": (float, int, type(None))}
-            yield from _wrong(f"{label!r} of {where}", way, wanted)
-
-
-def _wrong(
-    where: str, found: Any, wanted: Mapping[str, Any], later: Mapping[str, Any] | None = None
-) -> Iterator[str]:
-    """Which fields are missing or of another type; those of `later` may be missing."""
-    if not isinstance(found, dict):
-        yield f"{where} is no object"
-        return
-    if missing := sorted(wanted.keys() - found.keys()):
-        yield f"{where} has no {', '.join(missing)}"
-    for name, kind in {**wanted, **(later or {})}.items():
-        if name in found and not isinstance(found[name], kind):
-            yield f"`{name}` of {where} is {_short(found[name])}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 40 else f"{text[:37]}..."
-
-
-def _is_whole(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def write_results(content: Mapping[str, Any], path: str | Path) -> None:
-    """Writes PATH.json, PATH.md and PATH.png: the numbers, the tables, every seed as a point.
-
-    Raises:
-      OSError: they cannot be written.
-    """
-    path, metric = Path(path), METRICS[content["task"]][0]
-    tests = {row["label"]: list(row["test"].get(metric.name, {}).values()) for row in content["rows"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = figures.png(figures.spread(tests, figures.styles(tests), metric.label))
-    Path(f"{path}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    Path(f"{path}.md").write_text(markdown(content), encoding="utf-8")
-    Path(f"{path}.png").write_bytes(picture)

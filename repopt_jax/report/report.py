@@ -8,13 +8,11 @@ report/*.png    the figures
 
 import dataclasses
 import datetime
-import itertools
 import json
 import math
 import shutil
-import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,7 @@ from repopt_jax.report.compare import Results
 from repopt_jax.report.comparison import point_text
 from repopt_jax.report.machine import processor
 from repopt_jax.report.records import History, Run, history_of, read_run
-from repopt_jax.report.statistics import Difference, standard_error
-from repopt_jax.surgery.prepare import Mode
-from repopt_jax.train.config import Config, settings_of
+from repopt_jax.report.results import difference_row, markdown, sentences, spread, starts_of
 from repopt_jax.train.tasks import METRICS, metric_label
 
 
@@ -134,29 +130,6 @@ def _row(results: Results, way: str, deployed: Mapping[str, Any] | None) -> dict
     }
 
 
-def difference_row(d: Difference, label: Callable[[str], str]) -> dict[str, Any]:
-    """A difference as report.json has it; `label` gives what a way is called."""
-    return {"label": f"{label(d.way)} minus {label(d.than)}", **dataclasses.asdict(d), "shown": d.shown}
-
-
-def spread(test: Mapping[str, Mapping[Any, float]], metric: str, count: int) -> dict[str, float | None]:
-    """Mean and deviation of the seeds, and the binomial error of an accuracy on so many images.
-
-    Args:
-      test: metric -> seed -> value in [0, 1].
-      metric: whose mean and deviation.
-      count: number of test images.
-    """
-    values, accuracies = list(test.get(metric, {}).values()), test.get("accuracy")
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "deviation": statistics.stdev(values) if len(values) > 1 else None,
-        "standard_error": standard_error(statistics.fmean(accuracies.values()), count)
-        if accuracies
-        else None,
-    }
-
-
 def _runs(results: Results) -> Iterator[dict[str, Any]]:
     """The runs that the table is made of, and the searches."""
     folders = [
@@ -188,95 +161,6 @@ def conclusions(results: Results) -> Iterator[str]:
     of = {way: {**comparison.settings(way), "scales": comparison.ways[way].scales} for way in results.ways}
     starts = starts_of(of)
     return sentences(results.differences, labels, starts)
-
-
-def sentences(
-    differences: Sequence[Difference], labels: Mapping[str, str], starts: Mapping[str, str]
-) -> Iterator[str]:
-    """`conclusions` of differences alone.
-
-    Args:
-      differences: way minus way.
-      labels: way -> what it is called.
-      starts: way -> the way that is its rule of initialization alone.
-    """
-    for than in dict.fromkeys(d.than for d in differences):
-        for word, sign in (("Ahead of", 1), ("Behind", -1)):
-            found = [d for d in differences if d.than == than and d.shown and d.mean * sign > 0]
-            if found:
-                listed = "; ".join(f"{labels[d.way]} {_with_interval(d)}" for d in found)
-                yield f"{word} {labels[than]} by points that are unlikely to be chance: {listed}."
-    if unclear := [d for d in differences if not d.shown and d.low is not None]:
-        listed = "; ".join(f"{labels[d.way]} minus {labels[d.than]} {_with_interval(d)}" for d in unclear)
-        yield f"Not shown which is better, as the interval contains zero: {listed}."
-    if single := [d for d in differences if d.low is None]:
-        listed = "; ".join(f"{labels[d.way]} minus {labels[d.than]} {_points(d.mean)}" for d in single)
-        yield f"One seed says nothing of the spread: {listed}."
-    yield from _share_of_start(differences, labels, starts)
-
-
-def _with_interval(d: Difference) -> str:
-    assert d.low is not None
-    assert d.high is not None
-    return f"{_points(d.mean)} ({_points(d.low)} to {_points(d.high)})"
-
-
-def _share_of_start(
-    differences: Sequence[Difference], labels: Mapping[str, str], starts: Mapping[str, str]
-) -> Iterator[str]:
-    """How much of a lead that is shown is there with the rule of initialization alone."""
-    found = {(d.way, d.than): d for d in differences}
-    for (way, than), whole in found.items():
-        start = starts.get(way)
-        if start is None or (start, than) not in found or not whole.shown or whole.mean <= 0:
-            continue
-        part, rest = found[start, than].mean, found.get((way, start))
-        lead = f"{labels[way]} is ahead of {labels[than]}"
-        more = "" if rest is None or rest.shown else ", and more than that is not shown"
-        if part >= whole.mean:
-            yield (
-                f"All of the lead is where the training starts: {lead} by {_points(whole.mean)} points, and "
-                f"the initialization alone is by {_points(part)}."
-            )
-        elif part >= whole.mean / 2:
-            yield (
-                f"Most of the lead is where the training starts: of the {_points(whole.mean)} points that "
-                f"{lead}, {_points(part)} are there with the initialization alone{more}."
-            )
-        elif part > 0:
-            yield (
-                f"The initialization alone gives {_points(part)} of the {_points(whole.mean)} points that "
-                f"{lead}."
-            )
-        else:
-            yield f"The initialization alone gives none of the {_points(whole.mean)} points that {lead}."
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-# Fields that have no meaning where scales do not multiply gradients.
-OF_MULTIPLIERS = tuple(
-    name
-    for name, *_, rules, _ in settings_of(Config())
-    if "init" not in rules["only"].get("rules", ("init",))
-)
-
-
-def starts_of(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Way -> the way that is its rule of initialization alone, where there is one; `settings` are those of
-    each way as `Comparison.settings` gives them."""
-    rules, kept = {}, {}
-    for way, of in settings.items():
-        if of.get("model.mode") == Mode.REPOPT and "scales" in of:
-            rules[way] = of.get("rules", Config.rules)
-            kept[way] = {name: v for name, v in of.items() if name not in ("rules", *OF_MULTIPLIERS)}
-    return {
-        way: other
-        for way, other in itertools.permutations(kept, 2)
-        if (rules[way], rules[other]) == ("both", "init") and kept[way] == kept[other]
-    }
 
 
 def _made(results: Results, command: str) -> dict[str, Any]:
@@ -315,141 +199,6 @@ def _relative(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-# -- as text
-
-
-def markdown(content: Mapping[str, Any]) -> str:
-    """The tables of report.json's content, or of what `join` made of several, as Markdown."""
-    made, parts = content["made"], content.get("parts", ())
-    rows = content["rows"]
-    metrics = [m for m in METRICS[content["task"]] if any(m.name in row["test"] for row in rows)]
-    lines = [f"# {content['title']}", ""]
-    if made["command"]:
-        lines += [f"`{made['command']}`", ""]
-    size = (
-        f"{made['epochs']} epochs, {made['steps']} steps, {rows[0]['test_count']:,} test images"
-        f"{_binomial(rows)}."
-    )
-    if parts:
-        lines += [f"{size} Made in {len(parts)} parts:", ""]
-        lines += [
-            f"{i}. {_origin(part)}" + (f" `{part['command']}`" if part["command"] else "")
-            for i, part in enumerate(parts, 1)
-        ]
-        lines += [""]
-    else:
-        lines += [f"{_origin(made)} {size}", ""]
-    if len(content["points"]) > 1:
-        lines += [
-            f"Each way was trained at every point of the grid by {_tuned_by(content)}; "
-            f"{content['validation']} training images that were held out decided between the points"
-            f"{', in each part for itself' if parts else ''}, and the test images were read when all was "
-            "trained.",
-            "",
-        ]
-    for metric in metrics:
-        lines += [*_ways_table(rows, metric.name, metric.label), ""]
-    if parts:
-        lines += [*_parts_table(rows, parts), ""]
-    if len(content["points"]) > 1:
-        lines += [*_tuning_table(content), ""]
-    if content["differences"]:
-        lines += [*_difference_table(content), "", *(f"- {s}" for s in content["conclusions"]), ""]
-    if content["deployed"]:
-        lines += ["| | largest difference of an output | parameters deployed |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {d['max_abs']:.1e} | {d['deploy_parameters']:,} |"
-            for name, d in content["deployed"].items()
-        ]
-        lines += [""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _tuned_by(content: Mapping[str, Any]) -> str:
-    counts = {row.get("tuned_by", content["tuned_by"]) for row in content["rows"]}
-    least, most = min(counts), max(counts)
-    if least < most:
-        return f"{least} to {most} seeds"
-    return "one seed" if most == 1 else f"{most} seeds"
-
-
-def _origin(made: Mapping[str, Any]) -> str:
-    """When, from which commit and on what results were made."""
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    commit_text = f", commit {made['commit']}" if made["commit"] else ""
-    return f"{made['date']}{commit_text}; {made['processor']}; {versions}."
-
-
-def _binomial(rows: Sequence[Mapping[str, Any]]) -> str:
-    errors = [row["standard_error"] for row in rows if row["standard_error"] is not None]
-    return f" (binomial standard error at most {100 * max(errors):.1f} points)" if errors else ""
-
-
-def _ways_table(rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> list[str]:
-    # Without a grid nothing was chosen, and what was joined has its times part by part.
-    chosen, timed = any(row["point"] for row in rows), any(row["step_ms"] is not None for row in rows)
-    heads = [f"{label}, %, seed by seed", "mean", "standard deviation"]
-    heads += [*(["chosen"] if chosen else []), *(["ms a step"] if timed else []), "parameters in training"]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for row in rows:
-        values = [100 * value for value in row["test"].get(metric, {}).values()]
-        if not values:
-            continue
-        cells = [", ".join(f"{value:.2f}" for value in values), f"{statistics.mean(values):.2f}"]
-        cells += [f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""]
-        cells += [row["point"]] if chosen else []
-        cells += ["" if row["step_ms"] is None else f"{row['step_ms']:.1f}"] if timed else []
-        cells += ["" if row["train_parameters"] is None else f"{row['train_parameters']:,}"]
-        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
-    return lines
-
-
-def _parts_table(rows: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        "Seeds, and ms a step on the machine of each part:",
-        "",
-        "| | " + " | ".join(f"part {i}" for i, _ in enumerate(parts, 1)) + " |",
-        "|---" * (1 + len(parts)) + "|",
-    ]
-    for row in rows:
-        cells = []
-        for part in parts:
-            way = part["ways"].get(row["label"], {"seeds": [], "step_ms": None})
-            seeds, step = ", ".join(map(str, way["seeds"])), way["step_ms"]
-            cells.append(seeds if step is None else f"{seeds}: {step:.1f} ms")
-        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
-    return lines
-
-
-def _tuning_table(content: Mapping[str, Any]) -> list[str]:
-    name = metric_label(METRICS[content["task"]][0], "validation")
-    lines = [
-        f"Mean {name}, %, by which the point was chosen:",
-        "",
-        "| | " + " | ".join(content["points"]) + " |",
-        "|---" * (1 + len(content["points"])) + "|",
-    ]
-    for row in content["rows"]:
-        cells = ("diverged" if v is None else f"{100 * v:.2f}" for v in row["tuning"])
-        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
-    return lines
-
-
-def _difference_table(content: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "Differences in points, seed by seed:",
-        "",
-        "| | differences | mean | 95 % interval |",
-        "|---|---|---|---|",
-    ]
-    for d in content["differences"]:
-        each = ", ".join(_points(value) for value in d["by_seed"].values())
-        interval = "" if d["low"] is None else f"{_points(d['low'])} to {_points(d['high'])}"
-        lines.append(f"| {d['label']} | {each} | {_points(d['mean'])} | {interval} |")
-    searches = "one search in each part" if content.get("parts") else "one search"
-    return [*lines, "", page.INTERVALS.format(count=len(content["differences"]), searches=searches)]
 
 
 # -- the figures
