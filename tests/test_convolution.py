@@ -254,9 +254,7 @@ def forms_of(monkeypatch):
         ((3, 16, 8), ["by_groups", "by_taps", "dense_kernel"]),
         ((1, 8, 8), ["dense_kernel"]),
         ((1, 4, 8), []),
-        ((1, 8, 8, 1), ["pointwise_kernel"]),
-        ((1, 32, 32, 1), ["pointwise", "pointwise_kernel"]),
-        ((3, 16, 8, 1), ["by_groups", "by_taps", "pointwise_kernel"]),
+        ((1, 32, 32, 1), ["dense_kernel", "pointwise"]),
     ],
     ids=str,
 )
@@ -289,7 +287,6 @@ USED = {
     "by_groups": ((4, 3, 2), 1),
     "dense_kernel": ((1, 8, 8), 1),
     "pointwise": ((1, 32, 32, 1), 1),
-    "pointwise_kernel": ((1, 8, 8, 1), 2),
     "by_phases": ((1, 8, 8), 2),
 }
 

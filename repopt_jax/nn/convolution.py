@@ -251,11 +251,8 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
             return by_phases if large and window > 1 and not strided else by_xla
         # In the gradient of a kernel the channels are the batch: an axis that lies after the images.
         is_kernel = whole and numbers.lhs_spec[0] > numbers.lhs_spec[1] and outputs <= MAX_TERMS
-        if not is_kernel or min(batch, features) < MIN_KERNEL_CHANNELS:
-            return by_xla
-        if outputs == 1:
-            return pointwise_kernel
-        return dense_kernel if window >= MIN_POSITIONS else by_xla
+        enough = min(batch, features) >= MIN_KERNEL_CHANNELS and (outputs == 1 or window >= MIN_POSITIONS)
+        return dense_kernel if is_kernel and enough else by_xla
     if groups > 1:
         inputs = rhs.shape[numbers.rhs_spec[1]]
         if inputs * window <= MAX_TERMS and not (strided and dilated):
@@ -323,30 +320,6 @@ def pointwise(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     return _from_channels_last(y, numbers.out_spec)
 
 
-def pointwise_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    """The gradient of a dense kernel of one tap: a product of matrices whose rows are pixels.
-
-        k[c, f] = sum over n, o of x[n, o d - before, c] g[n, o, f],  d the stride of the layer
-
-    x is `lhs`, whose batch is the channels and whose features are the images; g is `rhs`. It is
-    `dense_kernel` without columns to make, for which the maps need not be cut into chunks.
-    """
-    numbers, dilation = params["dimension_numbers"], params["rhs_dilation"]
-    x, g = _maps_of_kernel(lhs, rhs, numbers)
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in params["padding"]), (0, 0, 0)])
-    limits = [(n - 1) * d + 1 for n, d in zip(g.shape[1:-1], dilation)]
-    x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *limits, x.shape[-1]), (1, *dilation, 1))
-    k = lax.dot_general(
-        x.reshape(-1, x.shape[-1]),
-        g.reshape(-1, g.shape[-1]),
-        (((0,), (0,)), ((), ())),
-        precision=params["precision"],
-        preferred_element_type=_wide(x.dtype),
-    )
-    k = k.astype(params["preferred_element_type"] or lhs.dtype)
-    return _from_channels_last(k.reshape(k.shape[0], *[1] * len(limits), k.shape[1]), numbers.out_spec)
-
-
 def dense_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     """The gradient of a dense kernel: a product of matrices whose rows are pixels.
 
@@ -358,7 +331,10 @@ def dense_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     many as a cache holds.
     """
     numbers = params["dimension_numbers"]
-    x, g = _maps_of_kernel(lhs, rhs, numbers)
+    batch, feature, *spatial = numbers.lhs_spec
+    x = _channels_last(lhs, (feature, batch, *spatial))
+    out, inputs, *spatial = numbers.rhs_spec
+    g = _channels_last(rhs, (inputs, out, *spatial))
     dtype, wide, zero = lhs.dtype, _wide(lhs.dtype), jnp.zeros((), lhs.dtype)
     strides, dilation = params["window_strides"], params["rhs_dilation"]
     _, *sizes, outputs = g.shape
@@ -494,7 +470,10 @@ def depthwise_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array
     x is `lhs`, whose batch is the channels and whose features are the images; g is `rhs`.
     """
     numbers = params["dimension_numbers"]
-    x, g = _maps_of_kernel(lhs, rhs, numbers)
+    batch, feature, *spatial = numbers.lhs_spec
+    x = _channels_last(lhs, (feature, batch, *spatial))
+    out, inputs, *spatial = numbers.rhs_spec
+    g = _channels_last(rhs, (inputs, out, *spatial))
     dtype, wide = lhs.dtype, _wide(lhs.dtype)
     repeats = g.shape[-1] // x.shape[-1]
     if repeats > 1:
@@ -585,14 +564,6 @@ def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
 def _kernel_last(w: jax.Array, spec: Sequence[int]) -> jax.Array:
     out, inputs, *spatial = spec
     return w.transpose(*spatial, inputs, out)
-
-
-def _maps_of_kernel(lhs: jax.Array, rhs: jax.Array, numbers: Any) -> tuple[jax.Array, jax.Array]:
-    """The map and the gradient of the outputs, channels last, of the gradient of a kernel: its operands,
-    whose images are features and input channels."""
-    batch, feature, *spatial = numbers.lhs_spec
-    out, inputs, *window = numbers.rhs_spec
-    return _channels_last(lhs, (feature, batch, *spatial)), _channels_last(rhs, (inputs, out, *window))
 
 
 def _from_channels_last(y: jax.Array, spec: Sequence[int]) -> jax.Array:
