@@ -331,10 +331,7 @@ def dense_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     many as a cache holds.
     """
     numbers = params["dimension_numbers"]
-    batch, feature, *spatial = numbers.lhs_spec
-    x = _channels_last(lhs, (feature, batch, *spatial))
-    out, inputs, *spatial = numbers.rhs_spec
-    g = _channels_last(rhs, (inputs, out, *spatial))
+    x, g = _maps_of_kernel(lhs, rhs, numbers)
     dtype, wide, zero = lhs.dtype, _wide(lhs.dtype), jnp.zeros((), lhs.dtype)
     strides, dilation = params["window_strides"], params["rhs_dilation"]
     _, *sizes, outputs = g.shape
@@ -470,10 +467,7 @@ def depthwise_kernel(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array
     x is `lhs`, whose batch is the channels and whose features are the images; g is `rhs`.
     """
     numbers = params["dimension_numbers"]
-    batch, feature, *spatial = numbers.lhs_spec
-    x = _channels_last(lhs, (feature, batch, *spatial))
-    out, inputs, *spatial = numbers.rhs_spec
-    g = _channels_last(rhs, (inputs, out, *spatial))
+    x, g = _maps_of_kernel(lhs, rhs, numbers)
     dtype, wide = lhs.dtype, _wide(lhs.dtype)
     repeats = g.shape[-1] // x.shape[-1]
     if repeats > 1:
@@ -564,6 +558,14 @@ def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
 def _kernel_last(w: jax.Array, spec: Sequence[int]) -> jax.Array:
     out, inputs, *spatial = spec
     return w.transpose(*spatial, inputs, out)
+
+
+def _maps_of_kernel(lhs: jax.Array, rhs: jax.Array, numbers: Any) -> tuple[jax.Array, jax.Array]:
+    """The operands of the gradient of a kernel, channels last: a map, whose batch is the channels and whose
+    features are the images, and the gradient of the outputs."""
+    batch, feature, *spatial = numbers.lhs_spec
+    out, inputs, *window = numbers.rhs_spec
+    return _channels_last(lhs, (feature, batch, *spatial)), _channels_last(rhs, (inputs, out, *window))
 
 
 def _from_channels_last(y: jax.Array, spec: Sequence[int]) -> jax.Array:
