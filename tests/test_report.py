@@ -1,5 +1,6 @@
 """The report of a comparison, on made-up runs: what it says, what it escapes, and what it refuses."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from searches import cosine, records, search, train_records
 
 from repopt_jax.report import report
@@ -206,10 +209,57 @@ def test_one_seed_shows_no_spread():
     assert difference("a", "b", {0: 0.9, 1: 0.5}, {1: 0.8}).by_seed == {1: pytest.approx(-0.3)}
 
 
-def test_equal_differences_show_nothing():
-    equal = difference("a", "b", {0: 0.9, 1: 0.8}, {0: 0.5, 1: 0.4})
-    assert equal.low == pytest.approx(equal.high)
-    assert not difference("a", "b", {0: 0.75, 1: 0.5}, {0: 0.5, 1: 0.25}).shown
+@given(
+    images=st.integers(1, 5000),
+    hits=st.lists(st.integers(0, 4000), min_size=2, max_size=10),
+    more=st.integers(0, 1000),
+)
+def test_equal_differences_show_nothing(images, hits, more):
+    """However they are rounded; and one image more in one of them is a spread."""
+
+    def found(*extra):
+        first = {seed: (n + more + by) / images for seed, (n, by) in enumerate(zip(hits, extra))}
+        return difference("a", "b", first, {seed: n / images for seed, n in enumerate(hits)})
+
+    equal = found(*[0] * len(hits))
+    assert (equal.equal, equal.shown) == (True, False)
+    assert not found(1, *[0] * (len(hits) - 1)).equal
+
+
+def test_of_equal_differences_no_interval_is_given(tmp_path):
+    # In floating point the two differ in the last digit, and the interval would leave out zero.
+    results = made(tmp_path, {"plain": (0.725, 0.925), "repvgg": (0.75, 0.95)})
+    assert list(report.conclusions(results)) == [
+        "The same in each seed, so that there is no spread to judge by: repvgg minus plain +2.5."
+    ]
+    html = report.write_report(results, tmp_path / "out").read_text()
+    assert "<td>no spread</td><td>-</td>" in html
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| +2.5, +2.5 | +2.5 | no spread |" in text
+
+
+@pytest.mark.parametrize("task", ["classify", "detect"])
+def test_numbers_of_the_test_images_are_those_of_a_way_that_was_tested(tmp_path, task):
+    """A way of which every run diverged has none."""
+    tests = {"plain": (0.0, 0.0), "repvgg": (0.5, 0.6)}
+    results = made(tmp_path, tests) if task == "classify" else detector(tmp_path, tests)
+
+    def without(*ways):
+        lost = {way: dataclasses.replace(results.ways[way], count=0, summary={}) for way in ways}
+        path = tmp_path / "-".join(ways)
+        changed = dataclasses.replace(results, ways={**results.ways, **lost})
+        html = report.write_report(changed, path).read_text()
+        return html, (path / "report.md").read_text(), json.loads((path / "report.json").read_text())
+
+    html, text, content = without("plain")
+    assert "20 epochs, 2000 steps, 355 test images" in text
+    assert "355 images" in html
+    assert content["rows"][0]["standard_error"] is None
+    assert ("standard error of up to" in html) == (task == "classify")
+    html, text, _ = without("plain", "repvgg")
+    assert "Every run diverged." in html
+    assert "Every run diverged." in text
+    assert "None" not in html + text
 
 
 def test_the_standard_error_is_the_binomial_one_and_never_zero():

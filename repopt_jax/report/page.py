@@ -203,8 +203,7 @@ def _differences(content: Mapping[str, Any]) -> str:
             escape(d["label"]),
             f"{100 * d['mean']:+.2f}<br><small>"
             f"{', '.join(f'{100 * value:+.2f}' for value in d['by_seed'].values())}</small>",
-            "-" if d["low"] is None else f"{100 * d['low']:+.2f} to {100 * d['high']:+.2f}",
-            "-" if d["low"] is None else ("no" if d["shown"] else "yes"),
+            *_interval(d),
         )
         for d in content["differences"]
     ]
@@ -213,21 +212,37 @@ def _differences(content: Mapping[str, Any]) -> str:
     return table(heads, rows) + f'<p class="soft">{escape(text)}</p>'
 
 
+def first_tested(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first way of a table of which a run did not diverge; None if there is none."""
+    return next((row for row in rows if row["test_count"]), None)
+
+
+def _interval(d: Mapping[str, Any]) -> tuple[str, str]:
+    """The interval of a difference, and whether it contains zero."""
+    if d["low"] is None:
+        return "-", "-"
+    if d["equal"]:
+        return "no spread", "-"
+    return f"{100 * d['low']:+.2f} to {100 * d['high']:+.2f}", "no" if d["shown"] else "yes"
+
+
 def _uncertainty(content: Mapping[str, Any]) -> str:
     """Says what the numbers were measured on, and how exact that makes them."""
     rows = content["rows"]
+    tested = first_tested(rows)
+    if tested is None:
+        return "<p>Every run diverged.</p>"
+    count = tested["test_count"]
     errors = [row["standard_error"] for row in rows if row["standard_error"] is not None]
     if not errors:
         return (
-            f"<p>Measured on {rows[0]['test_count']:,} images by COCO's evaluation: AP50 counts a detection "
+            f"<p>Measured on {count:,} images by COCO's evaluation: AP50 counts a detection "
             "as right where its box (for keypoint AP50: its keypoints) agrees with the object by at least "
             f"0.5, AP averages over 0.5 to 0.95. {_spread_of_seeds(content)}</p>"
         )
     return (
-        f"<p>The test set has {rows[0]['test_count']:,} images; their number alone gives an accuracy a "
-        "standard "
-        f"error of up to {100 * max(errors):.1f} points, which more seeds do not lessen, as all share the "
-        "images.</p>"
+        f"<p>The test set has {count:,} images; their number alone gives an accuracy a standard error of up "
+        f"to {100 * max(errors):.1f} points, which more seeds do not lessen, as all share the images.</p>"
     )
 
 

@@ -152,7 +152,12 @@ def _is_finite(value: Any) -> bool:
 
 def difference_row(d: Difference, label: Callable[[str], str]) -> dict[str, Any]:
     """A difference as report.json has it; `label` gives what a way is called."""
-    return {"label": f"{label(d.way)} minus {label(d.than)}", **dataclasses.asdict(d), "shown": d.shown}
+    return {
+        "label": f"{label(d.way)} minus {label(d.than)}",
+        **dataclasses.asdict(d),
+        "shown": d.shown,
+        "equal": d.equal,
+    }
 
 
 def spread(test: Mapping[str, Mapping[Any, float]], metric: str, count: int) -> dict[str, float | None]:
@@ -161,10 +166,10 @@ def spread(test: Mapping[str, Mapping[Any, float]], metric: str, count: int) -> 
     Args:
       test: metric -> seed -> value in [0, 1].
       metric: whose mean and deviation.
-      count: number of test images.
+      count: number of test images; 0 if every run diverged, so that nothing was tested.
     """
     values, accuracies = list(test.get(metric, {}).values()), test.get("accuracy")
-    error = standard_error(statistics.fmean(accuracies.values()), count) if accuracies else None
+    error = standard_error(statistics.fmean(accuracies.values()), count) if accuracies and count else None
     return {
         "mean": statistics.fmean(values) if values else None,
         "deviation": statistics.stdev(values) if len(values) > 1 else None,
@@ -191,7 +196,10 @@ def sentences(
             if found:
                 listed = "; ".join(f"{labels[d.way]} {_with_interval(d)}" for d in found)
                 yield f"{word} {labels[than]} by points that are unlikely to be chance: {listed}."
-    if unclear := [d for d in differences if not d.shown and d.low is not None]:
+    if equal := [d for d in differences if d.equal]:
+        listed = "; ".join(f"{labels[d.way]} minus {labels[d.than]} {_points(d.mean)}" for d in equal)
+        yield f"The same in each seed, so that there is no spread to judge by: {listed}."
+    if unclear := [d for d in differences if not d.shown and not d.equal and d.low is not None]:
         listed = "; ".join(f"{labels[d.way]} minus {labels[d.than]} {_with_interval(d)}" for d in unclear)
         yield f"Not shown which is better, as the interval contains zero: {listed}."
     if single := [d for d in differences if d.low is None]:
@@ -275,10 +283,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     lines = [f"# {content['title']}", ""]
     if made["command"]:
         lines += [f"`{made['command']}`", ""]
-    size = (
-        f"{made['epochs']} epochs, {made['steps']} steps, {rows[0]['test_count']:,} test images"
-        f"{_binomial(rows)}."
-    )
+    size = _size(rows)
     if parts:
         lines += [f"{size} Made in {len(parts)} parts:", ""]
         lines += [
@@ -327,6 +332,16 @@ def _origin(made: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     commit_text = f", commit {made['commit']}" if made["commit"] else ""
     return f"{made['date']}{commit_text}; {made['processor']}; {versions}."
+
+
+def _size(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How long was trained, and on how many images was tested."""
+    row = page.first_tested(rows)
+    if row is None:
+        return "Every run diverged."
+    return (
+        f"{row['epochs']} epochs, {row['steps']} steps, {row['test_count']:,} test images{_binomial(rows)}."
+    )
 
 
 def _binomial(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -393,7 +408,12 @@ def _difference_table(content: Mapping[str, Any]) -> list[str]:
     ]
     for d in content["differences"]:
         each = ", ".join(_points(value) for value in d["by_seed"].values())
-        interval = "" if d["low"] is None else f"{_points(d['low'])} to {_points(d['high'])}"
-        lines.append(f"| {d['label']} | {each} | {_points(d['mean'])} | {interval} |")
+        lines.append(f"| {d['label']} | {each} | {_points(d['mean'])} | {_interval(d)} |")
     searches = "one search in each part" if content.get("parts") else "one search"
     return [*lines, "", page.INTERVALS.format(count=len(content["differences"]), searches=searches)]
+
+
+def _interval(d: Mapping[str, Any]) -> str:
+    if d["low"] is None:
+        return ""
+    return "no spread" if d["equal"] else f"{_points(d['low'])} to {_points(d['high'])}"

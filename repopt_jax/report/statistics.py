@@ -5,6 +5,10 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# Differences that are nearer than this are equal: accuracies are whole numbers of images, whose differences
+# cannot be so near otherwise, and they are rounded at the sixteenth digit.
+EQUAL = 1e-9
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -29,12 +33,18 @@ class Difference:
     high: float | None
 
     @property
+    def equal(self) -> bool:
+        """Whether all of several seeds have the same difference, as few seeds on few images may."""
+        values = self.by_seed.values()
+        return len(values) > 1 and max(values) - min(values) < EQUAL
+
+    @property
     def shown(self) -> bool:
         """Whether the interval leaves out zero: the order of the two is then unlikely to be chance.
 
-        Equal differences, which few seeds on few images may have, show no spread, and so nothing.
+        Equal differences have no spread to judge by, and show nothing.
         """
-        if self.low is None or self.high is None or self.low == self.high:
+        if self.low is None or self.high is None or self.equal:
             return False
         return self.low > 0 or self.high < 0
 
