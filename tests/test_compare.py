@@ -1,5 +1,5 @@
-"""Comparisons on a few digits: what is trained, what decides, what is read when, and what a stopped one "
-"leaves."""
+"""Comparisons on a few digits: what is trained, what decides, what is read when, and what a stopped one
+leaves."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from repopt_jax.deploy import evaluate
 from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
 from repopt_jax.report import workers
 from repopt_jax.report.compare import compare
-from repopt_jax.report.comparison import Comparison, against, load_comparison, smoke_of
+from repopt_jax.report.comparison import Comparison, against, load_comparison, smoke_of, spec
 from repopt_jax.report.depth import gradient_by_layer
 from repopt_jax.train import Config, load_config
 from repopt_jax.train.build import load_trained, open_feed
@@ -228,6 +228,56 @@ def test_configs_that_cannot_run_are_refused_before_anything_is_written(tmp_path
         with pytest.raises(ValueError, match=message):
             compare(comparison(grid=grid), tmp_path / "out", count=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_several_ways_is_listed_with_their_names(tmp_path):
+    fast, heavy = small(), small()
+    fast.optim.momentum, heavy.optim.momentum = 2.0, -3.0
+    search = small("search")
+    search.optim.momentum = 2.0
+    broken = comparison(
+        ways={"fine": small(), "fast": fast, "heavy": heavy}, searches={"short": search}, differences=()
+    )
+    with pytest.raises(ValueError, match="this comparison cannot run: ") as caught:
+        compare(broken, tmp_path / "out", count=0)
+    said = str(caught.value)
+    fasts, heavies = (
+        [f"way '{way}' with learning rate {rate}" for rate in RATES] for way in ("fast", "heavy")
+    )
+    assert f"search 'short', {', '.join(fasts)}: `optim.momentum`=2.0 must" in said
+    assert f"{', '.join(heavies)}: `optim.momentum`=-3.0 must" in said
+    assert "fine" not in said
+
+
+@pytest.mark.parametrize(
+    ("file", "texts", "message"),
+    [
+        ("test.json", ("{}", "[]", '{"count": 40, "accuracy": "0.5"}'), "it does not hold numbers by name"),
+        ("gradients.json", ("[]", '{"stages/0/0": null, "a": []}'), "it does not hold numbers by name"),
+        ("comparison.json", ("[]", '{"ways": []}', '{"ways": {"plain": {"optim": 3}}}'), "choose another"),
+    ],
+)
+def test_damaged_files_are_refused(compared, file, texts, message):
+    """And never read as results: an empty test.json left the accuracy on held-out images in its place."""
+    folder, *_ = compared
+    for path in sorted(folder.rglob(file))[:1]:
+        whole = path.read_text()
+        for text in texts:
+            path.write_text(text)
+            with pytest.raises(ValueError, match=f"{file} is damaged.*{message}"):
+                compare(comparison(), folder, count=0)
+        path.write_text(whole)
+
+
+def test_a_damaged_record_of_a_divergence_is_refused(tmp_path):
+    alone = comparison(ways={"plain": small()}, searches={}, differences=(), grid={}, validation=0, seeds=1)
+    run = tmp_path / "runs" / "plain" / "default" / "seed0"
+    run.mkdir(parents=True)
+    (tmp_path / "comparison.json").write_text(json.dumps(spec(alone)))
+    for text in ("{}", "[]", '{"reason": 3}'):
+        (run / "diverged.json").write_text(text)
+        with pytest.raises(ValueError, match=r"diverged\.json is damaged, it has no reason"):
+            compare(alone, tmp_path, count=0)
 
 
 def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path):

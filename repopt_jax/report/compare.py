@@ -45,7 +45,7 @@ from repopt_jax.train.build import load_trained
 from repopt_jax.train.config import SEARCH, Config, evaluated_on
 from repopt_jax.train.lock import LOCK, held
 from repopt_jax.train.loop import run
-from repopt_jax.train.rules import validate
+from repopt_jax.train.rules import problems_of
 from repopt_jax.train.rundir import PART, Summary, read_json, refuse_strangers, replace_file
 from repopt_jax.train.tasks import METRICS, format_metrics
 
@@ -135,8 +135,7 @@ def compare(
             "each of them takes; use 0"
         )
     plan = _Plan(comparison, out_dir)
-    for config in plan.first_configs():
-        validate(config, device_count=1 if count else None)
+    plan.validate(device_count=1 if count else None)
     _refuse_others(comparison, out_dir)
     first = None if source is None else (load_comparison, (source,))
     with (
@@ -198,16 +197,27 @@ class _Plan:
         config.data.validation = self.comparison.validation
         return config
 
-    def first_configs(self) -> Iterator[Config]:
-        """One run of each way and each search, as far as it can be checked before a search has run."""
+    def validate(self, *, device_count: int | None) -> None:
+        """Raises ValueError with every problem of every way and search; one of several is said once."""
+        found: dict[str, list[str]] = {}
+        for name, config in self._first_configs():
+            for problem in problems_of(config, device_count=device_count):
+                found.setdefault(problem, []).append(name)
+        if found:
+            listed = "; ".join(f"{', '.join(names)}: {problem}" for problem, names in found.items())
+            raise ValueError(f"this comparison cannot run: {listed}")
+
+    def _first_configs(self) -> Iterator[tuple[str, Config]]:
+        """One run of each way and each search with what it is called, as far as it can be checked before a
+        search has run."""
         for name in self.comparison.searches:
-            yield self.search(name).config
+            yield f"search {name!r}", self.search(name).config
         for way in self.comparison.ways:
             for point in self.comparison.points:
                 config = self.run(way, point, 0).config
                 if self.comparison.ways[way].scales.startswith(SEARCH):
                     config.scales, config.scales_mean = "depth", False  # these are not there yet
-                yield config
+                yield " with ".join(filter(None, (f"way {way!r}", point_text(point)))), config
 
     def jobs(self) -> Iterator[_Job]:
         """Everything that can be done now, what others wait for first."""
@@ -289,7 +299,10 @@ class _Plan:
                     values[seed] = 0.0
                 continue
             summaries.append(dataclasses.asdict(dataclasses.replace(summary, reused=False)))
-            measured = self.done.get(("test", job.folder)) or {**summary.test, "count": summary.test_count}
+            if summary.split == "test":
+                measured = {**summary.test, "count": summary.test_count}
+            else:
+                measured = self.done["test", job.folder]
             counts.append(measured["count"])
             for name, values in test.items():
                 if measured.get(name) is not None:
@@ -351,11 +364,13 @@ def _do(kind: str, folder: Path, config: Config, *, stop: Callable[[], bool]) ->
     """Does one job and returns its result: of a run its summary, or the reason why it diverged; of a test its
     numbers."""
     if kind == "test":
-        return _kept(folder / "test.json", lambda: evaluate(load_trained(folder)))
+        return _kept(folder / "test.json", lambda: evaluate(load_trained(folder)), needed=("count",))
     if kind == "gradients":
         return _kept(folder / "gradients.json", lambda: gradient_by_layer(config))
-    if (stored := read_json(folder / DIVERGED)) is not None:
-        return str(stored["reason"])
+    if (stored := read_json(path := folder / DIVERGED)) is not None:
+        if not isinstance(stored, dict) or not isinstance(stored.get("reason"), str):
+            raise ValueError(f"{path} is damaged, it has no reason: remove it, and the run goes on")
+        return stored["reason"]
     try:
         summary = run(config, folder, progress=False, stop=stop)
     except FloatingPointError as error:
@@ -366,12 +381,19 @@ def _do(kind: str, folder: Path, config: Config, *, stop: Callable[[], bool]) ->
     return summary
 
 
-def _kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` gives, or has given and is in the file."""
+def _kept(path: Path, measure: Callable[[], dict[str, Any]], *, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """What `measure` gives, or has given and is in the file: numbers by name, or None where one is not
+    defined."""
     stored = read_json(path)
     if stored is None:
         stored = measure()
         replace_file(path, json.dumps(stored) + "\n")
+    elif (
+        not isinstance(stored, dict)
+        or not all(name in stored for name in needed)
+        or not all(value is None or isinstance(value, (int, float)) for value in stored.values())
+    ):
+        raise ValueError(f"{path} is damaged, it does not hold numbers by name: remove it, it is made anew")
     return stored
 
 
@@ -388,7 +410,15 @@ def _refuse_others(comparison: Comparison, out_dir: Path) -> None:
     stored = read_json(out_dir / SPEC)
     if stored is None:
         refuse_strangers(out_dir, "comparison", lambda name: name == SPEC + PART or name.startswith(LOCK))
-    elif others := list(differing(stored, spec(comparison))):
+        return
+    try:
+        others = list(differing(stored, spec(comparison)))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{out_dir / SPEC} is damaged or of another version ({error}): choose another folder, or remove "
+            "that one"
+        ) from error
+    if others:
         raise ValueError(
             f"`out_dir` {out_dir} holds another comparison; it differs in {', '.join(others)}. Choose "
             "another folder, or remove that one"

@@ -52,10 +52,15 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
       ValueError: listing every problem, not only the first.
     """
     check_config(config)
+    if problems := problems_of(config, device_count=device_count):
+        raise ValueError("this config cannot run: " + "; ".join(problems))
+
+
+def problems_of(config: Config, *, device_count: int | None = None) -> list[str]:
+    """What `validate` finds wrong, a sentence each, and nothing if the config can run."""
     problems = [*_section_problems(config)] or [*_field_problems(config)]
     if any(isinstance(problem, _WrongType) for problem in problems):
-        # Values of other types would make no sense, or an error, in the comparisons below.
-        raise ValueError("this config cannot run: " + "; ".join(problems))
+        return problems  # values of other types would make no sense, or an error, in the comparisons below
     devices = jax.device_count() if device_count is None else device_count
     others = [
         *_path_problems(config),
@@ -86,9 +91,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
                 others.append(f"{field} needs {package}: install `repopt_jax[{name}]`, or leave {name} out")
     # What has been said of a NaN is enough.
     unusable = tuple(f"`{setting.name}`=" for setting in settings_of(config) if not _is_finite(setting.value))
-    problems += [problem for problem in others if not problem.startswith(unusable)]
-    if problems:
-        raise ValueError("this config cannot run: " + "; ".join(problems))
+    return problems + [problem for problem in others if not problem.startswith(unusable)]
 
 
 def _field_problems(config: Config) -> Iterator[str]:
