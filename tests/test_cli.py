@@ -640,6 +640,12 @@ def test_convert_refuses_in_one_sentence(capsys, searched, tmp_path):
         ([file, tmp_path / "b", "--model=cli-tiny", "--to=repopt"], ["is a folder of ours"]),
         ([file, tmp_path / "b", "--model=cli-tiny", "--key=ema"], [str(file), "'ema'"]),
         ([file, tmp_path / "b.pth", "--to=scales"], ["scales go into a folder"]),
+        (
+            [file, tmp_path / "b", "--to=scales", "--classes=3"],
+            ["`classes`=3 does nothing"],
+        ),
+        ([file, tmp_path / "b.pth", "--model=cli-tiny", "--to=zz"], ["`to` is 'zz': it must be one of"]),
+        ([file, tmp_path / "none" / "b.pth", "--model=cli-tiny"], ["`out`", "in no folder that exists"]),
     ):
         refused(capsys, ["convert", *arguments], *parts)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
