@@ -353,6 +353,14 @@ def test_a_tfds_data_set_in_another_format_is_refused(tmp_path):
         open_source("tfds", name="tiny", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("file", ["dataset_info.json", "tiny-train.array_record-00000-of-00001"])
+def test_a_damaged_tfds_data_set_is_named_with_what_to_do(tmp_path, file):
+    prepare_tfds(tmp_path)
+    os.truncate(tmp_path / "tiny/1.0.0" / file, 30)
+    with pytest.raises(ValueError, match=rf"cannot read .* in {tmp_path}.*; remove its folder and .*anew"):
+        open_source("tfds", name="tiny", data_dir=tmp_path).train[0]
+
+
 def test_a_damaged_record_is_named():
     split = Split([Record(b"not an image", 0, "3 of split train in place")], channels=3)
     with pytest.raises(ValueError, match="cannot read image 3 of split train in place"):
