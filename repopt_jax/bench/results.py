@@ -13,6 +13,7 @@ import flax
 import jax
 import optax
 
+from repopt_jax import jsontext
 from repopt_jax._version import __version__
 
 LOG = logging.getLogger(__name__)
@@ -69,10 +70,10 @@ def read(out: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        results = json.loads(path.read_text())
-        there, sections = results["machine"], results["sections"]
-        [Section(**section) for section in sections]
-    except (ValueError, KeyError, TypeError) as error:
+        results = jsontext.parse(path.read_bytes(), path)
+        there = results["machine"]
+        markdown(joined(results, ()))  # what can be joined and shown is ours
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no results of `repopt bench`: give another --out") from error
     here = machine()
     if changed := [name for name in here if here[name] != there.get(name)]:
