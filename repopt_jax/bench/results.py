@@ -15,6 +15,7 @@ import optax
 
 from repopt_jax import jsontext
 from repopt_jax._version import __version__
+from repopt_jax.report.machine import processor_name
 
 LOG = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def machine() -> dict[str, Any]:
     found = {
         "device": device.device_kind,
         "platform": device.platform,
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -111,17 +112,6 @@ def machine() -> dict[str, Any]:
     if device.platform != "cpu":
         found["driver"] = " ".join(str(device.client.platform_version).split())
     return found
-
-
-def processor() -> str:
-    """Returns the processor's name if the system has one."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and value.strip() not in ("", "unknown"):
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def load() -> float | None:
