@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True, help="results, without an ending")
     parser.add_argument("--calibration", default="percentile", help="abs-max, percentile, entropy or mse")
     parser.add_argument("--qat", default="", metavar="BITS:PER", help="such as 4:tensor")
-    parser.add_argument("--data_dir", help="folder of the images, if not the one that the runs used")
+    parser.add_argument("--data-dir", help="folder of the images, if not the one that the runs used")
     args = parser.parse_args()
     logging.getLogger("repopt_jax").setLevel(logging.WARNING)
     report = json.loads((args.runs / "report.json").read_text())

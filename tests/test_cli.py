@@ -365,7 +365,7 @@ def test_class_count_that_does_not_fit(capsys, searched, tmp_path):
     before = files(searched)
     refused(
         capsys,
-        ["eval", f"--run={searched}", f"--data_dir={other}"],
+        ["eval", f"--run={searched}", f"--data-dir={other}"],
         "trained on 2 classes",
         "have 3",
         "cat, dog, eel",

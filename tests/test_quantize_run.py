@@ -161,6 +161,10 @@ def test_the_config_of_training_on(run, digits):
         ({"bits": 9}, "`bits` is 9"),
         ({"per": "layer"}, "`per` is 'layer'"),
         ({"calibration": "max"}, "`calibration` is 'max'"),
+        (
+            {"calibration": "mse", "percentile": 50.0},
+            "`percentile` is 50.0, and `calibration` 'mse' has none",
+        ),
         ({"images": 0}, "`images` is 0: it must be at least 1"),
         ({"keep_float": -1}, "`keep_float` is -1: it must be at least 0"),
         ({"epochs": 2}, "only quantization-aware training has epochs"),
@@ -170,6 +174,13 @@ def test_the_config_of_training_on(run, digits):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Options(**options)
+
+
+def test_no_folder_is_made_of_one_that_is_not_there(run, tmp_path):
+    """The digits are prepared where they are to be trained on, and not where they are only looked for."""
+    with pytest.raises(FileNotFoundError, match=r"`data_dir` .*none is not a folder: give the one of"):
+        evaluate(load_plain(run), data_dir=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 # -- the command and its page
