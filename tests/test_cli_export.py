@@ -350,7 +350,10 @@ def test_operations_that_are_counted_are_the_networks(runs, tmp_path):
         (["--format=onnx", "--out=a.onnx", "--scale-bits=4"], ["`scale_bits` is for the format onnx-int8"]),
         (["--format=onnx-int8", "--out=a.onnx", "--scale-bits=0"], ["`scale_bits` is 0", "from 1 to 24"]),
         (["--format=onnx", "--out=a.onnx", "--decode"], ["`decode` is for the format stablehlo"]),
-        (["--format=stablehlo", "--out=a.stablehlo", "--decode"], ["`decoded` is True", "detector"]),
+        (
+            ["--format=stablehlo", "--out=a.stablehlo", "--decode"],
+            ["`decode` is for a detector", "holds a classifier: leave it out"],
+        ),
         (["--format=stablehlo", "--out=none/a.stablehlo"], ["no folder none"]),
         (["--format=stablehlo", "--out=a.stablehlo", "--checkpoint=9999"], ["9999"]),
     ],

@@ -203,6 +203,8 @@ def test_opening_reads_a_few_headers_only(tmp_path):
         ({"source": "digits", "name": "mnist"}, "`name` is 'mnist', but source 'digits' takes only data_dir"),
         ({"source": "scenes", "sigmas": ()}, r"`sigmas` is \(\), but source 'scenes' takes only scenes, "),
         ({"source": "tfds", "scenes_seed": 0}, "`name` is missing: .*; `scenes_seed` is 0"),
+        ({"source": "scenes", "scenes": (5,)}, r"`scenes` is \(5,\); it must be two numbers of scenes"),
+        ({"source": "scenes", "scenes": (5, 0)}, r"`scenes` is \(5, 0\); .*, each at least 1"),
     ],
 )
 def test_arguments_that_do_not_fit_the_source(arguments, message):
