@@ -365,7 +365,7 @@ def test_class_count_that_does_not_fit(capsys, searched, tmp_path):
     before = files(searched)
     refused(
         capsys,
-        ["eval", f"--run={searched}", f"--data_dir={other}"],
+        ["eval", f"--run={searched}", f"--data-dir={other}"],
         "trained on 2 classes",
         "have 3",
         "cat, dog, eel",
@@ -631,7 +631,14 @@ def test_convert_refuses_in_one_sentence(capsys, searched, tmp_path):
         ([searched, file], ["exists: it is not overwritten"]),
         ([tmp_path / "nothing.pth", tmp_path / "b"], ["no file or folder at"]),
         ([searched, tmp_path / "b"], ["is a folder of ours", ".safetensors, .pth or .pt"]),
-        ([searched, tmp_path / "b.pth", "--model=repvgg-A0"], ["says itself what it holds"]),
+        (
+            [searched, tmp_path / "b.pth", "--model=repvgg-A0", "--classes=5", "--to=timm"],
+            ["says itself what it holds: leave out `model`='repvgg-A0', `classes`=5 (of files only)"],
+        ),
+        (
+            [searched, tmp_path / "b.pth", "--to=scales"],
+            ["leave out `to`='scales' (of files only); `to` may be repvgg, repopt, "],
+        ),
         ([searched, tmp_path / "b.pth", "--to=timm"], ["'timm'", "no place for the layers stages/0/0/bn"]),
         ([file, tmp_path / "b"], ["`model` must name the file's architecture"]),
         ([file, tmp_path / "b", "--model=vgg16"], ["there is no network 'vgg16'"]),

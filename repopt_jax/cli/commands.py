@@ -315,7 +315,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     Accuracy and loss over the test images, each counted once; of a detector, COCO's average precision of
     boxes and of keypoints. An exported file is run by onnxruntime or, if it is StableHLO, by JAX; its images
-    are those of --run, or of the folder --data_dir."""
+    are those of --run, or of the folder --data-dir."""
     if not (args.run or args.model):
         raise UsageError("one of --run (a run or deployment) and --model (an exported file) must be given")
     if args.model and args.checkpoint:

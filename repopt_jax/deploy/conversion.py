@@ -5,7 +5,7 @@ from pathlib import Path
 from repopt_jax.arguments import check_path
 from repopt_jax.core.scales import save_scales
 from repopt_jax.deploy.network import load_any
-from repopt_jax.interop import load_torch_scales
+from repopt_jax.interop import SCHEMES, load_torch_scales
 from repopt_jax.interop.convert import convert_file, export_weights, is_torch_file, refuse_existing
 from repopt_jax.interop.names import find_scheme
 from repopt_jax.interop.networks import RECORD as CONVERTED
@@ -51,9 +51,11 @@ def convert(
     if to and to != SCALES:
         find_scheme(to, "to")
     if given.is_dir():
-        if model or classes or key or to == SCALES:
+        of_files = {"model": model, "classes": classes, "key": key, "to": to if to == SCALES else ""}
+        if given_of_files := [f"`{name}`={value!r}" for name, value in of_files.items() if value]:
             raise ValueError(
-                f"{source} is a folder of ours, which says itself what it holds: give `to` alone"
+                f"{source} is a folder of ours, which says itself what it holds: leave out "
+                f"{', '.join(given_of_files)} (of files only); `to` may be {', '.join(SCHEMES)}"
             )
         if not is_torch_file(target):
             raise ValueError(f"{source} is a folder of ours: `out` must end in .safetensors, .pth or .pt")
