@@ -84,7 +84,7 @@ class Net(nnx.Module):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x.reshape(len(x), -1))
+        return self.head(x.reshape(x.shape[0], -1))
 
 
 def digit_batches(count):

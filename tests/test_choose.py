@@ -5,6 +5,7 @@ import inspect
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -154,6 +155,33 @@ def test_a_layer_that_no_branches_can_replace(caplog):
     assert "layers that no branches can replace are left as they are: causal: padding" in caplog.text
     with pytest.raises(ValueError, match=r"not defined for all selected layers: causal: .*padding 'CAUSAL'"):
         to_structure(model, "repvgg", "causal|conv", rngs=nnx.Rngs(0))
+
+
+class Normed(nnx.Module):
+    """A layer and its batch norm."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 2, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("structure", "given", "said"),
+    [
+        ("repvgg", {}, True),
+        ("repvgg", {"example": (jnp.ones((1, 4, 4, 2)),)}, False),
+        ("repvgg", {"pairs": {"conv": "norm"}}, False),
+        ("qarepvgg", {}, False),
+    ],
+    ids=["nothing", "example", "pairs", "a norm after the sum"],
+)
+def test_norms_that_stay_are_named_where_nothing_says_what_they_follow(structure, given, said, caplog):
+    model = to_structure(Normed(nnx.Rngs(0)), structure, rngs=nnx.Rngs(0), **given)
+    assert ("the batch norms norm stay" in caplog.text) == said
+    assert isinstance(model.norm, nnx.BatchNorm) == (said or structure == "qarepvgg")
 
 
 class Dense(nnx.Module):

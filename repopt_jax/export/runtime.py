@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from repopt_jax import extras
+from repopt_jax.arguments import check_path
 from repopt_jax.data.detection import letterbox
 from repopt_jax.data.transforms import fit, normalise
 from repopt_jax.detection import Detections, Outputs
@@ -173,6 +174,7 @@ def open_file(path: str | Path) -> FileNetwork:
       ValueError: another ending, a file without this library's metadata, or a damaged one.
       ModuleNotFoundError: onnxruntime, or flatbuffers for StableHLO, is not installed.
     """
+    check_path("path", path)
     path = Path(path)
     open_it = {ONNX: open_onnx, STABLEHLO: open_stablehlo}.get(path.suffix)
     if open_it is None:
@@ -203,6 +205,7 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
     Raises:
       ValueError, ModuleNotFoundError: as `open_file`.
     """
+    check_path("path", path)
     extras.require("onnxruntime", by="running an ONNX file")
     import onnxruntime
 

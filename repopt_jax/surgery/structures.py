@@ -57,12 +57,13 @@ def to_structure(
     r"""Returns a copy of any NNX model with this structure in each selected layer; `fuse` merges them again.
 
         to_structure(model, "acnet", r"stages/.*", options={"gamma": 1 / 3}, rngs=nnx.Rngs(0))
-        to_structure(model, "dbb", pairs={r"(.*/)?conv(\d)": r"\1bn\2"}, rngs=nnx.Rngs(0))
+        to_structure(model, "dbb", example=(images[:1],), rngs=nnx.Rngs(0))
 
     A structure with batch norms inside becomes an `nn.Branched`, any other an `nn.Merged`. If the layer is
     the convolution of an `nn.Block`, the block's batch norm is removed, unless the structure has one after
     its sum: then it is kept as that one. In other networks the batch norm after the layer is kept, unless
-    `pairs` names it. Weights are newly drawn, with a key for each path; biases and all else are copied.
+    `example` shows it or `pairs` name it. Weights are newly drawn, with a key for each path; biases and all
+    else are copied.
 
     Args:
       model: the network, which is not changed. Of an abstract one (`nnx.eval_shape`) the result is abstract.
@@ -129,7 +130,22 @@ def to_structure(
     removed = {
         after[layer.name] for path, layer in layers.items() if path in without_norm and layer.name in after
     }
+    twice = any(made[path].followers("norm") for path in without_norm)
+    if twice and not pairs and example is None and not isinstance(model, DeclaresBranches):
+        _report_norms(model)
     return replace_layers(model, layers, make, without_norm=without_norm, removed=removed)
+
+
+def _report_norms(model: nnx.Module) -> None:
+    """Warns of the batch norms that stay because nothing says which layers they follow."""
+    blocks = tuple(f"{path}/" if path else "" for path, m in named_modules(model) if isinstance(m, Block))
+    norms = [path for path, m in named_modules(model) if isinstance(m, nnx.BatchNorm)]
+    if left := [path for path in norms if not path.startswith(blocks)]:
+        _log.warning(
+            "the batch norms %s stay, also where they follow a layer whose branches have norms of their own: "
+            "give an `example` of the inputs, or `pairs`",
+            paths.listed(left),
+        )
 
 
 @overload
