@@ -51,6 +51,8 @@ def setting(default: Any, **rules: Any) -> Any:
       rules: any of
         at_least, more_than, at_most, less_than: its range, of a tuple that of each entry; a string names
           another field whose value is the bound. None is in every range.
+        length: of a tuple, how many entries it has.
+        ascending: True for a tuple whose entries must not fall.
         choices: the values that it can take, of a tuple its entries, or a function of the whole config that
           gives them.
         only: path of another field -> the values of that field with which this one has a meaning; with others
@@ -156,18 +158,20 @@ class DataConfig:
     image_size: int = setting(8, at_least=1)
     crop_padding: int = setting(0, at_least=0, only=CLASSIFY)
     flip: bool = False
-    area: tuple[float, ...] | None = setting(None, only=CLASSIFY)
+    area: tuple[float, ...] | None = setting(
+        None, length=2, more_than=0, at_most=1, ascending=True, only=CLASSIFY
+    )
     resize: int | None = setting(None, at_least="data.image_size", only=CLASSIFY)
     randaugment: int | None = setting(None, at_least=1, at_most=MAX_MAGNITUDE, only=CLASSIFY)
     jitter: float = setting(0.0, at_least=0, only=CLASSIFY)
     erasing: float = setting(0.0, at_least=0, at_most=1, only=CLASSIFY)
     mixup: float = setting(0.0, at_least=0, only=CLASSIFY)
     cutmix: float = setting(0.0, at_least=0, only=CLASSIFY)
-    zoom: tuple[float, ...] | None = setting(None, only=DETECT)
-    scenes: tuple[int, ...] = setting((4096, 256), at_least=1, only=sources_with("scenes"))
+    zoom: tuple[float, ...] | None = setting(None, length=2, more_than=0, ascending=True, only=DETECT)
+    scenes: tuple[int, ...] = setting((4096, 256), length=2, at_least=1, only=sources_with("scenes"))
     scenes_seed: int = setting(0, at_least=0, only=sources_with("scenes_seed"))
     max_objects: int | None = setting(None, at_least=1, only=sources_with("max_objects"))
-    sigmas: tuple[float, ...] | None = setting(None, at_least=0, only=sources_with("sigmas"))
+    sigmas: tuple[float, ...] | None = setting(None, more_than=0, only=sources_with("sigmas"))
     flip_pairs: tuple[int, ...] | None = setting(None, at_least=0, only=sources_with("flip_pairs"))
     max_pixels: int | None = setting(None, at_least=1, only=sources_with("max_pixels"))
     mean: tuple[float, ...] = (0.0,)

@@ -1,6 +1,7 @@
 """Whether a config can run: the rules at its fields, and those of several fields together."""
 
 import dataclasses
+import itertools
 import math
 import numbers
 import operator
@@ -154,7 +155,7 @@ def _kind(setting: Setting) -> str:
     if tuple in (typing.get_origin(kind), typing.get_origin(setting.type)):
         entries = setting.type if typing.get_origin(setting.type) is tuple else kind
         inside = {int: "whole numbers", str: "texts"}.get(typing.get_args(entries)[0], "finite numbers")
-        return f"hold {inside}"
+        return " ".join(filter(None, ("hold", str(setting.rules.get("length", "")), inside)))
     names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
     return f"be {names[kind]}"
 
@@ -168,7 +169,8 @@ _BOUNDS = {
 
 
 def _limits(setting: Setting, settings: Mapping[str, Setting]) -> tuple[str, bool]:
-    """The bounds of a field in words, and whether its value, each entry of it, is finite and inside them."""
+    """The bounds of a field in words, and whether its value, each entry of it, is finite and inside them; of a
+    tuple also how many entries it has, and their order."""
     entries = setting.value if isinstance(setting.value, tuple) else (setting.value,)
     words, inside = [], _is_finite(setting.value)
     for rule, holds in _BOUNDS.items():
@@ -179,7 +181,12 @@ def _limits(setting: Setting, settings: Mapping[str, Setting]) -> tuple[str, boo
         if isinstance(limit, numbers.Real) and math.isfinite(limit):
             words.append(f"{rule.replace('_', ' ')} {limit}{source}")
             inside = inside and all(isinstance(e, numbers.Real) and holds(e, limit) for e in entries)
-    return " and ".join(words), inside
+    inside = inside and len(entries) == setting.rules.get("length", len(entries))
+    order = ""
+    if setting.rules.get("ascending"):
+        order = "in ascending order"
+        inside = inside and all(low <= high for low, high in itertools.pairwise(entries))
+    return ", ".join(filter(None, (" and ".join(words), order))), inside
 
 
 def _is_finite(value: Any) -> bool:
@@ -241,8 +248,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     for name in SOURCES[data.source].required if data.source in SOURCES else ():
         if not getattr(data, name):
             yield f"`data.{name}` is empty: `data.source`={data.source!r} needs it"
-    if len(data.scenes) != 2:
-        yield f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation"
     if data.source == "scenes" and data.image_size < MIN_SIZE:
         yield f"`data.image_size`={data.image_size} must be at least {MIN_SIZE} for scenes"
     paired = data.flip_pairs or ()
@@ -336,19 +341,31 @@ def _device_problems(config: Config, devices: int) -> Iterator[str]:
     accumulate = max(config.optim.accumulate, 1)
     sharers = f"the {devices} devices"
     parts = f"{sharers}, in {accumulate} parts (`optim.accumulate`)," if accumulate > 1 else sharers
-    for name, size, count, owners in (
-        ("batch_size", config.batch_size, devices * accumulate, parts),
-        ("eval_batch_size", config.eval_batch_size, devices, sharers),
-    ):
-        if size > 0 and size % count:
-            below = size // count * count
-            nearest = " and ".join(str(number) for number in (below, below + count) if number > 0)
+    divisors = {
+        "batch_size": {f"{parts} that share it": devices * accumulate, **_mixed(config)},
+        "eval_batch_size": {f"{sharers} that share it": devices},
+    }
+    for name, needs in divisors.items():
+        size, step = getattr(config, name), math.lcm(*needs.values())
+        if size > 0 and (unmet := [what for what, count in needs.items() if size % count]):
+            below = size // step * step
+            nearest = " and ".join(str(number) for number in (below, below + step) if number > 0)
             yield (
-                f"`{name}`={size} is not divisible by {owners} that share it; the nearest sizes that are: "
+                f"`{name}`={size} is not divisible by {' nor by '.join(unmet)}; the nearest sizes that are: "
                 f"{nearest}"
             )
     if config.mesh.fsdp >= 1 and (config.mesh.data is None or config.mesh.data >= 1):
         yield from mesh_problems(config.mesh.data, config.mesh.fsdp, devices)
+
+
+def _mixed(config: Config) -> dict[str, int]:
+    """What mixing in pairs asks of `batch_size`: why, and the number that must divide it."""
+    names = [f"`data.{name}`" for name in ("mixup", "cutmix") if getattr(config.data, name) > 0]
+    if config.task != "classify" or not names:
+        return {}
+    number = 2 * jax.process_count()
+    within = f" in each of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return {f"{number}, as {' and '.join(names)} mix images in pairs{within}": number}
 
 
 def mesh_problems(data: int | None, fsdp: int, devices: int) -> list[str]:
