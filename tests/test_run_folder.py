@@ -269,6 +269,29 @@ def test_an_owner_on_another_machine_lives_as_long_as_it_touches_its_file(tmp_pa
     assert path.exists(), "the lock of another owner stays"
 
 
+@pytest.mark.parametrize("removed", ["its lock", "its folder"])
+def test_an_owner_on_another_machine_that_ends_meanwhile_leaves_the_folder_free(
+    tmp_path, caplog, monkeypatch, removed
+):
+    path = elsewhere(tmp_path / "run")
+    wait = threading.Event.wait
+
+    def end_meanwhile(event, timeout=None):
+        if "node7" in path.read_text():
+            path.unlink()
+            if removed == "its folder":
+                path.parent.rmdir()
+        return wait(event, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", end_meanwhile)
+    with lock.held(tmp_path / "run") as ours:
+        monkeypatch.undo()
+        ours.check()
+    (message,) = warned(caplog)
+    assert "process 12 of ada on node7" in message
+    assert "this waits up to" in message, "nothing is taken over"
+
+
 def test_the_owner_touches_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "TOUCH_S", 0.001)
     with lock.held(tmp_path) as ours:
