@@ -94,7 +94,7 @@ def test_images_are_mixed_in_pairs(mixing):
     train.validate(config, device_count=1)
     config.batch_size = 17
     names = " and ".join(f"`data.{name}`" for name in mixing)
-    with pytest.raises(ValueError, match=rf"`batch_size`=17 .* 2, as {names} mix .* that are: 16 and 18$"):
+    with pytest.raises(ValueError, match=rf"`batch_size`=17 .* 2, as .* \({names}\); .*: 16 and 18$"):
         train.validate(config, device_count=1)
     config.optim.accumulate = 3
     with pytest.raises(ValueError, match=r"in 3 parts .*, that share it nor by 2, as .*: 12 and 18$"):
@@ -367,6 +367,13 @@ def test_the_config_of_a_run_is_read_from_its_folder(tmp_path):
     path.write_text('{"epoch": 3}')
     with pytest.raises(ValueError, match=r"is not the config\.json of a run: unknown config fields: epoch"):
         train.load_config(str(path))
+    path.write_text('{"epoch": 3, "seed": "0", "data": {"mean": 0.3}, "optim": {"ema": [1]}}')
+    with pytest.raises(ValueError, match="is not the config") as error:
+        train.load_config(str(path))
+    assert str(error.value).endswith(
+        "of a run: unknown config fields: epoch; `seed`='0' must be a whole number; `data.mean`=0.3 must "
+        "hold finite numbers; `optim.ema`=(1,) must be a finite number"
+    )
 
 
 def names_of(section, prefix=""):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from repopt_jax import jsontext, models, userfile
-from repopt_jax.arguments import check_kind, check_path
+from repopt_jax.arguments import check_kind, check_path, is_of, must_be
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.transforms import MAX_MAGNITUDE
@@ -451,7 +451,7 @@ def load_config(file_and_arg: str) -> Config:
     if path.suffix == ".json":
         try:
             return from_json(path.read_bytes())
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not the config.json of a run: {error}") from error
     config = userfile.call(path, "get_config", arg, noun="config")
     if not isinstance(config, Config):
@@ -491,13 +491,19 @@ def from_json(text: str | bytes) -> Config:
     """The config that `to_json` wrote.
 
     Raises:
-      ValueError: no JSON, no object, or an unknown field; all of them are listed.
+      ValueError: no JSON, no object, or unknown fields and values of wrong types; all of them are listed.
     """
     check_kind("text", text, (str, bytes), "the text of a config.json")
     unknown: list[str] = []
     config = _from_dict(Config, jsontext.parse(text, "it"), "", unknown)
-    if unknown:
-        raise ValueError(f"unknown config fields: {', '.join(unknown)}")
+    problems = [f"unknown config fields: {', '.join(unknown)}"] if unknown else []
+    problems += [
+        f"`{name}`={value!r} must {must_be(kind)}"
+        for name, value, _, _, kind in settings_of(config)
+        if not is_of(value, kind)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
     return config
 
 

@@ -6,14 +6,13 @@ import math
 import numbers
 import operator
 import os
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from repopt_jax import extras, models
+from repopt_jax.arguments import is_of, must_be
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
@@ -92,6 +91,16 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
         raise ValueError("this config cannot run: " + "; ".join(problems))
 
 
+def check_fields(config: Config) -> None:
+    """Checks the rules that stand at the fields, of a config that ran or is to run anywhere.
+
+    Raises:
+      ValueError: listing every problem.
+    """
+    if problems := [*_section_problems(config)] or [*_field_problems(config)]:
+        raise ValueError("; ".join(problems))
+
+
 def _field_problems(config: Config) -> Iterator[str]:
     """What the rules of each field say of its value."""
     settings = {setting.name: setting for setting in settings_of(config)}
@@ -103,8 +112,9 @@ def _field_problems(config: Config) -> Iterator[str]:
     for setting in settings.values():
         name, value, default, rules, _ = setting
         limits, inside = _limits(setting, settings)
-        must = ", ".join(filter(None, (_kind(setting), limits, "or None" if default is None else "")))
-        if not _is_of(value, setting.type):
+        kind = must_be(setting.type, length=setting.rules.get("length"))
+        must = ", ".join(filter(None, (kind, limits, "or None" if default is None else "")))
+        if not is_of(value, setting.type):
             yield _WrongType(f"`{name}`={value!r} must {must}")
             continue
         known = choices(setting)
@@ -138,28 +148,6 @@ def _section_problems(config: Config) -> Iterator[str]:
             yield _WrongType(f"`{field.name}` is {value!r}: it must be a {field.type.__name__}")  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _is_of(value: Any, kind: Any) -> bool:
-    if isinstance(kind, types.UnionType):
-        return any(_is_of(value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_of(entry, typing.get_args(kind)[0]) for entry in value)
-    if kind in (int, float):
-        number = numbers.Integral if kind is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _kind(setting: Setting) -> str:
-    """What a value of this field must be, after "must"."""
-    kind = next(k for k in typing.get_args(setting.type) or (setting.type,) if k is not type(None))
-    if tuple in (typing.get_origin(kind), typing.get_origin(setting.type)):
-        entries = setting.type if typing.get_origin(setting.type) is tuple else kind
-        inside = {int: "whole numbers", str: "texts"}.get(typing.get_args(entries)[0], "finite numbers")
-        return " ".join(filter(None, ("hold", str(setting.rules.get("length", "")), inside)))
-    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
-    return f"be {names[kind]}"
-
-
 _BOUNDS = {
     "at_least": operator.ge,
     "more_than": operator.gt,
@@ -169,8 +157,8 @@ _BOUNDS = {
 
 
 def _limits(setting: Setting, settings: Mapping[str, Setting]) -> tuple[str, bool]:
-    """The bounds of a field in words, and whether its value, each entry of it, is finite and inside them; of a
-    tuple also how many entries it has, and their order."""
+    """The bounds of a field in words, and whether its value, each entry of it, is finite and inside them; of
+    a tuple also its order, and whether it has as many entries as it must."""
     entries = setting.value if isinstance(setting.value, tuple) else (setting.value,)
     words, inside = [], _is_finite(setting.value)
     for rule, holds in _BOUNDS.items():
@@ -365,7 +353,7 @@ def _mixed(config: Config) -> dict[str, int]:
         return {}
     number = 2 * jax.process_count()
     within = f" in each of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return {f"{number}, as {' and '.join(names)} mix images in pairs{within}": number}
+    return {f"{number}, as images are mixed in pairs{within} ({' and '.join(names)})": number}
 
 
 def mesh_problems(data: int | None, fsdp: int, devices: int) -> list[str]:
