@@ -480,6 +480,18 @@ def test_a_log_that_is_gone_is_told_of_and_the_run_goes_on(digits, run_dir, capl
     assert [r["step"] for r in told(run_dir) if r["kind"] == "train"] == [12, 15, 18]
 
 
+def test_a_log_that_is_gone_after_the_last_step_leaves_a_result(digits, tmp_path):
+    """The last evaluation, which was in it, is made again."""
+    config = tiny_config("plain", digits, epochs=1)
+    done = train.run(config, tmp_path, progress=False)
+    for name in ("metrics.jsonl", "summary.json"):
+        (tmp_path / name).unlink()
+    again = train.run(config, tmp_path, progress=False)
+    assert again.finished
+    assert (again.test, again.test_count) == (done.test, done.test_count)
+    assert [(r["kind"], r["step"]) for r in told(tmp_path)] == [("resumed", 6), ("eval", 6)]
+
+
 def test_every_cut_of_a_log_is_found(run_dir):
     """Cut anywhere, it lacks records of the checkpoint, or only what is not of it."""
     path = run_dir / "metrics.jsonl"

@@ -279,6 +279,10 @@ class RunFolder:
         evaluated = (r for r in read_records(self.metrics) if r["kind"] == "eval")
         return {r["step"]: r[name] for r in evaluated if r.get(name) is not None}
 
+    def evaluated(self) -> set[int]:
+        """The steps whose evaluations are in the log."""
+        return {record["step"] for record in read_records(self.metrics) if record["kind"] == "eval"}
+
     def finish(self, summary: Summary) -> None:
         """Writes the summary."""
         values: dict[str, Any] = dataclasses.asdict(summary)
@@ -454,8 +458,7 @@ class MetricsWriter:
         says so, of kind "resumed". Both give a warning.
 
         Raises:
-          ValueError: a line that is no record, or records up to `resume_step` that are missing although there
-            are later or earlier ones. Nothing is changed then. See `check_records`.
+          ValueError: a line that is no record. Nothing is changed then. `check_records` finds missing ones.
           OSError: the file cannot be written.
         """
         # The first process writes; the others hold the same numbers and drop them.
