@@ -5,11 +5,13 @@ import functools
 import inspect
 import sys
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repopt_jax import data, train
+from repopt_jax import data, save_scales, train
 from repopt_jax.detection import decode
 from repopt_jax.report.quickstart import comparison_of
 from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields, to_json
@@ -140,6 +142,23 @@ def test_scales_go_with_the_modes_that_take_them():
             train.validate(train.Config(scales="depth", model=train.ModelConfig(mode=mode)))
     with pytest.raises(ValueError, match=r"`model.mode`='repopt' needs `scales`: 'depth', 'ones', or"):
         train.validate(train.Config(model=train.ModelConfig(mode="repopt")))
+
+
+@pytest.mark.parametrize("before", ["", "transfer:"])
+def test_scales_are_found_in_the_users_folder(tmp_path, monkeypatch, before):
+    """A shell does not expand a `~` after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mode = train.ModelConfig(name="vgg-digits", mode="repopt")
+    config = train.Config(scales=f"{before}~/scales", model=mode)
+    with pytest.raises(ValueError, match=rf"`scales`='{before}~/scales' .*directory"):
+        train.validate(config)
+    task = train.build.make_task(config)
+    info = task.open_data(config.data)[0].info
+    save_scales(tmp_path / "scales", task.resolve_scales("depth", info))
+    train.validate(config)
+    train.build.check_scales_folder(config)
+    read, depth = (task.resolve_scales(scales, info).vectors for scales in (config.scales, "depth"))
+    jax.tree.map(np.testing.assert_allclose, read, depth)
 
 
 def test_clipping_goes_with_every_mode():

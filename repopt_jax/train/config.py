@@ -10,6 +10,7 @@ that. The dataclasses are not frozen, because `ml_collections.config_flags` writ
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -560,6 +561,11 @@ def settings_of(section: Any, prefix: str = "", only: Mapping[str, Any] | None =
 def needs_no_folder(scales: str) -> bool:
     """Whether a config's `scales` are those of a rule; not for the empty text."""
     return scales in NAMED_SCALES or scales.startswith(LAW)
+
+
+def scales_folder(scales: str) -> str:
+    """The folder that a config's `scales` name, where they need one; `~` is the user's."""
+    return os.path.expanduser(scales.removeprefix(TRANSFER))
 
 
 def law_of(scales: str) -> float | None:

@@ -34,6 +34,7 @@ from repopt_jax.train.config import (
     law_of,
     logger_names,
     needs_no_folder,
+    scales_folder,
     settings_of,
     tuples,
 )
@@ -210,7 +211,7 @@ def _scales_problems(config: Config) -> Iterator[str]:
         )
     if needs_no_folder(scales):
         return
-    folder = scales.removeprefix(TRANSFER)
+    folder = scales_folder(scales)
     if scales and "://" not in folder and not os.path.isdir(folder):
         what = f"is neither {' nor '.join(NAMED_SCALES)} nor {LAW}NUMBER nor a directory"
         if scales.startswith(TRANSFER):
