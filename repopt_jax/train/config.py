@@ -589,6 +589,7 @@ SMALLEST = {
     models.RepMLPNet: "repmlpnet-digits",
 }
 SMOKE_SIDE = 8  # of the images: the digits' own
+SMOKE_HELD_OUT = {"classify": 16, "detect": 8}  # at most, for validation
 
 
 class UnknownRun(ValueError):
@@ -634,26 +635,25 @@ def smoke(config: Config) -> Config:
     of_search = scales.startswith(SEARCH)  # of its own comparison, which is a smoke too
     if config.task == "detect":
         batch_size, eval_batch_size = 8, 8
-        data = dataclasses.replace(data, source="scenes", data_dir="", scenes=(16, 8))
+        data = _from_source(data, "scenes", scenes=(16, 8), train_limit=None, eval_limit=None)
     else:
         batch_size, eval_batch_size = 16, 32
         model = dataclasses.replace(model, name=SMALLEST[models.find(model.name).family])
         share = SMOKE_SIDE / data.image_size
-        data = dataclasses.replace(
+        data = _from_source(
             data,
-            source="digits",
-            name="",
+            "digits",
             data_dir="",
             mean=(0.3,),
             std=(0.37,),
             image_size=SMOKE_SIDE,
             resize=None if data.resize is None else round(data.resize * share),
             crop_padding=data.crop_padding and max(1, round(data.crop_padding * share)),
-            validation=min(data.validation, 16),
             train_limit=32,
             eval_limit=40,
             workers=0,
         )
+    data = dataclasses.replace(data, validation=min(data.validation, SMOKE_HELD_OUT[config.task]))
     return dataclasses.replace(
         config,
         name=f"{config.name}-smoke",
@@ -670,3 +670,13 @@ def smoke(config: Config) -> Config:
         data=data,
         optim=dataclasses.replace(config.optim, warmup_epochs=min(config.optim.warmup_epochs, 1.0)),
     )
+
+
+def _from_source(data: DataConfig, source: str, **changes: Any) -> DataConfig:
+    """The same of images from another source, with what that does not take at its default."""
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(data)
+        if source not in only_of(field).get("data.source", (source,))
+    }
+    return dataclasses.replace(data, source=source, **{**defaults, **changes})
