@@ -437,6 +437,25 @@ def test_fields_that_may_be_none_are_set_to_none(place):
     assert read_config(config, both).optim.clip_norm == 2.0
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("tensorboard,wandb", ("tensorboard", "wandb")),
+        ("tensorboard, wandb,", ("tensorboard", "wandb")),
+        ("('tensorboard', 'wandb')", ("tensorboard", "wandb")),
+        ("['wandb']", ("wandb",)),
+        ("wandb", ("wandb",)),
+        ("()", ()),
+        ("", ()),
+    ],
+)
+def test_texts_of_a_tuple_stand_between_commas(place, text, value):
+    config = read_config(f"{place}/tiny.py:search", [f"--config.loggers={text}"])
+    assert config.loggers == value
+    paths = read_config(f"{place}/tiny.py:search", ["--config.quantize.keep_float=head/fc,stages/0/1/conv"])
+    assert paths.quantize.keep_float == ("head/fc", "stages/0/1/conv")
+
+
 def test_quickstart_leaves_foreign_folders_alone(capsys, place, tmp_path):
     (tmp_path / "report.html").write_text("mine")
     assert main(["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}"]) == 1

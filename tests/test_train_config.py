@@ -5,11 +5,13 @@ import functools
 import inspect
 import sys
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repopt_jax import data, train
+from repopt_jax import data, save_scales, train
 from repopt_jax.detection import decode
 from repopt_jax.report.quickstart import comparison_of
 from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields, to_json
@@ -72,7 +74,11 @@ def test_all_problems_are_listed_at_once():
         (lambda c: setattr(c, "mesh", None), "`mesh` is None: it must be a MeshConfig"),
         (lambda c: setattr(c.optim, "nesterov", "yes"), "`optim.nesterov`='yes' must be True or False"),
         (lambda c: setattr(c.data, "mean", (float("nan"),)), "`data.mean`=(nan,) must hold finite numbers"),
-        (lambda c: setattr(c.data, "area", 0.5), "`data.area`=0.5 must hold finite numbers, or None"),
+        (lambda c: setattr(c.data, "area", 0.5), "`data.area`=0.5 must hold 2 finite numbers, more"),
+        (lambda c: setattr(c.data, "area", (0.9, 0.2)), "`data.area`=(0.9, 0.2) must hold 2 finite numbers"),
+        (lambda c: setattr(c.data, "area", (2.0, 3.0)), "`data.area`=(2.0, 3.0)"),
+        (lambda c: setattr(c.data, "area", (0.0, 1.0)), "more than 0 and at most 1, in ascending order, or"),
+        (lambda c: setattr(c.data, "area", (0.5,)), "`data.area`=(0.5,)"),
         (lambda c: setattr(c.model, "name", 3), "`model.name`=3 must be text"),
     ],
 )
@@ -82,6 +88,19 @@ def test_each_problem_is_named(change, message):
     with pytest.raises(ValueError) as error:
         train.validate(config, device_count=4)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_images_are_mixed_in_pairs(mixing):
+    config = train.Config(batch_size=18, data=train.DataConfig(**mixing))
+    train.validate(config, device_count=1)
+    config.batch_size = 17
+    names = " and ".join(f"`data.{name}`" for name in mixing)
+    with pytest.raises(ValueError, match=rf"`batch_size`=17 .* 2, as .* \({names}\); .*: 16 and 18$"):
+        train.validate(config, device_count=1)
+    config.optim.accumulate = 3
+    with pytest.raises(ValueError, match=r"in 3 parts .*, that share it nor by 2, as .*: 12 and 18$"):
+        train.validate(config, device_count=1)
 
 
 def test_an_epoch_at_rate_0_is_refused():
@@ -123,6 +142,23 @@ def test_scales_go_with_the_modes_that_take_them():
             train.validate(train.Config(scales="depth", model=train.ModelConfig(mode=mode)))
     with pytest.raises(ValueError, match=r"`model.mode`='repopt' needs `scales`: 'depth', 'ones', or"):
         train.validate(train.Config(model=train.ModelConfig(mode="repopt")))
+
+
+@pytest.mark.parametrize("before", ["", "transfer:"])
+def test_scales_are_found_in_the_users_folder(tmp_path, monkeypatch, before):
+    """A shell does not expand a `~` after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mode = train.ModelConfig(name="vgg-digits", mode="repopt")
+    config = train.Config(scales=f"{before}~/scales", model=mode)
+    with pytest.raises(ValueError, match=rf"`scales`='{before}~/scales' .*directory"):
+        train.validate(config)
+    task = train.build.make_task(config)
+    info = task.open_data(config.data)[0].info
+    save_scales(tmp_path / "scales", task.resolve_scales("depth", info))
+    train.validate(config)
+    train.build.check_scales_folder(config)
+    read, depth = (task.resolve_scales(scales, info).vectors for scales in (config.scales, "depth"))
+    jax.tree.map(np.testing.assert_allclose, read, depth)
 
 
 def test_clipping_goes_with_every_mode():
@@ -228,6 +264,10 @@ OF_COCO = {
             "`data.data_dir`='digits' does nothing with .*: leave it at ''",
         ),
         (detecting(image_size=31), "`data.image_size`=31 must be at least 32 for scenes"),
+        (detecting(zoom=(-1.0, 0.0)), r"`data.zoom`=\(-1.0, 0.0\) must hold 2 finite numbers, more than 0"),
+        (detecting(zoom=(2.0, 1.0)), r"`data.zoom`=\(2.0, 1.0\) .* in ascending order, or None"),
+        (detecting(scenes=(5,)), r"`data.scenes`=\(5,\) must hold 2 whole numbers, at least 1$"),
+        (detecting("coco", sigmas=(0.0, 0.0)), r"`data.sigmas`=\(0.0, 0.0\) .* more than 0"),
         (detecting("coco", flip_pairs=(0, 1, 2)), r"`data.flip_pairs`=\(0, 1, 2\) must be pairs"),
         (detecting("coco", flip_pairs=(0, 1, 1, 2)), "`data.flip_pairs`=.* must be pairs"),
         (detecting("coco", flip_pairs=(0, -1)), r"`data.flip_pairs`=\(0, -1\) must hold whole numbers"),
@@ -346,6 +386,13 @@ def test_the_config_of_a_run_is_read_from_its_folder(tmp_path):
     path.write_text('{"epoch": 3}')
     with pytest.raises(ValueError, match=r"is not the config\.json of a run: unknown config fields: epoch"):
         train.load_config(str(path))
+    path.write_text('{"epoch": 3, "seed": "0", "data": {"mean": 0.3}, "optim": {"ema": [1]}}')
+    with pytest.raises(ValueError, match="is not the config") as error:
+        train.load_config(str(path))
+    assert str(error.value).endswith(
+        "of a run: unknown config fields: epoch; `seed`='0' must be a whole number; `data.mean`=0.3 must "
+        "hold finite numbers; `optim.ema`=(1,) must be a finite number"
+    )
 
 
 def names_of(section, prefix=""):

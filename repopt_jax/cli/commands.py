@@ -211,11 +211,21 @@ def search(args: argparse.Namespace) -> int:
 
 
 def command_after_search(config: Any, out: Path, file_and_arg: str, overrides: Sequence[str]) -> str:
-    """Returns the command that trains a plain network on the same data with the scales in `out`."""
+    """Returns the command that trains a plain network on the same data with the scales in `out`: what belongs
+    to the search alone, its published accuracy too, goes back to its default."""
+    from repopt_jax.train.config import settings_of
+
+    own = [
+        f"--config.{name}={default}"
+        for name, value, default, rules, _ in settings_of(config)
+        if value != default
+        and (name == "published" or "repopt" not in rules["only"].get("model.mode", ["repopt"]))
+    ]
     # Classifiers need clipping only in the search, detectors in every training.
     clipping = [] if config.task == "detect" else ["--config.optim.clip_norm=None"]
     changes = [
         "--config.model.mode=repopt",
+        *own,
         *clipping,
         f"--config.name={config.name}-repopt",
         f"--config.scales={out / 'scales'}",

@@ -214,7 +214,7 @@ def read_settings(directory: str | Path) -> tuple[Config, Any]:
     try:
         config = from_json(json.dumps(record["config"]))
         int(record["step"])
-        return config, info_from_json(config.task, record["dataset"])
+        return config, info_from_json(config.task, record["dataset"], path)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged or of another version ({type(error).__name__}: {error}): deploy the run "

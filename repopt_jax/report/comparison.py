@@ -10,6 +10,7 @@ from repopt_jax import userfile
 from repopt_jax.hints import did_you_mean
 from repopt_jax.train.config import (
     SEARCH,
+    SMOKE_HELD_OUT,
     Config,
     config_file,
     differing_fields,
@@ -248,7 +249,7 @@ def smoke_of(comparison: Comparison) -> Comparison:
         {name: smoke(config) for name, config in given.items()}
         for given in (comparison.ways, comparison.searches)
     )
-    held_out = min(comparison.validation, 16)
+    held_out = min(comparison.validation, SMOKE_HELD_OUT[comparison.task])
     return dataclasses.replace(comparison, ways=ways, searches=searches, validation=held_out)
 
 

@@ -30,7 +30,7 @@ from repopt_jax.surgery.reinitialize import sample_weights
 from repopt_jax.surgery.resrep import PruningPlan, plan_pruning, to_resrep
 from repopt_jax.surgery.search import csla_twin, extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import TRANSFER, Config, check_config, from_json, needs_no_folder, to_json
+from repopt_jax.train.config import Config, check_config, from_json, needs_no_folder, scales_folder, to_json
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule, weight_decay
 from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rules import validate
@@ -99,7 +99,7 @@ def check_scales_folder(config: Config) -> None:
       FileNotFoundError, ValueError: as `load_scales`.
     """
     if config.scales and not needs_no_folder(config.scales):
-        load_scales(config.scales.removeprefix(TRANSFER))
+        load_scales(scales_folder(config.scales))
 
 
 def open_data(config: Config) -> tuple[Any, Any]:

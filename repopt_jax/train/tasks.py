@@ -25,7 +25,7 @@ from repopt_jax.detection.evaluate import evaluate_detections, to_predictions
 from repopt_jax.models import FCOS
 from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.surgery.search import depth_scales, law_scales, transfer_scales
-from repopt_jax.train.config import TRANSFER, Config, DataConfig, law_of
+from repopt_jax.train.config import TRANSFER, Config, DataConfig, law_of, scales_folder
 from repopt_jax.train.state import Batch, add_sums, merge_model, put_batch, replicated, zero_sums
 
 # `evaluate(params, non_trainable, batches) -> numbers`: those of `METRICS`, "loss" (or None) and "count".
@@ -126,15 +126,15 @@ class Task(abc.ABC):
         if (decay := law_of(name)) is not None:
             scales = law_scales(model, decay)
             return scales.with_metadata(architecture=self.architecture(), config=name)
-        folder = name.removeprefix(TRANSFER)
-        scales = load_scales(folder, model if folder == name else None)
+        folder, transferred = scales_folder(name), name.startswith(TRANSFER)
+        scales = load_scales(folder, None if transferred else model)
         searched, activation = scales.metadata.architecture.rpartition("/")[2], self.config.model.activation
         if searched in ACTIVATIONS and searched != activation:
             raise ValueError(
                 f"the scales in {folder} were searched with {searched}, and `model.activation` is "
                 f"{activation!r}: use the same in search and training"
             )
-        if folder == name:
+        if not transferred:
             return scales
         made = transfer_scales(model, scales)
         return made.with_metadata(architecture=self.architecture(), config=name)
