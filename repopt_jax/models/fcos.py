@@ -286,7 +286,7 @@ class FCOSHead(nnx.Module):
         keypoints = jnp.zeros((*classes.shape[:2], 0, 2), wide)
         if self.keypoints is not None:
             y = predicted(self.keypoints, through(self.keypoint_tower)) * by_level(self.keypoint_scale)
-            keypoints = y.reshape(*y.shape[:2], -1, 2)
+            keypoints = y.reshape(*y.shape[:2], y.shape[-1] // 2, 2)
         return Outputs(
             classes,
             jnp.exp(jnp.minimum(logs, MAX_LOG_DISTANCE)),
