@@ -83,6 +83,17 @@ def test_a_seed_where_rngs_are_due(name, model, scales):
         TAKE_RNGS[name](model, scales, 0)
 
 
+@pytest.mark.parametrize("name", ["to_search", "to_structure", "reinitialize"])
+def test_an_abstract_network_is_given_what_a_real_one_is(name, model, scales):
+    shapes = nnx.eval_shape(lambda: nnx.clone(model))
+    with pytest.raises(TypeError, match="`rngs` is of type int"):
+        TAKE_RNGS[name](shapes, scales, 0)
+    second = {"to_search": None, "to_structure": "repvgg", "reinitialize": scales}[name]
+    for options, match in [({"keep": "all"}, "`keep` is 'all'"), ({"keep": "split"}, "kept or discarded")]:
+        with pytest.raises(ValueError, match=match):
+            getattr(repopt_jax, name)(shapes, second, allow_trained=True, **options, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [

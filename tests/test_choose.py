@@ -319,6 +319,14 @@ def test_options_by_name_and_by_description():
             lambda: prepare(nnx.Sequential(), "plain", options={"gamma": 1}, rngs=nnx.Rngs(0)),
             r"mode plain has no structure that takes `options` \{'gamma': 1\}",
         ),
+        (
+            lambda: prepare(nnx.Sequential(), "plain", select=".*", branches=[], rngs=nnx.Rngs(0)),
+            "mode plain leaves every layer as it is, without a use for `select` and `branches`",
+        ),
+        (
+            lambda: prepare(nnx.Sequential(), "plain", keep="all", rngs=nnx.Rngs(0)),
+            "`keep` is 'all': it must be 'split' or None",
+        ),
     ],
 )
 def test_wrong_names_and_options(call, message):

@@ -38,7 +38,7 @@ from repopt_jax.surgery.layers import (
 from repopt_jax.surgery.modules import check_model, is_abstract, join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
 from repopt_jax.surgery.structures import merged_layer, replace_layers
-from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
+from repopt_jax.surgery.trained import Keep, branches_of, check_keep, require_untrained
 
 _log = logging.getLogger(__name__)
 
@@ -82,10 +82,11 @@ def to_search(
         name of scales; or the model has been trained, or may have been; or its kernels are to be kept and
         the branches cannot express them, with every path.
     """
+    check_rngs(rngs)
+    check_keep(keep, allow_trained)
     if is_abstract(model):
         given: dict[str, Any] = {"scales": scales, "trained": False}
         return nnx.eval_shape(lambda m: to_search(m, select, branches, **given, rngs=nnx.Rngs(0)), model)
-    check_rngs(rngs)
     if isinstance(scales, Scales):
         check_aliases(model, scales.entries)
         check_fit(scales, find_branches(model, select, branches))

@@ -36,7 +36,7 @@ from repopt_jax.surgery.modules import (
     named_modules,
     replace_modules,
 )
-from repopt_jax.surgery.trained import Keep, kept_branches, require_untrained
+from repopt_jax.surgery.trained import Keep, check_keep, kept_branches, require_untrained
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +93,8 @@ def to_structure(
         are to be kept and the branches cannot express them, with every path.
     """
     check_kind("structure", structure, (str, Structure, Mapping, Callable), "a structure, or its name")
+    check_rngs(rngs)
+    check_keep(keep, allow_trained)
     if is_abstract(model):
         given: dict[str, Any] = {"options": options, "pairs": pairs, "example": example, "trained": False}
         return nnx.eval_shape(lambda m: to_structure(m, structure, select, **given, rngs=nnx.Rngs(0)), model)
@@ -107,7 +109,6 @@ def to_structure(
             "are: leave `keep` out and give allow_trained=True to start anew"
         )
     layers = {layer.path: layer for layer, _ in taken}
-    check_rngs(rngs)
     kept = {}
     if keep:
         structures = {path: layer.parametrization(made[path]) for path, layer in layers.items()}
