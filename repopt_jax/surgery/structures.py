@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.arguments import check_kind
 from repopt_jax.core import paths, tracing
 from repopt_jax.core.branches import Shape
 from repopt_jax.core.layer import Layer
@@ -91,8 +90,8 @@ def to_structure(
         The latter are also stacked layers with batch norms, because `nnx.scan` and `nnx.vmap` would not carry
         the batch statistics of new modules. Or the model has been trained, or may have been; or its kernels
         are to be kept and the branches cannot express them, with every path.
+      TypeError: `select` or `structure` is none of the above, such as a `Structure`, which fits one layer.
     """
-    check_kind("structure", structure, (str, Structure, Mapping, Callable), "a structure, or its name")
     check_rngs(rngs)
     check_keep(keep, allow_trained)
     if is_abstract(model):
@@ -171,7 +170,7 @@ def find_parametrizations(model: Any, *args: Any, **given: Any) -> dict[str, Par
 
     Raises:
       ValueError: as `to_structure`; or structures with batch norms inside.
-      TypeError: `model` is neither a model nor a function.
+      TypeError: `model` is neither a model nor a function; or as `to_structure`.
     """
     found, problems = {}, []
     for layer, one in _taken(model, find_structures(model, *args, **given)):
