@@ -219,6 +219,9 @@ def test_average_pooling_has_no_elementwise_rule(x64):
         ((2, 2, 4, 4), {}, ("2x2",)),
         ((8, 8, 3, 3), {"layout": "oi..."}, ("3x3", "1x1", "identity")),
         ((5, 2, 3, 3, 8, 8), {"stacked": 2}, ("3x3", "1x1", "identity")),
+        ((8, 2, 4), {"layout": "ioo"}, ("dense", "identity")),
+        ((2, 4, 3), {"layout": "oio"}, ("dense",)),
+        ((8, 3, 3, 8), {"layout": "isso"}, ("3x3", "1x1", "identity")),
         ((5, 8, 1, 3, 3), {"stacked": 1, "groups": 8, "layout": "oi..."}, ("3x3", "1x1")),
     ],
 )

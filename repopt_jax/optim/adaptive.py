@@ -81,7 +81,7 @@ def repopt_adamw(
       ValueError: as `scale_by_repopt_adam`.
     """
     check_number("learning_rate", learning_rate, optional=False)
-    check_number("weight_decay", weight_decay, at_least=0)
+    check_number("weight_decay", weight_decay, at_least=0, optional=False)
     return optax.chain(
         scale_by_repopt_adam(scales, b1, b2, eps, eps_root, mu_dtype=mu_dtype, nesterov=nesterov, rule=rule),
         optax.add_decayed_weights(weight_decay, mask),
@@ -109,7 +109,7 @@ def repopt_lion(
     """
     check_scales(scales)
     check_number("learning_rate", learning_rate, optional=False)
-    check_number("weight_decay", weight_decay, at_least=0)
+    check_number("weight_decay", weight_decay, at_least=0, optional=False)
     _check_rates(b1=b1, b2=b2)
     lion = optax.scale_by_lion(b1, b2, mu_dtype)
     return optax.chain(
@@ -151,8 +151,8 @@ def scale_by_repopt_adam(
     """
     check_scales(scales)
     _check_rates(b1=b1, b2=b2)
-    check_number("eps", eps, at_least=0)
-    check_number("eps_root", eps_root, at_least=0)
+    check_number("eps", eps, at_least=0, optional=False)
+    check_number("eps_root", eps_root, at_least=0, optional=False)
     if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}: it must be one of {', '.join(RULES)}")
     inner = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
@@ -211,7 +211,7 @@ def scale_by_repopt_adam(
 def _check_rates(**rates: Any) -> None:
     """Decay rates of moments."""
     for name, value in rates.items():
-        check_number(name, value, at_least=0, less_than=1)
+        check_number(name, value, at_least=0, less_than=1, optional=False)
 
 
 def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:

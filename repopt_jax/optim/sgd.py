@@ -171,7 +171,7 @@ def repopt_sgd(
     """
     check_number("learning_rate", learning_rate, optional=False)
     check_number("momentum", momentum, at_least=0, at_most=1)
-    check_number("weight_decay", weight_decay, at_least=0)
+    check_number("weight_decay", weight_decay, at_least=0, optional=False)
     return optax.chain(
         repopt_mask(scales, normalise),
         optax.add_decayed_weights(weight_decay, mask),
