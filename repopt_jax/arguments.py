@@ -15,7 +15,7 @@ def check_number(
     more_than: float | None = None,
     at_most: float | None = None,
     less_than: float | None = None,
-    optional: bool = True,
+    optional: bool = False,
 ) -> None:
     """Checks a number that is known now; arrays, traced values and schedules are passed over, and so is None
     if the number is `optional`.

@@ -1,5 +1,7 @@
 """What public functions are given by mistake: an error at once, with the name of the argument."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 import pytest
@@ -128,6 +130,15 @@ def test_a_name_where_a_variant_is_due(family):
         (lambda s: repopt_jax.repopt_sgd(0.1, s, weight_decay=-1), ValueError, "`weight_decay` is -1"),
         (lambda s: repopt_jax.repopt_sgd(float("nan"), s), ValueError, "`learning_rate` is nan"),
         (lambda s: repopt_jax.repopt_sgd("0.1", s), TypeError, "`learning_rate` is '0.1'"),
+        *(
+            (functools.partial(make, 0.1, **{name: None}), TypeError, f"`{name}` is None: it must be a number")
+            for make, names in {
+                repopt_jax.repopt_sgd: ["weight_decay"],
+                repopt_jax.repopt_adamw: ["b1", "b2", "eps", "eps_root", "weight_decay"],
+                repopt_jax.repopt_lion: ["b1", "b2", "weight_decay"],
+            }.items()
+            for name in names
+        ),
         (lambda s: repopt_jax.repopt_adamw(0.1, s, b1=1), ValueError, "`b1` is 1: .* less than 1"),
         (lambda s: repopt_jax.repopt_adamw(0.1, s, b2=-0.1), ValueError, "`b2` is -0.1"),
         (lambda s: repopt_jax.repopt_adamw(0.1, s, eps=-1), ValueError, "`eps` is -1"),
@@ -148,7 +159,8 @@ def test_a_tolerance_that_is_none(tolerance, model, scales):
 
 def test_what_is_known_only_later_is_taken(scales):
     """Schedules, arrays and what `optax.inject_hyperparams` traces; None for no momentum."""
-    for value in (None, optax.constant_schedule(0.1), jnp.float32(-1.0)):
+    check_number("x", None, at_least=0, optional=True)
+    for value in (optax.constant_schedule(0.1), jnp.float32(-1.0)):
         check_number("x", value, at_least=0)
     repopt_jax.repopt_sgd(optax.constant_schedule(0.1), scales, momentum=None)
     optax.inject_hyperparams(lambda rate: repopt_jax.repopt_sgd(rate, scales))(rate=0.1)

@@ -78,10 +78,10 @@ def repopt_adamw(
       rule: see `scale_by_repopt_adam`.
 
     Raises:
-      ValueError: as `scale_by_repopt_adam`.
+      TypeError, ValueError: as `scale_by_repopt_adam`.
     """
-    check_number("learning_rate", learning_rate, optional=False)
-    check_number("weight_decay", weight_decay, at_least=0, optional=False)
+    check_number("learning_rate", learning_rate)
+    check_number("weight_decay", weight_decay, at_least=0)
     return optax.chain(
         scale_by_repopt_adam(scales, b1, b2, eps, eps_root, mu_dtype=mu_dtype, nesterov=nesterov, rule=rule),
         optax.add_decayed_weights(weight_decay, mask),
@@ -105,11 +105,11 @@ def repopt_lion(
     The arguments are those of `optax.lion` and `repopt_adamw`.
 
     Raises:
-      ValueError: as `scale_by_repopt_adam`.
+      TypeError, ValueError: as `scale_by_repopt_adam`.
     """
     check_scales(scales)
-    check_number("learning_rate", learning_rate, optional=False)
-    check_number("weight_decay", weight_decay, at_least=0, optional=False)
+    check_number("learning_rate", learning_rate)
+    check_number("weight_decay", weight_decay, at_least=0)
     _check_rates(b1=b1, b2=b2)
     lion = optax.scale_by_lion(b1, b2, mu_dtype)
     return optax.chain(
@@ -145,14 +145,15 @@ def scale_by_repopt_adam(
         different signs are summed.
 
     Raises:
-      ValueError: an unknown rule; scales that are NaN, infinite or all zero in a layer; "published" with a
-        branch set that has no elementwise multiplier; at `init`, scales that do not fit the parameters; at
-        `update`, gradients that lack a kernel.
+      TypeError: a rate or `eps` that is no number.
+      ValueError: such a number out of its range; an unknown rule; scales that are NaN, infinite or all zero
+        in a layer; "published" with a branch set that has no elementwise multiplier; at `init`, scales that
+        do not fit the parameters; at `update`, gradients that lack a kernel.
     """
     check_scales(scales)
     _check_rates(b1=b1, b2=b2)
-    check_number("eps", eps, at_least=0, optional=False)
-    check_number("eps_root", eps_root, at_least=0, optional=False)
+    check_number("eps", eps, at_least=0)
+    check_number("eps_root", eps_root, at_least=0)
     if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}: it must be one of {', '.join(RULES)}")
     inner = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
@@ -211,7 +212,7 @@ def scale_by_repopt_adam(
 def _check_rates(**rates: Any) -> None:
     """Decay rates of moments."""
     for name, value in rates.items():
-        check_number(name, value, at_least=0, less_than=1, optional=False)
+        check_number(name, value, at_least=0, less_than=1)
 
 
 def repopt_sign_mask(scales: Scales) -> optax.GradientTransformationExtraArgs:

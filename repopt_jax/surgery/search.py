@@ -161,7 +161,7 @@ def law_scales(model: nnx.Module, Lambda: float, select: Select = None, branches
       ValueError: as `depth_scales`; or a Lambda that is negative or not finite.
       TypeError: as `depth_scales`.
     """
-    check_number("Lambda", Lambda, optional=False)
+    check_number("Lambda", Lambda)
     _check_has_order(model)
     branch_sets = find_branches(model, select, branches)
     scales = Scales.from_law(branch_sets, _depths(model, select, branch_sets), Lambda)
