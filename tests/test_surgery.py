@@ -77,6 +77,12 @@ class TestExtract:
         with pytest.raises(ValueError, match="has no layer with scales: give the model of the hyper-search"):
             extract_scales(target)
 
+    def test_structures_that_scales_do_not_describe(self):
+        layers = [nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)) for _ in range(2)]
+        model = to_structure(nnx.Sequential(*layers), "orepa", rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="layers/0: the chains .*; layers/1: the chains .*: no scales"):
+            extract_scales(model)
+
 
 def one_training_step(model):
     """Only the forward pass moves the statistics; the update makes it the real thing."""

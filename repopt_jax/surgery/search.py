@@ -108,13 +108,18 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
     """Returns the scales of a search model's `nn.Merged` layers, by the kernels' paths in the plain network.
 
     Raises:
-      ValueError: the model has none.
+      ValueError: the model has none; or structures of which scales are not all that is trained, such as OREPA,
+        with every path.
     """
-    entries = {
-        join(path, "kernel"): LayerScales(module.branch_set(), module.vectors())
-        for path, module in named_modules(search_model)
-        if isinstance(module, Merged)
-    }
+    entries, problems = {}, []
+    for path, module in named_modules(search_model):
+        if isinstance(module, Merged):
+            try:
+                entries[join(path, "kernel")] = LayerScales(module.branch_set(), module.vectors())
+            except ValueError as error:
+                problems.append(f"{path}: {error}")
+    if problems:
+        raise ValueError(f"layers of `search_model` have no scales for an optimizer: {'; '.join(problems)}")
     if not entries:
         raise ValueError(
             "`search_model` has no layer with scales: give the model of the hyper-search, made by `to_search`"
