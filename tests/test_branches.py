@@ -316,3 +316,12 @@ def test_a_branch_of_one_s_own_is_one_class(x64):
     j[:4, 36:] = np.diag(np.tile(scales["corner7"], 2))
     assert_close(np.ravel(branches.precondition(g, scales)), j @ (j.T @ g.ravel()), EXACT)
     del Branch.types["Corner"]
+
+
+def test_a_branch_has_a_class_name_of_its_own():
+    """A file of scales has the name. A class that is defined again in its file takes its own place."""
+    with pytest.raises(TypeError, match=r"class Average of test_branches .* branch of repopt_jax\.core\.branches,"):
+        type("Average", (Pool,), {"__module__": __name__})
+    assert Branch.types["Average"] is Average
+    _, again = (type("Again", (Pool,), {"__module__": __name__}) for _ in range(2))
+    assert Branch.types.pop("Again") is again
