@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from networks import TINY_DETECTOR, abstract
 
 import repopt_jax
 from repopt_jax import Scales, models
@@ -27,6 +28,8 @@ def scales(model):
     return repopt_jax.depth_scales(model)
 
 
+BACKBONE = TINY_DETECTOR.backbone
+NARROW = models.VGGVariant("narrow", (1, 1, 1, 1), (2, 2, 2, 2, 2))
 PARAMS = {"w": jnp.ones((3, 3, 4, 4))}
 # What scales are given to: name -> call(scales, model).
 TAKE_SCALES = {
@@ -114,6 +117,39 @@ def test_networks_that_cannot_be(options, error, match):
         models.create(**{"name": "vgg-digits", "num_classes": 10, "rngs": nnx.Rngs(0), **options})
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda rngs: models.EfficientRep(BACKBONE, rngs=0), TypeError, r"`rngs` is .* nnx\.Rngs\(0\)"),
+        (
+            lambda rngs: models.EfficientRep(BACKBONE, in_channels=0, rngs=rngs),
+            ValueError,
+            "`in_channels` is 0",
+        ),
+        (lambda rngs: models.EfficientRep("tiny", rngs=rngs), TypeError, "`variant` is 'tiny'"),
+        (lambda rngs: models.FCOS(TINY_DETECTOR, num_classes=1, rngs=0), TypeError, "`rngs` is of type int"),
+        (
+            lambda rngs: models.FCOS(TINY_DETECTOR, num_classes="3", rngs=rngs),
+            TypeError,
+            "`num_classes` is '3': it must be a whole number",
+        ),
+        (
+            lambda rngs: models.FCOS(TINY_DETECTOR, num_classes=1, num_keypoints=2.5, rngs=rngs),
+            TypeError,
+            "`num_keypoints` is 2.5",
+        ),
+        (
+            lambda rngs: models.vgg(NARROW, num_classes=2, post_se=True, rngs=rngs),
+            ValueError,
+            "squeeze-and-excitation of 2 channels has 0 hidden ones",
+        ),
+    ],
+)
+def test_other_networks_that_cannot_be(make, error, match):
+    with pytest.raises(error, match=match):
+        abstract(make)
+
+
 @pytest.mark.parametrize("family", [models.vgg, models.ghostnet, models.mobileone, models.RepMLPNet])
 def test_a_name_where_a_variant_is_due(family):
     with pytest.raises(TypeError, match=r"`variant` is 'A0': it must be a \w+Variant; `models.create` takes"):
@@ -131,7 +167,11 @@ def test_a_name_where_a_variant_is_due(family):
         (lambda s: repopt_jax.repopt_sgd(float("nan"), s), ValueError, "`learning_rate` is nan"),
         (lambda s: repopt_jax.repopt_sgd("0.1", s), TypeError, "`learning_rate` is '0.1'"),
         *(
-            (functools.partial(make, 0.1, **{name: None}), TypeError, f"`{name}` is None: it must be a number")
+            (
+                functools.partial(make, 0.1, **{name: None}),
+                TypeError,
+                f"`{name}` is None: it must be a number",
+            )
             for make, names in {
                 repopt_jax.repopt_sgd: ["weight_decay"],
                 repopt_jax.repopt_adamw: ["b1", "b2", "eps", "eps_root", "weight_decay"],
