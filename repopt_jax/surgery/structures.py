@@ -215,13 +215,22 @@ def to_repvgg(
     """`to_structure(model, "repvgg", ...)`, or with `branches` (as in `find_branches`) these, a norm each.
 
     With `branches`, too, the dense layer that makes the logits is left as it is unless `select` chooses it.
+
+    Raises:
+      ValueError: as `to_structure` and `find_branches`; or no layer but the one that makes the logits.
     """
     kernels: dict[str, Any] = {"trained": trained, "allow_trained": allow_trained, "keep": keep}
     if branches is None:
         return to_structure(model, "repvgg", select, rngs=rngs, **kernels)
     sets = {path.rpartition("/")[0]: bs for path, bs in find_branches(model, select, branches).items()}
     if select is None and not isinstance(model, DeclaresBranches):
-        sets = {name: bs for name, bs in sets.items() if name != find_classifier(model)}
+        classifier = find_classifier(model)
+        if sets.keys() == {classifier}:
+            raise ValueError(
+                f"the one layer of `model`, {classifier or 'the model itself'}, is the dense layer that "
+                "makes the logits: choose it with `select` if it is not"
+            )
+        sets = {name: branch_set for name, branch_set in sets.items() if name != classifier}
     described: Described = {
         re.escape(name): functools.partial(of_branches, branch_set, then="norm")
         for name, branch_set in sets.items()
