@@ -320,7 +320,9 @@ def test_a_branch_of_one_s_own_is_one_class(x64):
 
 def test_a_branch_has_a_class_name_of_its_own():
     """A file of scales has the name. A class that is defined again in its file takes its own place."""
-    with pytest.raises(TypeError, match=r"class Average of test_branches .* branch of repopt_jax\.core\.branches,"):
+    with pytest.raises(
+        TypeError, match=r"class Average of test_branches .* branch of repopt_jax\.core\.branches,"
+    ):
         type("Average", (Pool,), {"__module__": __name__})
     assert Branch.types["Average"] is Average
     _, again = (type("Again", (Pool,), {"__module__": __name__}) for _ in range(2))

@@ -340,7 +340,10 @@ def test_wrong_names_and_options(call, message):
     [
         (None, "`structure` is of type NoneType: it must be a name in `STRUCTURES`, or a description"),
         (3, "`structure` is of type int"),
-        (published.repvgg(PLAIN), "`structure` is of type Structure: .* a function from a layer's `Geometry`"),
+        (
+            published.repvgg(PLAIN),
+            "`structure` is of type Structure: .* a function from a layer's `Geometry`",
+        ),
         (
             {"a": 1, "b": "repvgg", "c": published.repvgg(PLAIN)},
             "of the rule 'a' is of type int; `structure` of the rule 'c' is of type Structure: it must",

@@ -366,7 +366,7 @@ def sideways(params, x):
     ]
 
 
-def dense(params, x):
+def multiplied(params, x):
     return x @ params["w"]
 
 
@@ -407,7 +407,7 @@ X, W = np.zeros((2, 4), np.float32), np.zeros((4, 4), np.float32)
             np.zeros((1, 5, 5, 4), np.float32),
             "its taps are reversed before its use",
         ),
-        (dense, np.zeros((4, 0), np.float32), X, "it is empty"),
+        (multiplied, np.zeros((4, 0), np.float32), X, "it is empty"),
         (part, W, X, "it is empty"),
         (stacked, np.zeros((0, 4, 4), np.float32), X, "it is empty"),
         (

@@ -60,8 +60,8 @@ class Branch(abc.ABC):
         taken = Branch.types.get(cls.__name__, cls)
         if taken is not cls and _file_of(taken) != _file_of(cls):
             raise TypeError(
-                f"the class {cls.__name__} of {cls.__module__} has the name of a branch of {taken.__module__}, "
-                "by which scales files are read: give it another name"
+                f"the class {cls.__name__} of {cls.__module__} has the name of a branch of "
+                f"{taken.__module__}, by which scales files are read: give it another name"
             )
         Branch.types[cls.__name__] = cls
 

@@ -59,8 +59,8 @@ def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable
     def mask(params: Any) -> Any:
         if others := [path for path in paths.named_leaves(params)[0] if path not in decayed]:
             raise ValueError(
-                f"{', '.join(others)} are no parameters of the model that `weight_decay_mask` was given: give "
-                "its mask nnx.state(model, nnx.Param), and make one for each model"
+                f"{', '.join(others)} are no parameters of the model that `weight_decay_mask` was given: "
+                "give its mask nnx.state(model, nnx.Param), and make one for each model"
             )
         return paths.map_named(lambda path, _: decayed[path], params)
 

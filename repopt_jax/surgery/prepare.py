@@ -122,8 +122,8 @@ def prepare(
     given = [name for name, value in (("`select`", select), ("`branches`", branches)) if value is not None]
     if given and mode is Mode.PLAIN:
         raise ValueError(
-            f"mode {mode} leaves every layer as it is, without a use for {' and '.join(given)}: leave out what "
-            "chooses layers and branches"
+            f"mode {mode} leaves every layer as it is, without a use for {' and '.join(given)}: leave out "
+            "what chooses layers and branches"
         )
     if branches is not None and mode.is_structure and mode != "repvgg":
         raise ValueError(f"mode {mode} defines the branches of its layers: leave `branches` out")

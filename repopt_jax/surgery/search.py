@@ -108,8 +108,8 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
     """Returns the scales of a search model's `nn.Merged` layers, by the kernels' paths in the plain network.
 
     Raises:
-      ValueError: the model has none; or structures of which scales are not all that is trained, such as OREPA,
-        with every path.
+      ValueError: the model has none; or structures of which scales are not all that is trained, such as
+        OREPA, with every path.
     """
     entries, problems = {}, []
     for path, module in named_modules(search_model):
