@@ -17,7 +17,7 @@ def check_number(
     more_than: float | None = None,
     at_most: float | None = None,
     less_than: float | None = None,
-    optional: bool = True,
+    optional: bool = False,
 ) -> None:
     """Checks a number that is known now; arrays, traced values and schedules are passed over, and so is None
     if the number is `optional`.
@@ -42,17 +42,17 @@ def check_number(
         raise ValueError(f"`{name}` is {value}: it must be a finite number{range_of and f', {range_of}'}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Checks a number of things, at least one.
+def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
+    """Checks a number of things.
 
     Raises:
       TypeError: `value` is no integer.
-      ValueError: it is less than 1.
+      ValueError: it is less than `at_least`.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` is {value!r}: it must be a whole number")
-    if value < 1:
-        raise ValueError(f"`{name}` is {value}: it must be at least 1")
+    if value < at_least:
+        raise ValueError(f"`{name}` is {value}: it must be at least {at_least}")
 
 
 def check_kind(name: str, value: Any, kind: Any, what: str, *, remedy: str = "") -> None:

@@ -15,7 +15,7 @@ from flax import nnx
 from forms import UNIREPLKNET, is_of_small_windows
 from networks import abstract, count, parameter_shapes, relative, settled_statistics
 
-from repopt_jax import Geometry, fuse, models, prepare, to_structure
+from repopt_jax import Geometry, find_parametrizations, fuse, models, prepare, to_structure
 from repopt_jax.core import published
 from repopt_jax.core.branches import Kernel
 from repopt_jax.core.published import STRUCTURES, acnet, dbb, repghost
@@ -347,11 +347,42 @@ def test_options_by_name_and_by_description():
             lambda: prepare(nnx.Sequential(), "plain", options={"gamma": 1}, rngs=nnx.Rngs(0)),
             r"mode plain has no structure that takes `options` \{'gamma': 1\}",
         ),
+        (
+            lambda: prepare(nnx.Sequential(), "plain", select=".*", branches=[], rngs=nnx.Rngs(0)),
+            "mode plain leaves every layer as it is, without a use for `select` and `branches`",
+        ),
+        (
+            lambda: prepare(nnx.Sequential(), "plain", keep="all", rngs=nnx.Rngs(0)),
+            "`keep` is 'all': it must be 'split' or None",
+        ),
     ],
 )
 def test_wrong_names_and_options(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("take", [find_structures, find_parametrizations, to_structure])
+@pytest.mark.parametrize(
+    ("structure", "match"),
+    [
+        (None, "`structure` is of type NoneType: it must be a name in `STRUCTURES`, or a description"),
+        (3, "`structure` is of type int"),
+        (
+            published.repvgg(PLAIN),
+            "`structure` is of type Structure: .* a function from a layer's `Geometry`",
+        ),
+        (
+            {"a": 1, "b": "repvgg", "c": published.repvgg(PLAIN)},
+            "of the rule 'a' is of type int; `structure` of the rule 'c' is of type Structure: it must",
+        ),
+    ],
+)
+def test_what_is_no_structure(take, structure, match):
+    model = nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)))
+    options = {"rngs": nnx.Rngs(0), "trained": False} if take is to_structure else {}
+    with pytest.raises(TypeError, match=match):
+        take(model, structure=structure, **options)
 
 
 def test_options_as_text():

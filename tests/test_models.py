@@ -294,6 +294,30 @@ def test_bfloat16_networks_give_float32_logits(mode, images):
     assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("vgg-digits", {}, 8),
+        ("repghost-digits", {}, 8),
+        ("mobileone-digits", {}, 8),
+        ("repmlpnet-digits", {"published_order": True}, 8),
+        ("fcos-scenes", {"num_keypoints": 3}, 64),
+    ],
+)
+def test_an_empty_batch_gives_empty_outputs_and_gradients(name, options, side):
+    model = abstract(models.create, name, num_classes=2, in_channels=1, **options)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def run(params, rest, images):
+        outputs = nnx.merge(graph, params, rest, copy=True)(images)
+        return sum(leaf.sum() for leaf in jax.tree.leaves(outputs)), outputs
+
+    images = jax.ShapeDtypeStruct((0, side, side, 1), jnp.float32)
+    gradients, outputs = jax.eval_shape(jax.grad(run, has_aux=True), params, rest, images)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(outputs)} == {0}
+    chex.assert_trees_all_equal_shapes(gradients, params)
+
+
 def test_grey_images_and_their_number_of_classes():
     model = network(VGG_VARIANTS["digits"], num_classes=7, in_channels=1)
     assert parameter_shapes(model)["stages/0/0/conv/kernel"] == (3, 3, 1, 16)

@@ -320,6 +320,7 @@ def test_dense_layers_of_several_axes():
     deployed = fuse(search)
     assert isinstance(deployed.split, nnx.LinearGeneral)
     assert output_difference(search, deployed, x).max_rel < 1e-6
+    assert search.split(x[:0]).shape == (0, 5, 3, 2)
     assert find_branches(deployed) == sets
     with pytest.raises(ValueError, match=r"odd \(LinearGeneral\): it takes other axes"):
         find_branches(model, "odd")

@@ -441,6 +441,15 @@ def test_when_nothing_is_recognised():
     only_reason(check(tolerance=0.0), "no known reason was recognised")
 
 
+def test_a_parameter_without_entries():
+    """Nothing of it differs, also where reasons for a difference are looked for."""
+    model = dense()
+    model.none = nnx.Param(jnp.zeros((0,)))
+    result = check(model=model, tolerance=0.0)
+    assert result.differences["none"] == 0 < result.max_difference < EXACT
+    only_reason(result, "no known reason was recognised")
+
+
 def test_nan_is_not_equivalence():
     result = verify.Equivalence({"a": 1e-15, "b": float("nan")}, [1.0], 1e-15, 0.5, 1, EXACT)
     assert not result.equivalent
@@ -453,6 +462,8 @@ def test_arguments_that_are_wrong(setting):
     other = vgg(VGGVariant("o", (1, 1, 1, 1), (4, 4, 6, 6, 8)), num_classes=3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="do not fit the model"):
         verify.verify_equivalence(other, scales, batches, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="`scales` name no layer, so there is nothing to compare"):
+        verify.verify_equivalence(dense(), Scales({}), batches_of(4), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`batches` is empty"):
         verify.verify_equivalence(model, scales, [], rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`optimizer` is given without `twin_optimizer`"):

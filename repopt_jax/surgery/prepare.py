@@ -16,7 +16,7 @@ from repopt_jax.surgery.layers import Branches, Select, find_branches
 from repopt_jax.surgery.reinitialize import reinitialize, with_kernels
 from repopt_jax.surgery.search import to_search
 from repopt_jax.surgery.structures import to_repvgg, to_structure
-from repopt_jax.surgery.trained import Keep
+from repopt_jax.surgery.trained import Keep, check_keep
 
 
 class Mode(enum.StrEnum):
@@ -108,15 +108,22 @@ def prepare(
       rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
-      ValueError: an unknown mode; scales, branches or options that the mode does not use, or missing scales;
-        or as `to_search`, `reinitialize` and `to_structure`.
+      ValueError: an unknown mode; scales, layers, branches or options that the mode does not use, or missing
+        scales; or as `to_search`, `reinitialize` and `to_structure`.
     """
     check_rngs(rngs)
+    check_keep(keep, allow_trained)
     check_kind("mode", mode, str, "the name of a mode")
     mode = Mode.parse(mode)
     if scales is not None and not mode.has_scales:
         raise ValueError(
             f"mode {mode} has no use for `scales`: leave them out, or train with them in mode {Mode.REPOPT}"
+        )
+    given = [name for name, value in (("`select`", select), ("`branches`", branches)) if value is not None]
+    if given and mode is Mode.PLAIN:
+        raise ValueError(
+            f"mode {mode} leaves every layer as it is, without a use for {' and '.join(given)}: leave out "
+            "what chooses layers and branches"
         )
     if branches is not None and mode.is_structure and mode != "repvgg":
         raise ValueError(f"mode {mode} defines the branches of its layers: leave `branches` out")

@@ -38,7 +38,7 @@ from repopt_jax.surgery.layers import (
 from repopt_jax.surgery.modules import check_model, is_abstract, join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
 from repopt_jax.surgery.structures import merged_layer, replace_layers
-from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
+from repopt_jax.surgery.trained import Keep, branches_of, check_keep, require_untrained
 
 _log = logging.getLogger(__name__)
 
@@ -82,10 +82,11 @@ def to_search(
         name of scales; or the model has been trained, or may have been; or its kernels are to be kept and
         the branches cannot express them, with every path.
     """
+    check_rngs(rngs)
+    check_keep(keep, allow_trained)
     if is_abstract(model):
         given: dict[str, Any] = {"scales": scales, "trained": False}
         return nnx.eval_shape(lambda m: to_search(m, select, branches, **given, rngs=nnx.Rngs(0)), model)
-    check_rngs(rngs)
     if isinstance(scales, Scales):
         check_aliases(model, scales.entries)
         check_fit(scales, find_branches(model, select, branches))
@@ -107,13 +108,18 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
     """Returns the scales of a search model's `nn.Merged` layers, by the kernels' paths in the plain network.
 
     Raises:
-      ValueError: the model has none.
+      ValueError: the model has none; or structures of which scales are not all that is trained, such as
+        OREPA, with every path.
     """
-    entries = {
-        join(path, "kernel"): LayerScales(module.branch_set(), module.vectors())
-        for path, module in named_modules(search_model)
-        if isinstance(module, Merged)
-    }
+    entries, problems = {}, []
+    for path, module in named_modules(search_model):
+        if isinstance(module, Merged):
+            try:
+                entries[join(path, "kernel")] = LayerScales(module.branch_set(), module.vectors())
+            except ValueError as error:
+                problems.append(f"{path}: {error}")
+    if problems:
+        raise ValueError(f"layers of `search_model` have no scales for an optimizer: {'; '.join(problems)}")
     if not entries:
         raise ValueError(
             "`search_model` has no layer with scales: give the model of the hyper-search, made by `to_search`"
@@ -160,7 +166,7 @@ def law_scales(model: nnx.Module, Lambda: float, select: Select = None, branches
       ValueError: as `depth_scales`; or a Lambda that is negative or not finite.
       TypeError: as `depth_scales`.
     """
-    check_number("Lambda", Lambda, optional=False)
+    check_number("Lambda", Lambda)
     _check_has_order(model)
     branch_sets = find_branches(model, select, branches)
     scales = Scales.from_law(branch_sets, _depths(model, select, branch_sets), Lambda)

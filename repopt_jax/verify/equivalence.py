@@ -221,14 +221,16 @@ def verify_equivalence(
       The differences by path and, if they are above the tolerance, the likely reasons.
 
     Raises:
-      ValueError: the scales do not fit the model; `batches` is empty; only one of the two optimizers is
-        given, or both with `normalise`; or layers for which there is no equivalence, with the reasons:
-        a padding that shifts the window (`CAUSAL`), a class with a `__call__` of its own.
+      ValueError: the scales do not fit the model, or name no layer; `batches` is empty; only one of the two
+        optimizers is given, or both with `normalise`; or layers for which there is no equivalence, with the
+        reasons: a padding that shifts the window (`CAUSAL`), a class with a `__call__` of its own.
       TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`); or an argument is
         of another type.
     """
     check_model(model)
     check_scales(scales)
+    if not scales.entries:
+        raise ValueError("`scales` name no layer, so there is nothing to compare: give those of the network")
     check_rngs(rngs)
     check_number("tolerance", tolerance, at_least=0)
     check_items("batches", batches, "batches")
@@ -381,9 +383,9 @@ def _values(model: nnx.Module) -> dict[str, np.ndarray]:
 
 def _relative(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> float:
     """Returns the largest difference, relative to b's largest entry or to `floor` if b is smaller."""
-    scale = max(np.abs(b).max(), floor)
+    scale = max(np.abs(b).max(initial=0.0), floor)
     with np.errstate(invalid="ignore"):  # the difference of two infinities is NaN, which counts as different
-        return float(np.abs(a - b).max() / (scale if scale else 1.0))
+        return float(np.abs(a - b).max(initial=0.0) / (scale if scale else 1.0))
 
 
 def _as_float64(tree: Any) -> Any:

@@ -164,7 +164,10 @@ class _Probes:
         norms = [norm for norm in pair.plain.norms if np.isfinite(norm)]
         # As large as the gradients became in training, because clipping may begin only later.
         growth = max(norms) / norms[0] if norms[0] else 1.0
-        sizes = {p: growth * float(np.sqrt(np.mean(np.square(g)))) for p, g in pair.plain.gradients.items()}
+        sizes = {
+            path: growth * float(np.sqrt(np.mean(np.square(g)))) if g.size else 0.0
+            for path, g in pair.plain.gradients.items()
+        }
         least = 1e-3 * (float(np.sqrt(np.mean(np.square(list(sizes.values()))))) or 1.0)
         rng = np.random.default_rng(0)
         # Every leaf gets a gradient: one that is zero on this batch may not be on the next.
@@ -320,12 +323,12 @@ def _differing(
     a: Named, b: Named, tolerance: float, scales: Scales | None = None
 ) -> tuple[list[str], list[str]]:
     """Returns the paths at which a and b differ: those in the scales, and all. NaN is not a difference."""
-    floor = ROUNDING * max(np.abs(values[path]).max() for values in (a, b) for path in a)
+    floor = ROUNDING * max(np.abs(values[path]).max(initial=0.0) for values in (a, b) for path in a)
     wrong = [
         path
         for path in a
-        if np.abs(a[path] - b[path]).max()
-        > tolerance * max(np.abs(a[path]).max(), np.abs(b[path]).max()) + floor
+        if np.abs(a[path] - b[path]).max(initial=0.0)
+        > tolerance * max(np.abs(v[path]).max(initial=0.0) for v in (a, b)) + floor
     ]
     return [path for path in wrong if scales and path in scales.entries], wrong
 
@@ -382,7 +385,7 @@ def _narrowed(jaxpr: Any) -> Iterator[str]:
 def _rounding(pair: Pair, difference: float, wrong: list[str]) -> Iterator[str]:
     """Explains how rounding becomes a difference although both agree step by step."""
     gradients = pair.plain.gradients
-    largest = max(np.abs(g).max() for g in gradients.values())
+    largest = max(np.abs(g).max(initial=0.0) for g in gradients.values())
     largest = largest if np.isfinite(largest) else 0.0
     if noise := [p for p in wrong if p in gradients and np.abs(gradients[p]).max() < ROUNDING * largest]:
         yield (
