@@ -37,6 +37,7 @@ from repopt_jax.train.config import (
     settings_of,
     tuples,
 )
+from repopt_jax.train.own import register_own
 
 MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
 
@@ -50,8 +51,10 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
     Raises:
       ValueError: listing every problem, not only the first.
+      FileNotFoundError, ModuleNotFoundError: the file of a network of the user's own (`own.register_own`).
     """
     check_config(config)
+    register_own(config)
     problems = [*_section_problems(config)] or [*_field_problems(config)]
     if any(isinstance(problem, _WrongType) for problem in problems):
         # Values of other types would make no sense, or an error, in the comparisons below.
