@@ -194,7 +194,10 @@ def _network(
     # A key of its own: the branches' draws must not repeat the network's.
     key = jax.random.fold_in(key, 1)
     options = parse_options(config.model.structure_options)
-    prepared = prepare(model, mode, scales=scales, options=options, rngs=nnx.Rngs(key)).model
+    # The norms of branches take the place of those after the layers, which the blocks of this package know.
+    by_flow = mode.is_structure and not isinstance(model, models.Network)
+    example = (_image(config, info),) if by_flow else None
+    prepared = prepare(model, mode, scales=scales, options=options, example=example, rngs=nnx.Rngs(key)).model
     return _aware(config, info, prepared if plan is None else to_resrep(prepared, plan))
 
 
