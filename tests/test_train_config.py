@@ -434,6 +434,12 @@ def test_a_config_remembers_the_file_that_registers_its_network(own_file):
     moved = dataclasses.replace(config, model=dataclasses.replace(config.model, file="/elsewhere/mine.py"))
     assert differing_fields(config, moved) == []
     train.validate(moved)  # which is not needed while the network is known
+    config.model.file = str(own_file.with_name("copy.py"))
+    own_file.with_name("copy.py").write_text(OWN)
+    with pytest.raises(
+        ValueError, match=r"'config-own' is that of .*mine\.py in this program, and .*copy\.py"
+    ):
+        train.validate(config)
 
 
 @pytest.mark.parametrize(

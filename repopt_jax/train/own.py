@@ -31,13 +31,23 @@ def register_own(config: Any) -> None:
 
     Raises:
       FileNotFoundError: the file is not there.
-      ValueError: its path is not absolute, or the file does not register the network; or, as
-        ModuleNotFoundError, it cannot be imported.
+      ValueError: its path is not absolute, or the file does not register the network, or another file has
+        registered one of this name; or, as ModuleNotFoundError, it cannot be imported.
     """
-    name, file = getattr(config.model, "name", None), getattr(config.model, "file", None)
-    if not isinstance(name, str) or not isinstance(file, str) or not file or name.lower() in models.list():
+    name, file = (getattr(config.model, field, None) for field in ("name", "file"))
+    if not (isinstance(name, str) and isinstance(file, str) and file):
         return
-    path = Path(file)
+    name, path = name.lower(), Path(file)
+    if name in registry.SHIPPED:
+        return
+    if name in models.list():
+        known = registry.FILES.get(name, path)
+        if known != path and path.is_file():
+            raise ValueError(
+                f"the network {name!r} is that of {known} in this program, and `model.file`={file!r} "
+                "may have another: give them different names, or read them in different programs"
+            )
+        return
     if not path.is_absolute():
         raise ValueError(
             f"`model.file`={file!r}, which registers the network {name!r}, must be an absolute path"
@@ -51,8 +61,8 @@ def register_own(config: Any) -> None:
     logger.info("the network %r is of %s, which is imported", name, path)
     with registry.registering(path):
         userfile.execute(path)
-    if name.lower() not in models.list():
+    if name not in models.list():
         raise ValueError(
             f"{path} (`model.file`) does not register the network {name!r}: when it is imported it must call "
-            f"models.register(models.Entry({name.lower()!r}, ...))"
+            f"models.register(models.Entry({name!r}, ...))"
         )
