@@ -737,7 +737,7 @@ def test_mode_mistakes():
             ValueError, match=rf"^mode {mode} has no use for `scales`: leave them out, or train"
         ):
             prepare(model, mode, scales=scales, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="^mode plain has no use for an `example`: leave it out"):
+    with pytest.raises(ValueError, match=r"^mode plain has no use for an `example`: leave it out"):
         prepare(model, "plain", example=(jnp.ones((1, 4)),), rngs=nnx.Rngs(0))
     with pytest.raises(
         ValueError, match=r"^mode repopt needs `scales`: give those of a search, or `depth_scal"
