@@ -130,7 +130,12 @@ def test_by_default_a_structure_goes_where_it_is_defined():
     own_only = dict.fromkeys(("out", "deeper"), "the structure would have its own kernel only")
     assert reasons(unet) == own_only | {"up": UP}
     # Two taps have no centre.
-    assert "cannot be centred" in reasons(find_structures(NETWORKS["U-Net"].abstract(), "acnet"))["deeper"]
+    deeper = reasons(find_structures(NETWORKS["U-Net"].abstract(), "acnet"))["deeper"]
+    assert "not defined for a 2x2 layer of" in deeper
+    assert "cannot be centred in a window of 2 taps (spatial axis 0): the window has 1 more" in deeper
+    assert "Geometry" not in deeper
+    dense = reasons(find_structures(NETWORKS["MLP"].abstract(), "unireplknet"))["layers/0"]
+    assert dense == "it is a dense layer, which has no window for large kernels"
 
 
 class Unreadable(nnx.Module):

@@ -102,6 +102,37 @@ def test_names_and_options_that_do_not_exist():
         models.create("vgg-digits", num_classes=2, num_keypoints=3, rngs=nnx.Rngs(0))
 
 
+def test_a_network_of_ones_own(monkeypatch):
+    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
+
+    def make(*, num_classes, in_channels, dtype, rngs):
+        return nnx.Conv(in_channels, num_classes, (3, 3), dtype=dtype, rngs=rngs)
+
+    def executed_again():
+        def make(variant, *, num_classes, in_channels, dtype, rngs):
+            return nnx.Conv(in_channels, num_classes, variant, dtype=dtype, rngs=rngs)
+
+        return make
+
+    models.register(models.Entry("own", make))
+    assert models.find("own").architecture == "own"
+    assert models.create("OWN", num_classes=2, in_channels=1, rngs=nnx.Rngs(0)).kernel.shape == (3, 3, 1, 2)
+    models.register(models.Entry("own", make))  # the same once more
+    with pytest.raises(ValueError, match="`entry` is named 'own': it must be in lower case and not taken"):
+        models.register(models.Entry("own", executed_again()))
+    with pytest.raises(ValueError, match="not taken"):
+        models.register(models.Entry("vgg-digits", models.vgg, VGG_VARIANTS["A0"]))
+    with pytest.raises(ValueError, match="in lower case"):
+        models.register(models.Entry("Own", make))
+    # A config file, or a cell of a notebook, that is executed twice.
+    for side in (3, 5):
+        models.register(models.Entry("again", executed_again(), (side, side)))
+        kernel = models.create("again", num_classes=2, in_channels=1, rngs=nnx.Rngs(0)).kernel
+        assert kernel.shape == (side, side, 1, 2)
+    models.register(models.Entry("row", models.vgg, VGG_VARIANTS["A0"]))
+    assert models.find("row").architecture == VGG_VARIANTS["A0"].architecture
+
+
 # --- Counts.
 
 

@@ -100,7 +100,7 @@ def test_by_default_every_layer_is_in_the_table():
     text = str(table)
     assert "encoder/layers/0/attn/query/kernel: dense + identity" in text
     assert "patch/kernel: the structure would have its own kernel only" in text
-    assert "pos_embed: ViT is not of a kind that is known" in text
+    assert "pos_embed: it belongs to ViT, which is no convolution or dense layer of Flax" in text
     kernels = {p for p, choice in table.items() if choice.structure is not None}
     assert kernels == set(find_branches(STRANGERS["ViT"].fresh()))
     convnext = find_structures(STRANGERS["ConvNeXt"].fresh(), "repvgg")

@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 
 from repopt_jax import data, save_scales, train
 from repopt_jax.detection import decode
+from repopt_jax.models import registry
+from repopt_jax.report.comparison import load_comparison
 from repopt_jax.report.quickstart import comparison_of
-from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields, to_json
+from repopt_jax.train.config import (
+    CLASSIFY,
+    DataConfig,
+    DetectConfig,
+    config_file,
+    differing_fields,
+    smoke,
+    to_json,
+)
 from repopt_jax.train.tasks import Detection
 
 
@@ -434,3 +444,85 @@ def test_whatever_values_a_config_has(changes):
     except ValueError as error:
         if not str(error).startswith("this config cannot run: "):
             raise
+
+
+OWN = """
+from flax import nnx
+from repopt_jax import models, train
+def make(*, num_classes, in_channels, dtype, rngs):
+    return nnx.Linear(in_channels, num_classes, rngs=rngs)
+models.register(models.Entry("config-own", make))
+def get_config(arg=""):
+    return train.Config(model=train.ModelConfig(name=arg or "config-own"))
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """A config file that registers a network."""
+    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
+    monkeypatch.setattr(registry, "FILES", {})
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_config_remembers_the_file_that_registers_its_network(own_file):
+    config = train.load_config(str(own_file))
+    assert config.model.file == str(own_file)
+    assert train.load_config(f"{own_file}:vgg-digits").model.file == str(
+        own_file
+    )  # the name may be overridden
+    assert train.load_config("digits").model.file == ""
+    train.validate(config)
+    registry.NETWORKS.pop("config-own")
+    train.validate(config)  # imports it
+    assert "config-own" in registry.NETWORKS
+    moved = dataclasses.replace(config, model=dataclasses.replace(config.model, file="/elsewhere/mine.py"))
+    assert differing_fields(config, moved) == []
+    train.validate(moved)  # which is not needed while the network is known
+    config.model.file = str(own_file.with_name("copy.py"))
+    own_file.with_name("copy.py").write_text(OWN)
+    with pytest.raises(
+        ValueError, match=r"'config-own' is that of .*mine\.py in this program, and .*copy\.py"
+    ):
+        train.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "message"),
+    [
+        (
+            "/elsewhere/mine.py",
+            FileNotFoundError,
+            r"'config-own' is registered by /elsewhere/mine\.py .* change",
+        ),
+        ("mine.py", ValueError, "`model.file`='mine.py', .* must be an absolute path"),
+        (
+            None,
+            ValueError,
+            r"other\.py \(`model.file`\) does not register the network 'config-own': when it is",
+        ),
+        ("", ValueError, "`model.name`='config-own' must be one of"),
+    ],
+)
+def test_a_file_that_does_not_register_the_network(own_file, file, error, message):
+    config = train.load_config(str(own_file))
+    registry.NETWORKS.pop("config-own")
+    (own_file.with_name("other.py")).write_text("")
+    config.model.file = str(own_file.with_name("other.py")) if file is None else file
+    with pytest.raises(error, match=message):
+        train.validate(config)
+
+
+def test_a_comparison_remembers_it_as_well(own_file):
+    own_file.write_text(
+        f"{OWN}\ndef get_comparison(arg):\n    return Comparison('own', {{'own': get_config()}})\n"
+    )
+    with own_file.open("a") as file:
+        file.write("from repopt_jax.report.comparison import Comparison\n")
+    assert load_comparison(str(own_file)).ways["own"].model.file == str(own_file)
+
+
+def test_smoke_keeps_a_network_of_ones_own(own_file):
+    assert smoke(train.load_config(str(own_file))).model.name == "config-own"

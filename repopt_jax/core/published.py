@@ -228,6 +228,8 @@ def unireplknet(layer: Geometry) -> Structure:
     size = layer.window[0] if layer.window else 0
     if set(layer.window) != {size} or size not in DILATED_KERNELS:
         sizes = ", ".join(map(str, sorted(DILATED_KERNELS)))
+        if not layer.window:
+            raise ValueError("it is a dense layer, which has no window for large kernels")
         raise ValueError(f"the window is {layer.window}: all sides must be the same, one of {sizes}")
     axes = layer.axes
     return Structure(

@@ -126,6 +126,13 @@ class Geometry:
             )
 
     @property
+    def title(self) -> str:
+        """What messages call it: "2x2 layer of 16 inputs and 8 outputs"."""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        window = "x".join(map(str, self.window)) or "dense"
+        return f"{window} layer of {self.inputs} inputs and {self.outputs} outputs{groups}"
+
+    @property
     def axes(self) -> int:
         """Number of spatial axes."""
         return len(self.window)
@@ -314,7 +321,7 @@ class Structure:
         if not names or len(set(names)) != len(names) or any("/" in name for name in names):
             raise ValueError(f"`chains` are named {names}: at least one, each name once and without `/`")
         if problems := [f"{name}: {why}" for name, chain in chains for why in _problems(self.layer, chain)]:
-            raise ValueError(f"chains that are not defined for {self.layer}: {'; '.join(problems)}")
+            raise ValueError(f"chains that are not defined for a {self.layer.title}: {'; '.join(problems)}")
         keys = [part.key for part in self.parts]
         if len(set(keys)) != len(keys):
             raise ValueError(f"`chains` give several stages the name of one: {keys}")

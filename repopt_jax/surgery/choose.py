@@ -228,7 +228,9 @@ def _check_norms(layer: Layer, made: Structure) -> None:
 def _of_other_kinds(model: nnx.Module) -> dict[str, Choice]:
     """Returns a choice for each parameter of several axes in a module that is no layer of a known kind."""
     return {
-        join(path, name): Choice(None, f"{type(module).__name__} is not of a kind that is known")
+        join(path, name): Choice(
+            None, f"it belongs to {type(module).__name__}, which is no convolution or dense layer of Flax"
+        )
         for path, module in named_modules(model)
         if not isinstance(module, (StructuredLayer, *LAYERS))
         for name, value in vars(module).items()

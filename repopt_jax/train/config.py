@@ -21,10 +21,12 @@ from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.transforms import MAX_MAGNITUDE
 from repopt_jax.hints import did_you_mean
+from repopt_jax.models.registry import registering
 from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.quantize.layers import MAX_BITS, MAX_SCALE_BITS, MIN_BITS, Per, WeightRange
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.train.loggers import LOGGERS
+from repopt_jax.train.own import note_file
 
 # Task -> where its images can come from.
 SOURCES_OF = {
@@ -86,6 +88,8 @@ class ModelConfig:
         compute in float32.
       activation: of a detector, a key of `nn.ACTIVATIONS`. Scales are searched with the one that trains with
         them.
+      file: the Python file that registers networks of your own (`models.register`), absolute. `load_config`
+        fills in a config file that does so. Commands that are given the run import it for the network.
     """
 
     name: str = setting("vgg-digits", choices=lambda config: models.list(config.task))
@@ -94,6 +98,7 @@ class ModelConfig:
     post_se: bool = setting(False, only=CLASSIFY)
     dtype: str = setting("float32", choices=("float32", "bfloat16"), only=CLASSIFY)
     activation: str = setting("relu", choices=tuple(ACTIVATIONS), only=DETECT)
+    file: str = setting("", path=True, changeable=True)
 
 
 @dataclasses.dataclass
@@ -454,9 +459,11 @@ def load_config(file_and_arg: str) -> Config:
             return from_json(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} is not the config.json of a run: {error}") from error
-    config = userfile.call(path, "get_config", arg, noun="config")
+    with registering(path.absolute()):
+        config = userfile.call(path, "get_config", arg, noun="config")
     if not isinstance(config, Config):
         raise TypeError(f"`get_config` of {path} returned {type(config).__name__}, not `Config`")
+    note_file(config, path)
     return config
 
 
@@ -624,7 +631,8 @@ def parse_argument(arg: str, choices: Iterable[str], default: str | None = None)
 
 def smoke(config: Config) -> Config:
     """The same recipe as a run of seconds that needs no data: two epochs of a network of its family that
-    fits the embedded digits, on a few of them; or of a detector, which keeps its network, on a few scenes.
+    fits the embedded digits, on a few of them; or of a detector, on a few scenes. Detectors and networks of
+    your own stay the network that they are.
 
     Mode, optimizer, schedule, augmentation, mixing, dtype, accumulation, moving average and mesh stay as they
     are. Scales from a folder, transferred or not, become those of the depth rule, for there is no search to
@@ -638,7 +646,7 @@ def smoke(config: Config) -> Config:
         data = _from_source(data, "scenes", scenes=(16, 8), train_limit=None, eval_limit=None)
     else:
         batch_size, eval_batch_size = 16, 32
-        model = dataclasses.replace(model, name=SMALLEST[models.find(model.name).family])
+        model = dataclasses.replace(model, name=SMALLEST.get(models.find(model.name).family, model.name))
         share = SMOKE_SIDE / data.image_size
         data = _from_source(
             data,

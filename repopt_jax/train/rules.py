@@ -38,6 +38,7 @@ from repopt_jax.train.config import (
     settings_of,
     tuples,
 )
+from repopt_jax.train.own import register_own
 
 MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
 
@@ -51,6 +52,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
     Raises:
       ValueError: listing every problem, not only the first.
+      FileNotFoundError, ModuleNotFoundError: the file of a network of the user's own (`own.register_own`).
     """
     check_config(config)
     if problems := problems_of(config, device_count=device_count):
@@ -58,7 +60,12 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
 
 def problems_of(config: Config, *, device_count: int | None = None) -> list[str]:
-    """What `validate` finds wrong, a sentence each, and nothing if the config can run."""
+    """What `validate` finds wrong, a sentence each, and nothing if the config can run.
+
+    Raises:
+      FileNotFoundError, ModuleNotFoundError: as `validate`.
+    """
+    register_own(config)
     problems = [*_section_problems(config)] or [*_field_problems(config)]
     if any(isinstance(problem, _WrongType) for problem in problems):
         return problems  # values of other types would make no sense, or an error, in the comparisons below
@@ -99,8 +106,10 @@ def check_fields(config: Config) -> None:
     """Checks the rules that stand at the fields, of a config that ran or is to run anywhere.
 
     Raises:
+      FileNotFoundError, ModuleNotFoundError: as `validate`.
       ValueError: listing every problem.
     """
+    register_own(config)
     if problems := [*_section_problems(config)] or [*_field_problems(config)]:
         raise ValueError("; ".join(problems))
 
