@@ -21,12 +21,15 @@ from repopt_jax import (
     depth_scales,
     extract_scales,
     find_layers,
+    load_scales,
     reinitialize,
+    save_scales,
     to_repvgg,
     to_search,
     to_structure,
 )
 from repopt_jax.core import published
+from repopt_jax.core.paths import map_named, named_leaves
 from repopt_jax.core.scales import LayerScales, ScalesMetadata
 from repopt_jax.models import MOBILEONE_VARIANTS, VGGVariant, mobileone, vgg
 from repopt_jax.models.vgg import block_specs
@@ -165,6 +168,30 @@ class TestReinitialize:
         scales = random_scales(dict.fromkeys(("a/kernel", "x/kernel", "y"), default_branches((2, 2))))
         with pytest.raises(ValueError, match=r"2 extra layers: x/kernel \(2, 2\), y \(2, 2\)$"):
             reinitialize(params, scales, rngs=nnx.Rngs(0))
+
+    def test_kernels_stay_where_they_are_with_scales_of_a_file(self, target, tmp_path):
+        """On two devices: scales that were read bind nothing to one of them, and new kernels are sharded as
+        those were whose place they take."""
+        save_scales(tmp_path / "scales", random_scales(target.branch_sets()))
+        scales = load_scales(tmp_path / "scales", target)
+        mesh = jax.make_mesh(
+            (2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+        )
+        path = "stages/1/0/conv/kernel"
+        along = jax.NamedSharding(mesh, jax.P(None, None, None, "fsdp"))
+        graph, state = nnx.split(target)
+        state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
+        state = map_named(lambda name, leaf: jax.device_put(leaf, along) if name == path else leaf, state)
+        model = nnx.merge(graph, state, copy=True)
+        expected = reinitialize(target, scales, rngs=nnx.Rngs(0), allow_trained=True)
+        for keep in (None, "split"):
+            fresh = reinitialize(model, scales, rngs=nnx.Rngs(0), allow_trained=keep is None, keep=keep)
+            for name, leaf in named_leaves(nnx.state(fresh))[0].items():
+                assert leaf.sharding == (along if name == path else jax.NamedSharding(mesh, jax.P())), name
+            if keep is None:
+                chex.assert_trees_all_equal(values(fresh), values(expected))
+        search = to_search(model, scales=scales, rngs=nnx.Rngs(0), allow_trained=True)
+        assert jax.tree.leaves(nnx.jit(lambda m: m.stages[1][0].conv.merged_kernel())(search))
 
 
 class TestDraws:

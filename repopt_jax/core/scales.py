@@ -288,19 +288,18 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
         raise ValueError(
             f"{location} is damaged or incomplete: no network has more than {_MOST_SCALES:,} scales"
         )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # Arrays of NumPy, which become arrays that no device is bound to, as fresh scales are: Orbax's own would
+    # not go together with a network that lies on several devices.
     target = paths.nested(
         {
-            path: {
-                name: jax.ShapeDtypeStruct(bs.vector_shape, jnp.float32, sharding=device) for name in bs.names
-            }
+            path: {name: np.zeros(bs.vector_shape, np.float32) for name in bs.names}
             for path, bs in branch_sets.items()
         }
     )
     loaded = _readable(lambda: ocp.load(location, target), f"{location} is damaged or incomplete")
     entries = {}
     for name, branches in branch_sets.items():
-        entries[name] = LayerScales(branches, dict(paths.at(loaded, name)))
+        entries[name] = LayerScales(branches, {b: jnp.asarray(v) for b, v in paths.at(loaded, name).items()})
     scales = Scales(entries, metadata)
     check_finite(scales, where=f" in {location}")
     if model is not None:
