@@ -207,7 +207,8 @@ class Scales:
         Raises:
           ValueError: a rule that is not a regular expression or refers to a group that it lacks; a rule that
             applies to no path, because of a typo or because earlier rules take all that it matches; a new
-            path with an empty part; several paths that would become one. All are listed.
+            path with an empty part; several paths that would become one, or of which one would be inside
+            another. All are listed.
         """
         renamed = _renamed(self.entries, rules)
         sources: dict[str, list[str]] = {}
@@ -218,6 +219,9 @@ class Scales:
             raise ValueError(f"`rules` make one path of several: {'; '.join(twice)}")
         if broken := [f"{new!r} of {old[0]}" for new, old in sources.items() if "" in new.split("/")]:
             raise ValueError(f"`rules` make paths with an empty part: {', '.join(broken)}")
+        if covered := paths.below(sources):
+            pairs = [f"{p!r} of {sources[p][0]} below {q!r} of {sources[q][0]}" for p, q in covered.items()]
+            raise ValueError(f"`rules` make paths of which one is inside another: {'; '.join(pairs)}")
         return Scales({new: self.entries[old] for new, (old,) in sources.items()}, self.metadata)
 
     def with_metadata(self, **fields: Any) -> "Scales":
