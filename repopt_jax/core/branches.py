@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repopt_jax import jsontext
+from repopt_jax.arguments import whole_number, whole_numbers
 from repopt_jax.core import algebra
 
 Shape = tuple[int, ...]
@@ -112,14 +113,18 @@ class Kernel(Branch):
     In a 3x3 layer, `Kernel((3, 3))` is the layer's own kernel, `Kernel((1, 1))` its 1x1 branch and
     `Kernel((1, 3))` ACNet's horizontal one; `Kernel(())` is the weight of a dense layer. `dilation` is
     relative to the layer's own.
+
+    Raises:
+      TypeError: at construction, if `size` or `dilation` is no sequence of whole numbers.
     """
 
     size: Shape
     dilation: Shape = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", tuple(self.size))
-        object.__setattr__(self, "dilation", tuple(self.dilation) or (1,) * len(self.size))
+        size, dilation = _sizes("size", self.size), _sizes("dilation", self.dilation)
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "dilation", dilation or (1,) * len(size))
 
     @property
     def name(self) -> str:
@@ -292,7 +297,7 @@ class AfterPointwise(Branch):
                 f"`matrix` has shape {matrix.shape}: it must be finite numbers of shape (in/groups, mid) or "
                 "(groups, in/groups, mid)"
             )
-        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "size", _sizes("size", self.size))
         object.__setattr__(self, "matrix", _nested_tuples(matrix.reshape(-1, *matrix.shape[-2:]).tolist()))
 
     @property
@@ -342,7 +347,7 @@ class Local(Branch):
     places: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "size", _sizes("size", self.size))
 
     @property
     def name(self) -> str:
@@ -405,6 +410,7 @@ class BranchSet:
     Raises:
       ValueError: at construction, for a branch that is not defined for this layer (the reason is given), two
         branches of one name, no branch, or a `stacked` that leaves no kernel.
+      TypeError: sizes, `groups` or `stacked` that are no whole numbers.
     """
 
     kernel: Shape
@@ -414,12 +420,14 @@ class BranchSet:
     stacked: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kernel", tuple(int(n) for n in self.kernel))
+        object.__setattr__(self, "kernel", _sizes("kernel", self.kernel))
         object.__setattr__(self, "branches", tuple(self.branches))
+        object.__setattr__(self, "groups", whole_number("groups", self.groups))
+        object.__setattr__(self, "stacked", whole_number("stacked", self.stacked))
         check_layout(self.layout)
         if len(self.kernel) < 2 or min(self.kernel) < 1:
             raise ValueError(f"`kernel` is {self.kernel}: it must be a shape (*spatial, in/groups, out)")
-        if not isinstance(self.stacked, int) or not 0 <= self.stacked <= len(self.kernel) - 2:
+        if not 0 <= self.stacked <= len(self.kernel) - 2:
             raise ValueError(
                 f"`stacked` is {self.stacked!r}: it must be how many leading axes of `kernel` {self.kernel} "
                 f"are those of a stack of layers, 0 to {len(self.kernel) - 2}"
@@ -703,6 +711,11 @@ def _split(branches: BranchSet, kernel: jax.Array, scales: dict[str, jax.Array])
         like = {b.name: jax.ShapeDtypeStruct(b.shape(branches.canonical), wide) for b in branches.branches}
         weights = algebra.least_norm(lambda w: branches.merge(w, scales), kernel.astype(wide), like)
     return {name: w.astype(kernel.dtype) for name, w in weights.items()}
+
+
+def _sizes(name: str, values: Any) -> Shape:
+    """Returns sizes as a file of scales can hold them."""
+    return whole_numbers(name, values, one_for="each axis")
 
 
 def check_layout(layout: str) -> None:
