@@ -760,6 +760,8 @@ def test_half_precision_stays_half_precision():
     search = to_search(nnx.Sequential(model), rngs=nnx.Rngs(1))
     x = jnp.ones((2, 4), jnp.bfloat16)
     assert search(x).dtype == model(x).dtype == jnp.bfloat16
+    scales = extract_scales(search)  # squared later, and float32 in a file
+    assert {v.dtype for v in jax.tree.leaves(scales)} == {jnp.dtype(jnp.float32)}
 
 
 def test_arrays_of_a_copy_are_its_own():

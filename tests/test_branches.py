@@ -314,6 +314,12 @@ def test_half_precision_gradients_meet_scales_squared_in_float32():
     update = branches.precondition(g, {"1x1": jnp.full((2,), 1e-4, jnp.float32)})
     assert update.dtype == jnp.float16
     np.testing.assert_allclose(np.asarray(update, np.float32), 1e-4, rtol=1e-3)
+    for others in ((), (Average(),)):  # by the multiplier, and by transposition
+        branches = BranchSet((1, 1, 1, 2), (Kernel((1, 1)), *others))
+        scales = {name: jnp.full((2,), 1e-4, jnp.float16) for name in branches.names}
+        update = branches.precondition(g, scales)
+        assert update.dtype == jnp.float16
+        np.testing.assert_allclose(np.asarray(update, np.float32), 1e-4 * len(scales), rtol=1e-3)
 
 
 def test_a_branch_of_one_s_own_is_one_class(x64):

@@ -522,10 +522,10 @@ class BranchSet:
 
         g has the merged kernel's shape; the result has its shape and dtype. Where every embedding places
         coordinates this is computed as `multiplier(scales) * g`, otherwise by transposition; both are exact.
-        Scales are cast to the wider of their own and g's dtype before they are squared. With `normalise` the
-        result is divided by `mean_multiplier(scales)`.
+        Scales are cast to the widest of their own dtype, g's and float32 before they are squared. With
+        `normalise` the result is divided by `mean_multiplier(scales)`.
         """
-        wide = jnp.promote_types(g.dtype, jnp.result_type(*scales.values()) if scales else g.dtype)
+        wide = jnp.promote_types(jnp.result_type(g.dtype, *scales.values()), jnp.float32)
         if self.elementwise:
             result = self.multiplier(scales, dtype=wide) * g
         else:

@@ -37,7 +37,9 @@ class ScalesMetadata:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerScales:
-    """The branches of one layer and a float32 vector (out,) for each; for stacked layers (*stack, out).
+    """The branches of one layer and a vector (out,) for each; for stacked layers (*stack, out).
+
+    Vectors are float32, or wider: in half precision a scale of 1e-4 has no square.
 
     The vector of a scaled branch is its constant scale s_b. The vector of the identity is u, the initial
     value of its trainable weight; the identity's scale is 1.
@@ -384,6 +386,11 @@ def check_values(scales: Scales) -> None:
             f"all scales are 0 at {', '.join(dead)}, so these kernels would not be trained: leave the layers "
             "out of the scales, or search them again"
         )
+
+
+def widened(vectors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns vectors that were trained in any precision as scales are kept, in float32 or wider."""
+    return {name: v.astype(jnp.promote_types(v.dtype, jnp.float32)) for name, v in vectors.items()}
 
 
 def is_concrete(x: Any) -> bool:

@@ -20,6 +20,7 @@ from repopt_jax.core.scales import (
     ScalesMetadata,
     check_fit,
     check_scales,
+    widened,
 )
 from repopt_jax.core.transfer import Depths, count_depths
 from repopt_jax.models.network import Network
@@ -106,11 +107,13 @@ def to_search(
 def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None = None) -> Scales:
     """Returns the scales of a search model's `nn.Merged` layers, by the kernels' paths in the plain network.
 
+    They are float32, or wider if the search was.
+
     Raises:
       ValueError: the model has none.
     """
     entries = {
-        join(path, "kernel"): LayerScales(module.branch_set(), module.vectors())
+        join(path, "kernel"): LayerScales(module.branch_set(), widened(module.vectors()))
         for path, module in named_modules(search_model)
         if isinstance(module, Merged)
     }
