@@ -35,7 +35,7 @@ from repopt_jax.models import MOBILEONE_VARIANTS, VGGVariant, mobileone, vgg
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.nn import Block, Branched, Merged
 from repopt_jax.nn.block import batch_norm, block, conv
-from repopt_jax.nn.geometry import explicit_padding
+from repopt_jax.nn.geometry import convolve, explicit_padding, geometry_of, pads_with_zeros
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.surgery.reinitialize import merge_weights, sample_weights, with_kernels
 from repopt_jax.surgery.search import csla_twin
@@ -423,6 +423,36 @@ class TestPadding:
         np.testing.assert_array_equal(layer((pairs,))(x), causal(x))
         assert np.abs(layer("SAME")(x) - causal(x)).max() > 0.1
         find_layers(nnx.Sequential(layer((pairs,))))
+
+    @pytest.mark.parametrize("kind", [nnx.Conv, nnx.ConvTranspose])
+    @pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER", "same", "Same_Lower", "VALID", "valid"])
+    @pytest.mark.parametrize("window", [(3,), (4, 5)])
+    def test_names_in_any_case_are_the_pairs_that_compute_the_same(self, kind, padding, window):
+        """An even window has one more zero on one side; on which depends on the name, and for a transposed
+        convolution on how it is written."""
+        layer = kind(2, 3, window, padding=padding, rngs=nnx.Rngs(0))
+        x = np.random.default_rng(0).normal(size=(2, *(7, 6)[: len(window)], 2)).astype(np.float32)
+        geometry = geometry_of(layer)
+        y = convolve(jnp.asarray(x), layer.kernel[...], geometry)
+        np.testing.assert_allclose(y, layer(x), atol=1e-5)
+        if kind is nnx.Conv:
+            assert pads_with_zeros(layer) == (padding.upper() != "VALID")
+            assert geometry.padding == explicit_padding(layer)
+
+    def test_what_is_no_name_and_what_depends_on_the_size(self):
+        def layer(padding, strides=1):
+            return nnx.eval_shape(
+                lambda: nnx.Conv(2, 2, (3, 3), strides=strides, padding=padding, rngs=nnx.Rngs(0))
+            )
+
+        with pytest.raises(ValueError, match=r"padding 'circular' is none that nnx.Conv can run: it knows"):
+            find_layers(nnx.Sequential(layer("circular")))
+        with pytest.raises(ValueError, match="'SAME_LOWER' with strides 2 depends on the input's size: give"):
+            find_layers(nnx.Sequential(layer("SAME_LOWER", 2)))
+        assert geometry_of(layer("same", 2)) == geometry_of(layer("SAME", 2))
+        assert geometry_of(layer("valid", 2)) == geometry_of(layer("VALID", 2))
+        assert pads_with_zeros(layer("SAME_LOWER", 2))
+        assert pads_with_zeros(layer("same", 2))
 
     def test_no_pairs_are_advised_where_flax_runs_no_layer(self):
         layer = nnx.Conv(3, 4, (3, 3), padding="CAUSAL", rngs=nnx.Rngs(0))
