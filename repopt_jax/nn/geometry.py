@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from repopt_jax.core import algebra
@@ -47,6 +48,7 @@ def convolve(
     *,
     taps: Sequence[algebra.Taps] | None = None,
     precision: Any = None,
+    preferred_element_type: Any = None,
 ) -> jax.Array:
     """Computes the layer's cross-correlation of (batch, *spatial, in) with a kernel.
 
@@ -57,9 +59,10 @@ def convolve(
       layer: strides, padding, dilation, groups. Its numbers of channels are not used.
       taps: the position of the kernel in the window, for each spatial axis.
       precision: precision of the products, as in `nnx.Conv`.
+      preferred_element_type: dtype of the result, as in `nnx.Conv`.
     """
     if not layer.axes:
-        return jnp.matmul(x, kernel, precision=precision)
+        return jnp.matmul(x, kernel, precision=precision, preferred_element_type=preferred_element_type)
     layer = layer.for_input(x.shape[1:-1])
     x, padding = padded(x, layer)
     dilation = layer.dilation
@@ -80,6 +83,7 @@ def convolve(
         dimension_numbers=numbers,
         feature_group_count=layer.groups,
         precision=precision,
+        preferred_element_type=preferred_element_type,
     )
 
 
@@ -301,13 +305,14 @@ def explicit_padding(layer: nnx.Conv) -> Pads:
 def plain_layer(geometry: Geometry, kernel: jax.Array, bias: jax.Array | None, **options: Any) -> Plain:
     """Makes an `nnx.Conv` or, without spatial axes, an `nnx.Linear` with this geometry and these arrays.
 
-    The arrays may have leading axes of a stack.
+    The arrays may have leading axes of a stack. `options` are how it computes, such as `computing_of` another
+    layer.
 
     Raises:
       TypeError: a padding that `nnx.Conv` cannot express (wrapped or reflected, but not by half of the
         window).
     """
-    options = {"dtype": dtype, "precision": precision, "param_dtype": kernel.dtype}
+    options |= {"param_dtype": kernel.dtype}
     # Abstract, because drawing kernels only to replace them would take most of the time.
     made = nnx.eval_shape(lambda: _made(geometry, use_bias=bias is not None, **options))
     named = geometry.pad_mode not in ("constant", "same")
@@ -322,6 +327,11 @@ def plain_layer(geometry: Geometry, kernel: jax.Array, bias: jax.Array | None, *
     return made
 
 
+def computing_of(layer: Any) -> dict[str, Any]:
+    """Returns the dtypes and the precision in which a layer computes, as arguments of one in its place."""
+    return {name: getattr(layer, name) for name in ("dtype", "precision", "preferred_element_type")}
+
+
 def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
     """Returns `module` if it is an `nnx.Conv` or `nnx.Linear` that is determined by its kernel and bias.
 
@@ -332,7 +342,7 @@ def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
       changed: whether its function may be a `ChangedOperands`.
 
     Raises:
-      ValueError: it is of another class, or has a function of its own, a mask, or dilated inputs.
+      ValueError: it is of another class, or has functions of its own, a mask, or dilated inputs.
     """
     if not isinstance(module, (nnx.Conv, nnx.Linear)):
         raise ValueError(f"a {type(module).__name__} is neither an nnx.Conv nor an nnx.Linear")
@@ -344,6 +354,7 @@ def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
     own = own.function if changed and isinstance(own, ChangedOperands) else own
     if own not in (getattr(lax, function), conv_general_dilated, product_of_tiles):
         raise ValueError(f"it computes with a `{function}` of its own")
+    check_promotion(module)
     if isinstance(module, nnx.Conv):
         dilation = module.input_dilation or 1
         dilated = any(d != 1 for d in ((dilation,) if isinstance(dilation, int) else dilation))
@@ -364,6 +375,13 @@ def check_transposed(layer: nnx.ConvTranspose) -> None:
         raise ValueError(
             "its kernel has its outputs on another axis and its taps reversed (`transpose_kernel`)"
         )
+    check_promotion(layer)
+
+
+def check_promotion(layer: Any) -> None:
+    """Raises ValueError if a layer of Flax changes its operands by another function than Flax's."""
+    if layer.promote_dtype is not promote_dtype:
+        raise ValueError("it changes its operands by a `promote_dtype` of its own")
 
 
 def _made(geometry: Geometry, **options: Any) -> Plain:

@@ -30,6 +30,7 @@ from repopt_jax.nn.geometry import (
     ChangedOperands,
     check_plain,
     check_transposed,
+    computing_of,
     pads_with_zeros,
     plain_layer,
 )
@@ -229,11 +230,7 @@ def _(block: PreNorm) -> ChannelAffine:
 def _(block: MergedGeneral) -> nnx.LinearGeneral:
     kernel, bias = block.merged_kernel(), None if block.bias is None else block.bias[...]
     axis = tuple(range(-len(block.inputs), 0))
-    options: dict[str, Any] = {
-        "dtype": block.dtype,
-        "precision": block.precision,
-        "param_dtype": kernel.dtype,
-    }
+    options = computing_of(block) | {"param_dtype": kernel.dtype}
     options |= {"axis": axis, "use_bias": bias is not None}
     plain = nnx.eval_shape(
         lambda: nnx.LinearGeneral(block.inputs, block.outputs, rngs=nnx.Rngs(0), **options)
@@ -319,7 +316,7 @@ def plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> An
     """Returns a plain layer with the geometry of `layer` and this kernel and bias."""
     if isinstance(layer, StructuredLayer):
         geometry = layer.structure.layer
-        return plain_layer(geometry, kernel, bias, dtype=layer.dtype, precision=layer.precision)
+        return plain_layer(geometry, kernel, bias, **computing_of(layer))
     if isinstance(layer, nnx.ConvTranspose):
         check_transposed(layer)
     else:
