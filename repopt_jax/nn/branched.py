@@ -9,6 +9,7 @@ which there is none, are merged and run as one convolution. `StructuredLayer` ho
 into a kernel and a bias; `nn.Merged` is the layer that merges everything before it runs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -249,7 +250,7 @@ class Branched(StructuredLayer):
             layer = part.layer.for_input(x.shape[1:-1])
             if border is not None and layer.pad_mode == "constant" and any(map(any, layer.padding)):
                 x = padded_with(x, border, layer)
-                layer = _unpadded(layer)
+                layer = dataclasses.replace(layer, padding=((0, 0),) * layer.axes)
             x = self._follow(part, self._run(part, x, layer))
             border = self._border(part, border)
         return x
@@ -378,18 +379,6 @@ def _average(y: jax.Array, layer: Geometry) -> jax.Array:
         window_dilation=(1, *layer.dilation, 1),
     )
     return total / layer.taps
-
-
-def _unpadded(layer: Geometry) -> Geometry:
-    return Geometry(
-        layer.window,
-        layer.inputs,
-        layer.outputs,
-        layer.groups,
-        strides=layer.strides,
-        dilation=layer.dilation,
-        padding=((0, 0),) * layer.axes,
-    )
 
 
 def _vectors(structure: Structure) -> dict[str, Part]:
