@@ -304,6 +304,19 @@ class TestTwin:
         rolled = {p: {n: jnp.roll(w, 1, -1) for n, w in d.items()} for p, d in weights.items()}
         assert relative(run(csla_twin(model, scales, rolled), x), expected) > WRONG
 
+    def test_weights_of_other_branches_are_listed(self, twins):
+        model, scales, weights, *_ = twins
+        wrong = weights | {"x/kernel": {"1x1": jnp.zeros(1)}, "dense/kernel": {}}
+        wrong["line/kernel"] = weights["line/kernel"] | {"1": jnp.zeros((4, 6))}
+        with pytest.raises(ValueError, match="`weights` do not fit the scales: ") as error:
+            csla_twin(model, scales, wrong)
+        for part in (
+            "2 missing branch tensors: dense/kernel/dense (6, 6), dense/kernel/identity (6,)",
+            "1 extra branch tensors: x/kernel/1x1 (1,)",
+            "1 misshapen branch tensors: line/kernel/1 (expected (1, 4, 6), found (4, 6))",
+        ):
+            assert part in str(error.value)
+
     def test_what_cannot_become_a_twin(self, x64, twins):
         model = nnx.clone(twins[0])
         model.other = nnx.Dict(kernel=nnx.Param(jnp.ones((2, 2))))

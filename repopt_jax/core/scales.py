@@ -356,6 +356,18 @@ def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
         raise ValueError(f"the scales{where}{of} do not fit the model: {difference}")
 
 
+def check_weights(scales: Scales, weights: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError, with every path, if `weights` (path -> branch -> w_b) are not the branch tensors of
+    `scales`: missing, extra or misshapen ones, which would otherwise fail without a path or be broadcast."""
+    expected, found = {}, {}
+    for path, branches in scales.branch_sets.items():
+        expected |= {f"{path}/{name}": shape for name, shape in branches.shapes().items()}
+    for path, tensors in weights.items():
+        found |= {f"{path}/{name}": getattr(w, "shape", type(w).__name__) for name, w in tensors.items()}
+    if difference := paths.describe_difference(expected, found, noun="branch tensors"):
+        raise ValueError(f"`weights` do not fit the scales: {difference}")
+
+
 def check_finite(scales: Scales, *, where: str = "") -> None:
     """Raises ValueError, with every path, if a scale is NaN or infinite. Traced values are not checked."""
     check_scales(scales)

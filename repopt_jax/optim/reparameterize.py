@@ -29,7 +29,7 @@ from repopt_jax.core.parametrization import (
     scale_vectors,
     theta_of,
 )
-from repopt_jax.core.scales import Scales, check_values, is_concrete
+from repopt_jax.core.scales import Scales, check_values, check_weights, is_concrete
 from repopt_jax.optim.sgd import (
     hidden_paths,
     require_gradients,
@@ -169,7 +169,9 @@ def reparameterize(
                 given = {n: jnp.array(w, leaf.dtype) for n, w in weights.get(path, {}).items()}
                 split[path] = _sharded_as_splits(given, branches, leaf, vectors[path])
         if weights is not None:
-            _check_weights(visible, split, leaves)
+            check_weights(visible, split)
+            merges = {p: (e.branches.merge, (split[p], e.vectors)) for p, e in visible.entries.items()}
+            _check_merged(merges, leaves)
         state = inner.init(paths.nested(leaves | split))
         return ReparameterizeState(vectors, split if keep_weights else {}, state)
 
@@ -354,18 +356,6 @@ def _sharded_as_kernel(theta: Any, structure: Parametrization, leaf: Any) -> Any
         return jax.device_put(x, jax.NamedSharding(leaf.sharding.mesh, found))
 
     return jax.tree.map(put, theta)
-
-
-def _check_weights(scales: Scales, weights, leaves) -> None:
-    expected = {
-        f"{path}/{name}": shape
-        for path, branches in scales.branch_sets.items()
-        for name, shape in branches.shapes().items()
-    }
-    found = {f"{path}/{name}": w.shape for path, ws in weights.items() for name, w in ws.items()}
-    if difference := paths.describe_difference(expected, found, noun="branch tensors"):
-        raise ValueError(f"`weights` do not fit the scales: {difference}")
-    _check_merged({p: (e.branches.merge, (weights[p], e.vectors)) for p, e in scales.entries.items()}, leaves)
 
 
 def _check_merged(merges: Mapping[str, tuple[Any, tuple[Any, ...]]], leaves: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from repopt_jax.core.scales import (
     ScalesMetadata,
     check_fit,
     check_scales,
+    check_weights,
     widened,
 )
 from repopt_jax.core.transfer import Depths, count_depths
@@ -212,7 +213,8 @@ def csla_twin(
 
     Raises:
       ValueError: the scales do not fit, name a shared layer by another path than its own, or name layers that
-        cannot be made of branches (all, with the reasons).
+        cannot be made of branches (all, with the reasons); or the weights do not fit the scales, with every
+        missing, extra and misshapen tensor.
       TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`).
     """
     check_model(model)
@@ -240,6 +242,7 @@ def _with_scales(
             wrong.append(f"{path}: {error}")
     if wrong:
         raise ValueError(f"the scales do not fit the model: {'; '.join(wrong)}")
+    check_weights(scales, weights)
 
     def make(layer: Layer, **options: Any) -> Merged:
         entry = scales.entries[layer.path]
