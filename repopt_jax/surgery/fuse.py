@@ -230,8 +230,8 @@ def _(block: PreNorm) -> ChannelAffine:
 def _(block: MergedGeneral) -> nnx.LinearGeneral:
     kernel, bias = block.merged_kernel(), None if block.bias is None else block.bias[...]
     axis = tuple(range(-len(block.inputs), 0))
-    options = computing_of(block) | {"param_dtype": kernel.dtype}
-    options |= {"axis": axis, "use_bias": bias is not None}
+    options = computing_of(block)
+    options |= {"param_dtype": kernel.dtype, "axis": axis, "use_bias": bias is not None}
     plain = nnx.eval_shape(
         lambda: nnx.LinearGeneral(block.inputs, block.outputs, rngs=nnx.Rngs(0), **options)
     )
