@@ -663,11 +663,7 @@ class BranchSet:
             raise ValueError(f"this describes no branch set ({type(error).__name__}: {error})") from error
 
     def _by_layer(self, fn: Callable[..., T], *arrays: Any) -> T:
-        """Maps fn, which is for one layer, over the stack, whose axes are the leading ones of all arrays."""
-        for size in reversed(self.stack):
-            # The size is explicit, because a set of the identity only may come without any array.
-            fn = jax.vmap(fn, axis_size=size)
-        return fn(*arrays)
+        return algebra.over_stack(fn, self.stack)(*arrays)
 
     @property
     def plain(self) -> "BranchSet":
@@ -735,8 +731,10 @@ def _letters(layout: str, axes: int) -> str:
     return letters
 
 
-def _order(letters: str) -> list[int]:
-    return sorted(range(len(letters)), key=lambda axis: "sio".index(letters[axis]))
+def canonical_order(layout: str, axes: int) -> list[int]:
+    """Returns which of a kernel's axes each of (*spatial, inputs, outputs) is."""
+    letters = _letters(layout, axes)
+    return sorted(range(axes), key=lambda axis: "sio".index(letters[axis]))
 
 
 def canonical_shape(shape: Sequence[int], layout: str) -> Shape:
@@ -749,13 +747,13 @@ def canonical_shape(shape: Sequence[int], layout: str) -> Shape:
 def to_canonical(kernel: T, layout: str) -> T:
     """Returns a kernel, an array of JAX or NumPy, with the axes (*spatial, in/groups, out)."""
     shape = canonical_shape(kernel.shape, layout)  # pyright: ignore[reportAttributeAccessIssue]
-    order = _order(_letters(layout, len(kernel.shape)))  # pyright: ignore[reportAttributeAccessIssue]
+    order = canonical_order(layout, len(kernel.shape))  # pyright: ignore[reportAttributeAccessIssue]
     return kernel.transpose(order).reshape(shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def from_canonical(kernel: jax.Array, layout: str, shape: Shape) -> jax.Array:
     """Undoes `to_canonical`; `shape` is that of its argument. The sizes of a broadcast kernel may be 1."""
-    order = _order(_letters(layout, len(shape)))
+    order = canonical_order(layout, len(shape))
     if kernel.shape == canonical_shape(shape, layout):
         kernel = kernel.reshape([shape[axis] for axis in order])
     elif layout not in ("...io", "oi..."):

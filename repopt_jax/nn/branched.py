@@ -92,10 +92,8 @@ class StructuredLayer(nnx.Module):
         self.preferred_element_type: Any = preferred_element_type
         self.param_dtype: Any = param_dtype
         draw = functools.partial(structure.sample, dtype=param_dtype)
-        for size in reversed(stack):
-            draw = jax.vmap(draw, axis_size=size)
         keys = rngs.params()
-        tensors = draw(jax.random.split(keys, stack) if stack else keys)
+        tensors = algebra.over_stack(draw, stack)(jax.random.split(keys, stack) if stack else keys)
         given = dict(values or {})
         _check_vectors(structure, stack, given, bias)
         tensors |= {key: given[key] for key in given if key in _vectors(structure)}
@@ -176,9 +174,7 @@ class StructuredLayer(nnx.Module):
         The arrays of stacked layers have the axes of the stack in front.
         """
         merge = functools.partial(self.structure.merge, dtype=self._tensor_dtype())
-        for _ in self.stack:
-            merge = jax.vmap(merge)
-        kernel, shift = merge(self._tensors(), self._affines())
+        kernel, shift = algebra.over_stack(merge, self.stack)(self._tensors(), self._affines())
         biases = [b for b in (shift, None if self.bias is None else self.bias[...]) if b is not None]
         return kernel, functools.reduce(jnp.add, biases) if biases else None
 

@@ -19,6 +19,7 @@ import optax
 
 from repopt_jax.arguments import check_transformation
 from repopt_jax.core import paths
+from repopt_jax.core.branches import canonical_order
 from repopt_jax.core.parametrization import (
     Parametrization,
     Theta,
@@ -343,11 +344,11 @@ def _sharded_as_kernel(theta: Any, structure: Parametrization, leaf: Any) -> Any
         return theta
     spec = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
     stack, one = spec[: len(structure.stack)], spec[len(structure.stack) :]
-    if structure.layout == "oi...":
-        one = (*one[2:], one[1], one[0])
-    elif structure.layout != "...io":
-        one = (None,) * len(structure.structure.layer.kernel)
     kernel = structure.structure.layer.kernel
+    if len(one) == len(kernel):
+        one = tuple(one[axis] for axis in canonical_order(structure.layout, len(one)))
+    else:
+        one = (None,) * len(kernel)
 
     def put(x: jax.Array) -> jax.Array:
         axes = x.ndim - len(stack)  # those of a kernel, or the outputs alone

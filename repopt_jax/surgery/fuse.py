@@ -264,9 +264,7 @@ def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
         )
     s, b = affine_of(bn)
     kernel, bias = _kernel_and_bias(layer)
-    scale_output = algebra.scale_output
-    for _ in s.shape[:-1]:  # the axes of a stack
-        scale_output = jax.vmap(scale_output)
+    scale_output = algebra.over_stack(algebra.scale_output, s.shape[:-1])
     return plain_like(layer, scale_output(kernel, s), b if bias is None else b + bias * s)
 
 
@@ -294,9 +292,9 @@ def fold_input_norm(layer: nnx.Conv | nnx.Linear | StructuredLayer, bn: nnx.Batc
         )
     s, b = affine_of(bn)
     kernel, bias = _kernel_and_bias(layer)
-    scale_input, response = algebra.scale_input, algebra.constant_response
-    for _ in s.shape[:-1]:  # the axes of a stack
-        scale_input, response = jax.vmap(scale_input), jax.vmap(response)
+    stack = s.shape[:-1]
+    scale_input = algebra.over_stack(algebra.scale_input, stack)
+    response = algebra.over_stack(algebra.constant_response, stack)
     shift = response(kernel, b)
     return plain_like(layer, scale_input(kernel, s), shift if bias is None else shift + bias)
 
