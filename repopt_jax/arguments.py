@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import operator
 import os
 import types
 import typing
@@ -53,6 +54,37 @@ def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
         raise TypeError(f"`{name}` is {value!r}: it must be a whole number")
     if value < at_least:
         raise ValueError(f"`{name}` is {value}: it must be at least {at_least}")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Returns an integer of any library as one of Python, so that it can be compared and written to files.
+
+    Raises:
+      TypeError: `value` is no integer.
+    """
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"`{name}` is {value!r}: it must be a whole number") from None
+
+
+def whole_numbers(name: str, values: Any, *, one_for: str) -> tuple[int, ...]:
+    """Returns integers of any library, in any sequence, as a tuple of integers of Python.
+
+    Args:
+      name: of the argument.
+      values: what was given.
+      one_for: what each stands for, in words: "each axis".
+
+    Raises:
+      TypeError: `values` is no sequence of integers.
+    """
+    try:
+        return tuple(int(operator.index(value)) for value in values)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` is {values!r}: it must hold whole numbers, one for {one_for}, such as (3, 3)"
+        ) from None
 
 
 def check_kind(name: str, value: Any, kind: Any, what: str, *, remedy: str = "") -> None:

@@ -545,7 +545,15 @@ class Odd(nnx.Module):
         self.up = nnx.ConvTranspose(2, 2, (2, 2), strides=2, rngs=rngs)
         self.turned = nnx.ConvTranspose(2, 2, (3, 3), transpose_kernel=True, rngs=rngs)
         self.einsum = nnx.Einsum("ab,cb->ac", (2, 2), rngs=rngs)
+        self.summed = nnx.Einsum("...i,io->...o", (2, 2), einsum_op=lambda *_, **options: 0, rngs=rngs)
+        self.cast = nnx.Conv(2, 2, (3, 3), promote_dtype=own_dtypes, rngs=rngs)
+        self.cast_up = nnx.ConvTranspose(2, 2, (3, 3), promote_dtype=own_dtypes, rngs=rngs)
+        self.cast_axes = nnx.LinearGeneral(2, 2, promote_dtype=own_dtypes, rngs=rngs)
         self.bn = nnx.BatchNorm(2, rngs=rngs)
+
+
+def own_dtypes(arrays, *, dtype=None, inexact=True):
+    return arrays
 
 
 class Own(nnx.Linear):
@@ -564,6 +572,10 @@ REASONS = {
     "biased_too (Linear)": "its bias alone, not the layer, is shared with biased",
     "wrapped/layer_instance (Linear)": "wrapped (WeightNorm) normalises its kernel before each use",
     "turned (ConvTranspose)": "its taps reversed (`transpose_kernel`)",
+    "summed (Einsum)": "it computes with an `einsum_op` of its own",
+    "cast (Conv)": "it changes its operands by a `promote_dtype` of its own",
+    "cast_up (ConvTranspose)": "it changes its operands by a `promote_dtype` of its own",
+    "cast_axes (LinearGeneral)": "it changes its operands by a `promote_dtype` of its own",
     "sideways (Linear)": "layers must be stacked along the first axis",
 }
 
@@ -801,6 +813,40 @@ def test_half_precision_stays_half_precision():
     search = to_search(nnx.Sequential(model), rngs=nnx.Rngs(1))
     x = jnp.ones((2, 4), jnp.bfloat16)
     assert search(x).dtype == model(x).dtype == jnp.bfloat16
+    scales = extract_scales(search)  # squared later, and float32 in a file
+    assert {v.dtype for v in jax.tree.leaves(scales)} == {jnp.dtype(jnp.float32)}
+
+
+WIDER = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        functools.partial(nnx.Conv, 4, 4, (3, 3)),
+        functools.partial(nnx.ConvTranspose, 4, 4, (3, 3)),
+        functools.partial(nnx.Linear, 4, 4),
+        functools.partial(nnx.LinearGeneral, 4, (2, 2)),
+        functools.partial(nnx.Einsum, "...i,io->...o", (4, 4)),
+    ],
+)
+def test_a_wider_dtype_of_the_products_is_kept(build):
+    """Operands in bfloat16, products and output in float32, in every form of the layer."""
+    model = nnx.Sequential(drawn(nnx.eval_shape(lambda: build(**WIDER, rngs=nnx.Rngs(0)))))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+    expected = model(x)
+    search = to_search(model, r"layers/0", keep="split", rngs=nnx.Rngs(1))
+    forms = {"search": search, "fused": fuse(search)}
+    if build.func is nnx.Conv:
+        forms["branched"] = to_structure(model, "dbb", allow_trained=True, rngs=nnx.Rngs(1))
+        forms["branched"].eval()
+        forms["merged branches"] = fuse(forms["branched"])
+    for name, form in forms.items():
+        y = form(x)
+        assert y.dtype == expected.dtype == jnp.float32, name
+        assert np.any(y != y.astype(jnp.bfloat16)), name
+        if "branche" not in name:  # those are drawn, here it is the same kernel
+            np.testing.assert_allclose(y, expected, atol=0.02 * np.abs(expected).max())
 
 
 def test_arrays_of_a_copy_are_its_own():

@@ -181,10 +181,44 @@ def test_scales_of_another_layer_of_the_stack_are_noticed(x64):
     assert np.abs(swapped - expected).max() > 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("stacked", [-1, 2, 3, 1.0, None])
+@pytest.mark.parametrize("stacked", [-1, 2, 3])
 def test_a_stack_that_leaves_no_kernel(stacked):
     with pytest.raises(ValueError, match=r"`stacked` is .*`kernel` \(3, 4, 4\) .* of layers, 0 to 1"):
         BranchSet((3, 4, 4), (Kernel((3,)),), stacked=stacked)
+
+
+def test_whole_numbers_of_any_library_go_through_a_file():
+    kernel = Kernel(np.array([3, 1]), np.array([1, 1]))
+    assert kernel == Kernel((3, 1))
+    branches = BranchSet(np.array([2, 3, 3, 1, 4]), (kernel,), groups=np.int64(4), stacked=np.int64(1))
+    assert BranchSet.from_json(branches.to_json()) == branches
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Kernel((3.0, 3.0)),
+            r"`size` is \(3\.0, 3\.0\): it must hold whole numbers, one for each axis",
+        ),
+        (lambda: Kernel(3), "`size` is 3: it must hold"),
+        (lambda: Kernel((3, 3), 2), "`dilation` is 2: it must hold"),
+        (lambda: Local("33"), "`size` is '33': it must hold"),
+        (
+            lambda: BranchSet((3, 3.0, 4, 4), (Kernel((3, 3)),)),
+            r"`kernel` is \(3, 3\.0, 4, 4\): it must hold",
+        ),
+        (lambda: BranchSet((3, 4, 4), (Kernel((3,)),), 2.0), "`groups` is 2.0: it must be a whole number"),
+        (lambda: BranchSet((3, 4, 4), (Kernel((3,)),), stacked=1.0), "`stacked` is 1.0: it must be a whole"),
+        (
+            lambda: BranchSet((3, 4, 4), (Kernel((3,)),), stacked=None),
+            "`stacked` is None: it must be a whole",
+        ),
+    ],
+)
+def test_sizes_that_no_file_could_hold(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_average_pooling_has_no_elementwise_rule(x64):
@@ -283,6 +317,12 @@ def test_half_precision_gradients_meet_scales_squared_in_float32():
     update = branches.precondition(g, {"1x1": jnp.full((2,), 1e-4, jnp.float32)})
     assert update.dtype == jnp.float16
     np.testing.assert_allclose(np.asarray(update, np.float32), 1e-4, rtol=1e-3)
+    for others in ((), (Average(),)):  # by the multiplier, and by transposition
+        branches = BranchSet((1, 1, 1, 2), (Kernel((1, 1)), *others))
+        scales = {name: jnp.full((2,), 1e-4, jnp.float16) for name in branches.names}
+        update = branches.precondition(g, scales)
+        assert update.dtype == jnp.float16
+        np.testing.assert_allclose(np.asarray(update, np.float32), 1e-4 * len(scales), rtol=1e-3)
 
 
 def test_a_branch_of_one_s_own_is_one_class(x64):

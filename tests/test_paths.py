@@ -1,11 +1,14 @@
 """Leaves by name: one path for one parameter, whatever holds it."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 from repopt_jax.core import paths
@@ -67,6 +70,44 @@ def test_masked_nodes_can_be_seen():
     assert list(paths.named_leaves(tree)[0]) == ["b"]
     named, _ = paths.named_leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     assert list(named) == ["a", "b"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Attention:
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+class Holder(nnx.Module):
+    def __init__(self):
+        self.value = nnx.Param(jnp.ones(2))
+        self.raw = nnx.data(Attention(*(jnp.full(1, n) for n in range(3))))
+
+
+def test_a_field_called_value_keeps_its_name():
+    """An NNX variable and a box of Linen have one leaf, of that name, which adds nothing to theirs."""
+    attention = Attention(jnp.zeros(1), jnp.zeros(2), jnp.zeros(3))
+    names = ["attn/query", "attn/key", "attn/value"]
+    named, _ = paths.named_leaves({"attn": attention})
+    assert list(named) == names
+    assert named["attn/value"].shape == (3,)
+    assert jax.tree.leaves(paths.map_named(lambda path, x: path, {"attn": attention})) == names
+    assert list(paths.named_leaves(attention)[0]) == ["query", "key", "value"]
+    boxed = {"a": nn.Partitioned(jnp.ones(2), names=("x",)), "b": nnx.Param(jnp.ones(2)), "c": attention}
+    assert list(paths.named_leaves(boxed)[0]) == ["a", "b", "c/query", "c/key", "c/value"]
+    assert list(paths.named_leaves(nnx.Param(jnp.ones(2)))[0]) == [""]
+    model = Holder()
+    for tree in (model, nnx.state(model)):
+        named, _ = paths.named_leaves(tree)
+        assert [name for name in named if name.endswith("value")] == ["raw/value", "value"]
+
+
+def test_values_above_others_are_refused():
+    with pytest.raises(ValueError, match="others below it: a/b below a, c/d/e below c/d; rename one of each"):
+        paths.nested({"a": 1, "a/b": 2, "ab": 3, "c/d/e": 4, "c/d": 5})
+    assert paths.nested({"a/b": 2, "ab": 3}) == {"a": {"b": 2}, "ab": 3}
 
 
 def test_a_name_that_two_leaves_share_is_refused():

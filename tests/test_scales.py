@@ -254,6 +254,11 @@ class TestRename:
                 {"stem/.*": "", "head/(.*)": r"a//\1"},
                 "empty part: '' of stem/conv/kernel, 'a//kernel' of head",
             ),
+            (
+                {"head/kernel": "a", "stem/.*": "a/b", "kernel": "stages/1"},
+                "inside another: 'a/b' of stem/conv/kernel below 'a' of head/kernel; "
+                "'stages/1/conv/kernel' of stages/1/conv/kernel below 'stages/1' of kernel$",
+            ),
         ],
     )
     def test_mistakes_are_named(self, rules, message):

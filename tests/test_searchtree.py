@@ -241,6 +241,8 @@ def test_the_dtype_is_that_of_the_kernel(dict_scales):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), DICTS)
     tree = search_tree(half, dict_scales, rngs=nnx.Rngs(2))
     assert {x.dtype for x in jax.tree.leaves((tree, tree.merged()))} == {jnp.dtype(jnp.bfloat16)}
+    scales = tree.extract_scales()  # squared later, and float32 in a file
+    assert {v.dtype for v in jax.tree.leaves(scales)} == {jnp.dtype(jnp.float32)}
 
 
 def test_a_step_that_overwrites_the_tree_leaves_what_it_is_made_of():

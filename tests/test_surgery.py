@@ -21,18 +21,21 @@ from repopt_jax import (
     depth_scales,
     extract_scales,
     find_layers,
+    load_scales,
     reinitialize,
+    save_scales,
     to_repvgg,
     to_search,
     to_structure,
 )
 from repopt_jax.core import published
+from repopt_jax.core.paths import map_named, named_leaves
 from repopt_jax.core.scales import LayerScales, ScalesMetadata
 from repopt_jax.models import MOBILEONE_VARIANTS, VGGVariant, mobileone, vgg
 from repopt_jax.models.vgg import block_specs
 from repopt_jax.nn import Block, Branched, Merged
 from repopt_jax.nn.block import batch_norm, block, conv
-from repopt_jax.nn.geometry import explicit_padding
+from repopt_jax.nn.geometry import convolve, explicit_padding, geometry_of, pads_with_zeros
 from repopt_jax.surgery.modules import named_modules
 from repopt_jax.surgery.reinitialize import merge_weights, sample_weights, with_kernels
 from repopt_jax.surgery.search import csla_twin
@@ -172,6 +175,30 @@ class TestReinitialize:
         with pytest.raises(ValueError, match=r"2 extra layers: x/kernel \(2, 2\), y \(2, 2\)$"):
             reinitialize(params, scales, rngs=nnx.Rngs(0))
 
+    def test_kernels_stay_where_they_are_with_scales_of_a_file(self, target, tmp_path):
+        """On two devices: scales that were read bind nothing to one of them, and new kernels are sharded as
+        those were whose place they take."""
+        save_scales(tmp_path / "scales", random_scales(target.branch_sets()))
+        scales = load_scales(tmp_path / "scales", target)
+        mesh = jax.make_mesh(
+            (2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+        )
+        path = "stages/1/0/conv/kernel"
+        along = jax.NamedSharding(mesh, jax.P(None, None, None, "fsdp"))
+        graph, state = nnx.split(target)
+        state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
+        state = map_named(lambda name, leaf: jax.device_put(leaf, along) if name == path else leaf, state)
+        model = nnx.merge(graph, state, copy=True)
+        expected = reinitialize(target, scales, rngs=nnx.Rngs(0), allow_trained=True)
+        for keep in (None, "split"):
+            fresh = reinitialize(model, scales, rngs=nnx.Rngs(0), allow_trained=keep is None, keep=keep)
+            for name, leaf in named_leaves(nnx.state(fresh))[0].items():
+                assert leaf.sharding == (along if name == path else jax.NamedSharding(mesh, jax.P())), name
+            if keep is None:
+                chex.assert_trees_all_equal(values(fresh), values(expected))
+        search = to_search(model, scales=scales, rngs=nnx.Rngs(0), allow_trained=True)
+        assert jax.tree.leaves(nnx.jit(lambda m: m.stages[1][0].conv.merged_kernel())(search))
+
 
 class TestDraws:
     def test_they_do_not_depend_on_other_layers_and_differ_between_layers_and_seeds(self):
@@ -282,6 +309,19 @@ class TestTwin:
         assert relative(run(csla_twin(model, flipped, weights), x), expected) > WRONG
         rolled = {p: {n: jnp.roll(w, 1, -1) for n, w in d.items()} for p, d in weights.items()}
         assert relative(run(csla_twin(model, scales, rolled), x), expected) > WRONG
+
+    def test_weights_of_other_branches_are_listed(self, twins):
+        model, scales, weights, *_ = twins
+        wrong = weights | {"x/kernel": {"1x1": jnp.zeros(1)}, "dense/kernel": {}}
+        wrong["line/kernel"] = weights["line/kernel"] | {"1": jnp.zeros((4, 6))}
+        with pytest.raises(ValueError, match="`weights` do not fit the scales: ") as error:
+            csla_twin(model, scales, wrong)
+        for part in (
+            "2 missing branch tensors: dense/kernel/dense (6, 6), dense/kernel/identity (6,)",
+            "1 extra branch tensors: x/kernel/1x1 (1,)",
+            "1 misshapen branch tensors: line/kernel/1 (expected (1, 4, 6), found (4, 6))",
+        ):
+            assert part in str(error.value)
 
     def test_what_cannot_become_a_twin(self, x64, twins):
         model = nnx.clone(twins[0])
@@ -409,6 +449,36 @@ class TestPadding:
         np.testing.assert_array_equal(layer((pairs,))(x), causal(x))
         assert np.abs(layer("SAME")(x) - causal(x)).max() > 0.1
         find_layers(nnx.Sequential(layer((pairs,))))
+
+    @pytest.mark.parametrize("kind", [nnx.Conv, nnx.ConvTranspose])
+    @pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER", "same", "Same_Lower", "VALID", "valid"])
+    @pytest.mark.parametrize("window", [(3,), (4, 5)])
+    def test_names_in_any_case_are_the_pairs_that_compute_the_same(self, kind, padding, window):
+        """An even window has one more zero on one side; on which depends on the name, and for a transposed
+        convolution on how it is written."""
+        layer = kind(2, 3, window, padding=padding, rngs=nnx.Rngs(0))
+        x = np.random.default_rng(0).normal(size=(2, *(7, 6)[: len(window)], 2)).astype(np.float32)
+        geometry = geometry_of(layer)
+        y = convolve(jnp.asarray(x), layer.kernel[...], geometry)
+        np.testing.assert_allclose(y, layer(x), atol=1e-5)
+        if kind is nnx.Conv:
+            assert pads_with_zeros(layer) == (padding.upper() != "VALID")
+            assert geometry.padding == explicit_padding(layer)
+
+    def test_what_is_no_name_and_what_depends_on_the_size(self):
+        def layer(padding, strides=1):
+            return nnx.eval_shape(
+                lambda: nnx.Conv(2, 2, (3, 3), strides=strides, padding=padding, rngs=nnx.Rngs(0))
+            )
+
+        with pytest.raises(ValueError, match=r"padding 'circular' is none that nnx.Conv can run: it knows"):
+            find_layers(nnx.Sequential(layer("circular")))
+        with pytest.raises(ValueError, match="'SAME_LOWER' with strides 2 depends on the input's size: give"):
+            find_layers(nnx.Sequential(layer("SAME_LOWER", 2)))
+        assert geometry_of(layer("same", 2)) == geometry_of(layer("SAME", 2))
+        assert geometry_of(layer("valid", 2)) == geometry_of(layer("VALID", 2))
+        assert pads_with_zeros(layer("SAME_LOWER", 2))
+        assert pads_with_zeros(layer("same", 2))
 
     def test_no_pairs_are_advised_where_flax_runs_no_layer(self):
         layer = nnx.Conv(3, 4, (3, 3), padding="CAUSAL", rngs=nnx.Rngs(0))

@@ -8,7 +8,7 @@ first argument, so that `jax.linear_transpose` gives its adjoint.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,18 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
+
+T = TypeVar("T")
+
+
+def over_stack(fn: Callable[..., T], stack: Sequence[int]) -> Callable[..., T]:
+    """Returns `fn`, which is for one layer, for a stack, whose axes are the leading ones of all arrays.
+
+    The sizes are explicit, because a structure of the identity only may come without any array.
+    """
+    for size in reversed(stack):
+        fn = jax.vmap(fn, axis_size=size)
+    return fn
 
 
 class Taps(NamedTuple):

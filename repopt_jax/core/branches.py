@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repopt_jax import jsontext
+from repopt_jax.arguments import whole_number, whole_numbers
 from repopt_jax.core import algebra
 
 Shape = tuple[int, ...]
@@ -124,14 +125,18 @@ class Kernel(Branch):
     In a 3x3 layer, `Kernel((3, 3))` is the layer's own kernel, `Kernel((1, 1))` its 1x1 branch and
     `Kernel((1, 3))` ACNet's horizontal one; `Kernel(())` is the weight of a dense layer. `dilation` is
     relative to the layer's own.
+
+    Raises:
+      TypeError: at construction, if `size` or `dilation` is no sequence of whole numbers.
     """
 
     size: Shape
     dilation: Shape = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", tuple(self.size))
-        object.__setattr__(self, "dilation", tuple(self.dilation) or (1,) * len(self.size))
+        size, dilation = _sizes("size", self.size), _sizes("dilation", self.dilation)
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "dilation", dilation or (1,) * len(size))
 
     @property
     def name(self) -> str:
@@ -304,7 +309,7 @@ class AfterPointwise(Branch):
                 f"`matrix` has shape {matrix.shape}: it must be finite numbers of shape (in/groups, mid) or "
                 "(groups, in/groups, mid)"
             )
-        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "size", _sizes("size", self.size))
         object.__setattr__(self, "matrix", _nested_tuples(matrix.reshape(-1, *matrix.shape[-2:]).tolist()))
 
     @property
@@ -354,7 +359,7 @@ class Local(Branch):
     places: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "size", _sizes("size", self.size))
 
     @property
     def name(self) -> str:
@@ -417,6 +422,7 @@ class BranchSet:
     Raises:
       ValueError: at construction, for a branch that is not defined for this layer (the reason is given), two
         branches of one name, no branch, or a `stacked` that leaves no kernel.
+      TypeError: sizes, `groups` or `stacked` that are no whole numbers.
     """
 
     kernel: Shape
@@ -426,12 +432,14 @@ class BranchSet:
     stacked: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kernel", tuple(int(n) for n in self.kernel))
+        object.__setattr__(self, "kernel", _sizes("kernel", self.kernel))
         object.__setattr__(self, "branches", tuple(self.branches))
+        object.__setattr__(self, "groups", whole_number("groups", self.groups))
+        object.__setattr__(self, "stacked", whole_number("stacked", self.stacked))
         check_layout(self.layout)
         if len(self.kernel) < 2 or min(self.kernel) < 1:
             raise ValueError(f"`kernel` is {self.kernel}: it must be a shape (*spatial, in/groups, out)")
-        if not isinstance(self.stacked, int) or not 0 <= self.stacked <= len(self.kernel) - 2:
+        if not 0 <= self.stacked <= len(self.kernel) - 2:
             raise ValueError(
                 f"`stacked` is {self.stacked!r}: it must be how many leading axes of `kernel` {self.kernel} "
                 f"are those of a stack of layers, 0 to {len(self.kernel) - 2}"
@@ -526,10 +534,10 @@ class BranchSet:
 
         g has the merged kernel's shape; the result has its shape and dtype. Where every embedding places
         coordinates this is computed as `multiplier(scales) * g`, otherwise by transposition; both are exact.
-        Scales are cast to the wider of their own and g's dtype before they are squared. With `normalise` the
-        result is divided by `mean_multiplier(scales)`.
+        Scales are cast to the widest of their own dtype, g's and float32 before they are squared. With
+        `normalise` the result is divided by `mean_multiplier(scales)`.
         """
-        wide = jnp.promote_types(g.dtype, jnp.result_type(*scales.values()) if scales else g.dtype)
+        wide = jnp.promote_types(jnp.result_type(g.dtype, *scales.values()), jnp.float32)
         if self.elementwise:
             result = self.multiplier(scales, dtype=wide) * g
         else:
@@ -667,11 +675,7 @@ class BranchSet:
             raise ValueError(f"this describes no branch set ({type(error).__name__}: {error})") from error
 
     def _by_layer(self, fn: Callable[..., T], *arrays: Any) -> T:
-        """Maps fn, which is for one layer, over the stack, whose axes are the leading ones of all arrays."""
-        for size in reversed(self.stack):
-            # The size is explicit, because a set of the identity only may come without any array.
-            fn = jax.vmap(fn, axis_size=size)
-        return fn(*arrays)
+        return algebra.over_stack(fn, self.stack)(*arrays)
 
     @property
     def plain(self) -> "BranchSet":
@@ -717,6 +721,11 @@ def _split(branches: BranchSet, kernel: jax.Array, scales: dict[str, jax.Array])
     return {name: w.astype(kernel.dtype) for name, w in weights.items()}
 
 
+def _sizes(name: str, values: Any) -> Shape:
+    """Returns sizes as a file of scales can hold them."""
+    return whole_numbers(name, values, one_for="each axis")
+
+
 def check_layout(layout: str) -> None:
     """Raises ValueError if this is no order of the axes of a kernel, as in `BranchSet`."""
     if layout not in ("...io", "oi...") and not ({"i", "o"} <= set(layout) <= {"s", "i", "o"}):
@@ -734,8 +743,10 @@ def _letters(layout: str, axes: int) -> str:
     return letters
 
 
-def _order(letters: str) -> list[int]:
-    return sorted(range(len(letters)), key=lambda axis: "sio".index(letters[axis]))
+def canonical_order(layout: str, axes: int) -> list[int]:
+    """Returns which of a kernel's axes each of (*spatial, inputs, outputs) is."""
+    letters = _letters(layout, axes)
+    return sorted(range(axes), key=lambda axis: "sio".index(letters[axis]))
 
 
 def canonical_shape(shape: Sequence[int], layout: str) -> Shape:
@@ -748,13 +759,13 @@ def canonical_shape(shape: Sequence[int], layout: str) -> Shape:
 def to_canonical(kernel: T, layout: str) -> T:
     """Returns a kernel, an array of JAX or NumPy, with the axes (*spatial, in/groups, out)."""
     shape = canonical_shape(kernel.shape, layout)  # pyright: ignore[reportAttributeAccessIssue]
-    order = _order(_letters(layout, len(kernel.shape)))  # pyright: ignore[reportAttributeAccessIssue]
+    order = canonical_order(layout, len(kernel.shape))  # pyright: ignore[reportAttributeAccessIssue]
     return kernel.transpose(order).reshape(shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def from_canonical(kernel: jax.Array, layout: str, shape: Shape) -> jax.Array:
     """Undoes `to_canonical`; `shape` is that of its argument. The sizes of a broadcast kernel may be 1."""
-    order = _order(_letters(layout, len(shape)))
+    order = canonical_order(layout, len(shape))
     if kernel.shape == canonical_shape(shape, layout):
         kernel = kernel.reshape([shape[axis] for axis in order])
     elif layout not in ("...io", "oi..."):

@@ -26,6 +26,7 @@ from repopt_jax.core.branches import (
     BranchSet,
     Kernel,
     Shape,
+    canonical_order,
     canonical_shape,
     check_layout,
     from_canonical,
@@ -95,8 +96,9 @@ class Parametrization:
     def _one(self) -> Shape:
         if self.shape:
             return self.shape
-        *window, inputs, out = self.structure.layer.kernel
-        return (out, inputs, *window) if self.layout == "oi..." else (*window, inputs, out)
+        kernel = self.structure.layer.kernel
+        order = canonical_order(self.layout, len(kernel))
+        return tuple(kernel[order.index(axis)] for axis in range(len(kernel)))
 
     @property
     def is_product(self) -> bool:
@@ -227,9 +229,7 @@ class Parametrization:
         return None
 
     def _by_layer(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        for size in reversed(self.stack):
-            fn = jax.vmap(fn, axis_size=size)
-        return fn
+        return algebra.over_stack(fn, self.stack)
 
     def _to_canonical(self, kernel: jax.Array) -> jax.Array:
         return self._by_layer(functools.partial(to_canonical, layout=self.layout))(kernel)

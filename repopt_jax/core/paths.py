@@ -5,11 +5,11 @@ module, so that scales, weight-decay rules, checkpoints and conversions can all 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.tree_util import GetAttrKey
+from jax.tree_util import GetAttrKey, KeyPath
 
 T = TypeVar("T")
 
@@ -21,28 +21,60 @@ def named_leaves(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> 
       ValueError: two leaves have the same path (a dict key that contains `/`).
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    named = {path_name(path): leaf for path, leaf in leaves}
+    names = _names(tree, [path for path, _ in leaves], is_leaf)
+    named = {name: leaf for name, (_, leaf) in zip(names, leaves)}
     if len(named) != len(leaves):
-        names = [path_name(path) for path, _ in leaves]
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"`tree` has several leaves named {', '.join(twice)}: paths must be unique")
     return named, treedef
 
 
-def path_name(path: Sequence[Any]) -> str:
-    """`/`-joined name of a key path, without the `.value` that an NNX variable adds below its name."""
-    if path and isinstance(path[-1], GetAttrKey) and path[-1].name in ("value", "raw_value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` whose function is given the leaf's path first: `fn(path, leaf, *rest_leaves)`."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = _names(tree, [path for path, _ in leaves])
+    others = [treedef.flatten_up_to(one) for one in rest]
+    return treedef.unflatten(
+        fn(name, leaf, *more) for name, (_, leaf), *more in zip(names, leaves, *others, strict=True)
+    )
+
+
+def _names(
+    tree: Any, key_paths: Sequence[KeyPath], is_leaf: Callable[[Any], bool] | None = None
+) -> list[str]:
+    """`/`-joined names of the key paths of the leaves of `tree`, without the `.value` that an NNX variable
+    or a box of Linen adds below its name."""
+    boxes: set[KeyPath] = set()
+    last = {path[-1].name for path in key_paths if path and isinstance(path[-1], GetAttrKey)}
+    if last & {"value", "raw_value"}:
+        # A field `value` of a dataclass has the same key: what it belongs to tells them apart.
+        above, _ = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda node: _is_box(node) or bool(is_leaf and is_leaf(node))
+        )
+        boxes = {path for path, node in above if _is_box(node)}
+    bare = [path[:-1] if path and path[:-1] in boxes else path for path in key_paths]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in bare]
+
+
+def _is_box(node: Any) -> bool:
+    """Whether a node holds one parameter of Flax, which is not imported here."""
+    return any(
+        kind.__name__ in ("Variable", "AxisMetadata") and kind.__module__.partition(".")[0] == "flax"
+        for kind in type(node).__mro__
+    )
 
 
 def nested(values: Mapping[str, T]) -> dict[str, Any]:
-    """Plain nested dicts, one level for each part of a path, from values by path."""
+    """Plain nested dicts, one level for each part of a path, from values by path.
+
+    Raises:
+      ValueError: paths below others that hold a value; all are listed.
+    """
+    if covered := below(values):
+        listed = ", ".join(f"{path} below {above}" for path, above in covered.items())
+        raise ValueError(
+            f"nested dicts cannot hold a value and others below it: {listed}; rename one of each"
+        )
     tree: dict[str, Any] = {}
     for path, value in values.items():
         *parts, last = path.split("/")
@@ -51,6 +83,17 @@ def nested(values: Mapping[str, T]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = value
     return tree
+
+
+def below(names: Collection[str]) -> dict[str, str]:
+    """The paths that are below others of `names`, such as a/b below a, each with that other."""
+    known, found = set(names), {}
+    for name in names:
+        parts = name.split("/")
+        for count in range(1, len(parts)):
+            if (above := "/".join(parts[:count])) in known:
+                found[name] = above
+    return found
 
 
 def at(tree: Any, path: str) -> Any:

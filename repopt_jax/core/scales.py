@@ -37,7 +37,9 @@ class ScalesMetadata:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerScales:
-    """The branches of one layer and a float32 vector (out,) for each; for stacked layers (*stack, out).
+    """The branches of one layer and a vector (out,) for each; for stacked layers (*stack, out).
+
+    Vectors are float32, or wider: in half precision a scale of 1e-4 has no square.
 
     The vector of a scaled branch is its constant scale s_b. The vector of the identity is u, the initial
     value of its trainable weight; the identity's scale is 1.
@@ -219,7 +221,8 @@ class Scales:
         Raises:
           ValueError: a rule that is not a regular expression or refers to a group that it lacks; a rule that
             applies to no path, because of a typo or because earlier rules take all that it matches; a new
-            path with an empty part; several paths that would become one. All are listed.
+            path with an empty part; several paths that would become one, or of which one would be inside
+            another. All are listed.
         """
         renamed = _renamed(self.entries, rules)
         sources: dict[str, list[str]] = {}
@@ -230,6 +233,9 @@ class Scales:
             raise ValueError(f"`rules` make one path of several: {'; '.join(twice)}")
         if broken := [f"{new!r} of {old[0]}" for new, old in sources.items() if "" in new.split("/")]:
             raise ValueError(f"`rules` make paths with an empty part: {', '.join(broken)}")
+        if covered := paths.below(sources):
+            pairs = [f"{p!r} of {sources[p][0]} below {q!r} of {sources[q][0]}" for p, q in covered.items()]
+            raise ValueError(f"`rules` make paths of which one is inside another: {'; '.join(pairs)}")
         return Scales({new: self.entries[old] for new, (old,) in sources.items()}, self.metadata)
 
     def with_metadata(self, **fields: Any) -> "Scales":
@@ -300,19 +306,18 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
         raise ValueError(
             f"{location} is damaged or incomplete: no network has more than {_MOST_SCALES:,} scales"
         )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # Arrays of NumPy, which become arrays that no device is bound to, as fresh scales are: Orbax's own would
+    # not go together with a network that lies on several devices.
     target = paths.nested(
         {
-            path: {
-                name: jax.ShapeDtypeStruct(bs.vector_shape, jnp.float32, sharding=device) for name in bs.names
-            }
+            path: {name: np.zeros(bs.vector_shape, np.float32) for name in bs.names}
             for path, bs in branch_sets.items()
         }
     )
     loaded = _readable(lambda: ocp.load(location, target), f"{location} is damaged or incomplete")
     entries = {}
     for name, branches in branch_sets.items():
-        entries[name] = LayerScales(branches, dict(paths.at(loaded, name)))
+        entries[name] = LayerScales(branches, {b: jnp.asarray(v) for b, v in paths.at(loaded, name).items()})
     scales = Scales(entries, metadata)
     check_finite(scales, where=f" in {location}")
     if model is not None:
@@ -363,6 +368,18 @@ def check_fit(scales: Scales, model: Any, *, where: str = "") -> None:
         raise ValueError(f"the scales{where}{of} do not fit the model: {difference}")
 
 
+def check_weights(scales: Scales, weights: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError, with every path, if `weights` (path -> branch -> w_b) are not the branch tensors of
+    `scales`: missing, extra or misshapen ones, which would otherwise fail without a path or be broadcast."""
+    expected, found = {}, {}
+    for path, branches in scales.branch_sets.items():
+        expected |= {f"{path}/{name}": shape for name, shape in branches.shapes().items()}
+    for path, tensors in weights.items():
+        found |= {f"{path}/{name}": getattr(w, "shape", type(w).__name__) for name, w in tensors.items()}
+    if difference := paths.describe_difference(expected, found, noun="branch tensors"):
+        raise ValueError(f"`weights` do not fit the scales: {difference}")
+
+
 def check_finite(scales: Scales, *, where: str = "") -> None:
     """Raises ValueError, with every path, if a scale is NaN or infinite. Traced values are not checked."""
     check_scales(scales)
@@ -393,6 +410,11 @@ def check_values(scales: Scales) -> None:
             f"all scales are 0 at {', '.join(dead)}, so these kernels would not be trained: leave the layers "
             "out of the scales, or search them again"
         )
+
+
+def widened(vectors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns vectors that were trained in any precision as scales are kept, in float32 or wider."""
+    return {name: v.astype(jnp.promote_types(v.dtype, jnp.float32)) for name, v in vectors.items()}
 
 
 def is_concrete(x: Any) -> bool:

@@ -9,6 +9,7 @@ linear, so structures with a norm inside have no cheaper form until they are fus
 merges them into a kernel and a bias; `nn.Merged` is the layer that merges everything before it runs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -55,6 +56,8 @@ class StructuredLayer(nnx.Module):
       bias: initial bias (*stack, out), or None.
       dtype: computation dtype; by default that of inputs and parameters.
       precision: precision of the products, as in `nnx.Conv`.
+      preferred_element_type: dtype of the products' sums and of the output, as in `nnx.Conv`; by default the
+        computation dtype.
       param_dtype: dtype of weights, scales and bias and, if it is not narrower than float32, of the batch
         norms.
       rngs: `nnx.Rngs` with the stream `params`; each tensor is drawn as its stage's own layer would be.
@@ -73,6 +76,7 @@ class StructuredLayer(nnx.Module):
         bias: jax.Array | None = None,
         dtype: Any = None,
         precision: Any = None,
+        preferred_element_type: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -85,12 +89,11 @@ class StructuredLayer(nnx.Module):
         self.structure = structure
         self.dtype: Any = dtype
         self.precision: Any = precision
+        self.preferred_element_type: Any = preferred_element_type
         self.param_dtype: Any = param_dtype
         draw = functools.partial(structure.sample, dtype=param_dtype)
-        for size in reversed(stack):
-            draw = jax.vmap(draw, axis_size=size)
         keys = rngs.params()
-        tensors = draw(jax.random.split(keys, stack) if stack else keys)
+        tensors = algebra.over_stack(draw, stack)(jax.random.split(keys, stack) if stack else keys)
         given = dict(values or {})
         _check_vectors(structure, stack, given, bias)
         tensors |= {key: given[key] for key in given if key in _vectors(structure)}
@@ -107,7 +110,11 @@ class StructuredLayer(nnx.Module):
             wide = jnp.promote_types(param_dtype, jnp.float32)
             options = {"start": part.stage.start, "shared": part.stage.shared}
             self.norms[key] = batch_norm(
-                part.layer.outputs, dtype=dtype, param_dtype=wide, rngs=rngs, **options
+                part.layer.outputs,
+                dtype=dtype if preferred_element_type is None else preferred_element_type,
+                param_dtype=wide,
+                rngs=rngs,
+                **options,
             )
         bias_param = None if bias is None else nnx.Param(jnp.asarray(bias, param_dtype))
         self.bias: nnx.Param[jax.Array] | None = nnx.data(bias_param)
@@ -167,9 +174,7 @@ class StructuredLayer(nnx.Module):
         The arrays of stacked layers have the axes of the stack in front.
         """
         merge = functools.partial(self.structure.merge, dtype=self._tensor_dtype())
-        for _ in self.stack:
-            merge = jax.vmap(merge)
-        kernel, shift = merge(self._tensors(), self._affines())
+        kernel, shift = algebra.over_stack(merge, self.stack)(self._tensors(), self._affines())
         biases = [b for b in (shift, None if self.bias is None else self.bias[...]) if b is not None]
         return kernel, functools.reduce(jnp.add, biases) if biases else None
 
@@ -195,7 +200,12 @@ class StructuredLayer(nnx.Module):
         x, kernel = promote_dtype((x, kernel), dtype=self.dtype)
         # Otherwise XLA's CPU backend merges once for the output and once more for the gradient of the input.
         kernel = lax.optimization_barrier(kernel)
-        return convolve(x, kernel, self.structure.layer, precision=self.precision)
+        return convolve(x, kernel, self.structure.layer, precision=self.precision, **self._wider())
+
+    def _wider(self) -> dict[str, Any]:
+        """Returns the dtype of products as an argument, if it is not theirs."""
+        wider = self.preferred_element_type
+        return {} if wider is None else {"preferred_element_type": wider}
 
     def _check_one(self) -> None:
         if self.stack:
@@ -236,7 +246,7 @@ class Branched(StructuredLayer):
             layer = part.layer.for_input(x.shape[1:-1])
             if border is not None and layer.pad_mode == "constant" and any(map(any, layer.padding)):
                 x = padded_with(x, border, layer)
-                layer = _unpadded(layer)
+                layer = dataclasses.replace(layer, padding=((0, 0),) * layer.axes)
             x = self._follow(part, self._run(part, x, layer))
             border = self._border(part, border)
         return x
@@ -245,10 +255,10 @@ class Branched(StructuredLayer):
         if part.stage.residual:
             w = part.kernel(self._tensors(), self._tensor_dtype())
             xb, w = promote_dtype((x, w), dtype=self.dtype)
-            return convolve(xb, w, layer, precision=self.precision)
+            return convolve(xb, w, layer, precision=self.precision, **self._wider())
         w = self.weights[part.key][...] if part.stage.trained else jnp.ones(part.shape, x.dtype)
         xb, w = promote_dtype((x, w), dtype=self.dtype)
-        return run_map(part.stage.map, xb, w, layer, self.precision)
+        return run_map(part.stage.map, xb, w, layer, self.precision, **self._wider())
 
     def _follow(self, part: Part, y: jax.Array) -> jax.Array:
         match part.stage.then:
@@ -294,22 +304,25 @@ def affine_of(norm: nnx.BatchNorm) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.singledispatch
-def run_map(m: Branch, x: jax.Array, w: jax.Array, layer: Geometry, precision: Any) -> jax.Array:
+def run_map(
+    m: Branch, x: jax.Array, w: jax.Array, layer: Geometry, precision: Any, **options: Any
+) -> jax.Array:
     """Applies one linear map to x.
 
     A kind of branch without a registered function is run as a convolution with its embedded kernel, which
-    costs the products of the whole window.
+    costs the products of the whole window. Only in a layer that has a `preferred_element_type` is that
+    given, by name.
     """
-    return convolve(x, m.embed(w, layer.kernel), layer, precision=precision)
+    return convolve(x, m.embed(w, layer.kernel), layer, precision=precision, **options)
 
 
 @run_map.register
-def _(m: Kernel, x, w, layer, precision):
-    return convolve(x, w, layer, taps=m.taps(layer.kernel), precision=precision)
+def _(m: Kernel, x, w, layer, precision, **options):
+    return convolve(x, w, layer, taps=m.taps(layer.kernel), precision=precision, **options)
 
 
 @run_map.register
-def _(m: Identity, x, w, layer, precision):
+def _(m: Identity, x, w, layer, precision, **options):
     x, padding = padded(x, layer)
     padding = narrowed(padding, algebra.centre_tap(layer.window), layer)
     spatial = [(before, after, 0) for before, after in padding]
@@ -318,33 +331,34 @@ def _(m: Identity, x, w, layer, precision):
 
 
 @run_map.register
-def _(m: Pool, x, w, layer, precision):
+def _(m: Pool, x, w, layer, precision, **options):
     return _average(algebra.scale_output(x, w), layer)
 
 
 @run_map.register
-def _(m: Average, x, w, layer, precision):
+def _(m: Average, x, w, layer, precision, **options):
     # The 1x1 convolution commutes with every kind of padding, so it goes first, on the smaller map.
-    return _average(convolve(x, w, layer.pointwise(layer.outputs), precision=precision), layer)
+    y = convolve(x, w, layer.pointwise(layer.outputs), precision=precision, **options)
+    return _average(y, layer)
 
 
 @run_map.register
-def _(m: AfterPointwise, x, w, layer, precision):
+def _(m: AfterPointwise, x, w, layer, precision, **options):
     groups, c = layer.groups, m.pointwise(w.dtype)
     c = jnp.broadcast_to(c, (groups, *c.shape[1:]))
     c = jnp.moveaxis(c, 0, 1).reshape((1,) * layer.axes + (c.shape[1], groups * c.shape[2]))
     y = convolve(x, c, layer.pointwise(c.shape[-1]), precision=precision)
     taps = algebra.centred_taps(m.size, layer.window, (1,) * layer.axes)
-    return convolve(y, w, layer, taps=taps, precision=precision)
+    return convolve(y, w, layer, taps=taps, precision=precision, **options)
 
 
 @run_map.register
-def _(m: Local, x, w, layer, precision):
+def _(m: Local, x, w, layer, precision, **options):
     if not layer.tiles:
-        return convolve(x, m.embed(w, layer.kernel), layer, precision=precision)
+        return convolve(x, m.embed(w, layer.kernel), layer, precision=precision, **options)
     tiles = tiled(x, layer.window)
     inside = Geometry(m.size, layer.inputs, w.shape[-1], layer.groups)
-    y = convolve(one_batch_axis(tiles, layer.axes)[0], w, inside, precision=precision)
+    y = convolve(one_batch_axis(tiles, layer.axes)[0], w, inside, precision=precision, **options)
     y = y.reshape(*tiles.shape[: layer.axes + 1], layer.taps, w.shape[-1])
     return jnp.swapaxes(y, -1, -2).reshape(*y.shape[:-2], layer.outputs)
 
@@ -361,18 +375,6 @@ def _average(y: jax.Array, layer: Geometry) -> jax.Array:
         window_dilation=(1, *layer.dilation, 1),
     )
     return total / layer.taps
-
-
-def _unpadded(layer: Geometry) -> Geometry:
-    return Geometry(
-        layer.window,
-        layer.inputs,
-        layer.outputs,
-        layer.groups,
-        strides=layer.strides,
-        dilation=layer.dilation,
-        padding=((0, 0),) * layer.axes,
-    )
 
 
 def _vectors(structure: Structure) -> dict[str, Part]:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from repopt_jax.core import algebra
@@ -47,6 +48,7 @@ def convolve(
     *,
     taps: Sequence[algebra.Taps] | None = None,
     precision: Any = None,
+    preferred_element_type: Any = None,
 ) -> jax.Array:
     """Computes the layer's cross-correlation of (batch, *spatial, in) with a kernel.
 
@@ -57,9 +59,10 @@ def convolve(
       layer: strides, padding, dilation, groups. Its numbers of channels are not used.
       taps: the position of the kernel in the window, for each spatial axis.
       precision: precision of the products, as in `nnx.Conv`.
+      preferred_element_type: dtype of the result, as in `nnx.Conv`.
     """
     if not layer.axes:
-        return jnp.matmul(x, kernel, precision=precision)
+        return jnp.matmul(x, kernel, precision=precision, preferred_element_type=preferred_element_type)
     layer = layer.for_input(x.shape[1:-1])
     x, padding = padded(x, layer)
     dilation = layer.dilation
@@ -80,6 +83,7 @@ def convolve(
         dimension_numbers=numbers,
         feature_group_count=layer.groups,
         precision=precision,
+        preferred_element_type=preferred_element_type,
     )
 
 
@@ -171,7 +175,7 @@ def _geometry_of_transposed(layer: nnx.ConvTranspose) -> Geometry:
     Nothing is put between the pixels of its input there. Flax does not reverse its taps. It pads
     r = (window - 1) * dilation zeros in front and behind ("VALID"), or ceil(r / 2) and floor(r / 2), where
     `nnx.Conv` has them the other way round ("SAME", and "CIRCULAR" in effect, whose sums over the periods of
-    a wider output are the output of a wrapped input).
+    a wider output are the output of a wrapped input). By "SAME_LOWER", "same" and "valid" it pads as that.
     """
     check_transposed(layer)
     axes = len(layer.kernel_size)
@@ -189,7 +193,10 @@ def _geometry_of_transposed(layer: nnx.ConvTranspose) -> Geometry:
         case "VALID":
             pads = [(r, r) for r in reach]
         case str():
-            raise ValueError(f"padding {padding!r} is none that nnx.ConvTranspose can run")
+            # Written otherwise, Flax leaves it to the convolution, which pads as that of `nnx.Conv`.
+            pads = _named_pads(padding, reach)
+            if pads is None:
+                raise ValueError(f"padding {padding!r} is none that nnx.ConvTranspose can run")
         case _:
             pads = pairs_of(padding, axes)
     if padding == "CIRCULAR" and any(r % 2 for r in reach):
@@ -213,12 +220,37 @@ def pairs_of(padding: int | Sequence[int | Sequence[int]], axes: int) -> Pads:
     return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
 
 
+def _named_pads(padding: str, reach: Sequence[int]) -> Pads | None:
+    """Returns the pairs of a padding that `jax.lax` knows by name, in any case, at stride 1; None of another.
+
+    An odd number of zeros has one more behind, or in front ("SAME_LOWER").
+    """
+    match padding.upper():
+        case "SAME":
+            return tuple((r // 2, r - r // 2) for r in reach)
+        case "SAME_LOWER":
+            return tuple((r - r // 2, r // 2) for r in reach)
+        case "VALID":
+            return ((0, 0),) * len(reach)
+    return None
+
+
+def _reach(layer: nnx.Conv) -> list[int]:
+    """Returns how far the first and the last tap of the window are apart, for each spatial axis."""
+    dilation = per_axis(layer.kernel_dilation or 1, len(layer.kernel_size), "kernel_dilation")
+    return [(n - 1) * d for n, d in zip(layer.kernel_size, dilation)]
+
+
+def _is_strided(layer: nnx.Conv) -> bool:
+    """Returns whether a stride above 1 makes a window's zeros, if they are to be as many as it needs, depend
+    on the input's size."""
+    strides = per_axis(layer.strides or 1, len(layer.kernel_size), "strides")
+    return any(s > 1 and r for s, r in zip(strides, _reach(layer)))
+
+
 def pads_by_size(layer: nnx.Conv) -> bool:
     """Returns whether the padding depends on the input's size: `SAME` at a stride above 1."""
-    strides = per_axis(layer.strides or 1, len(layer.kernel_size), "strides")
-    dilation = per_axis(layer.kernel_dilation or 1, len(layer.kernel_size), "kernel_dilation")
-    reaches = [(n - 1) * d for n, d in zip(layer.kernel_size, dilation)]
-    return layer.padding == "SAME" and any(s > 1 and r for s, r in zip(strides, reaches))
+    return str(layer.padding).upper() == "SAME" and _is_strided(layer)
 
 
 def pads_with_zeros(layer: nnx.Module) -> bool:
@@ -228,55 +260,60 @@ def pads_with_zeros(layer: nnx.Module) -> bool:
     """
     if not isinstance(layer, nnx.Conv) or str(layer.padding) in FLAX_PAD_MODES:
         return False
-    return pads_by_size(layer) or layer.padding == "CAUSAL" or any(map(any, explicit_padding(layer)))
+    if isinstance(layer.padding, str):
+        pads = _named_pads(layer.padding, _reach(layer))
+        return pads is None or any(map(any, pads))
+    return any(map(any, explicit_padding(layer)))
 
 
 def explicit_padding(layer: nnx.Conv) -> Pads:
     """Returns the padding of a convolution as pairs, also for "CIRCULAR" and "REFLECT".
 
     Raises:
-      ValueError: a padding that depends on the input's size (`SAME` at a stride above 1), or `CAUSAL`.
+      ValueError: a padding that depends on the input's size (`SAME` at a stride above 1), `CAUSAL`, or a text
+        that names none.
     """
-    window, padding = layer.kernel_size, layer.padding
-    dilation = per_axis(layer.kernel_dilation or 1, len(window), "kernel_dilation")
-    reach = [(n - 1) * d for n, d in zip(window, dilation)]
-    centred = tuple((r // 2, r - r // 2) for r in reach)
+    axes, padding, reach = len(layer.kernel_size), layer.padding, _reach(layer)
     if not isinstance(padding, str):
-        return pairs_of(padding, len(window))
-    if padding == "VALID":
-        return ((0, 0),) * len(window)
+        return pairs_of(padding, axes)
     if padding in FLAX_PAD_MODES:
-        return centred
-    if padding == "SAME":
-        if not pads_by_size(layer):
-            return centred
-        raise ValueError(
-            f"padding 'SAME' with strides {layer.strides} depends on the input's size: it has the pairs "
-            "`geometry_of(layer).for_input(size).padding`"
+        return tuple((r // 2, r - r // 2) for r in reach)
+    if padding == "CAUSAL":
+        shifts = (
+            f"padding {padding!r} shifts the window, so that its centre, where small branches are, is an "
+            "earlier sample"
         )
-    shifts = (
-        f"padding {padding!r} shifts the window, so that its centre, where small branches are, is an earlier"
-    )
-    if len(window) > 1:
-        raise ValueError(f"{shifts} sample; and nnx.Conv runs it along one spatial axis only")
-    raise ValueError(
-        f"{shifts} sample; if that is meant, give the layer explicit pairs, which compute the same: "
-        f"padding={tuple((r, 0) for r in reach)}"
-    )
+        if axes > 1:
+            raise ValueError(f"{shifts}; and nnx.Conv runs it along one spatial axis only")
+        raise ValueError(
+            f"{shifts}; if that is meant, give the layer explicit pairs, which compute the same: "
+            f"padding={tuple((r, 0) for r in reach)}"
+        )
+    pads = _named_pads(padding, reach)
+    if pads is None:
+        known = "'SAME', 'SAME_LOWER', 'VALID', 'CIRCULAR', 'REFLECT' and 'CAUSAL'"
+        raise ValueError(f"padding {padding!r} is none that nnx.Conv can run: it knows {known}, or pairs")
+    if padding.upper() != "VALID" and _is_strided(layer):
+        pairs = "it has the pairs `geometry_of(layer).for_input(size).padding`"
+        if not pads_by_size(layer):
+            pairs = "give the layer the pairs that it has on yours"
+        raise ValueError(
+            f"padding {padding!r} with strides {layer.strides} depends on the input's size: {pairs}"
+        )
+    return pads
 
 
-def plain_layer(
-    geometry: Geometry, kernel: jax.Array, bias: jax.Array | None, *, dtype: Any = None, precision: Any = None
-) -> Plain:
+def plain_layer(geometry: Geometry, kernel: jax.Array, bias: jax.Array | None, **options: Any) -> Plain:
     """Makes an `nnx.Conv` or, without spatial axes, an `nnx.Linear` with this geometry and these arrays.
 
-    The arrays may have leading axes of a stack.
+    The arrays may have leading axes of a stack. `options` are how it computes, such as `computing_of` another
+    layer.
 
     Raises:
       TypeError: a padding that `nnx.Conv` cannot express (wrapped or reflected, but not by half of the
         window).
     """
-    options = {"dtype": dtype, "precision": precision, "param_dtype": kernel.dtype}
+    options |= {"param_dtype": kernel.dtype}
     # Abstract, because drawing kernels only to replace them would take most of the time.
     made = nnx.eval_shape(lambda: _made(geometry, use_bias=bias is not None, **options))
     named = geometry.pad_mode not in ("constant", "same")
@@ -291,6 +328,11 @@ def plain_layer(
     return made
 
 
+def computing_of(layer: Any) -> dict[str, Any]:
+    """Returns the dtypes and the precision in which a layer computes, as arguments of one in its place."""
+    return {name: getattr(layer, name) for name in ("dtype", "precision", "preferred_element_type")}
+
+
 def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
     """Returns `module` if it is an `nnx.Conv` or `nnx.Linear` that is determined by its kernel and bias.
 
@@ -301,7 +343,7 @@ def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
       changed: whether its function may be a `ChangedOperands`.
 
     Raises:
-      ValueError: it is of another class, or has a function of its own, a mask, or dilated inputs.
+      ValueError: it is of another class, or has functions of its own, a mask, or dilated inputs.
     """
     if not isinstance(module, (nnx.Conv, nnx.Linear)):
         raise ValueError(f"a {type(module).__name__} is neither an nnx.Conv nor an nnx.Linear")
@@ -313,6 +355,7 @@ def check_plain(module: nnx.Module, *, changed: bool = False) -> Plain:
     own = own.function if changed and isinstance(own, ChangedOperands) else own
     if own not in (getattr(lax, function), conv_general_dilated, product_of_tiles):
         raise ValueError(f"it computes with a `{function}` of its own")
+    check_promotion(module)
     if isinstance(module, nnx.Conv):
         dilation = module.input_dilation or 1
         dilated = any(d != 1 for d in ((dilation,) if isinstance(dilation, int) else dilation))
@@ -333,6 +376,13 @@ def check_transposed(layer: nnx.ConvTranspose) -> None:
         raise ValueError(
             "its kernel has its outputs on another axis and its taps reversed (`transpose_kernel`)"
         )
+    check_promotion(layer)
+
+
+def check_promotion(layer: Any) -> None:
+    """Raises ValueError if a layer of Flax changes its operands by another function than Flax's."""
+    if layer.promote_dtype is not promote_dtype:
+        raise ValueError("it changes its operands by a `promote_dtype` of its own")
 
 
 def _made(geometry: Geometry, **options: Any) -> Plain:

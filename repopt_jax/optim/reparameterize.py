@@ -19,6 +19,7 @@ import optax
 
 from repopt_jax.arguments import check_transformation
 from repopt_jax.core import paths
+from repopt_jax.core.branches import canonical_order
 from repopt_jax.core.parametrization import (
     Parametrization,
     Theta,
@@ -29,7 +30,7 @@ from repopt_jax.core.parametrization import (
     scale_vectors,
     theta_of,
 )
-from repopt_jax.core.scales import Scales, check_values, is_concrete
+from repopt_jax.core.scales import Scales, check_values, check_weights, is_concrete
 from repopt_jax.optim.sgd import (
     hidden_paths,
     require_gradients,
@@ -173,7 +174,9 @@ def reparameterize(
                 given = {n: jnp.array(w, leaf.dtype) for n, w in weights.get(path, {}).items()}
                 split[path] = _sharded_as_splits(given, branches, leaf, vectors[path])
         if weights is not None:
-            _check_weights(visible, split, leaves)
+            check_weights(visible, split)
+            merges = {p: (e.branches.merge, (split[p], e.vectors)) for p, e in visible.entries.items()}
+            _check_merged(merges, leaves)
         state = inner.init(paths.nested(leaves | split))
         return ReparameterizeState(vectors, split if keep_weights else {}, state)
 
@@ -345,11 +348,11 @@ def _sharded_as_kernel(theta: Any, structure: Parametrization, leaf: Any) -> Any
         return theta
     spec = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
     stack, one = spec[: len(structure.stack)], spec[len(structure.stack) :]
-    if structure.layout == "oi...":
-        one = (*one[2:], one[1], one[0])
-    elif structure.layout != "...io":
-        one = (None,) * len(structure.structure.layer.kernel)
     kernel = structure.structure.layer.kernel
+    if len(one) == len(kernel):
+        one = tuple(one[axis] for axis in canonical_order(structure.layout, len(one)))
+    else:
+        one = (None,) * len(kernel)
 
     def put(x: jax.Array) -> jax.Array:
         axes = x.ndim - len(stack)  # those of a kernel, or the outputs alone
@@ -358,18 +361,6 @@ def _sharded_as_kernel(theta: Any, structure: Parametrization, leaf: Any) -> Any
         return jax.device_put(x, jax.NamedSharding(leaf.sharding.mesh, found))
 
     return jax.tree.map(put, theta)
-
-
-def _check_weights(scales: Scales, weights, leaves) -> None:
-    expected = {
-        f"{path}/{name}": shape
-        for path, branches in scales.branch_sets.items()
-        for name, shape in branches.shapes().items()
-    }
-    found = {f"{path}/{name}": w.shape for path, ws in weights.items() for name, w in ws.items()}
-    if difference := paths.describe_difference(expected, found, noun="branch tensors"):
-        raise ValueError(f"`weights` do not fit the scales: {difference}")
-    _check_merged({p: (e.branches.merge, (weights[p], e.vectors)) for p, e in scales.entries.items()}, leaves)
 
 
 def _check_merged(merges: Mapping[str, tuple[Any, tuple[Any, ...]]], leaves: Mapping[str, Any]) -> None:

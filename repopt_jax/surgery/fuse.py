@@ -30,6 +30,7 @@ from repopt_jax.nn.geometry import (
     ChangedOperands,
     check_plain,
     check_transposed,
+    computing_of,
     pads_with_zeros,
     plain_layer,
 )
@@ -236,12 +237,8 @@ def _(block: PreNorm) -> ChannelAffine:
 def _(block: MergedGeneral) -> nnx.LinearGeneral:
     kernel, bias = block.merged_kernel(), None if block.bias is None else block.bias[...]
     axis = tuple(range(-len(block.inputs), 0))
-    options: dict[str, Any] = {
-        "dtype": block.dtype,
-        "precision": block.precision,
-        "param_dtype": kernel.dtype,
-    }
-    options |= {"axis": axis, "use_bias": bias is not None}
+    options = computing_of(block)
+    options |= {"param_dtype": kernel.dtype, "axis": axis, "use_bias": bias is not None}
     plain = nnx.eval_shape(
         lambda: nnx.LinearGeneral(block.inputs, block.outputs, rngs=nnx.Rngs(0), **options)
     )
@@ -274,9 +271,7 @@ def fold_batch_norm(layer: Foldable, bn: nnx.BatchNorm) -> Any:
         )
     s, b = affine_of(bn)
     kernel, bias = _kernel_and_bias(layer)
-    scale_output = algebra.scale_output
-    for _ in s.shape[:-1]:  # the axes of a stack
-        scale_output = jax.vmap(scale_output)
+    scale_output = algebra.over_stack(algebra.scale_output, s.shape[:-1])
     return plain_like(layer, scale_output(kernel, s), b if bias is None else b + bias * s)
 
 
@@ -304,9 +299,9 @@ def fold_input_norm(layer: nnx.Conv | nnx.Linear | StructuredLayer, bn: nnx.Batc
         )
     s, b = affine_of(bn)
     kernel, bias = _kernel_and_bias(layer)
-    scale_input, response = algebra.scale_input, algebra.constant_response
-    for _ in s.shape[:-1]:  # the axes of a stack
-        scale_input, response = jax.vmap(scale_input), jax.vmap(response)
+    stack = s.shape[:-1]
+    scale_input = algebra.over_stack(algebra.scale_input, stack)
+    response = algebra.over_stack(algebra.constant_response, stack)
     shift = response(kernel, b)
     return plain_like(layer, scale_input(kernel, s), shift if bias is None else shift + bias)
 
@@ -326,7 +321,7 @@ def plain_like(layer: Foldable, kernel: jax.Array, bias: jax.Array | None) -> An
     """Returns a plain layer with the geometry of `layer` and this kernel and bias."""
     if isinstance(layer, StructuredLayer):
         geometry = layer.structure.layer
-        return plain_layer(geometry, kernel, bias, dtype=layer.dtype, precision=layer.precision)
+        return plain_layer(geometry, kernel, bias, **computing_of(layer))
     if isinstance(layer, nnx.ConvTranspose):
         check_transposed(layer)
     else:

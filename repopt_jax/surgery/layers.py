@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, overload
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -18,7 +19,7 @@ from repopt_jax.core.layer import Layer
 from repopt_jax.core.scales import DeclaresBranches
 from repopt_jax.core.structure import Geometry
 from repopt_jax.core.tracing import Branches, chooser
-from repopt_jax.nn.geometry import geometry_of
+from repopt_jax.nn.geometry import check_promotion, geometry_of
 from repopt_jax.nn.merged import layout_of
 from repopt_jax.surgery.modules import aliases, join, named_modules
 
@@ -177,6 +178,7 @@ def _read_general(path: str, module: nnx.LinearGeneral | nnx.Einsum) -> Layer:
     base = nnx.LinearGeneral if isinstance(module, nnx.LinearGeneral) else nnx.Einsum
     if type(module).__call__ is not base.__call__:
         raise ValueError(f"its class has a __call__ of its own, in place of that of nnx.{base.__name__}")
+    check_promotion(module)
     shape = tuple(module.kernel.shape)
     if isinstance(module, nnx.LinearGeneral):
         trailing = tuple(range(-len(module.axis), 0))
@@ -186,6 +188,8 @@ def _read_general(path: str, module: nnx.LinearGeneral | nnx.Einsum) -> Layer:
             raise ValueError("it computes with a `dot_general` of its own")
         into, out = tuple(module.in_features), tuple(module.out_features)
     else:
+        if module.einsum_op is not jnp.einsum:
+            raise ValueError("it computes with an `einsum_op` of its own")
         count = _inputs_of_einsum(module.einsum_str)
         stacked = len(shape) - len(module.kernel_shape)
         into, out = shape[stacked : stacked + count], shape[stacked + count :]

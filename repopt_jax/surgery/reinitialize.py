@@ -14,7 +14,7 @@ from flax import nnx
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.parametrization import Parametrization, Theta, check_kernels
-from repopt_jax.core.scales import Scales, check_finite, check_fit, check_scales
+from repopt_jax.core.scales import Scales, check_finite, check_fit, check_scales, is_concrete
 from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.layers import check_aliases
 from repopt_jax.surgery.modules import copy_leaf, is_abstract, key_of
@@ -177,7 +177,8 @@ def merge_weights(scales: Scales, weights: Mapping[str, Mapping[str, jax.Array]]
 
 
 def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
-    """Returns a copy of an NNX model or a pytree with these kernels by path, cast to the leaves' dtypes.
+    """Returns a copy of an NNX model or a pytree with these kernels by path, cast to the leaves' dtypes and
+    sharded as the leaves are.
 
     Raises:
       ValueError: paths that the model lacks. (A search network or one with branches has no merged kernels.)
@@ -189,9 +190,15 @@ def with_kernels(model: Any, kernels: Mapping[str, jax.Array]) -> Any:
             f"the model has no kernels at {', '.join(missing)}: only a plain network, not one that was "
             "made by `to_search` or `to_structure`, has merged kernels"
         )
-    tree = paths.map_named(
-        lambda path, leaf: kernels[path].astype(leaf.dtype) if path in kernels else copy_leaf(leaf), tree
-    )
+
+    def new(path: str, leaf: Any) -> Any:
+        if path not in kernels:
+            return copy_leaf(leaf)
+        kernel = kernels[path].astype(leaf.dtype)
+        sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else None
+        return jax.device_put(kernel, sharding) if isinstance(sharding, jax.NamedSharding) else kernel
+
+    tree = paths.map_named(new, tree)
     return tree if graph is None else nnx.merge(graph, tree, copy=True)
 
 

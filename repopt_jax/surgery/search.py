@@ -21,6 +21,8 @@ from repopt_jax.core.scales import (
     ScalesMetadata,
     check_fit,
     check_scales,
+    check_weights,
+    widened,
 )
 from repopt_jax.core.transfer import Depths, count_depths
 from repopt_jax.models.network import Network
@@ -109,6 +111,8 @@ def to_search(
 def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None = None) -> Scales:
     """Returns the scales of a search model's `nn.Merged` layers, by the kernels' paths in the plain network.
 
+    They are float32, or wider if the search was.
+
     Raises:
       ValueError: the model has none; or structures of which scales are not all that is trained, such as
         OREPA, with every path.
@@ -117,7 +121,7 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
     for path, module in named_modules(search_model):
         if isinstance(module, Merged):
             try:
-                entries[join(path, "kernel")] = LayerScales(module.branch_set(), module.vectors())
+                entries[join(path, "kernel")] = LayerScales(module.branch_set(), widened(module.vectors()))
             except ValueError as error:
                 problems.append(f"{path}: {error}")
     if problems:
@@ -233,7 +237,8 @@ def csla_twin(
 
     Raises:
       ValueError: the scales do not fit, name a shared layer by another path than its own, or name layers that
-        cannot be made of branches (all, with the reasons).
+        cannot be made of branches (all, with the reasons); or the weights do not fit the scales, with every
+        missing, extra and misshapen tensor.
       TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`).
     """
     check_model(model)
@@ -261,6 +266,7 @@ def _with_scales(
             wrong.append(f"{path}: {error}")
     if wrong:
         raise ValueError(f"the scales do not fit the model: {'; '.join(wrong)}")
+    check_weights(scales, weights)
 
     def make(layer: Layer, **options: Any) -> Merged:
         entry = scales.entries[layer.path]

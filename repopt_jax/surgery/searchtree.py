@@ -24,7 +24,7 @@ from flax import nnx
 
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
-from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit
+from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit, widened
 from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.modules import copy_leaf
 from repopt_jax.surgery.reinitialize import Weights, merge_weights, sample_weights
@@ -71,7 +71,7 @@ class SearchTree(Generic[P]):
 
         The tree has the structure of the given parameters and is differentiable in weights and scales.
         """
-        scales = self.extract_scales()
+        scales = self._scales()
         if not self.trainable_scales:
             scales = jax.lax.stop_gradient(scales)
         leaves = dict(self.other_params)
@@ -83,8 +83,15 @@ class SearchTree(Generic[P]):
     def extract_scales(self) -> Scales:
         """Returns the present scales: s_b of every scaled branch and u of the identity.
 
-        They fit the plain parameters, like those of `surgery.extract_scales` for an NNX model.
+        They fit the plain parameters, like those of `surgery.extract_scales` for an NNX model, and are
+        float32, or wider if the search is.
         """
+        found = self._scales().entries.items()
+        entries = {path: LayerScales(entry.branches, widened(entry.vectors)) for path, entry in found}
+        return Scales(entries, self.metadata)
+
+    def _scales(self) -> Scales:
+        """Returns the present scales in the dtypes of the tree."""
         entries = {}
         for path, branches in self.branch_sets:
             found = self.weights[path] | self.scales[path]  # the identity has a weight but no scale

@@ -20,6 +20,7 @@ from repopt_jax.core.scales import DeclaresBranches
 from repopt_jax.core.structure import Structure
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import Branched, StructuredLayer
+from repopt_jax.nn.geometry import computing_of
 from repopt_jax.nn.merged import Merged, MergedGeneral
 from repopt_jax.nn.rngs import check_rngs, counted_in_python
 from repopt_jax.surgery.choose import Choices, Described, Options, find_classifier, find_structures
@@ -264,9 +265,9 @@ def replace_layers(
 ) -> nnx.Module:
     """Returns a copy of `model` with `make(layer, **options)` in place of each of `layers`.
 
-    The options are the bias and the dtypes of the replaced layer. `without_norm` are the paths of layers with
-    which the batch norm of their `nn.Block` is removed, unless the layer is also used without this block.
-    `removed` are the paths of other batch norms, which a `FoldedNorm` replaces.
+    The options are the bias, the dtypes and the precision of the replaced layer. `without_norm` are the paths
+    of layers with which the batch norm of their `nn.Block` is removed, unless the layer is also used without
+    this block. `removed` are the paths of other batch norms, which a `FoldedNorm` replaces.
     """
     modules, uses = dict(named_modules(model)), Counter(aliases(model).values())
     norms = {
@@ -288,8 +289,7 @@ def replace_layers(
         return make(
             layer,
             bias=None if module.bias is None else module.bias.get_value(),
-            dtype=module.dtype,
-            precision=module.precision,
+            **computing_of(module),
             param_dtype=module.kernel.dtype,
         )
 

@@ -255,9 +255,9 @@ def verify_equivalence(
 
     Raises:
       ValueError: the scales do not fit the model, or name no layer; `batches` is empty; only one of the two
-        optimizers is given, or both with `normalise`; `optimizer` is made from other branch tensors; or layers
-        for which there is no equivalence, with the reasons: a padding that shifts the window (`CAUSAL`), a
-        class with a `__call__` of its own.
+        optimizers is given, or both with `normalise`; `optimizer` is made from other branch tensors; or
+        layers for which there is no equivalence, with the reasons: a padding that shifts the window
+        (`CAUSAL`), a class with a `__call__` of its own.
       TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`); or an argument is
         of another type; or the default `loss` is given batches of other entries.
     """

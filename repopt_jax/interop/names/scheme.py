@@ -195,7 +195,7 @@ class TorchName:
                 return tuple(range(rank))
 
     def _reversed(self, ours: np.ndarray) -> np.ndarray:
-        return np.flip(ours, range(ours.ndim - 2)) if self.kind == "transposed" else ours
+        return np.flip(ours, tuple(range(ours.ndim - 2))) if self.kind == "transposed" else ours
 
 
 def _transposed(tensor: np.ndarray, first: int) -> np.ndarray:
