@@ -184,16 +184,26 @@ def slow_merge(branches, weights, scales):
             for at in np.ndindex(*branches.kernel[: branches.stacked])
         ]
         return jnp.stack(layers).reshape(branches.kernel)
-    shape = canonical(branches)
-    kernel = jnp.zeros(np.prod(shape), jnp.result_type(*weights.values()))
+    kernel = 0.0
     for branch in branches.branches:
-        to, source, factor = entries(branches, branch)
-        s = scales[branch.name] if branch.has_scale else jnp.ones(branches.out, kernel.dtype)
-        w = weights[branch.name].ravel()
-        kernel = kernel.at[to].add(s[to % branches.out] * factor * w[source])
-    own = [canonical_index(branches, at) for at in np.ndindex(branches.kernel)]
-    places = [np.ravel_multi_index(at, shape) for at in own]
-    return kernel[np.array(places)].reshape(branches.kernel)
+        own, factors = matrices(branches, branch)
+        part = own @ weights[branch.name].ravel()
+        kernel = kernel + (part * (factors @ scales[branch.name]) if branch.has_scale else part)
+    return kernel.reshape(branches.kernel).astype(jnp.result_type(*weights.values()))
+
+
+@functools.cache
+def matrices(branches, branch):
+    """Which entry of w_b goes to which entry of K, in the layer's own layout, and which scale to which entry
+    of K: products with them are compiled sooner than the entries by their numbers."""
+    shape = canonical(branches)
+    to, source, factor = entries(branches, branch)
+    own = np.zeros((np.prod(shape), np.prod(branches.shapes()[branch.name])))
+    np.add.at(own, (to, source), factor)
+    places = [
+        np.ravel_multi_index(canonical_index(branches, at), shape) for at in np.ndindex(*branches.kernel)
+    ]
+    return own[places], np.eye(branches.out)[np.array(places) % branches.out]
 
 
 def jacobian(branches, scales):
