@@ -527,22 +527,31 @@ def test_a_trained_network_is_kept(x64):
         tx.init(nnx.state(model, nnx.Param))  # refuses what does not merge into the kernels
 
 
-@pytest.mark.parametrize("name", INNER)
-def test_training_on_in_the_optimizer_is_that_in_the_network(x64, name):
-    """From kernels that are kept, with products of tensors: both split them alike."""
+@functools.cache
+def split_twice():
+    """With products of tensors: structures, the network of merged layers, the plain one, its theta, and the
+    theta nearest to another draw."""
     structures = find_parametrizations(trained(), "orepa", r"convs/.*")
     online = to_structure(trained(), "orepa", r"convs/.*", keep="split", rngs=nnx.Rngs(1))
-    expected, _ = ends(online, INNER[name](weight_decay_mask(online)))
     kept, theta = reinitialize(trained(), structures, keep="split", rngs=nnx.Rngs(1), return_weights=True)
+    return structures, online, kept, theta, branches_of(trained(), structures, near=nnx.Rngs(2))
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_training_on_in_the_optimizer_is_that_in_the_network(x64, name):
+    """From kernels that are kept: both split them alike."""
+    structures, online, kept, theta, other = split_twice()
     assert_close(kernels(kept), kernels(trained()), 0)
     mask = decay_mask(structures, weight_decay_mask(kept))
-    tx = reparameterize(INNER[name](mask), structures, weights=theta, trainable_scales=True)
-    found, _ = ends(kept, tx)
-    assert_close(kernels(found), kernels(expected), KEPT_EXACT)
+    expected, _ = ends(online, INNER[name](weight_decay_mask(online)))
+
+    def in_the_optimizer(theta):
+        tx = reparameterize(INNER[name](mask), structures, weights=theta, trainable_scales=True)
+        return kernels(ends(kept, tx)[0])
+
+    assert_close(in_the_optimizer(theta), kernels(expected), KEPT_EXACT)
     # A split nearest to another draw is another training.
-    other = branches_of(trained(), structures, near=nnx.Rngs(2))
-    tx = reparameterize(INNER[name](mask), structures, weights=other, trainable_scales=True)
-    assert relative(kernels(ends(kept, tx)[0]), kernels(expected)) > OTHER
+    assert relative(in_the_optimizer(other), kernels(expected)) > OTHER
 
 
 def thin(layer):
