@@ -37,8 +37,8 @@ def repopt():
     )
 
     def start(*arguments, **environment):
-        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        variables = {**os.environ, **devices, **environment}
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+        variables = {**os.environ, "XLA_FLAGS": flags, **environment}
         return parallel.start([sys.executable, "-c", program, *map(str, arguments)], 2, env=variables)
 
     return start
