@@ -536,7 +536,8 @@ def test_error_of_a_save_comes_out_once_and_keeps_the_one_before(digits, tmp_pat
 def test_full_disk_ends_with_one_sentence(digits, tmp_path, unbroken):
     done = killed(tmp_path / "run", digits, "limit", 8)
     assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    # Where other work takes the processor, the log also says that the step waited for its data.
+    (line,) = [said for said in done.stderr.splitlines() if "waits for data" not in said]
     assert "File too large; the checkpoint of step 4 is kept in" in line
     train.run(killed_config(digits), tmp_path / "run", progress=False)
     assert_same_run(tmp_path / "run", unbroken)
