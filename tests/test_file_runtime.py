@@ -167,3 +167,30 @@ def test_with_biases_of_whole_numbers_fused_kernels_compute_the_same(tmp_path, b
     before, after = (compare_fused(tmp_path / f"{n}.onnx", images).relative for n in ("before", "after"))
     assert after < INT8_FILE
     assert before > INT8_BIASES_APART
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+@pytest.mark.parametrize("factor", [1e-6, 1e-12, 1e-30])
+def test_a_channel_that_is_nearly_dead_does_not_overflow_fused_kernels(tmp_path, factor, per):
+    """As weight decay leaves it before a batch norm that shifts: its bias has far more than 32 bits in units of
+    its products."""
+    images = np.random.default_rng(0).normal(size=(16, 4, 4, 3)).astype(np.float32)
+    model = Three(nnx.Rngs(0))
+    dead = slice(None) if per == "tensor" else 1
+    model.second.kernel.set_value(model.second.kernel[...].at[..., dead].multiply(factor))
+    model.second.bias.set_value(model.second.bias[...].at[1].set(0.9))
+    quantized = quantize(model, images, per=per)
+    path = tmp_path / "int8.onnx"
+    with pytest.raises(ValueError, match=r"second \(Conv\): conv.*units of the products.*with_integer_biases"):
+        to_onnx(quantized, path, METADATA)
+    whole = with_integer_biases(quantized)
+    to_onnx(whole, path, METADATA)
+    assert quantizers(whole)["second"].least_scale > 0
+    assert quantizers(whole)["first"].least_scale == 0
+    kinds = {i.name: i.data_type for i in onnx.load(path).graph.initializer}
+    assert kinds["second/bias_quantized"] == onnx.TensorProto.INT32
+    expected = np.asarray(whole(images))
+    for optimized in (True, False):
+        found = runtime.open_onnx(path, optimized=optimized).logits(images)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(expected, quantized(images), rtol=0, atol=0.02)

@@ -18,16 +18,19 @@ from repopt_jax.quantize import (
     Observed,
     Scheme,
     calibrate,
+    expected,
     find_quantizable,
     quantize,
     quantize_array,
     quantizers,
+    with_integer_biases,
 )
 from repopt_jax.quantize.layers import (
     input_scale,
     kernel_scale,
     quantized_kernel,
     run_with_inputs,
+    with_functions,
     with_quantizers,
 )
 
@@ -287,6 +290,42 @@ def test_an_input_that_is_always_zero():
     model, x = random_chain(dtype=jnp.float32)
     quantized = quantize(model, jnp.zeros_like(x))
     assert np.isfinite(quantized(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [
+        ({}, True),
+        ({"param_dtype": jnp.bfloat16, "dtype": jnp.float32}, False),
+        ({"dtype": jnp.bfloat16}, False),
+        ({"param_dtype": jnp.float64, "dtype": jnp.float32}, True),
+    ],
+    ids=["float32", "bf16 parameters", "computes in bf16", "float64 parameters"],
+)
+def test_biases_are_whole_in_the_scale_that_the_quantizer_finds(x64, options, whole):
+    """It is given the kernel in the dtype in which the layer computes; half precision holds no such biases."""
+    rng, model = np.random.default_rng(0), nnx.Linear(6, 8, rngs=nnx.Rngs(0), **options)
+    model.bias.set_value(jnp.asarray(rng.normal(size=8), model.bias.dtype))
+    x = jnp.asarray(rng.normal(size=(32, 6)), jnp.float32)
+    quantized = with_integer_biases(quantize(model, x))
+    kernels = []
+
+    def recorded(kernel, quantizer=quantizers(quantized)[""]):
+        kernels.append(np.asarray(kernel, np.float64))
+        return kernel
+
+    with_functions(quantized, lambda path, f: lambda a, k, *rest, **o: f.function(a, recorded(k), *rest, **o))(x)
+    quantizer = quantizers(quantized)[""]
+    of_kernel = np.abs(kernels[0]).max(0) / 63 * (1 + 4 * 2.0**-23)
+    units = np.asarray(quantized.bias[...], np.float64) / (
+        of_kernel * np.float64(input_scale(*quantizer.range[...], Scheme())[0])
+    )
+    assert (abs(units - np.round(units)).max() < 2e-3) == whole
+    if not whole:
+        np.testing.assert_array_equal(quantized.bias[...], model.bias[...])
+    noise = expected(model).layers[""].kernel_noise
+    square = np.square(np.asarray(model.kernel[...], np.float64)).mean()
+    np.testing.assert_allclose(noise, np.square(of_kernel).mean() / (12 * square), rtol=1e-5)
 
 
 def test_half_precision_is_rounded_in_single():

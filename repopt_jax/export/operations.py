@@ -128,6 +128,9 @@ def _bias_after(
     Of a quantized layer it is stored as whole numbers of 32 bits, in units of the products, if it is a
     multiple of that unit, as after `quantize.with_integer_biases`. Another one stays in floating point, as it
     is in the network: rounding it would change one in ten of the whole numbers behind it in a small network.
+
+    Raises:
+      Unsupported: it has more than 32 bits in that unit, which integer kernels cut off without a word.
     """
     add = w.sole_user(e.outputs[0], "add")
     if add is None:
@@ -141,7 +144,12 @@ def _bias_after(
     if x.quantization is not None and kernel.quantization is not None:
         unit = x.quantization.scale * kernel.quantization.scale
         whole = np.rint(b.astype(np.float64) / unit)
-        if np.abs(whole).max() < MAX_BIAS and np.allclose(whole * unit, b, rtol=BIAS_ERROR, atol=0):
+        if (most := np.abs(whole).max(initial=0)) >= MAX_BIAS:
+            raise Unsupported(
+                f"a bias of {most:.3g} units of the products, beside a kernel near zero, which the 32 bits of "
+                "integer kernels do not hold: export `quantize.with_integer_biases(model)`"
+            )
+        if np.allclose(whole * unit, b, rtol=BIAS_ERROR, atol=0):
             q = Quantization(unit, np.asarray(0), -MAX_BIAS, MAX_BIAS, 0 if unit.ndim else None)
             return add, [w.name(Tensor(whole.astype(np.int32), (0,), (channels,), q), "bias")]
     return add, [w.name(b, "bias")]

@@ -24,7 +24,14 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.quantize.calibration import PERCENTILE, Histogram, Method, find_ranges
-from repopt_jax.quantize.layers import Per, Scheme, WeightRange, find_quantizable, input_scale, kernel_scale
+from repopt_jax.quantize.layers import (
+    Per,
+    Scheme,
+    WeightRange,
+    find_quantizable,
+    input_scale,
+    layer_kernel_scale,
+)
 from repopt_jax.quantize.sensitivity import decibel
 
 
@@ -102,7 +109,7 @@ def expected(
     found = {}
     for path, layer in find_quantizable(model).items():
         kernel = layer.kernel[...]
-        steps = np.asarray(kernel_scale(kernel, scheme), np.float64)
+        steps = np.asarray(layer_kernel_scale(layer, scheme), np.float64)
         square = float(np.square(np.asarray(kernel, np.float64)).mean())
         of_kernel = float(np.square(steps).mean()) / (12 * square) if square else 0.0
         of_input = 0.0
