@@ -121,6 +121,20 @@ def test_every_node_can_be_run_as_it_is_written(tmp_path):
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_pixel_values_are_refused_where_a_file_takes_normalised_images(tmp_path, dtype):
+    """`prepare` is easily forgotten, and what the network makes of pixel values looks like an answer."""
+    file = runtime.open_file(write(tmp_path / "a.onnx"))
+    pixels = np.full((1, 4, 4, 3), 200, dtype)
+    with pytest.raises(TypeError, match=r"dtype u?int\d+, as pixel values are; .*a.onnx takes \(pixels / 255 - me"):
+        file(pixels)
+    file(pixels.astype(np.float16))
+    with pytest.raises(TypeError, match="dtype bool; .* takes numbers"):
+        file(pixels > 3)
+    raw = runtime.open_file(write(tmp_path / "b.onnx", dataclasses.replace(METADATA, input="float32")))
+    np.testing.assert_allclose(raw(pixels)["logits"], [[-200, 200]])
+
+
 # -- biases of INT8
 
 

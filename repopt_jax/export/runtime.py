@@ -92,8 +92,16 @@ class FileNetwork:
 
         Raises:
           ValueError: images of another shape.
+          TypeError: images that are no numbers; whole numbers where the file takes normalised images.
         """
         images, data = np.asarray(images), self.metadata
+        if not (np.issubdtype(images.dtype, np.number) or images.dtype.name == "bfloat16"):
+            raise TypeError(f"`images` is of dtype {images.dtype}; {self.path} takes numbers")
+        if data.input == "normalised" and np.issubdtype(images.dtype, np.integer):
+            raise TypeError(
+                f"`images` is of dtype {images.dtype}, as pixel values are; {self.path} takes "
+                f"{data.describe_input()}: `prepare` makes such an image of pixels"
+            )
         wanted = (data.image_size, data.image_size, data.channels)
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(
