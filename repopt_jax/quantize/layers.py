@@ -28,7 +28,7 @@ from repopt_jax.nn.branched import StructuredLayer
 from repopt_jax.nn.geometry import ChangedOperands, check_plain
 from repopt_jax.quantize.affine import fake_quantize
 from repopt_jax.surgery.layers import WRAPPERS
-from repopt_jax.surgery.modules import aliases, check_model, named_modules, replace_modules
+from repopt_jax.surgery.modules import aliases, check_model, is_training, named_modules, replace_modules
 
 Per = Literal["channel", "tensor"]
 WeightRange = Literal["reduced", "full"]
@@ -314,11 +314,7 @@ def _problems_of(model: nnx.Module) -> list[str]:
     """Why a network as a whole cannot be quantized."""
     modules = dict(named_modules(model))
     branches = [f"{p} ({type(m).__name__})" for p, m in modules.items() if isinstance(m, StructuredLayer)]
-    training = [
-        f"{p} ({type(m).__name__})"
-        for p, m in modules.items()
-        if getattr(m, "use_running_average", True) is False or getattr(m, "deterministic", True) is False
-    ]
+    training = [f"{p} ({type(m).__name__})" for p, m in modules.items() if is_training(m)]
     done = [p.rpartition("/")[0] for p, m in modules.items() if isinstance(m, Quantizer)]
     problems = []
     if branches:
