@@ -21,7 +21,7 @@ from repopt_jax import extras
 from repopt_jax.arguments import check_array, check_kind, check_path
 from repopt_jax.core import paths
 from repopt_jax.export.checks import check_exportable
-from repopt_jax.export.function import file_function, named_outputs
+from repopt_jax.export.function import INPUT, file_function, named_outputs
 from repopt_jax.export.graph import BATCH, DTYPES, Graph, Unsupported, path_of, trace
 from repopt_jax.export.metadata import LAYOUTS, Metadata
 from repopt_jax.export.operations import OPERATIONS
@@ -31,7 +31,6 @@ from repopt_jax.surgery.modules import check_model
 
 OPSET = 17
 IR_VERSION = 8
-INPUT = "images"
 # Protocol buffers, and so ONNX files in one piece, are no larger.
 MAX_BYTES = 2**31 - 1
 
