@@ -1,13 +1,14 @@
 """Running ONNX files: models written here by hand, with the metadata of this library or without."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
 from tolerances import INT8_BIASES_APART, INT8_FILE
 
-from repopt_jax.export import Metadata, compare_fused, runtime, to_onnx
+from repopt_jax.export import Metadata, compare_fused, runtime, to_onnx, to_stablehlo
 from repopt_jax.quantize import quantize, quantizers, with_integer_biases
 from repopt_jax.surgery.modules import named_modules
 
@@ -77,6 +78,58 @@ def test_images_are_prepared_as_the_file_says(tmp_path, given):
     assert file.logits(image[None]).shape == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "error", "message"),
+    [
+        (np.zeros((8, 8), np.uint8), ValueError, r"`pixels` is \(8, 8\): the file takes \(height, width, 3\) of any"),
+        (np.zeros((8, 8, 1), np.uint8), ValueError, "repeat the channel of a grey image"),
+        (np.zeros((0, 8, 3), np.uint8), ValueError, r"`pixels` is \(0, 8, 3\)"),
+        (np.zeros((8, 8, 3), np.float32), TypeError, "`pixels` is of float32: it must be a NumPy array of uint8"),
+        ([[0]], TypeError, "`pixels` is of list"),
+    ],
+)
+def test_pixels_that_are_no_image_of_the_file_s_are_refused(tmp_path, pixels, error, message):
+    for metadata in (METADATA, dataclasses.replace(METADATA, task="detect", strides=(4,))):
+        with pytest.raises(error, match=message):
+            runtime.prepare(pixels, metadata)
+
+
+def test_a_home_folder_is_found_and_a_file_that_is_not_written_leaves_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    metadata = dataclasses.replace(METADATA, layout="NHWC")
+    for write_it, name in ((to_onnx, "a.onnx"), (to_stablehlo, "a.stablehlo")):
+        write_it(Three(nnx.Rngs(0)), f"~/{name}", metadata)
+        whole = (tmp_path / name).read_bytes()
+        assert runtime.open_file(f"~/{name}").path == tmp_path / name
+        assert runtime.count_operations(f"~/{name}")
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+            patched.setattr(Path, "write_bytes", half_written)
+            write_it(Three(nnx.Rngs(1)), tmp_path / name, metadata)
+        assert (tmp_path / name).read_bytes() == whole
+        with pytest.raises(FileNotFoundError, match=f"no folder .*missing to write {name} in: make it first"):
+            write_it(Three(nnx.Rngs(0)), tmp_path / "missing" / name, metadata)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.stablehlo"]
+
+
+def half_written(path, content):
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+    raise OSError("no space left")
+
+
+def test_every_output_is_compared_with_the_fused_one(tmp_path, monkeypatch):
+    """The second, whose difference is the larger part of its span, is told; an empty one is passed over."""
+    plain = {"a": np.asarray([[0.0, 4.0]]), "b": np.asarray([[True, False]]), "c": np.zeros((1, 0))}
+    fused = {"a": np.asarray([[1.0, 4.0]]), "b": np.asarray([[True, True]]), "c": np.zeros((1, 0))}
+    monkeypatch.setattr(
+        "repopt_jax.export.onnx.open_onnx", lambda path, optimized: lambda x: fused if optimized else plain
+    )
+    found = compare_fused(tmp_path / "a.onnx", np.zeros((1, 4, 4, 3)))
+    assert (found.max_abs, found.span, found.agreement, found.count) == (1, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"`images` is of shape \(0, 4, 4, 3\): there is none"):
+        compare_fused(tmp_path / "a.onnx", np.zeros((0, 4, 4, 3)))
+
+
 def test_foreign_models_are_refused(tmp_path):
     write(tmp_path / "a.onnx", strings={"author": "someone"})
     with pytest.raises(ValueError, match=r"a\.onnx was not exported by this library: it has no metadata"):
@@ -96,6 +149,9 @@ def test_damaged_models_are_refused(tmp_path, kept, capfd):
     (tmp_path / "a.onnx").write_bytes(whole[:kept])
     with pytest.raises(ValueError, match=r"a\.onnx") as caught:
         runtime.open_file(tmp_path / "a.onnx")
+    if kept > 1:
+        with pytest.raises(ValueError, match=r"a\.onnx is no ONNX file, or a damaged one"):
+            runtime.count_operations(tmp_path / "a.onnx")
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 

@@ -1,6 +1,7 @@
 """StableHLO files: the function that they hold, their metadata, and what happens to damaged ones."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -431,6 +432,22 @@ def test_foreign_files(classifier, tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("metadata.json", json.dumps({"program_bytes": 10, "program_sha256": ""}))
     with pytest.raises(ValueError, match="is damaged: its program is not the one that was written"):
+        runtime.open_file(path)
+    for content, part in (
+        ({"program_bytes": 10}, "it lacks program_sha256"),
+        ({"program_bytes": 10, "program_sha256": 3, "mean": [0]}, "of another kind are program_sha256, mean"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("metadata.json", json.dumps(content))
+        with pytest.raises(ValueError, match=f"the metadata at its end cannot be read \\({part}"):
+            runtime.open_file(path)
+    program = exported.serialize()
+    checksum = hashlib.sha256(program).hexdigest()
+    path.write_bytes(program)
+    with zipfile.ZipFile(path, "a") as archive:
+        content = {"program_bytes": len(program), "program_sha256": checksum, "library": "repopt_jax 1"}
+        archive.writestr("metadata.json", json.dumps(content))
+    with pytest.raises(ValueError, match=r"cannot be used: its metadata lack channels, .*; export it again"):
         runtime.open_file(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("metadata.json", "[" * 100_000)

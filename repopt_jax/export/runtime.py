@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from repopt_jax import extras
+from repopt_jax.arguments import check_path
 from repopt_jax.data.detection import letterbox
 from repopt_jax.data.transforms import fit, normalise
 from repopt_jax.detection import Detections, Outputs
@@ -36,13 +37,19 @@ def count_operations(path: str | Path) -> dict[str, int]:
       OSError, ValueError: as `open_file`.
       ModuleNotFoundError: onnx, or flatbuffers, is not installed.
     """
-    if Path(path).suffix == STABLEHLO:
+    check_path("path", path)
+    path = Path(path).expanduser()
+    if path.suffix == STABLEHLO:
         found = operations_of(read_stablehlo(path).exported)
     else:
         extras.require("onnx", by="reading an ONNX file")
         import onnx
 
-        found = (node.op_type for node in onnx.load(path).graph.node)
+        content = path.read_bytes()
+        try:
+            found = [node.op_type for node in onnx.load_model_from_string(content).graph.node]
+        except Exception as error:  # of protocol buffers, whose classes differ between their versions
+            raise ValueError(f"{path} is no ONNX file, or a damaged one: {error}") from error
     return dict(collections.Counter(found).most_common())
 
 
@@ -161,7 +168,19 @@ def prepare(pixels: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, float]:
       The image (image_size, image_size, channels) of `metadata.dtype`: of a detector letterboxed, else
       resized and cut out of the centre. Pixels of it for a pixel of the original, the same in both
       directions.
+
+    Raises:
+      TypeError: pixels of another dtype.
+      ValueError: no image, or one of other channels.
     """
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        given = getattr(pixels, "dtype", type(pixels).__name__)
+        raise TypeError(f"`pixels` is of {given}: it must be a NumPy array of uint8, values from 0 to 255")
+    if pixels.ndim != 3 or pixels.shape[-1] != metadata.channels or not pixels.size:
+        raise ValueError(
+            f"`pixels` is {pixels.shape}: the file takes (height, width, {metadata.channels}) of any height and "
+            "width; repeat the channel of a grey image, or leave out that of transparency"
+        )
     size = metadata.image_size
     if metadata.task == "detect":
         fitted, ratio = letterbox(pixels, size)
@@ -181,7 +200,8 @@ def open_file(path: str | Path) -> FileNetwork:
       ValueError: another ending, a file without this library's metadata, or a damaged one.
       ModuleNotFoundError: onnxruntime, or flatbuffers for StableHLO, is not installed.
     """
-    path = Path(path)
+    check_path("path", path)
+    path = Path(path).expanduser()
     open_it = {ONNX: open_onnx, STABLEHLO: open_stablehlo}.get(path.suffix)
     if open_it is None:
         raise ValueError(f"{path} does not end in {ONNX} or {STABLEHLO}, the endings of exported files")
@@ -213,6 +233,8 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
     """
     extras.require("onnxruntime", by="running an ONNX file")
     import onnxruntime
+
+    path = Path(path).expanduser()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what is wrong is raised, in one sentence
