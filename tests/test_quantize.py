@@ -23,6 +23,7 @@ from repopt_jax.quantize import (
     quantize,
     quantize_array,
     quantizers,
+    sensitivity,
     with_integer_biases,
 )
 from repopt_jax.quantize.layers import (
@@ -421,9 +422,28 @@ def test_wrong_images_are_refused():
         quantize(model, np.zeros((2, 6, 6, 3), np.uint8))
     with pytest.raises(ValueError, match="inputs of first, head, second are not finite"):
         quantize(model, x.at[0, 0, 0, 0].set(jnp.nan))
+    for size, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match=f"`batch_size` is {size}: it must be"):
+            quantize(model, x, batch_size=size)
+    with pytest.raises(TypeError, match="`keep_float` is 'head': it must be paths of layers, in a list"):
+        quantize(model, x, keep_float="head")
+
+
+def test_histograms_of_another_network_are_refused():
+    model, x = random_chain(dtype=jnp.float32)
     found = calibrate(model, x)
-    with pytest.raises(ValueError, match="the histograms lack second"):
-        quantize(model, {"first": found["first"], "head": found["head"]})
+    other = {"first": found["first"], "third": found["head"]}
+    for use in (
+        lambda given: quantize(model, given),
+        lambda given: sensitivity(model, x, histograms=given),
+        lambda given: expected(model, given),
+    ):
+        with pytest.raises(ValueError, match="the histograms lack head, second: they are of another network"):
+            use(other)
+        use(found)
+    for use in (lambda given: sensitivity(model, x, histograms=given), lambda given: expected(model, given)):
+        with pytest.raises(TypeError, match="`histograms` is of type float: it must be a mapping of `Histogram`s"):
+            use({"first": 1.0})
 
 
 def test_unfinished_networks_are_refused():
