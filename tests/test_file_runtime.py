@@ -81,10 +81,18 @@ def test_images_are_prepared_as_the_file_says(tmp_path, given):
 @pytest.mark.parametrize(
     ("pixels", "error", "message"),
     [
-        (np.zeros((8, 8), np.uint8), ValueError, r"`pixels` is \(8, 8\): the file takes \(height, width, 3\) of any"),
+        (
+            np.zeros((8, 8), np.uint8),
+            ValueError,
+            r"`pixels` is \(8, 8\): the file takes \(height, width, 3\) of any",
+        ),
         (np.zeros((8, 8, 1), np.uint8), ValueError, "repeat the channel of a grey image"),
         (np.zeros((0, 8, 3), np.uint8), ValueError, r"`pixels` is \(0, 8, 3\)"),
-        (np.zeros((8, 8, 3), np.float32), TypeError, "`pixels` is of float32: it must be a NumPy array of uint8"),
+        (
+            np.zeros((8, 8, 3), np.float32),
+            TypeError,
+            "`pixels` is of float32: it must be a NumPy array of uint8",
+        ),
         ([[0]], TypeError, "`pixels` is of list"),
     ],
 )
@@ -170,6 +178,39 @@ def test_altered_bytes_give_a_sentence_or_a_network(tmp_path):
     assert noticed
 
 
+def test_every_altered_byte_of_a_written_file_is_noticed_or_means_nothing(tmp_path):
+    """Weights among them: nothing else tells that one is another number."""
+    path, other = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    to_onnx(Three(nnx.Rngs(0)), path, METADATA)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    x = rng.normal(size=(1, 4, 4, 3)).astype(np.float32)
+    file = runtime.open_file(path)
+    expected, kernel = file.logits(x), onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0])
+    weight = whole.index(kernel.tobytes())
+    for place in (weight, weight + 3, *rng.integers(0, len(whole), 60)):
+        altered = bytearray(whole)
+        altered[place] ^= 1 << rng.integers(8)
+        other.write_bytes(altered)
+        try:
+            found = runtime.open_file(other)
+        except ValueError as error:
+            assert "b.onnx" in str(error)
+            continue
+        assert place not in (weight, weight + 3)
+        assert found.metadata == file.metadata
+        np.testing.assert_array_equal(found.logits(x), expected)
+    proto = onnx.load(path)
+    proto.producer_name = "changed on purpose"
+    onnx.save(proto, other)
+    with pytest.raises(ValueError, match="take the entry sha256 out of its metadata_props"):
+        runtime.open_file(other)
+    kept = [entry for entry in proto.metadata_props if entry.key != "sha256"]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    onnx.save(proto, other)
+    np.testing.assert_array_equal(runtime.open_file(other).logits(x), expected)
+
+
 def test_every_node_can_be_run_as_it_is_written(tmp_path):
     path = write(tmp_path / "a.onnx")
     images = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
@@ -182,7 +223,9 @@ def test_pixel_values_are_refused_where_a_file_takes_normalised_images(tmp_path,
     """`prepare` is easily forgotten, and what the network makes of pixel values looks like an answer."""
     file = runtime.open_file(write(tmp_path / "a.onnx"))
     pixels = np.full((1, 4, 4, 3), 200, dtype)
-    with pytest.raises(TypeError, match=r"dtype u?int\d+, as pixel values are; .*a.onnx takes \(pixels / 255 - me"):
+    with pytest.raises(
+        TypeError, match=r"dtype u?int\d+, as pixel values are; .*a.onnx takes \(pixels / 255 - me"
+    ):
         file(pixels)
     file(pixels.astype(np.float16))
     with pytest.raises(TypeError, match="dtype bool; .* takes numbers"):
@@ -251,7 +294,9 @@ def test_a_channel_that_is_nearly_dead_does_not_overflow_fused_kernels(tmp_path,
     model.second.bias.set_value(model.second.bias[...].at[1].set(0.9))
     quantized = quantize(model, images, per=per)
     path = tmp_path / "int8.onnx"
-    with pytest.raises(ValueError, match=r"second \(Conv\): conv.*units of the products.*with_integer_biases"):
+    with pytest.raises(
+        ValueError, match=r"second \(Conv\): conv.*units of the products.*with_integer_biases"
+    ):
         to_onnx(quantized, path, METADATA)
     whole = with_integer_biases(quantized)
     to_onnx(whole, path, METADATA)

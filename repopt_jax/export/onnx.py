@@ -5,7 +5,8 @@
 
 A quantized network becomes QuantizeLinear and DequantizeLinear around floating point operations, which is
 what TensorRT and onnxruntime turn into integer kernels. Every node is named for the module that it is of,
-`stages/1/0/conv/Conv`. The metadata are entries of the file's `metadata_props`.
+`stages/1/0/conv/Conv`. The metadata are entries of the file's `metadata_props`, and so is a checksum of the
+file.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from repopt_jax import extras
 from repopt_jax.arguments import check_array, check_kind, check_path
 from repopt_jax.core import paths
 from repopt_jax.export.checks import check_exportable
-from repopt_jax.export.files import write_whole
+from repopt_jax.export.files import CHECKSUM, NO_DIGITS, with_checksum, write_whole
 from repopt_jax.export.function import INPUT, file_function, named_outputs
 from repopt_jax.export.graph import BATCH, DTYPES, Graph, Unsupported, path_of, trace
 from repopt_jax.export.metadata import LAYOUTS, Metadata
@@ -69,8 +70,10 @@ def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata) -> None:
     def function(model: nnx.Module) -> Callable[[jax.Array], dict[str, jax.Array]]:
         return file_function(model, metadata)
 
-    proto = _proto(model, function, metadata.input_shape, metadata.dtype, metadata.to_strings())
-    write_whole(path, proto.SerializeToString())
+    proto = _proto(
+        model, function, metadata.input_shape, metadata.dtype, metadata.to_strings() | {CHECKSUM: NO_DIGITS}
+    )
+    write_whole(path, with_checksum(proto.SerializeToString()))
 
 
 def onnx_model(

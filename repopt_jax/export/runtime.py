@@ -21,6 +21,7 @@ from repopt_jax.arguments import check_path
 from repopt_jax.data.detection import letterbox
 from repopt_jax.data.transforms import fit, normalise
 from repopt_jax.detection import Detections, Outputs
+from repopt_jax.export.files import CHECKSUM, is_unaltered
 from repopt_jax.export.function import decoded
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.export.stablehlo import SUFFIX as STABLEHLO
@@ -248,9 +249,15 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
             f"{path} is no ONNX file that onnxruntime can run, or a damaged one: {reason}"
         ) from error
     try:
-        metadata = Metadata.from_strings(session.get_modelmeta().custom_metadata_map)
+        entries = session.get_modelmeta().custom_metadata_map
+        metadata = Metadata.from_strings(entries)
     except ValueError as error:
         raise ValueError(f"{path} was not exported by this library: {error}") from error
+    if CHECKSUM in entries and not is_unaltered(path.read_bytes(), entries[CHECKSUM]):
+        raise ValueError(
+            f"{path} is damaged, or another program has changed it: it is not the one that was written; export "
+            f"it again, or take the entry {CHECKSUM} out of its metadata_props if the change is meant"
+        )
     inputs, outputs = (
         [_onnx_port(value) for value in values] for values in (session.get_inputs(), session.get_outputs())
     )
