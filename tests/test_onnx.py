@@ -963,7 +963,10 @@ def test_operations_without_a_form_are_refused_together():
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda x: x[:, jnp.asarray([0, 1]), jnp.asarray([1, 2])], r"gather \(a gather by indices of several axes"),
+        (
+            lambda x: x[:, jnp.asarray([0, 1]), jnp.asarray([1, 2])],
+            r"gather \(a gather by indices of several axes",
+        ),
         (lambda x: x.astype(jnp.int32) & 1, r"and \(of int32, bit by bit: files have logic of Booleans"),
         (lambda x: ~x.astype(jnp.int32), r"not \(of int32, bit by bit"),
         (lambda x: (x > 0).max(1), r"reduce_max \(of Booleans: `astype` makes numbers"),
@@ -985,11 +988,18 @@ def test_a_quantized_constant_may_be_unsigned():
         return x + fake_quantize(table, jnp.asarray(0.02), jnp.asarray(120.0), low=0, high=255)
 
     proto, x = onnx_model(Function(function), (7,)), images((7,), 3)
-    assert "constant_quantized" in {i.name for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8}
+    assert "constant_quantized" in {
+        i.name for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8
+    }
     assert far(run_file(proto, x), [np.asarray(function(x))]) <= tolerances.ONNX
-    with pytest.raises(ValueError, match="a constant of whole numbers from -1 to 255, which 8 bits do not hold"):
+    with pytest.raises(
+        ValueError, match="a constant of whole numbers from -1 to 255, which 8 bits do not hold"
+    ):
         onnx_model(
-            Function(lambda x: x + fake_quantize(table, jnp.asarray(0.02), jnp.asarray(0.0), low=-1, high=255)), (7,)
+            Function(
+                lambda x: x + fake_quantize(table, jnp.asarray(0.02), jnp.asarray(0.0), low=-1, high=255)
+            ),
+            (7,),
         )
 
 

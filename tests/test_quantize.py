@@ -304,18 +304,21 @@ def test_an_input_that_is_always_zero():
     ids=["float32", "bf16 parameters", "computes in bf16", "float64 parameters"],
 )
 def test_biases_are_whole_in_the_scale_that_the_quantizer_finds(x64, options, whole):
-    """It is given the kernel in the dtype in which the layer computes; half precision holds no such biases."""
+    """It is given the kernel in the dtype in which the layer computes; half precision has no such biases."""
     rng, model = np.random.default_rng(0), nnx.Linear(6, 8, rngs=nnx.Rngs(0), **options)
     model.bias.set_value(jnp.asarray(rng.normal(size=8), model.bias.dtype))
     x = jnp.asarray(rng.normal(size=(32, 6)), jnp.float32)
     quantized = with_integer_biases(quantize(model, x))
     kernels = []
 
-    def recorded(kernel, quantizer=quantizers(quantized)[""]):
-        kernels.append(np.asarray(kernel, np.float64))
-        return kernel
+    def make(path, quantizer):
+        def recorded(lhs, kernel, *args, **kwargs):
+            kernels.append(np.asarray(kernel, np.float64))
+            return quantizer.function(lhs, kernel, *args, **kwargs)
 
-    with_functions(quantized, lambda path, f: lambda a, k, *rest, **o: f.function(a, recorded(k), *rest, **o))(x)
+        return recorded
+
+    with_functions(quantized, make)(x)
     quantizer = quantizers(quantized)[""]
     of_kernel = np.abs(kernels[0]).max(0) / 63 * (1 + 4 * 2.0**-23)
     units = np.asarray(quantized.bias[...], np.float64) / (
@@ -442,7 +445,9 @@ def test_histograms_of_another_network_are_refused():
             use(other)
         use(found)
     for use in (lambda given: sensitivity(model, x, histograms=given), lambda given: expected(model, given)):
-        with pytest.raises(TypeError, match="`histograms` is of type float: it must be a mapping of `Histogram`s"):
+        with pytest.raises(
+            TypeError, match="`histograms` is of type float: it must be a mapping of `Histogram`s"
+        ):
             use({"first": 1.0})
 
 

@@ -254,7 +254,10 @@ def test_branches_and_training_mode_are_refused_with_their_paths(tmp_path):
         ({"decoded": True}, ["`decoded`"]),
         (
             {"mean": (0.1, 0.2), "std": (1.0, 1.0), "channels": 3},
-            ["`mean` is (0.1, 0.2); it must be one number, or one for each of 3 channels, and `std` is (1.0, 1.0)"],
+            [
+                "`mean` is (0.1, 0.2); it must be one number, or one for each of 3 channels, and `std` is",
+                "(1.0, 1.0); it must be positive, one number, or one for each of 3",
+            ],
         ),
         ({"std": (0.0,), "image_size": 0}, ["`image_size` is 0", "`std` is (0.0,); it must be positive"]),
         ({"resize": 4}, ["`resize` is 4; it must be None or at least `image_size`, 8"]),
@@ -272,7 +275,10 @@ def test_branches_and_training_mode_are_refused_with_their_paths(tmp_path):
                 "`layout` is 'CHW'",
             ],
         ),
-        ({"decoded": 1, "channels": True}, ["`channels` is True; it must be a whole number", "`decoded` is 1"]),
+        (
+            {"decoded": 1, "channels": True},
+            ["`channels` is True; it must be a whole number", "`decoded` is 1"],
+        ),
     ],
 )
 def test_metadata_that_no_file_has(changes, parts):
@@ -296,12 +302,32 @@ def test_metadata_take_one_number_lists_and_numbers_of_numpy():
 @pytest.mark.parametrize(
     ("task", "changes", "part"),
     [
-        ("classify", {"class_names": ("a", "b")}, "`metadata.class_names` has 2 names, and the logits are (b, 3)"),
-        ("classify", {"task": "detect", "strides": (8,)}, "`metadata.task` is 'detect', and the network gives output"),
-        ("detect", {"task": "classify", "strides": ()}, "`metadata.task` is 'classify', and the network gives classes"),
+        (
+            "classify",
+            {"class_names": ("a", "b")},
+            "`metadata.class_names` has 2 names, and the logits are (b, 3)",
+        ),
+        (
+            "classify",
+            {"task": "detect", "strides": (8,)},
+            "`metadata.task` is 'detect', and the network gives output",
+        ),
+        (
+            "detect",
+            {"task": "classify", "strides": ()},
+            "`metadata.task` is 'classify', and the network gives classes",
+        ),
         ("detect", {"class_names": ("a",)}, "`metadata.class_names` has 1 names, and `classes` is (b, 5, 2)"),
-        ("detect", {"keypoint_names": ("a", "b")}, "`metadata.keypoint_names` has 2 names, and `keypoints` is (b,"),
-        ("detect", {"strides": (8,)}, "`metadata.strides`, (8,), stand for 16 locations, and the outputs have"),
+        (
+            "detect",
+            {"keypoint_names": ("a", "b")},
+            "`metadata.keypoint_names` has 2 names, and `keypoints` is (b,",
+        ),
+        (
+            "detect",
+            {"strides": (8,)},
+            "`metadata.strides`, (8,), stand for 16 locations, and the outputs have",
+        ),
     ],
 )
 def test_metadata_of_another_network_are_refused(classifier, detector, tmp_path, task, changes, part):

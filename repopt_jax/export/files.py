@@ -15,8 +15,8 @@ _ENTRY = b"\n\x06" + CHECKSUM.encode() + b"\x12\x40"
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Writes a file beside its place and then moves it there, so that a file of this name that was there stays
-    if writing fails. `~` is the home folder.
+    """Writes a file beside its place and then moves it there, so that an old file of this name stays if
+    writing fails. `~` is the home folder.
 
     Raises:
       OSError: the file cannot be written.

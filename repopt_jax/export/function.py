@@ -112,8 +112,8 @@ def _check_fit(outputs: Mapping[str, jax.Array], metadata: Metadata) -> None:
         locations = len(locations_of(metadata.image_size, metadata.strides).points)
         if shapes["classes"][1] != locations:
             problems.append(
-                f"`metadata.strides`, {metadata.strides}, stand for {locations} locations, and the outputs have "
-                f"{shapes['classes'][1]}"
+                f"`metadata.strides`, {metadata.strides}, stand for {locations} locations, and the outputs "
+                f"have {shapes['classes'][1]}"
             )
     elif metadata.task == "classify" and detects:
         problems.append(f"{given}, as a detector does")

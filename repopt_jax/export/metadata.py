@@ -96,9 +96,11 @@ class Metadata:
             raise ValueError(", and ".join(texts))
 
     def _rules(self, unknown: set[str]) -> dict[str, str]:
-        """What the other fields than `unknown` must be that break a rule; what it compares with those is met."""
+        """What fields must be that break a rule; nothing is said of `unknown` ones or by them."""
         detects, size, channels = self.task == "detect", self.image_size, self.channels
-        numbers = "one number" if "channels" in unknown else f"one number, or one for each of {channels} channels"
+        numbers = (
+            "one number" if "channels" in unknown else f"one number, or one for each of {channels} channels"
+        )
         rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
             ("task", lambda v: v in ("", "classify", "detect"), "'', 'classify' or 'detect'"),
             ("class_names", lambda v: bool(v) or not self.task, "given"),

@@ -263,7 +263,8 @@ class FusedDifference:
     Attributes:
       max_abs: largest difference in the output in which it is the largest part of the span.
       span: of that output, largest minus smallest.
-      agreement: share of images (of a detector: of locations) with the same largest number in the first output.
+      agreement: share of images (of a detector: of locations) with the same largest number in the first
+        output.
       count: number of images.
     """
 

@@ -148,8 +148,8 @@ def _bias_after(
         whole = np.rint(b.astype(np.float64) / unit)
         if (most := np.abs(whole).max(initial=0)) >= MAX_BIAS:
             raise Unsupported(
-                f"a bias of {most:.3g} units of the products, beside a kernel near zero, which the 32 bits of "
-                "integer kernels do not hold: export `quantize.with_integer_biases(model)`"
+                f"a bias of {most:.3g} units of the products, beside a kernel near zero: integer kernels "
+                "hold 32 bits; export `quantize.with_integer_biases(model)`"
             )
         if np.allclose(whole * unit, b, rtol=BIAS_ERROR, atol=0):
             q = Quantization(unit, np.asarray(0), -MAX_BIAS, MAX_BIAS, 0 if unit.ndim else None)
@@ -172,7 +172,9 @@ def fake_quantization(w: Writer, e: Equation) -> Tensor:
     if isinstance(t.data, np.ndarray):
         kinds = [k for k in (np.int8, np.uint8) if np.iinfo(k).min <= q.low and q.high <= np.iinfo(k).max]
         if not kinds:
-            raise Unsupported(f"a constant of whole numbers from {q.low} to {q.high}, which 8 bits do not hold")
+            raise Unsupported(
+                f"a constant of whole numbers from {q.low} to {q.high}, which 8 bits do not hold"
+            )
         shape = tuple(-1 if a == q.axis else 1 for a in range(t.data.ndim))
         s, z = (v.reshape(shape) if q.axis is not None else v for v in (q.scale, q.zero_point))
         whole = np.clip(np.rint(t.data / s) + z, q.low, q.high).astype(kinds[0])
@@ -638,7 +640,7 @@ def gathering(w: Writer, e: Equation) -> Tensor:
     numbers, operand = e.params["dimension_numbers"], e.inputs[0]
     index = w.known(e.inputs[1])
     sizes, parts = w.sizes(operand), w.graph.sizes(e.params["slice_sizes"])
-    if numbers.operand_batching_dims or index.ndim > 2 or index.ndim == 2 and index.shape[1] != 1:
+    if numbers.operand_batching_dims or index.ndim > 2 or (index.ndim == 2 and index.shape[1] != 1):
         raise Unsupported("a gather by indices of several axes")
     most = [sizes[a] - parts[a] for a in numbers.start_index_map]
     inside = np.clip(index, 0, most)

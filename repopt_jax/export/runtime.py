@@ -179,8 +179,8 @@ def prepare(pixels: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, float]:
         raise TypeError(f"`pixels` is of {given}: it must be a NumPy array of uint8, values from 0 to 255")
     if pixels.ndim != 3 or pixels.shape[-1] != metadata.channels or not pixels.size:
         raise ValueError(
-            f"`pixels` is {pixels.shape}: the file takes (height, width, {metadata.channels}) of any height and "
-            "width; repeat the channel of a grey image, or leave out that of transparency"
+            f"`pixels` is {pixels.shape}: the file takes (height, width, {metadata.channels}) of any height "
+            "and width; repeat the channel of a grey image, or leave out that of transparency"
         )
     size = metadata.image_size
     if metadata.task == "detect":
@@ -255,8 +255,8 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
         raise ValueError(f"{path} was not exported by this library: {error}") from error
     if CHECKSUM in entries and not is_unaltered(path.read_bytes(), entries[CHECKSUM]):
         raise ValueError(
-            f"{path} is damaged, or another program has changed it: it is not the one that was written; export "
-            f"it again, or take the entry {CHECKSUM} out of its metadata_props if the change is meant"
+            f"{path} is damaged, or another program has changed it: it is not the one that was written; "
+            f"export it again, or take the entry {CHECKSUM} out of its metadata_props if the change is meant"
         )
     inputs, outputs = (
         [_onnx_port(value) for value in values] for values in (session.get_inputs(), session.get_outputs())

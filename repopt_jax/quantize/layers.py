@@ -245,8 +245,8 @@ def kernel_scale(kernel: jax.Array, scheme: Scheme, least: float = 0.0) -> jax.A
 
 
 def layer_kernel_scale(layer: nnx.Conv | nnx.Linear, scheme: Scheme, least: float = 0.0) -> jax.Array:
-    """Returns `kernel_scale` of a layer as its quantizer finds it: of the kernel in the dtype in which the layer
-    computes, and in single precision at least."""
+    """Returns `kernel_scale` of a layer as its quantizer finds it: of the kernel in the dtype in which the
+    layer computes, and in single precision at least."""
     kernel = layer.kernel[...] if layer.dtype is None else layer.kernel[...].astype(layer.dtype)
     return kernel_scale(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)), scheme, least)
 
@@ -382,11 +382,11 @@ def with_integer_biases(model: nnx.Module) -> nnx.Module:
 
         b' = round(b / s) s,  s = (scale of the input) * (scale of the kernel)
 
-    where s has a value for each output channel if the kernel's scale has. Where a channel's kernel is so small
-    beside its bias that b / s has more than 30 bits, as of a channel that training has left dead, no scale of
-    that layer's kernel is less than the one with which the largest bias has 30: what is then rounded of the
-    small channels is less than float32 rounds of that bias. Layers in floating point stay as they are, and so
-    do biases in half precision, which does not hold such numbers.
+    where s has a value for each output channel if the kernel's scale has. Where a channel's kernel is so
+    small beside its bias that b / s has more than 30 bits, as of a channel that training has left dead, no
+    scale of that layer's kernel is less than the one with which the largest bias has 30: what is then rounded
+    of a product in the small channels is 2^-23 of that bias at most. Layers in floating point stay as they
+    are, and so do biases in half precision, which does not hold such numbers.
 
     Raises:
       TypeError: no NNX model.

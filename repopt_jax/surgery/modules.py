@@ -52,7 +52,7 @@ def is_training(module: nnx.Module) -> bool:
         return False
     rates = [getattr(module, name, None) for name in ("rate", "dropout_rate")]
     known = [rate for rate in rates if isinstance(rate, numbers.Real)]
-    return not known or any(rate > 0 for rate in known)
+    return not known or any(float(rate) > 0 for rate in known)
 
 
 class Removed(nnx.Module):
