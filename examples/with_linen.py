@@ -36,7 +36,7 @@ class Net(nn.Module):
         for name, stride in (("stem", 2), ("body", 1)):
             x = nn.Conv(16, (3, 3), stride, use_bias=False, name=name)(x)
             x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        return nn.Dense(10, name="head")(x.reshape(len(x), -1))
+        return nn.Dense(10, name="head")(x.reshape(x.shape[0], -1))
 
 
 def loss_of(params, stats, images, labels):

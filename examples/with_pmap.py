@@ -33,7 +33,7 @@ def init(key):
 def apply(params, images):
     x = block(images, params["stem"]["kernel"], stride=2)
     x = block(x, params["body"]["kernel"], stride=1)
-    return x.reshape(len(x), -1) @ params["head"]["kernel"] + params["head"]["bias"][None]
+    return x.reshape(x.shape[0], -1) @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
 def block(x, kernel, stride):

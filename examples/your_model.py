@@ -49,10 +49,10 @@ def main(make_model, batches, folder):
     tx = optax.chain(rj.repopt_mask(scales), sgd)  # the one line changed: it was `tx = sgd`
 
     check = rj.verify_equivalence(
-        model, scales, batches[:3], optimizer=tx, twin_optimizer=sgd, rngs=nnx.Rngs(2)
+        model, scales, batches[:3], loss=loss_of, optimizer=tx, twin_optimizer=sgd, rngs=nnx.Rngs(2)
     )
     if not check.equivalent:
-        raise RuntimeError("\n".join(check.reasons))
+        raise RuntimeError(str(check))  # the differences and the likely reason
     train(model, tx, batches)
     model.eval()
     return rj.fuse(model, example=(batches[0]["image"],))  # folds the batch norms into what they follow
@@ -84,7 +84,7 @@ class Net(nnx.Module):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x.reshape(len(x), -1))
+        return self.head(x.reshape(x.shape[0], -1))
 
 
 def digit_batches(count):

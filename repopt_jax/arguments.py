@@ -3,6 +3,8 @@
 import math
 import numbers
 import os
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +17,7 @@ def check_number(
     more_than: float | None = None,
     at_most: float | None = None,
     less_than: float | None = None,
-    optional: bool = True,
+    optional: bool = False,
 ) -> None:
     """Checks a number that is known now; arrays, traced values and schedules are passed over, and so is None
     if the number is `optional`.
@@ -40,17 +42,17 @@ def check_number(
         raise ValueError(f"`{name}` is {value}: it must be a finite number{range_of and f', {range_of}'}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Checks a number of things, at least one.
+def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
+    """Checks a number of things.
 
     Raises:
       TypeError: `value` is no integer.
-      ValueError: it is less than 1.
+      ValueError: it is less than `at_least`.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` is {value!r}: it must be a whole number")
-    if value < 1:
-        raise ValueError(f"`{name}` is {value}: it must be at least 1")
+    if value < at_least:
+        raise ValueError(f"`{name}` is {value}: it must be at least {at_least}")
 
 
 def check_kind(name: str, value: Any, kind: Any, what: str, *, remedy: str = "") -> None:
@@ -71,6 +73,39 @@ def check_kind(name: str, value: Any, kind: Any, what: str, *, remedy: str = "")
     text = isinstance(value, (str, os.PathLike))
     shown = repr(value) if text else f"of type {type(value).__name__}"
     raise TypeError(f"`{name}` is {shown}: it must be {what}{f' ({remedy})' if text and remedy else ''}")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type that a dataclass declares for a field; True and False are no numbers."""
+    if kind is Any:
+        return True
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return any(is_of(value, one) for one in typing.get_args(kind))
+    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is tuple and inside[1:] == (...,):
+        return isinstance(value, tuple) and all(is_of(entry, inside[0]) for entry in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(inside) and all(map(is_of, value, inside))
+    if origin is dict:
+        return isinstance(value, dict) and all(is_of(entry, inside[1]) for entry in value.values())
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, origin)
+
+
+def must_be(kind: Any, *, length: int | None = None) -> str:
+    """What a value is to be for `is_of`, without None: what follows "must", of a tuple with its `length`."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    kind = next(one for one in kinds if one is not type(None))
+    if typing.get_origin(kind) is tuple:
+        entries = {int: "whole numbers", float: "finite numbers", str: "texts"}
+        what = entries.get(typing.get_args(kind)[0], "lists")
+        return " ".join(filter(None, ("hold", str(length or ""), what)))
+    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
+    if typing.get_origin(kind) is dict and is_of(0, entry := typing.get_args(kind)[1]) and entry is not Any:
+        return "be an object of numbers"
+    return f"be {names.get(kind, 'an object of fields')}"
 
 
 def check_path(name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,29 @@ def call(path: Path, function: str, *args: Any, noun: str) -> Any:
         one, the line.
     """
     what = f"a {noun} is a file NAME.py with a function `{function}`"
-    name = f"repopt_{noun}_{path.stem}"
+    with _imported(path, what) as module:
+        found = getattr(module, function, None)
+        if not callable(found):
+            raise ValueError(f"{path} has no function `{function}`: {what}")
+        _check_signature(found, args, f"`{function}` of {path}")
+        with _located(path):
+            return found(*args)
+
+
+def execute(path: Path) -> None:
+    """Imports the Python file `path`, for what that does.
+
+    Raises:
+      ModuleNotFoundError, ValueError: as `call`.
+    """
+    with _imported(path, "give a file NAME.py"):
+        pass
+
+
+@contextlib.contextmanager
+def _imported(path: Path, what: str) -> Iterator[types.ModuleType]:
+    """The file as a module, while modules of its folder can be imported; `what` says what it should be."""
+    name = f"repopt_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file: {what}")
@@ -60,12 +83,7 @@ def call(path: Path, function: str, *args: Any, noun: str) -> Any:
     try:
         with _located(path):
             spec.loader.exec_module(module)
-        found = getattr(module, function, None)
-        if not callable(found):
-            raise ValueError(f"{path} has no function `{function}`: {what}")
-        _check_signature(found, args, f"`{function}` of {path}")
-        with _located(path):
-            return found(*args)
+        yield module
     finally:
         with contextlib.suppress(ValueError):  # the file has changed the list itself
             sys.path.remove(folder)

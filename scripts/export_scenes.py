@@ -53,8 +53,8 @@ def main() -> None:
         done[name] = export(args.out / "run", path, format="onnx-int8", **options)
         print(row, done[name].int8.test)
     network = deploy.load_plain(args.out / "run")
-    args.results.with_suffix(".md").write_text(markdown(deploy.evaluate(network), done))
-    draw(network, done["int8"].path, args.results.with_suffix(".png"))
+    Path(f"{args.results}.md").write_text(markdown(deploy.evaluate(network), done))
+    draw(network, done["int8"].path, Path(f"{args.results}.png"))
     print(f"Written: {args.results}.md and {args.results}.png")
 
 

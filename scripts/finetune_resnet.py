@@ -217,8 +217,8 @@ def main():
         "ways": ways,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(markdown(result))
+    pathlib.Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
+    pathlib.Path(f"{args.out}.md").write_text(markdown(result))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
     python scripts/quantize_table.py RUNS --out=scripts/results/quantize_digits
     python scripts/quantize_table.py RUNS --out=PATH --qat=4:tensor    # also trained on with 4 bits
 
-RUNS is the folder of a finished `repopt compare`: every way of training and every seed of it is fused and
-quantized, kernels and inputs to the same number of bits, with a scale per channel and per tensor. Ranges are
-found on 512 training images, which are not augmented. With `--qat` each network is trained on with that many
-bits, for half of its epochs at a tenth of its learning rate; these trainings are kept in RUNS/aware. Writes
-PATH.json, PATH.md and PATH.png.
+RUNS is the folder of a finished `repopt compare`: every way of training and every seed of it (of a grid, at
+the point that was chosen) is fused and quantized, kernels and inputs to the same number of bits, with a scale
+per channel and per tensor. Ranges are found on 512 training images, which are not augmented. With `--qat`
+each network is trained on with that many bits, for half of its epochs at a tenth of its learning rate; these
+trainings are kept in RUNS/aware. Writes PATH.json, PATH.md and PATH.png.
 """
 
 import argparse
@@ -43,17 +43,16 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True, help="results, without an ending")
     parser.add_argument("--calibration", default="percentile", help="abs-max, percentile, entropy or mse")
     parser.add_argument("--qat", default="", metavar="BITS:PER", help="such as 4:tensor")
-    parser.add_argument("--data_dir", help="folder of the images, if not the one that the runs used")
+    parser.add_argument("--data-dir", help="folder of the images, if not the one that the runs used")
     args = parser.parse_args()
     logging.getLogger("repopt_jax").setLevel(logging.WARNING)
     report = json.loads((args.runs / "report.json").read_text())
     labels = {row["way"]: row["label"] for row in report["rows"]}
     networks = []
-    for way in labels:
-        for folder in sorted((args.runs / "runs" / way).glob("*/seed*"), key=lambda path: path.name):
-            if not (folder / DIVERGED).exists():
-                networks.append(measure(way, folder, args))
-                print(json.dumps(networks[-1]), flush=True)
+    for way, folder in runs_of(report, args.runs):
+        if not (folder / DIVERGED).exists():
+            networks.append(measure(way, folder, args))
+            print(json.dumps(networks[-1]), flush=True)
     task = report["task"]
     content = {
         "title": report["title"],
@@ -71,9 +70,20 @@ def main():
         },
         "networks": networks,
     }
-    args.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(markdown(content))
-    args.out.with_suffix(".png").write_bytes(figures.png(draw(content)))
+    pathlib.Path(f"{args.out}.json").write_text(json.dumps(content, indent=1) + "\n")
+    pathlib.Path(f"{args.out}.md").write_text(markdown(content))
+    pathlib.Path(f"{args.out}.png").write_bytes(figures.png(draw(content)))
+
+
+def runs_of(report: dict[str, Any], runs: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
+    """Way and folder of each run in the table of a comparison, by way and seed: of a grid those at the point
+    that was chosen. The report names folders as they were seen where it was made; their ends are kept."""
+    return [
+        (row["way"], runs.joinpath(*pathlib.Path(run["directory"]).parts[-4:]))  # runs/WAY/POINT/seedN
+        for row in report["rows"]
+        for run in report["runs"]
+        if run["label"] == row["label"]
+    ]
 
 
 def measure(way: str, folder: pathlib.Path, args: argparse.Namespace) -> dict[str, Any]:

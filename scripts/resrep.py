@@ -193,8 +193,8 @@ def main() -> None:
         for name in args.networks:
             rows.append(measure(name, seed, args.images, args.runs))
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.with_suffix(".json").write_text(json.dumps(result, indent=1))
-            out.with_suffix(".md").write_text(markdown(result))
+            pathlib.Path(f"{out}.json").write_text(json.dumps(result, indent=1))
+            pathlib.Path(f"{out}.md").write_text(markdown(result))
 
 
 if __name__ == "__main__":

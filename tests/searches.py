@@ -30,7 +30,14 @@ def records(paths, *, negative=0):
 
 def train_records(rate):
     return [
-        {"kind": "train", "step": step, "epoch": step / STEPS, "lr": rate(step / STEPS / EPOCHS)}
+        {
+            "kind": "train",
+            "step": step,
+            "epoch": step / STEPS,
+            "lr": rate(step / STEPS / EPOCHS),
+            "images_per_s": 1000.0,
+            "data_wait": 0.0,
+        }
         for step in range(0, EPOCHS * STEPS + 1, 10)
     ]
 

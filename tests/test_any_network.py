@@ -27,7 +27,7 @@ from repopt_jax.surgery.layers import find_branches, find_layers
 from repopt_jax.surgery.modules import aliases, named_modules, replace_modules
 from repopt_jax.surgery.prepare import Mode, prepare
 from repopt_jax.surgery.reinitialize import merge_weights, reinitialize, sample_weights
-from repopt_jax.surgery.search import csla_twin, depth_scales, extract_scales, to_search
+from repopt_jax.surgery.search import csla_twin, depth_scales, extract_scales, law_scales, to_search
 from repopt_jax.surgery.structures import to_repvgg, to_structure
 from repopt_jax.verify.equivalence import verify_equivalence
 
@@ -338,6 +338,45 @@ def test_the_depth_rule_counts_equal_layers_in_a_row():
     np.testing.assert_allclose(value(scanned, "blocks/mix/kernel"), np.sqrt([2 / 3, 2 / 4, 2 / 5]), rtol=1e-6)
     mlp = depth_scales(NETWORKS["MLP"].abstract(), r"layers/.*")
     assert [float(value(mlp, f"layers/{i}/kernel")) for i in range(4)] == pytest.approx([1, np.sqrt(2), 1, 1])
+
+
+def test_the_depth_rule_counts_in_the_order_of_the_calls_of_an_example():
+    class Named(nnx.Module):
+        """Four equal layers, whose names are in another order than their calls."""
+
+        def __init__(self, *, rngs):
+            for name in ("first", "second", "third", "fourth"):
+                setattr(self, name, nnx.Conv(4, 4, (3, 3), rngs=rngs))
+            self.extra = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+
+        def __call__(self, x, *, extra=False):
+            for name in ("first", "second", "third", "fourth", "second"):
+                x = getattr(self, name)(x)
+            return self.extra(x) if extra else x
+
+    def values(scales):
+        return [float(scales.vectors[f"{name}/kernel"]["3x3"][0]) for name in called]
+
+    def expected(*depths):
+        return pytest.approx([np.sqrt(2 / l) if l else 1.0 for l in depths])  # noqa: E741
+
+    model = nnx.eval_shape(lambda: Named(rngs=nnx.Rngs(0)))
+    image, called = (
+        jax.ShapeDtypeStruct((1, 8, 8, 4), "float32"),
+        ("first", "second", "third", "fourth", "extra"),
+    )
+    assert values(depth_scales(model)) == expected(1, 3, 4, 2, 0)  # the order of the alphabet
+    every = depth_scales(model, example=lambda m: m(jnp.zeros((1, 8, 8, 4)), extra=True))
+    assert values(every) == expected(0, 1, 2, 3, 4)
+    called, others = called[:-1], r"(?!extra).*"
+    scales = depth_scales(model, others, example=(image,))
+    assert values(scales) == expected(0, 1, 2, 3)
+    assert list(scales.entries) == sorted(scales.entries)
+    assert values(law_scales(model, 1.0, others, example=(image,))) == expected(0, 1, 2, 3)
+    with pytest.raises(ValueError, match=r"does not call extra/kernel in the `example`.*depth_rule"):
+        depth_scales(model, example=(image,))
+    with pytest.raises(TypeError, match="`example` is a int"):
+        depth_scales(model, example=3)
 
 
 # -- deploying
@@ -698,6 +737,8 @@ def test_mode_mistakes():
             ValueError, match=rf"^mode {mode} has no use for `scales`: leave them out, or train"
         ):
             prepare(model, mode, scales=scales, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^mode plain has no use for an `example`: leave it out"):
+        prepare(model, "plain", example=(jnp.ones((1, 4)),), rngs=nnx.Rngs(0))
     with pytest.raises(
         ValueError, match=r"^mode repopt needs `scales`: give those of a search, or `depth_scal"
     ):

@@ -1,9 +1,12 @@
 """What public functions are given by mistake: an error at once, with the name of the argument."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from networks import TINY_DETECTOR, abstract
 
 import repopt_jax
 from repopt_jax import Scales, models
@@ -25,6 +28,8 @@ def scales(model):
     return repopt_jax.depth_scales(model)
 
 
+BACKBONE = TINY_DETECTOR.backbone
+NARROW = models.VGGVariant("narrow", (1, 1, 1, 1), (2, 2, 2, 2, 2))
 PARAMS = {"w": jnp.ones((3, 3, 4, 4))}
 # What scales are given to: name -> call(scales, model).
 TAKE_SCALES = {
@@ -83,6 +88,17 @@ def test_a_seed_where_rngs_are_due(name, model, scales):
         TAKE_RNGS[name](model, scales, 0)
 
 
+@pytest.mark.parametrize("name", ["to_search", "to_structure", "reinitialize"])
+def test_an_abstract_network_is_given_what_a_real_one_is(name, model, scales):
+    shapes = nnx.eval_shape(lambda: nnx.clone(model))
+    with pytest.raises(TypeError, match="`rngs` is of type int"):
+        TAKE_RNGS[name](shapes, scales, 0)
+    second = {"to_search": None, "to_structure": "repvgg", "reinitialize": scales}[name]
+    for options, match in [({"keep": "all"}, "`keep` is 'all'"), ({"keep": "split"}, "kept or discarded")]:
+        with pytest.raises(ValueError, match=match):
+            getattr(repopt_jax, name)(shapes, second, allow_trained=True, **options, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
@@ -101,6 +117,39 @@ def test_networks_that_cannot_be(options, error, match):
         models.create(**{"name": "vgg-digits", "num_classes": 10, "rngs": nnx.Rngs(0), **options})
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda rngs: models.EfficientRep(BACKBONE, rngs=0), TypeError, r"`rngs` is .* nnx\.Rngs\(0\)"),
+        (
+            lambda rngs: models.EfficientRep(BACKBONE, in_channels=0, rngs=rngs),
+            ValueError,
+            "`in_channels` is 0",
+        ),
+        (lambda rngs: models.EfficientRep("tiny", rngs=rngs), TypeError, "`variant` is 'tiny'"),
+        (lambda rngs: models.FCOS(TINY_DETECTOR, num_classes=1, rngs=0), TypeError, "`rngs` is of type int"),
+        (
+            lambda rngs: models.FCOS(TINY_DETECTOR, num_classes="3", rngs=rngs),
+            TypeError,
+            "`num_classes` is '3': it must be a whole number",
+        ),
+        (
+            lambda rngs: models.FCOS(TINY_DETECTOR, num_classes=1, num_keypoints=2.5, rngs=rngs),
+            TypeError,
+            "`num_keypoints` is 2.5",
+        ),
+        (
+            lambda rngs: models.vgg(NARROW, num_classes=2, post_se=True, rngs=rngs),
+            ValueError,
+            "squeeze-and-excitation of 2 channels has 0 hidden ones",
+        ),
+    ],
+)
+def test_other_networks_that_cannot_be(make, error, match):
+    with pytest.raises(error, match=match):
+        abstract(make)
+
+
 @pytest.mark.parametrize("family", [models.vgg, models.ghostnet, models.mobileone, models.RepMLPNet])
 def test_a_name_where_a_variant_is_due(family):
     with pytest.raises(TypeError, match=r"`variant` is 'A0': it must be a \w+Variant; `models.create` takes"):
@@ -117,6 +166,19 @@ def test_a_name_where_a_variant_is_due(family):
         (lambda s: repopt_jax.repopt_sgd(0.1, s, weight_decay=-1), ValueError, "`weight_decay` is -1"),
         (lambda s: repopt_jax.repopt_sgd(float("nan"), s), ValueError, "`learning_rate` is nan"),
         (lambda s: repopt_jax.repopt_sgd("0.1", s), TypeError, "`learning_rate` is '0.1'"),
+        *(
+            (
+                functools.partial(make, 0.1, **{name: None}),
+                TypeError,
+                f"`{name}` is None: it must be a number",
+            )
+            for make, names in {
+                repopt_jax.repopt_sgd: ["weight_decay"],
+                repopt_jax.repopt_adamw: ["b1", "b2", "eps", "eps_root", "weight_decay"],
+                repopt_jax.repopt_lion: ["b1", "b2", "weight_decay"],
+            }.items()
+            for name in names
+        ),
         (lambda s: repopt_jax.repopt_adamw(0.1, s, b1=1), ValueError, "`b1` is 1: .* less than 1"),
         (lambda s: repopt_jax.repopt_adamw(0.1, s, b2=-0.1), ValueError, "`b2` is -0.1"),
         (lambda s: repopt_jax.repopt_adamw(0.1, s, eps=-1), ValueError, "`eps` is -1"),
@@ -137,7 +199,8 @@ def test_a_tolerance_that_is_none(tolerance, model, scales):
 
 def test_what_is_known_only_later_is_taken(scales):
     """Schedules, arrays and what `optax.inject_hyperparams` traces; None for no momentum."""
-    for value in (None, optax.constant_schedule(0.1), jnp.float32(-1.0)):
+    check_number("x", None, at_least=0, optional=True)
+    for value in (optax.constant_schedule(0.1), jnp.float32(-1.0)):
         check_number("x", value, at_least=0)
     repopt_jax.repopt_sgd(optax.constant_schedule(0.1), scales, momentum=None)
     optax.inject_hyperparams(lambda rate: repopt_jax.repopt_sgd(rate, scales))(rate=0.1)

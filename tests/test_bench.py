@@ -321,6 +321,44 @@ def test_results_are_added_and_measured_again(tmp_path, monkeypatch):
         bench(["step"], TINY, out=out)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda there: "[" * 100_000,
+        lambda there: there | {"machine": [1]},
+        lambda there: there | {"machine": {}},
+        lambda there: there | {"sections": 3},
+        lambda there: there | {"sections": [1]},
+        lambda there: there | {"sections": [{}]},
+        lambda there: there | {"sections": [there["sections"][0] | {"title": [1]}]},
+        lambda there: there | {"sections": [there["sections"][0] | {"candidates": [1]}]},
+        lambda there: there | {"sections": [there["sections"][0] | {"candidates": {"plain": {"ms": 1}}}]},
+    ],
+)
+def test_results_that_are_damaged_are_refused(tmp_path, change):
+    changed = change(results.joined(None, [made_up()]))
+    (tmp_path / "x.json").write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(ValueError, match=r"x.json holds no results of `repopt bench`: give another --out"):
+        results.read(tmp_path / "x")
+
+
+def test_nothing_is_measured_where_a_part_cannot_be(tmp_path, monkeypatch):
+    """All that is wrong is said, before the first part."""
+    for part in suite.PARTS:
+        monkeypatch.setitem(suite.PARTS, part, lambda settings: pytest.fail("measured"))
+    settings = dataclasses.replace(
+        TINY, model="repmlpnet-digits", networks=("plain", "orepa"), images=str(tmp_path / "none")
+    )
+    with pytest.raises(ValueError, match="the parts update and optimizers cannot measure repmlp") as raised:
+        bench(["all"], settings)
+    said = str(raised.value)
+    assert "; `networks` plain, orepa must hold one of repopt, repvgg for the part inference: add" in said
+    assert "; the part torch makes VGG-style networks without squeeze-and-excitation only, not rep" in said
+    assert f"; `images` cannot be used for the part input: `data_dir` {settings.images} is not a fol" in said
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        bench(["step", "input"], TINY)
+
+
 def test_what_failed_is_in_table_and_chart():
     section = made_up()
     assert f"| RepVGG | {DOES_NOT_FIT} |  |  |" in results.table(section)

@@ -219,6 +219,9 @@ def test_average_pooling_has_no_elementwise_rule(x64):
         ((2, 2, 4, 4), {}, ("2x2",)),
         ((8, 8, 3, 3), {"layout": "oi..."}, ("3x3", "1x1", "identity")),
         ((5, 2, 3, 3, 8, 8), {"stacked": 2}, ("3x3", "1x1", "identity")),
+        ((8, 2, 4), {"layout": "ioo"}, ("dense", "identity")),
+        ((2, 4, 3), {"layout": "oio"}, ("dense",)),
+        ((8, 3, 3, 8), {"layout": "isso"}, ("3x3", "1x1", "identity")),
         ((5, 8, 1, 3, 3), {"stacked": 1, "groups": 8, "layout": "oi..."}, ("3x3", "1x1")),
     ],
 )
@@ -313,3 +316,14 @@ def test_a_branch_of_one_s_own_is_one_class(x64):
     j[:4, 36:] = np.diag(np.tile(scales["corner7"], 2))
     assert_close(np.ravel(branches.precondition(g, scales)), j @ (j.T @ g.ravel()), EXACT)
     del Branch.types["Corner"]
+
+
+def test_a_branch_has_a_class_name_of_its_own():
+    """A file of scales has the name. A class that is defined again in its file takes its own place."""
+    with pytest.raises(
+        TypeError, match=r"class Average of test_branches .* branch of repopt_jax\.core\.branches,"
+    ):
+        type("Average", (Pool,), {"__module__": __name__})
+    assert Branch.types["Average"] is Average
+    _, again = (type("Again", (Pool,), {"__module__": __name__}) for _ in range(2))
+    assert Branch.types.pop("Again") is again

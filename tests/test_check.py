@@ -13,8 +13,10 @@ from optax import contrib
 import repopt_jax
 from repopt_jax.core import paths
 from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel, Local
-from repopt_jax.core.published import default_branches
+from repopt_jax.core.parametrization import Parametrization
+from repopt_jax.core.published import default_branches, orepa
 from repopt_jax.core.scales import LayerScales, Scales
+from repopt_jax.core.structure import Geometry
 from repopt_jax.optim import check
 from repopt_jax.optim.adaptive import repopt_adamw, repopt_lion, repopt_sign_mask, scale_by_repopt_adam
 from repopt_jax.optim.check import Reason
@@ -440,3 +442,12 @@ def test_extra_arguments_reach_the_optimizer():
 
 def test_the_check_is_part_of_the_package():
     assert repopt_jax.check_optimizer is check.check_optimizer
+
+
+def test_structures_that_are_trained_have_no_such_check():
+    structures = {"kernel": Parametrization(orepa(Geometry((3, 3), 4, 4)))}
+    tx = reparameterize(optax.sgd(0.1), structures, trainable_scales=True)
+    with pytest.raises(
+        TypeError, match=r"`scales` are structures .* no such check: .*put decay and clipping inside"
+    ):
+        check.check_optimizer(tx, structures, {"kernel": jnp.ones((3, 3, 4, 4))})

@@ -5,6 +5,7 @@ import inspect
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,7 +15,7 @@ from flax import nnx
 from forms import UNIREPLKNET, is_of_small_windows
 from networks import abstract, count, parameter_shapes, relative, settled_statistics
 
-from repopt_jax import Geometry, fuse, models, prepare, to_structure
+from repopt_jax import Geometry, find_parametrizations, fuse, models, prepare, to_structure
 from repopt_jax.core import published
 from repopt_jax.core.branches import Kernel
 from repopt_jax.core.published import STRUCTURES, acnet, dbb, repghost
@@ -129,7 +130,12 @@ def test_by_default_a_structure_goes_where_it_is_defined():
     own_only = dict.fromkeys(("out", "deeper"), "the structure would have its own kernel only")
     assert reasons(unet) == own_only | {"up": UP}
     # Two taps have no centre.
-    assert "cannot be centred" in reasons(find_structures(NETWORKS["U-Net"].abstract(), "acnet"))["deeper"]
+    deeper = reasons(find_structures(NETWORKS["U-Net"].abstract(), "acnet"))["deeper"]
+    assert "not defined for a 2x2 layer of" in deeper
+    assert "cannot be centred in a window of 2 taps (spatial axis 0): the window has 1 more" in deeper
+    assert "Geometry" not in deeper
+    dense = reasons(find_structures(NETWORKS["MLP"].abstract(), "unireplknet"))["layers/0"]
+    assert dense == "it is a dense layer, which has no window for large kernels"
 
 
 class Unreadable(nnx.Module):
@@ -154,6 +160,33 @@ def test_a_layer_that_no_branches_can_replace(caplog):
     assert "layers that no branches can replace are left as they are: causal: padding" in caplog.text
     with pytest.raises(ValueError, match=r"not defined for all selected layers: causal: .*padding 'CAUSAL'"):
         to_structure(model, "repvgg", "causal|conv", rngs=nnx.Rngs(0))
+
+
+class Normed(nnx.Module):
+    """A layer and its batch norm."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 2, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("structure", "given", "said"),
+    [
+        ("repvgg", {}, True),
+        ("repvgg", {"example": (jnp.ones((1, 4, 4, 2)),)}, False),
+        ("repvgg", {"pairs": {"conv": "norm"}}, False),
+        ("qarepvgg", {}, False),
+    ],
+    ids=["nothing", "example", "pairs", "a norm after the sum"],
+)
+def test_norms_that_stay_are_named_where_nothing_says_what_they_follow(structure, given, said, caplog):
+    model = to_structure(Normed(nnx.Rngs(0)), structure, rngs=nnx.Rngs(0), **given)
+    assert ("the batch norms norm stay" in caplog.text) == said
+    assert isinstance(model.norm, nnx.BatchNorm) == (said or structure == "qarepvgg")
 
 
 class Dense(nnx.Module):
@@ -319,11 +352,42 @@ def test_options_by_name_and_by_description():
             lambda: prepare(nnx.Sequential(), "plain", options={"gamma": 1}, rngs=nnx.Rngs(0)),
             r"mode plain has no structure that takes `options` \{'gamma': 1\}",
         ),
+        (
+            lambda: prepare(nnx.Sequential(), "plain", select=".*", branches=[], rngs=nnx.Rngs(0)),
+            "mode plain leaves every layer as it is, without a use for `select` and `branches`",
+        ),
+        (
+            lambda: prepare(nnx.Sequential(), "plain", keep="all", rngs=nnx.Rngs(0)),
+            "`keep` is 'all': it must be 'split' or None",
+        ),
     ],
 )
 def test_wrong_names_and_options(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("take", [find_structures, find_parametrizations, to_structure])
+@pytest.mark.parametrize(
+    ("structure", "match"),
+    [
+        (None, "`structure` is of type NoneType: it must be a name in `STRUCTURES`, or a description"),
+        (3, "`structure` is of type int"),
+        (
+            published.repvgg(PLAIN),
+            "`structure` is of type Structure: .* a function from a layer's `Geometry`",
+        ),
+        (
+            {"a": 1, "b": "repvgg", "c": published.repvgg(PLAIN)},
+            "of the rule 'a' is of type int; `structure` of the rule 'c' is of type Structure: it must",
+        ),
+    ],
+)
+def test_what_is_no_structure(take, structure, match):
+    model = nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)))
+    options = {"rngs": nnx.Rngs(0), "trained": False} if take is to_structure else {}
+    with pytest.raises(TypeError, match=match):
+        take(model, structure=structure, **options)
 
 
 def test_options_as_text():

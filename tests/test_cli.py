@@ -365,7 +365,7 @@ def test_class_count_that_does_not_fit(capsys, searched, tmp_path):
     before = files(searched)
     refused(
         capsys,
-        ["eval", f"--run={searched}", f"--data_dir={other}"],
+        ["eval", f"--run={searched}", f"--data-dir={other}"],
         "trained on 2 classes",
         "have 3",
         "cat, dog, eel",
@@ -435,6 +435,25 @@ def test_fields_that_may_be_none_are_set_to_none(place):
     # The last one counts.
     both = ["--config.optim.clip_norm=None", "--config.optim.clip_norm=2"]
     assert read_config(config, both).optim.clip_norm == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("tensorboard,wandb", ("tensorboard", "wandb")),
+        ("tensorboard, wandb,", ("tensorboard", "wandb")),
+        ("('tensorboard', 'wandb')", ("tensorboard", "wandb")),
+        ("['wandb']", ("wandb",)),
+        ("wandb", ("wandb",)),
+        ("()", ()),
+        ("", ()),
+    ],
+)
+def test_texts_of_a_tuple_stand_between_commas(place, text, value):
+    config = read_config(f"{place}/tiny.py:search", [f"--config.loggers={text}"])
+    assert config.loggers == value
+    paths = read_config(f"{place}/tiny.py:search", ["--config.quantize.keep_float=head/fc,stages/0/1/conv"])
+    assert paths.quantize.keep_float == ("head/fc", "stages/0/1/conv")
 
 
 def test_quickstart_leaves_foreign_folders_alone(capsys, place, tmp_path):
@@ -631,7 +650,14 @@ def test_convert_refuses_in_one_sentence(capsys, searched, tmp_path):
         ([searched, file], ["exists: it is not overwritten"]),
         ([tmp_path / "nothing.pth", tmp_path / "b"], ["no file or folder at"]),
         ([searched, tmp_path / "b"], ["is a folder of ours", ".safetensors, .pth or .pt"]),
-        ([searched, tmp_path / "b.pth", "--model=repvgg-A0"], ["says itself what it holds"]),
+        (
+            [searched, tmp_path / "b.pth", "--model=repvgg-A0", "--classes=5", "--to=timm"],
+            ["says itself what it holds: leave out `model`='repvgg-A0', `classes`=5 (of files only)"],
+        ),
+        (
+            [searched, tmp_path / "b.pth", "--to=scales"],
+            ["leave out `to`='scales' (of files only); `to` may be repvgg, repopt, "],
+        ),
         ([searched, tmp_path / "b.pth", "--to=timm"], ["'timm'", "no place for the layers stages/0/0/bn"]),
         ([file, tmp_path / "b"], ["`model` must name the file's architecture"]),
         ([file, tmp_path / "b", "--model=vgg16"], ["there is no network 'vgg16'"]),
@@ -640,6 +666,12 @@ def test_convert_refuses_in_one_sentence(capsys, searched, tmp_path):
         ([file, tmp_path / "b", "--model=cli-tiny", "--to=repopt"], ["is a folder of ours"]),
         ([file, tmp_path / "b", "--model=cli-tiny", "--key=ema"], [str(file), "'ema'"]),
         ([file, tmp_path / "b.pth", "--to=scales"], ["scales go into a folder"]),
+        (
+            [file, tmp_path / "b", "--to=scales", "--classes=3"],
+            ["`classes`=3 does nothing"],
+        ),
+        ([file, tmp_path / "b.pth", "--model=cli-tiny", "--to=zz"], ["`to` is 'zz': it must be one of"]),
+        ([file, tmp_path / "none" / "b.pth", "--model=cli-tiny"], ["`out`", "in no folder that exists"]),
     ):
         refused(capsys, ["convert", *arguments], *parts)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]

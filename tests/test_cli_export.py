@@ -131,14 +131,14 @@ def test_eval_of_a_file_on_a_folder(capsys, runs, tmp_path):
     out = tmp_path / "network.stablehlo"
     export(runs / "pets", out, format="stablehlo")
     (of_run,) = run(capsys, "eval", f"--run={runs / 'pets'}")
-    (of_file,) = run(capsys, "eval", f"--model={out}", f"--data_dir={runs / 'data'}")
+    (of_file,) = run(capsys, "eval", f"--model={out}", f"--data-dir={runs / 'data'}")
     assert of_file.partition(";")[0] == of_run.partition(";")[0]
     refused(capsys, ["eval", f"--model={out}"], "give `data_dir`")
     refused(
         capsys, ["eval", f"--model={out}", f"--run={runs / 'found'}"], "for the task 'classify'", "'detect'"
     )
     other = write_images(tmp_path / "other", classes=("cat", "cow"))
-    refused(capsys, ["eval", f"--model={out}", f"--data_dir={other}"], "cat, dog", "cat, cow")
+    refused(capsys, ["eval", f"--model={out}", f"--data-dir={other}"], "cat, dog", "cat, cow")
 
 
 def test_the_wrong_preprocessing_is_seen(runs, tmp_path):
@@ -350,7 +350,10 @@ def test_operations_that_are_counted_are_the_networks(runs, tmp_path):
         (["--format=onnx", "--out=a.onnx", "--scale-bits=4"], ["`scale_bits` is for the format onnx-int8"]),
         (["--format=onnx-int8", "--out=a.onnx", "--scale-bits=0"], ["`scale_bits` is 0", "from 1 to 24"]),
         (["--format=onnx", "--out=a.onnx", "--decode"], ["`decode` is for the format stablehlo"]),
-        (["--format=stablehlo", "--out=a.stablehlo", "--decode"], ["`decoded` is True", "detector"]),
+        (
+            ["--format=stablehlo", "--out=a.stablehlo", "--decode"],
+            ["`decode` is for a detector", "holds a classifier: leave it out"],
+        ),
         (["--format=stablehlo", "--out=none/a.stablehlo"], ["no folder none"]),
         (["--format=stablehlo", "--out=a.stablehlo", "--checkpoint=9999"], ["9999"]),
     ],
@@ -380,31 +383,31 @@ def test_export_does_not_overwrite(capsys, runs, tmp_path):
 def test_images_to_calibrate_on_that_do_not_fit(capsys, runs, tmp_path):
     arguments = ["export", f"--run={runs / 'pets'}", "--format=onnx-int8", f"--out={tmp_path / 'a.onnx'}"]
     (tmp_path / "empty").mkdir()
-    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'none'}"], "none is not a folder")
-    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'empty'}"], "has no folder train")
+    refused(capsys, [*arguments, f"--data-dir={tmp_path / 'none'}"], "none is not a folder")
+    refused(capsys, [*arguments, f"--data-dir={tmp_path / 'empty'}"], "has no folder train")
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / "empty" / split / name).mkdir(parents=True)
-    refused(capsys, [*arguments, f"--data_dir={tmp_path / 'empty'}"], "JPEG, PNG, WebP or BMP")
+    refused(capsys, [*arguments, f"--data-dir={tmp_path / 'empty'}"], "JPEG, PNG, WebP or BMP")
     coloured = tmp_path / "coloured"
     shutil.copytree(runs / "data", coloured)
     for path in coloured.rglob("*.png"):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
-    refused(capsys, [*arguments, f"--data_dir={coloured}"], "images of 1 channels, and the data have 3")
+    refused(capsys, [*arguments, f"--data-dir={coloured}"], "images of 1 channels, and the data have 3")
     assert not (tmp_path / "a.onnx").exists()
     larger = tmp_path / "larger"  # are resized, as any image is
     shutil.copytree(runs / "data", larger)
     for path in larger.rglob("*.png"):
         with Image.open(path) as image:
             image.resize((31, 20)).save(path)
-    run(capsys, *arguments, f"--data_dir={larger}")
+    run(capsys, *arguments, f"--data-dir={larger}")
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])
 def test_files_that_cannot_be_used(capsys, runs, tmp_path, command):
     picture = tmp_path / "picture.png"
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(picture)
-    arguments = [command, *([str(picture)] if command == "predict" else [f"--data_dir={runs / 'data'}"])]
+    arguments = [command, *([str(picture)] if command == "predict" else [f"--data-dir={runs / 'data'}"])]
     refused(capsys, [*arguments, f"--model={tmp_path / 'none.onnx'}"], "no file", "none.onnx")
     refused(capsys, [*arguments, f"--model={picture}"], "does not end in .onnx or .stablehlo")
     for name in ("a.onnx", "a.stablehlo"):
@@ -424,4 +427,4 @@ def test_missing_packages(capsys, runs, tmp_path, monkeypatch, package, format):
     refused(capsys, ["export", f"--run={runs / 'pets'}", f"--format={format}", f"--out={out}"], sentence)
     if package != "onnx":  # to run a file needs less than to write it
         out.write_bytes(b"")
-        refused(capsys, ["eval", f"--model={out}", f"--data_dir={runs / 'data'}"], sentence)
+        refused(capsys, ["eval", f"--model={out}", f"--data-dir={runs / 'data'}"], sentence)

@@ -14,6 +14,7 @@ import programs
 import pytest
 
 from repopt_jax import bench, train
+from repopt_jax.bench.settings import NETWORKS
 from repopt_jax.cli import completion
 from repopt_jax.cli.main import main, make_parsers
 from repopt_jax.deploy import exporting
@@ -155,7 +156,7 @@ def test_bash_completes(bash, line, completed):
 def test_bash_lists(bash):
     parsers = make_parsers()[1]
     assert set(bash.all("repopt ")) == {*parsers, "--help", "--version"}
-    assert set(bash.all("repopt eval --")) == {"--help", "--run=", "--model=", "--checkpoint=", "--data_dir="}
+    assert set(bash.all("repopt eval --")) == {"--help", "--run=", "--model=", "--checkpoint=", "--data-dir="}
     left = bash.all("repopt eval --run=runs/first --")
     assert "--run=" not in left
     assert "--model=" in left
@@ -282,9 +283,16 @@ def test_the_kept_words_are_those_of_the_configs_and_their_fields():
         ("export", "--weights", exporting.WEIGHTS),
         ("quantize", "--weights", exporting.WEIGHTS),
         ("bench", "PARTS", (*bench.PARTS, "all")),
+        ("bench", "--networks", NETWORKS),
     ],
 )
 def test_offered_values_are_the_known_ones(command, option, known):
     actions = make_parsers()[1][command]._actions
     action = next(a for a in actions if option in a.option_strings or a.metavar == option)
     assert action.completer(prefix="") == list(known)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_names_of_options_have_one_spelling():
+    """Words with a dash between them; the fields of a config have the names of Python."""
+    _, parsers = make_parsers()
+    assert not [name for parser in parsers.values() for name in parser.options if "_" in name]

@@ -17,6 +17,7 @@ from repopt_jax import data, models, train
 from repopt_jax.deploy import deploy
 from repopt_jax.models import GhostRow, GhostVariant, VGGVariant
 from repopt_jax.models.registry import NETWORKS
+from repopt_jax.report.comparison import Comparison, smoke_of
 from repopt_jax.train import build
 from repopt_jax.train import config as configs
 from repopt_jax.train.optimizer import make_schedule
@@ -246,6 +247,31 @@ def test_smoke(run, tmp_path, monkeypatch, smallest):
 @pytest.mark.parametrize("run", [run for run in SMOKES.values() if run not in QUICK_SMOKES])
 def test_smoke_of_every_other(run, tmp_path, monkeypatch):
     check_smoke(run, tmp_path / "run", monkeypatch)
+
+
+def test_a_smoke_holds_out_and_takes_what_its_images_allow():
+    """Whatever the run's own data are limited to, and whatever only their source takes."""
+    limits = {"validation": 500, "train_limit": 1000, "eval_limit": 100}
+    elsewhere = {"data_dir": "x", "max_pixels": 10**8, **limits}
+    for run, changes, held_out in (
+        ("scenes:plain", limits, 8),
+        (
+            "scenes:plain",
+            {"source": "coco", "train_images": "train2017", "scenes": (4096, 256), **elsewhere},
+            8,
+        ),
+        ("digits:plain", {"source": "folder", **elsewhere}, 16),
+    ):
+        config = train.load_config(run)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+        train.validate(config, device_count=1)
+        small = configs.smoke(config)
+        train.validate(small, device_count=1)
+        assert small.data.validation == held_out
+        compared = Comparison("", {"one": config}, grid={"optim.learning_rate": (0.1, 0.2)}, validation=500)
+        assert smoke_of(compared).validation == held_out
+        info = build.open_data(small)[0].info
+        assert info.num_eval == held_out
 
 
 def test_a_smoke_leaves_the_config_as_it_is():

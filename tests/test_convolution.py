@@ -464,6 +464,17 @@ def test_without_outputs_and_with_integers():
     chex.assert_trees_all_equal(conv(x, w), conv(x, w, convolution=lax.conv_general_dilated))
 
 
+@pytest.mark.parametrize(("convolution", "stride"), [(conv_general_dilated, 1), (product_of_tiles, 3)])
+def test_gradients_of_an_empty_batch(convolution, stride):
+    x, w = jnp.ones((0, 6, 6, 4)), jnp.ones((3, 3, 4, 8))
+    numbers = IMAGES["dimension_numbers"]
+
+    def total(x, w):
+        return convolution(x, w, (stride, stride), "VALID", dimension_numbers=numbers).sum()
+
+    chex.assert_trees_all_equal(jax.grad(total, (0, 1))(x, w), (x, jnp.zeros_like(w)))
+
+
 class Separable(nnx.Module):
     """A stranger's network with every kind of convolution."""
 

@@ -135,6 +135,15 @@ def test_its_layers_are_not_decayed_but_the_identity_and_all_others_are():
     assert decayed(True) == others
 
 
+def test_the_mask_is_for_the_parameters_of_its_model():
+    model = nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    with pytest.raises(
+        ValueError,
+        match=r"^layers/1/mean, layers/1/var are no parameters of the model .*\(model, nnx\.Param\)",
+    ):
+        weight_decay_mask(model)(nnx.state(model))
+
+
 def one_step(digits, **changes):
     config = tiny_config(
         "repvgg",

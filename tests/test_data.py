@@ -480,7 +480,7 @@ def test_evaluation_takes_a_limit():
     [
         ({"batch_size": 21}, r"`batch_size` is 21; it must be in \[1, 20\]"),
         ({"batch_size": 0}, "`batch_size` is 0; it must be at least 1"),
-        ({"limit": 21}, "`limit` is 21, but the train split has 20 images"),
+        ({"limit": 21}, "`limit` is 21, but the train split has 20 images.*data.train_limit"),
         ({"limit": 3}, r"`batch_size` is 4; it must be in \[1, 3\]"),
         ({"seed": -1}, "`seed` is -1"),
         ({"process_count": 3}, "`batch_size` 4 is not divisible by 3 processes"),
@@ -520,7 +520,7 @@ def test_an_unknown_argument_is_named():
 
 def test_evaluation_arguments_that_do_not_fit():
     source = make_source()
-    with pytest.raises(ValueError, match="`limit` is 8, but the eval split has 7 images"):
+    with pytest.raises(ValueError, match=r"`limit` is 8, but the eval split has 7 .*data\.eval_limit"):
         eval_batches(source, PLAIN, batch_size=4, limit=8)
     with pytest.raises(ValueError, match="`batch_size` 4 is not divisible by 3 processes"):
         eval_batches(source, PLAIN, batch_size=4, process_count=3)

@@ -1,12 +1,14 @@
 """The embedded digits."""
 
+import os
+import shutil
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from repopt_jax.data import DatasetInfo, digits, open_source
+from repopt_jax.data import DatasetInfo, check_images, digits, open_source
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,41 @@ def test_a_failure_to_prepare_leaves_nothing_to_be_mistaken_for_data(tmp_path, m
         digits.prepare(tmp_path)
     assert not (tmp_path / "digits/1.0.0").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+TRAIN = "digits-train.array_record-00000-of-00001"
+
+
+@pytest.mark.parametrize(
+    ("file", "size"),
+    [
+        ("dataset_info.json", None),
+        ("dataset_info.json", 20),
+        ("features.json", None),
+        ("features.json", 20),
+        (TRAIN, None),
+        (TRAIN, 1000),
+        (TRAIN, 200_000),
+    ],
+)
+def test_damaged_digits_are_named_with_what_to_do(digits_dir, tmp_path, file, size):
+    """A file that is missing, or cut to so many bytes."""
+    shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "digits/1.0.0"
+    if size is None:
+        (folder / file).unlink()
+    else:
+        os.truncate(folder / file, size)
+    if file == TRAIN:  # which is opened when the first image is read
+        problem = check_images(open_source("digits", data_dir=tmp_path))[0].problem
+        assert problem.startswith(f"cannot read image 0 of split train in {folder} (")
+    else:
+        with pytest.raises(ValueError, match="cannot read the data set in ") as raised:
+            open_source("digits", data_dir=tmp_path)
+        problem = str(raised.value)
+        assert str(folder) in problem
+    assert problem.endswith("; remove the folder: it is made anew")
+    assert "\n" not in problem
 
 
 def test_a_data_dir_that_cannot_be_written(tmp_path):

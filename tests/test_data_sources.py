@@ -203,6 +203,8 @@ def test_opening_reads_a_few_headers_only(tmp_path):
         ({"source": "digits", "name": "mnist"}, "`name` is 'mnist', but source 'digits' takes only data_dir"),
         ({"source": "scenes", "sigmas": ()}, r"`sigmas` is \(\), but source 'scenes' takes only scenes, "),
         ({"source": "tfds", "scenes_seed": 0}, "`name` is missing: .*; `scenes_seed` is 0"),
+        ({"source": "scenes", "scenes": (5,)}, r"`scenes` is \(5,\); it must be two numbers of scenes"),
+        ({"source": "scenes", "scenes": (5, 0)}, r"`scenes` is \(5, 0\); .*, each at least 1"),
     ],
 )
 def test_arguments_that_do_not_fit_the_source(arguments, message):
@@ -351,6 +353,14 @@ def test_a_tfds_data_set_in_another_format_is_refused(tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="is not stored as array_record; prepare it in another"):
         open_source("tfds", name="tiny", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "tiny-train.array_record-00000-of-00001"])
+def test_a_damaged_tfds_data_set_is_named_with_what_to_do(tmp_path, file):
+    prepare_tfds(tmp_path)
+    os.truncate(tmp_path / "tiny/1.0.0" / file, 30)
+    with pytest.raises(ValueError, match=rf"cannot read .* in {tmp_path}.*; remove its folder and .*anew"):
+        open_source("tfds", name="tiny", data_dir=tmp_path).train[0]
 
 
 def test_a_damaged_record_is_named():

@@ -386,6 +386,11 @@ def test_decoding_is_that_of_a_loop(x64, pre, count):
             np.testing.assert_array_equal(got[n, size:], -1 if got is found.classes else 0)
 
 
+def test_of_no_image_there_are_no_detections():
+    outputs = jax.tree.map(lambda x: x[:0], random_outputs(np.random.default_rng(1), images=1))
+    assert decode(outputs, PLACES, IMAGE, count=4).keypoints.shape == (0, 4, K, 2)
+
+
 def test_what_is_said_exactly_is_found_exactly(x64, case):
     objects = [([[2, 3, 12, 13], [14, 2, 27, 18]], [1, 3]), ([[3, 4, 25, 16]], [0])]
     boxes, classes = filled_up(*objects)

@@ -8,6 +8,7 @@ readers, says what is different about it:
     <!-- given LINES -->  lines that are run before it, several of them
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -88,3 +89,103 @@ def test_the_programs_of_a_page_run(page, tmp_path, monkeypatch):
         given = (block["given"] or "").strip() if block["mark"] == "given" else ""
         exec(given, names)
         exec(compile("\n" * line + block["code"], str(page), "exec"), names)
+
+
+# -- speeds: the pages have those of the results file
+
+
+def speeds():
+    """Title of each table of the results file -> candidate -> what was measured of it."""
+    found = json.loads((ROOT / "scripts" / "results" / "bench_cpu.json").read_text())["sections"]
+    return {section["title"]: section["candidates"] for section in found}
+
+
+def rows_of(page, heading):
+    """The cells of the table whose first column has this heading."""
+    (rows,) = re.findall(
+        rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", (DOCS / page).read_text(), re.MULTILINE
+    )
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows.splitlines()]
+
+
+def ratio(facts, base):
+    found = facts["ratios"][base]
+    if set(found.values()) == {1.0}:
+        return "1.00"
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**found)
+
+
+def test_the_cost_of_a_step_is_what_was_measured():
+    measured = speeds()["Training step, vgg-cifar-small, float32, 128 images of 32 px"]
+    names = {
+        "plain": "plain",
+        "plain with repopt_mask": "RepOpt",
+        "search, merged in weight space": "search, merged in weight space",
+        "RepVGG": "RepVGG",
+    }
+    assert rows_of("networks.md", "training step, cifar-small, 128 images of 32 px") == [
+        [
+            row,
+            f"{measured[name]['ms']['median']:.0f}",
+            ratio(measured[name], "plain"),
+            f"{measured[name]['peak_bytes'] / 1e6:.0f} MB",
+        ]
+        for row, name in names.items()
+    ]
+    repvgg = f"{measured['RepVGG']['ratios']['plain']['median']:.1f} times (RepVGG on a CPU)"
+    assert f"| {repvgg} |" in (DOCS / "method.md").read_text()
+
+
+def test_the_gain_over_xla_is_what_was_measured():
+    networks = {
+        "cifar-small": ("vgg-cifar-small", 128, 32),
+        "RepOpt-VGG-B1": ("repopt-vgg-b1", 4, 64),
+        "MobileOne-s0": ("mobileone-s0", 128, 32),
+        "RepGhost-0.5": ("repghost-0.5", 128, 32),
+        "`vgg-digits`": ("vgg-digits", 64, 16),
+        "`repopt-ghostnet-digits`": ("repopt-ghostnet-digits", 64, 16),
+        "`mobileone-digits`": ("mobileone-digits", 64, 16),
+    }
+    measured = {
+        row: (images, size, speeds()[f"Training step, {name}, float32, {images} images of {size} px"])
+        for row, (name, images, size) in networks.items()
+    }
+    rows = {
+        row: [f"{images} of {size} px", ratio(found["plain, XLA's convolutions"], "plain")]
+        for row, (images, size, found) in measured.items()
+    }
+    text = (DOCS / "networks.md").read_text().partition("\n## On a CPU\n")[2].partition("\n## ")[0]
+    found = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+    assert {row.strip(): [cell.strip() for cell in cells] for row, *cells in found} == rows
+
+
+def test_the_cost_of_an_update_is_what_was_measured():
+    of_title = {title.partition(", repopt-vgg-b1")[0]: found for title, found in speeds().items()}
+    measured = of_title["Optimizer update, SGD"]
+    assert rows_of("method.md", "optimizer update, 51.8 M parameters") == [
+        [
+            name,
+            f"{measured[name]['ms']['median']:.0f}",
+            ratio(measured[name], "plain SGD"),
+            f"{measured[name]['extra_state_bytes'] / 1e6:.1f} MB",
+        ]
+        for name in ("plain SGD", "repopt_mask", "stored multiplier")
+    ]
+    measured = of_title["Optimizer update, other optimizers"]
+    names = {
+        "`repopt_adamw`": "repopt_adamw",
+        "`repopt_lion`": "repopt_lion",
+        "`repopt_sgd`, with decay": "repopt_sgd with decay",
+        "`repopt_mask`, no decay": "repopt_mask, optax.sgd",
+        "`reparameterize(optax.sgd)`": "reparameterize(optax.sgd)",
+        "`reparameterize`, with decay": "reparameterize(optax.sgd with decay)",
+    }
+    assert rows_of("optimizers.md", "optimizer update, 51.8 M parameters") == [
+        [
+            row,
+            measured[name]["baseline"],
+            ratio(measured[name], measured[name]["baseline"]),
+            f"{measured[name]['extra_state_bytes'] / 1e6:.1f} MB",
+        ]
+        for row, name in names.items()
+    ]

@@ -12,8 +12,13 @@ from flax import nnx
 from networks import assert_close, relative
 
 from repopt_jax import Scales, default_branches, load_scales
+from repopt_jax.cli import main
 from repopt_jax.core import paths
+from repopt_jax.deploy import load_any, prune_config
+from repopt_jax.models import registry
 from repopt_jax.optim.sgd import gradient_multipliers
+from repopt_jax.train import build_model, load_config
+from repopt_jax.train.build import pruning_plan as plan_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 25
@@ -117,6 +122,47 @@ def test_the_guide(tmp_path, capsys):
     assert not any(isinstance(m, nnx.BatchNorm) for _, m in nnx.iter_modules(deployed))
     assert deployed.stem.conv.bias is not None
     assert jnp.isfinite(deployed(jnp.ones((1, 8, 8, 1)))).all()
+
+
+def test_own_network_in_the_trainer(tmp_path, monkeypatch, capsys):
+    """Each command is another program, which does not know the network before it reads the run."""
+
+    def repopt(command, *options):
+        known = {name: e for name, e in registry.NETWORKS.items() if name in registry.SHIPPED}
+        monkeypatch.setattr(registry, "NETWORKS", known)
+        assert main([command, *options]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    file, small = (
+        str(ROOT / "examples" / "own_network_in_trainer.py"),
+        [
+            *("--config.epochs=1", "--config.data.train_limit=64", "--config.data.eval_limit=32"),
+            *("--config.optim.warmup_epochs=0", f"--config.data.data_dir={tmp_path / 'digits'}"),
+        ],
+    )
+    repopt("train", f"--config={file}:depth", "--out=run", *small)
+    monkeypatch.setattr(registry, "NETWORKS", {n: registry.NETWORKS[n] for n in registry.SHIPPED})
+    trained = load_any("run")
+    repopt("deploy", "--run=run", "--out=deployed")
+    assert "of 32 images" in repopt("eval", "--run=deployed")
+    deployed = load_any("deployed")
+    assert not any(isinstance(m, nnx.BatchNorm) for _, m in nnx.iter_modules(deployed.model))
+    images = np.random.default_rng(0).uniform(size=(4, 8, 8, 1)).astype(np.float32)
+    np.testing.assert_allclose(deployed.model(images), trained.model(images), atol=1e-4)
+    repopt("quantize", "--run=run", "--out=quantized", "--images=32")
+    pruning = prune_config("run", target=0.8)
+    assert pruning.model.file == file
+    assert plan_of(pruning, trained.info).total > 0
+    # The norms of RepVGG's branches take the place of those of the network.
+    branched = load_config(f"{file}:repvgg")
+    model = nnx.eval_shape(lambda: build_model(branched, trained.info)[0])
+    norms = [path for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)]
+    assert len(norms) > 8
+    assert all("norms" in path for path in norms)
+    # What is printed is a config file too, and leads to the network as well.
+    (tmp_path / "printed.py").write_text(repopt("train", f"--config={file}:depth", "--print-config"))
+    assert load_config("printed.py").model.file == file
 
 
 def test_the_guide_is_short():

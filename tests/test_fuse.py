@@ -427,6 +427,13 @@ class Shift(nnx.Module):
         return x + self.value[...]
 
 
+def test_output_difference_of_no_image():
+    with pytest.raises(ValueError, match=r"`images` are of shape \(0, 2\): give one image at least"):
+        output_difference(np.sin, np.sin, np.ones((0, 2)))
+    with pytest.raises(ValueError, match="`batch_size` is 0: it must be at least 1"):
+        output_difference(np.sin, np.sin, np.ones((3, 2)), batch_size=0)
+
+
 def test_output_difference_looks_at_every_batch():
     images = np.array([[0.0, 1.0], [4.0, 1.0], [3.0, 2.0], [1.0, -8.0], [5.0, 5.5]], np.float32)
     expected = OutputDifference(max_abs=1.0, max_rel=1 / 8, agreement=1.0, count=5)

@@ -925,3 +925,14 @@ def test_float8_of_pytorch(kind, name, tmp_path):
         assert found[key].dtype == np.dtype(getattr(ml_dtypes, name))
         assert not found[key].flags.writeable
         np.testing.assert_array_equal(found[key].astype(np.float32), expected.to(torch.float32).numpy())
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_names_and_keys_are_text(suffix, tmp_path):
+    path = tmp_path / f"file.{suffix}"
+    with pytest.raises(TypeError, match=r"`tensors` has names that are no text: 3, \('a',\)"):
+        WRITERS[suffix](path, {"a": SIX, 3: SIX, ("a",): SIX})
+    assert list(tmp_path.iterdir()) == []
+    WRITERS[suffix](path, {"a": SIX})
+    with pytest.raises(TypeError, match="`key` is of type int"):
+        read_tensors(path, key=3)

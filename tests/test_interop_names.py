@@ -598,6 +598,17 @@ def test_a_scheme_of_ones_own():
     )
 
 
+def test_layers_that_pytorch_has_in_another_form_are_named():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Einsum("ab,bc->ac", (4, 4), rngs=rngs)
+            self.b = nnx.LinearGeneral(4, (2, 2), rngs=rngs)
+
+    rows = (("(a|b)", r"\1", interop.names.BIASED),)
+    scheme = Scheme("mine", "my own code", (Layout(rows=rows),))
+    refused(lambda: interop.to_torch(Net(nnx.Rngs(0)), scheme), "a/kernel (Einsum), b/kernel (LinearGeneral)")
+
+
 # -- files, and networks by name
 
 

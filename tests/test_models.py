@@ -102,6 +102,37 @@ def test_names_and_options_that_do_not_exist():
         models.create("vgg-digits", num_classes=2, num_keypoints=3, rngs=nnx.Rngs(0))
 
 
+def test_a_network_of_ones_own(monkeypatch):
+    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
+
+    def make(*, num_classes, in_channels, dtype, rngs):
+        return nnx.Conv(in_channels, num_classes, (3, 3), dtype=dtype, rngs=rngs)
+
+    def executed_again():
+        def make(variant, *, num_classes, in_channels, dtype, rngs):
+            return nnx.Conv(in_channels, num_classes, variant, dtype=dtype, rngs=rngs)
+
+        return make
+
+    models.register(models.Entry("own", make))
+    assert models.find("own").architecture == "own"
+    assert models.create("OWN", num_classes=2, in_channels=1, rngs=nnx.Rngs(0)).kernel.shape == (3, 3, 1, 2)
+    models.register(models.Entry("own", make))  # the same once more
+    with pytest.raises(ValueError, match="`entry` is named 'own': it must be in lower case and not taken"):
+        models.register(models.Entry("own", executed_again()))
+    with pytest.raises(ValueError, match="not taken"):
+        models.register(models.Entry("vgg-digits", models.vgg, VGG_VARIANTS["A0"]))
+    with pytest.raises(ValueError, match="in lower case"):
+        models.register(models.Entry("Own", make))
+    # A config file, or a cell of a notebook, that is executed twice.
+    for side in (3, 5):
+        models.register(models.Entry("again", executed_again(), (side, side)))
+        kernel = models.create("again", num_classes=2, in_channels=1, rngs=nnx.Rngs(0)).kernel
+        assert kernel.shape == (side, side, 1, 2)
+    models.register(models.Entry("row", models.vgg, VGG_VARIANTS["A0"]))
+    assert models.find("row").architecture == VGG_VARIANTS["A0"].architecture
+
+
 # --- Counts.
 
 
@@ -292,6 +323,30 @@ def test_bfloat16_networks_give_float32_logits(mode, images):
     assert first.dtype == jnp.bfloat16
     assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
     assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("vgg-digits", {}, 8),
+        ("repghost-digits", {}, 8),
+        ("mobileone-digits", {}, 8),
+        ("repmlpnet-digits", {"published_order": True}, 8),
+        ("fcos-scenes", {"num_keypoints": 3}, 64),
+    ],
+)
+def test_an_empty_batch_gives_empty_outputs_and_gradients(name, options, side):
+    model = abstract(models.create, name, num_classes=2, in_channels=1, **options)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def run(params, rest, images):
+        outputs = nnx.merge(graph, params, rest, copy=True)(images)
+        return sum(leaf.sum() for leaf in jax.tree.leaves(outputs)), outputs
+
+    images = jax.ShapeDtypeStruct((0, side, side, 1), jnp.float32)
+    gradients, outputs = jax.eval_shape(jax.grad(run, has_aux=True), params, rest, images)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(outputs)} == {0}
+    chex.assert_trees_all_equal_shapes(gradients, params)
 
 
 def test_grey_images_and_their_number_of_classes():

@@ -120,7 +120,7 @@ def test_read_history_reads_what_a_search_writes(tmp_path):
 def test_folders_that_hold_no_search_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
         read_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "lr": 0.1}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 1, "epoch": 1.0}\n')
     with pytest.raises(ValueError, match="only a search makes them"):
         read_history(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{\n")

@@ -1024,6 +1024,55 @@ def test_batches_that_are_mixed_are_refused():
         onnx_model(Function(lambda x: jax.lax.slice(x, (0, 0), (x.shape[0] - 1, 7))), (7,))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.reshape(len(x), -1),
+        lambda x: x if x.shape[0] > 64 else 2 * x,
+        lambda x: x / int(x.shape[0]),
+    ],
+    ids=["len", "compared", "number"],
+)
+def test_a_batch_size_that_is_taken_as_a_number_is_refused_with_what_to_write(function):
+    with pytest.raises(ValueError, match=r"write `x.shape\[0\]` in place of `len\(x\)`"):
+        onnx_model(Function(function), MAPS)
+    onnx_model(Function(lambda x: x.reshape(x.shape[0], -1)), MAPS)
+
+
+def test_errors_of_the_network_itself_are_left_as_they_are():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        onnx_model(Function(lambda x: x + "1"), MAPS)
+
+
+class Flagged(nnx.Module):
+    """Takes more than images."""
+
+    def __init__(self, *, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x, train):
+        return nnx.relu(self.norm(self.conv(x), use_running_average=not train))
+
+
+def test_a_network_of_more_than_images_is_called_as_it_is_said(tmp_path):
+    def call(model, images):
+        return model(images, train=False)
+
+    model = fuse(Flagged(rngs=nnx.Rngs(0)), example=lambda model: call(model, jnp.ones((1, 8, 8, 3))))
+    metadata = Metadata(image_size=8, channels=3)
+    for export in (lambda: onnx_model(model, (8, 8, 3)), lambda: to_onnx(model, tmp_path / "no", metadata)):
+        with pytest.raises(ValueError, match=r"with images alone \(missing .* 'train'\): give `call`"):
+            export()
+    with pytest.raises(TypeError, match="`call` is of type bool: it must be a function"):
+        onnx_model(model, (8, 8, 3), call=True)
+    assert "conv/Conv" in [node.name for node in onnx_model(model, (8, 8, 3), call=call).graph.node]
+    to_onnx(model, tmp_path / "flagged.onnx", metadata, call=call)
+    x = images((8, 8, 3), 2)
+    (found,) = open_file(tmp_path / "flagged.onnx")(x).values()
+    np.testing.assert_allclose(found, model(jnp.asarray(x), train=False), rtol=0, atol=1e-5)
+
+
 def test_training_mode_branches_and_other_dtypes_are_refused():
     variant = models.VGGVariant("tiny", (1, 1, 1, 1), (4, 4, 4, 4, 4), (1, 1, 2, 1, 1))
     plain = models.vgg(variant, num_classes=3, in_channels=1, rngs=nnx.Rngs(0))

@@ -109,6 +109,22 @@ def test_clusters_are_told_by_their_environment(tmp_path, monkeypatch):
     assert processes.cluster({"JAX_PLATFORMS": "cpu"}, devices=str(tmp_path)) is None
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_a_job_of_slurm_hands_its_cores_to_its_tasks(tmp_path):
+    """`srun`, which is another program here, reads their number from a variable of its own."""
+    program = tmp_path / "srun"
+    program.write_text('#!/bin/sh\necho "$SRUN_CPUS_PER_TASK cores: $*"\n')
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "slurm.sbatch", "--out=runs/B1"],
+        env=environment | {"SLURM_CPUS_PER_TASK": "12"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "12 cores: repopt train --config.data.workers=7 --out=runs/B1\n", done.stderr
+
+
 @pytest.fixture(scope="module")
 def in_one_process(digits, tmp_path_factory):
     from repopt_jax.cli.main import main

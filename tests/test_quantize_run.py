@@ -161,6 +161,10 @@ def test_the_config_of_training_on(run, digits):
         ({"bits": 9}, "`bits` is 9"),
         ({"per": "layer"}, "`per` is 'layer'"),
         ({"calibration": "max"}, "`calibration` is 'max'"),
+        (
+            {"calibration": "mse", "percentile": 50.0},
+            "`percentile` is 50.0, and `calibration` 'mse' has none",
+        ),
         ({"images": 0}, "`images` is 0: it must be at least 1"),
         ({"keep_float": -1}, "`keep_float` is -1: it must be at least 0"),
         ({"epochs": 2}, "only quantization-aware training has epochs"),
@@ -170,6 +174,13 @@ def test_the_config_of_training_on(run, digits):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Options(**options)
+
+
+def test_no_folder_is_made_of_one_that_is_not_there(run, tmp_path):
+    """The digits are prepared where they are to be trained on, and not where they are only looked for."""
+    with pytest.raises(FileNotFoundError, match=r"`data_dir` .*none is not a folder: give the one of"):
+        evaluate(load_plain(run), data_dir=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 # -- the command and its page
@@ -215,6 +226,42 @@ def test_lines_name_what_stayed_in_floating_point(done):
 )
 def test_what_the_command_refuses(run, tmp_path, capsys, argv, message, code):
     refused(capsys, ["quantize", f"--run={run}", f"--out={tmp_path / 'out'}", *argv], message, code=code)
+
+
+def test_the_table_is_of_the_runs_of_the_report(tmp_path, monkeypatch):
+    """Of a grid those at the chosen point, by number of the seed; the name of results may have a dot."""
+    table = programs.load("scripts/quantize_table.py")
+    ways = {"plain": "rate=0.1", "repopt": "rate=0.2"}
+    chosen = [
+        (way, tmp_path / "runs" / way / point / f"seed{s}") for way, point in ways.items() for s in (2, 10)
+    ]
+    others = [folder.parent.with_name("rate=0.3") / folder.name for _, folder in chosen]
+    for folder in (*(folder for _, folder in chosen), *others):
+        folder.mkdir(parents=True)
+    runs = [{"label": f"by {way}", "directory": f"seen/{f.relative_to(tmp_path)}"} for way, f in chosen]
+    runs.append({"label": "search one", "directory": "seen/searches/one"})
+    rows = [{"way": way, "label": f"by {way}"} for way in ways]
+    report = {"title": "Some", "task": "classify", "rows": rows, "runs": runs}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    measured = []
+
+    def measure(way, folder, args):
+        measured.append((way, folder))
+        return {"way": way, "count": 10}
+
+    for name, made in {"measure": measure, "markdown": str, "draw": str, "commit": str}.items():
+        monkeypatch.setattr(table, name, made)
+    monkeypatch.setattr(table.figures, "png", str.encode)
+    monkeypatch.setattr(
+        "sys.argv", ["quantize_table.py", str(tmp_path), f"--out={tmp_path / 'of_cifar10.1'}"]
+    )
+    table.main()
+    assert measured == chosen
+    assert sorted(path.name for path in tmp_path.glob("of_*")) == [
+        "of_cifar10.1.json",
+        "of_cifar10.1.md",
+        "of_cifar10.1.png",
+    ]
 
 
 def test_the_table_of_a_comparison():

@@ -424,6 +424,23 @@ def test_best_and_last_are_kept_also_of_a_broken_run(digits, tmp_path):
     assert train.load_trained(tmp_path / "whole", checkpoint="best").step == best
 
 
+def test_an_evaluation_that_was_pending_counts_for_what_is_kept(digits, tmp_path, monkeypatch):
+    """The last one is the best, and was interrupted: the best until then has to go when it is made."""
+    evaluate = loop._evaluate
+
+    def better_each_time(job, state, step):
+        record = evaluate(job, state, step)
+        job.scores |= {} if record is None else {step: float(step)}
+        return record
+
+    monkeypatch.setattr(loop, "_evaluate", better_each_time)
+    config = tiny_config("plain", digits, epochs=2, keep_last=1, keep_best=1)
+    assert not train.run(config, tmp_path, progress=False, stop=stop_at(12 + 4 + 1)).finished
+    assert checkpoints_in(tmp_path) == [6, 12]
+    assert train.run(config, tmp_path, progress=False).finished
+    assert checkpoints_in(tmp_path) == [12]
+
+
 # -- saving while training goes on
 # ---
 

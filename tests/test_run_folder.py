@@ -2,6 +2,7 @@
 written over."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -32,7 +33,7 @@ from repopt_jax import deploy, interop, jsontext, train
 from repopt_jax.report import gallery
 from repopt_jax.train import checkpoint, lock
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.rundir import RunFolder, check_records, read_records
+from repopt_jax.train.rundir import RunFolder, check_records, read_records, summarize
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,15 @@ def stopped(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped") / "run"
     train.run(killed_config(digits), folder, progress=False, stop=stop_after_step(9))
     return folder
+
+
+@pytest.fixture
+def stopped_summary(stopped):
+    """What the run that was stopped came to."""
+    config, _ = RunFolder(stopped).read()
+    state = types.SimpleNamespace(step=9, params={})
+    records = read_records(stopped / "metrics.jsonl")
+    return summarize(config, records, state, seconds=1.0, finished=False)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture
@@ -269,6 +279,29 @@ def test_an_owner_on_another_machine_lives_as_long_as_it_touches_its_file(tmp_pa
     assert path.exists(), "the lock of another owner stays"
 
 
+@pytest.mark.parametrize("removed", ["its lock", "its folder"])
+def test_an_owner_on_another_machine_that_ends_meanwhile_leaves_the_folder_free(
+    tmp_path, caplog, monkeypatch, removed
+):
+    path = elsewhere(tmp_path / "run")
+    wait = threading.Event.wait
+
+    def end_meanwhile(event, timeout=None):
+        if "node7" in path.read_text():
+            path.unlink()
+            if removed == "its folder":
+                path.parent.rmdir()
+        return wait(event, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", end_meanwhile)
+    with lock.held(tmp_path / "run") as ours:
+        monkeypatch.undo()
+        ours.check()
+    (message,) = warned(caplog)
+    assert "process 12 of ada on node7" in message
+    assert "this waits up to" in message, "nothing is taken over"
+
+
 def test_the_owner_touches_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "TOUCH_S", 0.001)
     with lock.held(tmp_path) as ours:
@@ -411,6 +444,30 @@ def test_a_log_that_was_changed_is_not_written_over(digits, run_dir, change, mat
     refused(digits, run_dir, ValueError, match)
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "match"),
+    [
+        (
+            "train",
+            {"images_per_s": None, "lr": "x"},
+            "`lr`='x' must be .*; `images_per_s`=None must be a fin",
+        ),
+        ("eval", {"epoch": []}, r"`epoch`=\[\] must be a finite number"),
+        ("scales", {"layers": {"fc": 1}}, "`layers`={'fc': 1} must be an object of fields"),
+    ],
+)
+def test_a_record_that_lacks_what_is_read_of_it_is_none(run_dir, kind, change, match):
+    path = run_dir / "metrics.jsonl"
+    record = next(
+        (r for r in read_records(path) if r["kind"] == kind), {"kind": kind, "step": 0, "epoch": 0.0}
+    )
+    path.write_text(json.dumps(record | change) + "\n")
+    with pytest.raises(
+        ValueError, match=rf"^line 1 of .*metrics\.jsonl is no record of kind '{kind}': {match}"
+    ):
+        read_records(path)
+
+
 def test_a_log_that_is_gone_is_told_of_and_the_run_goes_on(digits, run_dir, caplog):
     """As often as the run is stopped; the records say where they begin."""
     (run_dir / "metrics.jsonl").unlink()
@@ -421,6 +478,18 @@ def test_a_log_that_is_gone_is_told_of_and_the_run_goes_on(digits, run_dir, capl
     assert told(run_dir)[0] == {"kind": "resumed", "step": 9, "note": "the records before this step are lost"}
     assert train.run(killed_config(digits), run_dir, progress=False).finished
     assert [r["step"] for r in told(run_dir) if r["kind"] == "train"] == [12, 15, 18]
+
+
+def test_a_log_that_is_gone_after_the_last_step_leaves_a_result(digits, tmp_path):
+    """The last evaluation, which was in it, is made again."""
+    config = tiny_config("plain", digits, epochs=1)
+    done = train.run(config, tmp_path, progress=False)
+    for name in ("metrics.jsonl", "summary.json"):
+        (tmp_path / name).unlink()
+    again = train.run(config, tmp_path, progress=False)
+    assert again.finished
+    assert (again.test, again.test_count) == (done.test, done.test_count)
+    assert [(r["kind"], r["step"]) for r in told(tmp_path)] == [("resumed", 6), ("eval", 6)]
 
 
 def test_every_cut_of_a_log_is_found(run_dir):
@@ -607,6 +676,42 @@ def test_no_manifest_but_the_true_one_is_whole(tmp_path_factory, stopped, values
 
 # -- JSON
 # ---
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("config.json", {"task": "clasify"}, r"`task`='clasify' .*did you mean 'classify'"),
+        ("config.json", {"seed": "0", "epochs": 0.5}, "`seed`='0' must be .*; `epochs`=0.5 must be a whole"),
+        (
+            "dataset.json",
+            {"class_names": 3},
+            r"dataset\.json is damaged .*: `class_names`=3 must hold texts; rem",
+        ),
+        ("dataset.json", {"channels": "1"}, "`channels`='1' must be a whole number; remove its folder"),
+        ("dataset.json", {"image_shape": [8, 8]}, r"`image_shape`=\(8, 8\) must hold whole numbers"),
+        ("summary.json", {"test": None}, r"summary\.json is damaged .*: `test`=None must be an object"),
+        (
+            "summary.json",
+            {"test": {"accuracy": "x"}},
+            r"`test`={'accuracy': 'x'} must be an object of numbers",
+        ),
+        (
+            "summary.json",
+            {"wall_s": None, "test_count": "x"},
+            "`test_count`='x' must be .*; `wall_s`=None must",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_file(run_dir, stopped_summary, file, change, match):
+    run, path = RunFolder(run_dir), run_dir / file
+    config, _ = run.read()
+    run.finish(stopped_summary)
+    assert run.finished(config) == dataclasses.replace(stopped_summary, reused=True)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=match) as error:
+        run.finished(config) if file == "summary.json" else run.read()
+    assert str(run_dir) in str(error.value)
 
 
 @contextlib.contextmanager

@@ -338,3 +338,17 @@ class TestPytree:
         other = scales.with_metadata(step=7)
         assert (other.metadata.step, scales.metadata.step) == (7, 1234)
         assert other.metadata.dataset == "cifar10"
+
+
+def test_scales_are_printed_by_their_means():
+    sets = {path: BRANCHES[path] for path in ("stem/conv/kernel", "scanned/kernel")}
+    scales = Scales.depth_rule(sets, {"stem/conv/kernel": 0, "scanned/kernel": 8}).with_metadata(
+        architecture="B1"
+    )
+    lines = str(scales).splitlines()
+    assert lines == [
+        "scales of 2 layers of B1, means over the channels:",
+        "  stem/conv/kernel: 3x3 1, 1x1 1",
+        "  scanned/kernel: dense 0.5, identity 1",
+    ]
+    assert "identity" in str(jax.eval_shape(lambda: scales))

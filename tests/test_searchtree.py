@@ -243,12 +243,13 @@ def test_the_dtype_is_that_of_the_kernel(dict_scales):
     assert {x.dtype for x in jax.tree.leaves((tree, tree.merged()))} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_a_step_that_overwrites_the_tree_leaves_the_scales():
+def test_a_step_that_overwrites_the_tree_leaves_what_it_is_made_of():
     given = random_scales({"k": default_branches((5, 5))})
-    tree = search_tree({"k": jnp.zeros((5, 5))}, given, rngs=nnx.Rngs(2))
+    params = {"k": jnp.zeros((5, 5)), "bias": jnp.zeros(5)}
+    tree = search_tree(params, given, rngs=nnx.Rngs(2))
     jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)(tree)
     assert all(x.is_deleted() for x in jax.tree.leaves(tree))
-    assert not any(v.is_deleted() for v in jax.tree.leaves(given))
+    assert not any(v.is_deleted() for v in jax.tree.leaves((params, given)))
 
 
 def test_mistakes(dict_scales):

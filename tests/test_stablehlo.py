@@ -243,6 +243,25 @@ def test_branches_and_training_mode_are_refused_with_their_paths(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Counting(nnx.Module):
+    """Takes the batch size as a number, unless it is told otherwise."""
+
+    def __call__(self, x, size):
+        return x.reshape(size(x), -1)
+
+
+def test_how_a_network_is_called_and_what_it_takes_as_a_number(tmp_path):
+    path, metadata = tmp_path / "a.stablehlo", Metadata(image_size=8, channels=3)
+    with pytest.raises(ValueError, match=r"images alone \(missing .* 'size'\): give `call`"):
+        to_stablehlo(Counting(), path, metadata)
+    with pytest.raises(ValueError, match=r"write `x.shape\[0\]` in place of `len\(x\)`"):
+        to_stablehlo(Counting(), path, metadata, call=lambda model, images: model(images, len))
+    assert not path.exists()
+    to_stablehlo(Counting(), path, metadata, call=lambda model, images: model(images, lambda x: x.shape[0]))
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_array_equal(runtime.open_file(path)(x)["output"], x.reshape(3, -1))
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [

@@ -100,7 +100,7 @@ def test_by_default_every_layer_is_in_the_table():
     text = str(table)
     assert "encoder/layers/0/attn/query/kernel: dense + identity" in text
     assert "patch/kernel: the structure would have its own kernel only" in text
-    assert "pos_embed: ViT is not of a kind that is known" in text
+    assert "pos_embed: it belongs to ViT, which is no convolution or dense layer of Flax" in text
     kernels = {p for p, choice in table.items() if choice.structure is not None}
     assert kernels == set(find_branches(STRANGERS["ViT"].fresh()))
     convnext = find_structures(STRANGERS["ConvNeXt"].fresh(), "repvgg")
@@ -320,6 +320,7 @@ def test_dense_layers_of_several_axes():
     deployed = fuse(search)
     assert isinstance(deployed.split, nnx.LinearGeneral)
     assert output_difference(search, deployed, x).max_rel < 1e-6
+    assert search.split(x[:0]).shape == (0, 5, 3, 2)
     assert find_branches(deployed) == sets
     with pytest.raises(ValueError, match=r"odd \(LinearGeneral\): it takes other axes"):
         find_branches(model, "odd")

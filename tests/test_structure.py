@@ -462,6 +462,25 @@ def test_what_a_structure_refuses(chains, message):
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"chains": {"3x3": Kernel((3, 3))}}, r"'3x3': Kernel\(.*from a name to \(Stage\(Kernel\("),
+        ({"chains": {"3x3": Stage(Kernel((3, 3)))}}, r"`chains` has '3x3': Stage\("),
+        ({"chains": {"3x3": (Kernel((3, 3)),)}}, r"`chains` has '3x3': \(Kernel\("),
+        ({"chains": {"3x3": "3x3"}}, "`chains` has '3x3': '3x3'"),
+        ({"chains": {Kernel((3, 3)): (Stage(Kernel((3, 3))),)}}, r"`chains` has Kernel\("),
+        ({"chains": Stage(Kernel((3, 3)))}, "`chains` is of type Stage: it must be a mapping from names"),
+        ({"sums": {"sum": "3x3"}}, r"`sums` has 'sum': '3x3': it must be from a name to \("),
+        ({"layer": (3, 3)}, "`layer` is of type tuple: it must be a `Geometry`"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(given, message):
+    chains = {"3x3": (Stage(Kernel((3, 3))),)}
+    with pytest.raises(TypeError, match=message):
+        Structure(**{"layer": LAYERS["plain"], "chains": chains} | given)
+
+
+@pytest.mark.parametrize(
     ("sums", "message"),
     [
         ({"sum": ()}, "sum: it has no chain"),

@@ -77,6 +77,12 @@ class TestExtract:
         with pytest.raises(ValueError, match="has no layer with scales: give the model of the hyper-search"):
             extract_scales(target)
 
+    def test_structures_that_scales_do_not_describe(self):
+        layers = [nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)) for _ in range(2)]
+        model = to_structure(nnx.Sequential(*layers), "orepa", rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"layers/0: the chains .*; layers/1: the chains .*: no scales"):
+            extract_scales(model)
+
 
 def one_training_step(model):
     """Only the forward pass moves the statistics; the update makes it the real thing."""
@@ -330,6 +336,13 @@ class TestStructures:
         assert relative(third, second) > WRONG
         assert relative(every.biased.conv.weights["3x3"][...], second) > WRONG
         assert type(some.half.conv) is nnx.Conv
+
+    def test_branches_for_the_logits_alone(self):
+        model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        with pytest.raises(
+            ValueError, match=r"the model itself, is the dense layer that makes the logits: .*select"
+        ):
+            to_repvgg(model, branches=[Kernel(())], rngs=nnx.Rngs(0))
 
     def test_a_structure_by_rules(self, units):
         wide = functools.partial(published.dbb, middle=8)

@@ -373,6 +373,10 @@ def test_what_has_no_names():
         block_scheme("dbbs", blocks)
     with pytest.raises(ValueError, match=r"`blocks` holds '\(', which is no regular expression"):
         block_scheme("dbb", {"(": "x"})
+    with pytest.raises(ValueError, match=r"`blocks` gives .* 'x.*3': invalid group reference 3"):
+        block_scheme("dbb", {r"layers/(\d+)": r"x\3"})
+    with pytest.raises(ValueError, match=r"`rows` holds '\)', which is no regular expression"):
+        block_scheme("dbb", blocks, ((")", "x", BIASED),))
     # Every branch has a name, but the average, which the block has as well, is missing.
 
     def without_average(layer):

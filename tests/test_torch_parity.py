@@ -1,5 +1,7 @@
 """The same outputs as PyTorch, from every form of every network, and its state dict back to the bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 
 from repopt_jax import fuse
 from repopt_jax import nn as our_nn
-from repopt_jax.interop.names import recognise
+from repopt_jax.interop.names import BIASED, Layout, Scheme, recognise
 from repopt_jax.interop.torch_forward import torch_logits
 from repopt_jax.interop.weights import from_torch, to_torch
 from repopt_jax.surgery.modules import named_modules
@@ -121,3 +123,64 @@ def test_a_wrong_conversion_is_noticed(name, spoil, x64):
     expected = run_torch(network, x)
     spoil(model)
     assert relative(run_ours(model, x), expected) > tolerances.LOGITS_WRONG
+
+
+class Foreign(nnx.Module):
+    """Layers of which all arrays are squares, so that no shape shows an order of axes."""
+
+    def __init__(self, rngs):
+        conv = functools.partial(nnx.Conv, param_dtype=jnp.float64, rngs=rngs)
+        up = functools.partial(nnx.ConvTranspose, strides=(2, 2), param_dtype=jnp.float64, rngs=rngs)
+        self.conv = conv(4, 4, (3, 3), padding=1)
+        self.up = up(4, 4, (2, 2))
+        self.back = up(4, 4, (2, 2), transpose_kernel=True)
+        self.words = nnx.Embed(4, 4, param_dtype=jnp.float64, rngs=rngs)
+
+    def __call__(self, x, word):
+        return self.back(self.up(self.conv(x))) + self.words(word)[None, None, None]
+
+
+def test_transposed_convolutions_and_embeddings_have_their_own_order():
+    layers = torch.nn.ModuleDict(
+        {
+            "conv": torch.nn.Conv2d(4, 4, 3, padding=1),
+            "up": torch.nn.ConvTranspose2d(4, 4, 2, stride=2),
+            "back": torch.nn.ConvTranspose2d(4, 4, 2, stride=2),
+            "words": torch.nn.Embedding(4, 4),
+        }
+    ).double()
+    rows = [(name, name, BIASED) for name in ("conv", "up", "back")]
+    rows += [("words", "words", {"embedding": "weight"})]
+    scheme = Scheme("mine", "my own code", (Layout(rows=tuple(rows)),))
+    state = layers.state_dict()
+    with jax.enable_x64(True):
+        abstract = nnx.eval_shape(lambda: Foreign(nnx.Rngs(0)))
+        model = from_torch(state, abstract, scheme)
+        x = np.random.default_rng(0).normal(size=(2, 3, 3, 4))
+        found = np.asarray(model(jnp.asarray(x), jnp.asarray(2)))
+        back = to_torch(model, scheme)
+    with torch.no_grad():
+        image = torch.from_numpy(x.transpose(0, 3, 1, 2))
+        wanted = layers["back"](layers["up"](layers["conv"](image))).permute(0, 2, 3, 1)
+        wanted = (wanted + layers["words"](torch.tensor(2))).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+    assert all(np.array_equal(back[key], value.numpy()) for key, value in state.items())
+    # The negative control: read as an ordinary kernel, it fits as well.
+    assert np.abs(state["up.weight"].numpy() - state["up.weight"].numpy().swapaxes(0, 1)).max() > 0.1
+
+
+def test_pytorchs_own_tensors_are_taken():
+    form = FORMS["repvgg"]
+    network = reference.randomise(form.network())
+    abstract_model = abstract(form, "float32")
+    # As `state_dict` gives them, and trained parameters, which require gradients.
+    given = {**network.state_dict(), **dict(network.named_parameters())}
+    found = to_torch(from_torch(given, abstract_model), form.scheme)
+    assert all(np.array_equal(found[key], value) for key, value in arrays(network).items())
+    halves = {key: value.bfloat16() if value.is_floating_point() else value for key, value in given.items()}
+    found = to_torch(from_torch(halves, abstract_model), form.scheme)
+    assert all(
+        np.array_equal(found[key], value.detach().float().numpy())
+        for key, value in halves.items()
+        if value.is_floating_point()
+    )

@@ -366,6 +366,22 @@ def sideways(params, x):
     ]
 
 
+def multiplied(params, x):
+    return x @ params["w"]
+
+
+def part(params, x):
+    return x @ params["w"][:, :0]
+
+
+def stacked(params, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+
+def convolved(params, x):
+    return jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=NHWC)
+
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 X, W = np.zeros((2, 4), np.float32), np.zeros((4, 4), np.float32)
 
@@ -391,6 +407,15 @@ X, W = np.zeros((2, 4), np.float32), np.zeros((4, 4), np.float32)
             np.zeros((1, 5, 5, 4), np.float32),
             "its taps are reversed before its use",
         ),
+        (multiplied, np.zeros((4, 0), np.float32), X, "it is empty"),
+        (part, W, X, "it is empty"),
+        (stacked, np.zeros((0, 4, 4), np.float32), X, "it is empty"),
+        (
+            convolved,
+            np.zeros((3, 3, 4, 0), np.float32),
+            np.zeros((1, 5, 5, 4), np.float32),
+            "it is empty",
+        ),
         (sideways, np.zeros((4, 3, 4), np.float32), X, "its stack is not along its first axis"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -402,6 +427,13 @@ def test_parameters_that_are_no_kernel(apply, w, x, reason):
     assert f"  w: {found.others['w']}" in str(found).splitlines()
     with pytest.raises(ValueError, match="`apply` has no layer of several branches"):
         find_branches(apply, {"w": w}, x)
+
+
+def test_an_empty_kernel_does_not_stop_the_others():
+    params = {"w": W, "none": np.zeros((4, 0), np.float32)}
+    found = trace_layers(lambda p, x: jnp.tanh(x @ p["w"]) @ p["none"], params, X)
+    assert list(found.layers) == ["w"]
+    assert found.others == {"none": "it is empty"}
 
 
 def test_kernels_that_are_joined_before_their_use():

@@ -5,14 +5,26 @@ import functools
 import inspect
 import sys
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repopt_jax import data, train
+from repopt_jax import data, save_scales, train
 from repopt_jax.detection import decode
+from repopt_jax.models import registry
+from repopt_jax.report.comparison import load_comparison
 from repopt_jax.report.quickstart import comparison_of
-from repopt_jax.train.config import CLASSIFY, DataConfig, DetectConfig, config_file, differing_fields, to_json
+from repopt_jax.train.config import (
+    CLASSIFY,
+    DataConfig,
+    DetectConfig,
+    config_file,
+    differing_fields,
+    smoke,
+    to_json,
+)
 from repopt_jax.train.tasks import Detection
 
 
@@ -72,7 +84,11 @@ def test_all_problems_are_listed_at_once():
         (lambda c: setattr(c, "mesh", None), "`mesh` is None: it must be a MeshConfig"),
         (lambda c: setattr(c.optim, "nesterov", "yes"), "`optim.nesterov`='yes' must be True or False"),
         (lambda c: setattr(c.data, "mean", (float("nan"),)), "`data.mean`=(nan,) must hold finite numbers"),
-        (lambda c: setattr(c.data, "area", 0.5), "`data.area`=0.5 must hold finite numbers, or None"),
+        (lambda c: setattr(c.data, "area", 0.5), "`data.area`=0.5 must hold 2 finite numbers, more"),
+        (lambda c: setattr(c.data, "area", (0.9, 0.2)), "`data.area`=(0.9, 0.2) must hold 2 finite numbers"),
+        (lambda c: setattr(c.data, "area", (2.0, 3.0)), "`data.area`=(2.0, 3.0)"),
+        (lambda c: setattr(c.data, "area", (0.0, 1.0)), "more than 0 and at most 1, in ascending order, or"),
+        (lambda c: setattr(c.data, "area", (0.5,)), "`data.area`=(0.5,)"),
         (lambda c: setattr(c.model, "name", 3), "`model.name`=3 must be text"),
     ],
 )
@@ -82,6 +98,19 @@ def test_each_problem_is_named(change, message):
     with pytest.raises(ValueError) as error:
         train.validate(config, device_count=4)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_images_are_mixed_in_pairs(mixing):
+    config = train.Config(batch_size=18, data=train.DataConfig(**mixing))
+    train.validate(config, device_count=1)
+    config.batch_size = 17
+    names = " and ".join(f"`data.{name}`" for name in mixing)
+    with pytest.raises(ValueError, match=rf"`batch_size`=17 .* 2, as .* \({names}\); .*: 16 and 18$"):
+        train.validate(config, device_count=1)
+    config.optim.accumulate = 3
+    with pytest.raises(ValueError, match=r"in 3 parts .*, that share it nor by 2, as .*: 12 and 18$"):
+        train.validate(config, device_count=1)
 
 
 def test_an_epoch_at_rate_0_is_refused():
@@ -123,6 +152,23 @@ def test_scales_go_with_the_modes_that_take_them():
             train.validate(train.Config(scales="depth", model=train.ModelConfig(mode=mode)))
     with pytest.raises(ValueError, match=r"`model.mode`='repopt' needs `scales`: 'depth', 'ones', or"):
         train.validate(train.Config(model=train.ModelConfig(mode="repopt")))
+
+
+@pytest.mark.parametrize("before", ["", "transfer:"])
+def test_scales_are_found_in_the_users_folder(tmp_path, monkeypatch, before):
+    """A shell does not expand a `~` after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mode = train.ModelConfig(name="vgg-digits", mode="repopt")
+    config = train.Config(scales=f"{before}~/scales", model=mode)
+    with pytest.raises(ValueError, match=rf"`scales`='{before}~/scales' .*directory"):
+        train.validate(config)
+    task = train.build.make_task(config)
+    info = task.open_data(config.data)[0].info
+    save_scales(tmp_path / "scales", task.resolve_scales("depth", info))
+    train.validate(config)
+    train.build.check_scales_folder(config)
+    read, depth = (task.resolve_scales(scales, info).vectors for scales in (config.scales, "depth"))
+    jax.tree.map(np.testing.assert_allclose, read, depth)
 
 
 def test_clipping_goes_with_every_mode():
@@ -228,6 +274,10 @@ OF_COCO = {
             "`data.data_dir`='digits' does nothing with .*: leave it at ''",
         ),
         (detecting(image_size=31), "`data.image_size`=31 must be at least 32 for scenes"),
+        (detecting(zoom=(-1.0, 0.0)), r"`data.zoom`=\(-1.0, 0.0\) must hold 2 finite numbers, more than 0"),
+        (detecting(zoom=(2.0, 1.0)), r"`data.zoom`=\(2.0, 1.0\) .* in ascending order, or None"),
+        (detecting(scenes=(5,)), r"`data.scenes`=\(5,\) must hold 2 whole numbers, at least 1$"),
+        (detecting("coco", sigmas=(0.0, 0.0)), r"`data.sigmas`=\(0.0, 0.0\) .* more than 0"),
         (detecting("coco", flip_pairs=(0, 1, 2)), r"`data.flip_pairs`=\(0, 1, 2\) must be pairs"),
         (detecting("coco", flip_pairs=(0, 1, 1, 2)), "`data.flip_pairs`=.* must be pairs"),
         (detecting("coco", flip_pairs=(0, -1)), r"`data.flip_pairs`=\(0, -1\) must hold whole numbers"),
@@ -346,6 +396,13 @@ def test_the_config_of_a_run_is_read_from_its_folder(tmp_path):
     path.write_text('{"epoch": 3}')
     with pytest.raises(ValueError, match=r"is not the config\.json of a run: unknown config fields: epoch"):
         train.load_config(str(path))
+    path.write_text('{"epoch": 3, "seed": "0", "data": {"mean": 0.3}, "optim": {"ema": [1]}}')
+    with pytest.raises(ValueError, match="is not the config") as error:
+        train.load_config(str(path))
+    assert str(error.value).endswith(
+        "of a run: unknown config fields: epoch; `seed`='0' must be a whole number; `data.mean`=0.3 must "
+        "hold finite numbers; `optim.ema`=(1,) must be a finite number"
+    )
 
 
 def names_of(section, prefix=""):
@@ -387,3 +444,85 @@ def test_whatever_values_a_config_has(changes):
     except ValueError as error:
         if not str(error).startswith("this config cannot run: "):
             raise
+
+
+OWN = """
+from flax import nnx
+from repopt_jax import models, train
+def make(*, num_classes, in_channels, dtype, rngs):
+    return nnx.Linear(in_channels, num_classes, rngs=rngs)
+models.register(models.Entry("config-own", make))
+def get_config(arg=""):
+    return train.Config(model=train.ModelConfig(name=arg or "config-own"))
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """A config file that registers a network."""
+    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
+    monkeypatch.setattr(registry, "FILES", {})
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_config_remembers_the_file_that_registers_its_network(own_file):
+    config = train.load_config(str(own_file))
+    assert config.model.file == str(own_file)
+    assert train.load_config(f"{own_file}:vgg-digits").model.file == str(
+        own_file
+    )  # the name may be overridden
+    assert train.load_config("digits").model.file == ""
+    train.validate(config)
+    registry.NETWORKS.pop("config-own")
+    train.validate(config)  # imports it
+    assert "config-own" in registry.NETWORKS
+    moved = dataclasses.replace(config, model=dataclasses.replace(config.model, file="/elsewhere/mine.py"))
+    assert differing_fields(config, moved) == []
+    train.validate(moved)  # which is not needed while the network is known
+    config.model.file = str(own_file.with_name("copy.py"))
+    own_file.with_name("copy.py").write_text(OWN)
+    with pytest.raises(
+        ValueError, match=r"'config-own' is that of .*mine\.py in this program, and .*copy\.py"
+    ):
+        train.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "message"),
+    [
+        (
+            "/elsewhere/mine.py",
+            FileNotFoundError,
+            r"'config-own' is registered by /elsewhere/mine\.py .* change",
+        ),
+        ("mine.py", ValueError, "`model.file`='mine.py', .* must be an absolute path"),
+        (
+            None,
+            ValueError,
+            r"other\.py \(`model.file`\) does not register the network 'config-own': when it is",
+        ),
+        ("", ValueError, "`model.name`='config-own' must be one of"),
+    ],
+)
+def test_a_file_that_does_not_register_the_network(own_file, file, error, message):
+    config = train.load_config(str(own_file))
+    registry.NETWORKS.pop("config-own")
+    (own_file.with_name("other.py")).write_text("")
+    config.model.file = str(own_file.with_name("other.py")) if file is None else file
+    with pytest.raises(error, match=message):
+        train.validate(config)
+
+
+def test_a_comparison_remembers_it_as_well(own_file):
+    own_file.write_text(
+        f"{OWN}\ndef get_comparison(arg):\n    return Comparison('own', {{'own': get_config()}})\n"
+    )
+    with own_file.open("a") as file:
+        file.write("from repopt_jax.report.comparison import Comparison\n")
+    assert load_comparison(str(own_file)).ways["own"].model.file == str(own_file)
+
+
+def test_smoke_keeps_a_network_of_ones_own(own_file):
+    assert smoke(train.load_config(str(own_file))).model.name == "config-own"

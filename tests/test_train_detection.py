@@ -4,6 +4,7 @@ the way."""
 import dataclasses
 import io
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from repopt_jax import Scales, cli, data, deploy, load_scales, models, save_scales, train
 from repopt_jax.cli.commands import command_after_search
+from repopt_jax.cli.config import read_config
 from repopt_jax.data.pipeline import subset
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import Detections
@@ -210,6 +212,19 @@ def test_the_command_after_a_search_leaves_a_detector_clipped():
     assert "--config.scales=out/scales" in command
     assert "clip_norm" not in command
     assert "clip_norm=None" in command_after_search(train.Config(), Path("out"), "x", ())
+
+
+def test_the_command_after_a_search_can_run(tmp_path):
+    """Without what is only for searches, whether a file or the command line has set it."""
+    overrides = ("--config.freeze_scales=0.5", "--config.published=0.9", "--config.optim.clip_norm=2")
+    config = read_config("digits:search,smoke", overrides)
+    command = command_after_search(config, tmp_path, "digits:search,smoke", overrides)
+    words = shlex.split(command)
+    assert words[:3] == ["repopt", "train", "--config=digits:search,smoke"]
+    (tmp_path / "scales").mkdir()
+    after = read_config("digits:search,smoke", [word for word in words if word.startswith("--config.")])
+    train.validate(after)
+    assert (after.model.mode, after.freeze_scales, after.published) == ("repopt", None, None)
 
 
 def test_deploying_a_detector_is_told_by_locations(runs, tmp_path, capsys):

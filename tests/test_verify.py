@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from repopt_jax import depth_scales
+from repopt_jax import depth_scales, reinitialize
 from repopt_jax.core.published import default_branches
 from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.models import VGGVariant, vgg
@@ -441,6 +441,15 @@ def test_when_nothing_is_recognised():
     only_reason(check(tolerance=0.0), "no known reason was recognised")
 
 
+def test_a_parameter_without_entries():
+    """Nothing of it differs, also where reasons for a difference are looked for."""
+    model = dense()
+    model.none = nnx.Param(jnp.zeros((0,)))
+    result = check(model=model, tolerance=0.0)
+    assert result.differences["none"] == 0 < result.max_difference < EXACT
+    only_reason(result, "no known reason was recognised")
+
+
 def test_nan_is_not_equivalence():
     result = verify.Equivalence({"a": 1e-15, "b": float("nan")}, [1.0], 1e-15, 0.5, 1, EXACT)
     assert not result.equivalent
@@ -448,11 +457,86 @@ def test_nan_is_not_equivalence():
     assert result.worst(1)[0][0] == "b"
 
 
+class Attentive(nnx.Module):
+    """An attention, whose keys have a bias, between dense layers."""
+
+    def __init__(self, *, rngs):
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.attention(jnp.tanh(self.first(x))).mean(1))
+
+
+def test_a_bias_of_the_keys_of_an_attention():
+    """It adds the same to all logits of a row, so that its gradient is rounding too."""
+    model = Attentive(rngs=nnx.Rngs(0))
+    scales = scales_of(model, "first")
+    result = verify.verify_equivalence(
+        model,
+        scales,
+        batches_of(5, 4, count=2),
+        optimizer=repopt_adamw(1e-2, scales),
+        twin_optimizer=optax.adamw(1e-2),
+        tolerance=1e-11,
+        rngs=nnx.Rngs(1),
+    )
+    assert [path for path, d in result.worst() if d > result.tolerance] == ["attention/key/bias"]
+    only_reason(result, "gradient of attention/key/bias is zero but for rounding", "an attention's keys")
+
+
+def test_a_cast_of_constants_is_none():
+    def shifted(model, batch):
+        return verify.cross_entropy(model, batch) + jnp.sqrt(jnp.float64(2)).astype(jnp.float32)
+
+    only_reason(check(loss=shifted, tolerance=0.0), "no known reason was recognised")
+
+
+def test_branch_tensors_of_another_draw():
+    model, weights = reinitialize(dense(), DENSE, rngs=nnx.Rngs(1), return_weights=True)
+    inner = optax.lamb(1e-2)
+    with pytest.raises(ValueError, match=r"the check, which draws its own: .* optimizer=lambda weights: "):
+        check(reparameterize(inner, DENSE, weights=weights), inner, model=model)
+
+
+@pytest.mark.parametrize("wrong", [lambda b: (b["image"], b["label"]), lambda b: {"x": b["image"]}])
+def test_batches_of_another_loss(wrong):
+    batches = [wrong(batch) for batch in batches_of(4)]
+    with pytest.raises(
+        TypeError, match=r"`loss` is not given, .* entries 'image' and 'label', .* loss=loss_of"
+    ):
+        check(batches=batches)
+
+
+def test_the_result_is_printed_in_a_few_lines():
+    good = verify.Equivalence({"a": 1e-15, "b": 0.0}, [1.0], 1e-16, 0.5, 1, EXACT, compared="1 step")
+    assert str(good).splitlines() == [
+        "equivalent: no difference above 1e-12",
+        "compared: 1 step; kernels moved by 50.00%",
+        "largest relative differences, of 2 parameters and statistics:",
+        "  loss  1.0e-16",
+        "  a     1.0e-15",
+        "  b     0.0e+00",
+    ]
+    many = {f"p{i}": 0.1 for i in range(50)}
+    bad = verify.Equivalence(many, [1.0], 0.2, 0.5, 1, EXACT, ("first", "second"), "1 step")
+    lines = str(bad).splitlines()
+    assert lines[:3] == [
+        "NOT equivalent: the largest difference is 2.0e-01, the tolerance 1e-12",
+        "likely reason: first",
+        "likely reason: second",
+    ]
+    assert len(lines) < 12
+
+
 def test_arguments_that_are_wrong(setting):
     model, scales, batches = setting
     other = vgg(VGGVariant("o", (1, 1, 1, 1), (4, 4, 6, 6, 8)), num_classes=3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="do not fit the model"):
         verify.verify_equivalence(other, scales, batches, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="`scales` name no layer, so there is nothing to compare"):
+        verify.verify_equivalence(dense(), Scales({}), batches_of(4), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`batches` is empty"):
         verify.verify_equivalence(model, scales, [], rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`optimizer` is given without `twin_optimizer`"):

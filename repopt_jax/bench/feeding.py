@@ -54,6 +54,20 @@ def bench_input(settings: Settings) -> list[Section]:
     return [section_of("input", heading, settings, dtype, batch, found, notes=notes)]
 
 
+def check_images(settings: Settings) -> None:
+    """Checks the folder of images, where one is given.
+
+    Raises:
+      ValueError: it cannot be opened.
+    """
+    if not settings.images:
+        return
+    try:
+        data.open_source("folder", data_dir=settings.images)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`images` cannot be used for the part input: {error}") from error
+
+
 def open_images(settings: Settings, folder: Path) -> tuple[Any, str]:
     """Opens the images of `settings`, or generated photographs in `folder`; also returns a description."""
     if settings.images:

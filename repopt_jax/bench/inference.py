@@ -26,14 +26,26 @@ def bench_inference(settings: Settings) -> list[Section]:
     return [_inference(settings, *pair) for pair in settings.pairs]
 
 
-def _inference(settings: Settings, dtype: str, batch: int) -> Section:
-    LOG.info("inference: %s", settings.label(dtype, batch))
+def deployed(settings: Settings) -> list[str]:
+    """Returns which of the networks are deployed.
+
+    Raises:
+      ValueError: none of them.
+    """
     names = [name for name in DEPLOYED if name in settings.networks]
     if not names:
-        raise ValueError(f"`networks` must hold one of {', '.join(DEPLOYED)} for the part inference")
+        raise ValueError(
+            f"`networks` {', '.join(settings.networks)} must hold one of {', '.join(DEPLOYED)} for the part "
+            "inference: add one, or name the other parts"
+        )
+    return names
+
+
+def _inference(settings: Settings, dtype: str, batch: int) -> Section:
+    LOG.info("inference: %s", settings.label(dtype, batch))
     images = random_batch(settings, batch)["image"]
     builders: dict[str, Builder] = {}
-    for name in names:
+    for name in deployed(settings):
         model = new_model(name, settings, dtype)
         model.eval()
         for form, make in (("fused", fuse), ("not fused", lambda model: model)):

@@ -13,7 +13,9 @@ import flax
 import jax
 import optax
 
+from repopt_jax import jsontext
 from repopt_jax._version import __version__
+from repopt_jax.report.machine import processor_name
 
 LOG = logging.getLogger(__name__)
 
@@ -69,10 +71,10 @@ def read(out: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        results = json.loads(path.read_text())
-        there, sections = results["machine"], results["sections"]
-        [Section(**section) for section in sections]
-    except (ValueError, KeyError, TypeError) as error:
+        results = jsontext.parse(path.read_bytes(), path)
+        there = results["machine"]
+        markdown(joined(results, ()))  # what can be joined and shown is ours
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no results of `repopt bench`: give another --out") from error
     here = machine()
     if changed := [name for name in here if here[name] != there.get(name)]:
@@ -99,7 +101,7 @@ def machine() -> dict[str, Any]:
     found = {
         "device": device.device_kind,
         "platform": device.platform,
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -110,17 +112,6 @@ def machine() -> dict[str, Any]:
     if device.platform != "cpu":
         found["driver"] = " ".join(str(device.client.platform_version).split())
     return found
-
-
-def processor() -> str:
-    """Returns the processor's name if the system has one."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and value.strip() not in ("", "unknown"):
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def load() -> float | None:

@@ -10,12 +10,12 @@ from repopt_jax.arguments import check_items
 from repopt_jax.bench import results
 from repopt_jax.bench.compiling import bench_compile
 from repopt_jax.bench.conv import bench_conv
-from repopt_jax.bench.feeding import bench_input
-from repopt_jax.bench.inference import bench_inference
+from repopt_jax.bench.feeding import bench_input, check_images
+from repopt_jax.bench.inference import bench_inference, deployed
 from repopt_jax.bench.results import Section
 from repopt_jax.bench.settings import Settings
 from repopt_jax.bench.step import bench_largest, bench_step
-from repopt_jax.bench.update import bench_optimizers, bench_update
+from repopt_jax.bench.update import bench_optimizers, bench_update, check_multipliers
 
 LOG = logging.getLogger(__name__)
 
@@ -24,6 +24,15 @@ def _bench_torch(settings: Settings) -> list[Section]:
     from repopt_jax.bench.torch_step import bench_torch
 
     return bench_torch(settings)
+
+
+def _check_torch(settings: Settings) -> None:
+    network = models.find(settings.model)
+    if network.family is not models.vgg or network.variant.pre_se:
+        raise ValueError(
+            f"the part torch makes VGG-style networks without squeeze-and-excitation only, not "
+            f"{settings.model}: name the other parts, or measure another network"
+        )
 
 
 # In the order in which "all" runs them.
@@ -37,6 +46,14 @@ PARTS: dict[str, Callable[[Settings], list[Section]]] = {
     "conv": bench_conv,
     "compile": bench_compile,
     "input": bench_input,
+}
+# What raises ValueError where a part cannot measure the settings: all are asked before the first part is run.
+CHECKS: dict[str, Callable[[Settings], Any]] = {
+    "update": check_multipliers,
+    "optimizers": check_multipliers,
+    "inference": deployed,
+    "torch": _check_torch,
+    "input": check_images,
 }
 
 
@@ -57,8 +74,8 @@ def bench(
       command: the command that is recorded in the results.
 
     Raises:
-      ValueError: unknown parts; a network that one of them cannot make; OUT.json holds something else, or
-        results of another machine; or as the parts.
+      ValueError: unknown parts; settings that some of them cannot measure, of which all are listed before
+        anything is measured; OUT.json holds something else, or results of another machine; or as the parts.
       ModuleNotFoundError: torch is the only part and not installed.
     """
     check_items("parts", parts, "names of parts")
@@ -67,12 +84,14 @@ def bench(
         raise ValueError(f"`parts` {', '.join(unknown)}: they must be of {', '.join(PARTS)} or all")
     if not parts:
         raise ValueError(f"`parts` is empty: give some of {', '.join(PARTS)}, or all")
-    network = models.find(settings.model)
-    if "torch" in parts and (network.family is not models.vgg or network.variant.pre_se):
-        raise ValueError(
-            f"the part torch makes VGG-style networks without squeeze-and-excitation only, not "
-            f"{settings.model}: name the other parts, or measure another network"
-        )
+    problems = []
+    for check in dict.fromkeys(CHECKS[part] for part in parts if part in CHECKS):
+        try:
+            check(settings)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
     everything = results.read(out) if out else None
     done: list[Section] = []
     for part in parts:

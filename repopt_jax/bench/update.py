@@ -127,6 +127,21 @@ def parameters(settings: Settings) -> tuple[Any, Scales]:
     return shapes, depth_scales(model)
 
 
+def check_multipliers(settings: Settings) -> None:
+    """Checks that the rule of every layer is a multiplier, which is what the parts measure.
+
+    Raises:
+      ValueError: that of a layer is none.
+    """
+    shapes, scales = parameters(settings)
+    try:
+        jax.eval_shape(lambda params: gradient_multipliers(params, scales), shapes)
+    except ValueError as error:
+        raise ValueError(
+            f"the parts update and optimizers cannot measure {settings.model} ({error}): name the other parts"
+        ) from error
+
+
 def kernels(params: Any) -> Any:
     """Returns the weight decay mask of a plain network: everything except vectors."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

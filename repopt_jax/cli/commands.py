@@ -211,11 +211,21 @@ def search(args: argparse.Namespace) -> int:
 
 
 def command_after_search(config: Any, out: Path, file_and_arg: str, overrides: Sequence[str]) -> str:
-    """Returns the command that trains a plain network on the same data with the scales in `out`."""
+    """Returns the command that trains a plain network on the same data with the scales in `out`: what belongs
+    to the search alone, its published accuracy too, goes back to its default."""
+    from repopt_jax.train.config import settings_of
+
+    own = [
+        f"--config.{name}={default}"
+        for name, value, default, rules, _ in settings_of(config)
+        if value != default
+        and (name == "published" or "repopt" not in rules["only"].get("model.mode", ["repopt"]))
+    ]
     # Classifiers need clipping only in the search, detectors in every training.
     clipping = [] if config.task == "detect" else ["--config.optim.clip_norm=None"]
     changes = [
         "--config.model.mode=repopt",
+        *own,
         *clipping,
         f"--config.name={config.name}-repopt",
         f"--config.scales={out / 'scales'}",
@@ -315,7 +325,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     Accuracy and loss over the test images, each counted once; of a detector, COCO's average precision of
     boxes and of keypoints. An exported file is run by onnxruntime or, if it is StableHLO, by JAX; its images
-    are those of --run, or of the folder --data_dir."""
+    are those of --run, or of the folder --data-dir."""
     if not (args.run or args.model):
         raise UsageError("one of --run (a run or deployment) and --model (an exported file) must be given")
     if args.model and args.checkpoint:

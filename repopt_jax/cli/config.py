@@ -16,7 +16,7 @@ def read_config(file_and_arg: str, overrides: Sequence[str] = ()) -> Any:
     Args:
       file_and_arg: FILE or FILE:ARG, as `train.load_config` takes it.
       overrides: `--config.a.b=value`, each parsed by the declared type of its field; None is accepted where
-        the field may be None.
+        the field may be None. Texts of a tuple stand between commas, or as Python writes them.
 
     Raises:
       UsageError: unknown fields, or a value that is not of the field's type.
@@ -43,9 +43,15 @@ def with_overrides(config: Any, overrides: Sequence[str]) -> Any:
             f"unknown config field {', '.join(name + did_you_mean(name, fields) for name in unknown)}; "
             f"known are {', '.join(_siblings(unknown[0], list(fields)))}"
         )
-    # ml_collections does not support None: it would parse it as a number or a string.
-    none = [name for name, value in values.items() if fields[name] and value in ("None", "none")]
-    argv = ["repopt", *(f"--config.{name}={value}" for name, value in values.items() if name not in none)]
+    # ml_collections does not support None, which it would parse as a number or a string, nor texts between
+    # commas.
+    ours: dict[str, Any] = {}
+    for name, value in values.items():
+        if type(None) in typing.get_args(fields[name]) and value in ("None", "none"):
+            ours[name] = None
+        elif fields[name] == tuple[str, ...] and not value.startswith(("(", "[", "'", '"')):
+            ours[name] = tuple(filter(None, map(str.strip, value.split(","))))
+    argv = ["repopt", *(f"--config.{name}={value}" for name, value in values.items() if name not in ours)]
     # A new set of flags, because a second call in this process must not see those of the first.
     flag_values = flags.FlagValues()
     try:
@@ -54,21 +60,21 @@ def with_overrides(config: Any, overrides: Sequence[str]) -> Any:
     except flags.Error as error:
         raise UsageError(str(error).replace("flag --", "--")) from error
     config = flag_values["config"].value
-    for name in none:
+    for name, value in ours.items():
         *parts, last = name.split(".")
-        setattr(functools.reduce(getattr, parts, config), last, None)
+        setattr(functools.reduce(getattr, parts, config), last, value)
     return config
 
 
-def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Yields the dotted name of each field that holds a value, and whether it may be None."""
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name of each field that holds a value, and its type."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{prefix}{field.name}.")
         else:
-            yield prefix + field.name, type(None) in typing.get_args(hints[field.name])
+            yield prefix + field.name, hints[field.name]
 
 
 def _siblings(name: str, known: Sequence[str]) -> list[str]:

@@ -165,8 +165,8 @@ def _quantize(parser: Parser) -> None:
     parser.takes_config = True
     parser.option("--run=DIR", "folder of a run or of a deployment", type=path, required=True)
     parser.option("--out=DIR", "folder of the quantized network; new or empty", type=path, required=True)
-    parser.option("--bits=N", "of inputs, and of kernels without --weight_bits: 2 to 8 (8)", type=int)
-    parser.option("--weight_bits=N", "of the kernels", type=int)
+    parser.option("--bits=N", "of inputs, and of kernels without --weight-bits: 2 to 8 (8)", type=int)
+    parser.option("--weight-bits=N", "of the kernels", type=int)
     parser.option(
         "--per=WHAT",
         "a kernel has a scale for each channel, or one for the tensor (channel)",
@@ -269,10 +269,10 @@ def _bench(parser: Parser) -> None:
     parser.option("--classes=N", "of the classifier (1000)", type=int)
     parser.option(
         "--networks=NAME,...",
-        "of step, torch and so on: plain, repopt, search, repvgg (these four), "
+        "of step, torch and so on: plain, repopt, search, repvgg (these four), orepa, "
         "xla (plain, XLA's convolutions)",
         type=words,
-        values=("plain", "repopt", "search", "repvgg", "xla"),
+        values=("plain", "repopt", "search", "orepa", "repvgg", "xla"),
     )
     parser.option("--memory=GB", "limit for the largest batch (what the device has)", type=float)
     parser.option(

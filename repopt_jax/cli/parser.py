@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
             "of a run: latest (the default), best, or the number of a step",
             values=("latest", "best"),
         )
-        self.option("--data_dir=DIR", "folder of the images, if not the one that the run used")
+        self.option("--data-dir=DIR", "folder of the images, if not the one that the run used")
 
     def check_options(self, arguments: Sequence[str]) -> None:
         """Raises UsageError for unknown and repeated options.

@@ -43,9 +43,11 @@ def centred_taps(size: Sequence[int], window: Sequence[int], dilation: Sequence[
     for axis, (k, w, d) in enumerate(zip(size, window, dilation)):
         left_over = w - ((k - 1) * d + 1)
         if k < 1 or d < 1 or left_over < 0 or left_over % 2:
+            dilated = f" with dilation {d}" if d != 1 else ""
+            many = f"{left_over} more, and as many must lie on both sides"
             raise ValueError(
-                f"a kernel of {k} taps with dilation {d} cannot be centred in a window of {w} taps "
-                f"(spatial axis {axis}): window - ((taps - 1) * dilation + 1) must be even and not negative"
+                f"a kernel of {k} tap{'' if k == 1 else 's'}{dilated} cannot be centred in a window of {w} "
+                f"taps (spatial axis {axis}): the window {f'has {many}' if left_over > 0 else 'is smaller'}"
             )
         taps.append(Taps(left_over // 2, d, k))
     return tuple(taps)

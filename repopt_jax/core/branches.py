@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -42,7 +43,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Branch(abc.ABC):
-    """One linear branch. Subclasses define the shape of its tensor and how it is embedded in the kernel."""
+    """One linear branch. Subclasses define the shape of its tensor and how it is embedded in the kernel.
+
+    Raises:
+      TypeError: from the definition of a subclass that has the name of one in another file, because files of
+        scales know branches by the names of their classes. A class may be defined once more in its own file.
+    """
 
     has_scale: ClassVar[bool] = True  # False: the constant scale is 1 (the identity)
     places: ClassVar[bool] = True  # E_b puts each entry of w_b at one entry of K, no two at the same
@@ -51,6 +57,12 @@ class Branch(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        taken = Branch.types.get(cls.__name__, cls)
+        if taken is not cls and _file_of(taken) != _file_of(cls):
+            raise TypeError(
+                f"the class {cls.__name__} of {cls.__module__} has the name of a branch of "
+                f"{taken.__module__}, by which scales files are read: give it another name"
+            )
         Branch.types[cls.__name__] = cls
 
     @property
@@ -752,6 +764,11 @@ def from_canonical(kernel: jax.Array, layout: str, shape: Shape) -> jax.Array:
 
 _LONGEST = 2**31  # no axis of an array is as long
 _LARGEST = 2**36  # numbers; no kernel is as large
+
+
+def _file_of(kind: type) -> str:
+    """Returns the file of a class; of one that was typed in, the name of its module."""
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
 
 
 def _branch_from_json(fields: dict[str, Any]) -> Branch:

@@ -71,7 +71,7 @@ def search_lambda(weight_decay: float, rates: ArrayLike, momentum: float | None 
     Raises:
       ValueError: a momentum of 1 or more, whose steps have no sum.
     """
-    check_number("weight_decay", weight_decay, at_least=0, optional=False)
+    check_number("weight_decay", weight_decay, at_least=0)
     check_kind("rates", rates, (list, tuple, HasShape, numbers.Real), "the learning rates of the steps")
     momentum = momentum or 0.0
     if not 0 <= momentum < 1:
@@ -140,7 +140,7 @@ def compare_with_law(scales: "Scales", start: "Scales", Lambda: float) -> dict[s
 
     check_scales(scales)
     check_scales(start, "start")
-    check_number("Lambda", Lambda, optional=False)
+    check_number("Lambda", Lambda)
     check_fit(start, scales.branch_sets, where=" of `start`")
     found = {}
     for path, entry in scales.entries.items():

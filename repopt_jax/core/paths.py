@@ -93,16 +93,24 @@ def match_rules(rules: Sequence[tuple[str, T]], names: Iterable[str]) -> dict[st
     return matched
 
 
-def compiled(pattern: str | re.Pattern[str], argument: str) -> re.Pattern[str]:
+def compiled(
+    pattern: str | re.Pattern[str], argument: str, *, replacement: str | None = None
+) -> re.Pattern[str]:
     """A regular expression of a caller; `argument` is what the error calls its place.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is none, or has not the groups that `replacement` names.
     """
     try:
-        return re.compile(pattern)
+        regex = re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(f"`{argument}` holds {pattern!r}, which is no regular expression: {error}") from None
+    if replacement is not None:
+        try:
+            regex.sub(replacement, "")  # reads the replacement also where nothing matches
+        except (re.error, IndexError, TypeError) as error:
+            raise _wrong_replacement(regex, replacement, argument, error) from None
+    return regex
 
 
 def expanded(match: re.Match[str], replacement: str, argument: str) -> str:
@@ -114,8 +122,13 @@ def expanded(match: re.Match[str], replacement: str, argument: str) -> str:
     try:
         return match.expand(replacement)
     except (re.error, IndexError) as error:
-        pattern = match.re.pattern
-        raise ValueError(f"`{argument}` gives {pattern!r} the replacement {replacement!r}: {error}") from None
+        raise _wrong_replacement(match.re, replacement, argument, error) from None
+
+
+def _wrong_replacement(
+    regex: re.Pattern[str], replacement: str, argument: str, error: Exception
+) -> ValueError:
+    return ValueError(f"`{argument}` gives {regex.pattern!r} the replacement {replacement!r}: {error}")
 
 
 def describe_difference(

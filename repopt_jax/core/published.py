@@ -19,6 +19,8 @@ from repopt_jax.core.branches import (
     Kernel,
     Local,
     Pool,
+    canonical_shape,
+    check_layout,
 )
 from repopt_jax.core.structure import Chain, Description, Follower, Geometry, Stage, Structure
 
@@ -226,6 +228,8 @@ def unireplknet(layer: Geometry) -> Structure:
     size = layer.window[0] if layer.window else 0
     if set(layer.window) != {size} or size not in DILATED_KERNELS:
         sizes = ", ".join(map(str, sorted(DILATED_KERNELS)))
+        if not layer.window:
+            raise ValueError("it is a dense layer, which has no window for large kernels")
         raise ValueError(f"the window is {layer.window}: all sides must be the same, one of {sizes}")
     axes = layer.axes
     return Structure(
@@ -372,9 +376,14 @@ def default_branches(
       kernel: its shape, (*stack, *spatial, in/groups, out), or ordered as `layout` says.
       groups, layout, stacked: as in `BranchSet`.
       stride: the layer's stride, one number or one for each spatial axis.
+
+    Raises:
+      TypeError: `kernel` is no shape.
+      ValueError: `layout` does not order the axes of the kernel; or as `Geometry` and `BranchSet`.
     """
     check_kind("kernel", kernel, (tuple, list), "the shape of a kernel")
+    check_layout(layout)
     shape = tuple(kernel)[stacked:]
-    *window, inputs, out = shape if layout == "...io" else (*shape[2:], shape[1], shape[0])
+    *window, inputs, out = canonical_shape(shape, layout)
     layer = Geometry(tuple(window), inputs * groups, out, groups, strides=stride)
     return BranchSet(tuple(kernel), repopt(layer).branch_set().branches, groups, layout, stacked)

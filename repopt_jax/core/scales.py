@@ -184,6 +184,18 @@ class Scales:
         """The arrays as plain dicts, as an optimizer's state holds them."""
         return {path: dict(entry.vectors) for path, entry in self.entries.items()}
 
+    def __str__(self) -> str:
+        """A line for each layer, with the mean of each branch's vector over its channels (and its stack)."""
+        of = f" of {self.metadata.architecture}" if self.metadata.architecture else ""
+        lines = [f"scales of {len(self.entries)} layers{of}, means over the channels:"]
+        for path, entry in self.entries.items():
+            means = (
+                f"{name} {float(np.mean(v)):.3g}" if is_concrete(v) else name
+                for name, v in entry.vectors.items()
+            )
+            lines.append(f"  {path}: {', '.join(means)}")
+        return "\n".join(lines)
+
     def channel_means(self) -> "Scales":
         """Replaces every vector by its (signed) mean over the channels, in each layer of a stack.
 

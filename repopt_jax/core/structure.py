@@ -25,12 +25,13 @@ Some of the chains may have a batch norm after their own sum, y = a * x + b, bef
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from repopt_jax.arguments import check_kind
 from repopt_jax.core import algebra
 from repopt_jax.core.branches import (
     Branch,
@@ -123,6 +124,13 @@ class Geometry:
             raise ValueError(
                 f"`padding` is {pads}: with `pad_mode` {pad_mode!r} nothing can be cut off (n >= 0)"
             )
+
+    @property
+    def title(self) -> str:
+        """What messages call it: "2x2 layer of 16 inputs and 8 outputs"."""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        window = "x".join(map(str, self.window)) or "dense"
+        return f"{window} layer of {self.inputs} inputs and {self.outputs} outputs{groups}"
 
     @property
     def axes(self) -> int:
@@ -296,6 +304,7 @@ class Structure:
       ValueError: no chain, a name that contains `/` or occurs twice, stages that are not defined for this
         layer, or sums of unknown chains, of chains with norms, or of chains of other sums, all listed with
         the reasons.
+      TypeError: `layer` is no `Geometry`, a chain no sequence of `Stage`s, or a sum none of names.
     """
 
     layer: Geometry
@@ -304,16 +313,15 @@ class Structure:
     sums: Any = ()
 
     def __post_init__(self) -> None:
-        for field in ("chains", "sums"):
-            given = getattr(self, field)
-            pairs = given.items() if isinstance(given, Mapping) else given
-            object.__setattr__(self, field, tuple((name, tuple(entries)) for name, entries in pairs))
+        check_kind("layer", self.layer, Geometry, "a `Geometry`, which a description is given")
+        object.__setattr__(self, "chains", _pairs("chains", self.chains, Stage, "(Stage(Kernel((3, 3))),)"))
+        object.__setattr__(self, "sums", _pairs("sums", self.sums, str, '("3x3", "1x1")'))
         chains = self.chains
         names = [name for name, _ in chains]
         if not names or len(set(names)) != len(names) or any("/" in name for name in names):
             raise ValueError(f"`chains` are named {names}: at least one, each name once and without `/`")
         if problems := [f"{name}: {why}" for name, chain in chains for why in _problems(self.layer, chain)]:
-            raise ValueError(f"chains that are not defined for {self.layer}: {'; '.join(problems)}")
+            raise ValueError(f"chains that are not defined for a {self.layer.title}: {'; '.join(problems)}")
         keys = [part.key for part in self.parts]
         if len(set(keys)) != len(keys):
             raise ValueError(f"`chains` give several stages the name of one: {keys}")
@@ -439,6 +447,22 @@ class Structure:
 
 
 Description = Callable[[Geometry], Structure]
+
+
+def _pairs(argument: str, given: Any, kind: type, such_as: str) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """Returns names and what is given for them, several values of `kind` each.
+
+    Raises:
+      TypeError: no names, or other values.
+    """
+    check_kind(argument, given, (Mapping, tuple, list), "a mapping from names")
+    pairs = []
+    for name, value in given.items() if isinstance(given, Mapping) else given:
+        entries = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+        if not isinstance(name, str) or not all(isinstance(entry, kind) for entry in entries):
+            raise TypeError(f"`{argument}` has {name!r}: {value!r}: it must be from a name to {such_as}")
+        pairs.append((name, entries))
+    return tuple(pairs)
 
 
 def _parts(layer: Geometry, name: str, chain: Chain) -> Iterator[Part]:

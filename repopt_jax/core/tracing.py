@@ -291,14 +291,18 @@ PASSED = (
 )
 
 
+# Why an array without entries is no kernel: there is no geometry without inputs or outputs.
+EMPTY = "it is empty"
+
+
 def trace_uses(apply: Callable[..., Any], params: Any, *example: Any) -> Uses:
     """Returns what a function does with each of its parameters: `trace_layers` without a judgement."""
     flat = flatten(jax.make_jaxpr(apply)(params, *example))
     leaves, _ = paths.named_leaves(params)
-    infos = [
-        _Info(False, frozenset((path,)), _View(path, _places(leaf.shape), (), tuple(leaf.shape)), leaf.size)
-        for path, leaf in leaves.items()
-    ]
+    infos = []
+    for path, leaf in leaves.items():
+        view = _View(path, _places(leaf.shape), (), tuple(leaf.shape)) if leaf.size else None
+        infos.append(_Info(False, frozenset((path,)), view, leaf.size, changed="" if leaf.size else EMPTY))
     infos += [_Info(data=True)] * (len(flat.inputs) - len(infos))
     walk = _Walk(closed_over=len(flat.inputs) == len(leaves))
     for info in walk.run(flat, infos, 1):
@@ -391,7 +395,9 @@ class _Walk:
         numbers = p["dimension_numbers"]
         out, into, *spatial = numbers.rhs_spec
         inputs = equation.inputs[0].shape[numbers.lhs_spec[1]]
-        if set(p["lhs_dilation"]) - {1}:
+        if 0 in shape:
+            self.refuse(kernel, EMPTY)
+        elif set(p["lhs_dilation"]) - {1}:
             self.refuse(kernel, "a transposed convolution, whose 1x1 branch would reach some outputs alone")
         elif p["batch_group_count"] != 1:
             self.refuse(kernel, "a convolution in groups of the batch")
@@ -433,6 +439,9 @@ class _Walk:
             return None
         if not into or not out:
             self.note(kernel.params, "dot_general")
+            return None
+        if 0 in shape:
+            self.refuse(kernel, EMPTY)
             return None
         if stacked:
             one = kernel.view.unstacked(len(stacked)) if kernel.view else None

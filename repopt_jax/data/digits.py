@@ -31,8 +31,12 @@ UNREGISTERED: dict[str, Any] = {"skip_registration": True}
 
 
 def open_digits(*, data_dir: str | os.PathLike[str] | None = None) -> Source:
-    """Opens the digits, which it prepares in `data_dir` if they are not there yet; see `prepare`."""
-    return open_tfds_directory(prepare(data_dir))
+    """Opens the digits, which it prepares in `data_dir` if they are not there yet; see `prepare`.
+
+    Raises:
+      ValueError: what was prepared is damaged.
+    """
+    return open_tfds_directory(prepare(data_dir), remedy="remove the folder: it is made anew")
 
 
 def prepare(data_dir: str | os.PathLike[str] | None = None) -> Path:

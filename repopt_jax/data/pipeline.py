@@ -221,7 +221,8 @@ def subset(count: int, limit: int | None, split: str) -> np.ndarray:
         return np.arange(count)
     if not 1 <= limit <= count:
         raise ValueError(
-            f"`limit` is {limit}, but the {split} split has {count} images; it must be in [1, {count}]"
+            f"`limit` is {limit}, but the {split} split has {count} images; it must be in [1, {count}] "
+            f"(--config.data.{split}_limit)"
         )
     return np.random.default_rng(LIMIT_SEED).permutation(count)[:limit]
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from repopt_jax.arguments import check_kind
+from repopt_jax.arguments import check_items, check_kind
 from repopt_jax.data.coco import open_coco
 from repopt_jax.data.dataset import AnnotatedSource
 from repopt_jax.data.digits import open_digits
@@ -44,6 +44,12 @@ def _open_scenes(
     *, scenes: tuple[int, int] = (2000, 500), scenes_seed: int = 0, image_size: int = 64
 ) -> AnnotatedSource:
     """`open_scenes` by the names of a config: `scenes` are the numbers for training and for evaluation."""
+    check_items("scenes", scenes, "two numbers of scenes")
+    if len(scenes) != 2 or min(scenes) < 1:
+        raise ValueError(
+            f"`scenes` is {scenes}; it must be two numbers of scenes, for training and for evaluation, each "
+            "at least 1, such as (2000, 500)"
+        )
     num_train, num_eval = scenes
     return open_scenes(scenes_seed, num_train=num_train, num_eval=num_eval, size=image_size)
 

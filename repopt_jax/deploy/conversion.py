@@ -5,8 +5,9 @@ from pathlib import Path
 from repopt_jax.arguments import check_path
 from repopt_jax.core.scales import save_scales
 from repopt_jax.deploy.network import load_any
-from repopt_jax.interop import load_torch_scales
+from repopt_jax.interop import SCHEMES, load_torch_scales
 from repopt_jax.interop.convert import convert_file, export_weights, is_torch_file, refuse_existing
+from repopt_jax.interop.names import find_scheme
 from repopt_jax.interop.networks import RECORD as CONVERTED
 from repopt_jax.interop.networks import load_converted
 
@@ -34,7 +35,7 @@ def convert(
         authors'; or "scales".
 
     Raises:
-      FileNotFoundError: nothing at `source`.
+      FileNotFoundError: nothing at `source`, or no folder for `out`.
       FileExistsError: something is at `out`.
       ValueError: what the file or the folder holds cannot be converted so.
     """
@@ -44,10 +45,17 @@ def convert(
     given, target = Path(source).expanduser(), Path(out).expanduser()
     if not given.exists():
         raise FileNotFoundError(f"no file or folder at {source}")
+    # Everything that reading a large file would be in vain for.
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"`out` {out} is in no folder that exists: make {target.parent} first")
+    if to and to != SCALES:
+        find_scheme(to, "to")
     if given.is_dir():
-        if model or classes or key or to == SCALES:
+        of_files = {"model": model, "classes": classes, "key": key, "to": to if to == SCALES else ""}
+        if given_of_files := [f"`{name}`={value!r}" for name, value in of_files.items() if value]:
             raise ValueError(
-                f"{source} is a folder of ours, which says itself what it holds: give `to` alone"
+                f"{source} is a folder of ours, which says itself what it holds: leave out "
+                f"{', '.join(given_of_files)} (of files only); `to` may be {', '.join(SCHEMES)}"
             )
         if not is_torch_file(target):
             raise ValueError(f"{source} is a folder of ours: `out` must end in .safetensors, .pth or .pt")
@@ -58,6 +66,9 @@ def convert(
     if to == SCALES:
         if is_torch_file(target):
             raise ValueError(f"scales go into a folder of ours, not a file such as {out}")
+        of_weights = {"model": model, "classes": classes}
+        if useless := [f"`{name}`={value!r}" for name, value in of_weights.items() if value]:
+            raise ValueError(f"{', '.join(useless)} does nothing with `to`='scales': leave it out")
         scales = load_torch_scales(given, key=key or None)
         save_scales(target, scales)
         vectors = sum(len(entry) for entry in scales.vectors.values())

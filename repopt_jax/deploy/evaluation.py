@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -98,6 +99,9 @@ def _open(
       FileNotFoundError, ValueError: as `evaluate`.
     """
     if data_dir is not None:
+        # Where there is none, the digits would be prepared in it.
+        if not Path(data_dir).expanduser().is_dir():
+            raise FileNotFoundError(f"`data_dir` {data_dir} is not a folder: give the one of the images")
         settings = dataclasses.replace(settings, data_dir=data_dir)
     task = make_task(config)
     source, transform = task.open_data(settings)

@@ -162,6 +162,8 @@ def export(
     out = Path(out).expanduser()
     _check(out, format, layout, preprocess, decode, weights, scale_bits, keep_float)
     trained, images = load_plain(run_dir, checkpoint=checkpoint), 0
+    if decode and trained.config.task != "detect":
+        raise ValueError(f"`decode` is for a detector, and {run_dir} holds a classifier: leave it out")
     if format == INT8:
         if quantizers(trained.model):
             if (weights, scale_bits, keep_float) != (None, None, None):

@@ -18,9 +18,9 @@ from repopt_jax.arguments import check_path
 from repopt_jax.core import paths
 from repopt_jax.deploy.evaluation import compared_images, evaluate
 from repopt_jax.quantize.layers import Scheme, with_quantizers
-from repopt_jax.surgery.fuse import fuse, output_difference
+from repopt_jax.surgery.fuse import output_difference
 from repopt_jax.surgery.resrep import resized, shrink
-from repopt_jax.train.build import Trained, build_model, load_trained, open_checkpoints, pruning_plan
+from repopt_jax.train.build import Trained, build_model, fused, load_trained, open_checkpoints, pruning_plan
 from repopt_jax.train.config import Config, PruneConfig, from_json
 from repopt_jax.train.rundir import (
     PART,
@@ -154,7 +154,7 @@ def plain_network(trained: Trained) -> Any:
     slim, plan = trained.model, pruning_plan(trained.config, trained.info)
     if plan is not None:
         slim = shrink(slim, plan, threshold=trained.config.prune.threshold)
-    return fuse(slim)
+    return fused(trained.config, trained.info, slim)
 
 
 def load_plain(directory: str | Path, *, checkpoint: str | int | None = None) -> Trained:
@@ -186,13 +186,13 @@ def load_deployed(directory: str | Path) -> Trained:
         raise FileNotFoundError(f"{directory} has no deploy.json: it holds no deployed network")
     config, info = read_settings(directory)
 
-    def fused() -> Any:
+    def plain() -> Any:
         # Scales and pruning shape training, not the fused network; their folders may be gone.
         model, _ = build_model(dataclasses.replace(config, scales="", prune=PruneConfig()), info)
         model.eval()
-        return fuse(model)
+        return fused(config, info, model)
 
-    whole = nnx.eval_shape(fused)
+    whole = nnx.eval_shape(plain)
     whole = resized(whole, record["shapes"]) if record.get("shapes") else whole
     if quantized := record.get("quantized"):
         whole = with_quantizers(whole, Scheme.of(quantized), dict.fromkeys(quantized["layers"], (0.0, 0.0)))
@@ -214,7 +214,7 @@ def read_settings(directory: str | Path) -> tuple[Config, Any]:
     try:
         config = from_json(json.dumps(record["config"]))
         int(record["step"])
-        return config, info_from_json(config.task, record["dataset"])
+        return config, info_from_json(config.task, record["dataset"], path)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged or of another version ({type(error).__name__}: {error}): deploy the run "

@@ -23,7 +23,7 @@ from repopt_jax.deploy.network import deploy
 from repopt_jax.optim.resrep import row_norms
 from repopt_jax.surgery.resrep import kept_rows
 from repopt_jax.train.build import load_source, load_trained, open_checkpoints, pruning_plan
-from repopt_jax.train.config import Config, PruneConfig, check_config, tuples
+from repopt_jax.train.config import Config, PruneConfig, check_config
 from repopt_jax.train.loop import run
 from repopt_jax.train.rundir import RunFolder, Summary, from_record, read_json, read_records, replace_file
 from repopt_jax.train.tasks import METRICS
@@ -156,8 +156,7 @@ def prune(
     folder = RunFolder(out_dir)
     path = folder.path / RECORD
     if (record := read_json(path)) is not None:
-        stored = from_record(Pruned, record, path, reused=True)
-        return dataclasses.replace(stored, widths={p: tuples(w) for p, w in stored.widths.items()})
+        return from_record(Pruned, record, path, reused=True)
     trained = load_trained(folder.path)
     plan = pruning_plan(config, trained.info)
     assert plan is not None

@@ -35,7 +35,8 @@ def decode(
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     scores = jnp.sqrt(jax.nn.sigmoid(outputs.classes) * jax.nn.sigmoid(outputs.centerness)[..., None])
     images, num_locations, num_classes = scores.shape
-    scores, index = jax.lax.top_k(scores.reshape(images, -1), min(pre, num_locations * num_classes))
+    candidates = num_locations * num_classes
+    scores, index = jax.lax.top_k(scores.reshape(images, candidates), min(pre, candidates))
     location, classes = index // num_classes, (index % num_classes).astype(jnp.int32)
     classes = jnp.where(scores > score_threshold, classes, -1)
     bounds = jnp.array([[[width, height, width, height]]])

@@ -106,8 +106,6 @@ def contact_sheet(
     check_count("columns", columns)
     if not images:
         raise ValueError("`images` is empty; give at least one")
-    if columns < 1:
-        raise ValueError(f"`columns` is {columns}; it must be at least 1")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     width, height = (max(image.size[axis] for image in images) + gap for axis in (0, 1))

@@ -18,6 +18,7 @@ from jax import export
 
 from repopt_jax.core import jaxprs
 from repopt_jax.core.jaxprs import Equation, Value
+from repopt_jax.export.function import any_batch_size
 from repopt_jax.nn.convolution import xla_convolutions
 from repopt_jax.nn.geometry import ChangedOperands
 from repopt_jax.surgery.modules import intercepted, named_modules
@@ -80,6 +81,9 @@ def trace(
       function: model -> the function that is traced, from an array to arrays by name.
       shape: of the input, without the batch.
       dtype: of the input.
+
+    Raises:
+      ValueError: the network takes the batch size as a number.
     """
     definition, state = nnx.split(with_scopes(model))
     names = []
@@ -91,7 +95,7 @@ def trace(
         names[:] = list(outputs)
         return list(outputs.values())
 
-    with xla_convolutions():
+    with xla_convolutions(), any_batch_size():
         closed = jax.make_jaxpr(traced)(jax.ShapeDtypeStruct((batch, *shape), dtype))
     flat = jaxprs.flatten(closed)
     equations, constants = folded(flat, flat.outputs)

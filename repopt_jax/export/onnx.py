@@ -23,7 +23,7 @@ from repopt_jax.arguments import check_array, check_kind, check_path
 from repopt_jax.core import paths
 from repopt_jax.export.checks import check_exportable
 from repopt_jax.export.files import CHECKSUM, NO_DIGITS, with_checksum, write_whole
-from repopt_jax.export.function import INPUT, file_function, named_outputs
+from repopt_jax.export.function import INPUT, Call, checked_call, file_function, named_outputs
 from repopt_jax.export.graph import BATCH, DTYPES, Graph, Unsupported, path_of, trace
 from repopt_jax.export.metadata import LAYOUTS, Metadata
 from repopt_jax.export.operations import OPERATIONS
@@ -37,7 +37,7 @@ IR_VERSION = 8
 MAX_BYTES = 2**31 - 1
 
 
-def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata) -> None:
+def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata, *, call: Call | None = None) -> None:
     """Writes a network as an ONNX file for any batch size.
 
     The graph has the input "images", (batch, *metadata.input_shape) of `metadata.dtype`, and the outputs
@@ -50,9 +50,12 @@ def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata) -> None:
         `quantize`. It takes images (batch, height, width, channels).
       path: a file of this name is replaced, once the new one is written.
       metadata: the input and the outputs of the graph, and what else the file says.
+      call: how a model is called that takes more than images, a function of the model and images:
+        `lambda model, images: model(images, train=False)`.
 
     Raises:
-      ValueError: a model in training mode, with branches, or with parameters of another dtype; metadata with
+      ValueError: a model in training mode, with branches, or with parameters of another dtype; one that takes
+        more than images, or the batch size as a number of Python, such as `len(images)`; metadata with
         `decoded`; operations that have no ONNX form, all of them with path and class; more than 2 GiB.
       ModuleNotFoundError: onnx is not installed.
       OSError: the file cannot be written.
@@ -67,8 +70,10 @@ def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata) -> None:
             "to StableHLO"
         )
 
+    call = checked_call(model, call)
+
     def function(model: nnx.Module) -> Callable[[jax.Array], dict[str, jax.Array]]:
-        return file_function(model, metadata)
+        return file_function(model, metadata, call)
 
     proto = _proto(
         model, function, metadata.input_shape, metadata.dtype, metadata.to_strings() | {CHECKSUM: NO_DIGITS}
@@ -82,6 +87,7 @@ def onnx_model(
     *,
     layout: str = "NHWC",
     metadata: Mapping[str, str] | None = None,
+    call: Call | None = None,
 ) -> Any:
     """Returns a network as an `onnx.ModelProto`: `to_onnx` for inputs of any rank, without its metadata.
 
@@ -90,6 +96,7 @@ def onnx_model(
       input_shape: of the network's input without the batch, channels last.
       layout: "NCHW" for a graph whose input is channels first.
       metadata: text by name, for `metadata_props`.
+      call: as for `to_onnx`.
 
     Raises:
       ValueError, ModuleNotFoundError: as `to_onnx`; a layout that is neither.
@@ -99,11 +106,10 @@ def onnx_model(
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     first = layout == "NCHW"
+    call = checked_call(model, call)
 
     def function(model: nnx.Module) -> Callable[[jax.Array], dict[str, jax.Array]]:
-        return lambda x: named_outputs(
-            model(jax.numpy.moveaxis(x, 1, -1) if first else x)  # pyright: ignore[reportCallIssue]
-        )
+        return lambda x: named_outputs(call(model, jax.numpy.moveaxis(x, 1, -1) if first else x))
 
     *spatial, channels = input_shape
     shape = (channels, *spatial) if first else tuple(input_shape)

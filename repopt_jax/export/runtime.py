@@ -232,6 +232,7 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
     Raises:
       ValueError, ModuleNotFoundError: as `open_file`.
     """
+    check_path("path", path)
     extras.require("onnxruntime", by="running an ONNX file")
     import onnxruntime
 

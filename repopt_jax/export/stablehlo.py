@@ -26,7 +26,7 @@ from repopt_jax import extras
 from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.export.checks import check_exportable
 from repopt_jax.export.files import write_whole
-from repopt_jax.export.function import file_function
+from repopt_jax.export.function import Call, any_batch_size, checked_call, file_function
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.nn.convolution import xla_convolutions
 from repopt_jax.surgery.modules import check_model
@@ -44,7 +44,9 @@ class Program(NamedTuple):
     metadata: Metadata
 
 
-def to_stablehlo(model: nnx.Module, path: str | Path, metadata: Metadata) -> None:
+def to_stablehlo(
+    model: nnx.Module, path: str | Path, metadata: Metadata, *, call: Call | None = None
+) -> None:
     """Writes a network for `jax.export.deserialize`.
 
     The function in the file takes images (batch, *metadata.input_shape) of `metadata.dtype`, for any batch
@@ -58,9 +60,12 @@ def to_stablehlo(model: nnx.Module, path: str | Path, metadata: Metadata) -> Non
       model: plain (see `fuse`) and in evaluation mode; it takes images (batch, height, width, channels).
       path: a file of this name is replaced, once the new one is written.
       metadata: the input and the outputs of the function, and what else the file says.
+      call: how a model is called that takes more than images, a function of the model and images:
+        `lambda model, images: model(images, train=False)`.
 
     Raises:
-      ValueError: a model in training mode, or with branches.
+      ValueError: a model in training mode, with branches, that takes more than images, or that takes the
+        batch size as a number of Python, such as `len(images)`.
       ModuleNotFoundError: flatbuffers is not installed.
       OSError: the file cannot be written.
     """
@@ -69,10 +74,11 @@ def to_stablehlo(model: nnx.Module, path: str | Path, metadata: Metadata) -> Non
     check_kind("metadata", metadata, Metadata, "a `Metadata`")
     extras.require("flatbuffers", by="a StableHLO file")
     check_exportable(model)
+    function = file_function(model, metadata, checked_call(model, call))
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *metadata.input_shape), jnp.dtype(metadata.dtype))
-    with xla_convolutions():
-        exported = export.export(jax.jit(file_function(model, metadata)), platforms=PLATFORMS)(images)
+    with xla_convolutions(), any_batch_size():
+        exported = export.export(jax.jit(function), platforms=PLATFORMS)(images)
     write_whole(path, _followed_by(metadata, bytes(exported.serialize())))
 
 

@@ -49,10 +49,13 @@ def read_tensors(path: str | os.PathLike[str], *, key: str | None = None) -> dic
 
     Raises:
       FileNotFoundError: no such file.
+      TypeError: a `key` that is no text.
       ValueError: the file is of another type, empty, truncated or damaged; it would run code; or it holds no
         tensors, or none under `key`. The message is one sentence that names the file.
     """
     check_path("path", path)
+    if key is not None:
+        check_kind("key", key, str, "the name of an entry, such as 'state_dict'")
     file = Path(path).expanduser()
     if file.is_dir():
         raise Unreadable(f"{file} is a folder, not a PyTorch or safetensors file")
@@ -81,6 +84,7 @@ def write_safetensors(
 
     Raises:
       FileExistsError: `path` exists.
+      TypeError: names that are no text, all listed.
       ValueError: dtypes that the format does not have, all listed.
     """
     check_path("path", path)
@@ -107,6 +111,7 @@ def write_torch(path: str | os.PathLike[str], tensors: Mapping[str, ArrayLike]) 
 
     Raises:
       FileExistsError: `path` exists.
+      TypeError: names that are no text, all listed.
       ValueError: dtypes without a storage class in PyTorch, all listed.
     """
     check_path("path", path)
@@ -300,6 +305,8 @@ def _read_safetensors(content: bytes, file: Path) -> dict[str, np.ndarray]:
         raise Unreadable(f"{file} holds no tensors")
     if unknown := [f"{name} {t['dtype']}" for name, t in tensors.items() if t["dtype"] not in _READ]:
         raise Unreadable(f"{file} holds tensors of types that are not supported: {', '.join(unknown)}")
+    if nameless := [repr(name) for name in tensors if not isinstance(name, str)]:
+        raise TypeError(f"`tensors` has names that are no text: {', '.join(nameless)}")
     arrays = {}
     for name, tensor in tensors.items():
         array = np.frombuffer(tensor["data"], _READ[tensor["dtype"]]).reshape(tensor["shape"])
@@ -313,6 +320,8 @@ def _read_safetensors(content: bytes, file: Path) -> dict[str, np.ndarray]:
 
 def _arrays(tensors: Mapping[str, ArrayLike], dtypes: set[np.dtype], target: str) -> dict[str, np.ndarray]:
     """Returns contiguous arrays in native byte order. (`ascontiguousarray` would make scalars vectors.)"""
+    if nameless := [repr(name) for name in tensors if not isinstance(name, str)]:
+        raise TypeError(f"`tensors` has names that are no text: {', '.join(nameless)}")
     arrays = {}
     for name, tensor in tensors.items():
         array = np.asarray(tensor)

@@ -8,6 +8,7 @@ computes, such as a table of cosines, must have the values that they have here, 
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +43,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
     """Returns a copy of `model` with the values of a PyTorch state dict.
 
     Args:
-      tensors: key -> array, in PyTorch's order of axes, as returned by `read_tensors`.
+      tensors: key -> array, in PyTorch's order of axes, as `read_tensors` returns them; or the tensors of
+        `module.state_dict()` themselves.
       model: defines the arrays' paths, shapes and dtypes; its values are not used, so an abstract model
         (`nnx.eval_shape`) serves as well. For deployed weights, a model that `fuse` returned.
       names: the scheme of the keys, a key of `SCHEMES` or a `Scheme`; "auto" recognises it by the keys and
@@ -59,6 +61,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
         "tensors", tensors, Mapping, "a mapping of names to arrays", remedy="`load_torch` reads a file"
     )
     check_model(model)
+    tensors = {key: _as_array(value) for key, value in tensors.items()}
     scheme = _scheme_of(tensors, model) if names == "auto" else find_scheme(names)
     places, constants = torch_tensors(model, scheme)
     given = {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
@@ -96,6 +99,17 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: Model, names: str | Sch
 
     graph, state = nnx.split(model)
     return nnx.merge(graph, paths.map_named(value, state), copy=True)
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """Returns a PyTorch tensor as an array; anything else as it is."""
+    torch = sys.modules.get("torch")  # who has a tensor has imported it
+    if torch is None or not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    if value.dtype is torch.bfloat16:  # which NumPy has not by itself
+        return value.view(torch.int16).numpy().view(jnp.bfloat16)
+    return value.numpy()
 
 
 def to_torch(model: nnx.Module, names: str | Scheme = "auto") -> dict[str, np.ndarray]:

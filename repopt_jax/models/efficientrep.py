@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.models.network import LayerSpec, Network, run_stages
+from repopt_jax.arguments import check_count
+from repopt_jax.models.network import LayerSpec, Network, check_variant, run_stages
 from repopt_jax.models.vgg import BlockSpec
 from repopt_jax.nn.block import Block, block
+from repopt_jax.nn.rngs import check_rngs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ class EfficientRep(Network):
 
     Raises:
       ValueError: an unknown activation.
+      TypeError: a number or `rngs` of another type, or no variant.
     """
 
     def __init__(
@@ -86,6 +89,9 @@ class EfficientRep(Network):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
+        check_variant(variant, BackboneVariant)
+        check_count("in_channels", in_channels)
+        check_rngs(rngs)
         self.variant = variant
         self.in_channels = in_channels
         stages: list[list[nnx.Module]] = [[] for _ in range(5)]

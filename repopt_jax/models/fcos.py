@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from repopt_jax.arguments import check_count
 from repopt_jax.core.structure import Geometry
 from repopt_jax.detection.outputs import Locations, Outputs, locations_of
 from repopt_jax.models.efficientrep import BACKBONES, BackboneVariant, EfficientRep
@@ -104,6 +105,7 @@ class FCOS(Network):
 
     Raises:
       ValueError: an unknown activation, no class, or a negative number of keypoints.
+      TypeError: numbers or `rngs` of another type, or no variant.
     """
 
     def __init__(
@@ -226,10 +228,8 @@ class FCOSHead(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if num_classes < 1:
-            raise ValueError(f"`num_classes` is {num_classes}: a detector needs one class at least")
-        if num_keypoints < 0:
-            raise ValueError(f"`num_keypoints` is {num_keypoints}: it must be 0 (boxes alone) or more")
+        check_count("num_classes", num_classes)
+        check_count("num_keypoints", num_keypoints, at_least=0)
 
         def blocks() -> nnx.List[Block]:
             options = {"activation": activation, "dtype": dtype, "rngs": rngs}
@@ -286,7 +286,7 @@ class FCOSHead(nnx.Module):
         keypoints = jnp.zeros((*classes.shape[:2], 0, 2), wide)
         if self.keypoints is not None:
             y = predicted(self.keypoints, through(self.keypoint_tower)) * by_level(self.keypoint_scale)
-            keypoints = y.reshape(*y.shape[:2], -1, 2)
+            keypoints = y.reshape(*y.shape[:2], y.shape[-1] // 2, 2)
         return Outputs(
             classes,
             jnp.exp(jnp.minimum(logs, MAX_LOG_DISTANCE)),

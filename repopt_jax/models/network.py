@@ -147,7 +147,7 @@ class Classifier(OfVariant):
         x = jnp.mean(run_stages(self.stages, x)[-1], axis=(1, 2), keepdims=True)
         if self.features is not None:
             x = nnx.relu(self.features(x))
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], x.shape[-1])
         if self.dropout is not None:
             x = self.dropout(x)
         return self.head(x).astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,7 +1,9 @@
 """Every network by name: `create` and `list`."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from flax import nnx
@@ -24,10 +26,13 @@ Task = Literal["classify", "detect"]
 class Entry:
     """One network.
 
+        models.register(models.Entry("my-net", make))  # make(num_classes=, in_channels=, dtype=, rngs=)
+
     Attributes:
       name: key in `NETWORKS`.
-      family: `family(variant, num_classes=, rngs=, in_channels=, dtype=, **options)` builds it, plain.
-      variant: the row of its table.
+      family: `family(variant, num_classes=, rngs=, in_channels=, dtype=, **options)` builds it, plain: a
+        `Network`, or any NNX model that is called with images alone. Without a variant it is not given one.
+      variant: the row of its table; None where there is no table.
       mode: the way of training for which it is published, a `surgery.Mode`.
       task: "classify" or "detect".
       image_size, num_classes, in_channels: of the images that it is described for, which its numbers of
@@ -36,14 +41,19 @@ class Entry:
     """
 
     name: str
-    family: Callable[..., Network]
-    variant: Any
+    family: Callable[..., Any]
+    variant: Any = None
     mode: str = "plain"
     task: Task = "classify"
     image_size: int | None = None
     num_classes: int = 1000
     in_channels: int = 3
     published: Published | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The network's name in files of scales: that of its variant, or else its own."""
+        return getattr(self.variant, "architecture", self.name)
 
 
 def create(
@@ -72,7 +82,8 @@ def create(
     check_count("in_channels", in_channels)
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
     with counted_in_python(rngs) as counted:
-        return entry.family(entry.variant, **sizes, dtype=dtype, rngs=counted, **options)
+        row = () if entry.variant is None else (entry.variant,)
+        return entry.family(*row, **sizes, dtype=dtype, rngs=counted, **options)
 
 
 def list(task: Task | None = None) -> tuple[str, ...]:
@@ -83,13 +94,33 @@ def list(task: Task | None = None) -> tuple[str, ...]:
 def register(entry: Entry) -> None:
     """Adds a network of your own, which `create`, configs and the command line then know by its name.
 
+    A file that is executed again, as a config file or the cell of a notebook, may register its network again:
+    what the same function of it makes takes the place of what it made before.
+
     Raises:
       ValueError: the name is taken by another network, or is not in lower case.
     """
     check_kind("entry", entry, Entry, "an `Entry`")
-    if entry.name != entry.name.lower() or NETWORKS.get(entry.name, entry) != entry:
+    known = NETWORKS.get(entry.name, entry)
+    if entry.name != entry.name.lower() or (known != entry and not _made_again(known.family, entry.family)):
         raise ValueError(f"`entry` is named {entry.name!r}: it must be in lower case and not taken yet")
     NETWORKS[entry.name] = entry
+
+
+def _made_again(before: Any, now: Any) -> bool:
+    """Whether these are two objects of one definition, which was executed twice."""
+    places = [(getattr(f, "__module__", ""), getattr(f, "__qualname__", "")) for f in (before, now)]
+    return before is not now and places[0] == places[1] and all(places[0])
+
+
+@contextlib.contextmanager
+def registering(file: Path) -> Iterator[None]:
+    """Notes in `FILES` that the networks that are registered meanwhile come from this file."""
+    before = dict(NETWORKS)
+    try:
+        yield
+    finally:
+        FILES.update({name: file for name, entry in NETWORKS.items() if before.get(name) is not entry})
 
 
 def find(name: str) -> Entry:
@@ -98,7 +129,10 @@ def find(name: str) -> Entry:
         raise TypeError(f"`name` is of type {type(name).__name__}: it must be one of {', '.join(NETWORKS)}")
     if name.lower() not in NETWORKS:
         meant = did_you_mean(name, NETWORKS)
-        raise ValueError(f"there is no network {name!r}{meant}: it must be one of {', '.join(NETWORKS)}")
+        raise ValueError(
+            f"there is no network {name!r}{meant}: it must be one of {', '.join(NETWORKS)}, or one of "
+            "your own that `models.register` has added in this program"
+        )
     return NETWORKS[name.lower()]
 
 
@@ -146,3 +180,5 @@ def _entries() -> dict[str, Entry]:
 
 
 NETWORKS: dict[str, Entry] = _entries()
+SHIPPED: frozenset[str] = frozenset(NETWORKS)
+FILES: dict[str, Path] = {}  # name of a network of the user's own -> the config file that registers it

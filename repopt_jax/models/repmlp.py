@@ -261,10 +261,9 @@ class Mixer(nnx.Module):
             )
         repeats = channels // sets
         apart = jnp.moveaxis(x.reshape(batch, height, width, repeats, sets), 3, 1)
-        y = self.fc(apart.reshape(-1, height, width, sets))
+        y = self.fc(apart.reshape(batch * repeats, height, width, sets))
         if self.published_order:
-            tiles = y.shape[1:3]
-            y = jnp.moveaxis(y.reshape(batch, repeats, *y.shape[1:]), 1, 3).reshape(-1, *tiles, y.shape[-1])
+            y = jnp.moveaxis(y.reshape(batch, repeats, *y.shape[1:]), 1, 3).reshape(y.shape)
         y = joined(y, (side, side)).reshape(batch, repeats, height, width, sets)
         return jnp.moveaxis(y, 1, 3).reshape(x.shape) * self.gate.gate(x)
 

@@ -133,9 +133,17 @@ class SqueezeExcite(nnx.Module):
     """Gates channels: x * gate(up(relu(down(spatial mean of x)))). `down` has `hidden` output channels.
 
     The gate is the sigmoid or, with `hard`, its piecewise linear form min(max(z + 3, 0), 6) / 6.
+
+    Raises:
+      ValueError: no hidden channel, as of a share of too few channels.
     """
 
     def __init__(self, channels: int, hidden: int, *, hard: bool = False, dtype: Any = None, rngs: nnx.Rngs):
+        if hidden < 1:
+            raise ValueError(
+                f"squeeze-and-excitation of {channels} channels has {hidden} hidden ones, and needs one at "
+                "least: make the layer wider, or leave squeeze-and-excitation out"
+            )
         self.down: nnx.Conv = conv(channels, hidden, 1, bias=True, dtype=dtype, rngs=rngs)
         self.up: nnx.Conv = conv(hidden, channels, 1, bias=True, dtype=dtype, rngs=rngs)
         self.hard = hard

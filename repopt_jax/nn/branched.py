@@ -3,10 +3,10 @@
     y = sum over the chains of (f_n o k_n o ... o f_1 o k_1)(x)
 
 Each k is a separate convolution and each f its batch norm, its scale, or nothing. Any structure can be run in
-this way, at 1.4 to 1.9 times the cost of one convolution. In training a batch norm is not linear, so
-structures with a norm inside have no cheaper form until they are fused; the chains of one of its `sums`, in
-which there is none, are merged and run as one convolution. `StructuredLayer` holds the arrays and merges them
-into a kernel and a bias; `nn.Merged` is the layer that merges everything before it runs.
+this way, with the branches of RepVGG at up to twice the cost of a plain step. In training a batch norm is not
+linear, so structures with a norm inside have no cheaper form until they are fused; the chains of one of its
+`sums`, in which there is none, are merged and run as one convolution. `StructuredLayer` holds the arrays and
+merges them into a kernel and a bias; `nn.Merged` is the layer that merges everything before it runs.
 """
 
 import functools

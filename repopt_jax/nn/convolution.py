@@ -193,6 +193,8 @@ def _transpose_lhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
 
 
 def _transpose_rhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
+    if 0 in cotangent.shape:  # of an empty batch: the rule's answer is a symbolic zero, and no operation
+        return _cotangent_of_rhs(cotangent, lhs, aval=rhs.aval, **params)
     return _by_this_primitive(_cotangent_of_rhs, (cotangent, lhs), aval=rhs.aval, **params)
 
 

@@ -93,10 +93,11 @@ def joined(y: jax.Array, window: Sequence[int]) -> jax.Array:
 
     Channel s T + p of a tile is position p of map s, T positions of `window`.
     """
-    axes, (batch, *tiles, _) = len(window), y.shape
-    y = y.reshape(batch, *tiles, -1, *window)
+    axes, (batch, *tiles, channels) = len(window), y.shape
+    maps = channels // math.prod(window)
+    y = y.reshape(batch, *tiles, maps, *window)
     order = [n for axis in range(axes) for n in (1 + axis, 2 + axes + axis)]
-    return y.transpose(0, *order, 1 + axes).reshape(batch, *(t * n for t, n in zip(tiles, window)), -1)
+    return y.transpose(0, *order, 1 + axes).reshape(batch, *(t * n for t, n in zip(tiles, window)), maps)
 
 
 def padded(x: jax.Array, layer: Geometry) -> tuple[jax.Array, Pads]:

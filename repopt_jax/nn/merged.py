@@ -124,7 +124,8 @@ class MergedGeneral(Merged):
             raise ValueError(f"`out_sharding` is {out_sharding}: a layer of branches takes None")
         self._check_one()
         batch = x.shape[: x.ndim - len(self.inputs)]
-        y = self._run_merged(x.reshape(*batch, -1), self.structure_kernel())
+        joined = math.prod(x.shape[len(batch) :])
+        y = self._run_merged(x.reshape(*batch, joined), self.structure_kernel())
         y = y.reshape(*batch, *self.outputs)
         if self.bias is None:
             return y

@@ -78,9 +78,9 @@ def repopt_adamw(
       rule: see `scale_by_repopt_adam`.
 
     Raises:
-      ValueError: as `scale_by_repopt_adam`.
+      TypeError, ValueError: as `scale_by_repopt_adam`.
     """
-    check_number("learning_rate", learning_rate, optional=False)
+    check_number("learning_rate", learning_rate)
     check_number("weight_decay", weight_decay, at_least=0)
     return optax.chain(
         scale_by_repopt_adam(scales, b1, b2, eps, eps_root, mu_dtype=mu_dtype, nesterov=nesterov, rule=rule),
@@ -105,10 +105,10 @@ def repopt_lion(
     The arguments are those of `optax.lion` and `repopt_adamw`.
 
     Raises:
-      ValueError: as `scale_by_repopt_adam`.
+      TypeError, ValueError: as `scale_by_repopt_adam`.
     """
     check_scales(scales)
-    check_number("learning_rate", learning_rate, optional=False)
+    check_number("learning_rate", learning_rate)
     check_number("weight_decay", weight_decay, at_least=0)
     _check_rates(b1=b1, b2=b2)
     lion = optax.scale_by_lion(b1, b2, mu_dtype)
@@ -145,9 +145,10 @@ def scale_by_repopt_adam(
         different signs are summed.
 
     Raises:
-      ValueError: an unknown rule; scales that are NaN, infinite or all zero in a layer; "published" with a
-        branch set that has no elementwise multiplier; at `init`, scales that do not fit the parameters; at
-        `update`, gradients that lack a kernel.
+      TypeError: a rate or `eps` that is no number.
+      ValueError: such a number out of its range; an unknown rule; scales that are NaN, infinite or all zero
+        in a layer; "published" with a branch set that has no elementwise multiplier; at `init`, scales that
+        do not fit the parameters; at `update`, gradients that lack a kernel.
     """
     check_scales(scales)
     _check_rates(b1=b1, b2=b2)

@@ -35,6 +35,7 @@ import optax
 from repopt_jax.arguments import check_transformation
 from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
+from repopt_jax.core.parametrization import Parametrization
 from repopt_jax.core.paths import listed
 from repopt_jax.core.scales import Scales, check_fit, check_scales, is_concrete
 from repopt_jax.optim.adaptive import RepOptSignMaskState, ScaleByRepOptAdamState
@@ -102,8 +103,9 @@ def check_optimizer(tx: optax.GradientTransformation, scales: Scales, params: An
     It runs `tx` on synthetic gradients, from a new state, for about nine steps (nine times as many as it
     takes to move a kernel). The optimizer may consist of any transformations and wrappers, Optax's or your
     own. The check does not find faults that begin only after several updates, faults of an optimizer that
-    moves nothing in its first 64 steps, and kernels that `optax.masked` or `optax.partition` hide if other
-    kernels have a rule.
+    moves nothing in its first 64 steps, an inner optimizer of `reparameterize` that looks at the weights
+    (LAMB) and was not given those of `reinitialize`, and kernels that `optax.masked` or `optax.partition`
+    hide if other kernels have a rule.
 
     Args:
       tx: the whole optimizer.
@@ -118,8 +120,21 @@ def check_optimizer(tx: optax.GradientTransformation, scales: Scales, params: An
         transformation after `repopt_mask`; a wrong multiple, as of a repeated mask; scales that are trained,
         for which constant scales are no counterpart.
       ValueError: the scales do not fit the parameters.
+      TypeError: `scales` are no `Scales`; for structures that are trained in the optimizer
+        (`find_parametrizations`) there is no such check.
     """
     check_transformation("tx", tx)
+    if (
+        isinstance(scales, Mapping)
+        and scales
+        and all(isinstance(s, Parametrization) for s in scales.values())
+    ):
+        raise TypeError(
+            "`scales` are structures that the optimizer trains, for which there is no such check: "
+            "`reparameterize(inner, structures, trainable_scales=True)` is exact for any `inner` if nothing "
+            "else in the chain looks at the kernels' gradients or values, so put decay and clipping inside. "
+            "Compare a few steps with those of the network that `to_structure` makes, under `inner`"
+        )
     if faults := find_faults(tx, scales, params, **extra_args):
         raise OptimizerError(tuple(faults))
 

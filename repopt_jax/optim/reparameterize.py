@@ -42,6 +42,10 @@ from repopt_jax.optim.sgd import (
 KERNEL_TOLERANCE = 2e-2
 
 
+class OtherKernelsError(ValueError):
+    """The `weights` of `reparameterize` merge into other kernels than those of the parameters."""
+
+
 class ReparameterizeState(NamedTuple):
     """State of `reparameterize`.
 
@@ -371,7 +375,7 @@ def _check_weights(scales: Scales, weights, leaves) -> None:
 def _check_merged(merges: Mapping[str, tuple[Any, tuple[Any, ...]]], leaves: Mapping[str, Any]) -> None:
     """Raises ValueError with the paths whose branches, (how they are merged, arrays), give other kernels."""
     if wrong := other_kernels(merges, leaves, KERNEL_TOLERANCE):
-        raise ValueError(
+        raise OtherKernelsError(
             f"`weights` merge into other kernels than those of the parameters at {', '.join(wrong)}: give "
             "the weights that `reinitialize` returned with this very model"
         )

@@ -127,7 +127,7 @@ def resrep(
     """
     check_transformation("inner", inner)
     check_items("compactors", compactors, "paths of compactors")
-    check_number("learning_rate", learning_rate, optional=False)
+    check_number("learning_rate", learning_rate)
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` is {momentum}: it must be at least 0 and less than 1")
     names = frozenset(compactors)

@@ -114,7 +114,7 @@ def clip_by_repopt_global_norm(
     Raises:
       ValueError: as `repopt_mask`; or `max_norm` is not above 0.
     """
-    check_number("max_norm", max_norm, more_than=0, optional=False)
+    check_number("max_norm", max_norm, more_than=0)
     check_values(scales)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -169,8 +169,8 @@ def repopt_sgd(
     Raises:
       TypeError, ValueError: numbers of another type, or out of their range; scales as `repopt_mask`.
     """
-    check_number("learning_rate", learning_rate, optional=False)
-    check_number("momentum", momentum, at_least=0, at_most=1)
+    check_number("learning_rate", learning_rate)
+    check_number("momentum", momentum, at_least=0, at_most=1, optional=True)
     check_number("weight_decay", weight_decay, at_least=0)
     return optax.chain(
         repopt_mask(scales, normalise),

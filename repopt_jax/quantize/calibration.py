@@ -148,7 +148,7 @@ def find_ranges(
       percentile: of the method of this name, of all absolute values.
 
     Raises:
-      ValueError: an unknown method, or a percentile outside of (0, 100].
+      ValueError: as `check_method`.
     """
     check_kind("histograms", histograms, Mapping, "a mapping such as `calibrate` returns")
     check_method(method, percentile)
@@ -162,11 +162,19 @@ def find_ranges(
 
 
 def check_method(method: str, percentile: float = PERCENTILE) -> None:
-    """Raises ValueError for an unknown method and for a percentile outside of (0, 100]."""
-    if method not in get_args(Method):
-        raise ValueError(f"`calibration` is {method!r}: it must be one of {', '.join(get_args(Method))}")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"`percentile` is {percentile}: it must be above 0 and at most 100")
+    """Raises ValueError for an unknown method, a percentile outside of (0, 100], and one other than the
+    default for a method that has none."""
+    methods = get_args(Method)
+    problems = (
+        (method in methods, f"`calibration` is {method!r}: it must be one of {', '.join(methods)}"),
+        (0 < percentile <= 100, f"`percentile` is {percentile}: it must be above 0 and at most 100"),
+        (
+            percentile == PERCENTILE or method == "percentile" or method not in methods,
+            f"`percentile` is {percentile}, and `calibration` {method!r} has none: leave one of the two out",
+        ),
+    )
+    if wrong := [message for holds, message in problems if not holds]:
+        raise ValueError("; ".join(wrong))
 
 
 def is_calibrated(images: Any) -> bool:

@@ -8,8 +8,10 @@ from typing import Any
 
 from repopt_jax import userfile
 from repopt_jax.hints import did_you_mean
+from repopt_jax.models.registry import registering
 from repopt_jax.train.config import (
     SEARCH,
+    SMOKE_HELD_OUT,
     Config,
     config_file,
     differing_fields,
@@ -20,6 +22,7 @@ from repopt_jax.train.config import (
     smoke,
     to_json,
 )
+from repopt_jax.train.own import note_file
 from repopt_jax.train.tasks import METRICS
 
 OWN = ("seed", "name", "task", "scales", "data.validation")  # fields that no grid can be over
@@ -220,9 +223,12 @@ def load_comparison(file_and_arg: str) -> Comparison | Config:
     path = config_file(name)
     if not userfile.defines(path, "get_comparison"):
         return load_config(file_and_arg)
-    comparison = userfile.call(path, "get_comparison", arg, noun="comparison")
+    with registering(path.absolute()):
+        comparison = userfile.call(path, "get_comparison", arg, noun="comparison")
     if not isinstance(comparison, Comparison):
         raise TypeError(f"`get_comparison` of {path} returned {type(comparison).__name__}, not `Comparison`")
+    for config in (*comparison.ways.values(), *comparison.searches.values()):
+        note_file(config, path)
     return comparison
 
 
@@ -248,7 +254,7 @@ def smoke_of(comparison: Comparison) -> Comparison:
         {name: smoke(config) for name, config in given.items()}
         for given in (comparison.ways, comparison.searches)
     )
-    held_out = min(comparison.validation, 16)
+    held_out = min(comparison.validation, SMOKE_HELD_OUT[comparison.task])
     return dataclasses.replace(comparison, ways=ways, searches=searches, validation=held_out)
 
 

@@ -7,11 +7,18 @@ from pathlib import Path
 
 def processor() -> str:
     """The processor's name and how many cores this process may use."""
-    name = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{processor_name()}, {cores} cores"
+
+
+def processor_name() -> str:
+    """The processor's name, or its kind where the system does not tell the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    for line in lines:
+        field, _, value = line.partition(":")
+        if field.strip() == "model name" and value.strip() not in ("", "unknown"):
+            return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,7 +1,6 @@
 """Reads a run's folder: its summary, its curves, and how its scales moved."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,17 +60,13 @@ def read_run(run_dir: str | Path) -> Run:
 
     Raises:
       FileNotFoundError: no metrics.jsonl in `run_dir`.
-      ValueError: a line or the summary is not JSON.
+      ValueError: a line is no record, or the summary is not JSON.
     """
     directory = Path(run_dir)
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"`run_dir` {directory} has no metrics.jsonl: it holds no run")
-    try:
-        records = tuple(read_records(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has a line that is not JSON: {error}") from error
-    return Run(directory, read_json(directory / "summary.json", default={}), records)
+    return Run(directory, read_json(directory / "summary.json", default={}), tuple(read_records(path)))
 
 
 def read_history(run_dir: str | Path) -> History:

@@ -123,7 +123,7 @@ def find_structures(model: Any, *args: Any, **given: Any) -> Choices:
     Raises:
       ValueError: an unknown name or option; a rule that matches no layer; or as `find_layers` for a `select`
         that chooses nothing, and of a function as `find_branches` for one that chooses what is no layer.
-      TypeError: `select` is none of the above; or `model` is neither a model nor a function.
+      TypeError: `select` or `structure` is none of the above; or `model` is neither a model nor a function.
     """
     if isinstance(model, nnx.Module):
         return _of_model(model, *args, **given)
@@ -228,7 +228,9 @@ def _check_norms(layer: Layer, made: Structure) -> None:
 def _of_other_kinds(model: nnx.Module) -> dict[str, Choice]:
     """Returns a choice for each parameter of several axes in a module that is no layer of a known kind."""
     return {
-        join(path, name): Choice(None, f"{type(module).__name__} is not of a kind that is known")
+        join(path, name): Choice(
+            None, f"it belongs to {type(module).__name__}, which is no convolution or dense layer of Flax"
+        )
         for path, module in named_modules(model)
         if not isinstance(module, (StructuredLayer, *LAYERS))
         for name, value in vars(module).items()
@@ -357,7 +359,22 @@ def _value(text: str, item: str) -> Any:
 def _describer(
     model: Any, structure: Described, names: Sequence[str], options: Options
 ) -> Callable[[Layer], Description]:
-    """Returns a function from a layer, whose name is one of `names`, to its description."""
+    """Returns a function from a layer, whose name is one of `names`, to its description.
+
+    Raises:
+      TypeError: it is none of `Described`, or rules of a mapping give something else (all listed).
+      ValueError: an unknown name or option, or a rule that matches no layer.
+    """
+    parts = structure.items() if isinstance(structure, Mapping) else [("", structure)]
+    if wrong := [
+        f"`structure`{f' of the rule {pattern!r}' if pattern else ''} is of type {type(one).__name__}"
+        for pattern, one in parts
+        if not isinstance(one, (str, Mapping, Callable))
+    ]:
+        raise TypeError(
+            f"{'; '.join(wrong)}: it must be a name in `STRUCTURES`, or a description, which is a function "
+            "from a layer's `Geometry` to its `Structure`"
+        )
     if isinstance(structure, str):
         general = find_structure(structure, options)
         particular = model.descriptions(structure) if isinstance(model, Network) else {}

@@ -32,7 +32,8 @@ def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable
 
     Raises:
       ValueError: parameters of more than one axis that are neither a layer's kernel nor in a structure, all
-        listed: there is no default for them, so give a mask of your own.
+        listed: there is no default for them, so give a mask of your own. From the mask, leaves that are no
+        parameters of the model, such as batch statistics, all listed.
     """
     check_model(model)
     decayed: dict[str, bool] = {}
@@ -56,6 +57,11 @@ def weight_decay_mask(model: nnx.Module, *, custom_l2: bool = False) -> Callable
         )
 
     def mask(params: Any) -> Any:
+        if others := [path for path in paths.named_leaves(params)[0] if path not in decayed]:
+            raise ValueError(
+                f"{', '.join(others)} are no parameters of the model that `weight_decay_mask` was given: "
+                "give its mask nnx.state(model, nnx.Param), and make one for each model"
+            )
         return paths.map_named(lambda path, _: decayed[path], params)
 
     return mask

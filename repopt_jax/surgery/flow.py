@@ -1,4 +1,5 @@
-"""Which batch norms and layers come together, and with nothing else: by the flow of data, not by names.
+"""Which batch norms and layers come together, and with nothing else, and in which order layers are called: by
+the flow of data, not by names.
 
 The model is traced once, with a mark on the input and the output of every layer and every batch norm. Two of
 them come together if the second is the only one to read the first one's output, at each use, and reads
@@ -6,7 +7,7 @@ nothing else. In pre-activation networks a norm may come after a sum or a concat
 layer before it, but perhaps to the one after it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -48,22 +49,7 @@ def norms_of_layers(
     Raises:
       TypeError: `example` is neither.
     """
-    if not callable(example) and not isinstance(example, (tuple, list)):
-        raise TypeError(
-            f"`example` is a {type(example).__name__}: it must be a tuple of what the model is called with, "
-            "such as (images,), or a function that calls a model"
-        )
-    known = {*layers, *norms}
-    marked = intercepted(model, _mark, lambda path, module: path in known)
-    marked.eval()
-    graph, state = nnx.split(marked)
-
-    def run(state: Any, inputs: Sequence[Any]) -> Any:
-        one = nnx.merge(graph, state, copy=True)
-        return example(one) if callable(example) else one(*inputs)
-
-    inputs = () if callable(example) else tuple(example)
-    reads = list(_reads(flatten(jax.make_jaxpr(run)(state, inputs))))
+    reads = list(_reads(_traced(model, example, {*layers, *norms})))
     readers: dict[str, list[str]] = {}
     sources: dict[str, list[str]] = {}
     for source, reader in reads:
@@ -83,6 +69,46 @@ def norms_of_layers(
         {layer: norm for layer, norm in after.items() if norm in norms},
         {layer: norm for layer, norm in before.items() if layer in layers},
     )
+
+
+def order_of_calls(model: nnx.Module, example: Example, layers: Sequence[str]) -> list[str]:
+    """Returns the paths of those layers that the model calls, in the order of their first calls.
+
+    Args:
+      model, example, layers: as in `norms_of_layers`.
+
+    Raises:
+      TypeError: as `norms_of_layers`.
+    """
+    return list(dict.fromkeys(p.removeprefix(_OUT) for p in _outputs(_traced(model, example, set(layers)))))
+
+
+def _outputs(flat: Flat) -> Iterator[str]:
+    """Yields the marks of outputs, in the order of the equations, in all bodies."""
+    for equation in flat.equations:
+        label = str(equation.params.get("name", "")) if equation.name == "name" else ""
+        if label.startswith(_OUT):
+            yield label
+        for body in bodies(equation):
+            yield from _outputs(flatten(body))
+
+
+def _traced(model: nnx.Module, example: Example, known: Container[str]) -> Flat:
+    """Returns the model's program in evaluation mode, with marks at the modules of the paths `known`."""
+    if not callable(example) and not isinstance(example, (tuple, list)):
+        raise TypeError(
+            f"`example` is a {type(example).__name__}: it must be a tuple of what the model is called with, "
+            "such as (images,), or a function that calls a model"
+        )
+    marked = intercepted(model, _mark, lambda path, module: path in known)
+    marked.eval()
+    graph, state = nnx.split(marked)
+
+    def run(state: Any, inputs: Sequence[Any]) -> Any:
+        one = nnx.merge(graph, state, copy=True)
+        return example(one) if callable(example) else one(*inputs)
+
+    return flatten(jax.make_jaxpr(run)(state, () if callable(example) else tuple(example)))
 
 
 def _reads(flat: Flat) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax.arguments import check_array, check_kind
+from repopt_jax.arguments import check_array, check_count, check_kind
 from repopt_jax.core import algebra, paths
 from repopt_jax.core.branches import Shape
 from repopt_jax.nn.block import Block, ChannelAffine, PreNorm
@@ -167,10 +167,17 @@ def output_difference(
       batch_size: how many are run at a time.
       options: further arguments of both, by name, the same for every batch: `train=False`. `nnx.Rngs` are
         copied for each call, so that both models draw the same numbers.
+
+    Raises:
+      TypeError: an argument of another type.
+      ValueError: no image, or a batch of none.
     """
     check_kind("model", model, Callable, "a network")
     check_kind("deployed", deployed, Callable, "a network")
     check_array("images", images)
+    check_count("batch_size", batch_size)
+    if not len(images):
+        raise ValueError(f"`images` are of shape {images.shape}: give one image at least")
     run, run_deployed = _runner(model, options), _runner(deployed, options)
     batches = [jnp.asarray(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     pairs = [(jax.tree.leaves(run(batch)), jax.tree.leaves(run_deployed(batch))) for batch in batches]

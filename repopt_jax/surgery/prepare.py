@@ -12,11 +12,12 @@ from repopt_jax.core.scales import Scales
 from repopt_jax.hints import did_you_mean
 from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.choose import Options
+from repopt_jax.surgery.flow import Example
 from repopt_jax.surgery.layers import Branches, Select, find_branches
 from repopt_jax.surgery.reinitialize import reinitialize, with_kernels
 from repopt_jax.surgery.search import to_search
 from repopt_jax.surgery.structures import to_repvgg, to_structure
-from repopt_jax.surgery.trained import Keep
+from repopt_jax.surgery.trained import Keep, check_keep
 
 
 class Mode(enum.StrEnum):
@@ -85,6 +86,7 @@ def prepare(
     select: Select = None,
     branches: Branches = None,
     options: Options = None,
+    example: Example = None,
     trained: bool | None = None,
     allow_trained: bool = False,
     keep: Keep = None,
@@ -103,26 +105,38 @@ def prepare(
         given as well, they must be for exactly these layers.
       branches: the layers' branches, as in `find_branches`, in modes search, repopt, online and repvgg.
       options: arguments of the structure, such as {"gamma": 1 / 3} in mode acnet, as in `find_structures`.
+      example: of the inputs, in the modes of structures, as in `to_structure`: by it the batch norms are
+        found that those of the branches replace.
       trained, allow_trained, keep: what becomes of the kernels of a trained model, as in `reinitialize`,
         `to_search` and `to_structure`. Mode plain keeps them.
       rngs: `nnx.Rngs` with the stream `params`.
 
     Raises:
-      ValueError: an unknown mode; scales, branches or options that the mode does not use, or missing scales;
-        or as `to_search`, `reinitialize` and `to_structure`.
+      ValueError: an unknown mode; scales, layers, branches, options or an example that the mode does not use,
+        or missing scales; or as `to_search`, `reinitialize` and `to_structure`.
     """
     check_rngs(rngs)
+    check_keep(keep, allow_trained)
     check_kind("mode", mode, str, "the name of a mode")
     mode = Mode.parse(mode)
     if scales is not None and not mode.has_scales:
         raise ValueError(
             f"mode {mode} has no use for `scales`: leave them out, or train with them in mode {Mode.REPOPT}"
         )
+    given = [name for name, value in (("`select`", select), ("`branches`", branches)) if value is not None]
+    if given and mode is Mode.PLAIN:
+        raise ValueError(
+            f"mode {mode} leaves every layer as it is, without a use for {' and '.join(given)}: leave out "
+            "what chooses layers and branches"
+        )
     if branches is not None and mode.is_structure and mode != "repvgg":
         raise ValueError(f"mode {mode} defines the branches of its layers: leave `branches` out")
     if options and (not mode.is_structure or branches is not None):
         what = f"mode {mode}" if branches is None else "a network of given `branches`"
         raise ValueError(f"{what} has no structure that takes `options` {dict(options)}: leave them out")
+    if example is not None and (not mode.is_structure or branches is not None):
+        what = f"mode {mode}" if branches is None else "a network of given `branches`"
+        raise ValueError(f"{what} has no use for an `example`: leave it out")
     kernels: dict[str, Any] = {"trained": trained, "allow_trained": allow_trained, "keep": keep}
     match mode:
         case Mode.PLAIN:
@@ -146,4 +160,5 @@ def prepare(
             return Prepared(fresh, scales)
     if branches is not None:
         return Prepared(to_repvgg(model, select, branches, rngs=rngs, **kernels))
-    return Prepared(to_structure(model, mode.value, select, options=options, rngs=rngs, **kernels))
+    found: dict[str, Any] = {"options": options, "example": example}
+    return Prepared(to_structure(model, mode.value, select, **found, rngs=rngs, **kernels))

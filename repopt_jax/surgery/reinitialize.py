@@ -18,7 +18,7 @@ from repopt_jax.core.scales import Scales, check_finite, check_fit, check_scales
 from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.layers import check_aliases
 from repopt_jax.surgery.modules import copy_leaf, is_abstract, key_of
-from repopt_jax.surgery.trained import Keep, branches_of, kept_branches, require_untrained
+from repopt_jax.surgery.trained import Keep, branches_of, check_keep, kept_branches, require_untrained
 
 M = TypeVar("M")
 Weights = dict[str, dict[str, jax.Array]]
@@ -110,6 +110,8 @@ def reinitialize(
         another path than its own; they are NaN or infinite; the model has been trained, or may have been; or
         its kernels are to be kept and the branches cannot express them, with every path.
     """
+    check_rngs(rngs)
+    check_keep(keep, allow_trained)
     if is_abstract(model):
         given: dict[str, Any] = {
             "branch_sets": branch_sets,
@@ -117,7 +119,6 @@ def reinitialize(
             "return_weights": return_weights,
         }
         return nnx.eval_shape(lambda m: reinitialize(m, scales, **given, rngs=nnx.Rngs(0)), model)
-    check_rngs(rngs)
     if not isinstance(scales, Mapping) or not all(
         isinstance(one, Parametrization) for one in scales.values()
     ):

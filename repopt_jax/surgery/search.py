@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.arguments import check_kind, check_number
+from repopt_jax.core.paths import listed
 from repopt_jax.core.published import of_branches
 from repopt_jax.core.scales import (
     DeclaresBranches,
@@ -26,6 +27,7 @@ from repopt_jax.models.network import Network
 from repopt_jax.nn.merged import Merged
 from repopt_jax.nn.rngs import check_rngs
 from repopt_jax.surgery.choose import find_structures
+from repopt_jax.surgery.flow import Example, order_of_calls
 from repopt_jax.surgery.layers import (
     Branches,
     Layer,
@@ -38,7 +40,7 @@ from repopt_jax.surgery.layers import (
 from repopt_jax.surgery.modules import check_model, is_abstract, join, named_modules
 from repopt_jax.surgery.reinitialize import arrays_of, sample_weights
 from repopt_jax.surgery.structures import merged_layer, replace_layers
-from repopt_jax.surgery.trained import Keep, branches_of, require_untrained
+from repopt_jax.surgery.trained import Keep, branches_of, check_keep, require_untrained
 
 _log = logging.getLogger(__name__)
 
@@ -82,10 +84,11 @@ def to_search(
         name of scales; or the model has been trained, or may have been; or its kernels are to be kept and
         the branches cannot express them, with every path.
     """
+    check_rngs(rngs)
+    check_keep(keep, allow_trained)
     if is_abstract(model):
         given: dict[str, Any] = {"scales": scales, "trained": False}
         return nnx.eval_shape(lambda m: to_search(m, select, branches, **given, rngs=nnx.Rngs(0)), model)
-    check_rngs(rngs)
     if isinstance(scales, Scales):
         check_aliases(model, scales.entries)
         check_fit(scales, find_branches(model, select, branches))
@@ -107,13 +110,18 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
     """Returns the scales of a search model's `nn.Merged` layers, by the kernels' paths in the plain network.
 
     Raises:
-      ValueError: the model has none.
+      ValueError: the model has none; or structures of which scales are not all that is trained, such as
+        OREPA, with every path.
     """
-    entries = {
-        join(path, "kernel"): LayerScales(module.branch_set(), module.vectors())
-        for path, module in named_modules(search_model)
-        if isinstance(module, Merged)
-    }
+    entries, problems = {}, []
+    for path, module in named_modules(search_model):
+        if isinstance(module, Merged):
+            try:
+                entries[join(path, "kernel")] = LayerScales(module.branch_set(), module.vectors())
+            except ValueError as error:
+                problems.append(f"{path}: {error}")
+    if problems:
+        raise ValueError(f"layers of `search_model` have no scales for an optimizer: {'; '.join(problems)}")
     if not entries:
         raise ValueError(
             "`search_model` has no layer with scales: give the model of the hyper-search, made by `to_search`"
@@ -121,49 +129,65 @@ def extract_scales(search_model: nnx.Module, *, metadata: ScalesMetadata | None 
     return Scales(entries, metadata or ScalesMetadata())
 
 
-def depth_scales(model: nnx.Module, select: Select = None, branches: Branches = None) -> Scales:
+def depth_scales(
+    model: nnx.Module, select: Select = None, branches: Branches = None, *, example: Example = None
+) -> Scales:
     """Returns the depth rule's scales of any network, without a search: sqrt(2 / l), or 1 at l = 0; u = 1.
 
     A network may declare its l (`models.Network.depths`). Otherwise l is the index of the layer in a row of
     equal ones, counting those that are taken. A row begins at a layer that changes the width, has a stride
-    above 1, or comes after a layer of another width. The order is that of the paths, with numbers in paths as
-    numbers, because a model does not declare the order in which it calls its layers. Stacked layers continue
-    the count along the stack. For other l use `Scales.depth_rule(find_branches(model, ...), depths)`. Source:
-    RepOptimizer paper, appendix B, where l counts the blocks of a stage.
+    above 1, or comes after a layer of another width. Without an `example` the order is that of the paths,
+    `stages/2` before `stages/10` and `fourth` before `second`: a model does not declare the order in which it
+    calls its layers. Where its names are not in that order, give an example, in which they are called:
+
+        depth_scales(model, example=(images[:1],))
+
+    Stacked layers continue the count along the stack. For other l use
+    `Scales.depth_rule(find_branches(model, ...), depths)`. Source: RepOptimizer paper, appendix B, where l
+    counts the blocks of a stage.
 
     Args:
       model: any NNX model.
       select: which layers, as in `find_layers`.
       branches: their branches, as in `find_branches`.
+      example: what the model is called with, as in `fuse`: a tuple of arrays or `jax.ShapeDtypeStruct`s, or a
+        function that calls a model. The layers are then counted in the order of their first calls.
 
     Raises:
-      ValueError: as `find_layers` and `find_branches`.
-      TypeError: `model` is no NNX model.
+      ValueError: as `find_layers` and `find_branches`; or layers that the model does not call in the example.
+      TypeError: `model` is no NNX model, or `example` is neither.
     """
     _check_has_order(model)
     branch_sets = find_branches(model, select, branches)
-    scales = Scales.depth_rule(branch_sets, _depths(model, select, branch_sets))
+    scales = Scales.depth_rule(branch_sets, _depths(model, select, branch_sets, example))
     return scales.with_metadata(architecture=_architecture(model))
 
 
-def law_scales(model: nnx.Module, Lambda: float, select: Select = None, branches: Branches = None) -> Scales:
+def law_scales(
+    model: nnx.Module,
+    Lambda: float,
+    select: Select = None,
+    branches: Branches = None,
+    *,
+    example: Example = None,
+) -> Scales:
     """Returns the depth rule's scales of any network after a search of decay Lambda in which only decay acts.
 
     They are those of `Scales.from_law`, with l as in `depth_scales`: u is exp(-Lambda), the others are the
     depth rule's.
 
     Args:
-      model, select, branches: as in `depth_scales`.
+      model, select, branches, example: as in `depth_scales`.
       Lambda: weight decay * sum of the learning rates / (1 - momentum); 0.94 of the published searches.
 
     Raises:
       ValueError: as `depth_scales`; or a Lambda that is negative or not finite.
       TypeError: as `depth_scales`.
     """
-    check_number("Lambda", Lambda, optional=False)
+    check_number("Lambda", Lambda)
     _check_has_order(model)
     branch_sets = find_branches(model, select, branches)
-    scales = Scales.from_law(branch_sets, _depths(model, select, branch_sets), Lambda)
+    scales = Scales.from_law(branch_sets, _depths(model, select, branch_sets, example), Lambda)
     return scales.with_metadata(architecture=_architecture(model))
 
 
@@ -262,10 +286,21 @@ def _check_has_order(model: Any) -> None:
         )
 
 
-def _depths(model: nnx.Module, select: Select, taken: Container[str]) -> dict[str, np.ndarray]:
+def _depths(
+    model: nnx.Module, select: Select, taken: Container[str], example: Example = None
+) -> dict[str, np.ndarray]:
     """Returns l of every selected layer that is taken, as `depth_scales` says."""
     selected = find_layers(model, select)
     layers = {path: (layer.geometry, layer.stack) for path, layer in selected.items() if path in taken}
+    if example is not None:
+        names = {selected[path].name: path for path in layers}
+        called = [names[name] for name in order_of_calls(model, example, list(names))]
+        if idle := [path for path in layers if path not in called]:
+            raise ValueError(
+                f"the model does not call {listed(idle)} in the `example`, so that their place is not known: "
+                "leave them out with `select`, or give l of all layers to Scales.depth_rule"
+            )
+        layers = {path: layers[path] for path in called}
     counted = count_depths(
         (path, g.outputs, stack, g.inputs == g.outputs and set(g.strides) <= {1})
         for path, (g, stack) in layers.items()

@@ -26,6 +26,7 @@ from repopt_jax.core import paths
 from repopt_jax.core.branches import BranchSet
 from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata, check_finite, check_fit
 from repopt_jax.nn.rngs import check_rngs
+from repopt_jax.surgery.modules import copy_leaf
 from repopt_jax.surgery.reinitialize import Weights, merge_weights, sample_weights
 
 P = TypeVar("P")
@@ -115,7 +116,7 @@ def search_tree(params: P, scales: Scales, *, rngs: nnx.Rngs, trainable_scales: 
     check_fit(scales, params)
 
     def copies(values, path):
-        # Copies, because a step that donates the tree must not delete the caller's scales.
+        # As for the other parameters: a step that donates the tree must not delete what the caller has.
         return {name: jnp.array(value, leaves[path].dtype) for name, value in values.items()}
 
     drawn = sample_weights(scales, rngs.params())
@@ -124,7 +125,7 @@ def search_tree(params: P, scales: Scales, *, rngs: nnx.Rngs, trainable_scales: 
         for path, entry in scales.entries.items()
     }
     return SearchTree(
-        other_params={path: leaf for path, leaf in leaves.items() if path not in scales.entries},
+        other_params={path: copy_leaf(leaf) for path, leaf in leaves.items() if path not in scales.entries},
         weights={path: copies(values, path) for path, values in drawn.items()},
         scales={path: copies(values, path) for path, values in scaled.items()},
         branch_sets=tuple(scales.branch_sets.items()),

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.arguments import check_kind
 from repopt_jax.core import paths, tracing
 from repopt_jax.core.branches import Shape
 from repopt_jax.core.layer import Layer
@@ -36,7 +35,7 @@ from repopt_jax.surgery.modules import (
     named_modules,
     replace_modules,
 )
-from repopt_jax.surgery.trained import Keep, kept_branches, require_untrained
+from repopt_jax.surgery.trained import Keep, check_keep, kept_branches, require_untrained
 
 _log = logging.getLogger(__name__)
 
@@ -57,12 +56,13 @@ def to_structure(
     r"""Returns a copy of any NNX model with this structure in each selected layer; `fuse` merges them again.
 
         to_structure(model, "acnet", r"stages/.*", options={"gamma": 1 / 3}, rngs=nnx.Rngs(0))
-        to_structure(model, "dbb", pairs={r"(.*/)?conv(\d)": r"\1bn\2"}, rngs=nnx.Rngs(0))
+        to_structure(model, "dbb", example=(images[:1],), rngs=nnx.Rngs(0))
 
     A structure with batch norms inside becomes an `nn.Branched`, any other an `nn.Merged`. If the layer is
     the convolution of an `nn.Block`, the block's batch norm is removed, unless the structure has one after
     its sum: then it is kept as that one. In other networks the batch norm after the layer is kept, unless
-    `pairs` names it. Weights are newly drawn, with a key for each path; biases and all else are copied.
+    `example` shows it or `pairs` name it. Weights are newly drawn, with a key for each path; biases and all
+    else are copied.
 
     Args:
       model: the network, which is not changed. Of an abstract one (`nnx.eval_shape`) the result is abstract.
@@ -91,8 +91,10 @@ def to_structure(
         The latter are also stacked layers with batch norms, because `nnx.scan` and `nnx.vmap` would not carry
         the batch statistics of new modules. Or the model has been trained, or may have been; or its kernels
         are to be kept and the branches cannot express them, with every path.
+      TypeError: `select` or `structure` is none of the above, such as a `Structure`, which fits one layer.
     """
-    check_kind("structure", structure, (str, Structure, Mapping, Callable), "a structure, or its name")
+    check_rngs(rngs)
+    check_keep(keep, allow_trained)
     if is_abstract(model):
         given: dict[str, Any] = {"options": options, "pairs": pairs, "example": example, "trained": False}
         return nnx.eval_shape(lambda m: to_structure(m, structure, select, **given, rngs=nnx.Rngs(0)), model)
@@ -107,7 +109,6 @@ def to_structure(
             "are: leave `keep` out and give allow_trained=True to start anew"
         )
     layers = {layer.path: layer for layer, _ in taken}
-    check_rngs(rngs)
     kept = {}
     if keep:
         structures = {path: layer.parametrization(made[path]) for path, layer in layers.items()}
@@ -129,7 +130,22 @@ def to_structure(
     removed = {
         after[layer.name] for path, layer in layers.items() if path in without_norm and layer.name in after
     }
+    twice = any(made[path].followers("norm") for path in without_norm)
+    if twice and not pairs and example is None and not isinstance(model, DeclaresBranches):
+        _report_norms(model)
     return replace_layers(model, layers, make, without_norm=without_norm, removed=removed)
+
+
+def _report_norms(model: nnx.Module) -> None:
+    """Warns of the batch norms that stay because nothing says which layers they follow."""
+    blocks = tuple(f"{path}/" if path else "" for path, m in named_modules(model) if isinstance(m, Block))
+    norms = [path for path, m in named_modules(model) if isinstance(m, nnx.BatchNorm)]
+    if left := [path for path in norms if not path.startswith(blocks)]:
+        _log.warning(
+            "the batch norms %s stay, also where they follow a layer whose branches have norms of their own: "
+            "give an `example` of the inputs, or `pairs`",
+            paths.listed(left),
+        )
 
 
 @overload
@@ -170,7 +186,7 @@ def find_parametrizations(model: Any, *args: Any, **given: Any) -> dict[str, Par
 
     Raises:
       ValueError: as `to_structure`; or structures with batch norms inside.
-      TypeError: `model` is neither a model nor a function.
+      TypeError: `model` is neither a model nor a function; or as `to_structure`.
     """
     found, problems = {}, []
     for layer, one in _taken(model, find_structures(model, *args, **given)):
@@ -215,13 +231,22 @@ def to_repvgg(
     """`to_structure(model, "repvgg", ...)`, or with `branches` (as in `find_branches`) these, a norm each.
 
     With `branches`, too, the dense layer that makes the logits is left as it is unless `select` chooses it.
+
+    Raises:
+      ValueError: as `to_structure` and `find_branches`; or no layer but the one that makes the logits.
     """
     kernels: dict[str, Any] = {"trained": trained, "allow_trained": allow_trained, "keep": keep}
     if branches is None:
         return to_structure(model, "repvgg", select, rngs=rngs, **kernels)
     sets = {path.rpartition("/")[0]: bs for path, bs in find_branches(model, select, branches).items()}
     if select is None and not isinstance(model, DeclaresBranches):
-        sets = {name: bs for name, bs in sets.items() if name != find_classifier(model)}
+        classifier = find_classifier(model)
+        if sets.keys() == {classifier}:
+            raise ValueError(
+                f"the one layer of `model`, {classifier or 'the model itself'}, is the dense layer that "
+                "makes the logits: choose it with `select` if it is not"
+            )
+        sets = {name: branch_set for name, branch_set in sets.items() if name != classifier}
     described: Described = {
         re.escape(name): functools.partial(of_branches, branch_set, then="norm")
         for name, branch_set in sets.items()

@@ -111,6 +111,14 @@ def kept_branches(
     return branches_of(model, others) | (branches_of(model, products, near=rngs) if products else {})
 
 
+def check_keep(keep: Any, allow_trained: bool) -> None:
+    """Raises ValueError if `keep` is none of `Keep`, or contradicts `allow_trained`."""
+    if keep not in (None, "split"):
+        raise ValueError(f"`keep` is {keep!r}: it must be 'split' or None")
+    if keep and allow_trained:
+        raise ValueError("`keep` is 'split' and `allow_trained` is True: kernels are kept or discarded")
+
+
 def require_untrained(
     model: Any, *, trained: bool | None, allow_trained: bool, keep: Keep = None, lost: str
 ) -> None:
@@ -127,10 +135,7 @@ def require_untrained(
       keep: "split" if they are not lost.
       lost: what would be lost, for the message.
     """
-    if keep not in (None, "split"):
-        raise ValueError(f"`keep` is {keep!r}: it must be 'split' or None")
-    if keep and allow_trained:
-        raise ValueError("`keep` is 'split' and `allow_trained` is True: kernels are kept or discarded")
+    check_keep(keep, allow_trained)
     if keep or allow_trained or trained is False or not isinstance(model, nnx.Module):
         return
     remedy = f'{lost}: give allow_trained=True to discard its kernels, keep="split" to keep them'

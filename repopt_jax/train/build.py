@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from repopt_jax import data
+from repopt_jax import data, models
 from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.core.scales import Scales, load_scales
 from repopt_jax.data.check import listed
@@ -30,8 +30,9 @@ from repopt_jax.surgery.reinitialize import sample_weights
 from repopt_jax.surgery.resrep import PruningPlan, plan_pruning, to_resrep
 from repopt_jax.surgery.search import csla_twin, extract_scales
 from repopt_jax.train.checkpoint import Checkpoints
-from repopt_jax.train.config import TRANSFER, Config, check_config, from_json, needs_no_folder, to_json
+from repopt_jax.train.config import Config, check_config, from_json, needs_no_folder, scales_folder, to_json
 from repopt_jax.train.optimizer import hold_scales, make_optimizer, make_schedule, weight_decay
+from repopt_jax.train.own import register_own
 from repopt_jax.train.processes import in_all_processes
 from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import RunFolder
@@ -87,7 +88,12 @@ class Trained(NamedTuple):
 
 
 def make_task(config: Config) -> Task:
-    """The task of a config, by its `task`."""
+    """The task of a config, by its `task`; its network is then known.
+
+    Raises:
+      FileNotFoundError, ModuleNotFoundError, ValueError: as `register_own`.
+    """
+    register_own(config)
     return TASKS[config.task](config)
 
 
@@ -99,7 +105,7 @@ def check_scales_folder(config: Config) -> None:
       FileNotFoundError, ValueError: as `load_scales`.
     """
     if config.scales and not needs_no_folder(config.scales):
-        load_scales(config.scales.removeprefix(TRANSFER))
+        load_scales(scales_folder(config.scales))
 
 
 def open_data(config: Config) -> tuple[Any, Any]:
@@ -170,10 +176,9 @@ def pruning_plan(config: Config, info: Any) -> PruningPlan | None:
 @functools.lru_cache(maxsize=2)  # the training, its evaluation and its deployment need the same one
 def _plan(config_text: str, info: Any) -> PruningPlan:
     config = from_json(config_text)
-    task, side = make_task(config), config.data.image_size
+    task = make_task(config)
     model = nnx.eval_shape(lambda: task.new_model(info, seed=config.seed))
-    image = jax.ShapeDtypeStruct((1, side, side, info.channels), "float32")
-    return plan_pruning(model, image, select=config.prune.select or None)
+    return plan_pruning(model, _image(config, info), select=config.prune.select or None)
 
 
 def _network(
@@ -189,17 +194,34 @@ def _network(
     # A key of its own: the branches' draws must not repeat the network's.
     key = jax.random.fold_in(key, 1)
     options = parse_options(config.model.structure_options)
-    prepared = prepare(model, mode, scales=scales, options=options, rngs=nnx.Rngs(key)).model
-    return _aware(config, prepared if plan is None else to_resrep(prepared, plan))
+    # The norms of branches take the place of those after the layers, which the blocks of this package know.
+    by_flow = mode.is_structure and not isinstance(model, models.Network)
+    example = (_image(config, info),) if by_flow else None
+    prepared = prepare(model, mode, scales=scales, options=options, example=example, rngs=nnx.Rngs(key)).model
+    return _aware(config, info, prepared if plan is None else to_resrep(prepared, plan))
 
 
-def _aware(config: Config, model: Any) -> Any:
+def fused(config: Config, info: Any, model: Any) -> Any:
+    """The config's network, in evaluation mode, as plain convolutions. Which batch norm follows which layer
+    the blocks of this package know; in a network of the user's own it is found by the flow of data."""
+    if isinstance(model, models.Network):
+        return fuse(model)
+    return fuse(model, example=(_image(config, info),))
+
+
+def _image(config: Config, info: Any) -> jax.ShapeDtypeStruct:
+    """A batch of one image, as the network takes it."""
+    side = config.data.image_size
+    return jax.ShapeDtypeStruct((1, side, side, info.channels), "float32")
+
+
+def _aware(config: Config, info: Any, model: Any) -> Any:
     """The network of quantization-aware training, where the config is for it; ranges are not yet known."""
     quantize = config.quantize
     if not quantize.bits:
         return model
     model.eval()
-    model = fuse(model) if quantize.fused else model
+    model = fused(config, info, model) if quantize.fused else model
     layers = find_quantizable(model)
     check_paths(model, quantize.keep_float, "quantize.keep_float", layers)
     ranges = {path: (0.0, 0.0) for path in layers if path not in quantize.keep_float}
@@ -256,7 +278,7 @@ def build_program(config: Config, feed: Feed, mesh: Mesh) -> tuple[Program, Trai
     # Not every host may see the same folders.
     scales = in_all_processes("load the scales", lambda: _scales(config, info))
     if config.quantize.run:
-        model = _aware(config, load_source(config).model)
+        model = _aware(config, info, load_source(config).model)
     else:
         key = jax.random.key(config.seed)
         model = _at_once(lambda key: _network(config, info, scales, key=key), key)

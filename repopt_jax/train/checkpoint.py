@@ -203,6 +203,13 @@ class Checkpoints:
         if saving is not None:
             self._latest = saving.result()
 
+    def remove_old(self) -> None:
+        """Removes the checkpoints that are no longer to be kept once the newest has a score, which a run that
+        goes on may give it late. The first process does this for all."""
+        self.wait()
+        if is_first():
+            self._remove_old()
+
     def restore(self, state: TrainState) -> tuple[TrainState, Progress]:
         """Reads the newest checkpoint.
 

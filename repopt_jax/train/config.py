@@ -10,20 +10,23 @@ that. The dataclasses are not frozen, because `ml_collections.config_flags` writ
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from repopt_jax import jsontext, models, userfile
-from repopt_jax.arguments import check_kind, check_path
+from repopt_jax.arguments import check_kind, check_path, is_of, must_be
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.transforms import MAX_MAGNITUDE
 from repopt_jax.hints import did_you_mean
+from repopt_jax.models.registry import registering
 from repopt_jax.nn.block import ACTIVATIONS
 from repopt_jax.quantize.layers import MAX_BITS, MAX_SCALE_BITS, MIN_BITS, Per, WeightRange
 from repopt_jax.surgery.prepare import Mode
 from repopt_jax.train.loggers import LOGGERS
+from repopt_jax.train.own import note_file
 
 # Task -> where its images can come from.
 SOURCES_OF = {
@@ -51,6 +54,8 @@ def setting(default: Any, **rules: Any) -> Any:
       rules: any of
         at_least, more_than, at_most, less_than: its range, of a tuple that of each entry; a string names
           another field whose value is the bound. None is in every range.
+        length: of a tuple, how many entries it has.
+        ascending: True for a tuple whose entries must not fall.
         choices: the values that it can take, of a tuple its entries, or a function of the whole config that
           gives them.
         only: path of another field -> the values of that field with which this one has a meaning; with others
@@ -83,6 +88,8 @@ class ModelConfig:
         compute in float32.
       activation: of a detector, a key of `nn.ACTIVATIONS`. Scales are searched with the one that trains with
         them.
+      file: the Python file that registers networks of your own (`models.register`), absolute. `load_config`
+        fills in a config file that does so. Commands that are given the run import it for the network.
     """
 
     name: str = setting("vgg-digits", choices=lambda config: models.list(config.task))
@@ -91,6 +98,7 @@ class ModelConfig:
     post_se: bool = setting(False, only=CLASSIFY)
     dtype: str = setting("float32", choices=("float32", "bfloat16"), only=CLASSIFY)
     activation: str = setting("relu", choices=tuple(ACTIVATIONS), only=DETECT)
+    file: str = setting("", path=True, changeable=True)
 
 
 @dataclasses.dataclass
@@ -156,18 +164,20 @@ class DataConfig:
     image_size: int = setting(8, at_least=1)
     crop_padding: int = setting(0, at_least=0, only=CLASSIFY)
     flip: bool = False
-    area: tuple[float, ...] | None = setting(None, only=CLASSIFY)
+    area: tuple[float, ...] | None = setting(
+        None, length=2, more_than=0, at_most=1, ascending=True, only=CLASSIFY
+    )
     resize: int | None = setting(None, at_least="data.image_size", only=CLASSIFY)
     randaugment: int | None = setting(None, at_least=1, at_most=MAX_MAGNITUDE, only=CLASSIFY)
     jitter: float = setting(0.0, at_least=0, only=CLASSIFY)
     erasing: float = setting(0.0, at_least=0, at_most=1, only=CLASSIFY)
     mixup: float = setting(0.0, at_least=0, only=CLASSIFY)
     cutmix: float = setting(0.0, at_least=0, only=CLASSIFY)
-    zoom: tuple[float, ...] | None = setting(None, only=DETECT)
-    scenes: tuple[int, ...] = setting((4096, 256), at_least=1, only=sources_with("scenes"))
+    zoom: tuple[float, ...] | None = setting(None, length=2, more_than=0, ascending=True, only=DETECT)
+    scenes: tuple[int, ...] = setting((4096, 256), length=2, at_least=1, only=sources_with("scenes"))
     scenes_seed: int = setting(0, at_least=0, only=sources_with("scenes_seed"))
     max_objects: int | None = setting(None, at_least=1, only=sources_with("max_objects"))
-    sigmas: tuple[float, ...] | None = setting(None, at_least=0, only=sources_with("sigmas"))
+    sigmas: tuple[float, ...] | None = setting(None, more_than=0, only=sources_with("sigmas"))
     flip_pairs: tuple[int, ...] | None = setting(None, at_least=0, only=sources_with("flip_pairs"))
     max_pixels: int | None = setting(None, at_least=1, only=sources_with("max_pixels"))
     mean: tuple[float, ...] = (0.0,)
@@ -447,11 +457,13 @@ def load_config(file_and_arg: str) -> Config:
     if path.suffix == ".json":
         try:
             return from_json(path.read_bytes())
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not the config.json of a run: {error}") from error
-    config = userfile.call(path, "get_config", arg, noun="config")
+    with registering(path.absolute()):
+        config = userfile.call(path, "get_config", arg, noun="config")
     if not isinstance(config, Config):
         raise TypeError(f"`get_config` of {path} returned {type(config).__name__}, not `Config`")
+    note_file(config, path)
     return config
 
 
@@ -487,13 +499,19 @@ def from_json(text: str | bytes) -> Config:
     """The config that `to_json` wrote.
 
     Raises:
-      ValueError: no JSON, no object, or an unknown field; all of them are listed.
+      ValueError: no JSON, no object, or unknown fields and values of wrong types; all of them are listed.
     """
     check_kind("text", text, (str, bytes), "the text of a config.json")
     unknown: list[str] = []
     config = _from_dict(Config, jsontext.parse(text, "it"), "", unknown)
-    if unknown:
-        raise ValueError(f"unknown config fields: {', '.join(unknown)}")
+    problems = [f"unknown config fields: {', '.join(unknown)}"] if unknown else []
+    problems += [
+        f"`{name}`={value!r} must {must_be(kind)}"
+        for name, value, _, _, kind in settings_of(config)
+        if not is_of(value, kind)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
     return config
 
 
@@ -552,6 +570,11 @@ def needs_no_folder(scales: str) -> bool:
     return scales in NAMED_SCALES or scales.startswith(LAW)
 
 
+def scales_folder(scales: str) -> str:
+    """The folder that a config's `scales` name, where they need one; `~` is the user's."""
+    return os.path.expanduser(scales.removeprefix(TRANSFER))
+
+
 def law_of(scales: str) -> float | None:
     """The Lambda of "law:NUMBER"; None of other `scales`, and if there is no number that can be one."""
     if not scales.startswith(LAW):
@@ -573,6 +596,7 @@ SMALLEST = {
     models.RepMLPNet: "repmlpnet-digits",
 }
 SMOKE_SIDE = 8  # of the images: the digits' own
+SMOKE_HELD_OUT = {"classify": 16, "detect": 8}  # at most, for validation
 
 
 class UnknownRun(ValueError):
@@ -607,7 +631,8 @@ def parse_argument(arg: str, choices: Iterable[str], default: str | None = None)
 
 def smoke(config: Config) -> Config:
     """The same recipe as a run of seconds that needs no data: two epochs of a network of its family that
-    fits the embedded digits, on a few of them; or of a detector, which keeps its network, on a few scenes.
+    fits the embedded digits, on a few of them; or of a detector, on a few scenes. Detectors and networks of
+    your own stay the network that they are.
 
     Mode, optimizer, schedule, augmentation, mixing, dtype, accumulation, moving average and mesh stay as they
     are. Scales from a folder, transferred or not, become those of the depth rule, for there is no search to
@@ -618,26 +643,25 @@ def smoke(config: Config) -> Config:
     of_search = scales.startswith(SEARCH)  # of its own comparison, which is a smoke too
     if config.task == "detect":
         batch_size, eval_batch_size = 8, 8
-        data = dataclasses.replace(data, source="scenes", data_dir="", scenes=(16, 8))
+        data = _from_source(data, "scenes", scenes=(16, 8), train_limit=None, eval_limit=None)
     else:
         batch_size, eval_batch_size = 16, 32
-        model = dataclasses.replace(model, name=SMALLEST[models.find(model.name).family])
+        model = dataclasses.replace(model, name=SMALLEST.get(models.find(model.name).family, model.name))
         share = SMOKE_SIDE / data.image_size
-        data = dataclasses.replace(
+        data = _from_source(
             data,
-            source="digits",
-            name="",
+            "digits",
             data_dir="",
             mean=(0.3,),
             std=(0.37,),
             image_size=SMOKE_SIDE,
             resize=None if data.resize is None else round(data.resize * share),
             crop_padding=data.crop_padding and max(1, round(data.crop_padding * share)),
-            validation=min(data.validation, 16),
             train_limit=32,
             eval_limit=40,
             workers=0,
         )
+    data = dataclasses.replace(data, validation=min(data.validation, SMOKE_HELD_OUT[config.task]))
     return dataclasses.replace(
         config,
         name=f"{config.name}-smoke",
@@ -654,3 +678,13 @@ def smoke(config: Config) -> Config:
         data=data,
         optim=dataclasses.replace(config.optim, warmup_epochs=min(config.optim.warmup_epochs, 1.0)),
     )
+
+
+def _from_source(data: DataConfig, source: str, **changes: Any) -> DataConfig:
+    """The same of images from another source, with what that does not take at its default."""
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(data)
+        if source not in only_of(field).get("data.source", (source,))
+    }
+    return dataclasses.replace(data, source=source, **{**defaults, **changes})

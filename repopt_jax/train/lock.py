@@ -45,7 +45,7 @@ class Lock:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Makes this process the owner of the folder, which exists.
+        """Makes this process the owner of the folder, which is made if it is missing.
 
         What an owner that has ended left behind is taken over, with a warning that names it. Where that can
         only be told by waiting, or processes that it started have yet to end, STALE_S seconds pass at the
@@ -57,6 +57,8 @@ class Lock:
         """
         patience: float | None = None  # when waiting for the processes of an owner that has ended ends
         while self._file is None:
+            # Each time: an owner that has written nothing removes its folder too.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
             try:
                 try:
@@ -67,8 +69,9 @@ class Lock:
                 if not self._is_at_its_place(file):  # its owner has just removed it
                     continue
                 if (owner := _owner(file)) is not None:
-                    if not locks or owner.get("host") != self._own["host"]:
-                        self._refuse_if_touched(file, owner)
+                    elsewhere = not locks or owner.get("host") != self._own["host"]
+                    if elsewhere and not self._is_left_behind(file, owner):
+                        continue
                     logger.warning(
                         "%s: %s has ended without releasing it; this process takes it over",
                         *(self.path.parent, _described(owner)),
@@ -144,8 +147,12 @@ class Lock:
         except FileNotFoundError:
             return False
 
-    def _refuse_if_touched(self, file: Any, owner: dict[str, Any]) -> None:
-        """Waits until the file has not been touched for STALE_S; raises if it is touched meanwhile."""
+    def _is_left_behind(self, file: Any, owner: dict[str, Any]) -> bool:
+        """Waits until the file has not been touched for STALE_S; False if its owner removes it meanwhile.
+
+        Raises:
+          BlockingIOError: it is touched.
+        """
         first = os.fstat(file.fileno()).st_mtime_ns
         end = time.monotonic() + STALE_S - self._untouched(file)
         if end > time.monotonic():
@@ -153,10 +160,13 @@ class Lock:
                 "%s was last held by %s; this waits up to %.0f seconds to see whether it lives",
                 *(self.path.parent, _described(owner), end - time.monotonic()),
             )
-        while (left := end - time.monotonic()) > 0:
-            if os.stat(self.path).st_mtime_ns != first:
+        while self._is_at_its_place(file):
+            if os.fstat(file.fileno()).st_mtime_ns != first:
                 raise BlockingIOError
+            if (left := end - time.monotonic()) <= 0:
+                return True
             self._ending.wait(min(left, 0.2))
+        return False
 
     def _untouched(self, file: Any) -> float:
         """Seconds since the file was touched, by the clock of its file system."""
@@ -183,7 +193,6 @@ def held(folder: Path) -> Iterator[Lock]:
       BlockingIOError, OSError: as `Lock.acquire`.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)
     try:
         lock.acquire()

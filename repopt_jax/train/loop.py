@@ -7,7 +7,8 @@ batch; only then the batch is used. So a checkpoint always holds the data positi
 and all lines of the log up to its step are on disk before it is.
 
 A run that is asked to stop does not wait for an evaluation: the checkpoint says that it is pending, and the
-run makes it first when it goes on. State and log end as those of an unbroken run.
+run makes it first when it goes on; so it does where the log with that evaluation is gone. State and log end
+as those of an unbroken run.
 """
 
 import contextlib
@@ -131,7 +132,7 @@ def _run(
     folder.claim(config, feed.source.info)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(iter(feed.train)))
-        scores = folder.scores(config.task)
+        scores, evaluated = folder.scores(config.task), folder.evaluated()
         checkpoints = stack.enter_context(
             Checkpoints(
                 folder.checkpoints,
@@ -166,7 +167,8 @@ def _run(
             warning=WaitWarning(config.name, workers=config.data.workers),
             law=search_law(config, feed.steps_per_epoch, folder.metrics),
         )
-        state, finished = _train(job, state, start or 0, evaluate_first=resumed.evaluation_pending)
+        lost = start is not None and job.evaluates_at(start) and start not in evaluated
+        state, finished = _train(job, state, start or 0, evaluate_first=resumed.evaluation_pending or lost)
         return _finish(job, state, finished=finished)
 
 
@@ -252,8 +254,10 @@ class _Stopped(Exception):
 def _train(job: _Job, state: TrainState, start: int, *, evaluate_first: bool) -> tuple[TrainState, bool]:
     """Makes the steps `start` + 1 to the last, after the evaluation of step `start` where it is still to be
     made; the second result is False if the run was stopped before the end."""
-    if evaluate_first and _evaluate(job, state, start) is None:
-        return state, False
+    if evaluate_first:
+        if _evaluate(job, state, start) is None:
+            return state, False
+        job.checkpoints.remove_old()
     if start == job.total:
         return state, True
     if start == 0:

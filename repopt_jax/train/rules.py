@@ -1,18 +1,18 @@
 """Whether a config can run: the rules at its fields, and those of several fields together."""
 
 import dataclasses
+import itertools
 import math
 import numbers
 import operator
 import os
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from repopt_jax import extras, models
+from repopt_jax.arguments import is_of, must_be
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
@@ -34,9 +34,11 @@ from repopt_jax.train.config import (
     law_of,
     logger_names,
     needs_no_folder,
+    scales_folder,
     settings_of,
     tuples,
 )
+from repopt_jax.train.own import register_own
 
 MOUNTED = "give a folder; a bucket can be one, mounted (gcsfuse, s3fs)"
 
@@ -50,6 +52,7 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
     Raises:
       ValueError: listing every problem, not only the first.
+      FileNotFoundError, ModuleNotFoundError: the file of a network of the user's own (`own.register_own`).
     """
     check_config(config)
     if problems := problems_of(config, device_count=device_count):
@@ -57,7 +60,12 @@ def validate(config: Config, *, device_count: int | None = None) -> None:
 
 
 def problems_of(config: Config, *, device_count: int | None = None) -> list[str]:
-    """What `validate` finds wrong, a sentence each, and nothing if the config can run."""
+    """What `validate` finds wrong, a sentence each, and nothing if the config can run.
+
+    Raises:
+      FileNotFoundError, ModuleNotFoundError: as `validate`.
+    """
+    register_own(config)
     problems = [*_section_problems(config)] or [*_field_problems(config)]
     if any(isinstance(problem, _WrongType) for problem in problems):
         return problems  # values of other types would make no sense, or an error, in the comparisons below
@@ -94,6 +102,18 @@ def problems_of(config: Config, *, device_count: int | None = None) -> list[str]
     return problems + [problem for problem in others if not problem.startswith(unusable)]
 
 
+def check_fields(config: Config) -> None:
+    """Checks the rules that stand at the fields, of a config that ran or is to run anywhere.
+
+    Raises:
+      FileNotFoundError, ModuleNotFoundError: as `validate`.
+      ValueError: listing every problem.
+    """
+    register_own(config)
+    if problems := [*_section_problems(config)] or [*_field_problems(config)]:
+        raise ValueError("; ".join(problems))
+
+
 def _field_problems(config: Config) -> Iterator[str]:
     """What the rules of each field say of its value."""
     settings = {setting.name: setting for setting in settings_of(config)}
@@ -105,8 +125,9 @@ def _field_problems(config: Config) -> Iterator[str]:
     for setting in settings.values():
         name, value, default, rules, _ = setting
         limits, inside = _limits(setting, settings)
-        must = ", ".join(filter(None, (_kind(setting), limits, "or None" if default is None else "")))
-        if not _is_of(value, setting.type):
+        kind = must_be(setting.type, length=setting.rules.get("length"))
+        must = ", ".join(filter(None, (kind, limits, "or None" if default is None else "")))
+        if not is_of(value, setting.type):
             yield _WrongType(f"`{name}`={value!r} must {must}")
             continue
         known = choices(setting)
@@ -140,28 +161,6 @@ def _section_problems(config: Config) -> Iterator[str]:
             yield _WrongType(f"`{field.name}` is {value!r}: it must be a {field.type.__name__}")  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _is_of(value: Any, kind: Any) -> bool:
-    if isinstance(kind, types.UnionType):
-        return any(_is_of(value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_of(entry, typing.get_args(kind)[0]) for entry in value)
-    if kind in (int, float):
-        number = numbers.Integral if kind is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _kind(setting: Setting) -> str:
-    """What a value of this field must be, after "must"."""
-    kind = next(k for k in typing.get_args(setting.type) or (setting.type,) if k is not type(None))
-    if tuple in (typing.get_origin(kind), typing.get_origin(setting.type)):
-        entries = setting.type if typing.get_origin(setting.type) is tuple else kind
-        inside = {int: "whole numbers", str: "texts"}.get(typing.get_args(entries)[0], "finite numbers")
-        return f"hold {inside}"
-    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
-    return f"be {names[kind]}"
-
-
 _BOUNDS = {
     "at_least": operator.ge,
     "more_than": operator.gt,
@@ -171,7 +170,8 @@ _BOUNDS = {
 
 
 def _limits(setting: Setting, settings: Mapping[str, Setting]) -> tuple[str, bool]:
-    """The bounds of a field in words, and whether its value, each entry of it, is finite and inside them."""
+    """The bounds of a field in words, and whether its value, each entry of it, is finite and inside them; of
+    a tuple also its order, and whether it has as many entries as it must."""
     entries = setting.value if isinstance(setting.value, tuple) else (setting.value,)
     words, inside = [], _is_finite(setting.value)
     for rule, holds in _BOUNDS.items():
@@ -182,7 +182,12 @@ def _limits(setting: Setting, settings: Mapping[str, Setting]) -> tuple[str, boo
         if isinstance(limit, numbers.Real) and math.isfinite(limit):
             words.append(f"{rule.replace('_', ' ')} {limit}{source}")
             inside = inside and all(isinstance(e, numbers.Real) and holds(e, limit) for e in entries)
-    return " and ".join(words), inside
+    inside = inside and len(entries) == setting.rules.get("length", len(entries))
+    order = ""
+    if setting.rules.get("ascending"):
+        order = "in ascending order"
+        inside = inside and all(low <= high for low, high in itertools.pairwise(entries))
+    return ", ".join(filter(None, (" and ".join(words), order))), inside
 
 
 def _is_finite(value: Any) -> bool:
@@ -218,7 +223,7 @@ def _scales_problems(config: Config) -> Iterator[str]:
         )
     if needs_no_folder(scales):
         return
-    folder = scales.removeprefix(TRANSFER)
+    folder = scales_folder(scales)
     if scales and "://" not in folder and not os.path.isdir(folder):
         what = f"is neither {' nor '.join(NAMED_SCALES)} nor {LAW}NUMBER nor a directory"
         if scales.startswith(TRANSFER):
@@ -244,8 +249,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     for name in SOURCES[data.source].required if data.source in SOURCES else ():
         if not getattr(data, name):
             yield f"`data.{name}` is empty: `data.source`={data.source!r} needs it"
-    if len(data.scenes) != 2:
-        yield f"`data.scenes`={data.scenes} must be two numbers, for training and for evaluation"
     if data.source == "scenes" and data.image_size < MIN_SIZE:
         yield f"`data.image_size`={data.image_size} must be at least {MIN_SIZE} for scenes"
     paired = data.flip_pairs or ()
@@ -339,19 +342,31 @@ def _device_problems(config: Config, devices: int) -> Iterator[str]:
     accumulate = max(config.optim.accumulate, 1)
     sharers = f"the {devices} devices"
     parts = f"{sharers}, in {accumulate} parts (`optim.accumulate`)," if accumulate > 1 else sharers
-    for name, size, count, owners in (
-        ("batch_size", config.batch_size, devices * accumulate, parts),
-        ("eval_batch_size", config.eval_batch_size, devices, sharers),
-    ):
-        if size > 0 and size % count:
-            below = size // count * count
-            nearest = " and ".join(str(number) for number in (below, below + count) if number > 0)
+    divisors = {
+        "batch_size": {f"{parts} that share it": devices * accumulate, **_mixed(config)},
+        "eval_batch_size": {f"{sharers} that share it": devices},
+    }
+    for name, needs in divisors.items():
+        size, step = getattr(config, name), math.lcm(*needs.values())
+        if size > 0 and (unmet := [what for what, count in needs.items() if size % count]):
+            below = size // step * step
+            nearest = " and ".join(str(number) for number in (below, below + step) if number > 0)
             yield (
-                f"`{name}`={size} is not divisible by {owners} that share it; the nearest sizes that are: "
+                f"`{name}`={size} is not divisible by {' nor by '.join(unmet)}; the nearest sizes that are: "
                 f"{nearest}"
             )
     if config.mesh.fsdp >= 1 and (config.mesh.data is None or config.mesh.data >= 1):
         yield from mesh_problems(config.mesh.data, config.mesh.fsdp, devices)
+
+
+def _mixed(config: Config) -> dict[str, int]:
+    """What mixing in pairs asks of `batch_size`: why, and the number that must divide it."""
+    names = [f"`data.{name}`" for name in ("mixup", "cutmix") if getattr(config.data, name) > 0]
+    if config.task != "classify" or not names:
+        return {}
+    number = 2 * jax.process_count()
+    within = f" in each of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return {f"{number}, as images are mixed in pairs{within} ({' and '.join(names)})": number}
 
 
 def mesh_problems(data: int | None, fsdp: int, devices: int) -> list[str]:

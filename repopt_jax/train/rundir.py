@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import statistics
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -31,6 +32,7 @@ import optax
 
 from repopt_jax import jsontext
 from repopt_jax._version import __version__
+from repopt_jax.arguments import is_of, must_be
 from repopt_jax.data import DatasetInfo, DetectionInfo
 from repopt_jax.train.config import (
     Config,
@@ -42,7 +44,7 @@ from repopt_jax.train.config import (
 )
 from repopt_jax.train.lock import LOCK, Lock, held
 from repopt_jax.train.processes import barrier, in_all_processes, is_first
-from repopt_jax.train.rules import MOUNTED
+from repopt_jax.train.rules import MOUNTED, check_fields
 from repopt_jax.train.state import TrainState
 from repopt_jax.train.tasks import METRICS
 
@@ -96,7 +98,7 @@ class Summary:
     versions: dict[str, str]
     device: str
     task: str
-    test: dict[str, Any]
+    test: dict[str, float | None]
     data_wait: float | None
     published: float | None
     split: str
@@ -224,21 +226,19 @@ class RunFolder:
 
         Raises:
           FileNotFoundError: no run is here.
+          ValueError: one of the files is damaged, or of another version.
         """
         names = ("config.json", "dataset.json")
         if missing := [name for name in names if not (self.path / name).is_file()]:
             raise FileNotFoundError(f"{self.path} holds no run: {', '.join(missing)} is missing")
         try:
             config = from_json((self.path / names[0]).read_bytes())
-        except (ValueError, TypeError, AttributeError) as error:
+            check_fields(config)
+        except ValueError as error:
             raise ValueError(
                 f"{self.path} has a config.json that this version did not write ({error})"
             ) from error
-        path = self.path / names[1]
-        try:
-            return config, info_from_json(config.task, read_json(path))
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{path} does not describe a data set: {error}") from error
+        return config, info_from_json(config.task, read_json(self.path / names[1]), self.path / names[1])
 
     def check_progress(self) -> None:
         """Looks, before a run begins or goes on here, whether what it left is still there.
@@ -279,6 +279,10 @@ class RunFolder:
         evaluated = (r for r in read_records(self.metrics) if r["kind"] == "eval")
         return {r["step"]: r[name] for r in evaluated if r.get(name) is not None}
 
+    def evaluated(self) -> set[int]:
+        """The steps whose evaluations are in the log."""
+        return {record["step"] for record in read_records(self.metrics) if record["kind"] == "eval"}
+
     def finish(self, summary: Summary) -> None:
         """Writes the summary."""
         values: dict[str, Any] = dataclasses.asdict(summary)
@@ -295,7 +299,7 @@ class RunFolder:
         if path.exists():
             try:
                 return from_json(path.read_bytes())
-            except (ValueError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 raise ValueError(
                     f"`out_dir` {self.path} has a config.json that this version did not write ({error}); "
                     "choose another folder"
@@ -304,10 +308,14 @@ class RunFolder:
         return None
 
 
-def info_from_json(task: str, fields: Mapping[str, Any]) -> Info:
-    """What is known of a data set, from the fields that JSON kept of it."""
+def info_from_json(task: str, fields: Any, path: Path) -> Info:
+    """What is known of a data set, from the fields that JSON kept of it in the file at `path`.
+
+    Raises:
+      ValueError: they do not describe one of `task`.
+    """
     kind = {"classify": DatasetInfo, "detect": DetectionInfo}[task]
-    return kind(**{name: tuples(value) for name, value in fields.items()})
+    return from_record(kind, fields, path)
 
 
 # -- files
@@ -353,17 +361,43 @@ def from_record(kind: type[R], record: Any, path: Path, **changes: Any) -> R:
     """Returns the dataclass `kind` of the fields that the file at `path` held, with some of them changed.
 
     Raises:
-      ValueError: the record lacks a field, or has others.
+      ValueError: the record lacks a field or has others, or a value is not what the field holds.
     """
-    record = record if isinstance(record, dict) else {}
+    record = {**(record if isinstance(record, dict) else {}), **changes}
+    types = typing.get_type_hints(kind)
     names = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    lacking, others = sorted(names - record.keys() - changes.keys()), sorted(record.keys() - names)
+    hints = {name: types[name] for name in sorted(names & record.keys())}
+    record |= {name: _with_tuples(record[name], hint) for name, hint in hints.items()}
+    lacking, others = sorted(names - record.keys()), sorted(record.keys() - names)
+    problems = []
     if lacking or others:
-        raise ValueError(
-            f"{path} is damaged or of another version: it lacks {', '.join(lacking) or 'nothing'} and has "
-            f"{', '.join(others) or 'nothing'} beside; remove its folder, or choose another one"
-        )
-    return kind(**{**record, **changes})
+        lists = (", ".join(found) or "nothing" for found in (lacking, others))
+        problems.append("it lacks {} and has {} beside".format(*lists))
+    problems += [
+        f"`{name}`={record[name]!r:.100} must {must_be(hint)}"
+        for name, hint in hints.items()
+        if not is_of(record[name], hint)
+    ]
+    try:
+        if not problems:
+            return kind(**record)
+    except ValueError as error:  # values that do not fit together
+        problems.append(str(error))
+    raise ValueError(
+        f"{path} is damaged or of another version: {'; '.join(problems)}; remove its folder, or choose "
+        "another one"
+    )
+
+
+def _with_tuples(value: Any, hint: Any) -> Any:
+    """A value that JSON gave back, with tuples in place of lists where the type of its field has them."""
+    origins = {typing.get_origin(one): one for one in (hint, *typing.get_args(hint))}
+    if isinstance(value, list) and tuple in origins:
+        return tuples(value)
+    if isinstance(value, dict) and dict in origins:
+        entries = typing.get_args(origins[dict])[1]
+        return {name: _with_tuples(entry, entries) for name, entry in value.items()}
+    return value
 
 
 def _sync(file: int) -> None:
@@ -424,8 +458,7 @@ class MetricsWriter:
         says so, of kind "resumed". Both give a warning.
 
         Raises:
-          ValueError: a line that is no record, or records up to `resume_step` that are missing although there
-            are later or earlier ones. Nothing is changed then. See `check_records`.
+          ValueError: a line that is no record. Nothing is changed then. `check_records` finds missing ones.
           OSError: the file cannot be written.
         """
         # The first process writes; the others hold the same numbers and drop them.
@@ -489,7 +522,23 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     valid = isinstance(found, dict) and isinstance(found.get("kind"), str) and type(found.get("step")) is int
     if not valid:
         raise ValueError(f"line {number} of {path} is no record with a kind and a step: {advice}")
+    fields = _FIELDS.get(found["kind"], {})
+    if wrong := [name for name, kind in fields.items() if not is_of(found.get(name), kind)]:
+        raise ValueError(
+            f"line {number} of {path} is no record of kind {found['kind']!r}: "
+            + "; ".join(f"`{name}`={found.get(name)!r:.100} must {must_be(fields[name])}" for name in wrong)
+            + f": {advice}"
+        )
     return found
+
+
+# Kind of a record -> what is read of it again, beside its step.
+_FIELDS: dict[str, dict[str, Any]] = {
+    "train": {"epoch": float, "lr": float, "images_per_s": float, "data_wait": float},
+    "eval": {"epoch": float},
+    "scales": {"epoch": float, "layers": dict[str, dict[str, dict[str, float]]]},
+    "prune": {"masked": int},
+}
 
 
 def check_records(path: Path, step: int, *, log_every: int) -> None:

@@ -24,8 +24,9 @@ from repopt_jax.detection import Detections, LossWeights, decode, detection_loss
 from repopt_jax.detection.evaluate import evaluate_detections, to_predictions
 from repopt_jax.models import FCOS
 from repopt_jax.nn.block import ACTIVATIONS
+from repopt_jax.surgery.layers import find_branches
 from repopt_jax.surgery.search import depth_scales, law_scales, transfer_scales
-from repopt_jax.train.config import TRANSFER, Config, DataConfig, law_of
+from repopt_jax.train.config import TRANSFER, Config, DataConfig, law_of, scales_folder
 from repopt_jax.train.state import Batch, add_sums, merge_model, put_batch, replicated, zero_sums
 
 # `evaluate(params, non_trainable, batches) -> numbers`: those of `METRICS`, "loss" (or None) and "count".
@@ -121,27 +122,28 @@ class Task(abc.ABC):
         """
         model = nnx.eval_shape(lambda: self.new_model(info, seed=0))
         if name in ("ones", "depth"):
-            rule = depth_scales(model) if name == "depth" else Scales.ones(model.branch_sets())
+            rule = depth_scales(model) if name == "depth" else Scales.ones(find_branches(model))
             return rule.with_metadata(architecture=self.architecture())
         if (decay := law_of(name)) is not None:
             scales = law_scales(model, decay)
             return scales.with_metadata(architecture=self.architecture(), config=name)
-        folder = name.removeprefix(TRANSFER)
-        scales = load_scales(folder, model if folder == name else None)
+        folder, transferred = scales_folder(name), name.startswith(TRANSFER)
+        # None may lack of the layers that the network declares, or else of those that a search takes.
+        scales = load_scales(folder, None if transferred else find_branches(model))
         searched, activation = scales.metadata.architecture.rpartition("/")[2], self.config.model.activation
         if searched in ACTIVATIONS and searched != activation:
             raise ValueError(
                 f"the scales in {folder} were searched with {searched}, and `model.activation` is "
                 f"{activation!r}: use the same in search and training"
             )
-        if folder == name:
+        if not transferred:
             return scales
         made = transfer_scales(model, scales)
         return made.with_metadata(architecture=self.architecture(), config=name)
 
     def architecture(self) -> str:
         """What files of scales call the network."""
-        return models.find(self.config.model.name).variant.architecture
+        return models.find(self.config.model.name).architecture
 
     @abc.abstractmethod
     def objective(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

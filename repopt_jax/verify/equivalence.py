@@ -8,7 +8,7 @@ they differ, `reasons` says why.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from repopt_jax.core import paths
 from repopt_jax.core.scales import LayerScales, Scales, check_fit, check_scales
 from repopt_jax.nn.merged import Merged
 from repopt_jax.nn.rngs import check_rngs
+from repopt_jax.optim.reparameterize import OtherKernelsError
 from repopt_jax.optim.sgd import repopt_mask
 from repopt_jax.surgery.layers import check_aliases, layers_at
 from repopt_jax.surgery.modules import check_model, join, named_modules
@@ -87,6 +88,25 @@ class Equivalence:
         )
         return ordered[:count]
 
+    def __str__(self) -> str:
+        """The result, the largest differences and the reasons, in lines."""
+        if self.equivalent:
+            result = f"equivalent: no difference above {self.tolerance:g}"
+        else:
+            result = f"NOT equivalent: the largest difference is {self.max_difference:.1e}, the tolerance "
+            result += f"{self.tolerance:g}"
+        worst = [("loss", self.loss_difference), *self.worst(5)]
+        width = max(len(path) for path, _ in worst)
+        return "\n".join(
+            [
+                result,
+                *(f"likely reason: {reason}" for reason in self.reasons),
+                f"compared: {self.compared}; kernels moved by {self.movement:.2%}",
+                f"largest relative differences, of {len(self.differences)} parameters and statistics:",
+                *(f"  {path:<{width}}  {difference:.1e}" for path, difference in worst),
+            ]
+        )
+
 
 DECAY = optax.add_decayed_weights(4e-5)
 NESTEROV = optax.sgd(0.05, 0.9, nesterov=True)
@@ -132,7 +152,18 @@ def scale_by_layer_means(scales: Scales) -> optax.GradientTransformation:
 
 
 def cross_entropy(model: Any, batch: Any) -> jax.Array:
-    """Returns the mean softmax cross-entropy of `batch`: "image" (batch, ...) and "label" (batch,)."""
+    """Returns the mean softmax cross-entropy of `batch`: "image" (batch, ...) and "label" (batch,).
+
+    Raises:
+      TypeError: the batch has other entries, or is no mapping.
+    """
+    if not isinstance(batch, Mapping) or not {"image", "label"} <= batch.keys():
+        has = f"has the entries {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "has none"
+        raise TypeError(
+            "`loss` is not given, and the default, a cross-entropy, is of batches with the entries 'image' "
+            f"and 'label', while this one (a {type(batch).__name__}) {has}: give the loss of your training, "
+            "loss=loss_of, a function of the model and a batch"
+        )
     logits = model(batch["image"])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
@@ -204,11 +235,13 @@ def verify_equivalence(
       scales: the constant scales.
       batches: one pytree of arrays for each step, at least one; floating-point arrays are used in float64.
       optimizer: the re-parameterized optimizer of the plain network; or a function that makes it from the
-        branch tensors (path -> branch -> array), for `reparameterize(inner, scales, weights=...)`. By default
+        branch tensors (path -> branch -> array), which are drawn here:
+        `lambda weights: reparameterize(inner, scales, weights=weights)`. By default
         `nesterov_with_decay(repopt_mask(scales))`.
       twin_optimizer: the ordinary counterpart for the CSLA network, whose parameters are the branch tensors
         `.../weights/<branch>` in place of `.../kernel`. By default `nesterov_with_decay(optax.identity())`.
-      loss: (model, batch) -> scalar.
+      loss: (model, batch) -> scalar, that of your training; by default the cross-entropy of "image" and
+        "label" of a batch.
       tolerance: largest relative difference that counts as equal.
       keep: "split" checks training on from the kernels that the model has: the CSLA network's branches are
         those of least norm that merge into them (`branches_of`), and nothing is drawn.
@@ -221,14 +254,17 @@ def verify_equivalence(
       The differences by path and, if they are above the tolerance, the likely reasons.
 
     Raises:
-      ValueError: the scales do not fit the model; `batches` is empty; only one of the two optimizers is
-        given, or both with `normalise`; or layers for which there is no equivalence, with the reasons:
-        a padding that shifts the window (`CAUSAL`), a class with a `__call__` of its own.
+      ValueError: the scales do not fit the model, or name no layer; `batches` is empty; only one of the two
+        optimizers is given, or both with `normalise`; `optimizer` is made from other branch tensors; or layers
+        for which there is no equivalence, with the reasons: a padding that shifts the window (`CAUSAL`), a
+        class with a `__call__` of its own.
       TypeError: a path of `scales` is not the kernel of a layer (`surgery.layers.LAYERS`); or an argument is
-        of another type.
+        of another type; or the default `loss` is given batches of other entries.
     """
     check_model(model)
     check_scales(scales)
+    if not scales.entries:
+        raise ValueError("`scales` name no layer, so there is nothing to compare: give those of the network")
     check_rngs(rngs)
     check_number("tolerance", tolerance, at_least=0)
     check_items("batches", batches, "batches")
@@ -264,7 +300,14 @@ def verify_equivalence(
             tx = optimizer(weights) if callable(optimizer) else optimizer
             twin_tx = twin_optimizer
         network = _Network(with_kernels(model, _merge(scales, weights)), loss)
-        plain = network.train(tx, data)
+        try:
+            plain = network.train(tx, data)
+        except OtherKernelsError as error:
+            raise ValueError(
+                "`optimizer` was made from other branch tensors than those of the check, which draws its "
+                "own: give it as a function of them, such as optimizer=lambda weights: "
+                "reparameterize(inner, scales, weights=weights)"
+            ) from error
         twin = _Network(csla_twin(model, scales, weights), loss).train(twin_tx, data)
         result = _compared(network.model, plain, twin, scales, tolerance)
         if result.equivalent:
@@ -272,6 +315,7 @@ def verify_equivalence(
         sentences = reasons.explain(
             reasons.Pair(plain, twin, scales, data, knows_branches=callable(optimizer)),
             difference=result.max_difference,
+            loss_difference=result.loss_difference,
             movement=result.movement,
             tolerance=tolerance,
             wrong=[path for path, difference in result.worst() if not difference <= tolerance],
@@ -381,9 +425,9 @@ def _values(model: nnx.Module) -> dict[str, np.ndarray]:
 
 def _relative(a: np.ndarray, b: np.ndarray, floor: float = 0.0) -> float:
     """Returns the largest difference, relative to b's largest entry or to `floor` if b is smaller."""
-    scale = max(np.abs(b).max(), floor)
+    scale = max(np.abs(b).max(initial=0.0), floor)
     with np.errstate(invalid="ignore"):  # the difference of two infinities is NaN, which counts as different
-        return float(np.abs(a - b).max() / (scale if scale else 1.0))
+        return float(np.abs(a - b).max(initial=0.0) / (scale if scale else 1.0))
 
 
 def _as_float64(tree: Any) -> Any:

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 
 from repopt_jax.core import paths
+from repopt_jax.core.jaxprs import Flat, bodies, flatten
 from repopt_jax.core.paths import listed
 from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.optim.check import Reason, find_faults
@@ -72,16 +73,26 @@ class Pair(NamedTuple):
 
 
 def explain(
-    pair: Pair, *, difference: float, movement: float, tolerance: float, wrong: list[str]
+    pair: Pair,
+    *,
+    difference: float,
+    loss_difference: float,
+    movement: float,
+    tolerance: float,
+    wrong: list[str],
 ) -> list[str]:
     """Returns sentences that say why the two trainings differ by `difference`.
 
     Args:
       pair: the two trainings.
-      difference, movement, tolerance: as in `Equivalence`.
+      difference: the largest of all.
+      loss_difference, movement, tolerance: as in `Equivalence`.
       wrong: paths that differ, the worst first.
     """
     casts = dict(_casts(pair))
+    noise = _without_effect(pair, wrong, max(casts.values(), default=0.0))
+    if noise and len(noise) == len(wrong) and loss_difference <= tolerance:
+        return [_noise(noise)]  # it explains all of the difference
     if casts and difference <= 1e3 * max(casts.values()):
         return list(casts)  # their rounding hides smaller differences
     found = list(_networks(pair))
@@ -96,7 +107,7 @@ def explain(
         found.insert(0 if difference <= tolerance else len(found), still)
     found += casts
     if not found:
-        found += _rounding(pair, difference, wrong)
+        found += _rounding(pair, difference, noise)
     found += _numbers(pair)
     return found or [
         "no known reason was recognised: optimizers and networks agree when they are probed one by one; is "
@@ -164,7 +175,10 @@ class _Probes:
         norms = [norm for norm in pair.plain.norms if np.isfinite(norm)]
         # As large as the gradients became in training, because clipping may begin only later.
         growth = max(norms) / norms[0] if norms[0] else 1.0
-        sizes = {p: growth * float(np.sqrt(np.mean(np.square(g)))) for p, g in pair.plain.gradients.items()}
+        sizes = {
+            path: growth * float(np.sqrt(np.mean(np.square(g)))) if g.size else 0.0
+            for path, g in pair.plain.gradients.items()
+        }
         least = 1e-3 * (float(np.sqrt(np.mean(np.square(list(sizes.values()))))) or 1.0)
         rng = np.random.default_rng(0)
         # Every leaf gets a gradient: one that is zero on this batch may not be on the next.
@@ -320,12 +334,12 @@ def _differing(
     a: Named, b: Named, tolerance: float, scales: Scales | None = None
 ) -> tuple[list[str], list[str]]:
     """Returns the paths at which a and b differ: those in the scales, and all. NaN is not a difference."""
-    floor = ROUNDING * max(np.abs(values[path]).max() for values in (a, b) for path in a)
+    floor = ROUNDING * max(np.abs(values[path]).max(initial=0.0) for values in (a, b) for path in a)
     wrong = [
         path
         for path in a
-        if np.abs(a[path] - b[path]).max()
-        > tolerance * max(np.abs(a[path]).max(), np.abs(b[path]).max()) + floor
+        if np.abs(a[path] - b[path]).max(initial=0.0)
+        > tolerance * max(np.abs(v[path]).max(initial=0.0) for v in (a, b)) + floor
     ]
     return [path for path in wrong if scales and path in scales.entries], wrong
 
@@ -340,19 +354,22 @@ def _minus(a: Named, b: Named) -> Named:
 def _casts(pair: Pair) -> Iterator[tuple[str, float]]:
     """Yields casts to narrower dtypes than float64, each with that dtype's machine epsilon."""
     network, batch = pair.plain.network, pair.batches[0]
-    loss = jax.make_jaxpr(lambda params: network.value(params, network.non_trainable, batch)[0])(
-        network.params
+    loss = jax.make_jaxpr(lambda params, batch: network.value(params, network.non_trainable, batch)[0])(
+        network.params, batch
     )
-    if types := set(_narrowed(loss.jaxpr)):
+    if types := set(_narrowed(flatten(loss))):
+        modules = (module for _, module in named_modules(network.model))
+        attention = any(isinstance(module, nnx.MultiHeadAttention) for module in modules)
         yield (
             f"model or loss cast to {', '.join(sorted(types))}, so the networks agree only to its precision: "
-            "remove the cast for the check, or allow for it in `tolerance`",
+            "remove the cast for the check, or allow for it in `tolerance`"
+            + (" (nnx.MultiHeadAttention takes its softmax in float32 by itself)" if attention else ""),
             _spacing(types),
         )
     for name, side in (("optimizer", pair.plain), ("twin_optimizer", pair.twin)):
         params = side.network.params
         update = jax.make_jaxpr(side.tx.update)(params, jax.eval_shape(side.tx.init, params), params)
-        if types := set(_narrowed(update.jaxpr)):
+        if types := set(_narrowed(flatten(update))):
             yield (
                 f"`{name}` casts to {', '.join(sorted(types))} (mu_dtype, accumulator_dtype?), so the "
                 "networks agree only to its precision: leave the narrow type out for the check",
@@ -364,31 +381,44 @@ def _spacing(types: Iterable[str]) -> float:
     return max(float(jnp.finfo(t).eps) for t in types)
 
 
-def _narrowed(jaxpr: Any) -> Iterator[str]:
-    """Yields the floating-point dtypes to which a program converts wider ones."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "convert_element_type":
-            before, after = equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
+def _narrowed(flat: Flat) -> Iterator[str]:
+    """Yields the floating-point dtypes to which a program converts wider ones; what does not depend on its
+    inputs is a constant, which is the same in both networks."""
+    data = set(flat.inputs)
+    for equation in flat.equations:
+        if data.isdisjoint(equation.inputs):
+            continue
+        data.update(equation.outputs)
+        if equation.name == "convert_element_type":
+            before, after = equation.inputs[0].aval.dtype, equation.outputs[0].aval.dtype
             floating = all(jnp.issubdtype(t, jnp.floating) for t in (before, after))
             if floating and jnp.finfo(after).bits < jnp.finfo(before).bits:
                 yield str(after)
-        for parameter in equation.params.values():
-            for inner in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _narrowed(inner)
+        for body in bodies(equation):
+            yield from _narrowed(flatten(body))
 
 
-def _rounding(pair: Pair, difference: float, wrong: list[str]) -> Iterator[str]:
-    """Explains how rounding becomes a difference although both agree step by step."""
+def _without_effect(pair: Pair, wrong: list[str], rounding: float) -> list[str]:
+    """Returns those of the paths that differ whose gradient is zero but for rounding: in float64 or, where
+    the coarsest rounding is another, in float32 (what bfloat16 rounds away may well be a gradient)."""
     gradients = pair.plain.gradients
-    largest = max(np.abs(g).max() for g in gradients.values())
-    largest = largest if np.isfinite(largest) else 0.0
-    if noise := [p for p in wrong if p in gradients and np.abs(gradients[p]).max() < ROUNDING * largest]:
-        yield (
-            f"the gradient of {listed(noise)} is zero but for rounding, and the optimizer makes "
-            "whole steps of it: a bias in front of batch norm has no effect, leave it out"
-        )
+    largest = max(np.abs(g).max(initial=0.0) for g in gradients.values())
+    limit = max(ROUNDING, min(rounding, _spacing(["float32"]))) * (largest if np.isfinite(largest) else 0.0)
+    return [path for path in wrong if path in gradients and np.abs(gradients[path]).max() < limit]
+
+
+def _noise(wrong: list[str]) -> str:
+    return (
+        f"the gradient of {listed(wrong)} is zero but for rounding, and the optimizer makes whole steps of "
+        "it: a bias in front of batch norm, or of an attention's keys, has no effect; leave it out"
+    )
+
+
+def _rounding(pair: Pair, difference: float, noise: list[str]) -> Iterator[str]:
+    """Explains how rounding becomes a difference although both agree step by step; `noise` are the paths that
+    differ and have no effect."""
+    if noise:
+        yield _noise(noise)
     if count := batch_norm_modes(pair.plain.network.model).get(True):
         yield (
             f"batch norm is in evaluation mode in {count} layers, so nothing normalises the "

@@ -239,13 +239,16 @@ def block_scheme(
       options: those with which the layers were made, as in `find_structures`.
 
     Raises:
-      ValueError: a structure without published names, an unknown option, or what is no regular expression.
+      ValueError: a structure without published names, an unknown option, what is no regular expression, or a
+        name that refers to a group which its expression has not.
     """
     check_kind("structure", structure, str, "the name of a structure")
     check_kind("blocks", blocks, Mapping, "a mapping of patterns to names")
     description = find_structure(structure, options)
-    for pattern in blocks:
-        paths.compiled(pattern, "blocks")
+    for pattern, name in blocks.items():
+        paths.compiled(pattern, "blocks", replacement=name)
+    for pattern, name, _ in rows:
+        paths.compiled(pattern, "rows", replacement=name)
     described = tuple((pattern, description) for pattern in blocks)
 
     def layout(form: Literal["training", "deployed"]) -> Layout:

@@ -13,7 +13,7 @@ from repopt_jax.core import paths
 from repopt_jax.core.branches import Kernel
 from repopt_jax.core.structure import Structure
 from repopt_jax.interop.names import mobileone, repghost, repmlp, repopt, repvgg, timm
-from repopt_jax.interop.names.scheme import NETWORKS, Layout, Scheme, Stored, TorchName
+from repopt_jax.interop.names.scheme import NETWORKS, Kind, Layout, Scheme, Stored, TorchName
 from repopt_jax.models import Network
 from repopt_jax.nn.block import Block
 from repopt_jax.nn.branched import StructuredLayer
@@ -78,13 +78,14 @@ def counters(names: Mapping[str, TorchName]) -> list[str]:
     return [f"{layer}.{COUNTER}" for layer, _, array in found if array == "running_mean"]
 
 
-def find_scheme(scheme: str | Scheme) -> Scheme:
-    """Returns the scheme of that name; raises ValueError for an unknown one."""
+def find_scheme(scheme: str | Scheme, argument: str = "names") -> Scheme:
+    """Returns the scheme of that name; raises ValueError, which names the `argument`, for an unknown one."""
     if isinstance(scheme, Scheme):
         return scheme
     if scheme not in SCHEMES:
         known = ", ".join(f"{s.name} ({s.about})" for s in SCHEMES.values())
-        raise ValueError(f"`names` is {scheme!r}: it must be 'auto' or one of {known}")
+        auto = "'auto' or " if argument == "names" else ""
+        raise ValueError(f"`{argument}` is {scheme!r}: it must be {auto}one of {known}")
     return SCHEMES[scheme]
 
 
@@ -159,7 +160,8 @@ def _layouts(model: nnx.Module, scheme: Scheme) -> list[Layout]:
 def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, TorchTensors]:
     """Returns the layout that names every array of `model`, and the names; raises as `torch_names`."""
     arrays, _ = paths.named_leaves(arrays_of(model))
-    layers = {p: m.structure for p, m in named_modules(model) if isinstance(m, StructuredLayer)}
+    modules = dict(named_modules(model))
+    layers = {p: m.structure for p, m in modules.items() if isinstance(m, StructuredLayer)}
     roles, owners = _roles(layers), _owners(layers)
     tables = [
         (layout, {path: layout.find(roles.get(path, path)) or layout.find(path) for path in arrays})
@@ -175,7 +177,7 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, TorchTensors]:
         problems.append(f"the layers {', '.join(nameless)}")
     else:
         problems += [*_other_branches(model, layers, layout), *_missing_rows(stored.values())]
-    for path, block in named_modules(model):
+    for path, block in modules.items():
         if not isinstance(block, Block) or block.se is None or scheme.se_first in (None, block.se_first):
             continue
         ours, theirs = ("before", "after") if block.se_first else ("after", "before")
@@ -187,6 +189,11 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, TorchTensors]:
             f"Others: {others}"
         )
     uses = collections.Counter((one.name, one.row) for one in stored.values())
+    if foreign := [f"{p} ({type(modules[_above(p)]).__name__})" for p in stored if _is_foreign(p, modules)]:
+        raise ValueError(
+            f"names {scheme.name!r} are of arrays whose axes PyTorch has in no order that is known here: "
+            f"{', '.join(foreign)}. Leave them out of the tables, or use nnx.Linear in their place"
+        )
     if twice := sorted(f"{key}" for (key, _), count in uses.items() if count > 1):
         raise ValueError(f"names {scheme.name!r} call several arrays {', '.join(twice)}: correct its tables")
 
@@ -196,7 +203,7 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, TorchTensors]:
         window = shape[:-2] if flattened and len(shape) > 2 else ()
         spare = one.spare(owner) if one.spare and owner else 0
         groups = owner.layer.groups if one.groups_last and owner else 1
-        kind = "kernel" if len(shape) > 1 else "vector"
+        kind = _kind(path, modules, rank=len(shape))
         return TorchName(one.name, kind, window, one.row, one.rows + spare, groups)
 
     constants = {
@@ -205,6 +212,25 @@ def _fit(model: nnx.Module, scheme: Scheme) -> tuple[Layout, TorchTensors]:
         for key, value in layout.constants(path, structure).items()
     }
     return layout, TorchTensors({path: name(path, one) for path, one in stored.items()}, constants)
+
+
+def _above(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _kind(path: str, modules: Mapping[str, nnx.Module], *, rank: int) -> Kind:
+    """Returns the `TorchName.kind` of an array of so many axes."""
+    module = modules.get(_above(path))
+    if rank < 2 or isinstance(module, nnx.Embed):
+        return "same"
+    if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel:
+        return "transposed"
+    return "kernel"
+
+
+def _is_foreign(path: str, modules: Mapping[str, nnx.Module]) -> bool:
+    """Whether an array is a kernel of a layer that PyTorch has in no comparable form."""
+    return isinstance(modules.get(_above(path)), (nnx.Einsum, nnx.LinearGeneral)) and path.endswith("/kernel")
 
 
 def _missing_rows(stored: Iterable[Stored]) -> Iterator[str]:

@@ -48,6 +48,8 @@ TENSOR: Arrays = {"": "weight", "kernel": "weight"}
 BIASED: Arrays = {"kernel": "weight", "bias": "bias"}
 NORM: Arrays = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
+# How the axes of an array are ordered there, see `TorchName`.
+Kind = Literal["kernel", "transposed", "same"]
 Name = str | Callable[[re.Match[str]], str]
 Row = tuple[str, str, Arrays | Constant]
 Table = tuple[Row, ...]
@@ -140,7 +142,8 @@ class TorchName:
     Attributes:
       key: key in the state dict.
       kind: "kernel", (out, in, *spatial) there and (*spatial, in, out) here, with no spatial axes in a dense
-        layer; or "vector", the same in both.
+        layer; "transposed", of a transposed convolution, (in, out, *spatial) there and (*spatial, in, out)
+        here, with the taps in reverse order; or "same", equal in both, as vectors and embeddings are.
       window: () or, for a kernel that has this spatial shape here and is (out, in * positions, 1, 1) there,
         the spatial shape.
       row: None or, for a vector that is one row of a tensor (rows, out) there, its index.
@@ -149,7 +152,7 @@ class TorchName:
     """
 
     key: str
-    kind: Literal["kernel", "vector"]
+    kind: Kind
     window: tuple[int, ...] = ()
     row: int | None = None
     rows: int = 1
@@ -157,8 +160,8 @@ class TorchName:
 
     def to_torch(self, array: Any) -> np.ndarray:
         """Converts our array to PyTorch's order of axes: the whole tensor, or its row."""
-        array = np.asarray(array)
-        theirs = np.ascontiguousarray(array.transpose(self._axes(array.ndim)))
+        theirs = self._reversed(np.asarray(array))
+        theirs = np.ascontiguousarray(theirs.transpose(self._axes(theirs.ndim)))
         if self.groups > 1:
             theirs = _transposed(theirs, self.groups)
         return theirs if self.row is not None else theirs.reshape(self.shape_in_torch(array.shape))
@@ -171,7 +174,7 @@ class TorchName:
             tensor = tensor.reshape(tensor.shape[0], -1, *self.window)
         if self.groups > 1:
             tensor = _transposed(tensor, tensor.shape[0] // self.groups)
-        return tensor.transpose(np.argsort(self._axes(tensor.ndim)))
+        return self._reversed(tensor.transpose(np.argsort(self._axes(tensor.ndim))))
 
     def shape_in_torch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape in PyTorch of the tensor that an array of `shape` is there, or is a row of."""
@@ -182,7 +185,17 @@ class TorchName:
 
     def _axes(self, rank: int) -> tuple[int, ...]:
         """Returns our axes in PyTorch's order."""
-        return tuple(range(rank)) if self.kind == "vector" else (rank - 1, rank - 2, *range(rank - 2))
+        spatial = tuple(range(rank - 2))
+        match self.kind:
+            case "kernel":
+                return (rank - 1, rank - 2, *spatial)
+            case "transposed":
+                return (rank - 2, rank - 1, *spatial)
+            case "same":
+                return tuple(range(rank))
+
+    def _reversed(self, ours: np.ndarray) -> np.ndarray:
+        return np.flip(ours, range(ours.ndim - 2)) if self.kind == "transposed" else ours
 
 
 def _transposed(tensor: np.ndarray, first: int) -> np.ndarray:
