@@ -34,6 +34,7 @@ from repopt_jax.nn.convolution import conv_general_dilated, product_of_tiles
 from repopt_jax.quantize import (
     EXACT_SCALE_BITS,
     Scheme,
+    fake_quantize,
     output_noise,
     quantize,
     quantize_array,
@@ -564,6 +565,14 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
         ),
         MAPS,
     ),
+    "choices between Booleans": (
+        lambda x: (
+            jnp.where(x > 0.5, x > 1, x[..., :1] < 0),
+            jnp.maximum(x > 0, x[..., :1] > 0),
+            jnp.minimum(x > 0, x[..., :1] > 0),
+        ),
+        MAPS,
+    ),
     "slices of what is broadcast": (
         lambda x: jax.lax.dynamic_slice_in_dim(
             jnp.broadcast_to(x.mean(1, keepdims=True), x.shape), whole(x), 2, axis=1
@@ -949,6 +958,49 @@ def test_operations_without_a_form_are_refused_together():
         "half (Function): convert_element_type (computed in bfloat16; build the network with dtype=float32); "
         "half (Function): mul (computed in bfloat16; build the network with dtype=float32)"
     )
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (
+            lambda x: x[:, jnp.asarray([0, 1]), jnp.asarray([1, 2])],
+            r"gather \(a gather by indices of several axes",
+        ),
+        (lambda x: x.astype(jnp.int32) & 1, r"and \(of int32, bit by bit: files have logic of Booleans"),
+        (lambda x: ~x.astype(jnp.int32), r"not \(of int32, bit by bit"),
+        (lambda x: (x > 0).max(1), r"reduce_max \(of Booleans: `astype` makes numbers"),
+        (lambda x: jnp.argmax(x > 0, 1), r"argmax \(of Booleans"),
+        (lambda x: jax.lax.lt(x > 0, x > 1), r"lt \(of Booleans"),
+    ],
+    ids=["indices of two axes", "and of int", "not of int", "largest Boolean", "argmax", "comparison"],
+)
+def test_what_neither_the_checker_nor_onnxruntime_knows_is_refused(function, reason):
+    with pytest.raises(ValueError, match=rf"the network itself \(Function\): {reason}"):
+        onnx_model(Function(function), MAPS)
+
+
+def test_a_quantized_constant_may_be_unsigned():
+    """As the input of a quantized layer that no image reaches is."""
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(1, 7)), jnp.float32)
+
+    def function(x):
+        return x + fake_quantize(table, jnp.asarray(0.02), jnp.asarray(120.0), low=0, high=255)
+
+    proto, x = onnx_model(Function(function), (7,)), images((7,), 3)
+    assert "constant_quantized" in {
+        i.name for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8
+    }
+    assert far(run_file(proto, x), [np.asarray(function(x))]) <= tolerances.ONNX
+    with pytest.raises(
+        ValueError, match="a constant of whole numbers from -1 to 255, which 8 bits do not hold"
+    ):
+        onnx_model(
+            Function(
+                lambda x: x + fake_quantize(table, jnp.asarray(0.02), jnp.asarray(0.0), low=-1, high=255)
+            ),
+            (7,),
+        )
 
 
 @pytest.mark.parametrize("start", [lambda x: 1, lambda x: jnp.argmax(x.sum(0))], ids=["known", "not known"])

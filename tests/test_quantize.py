@@ -18,16 +18,20 @@ from repopt_jax.quantize import (
     Observed,
     Scheme,
     calibrate,
+    expected,
     find_quantizable,
     quantize,
     quantize_array,
     quantizers,
+    sensitivity,
+    with_integer_biases,
 )
 from repopt_jax.quantize.layers import (
     input_scale,
     kernel_scale,
     quantized_kernel,
     run_with_inputs,
+    with_functions,
     with_quantizers,
 )
 
@@ -289,6 +293,45 @@ def test_an_input_that_is_always_zero():
     assert np.isfinite(quantized(x)).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [
+        ({}, True),
+        ({"param_dtype": jnp.bfloat16, "dtype": jnp.float32}, False),
+        ({"dtype": jnp.bfloat16}, False),
+        ({"param_dtype": jnp.float64, "dtype": jnp.float32}, True),
+    ],
+    ids=["float32", "bf16 parameters", "computes in bf16", "float64 parameters"],
+)
+def test_biases_are_whole_in_the_scale_that_the_quantizer_finds(x64, options, whole):
+    """It is given the kernel in the dtype in which the layer computes; half precision has no such biases."""
+    rng, model = np.random.default_rng(0), nnx.Linear(6, 8, rngs=nnx.Rngs(0), **options)
+    model.bias.set_value(jnp.asarray(rng.normal(size=8), model.bias.dtype))
+    x = jnp.asarray(rng.normal(size=(32, 6)), jnp.float32)
+    quantized = with_integer_biases(quantize(model, x))
+    kernels = []
+
+    def make(path, quantizer):
+        def recorded(lhs, kernel, *args, **kwargs):
+            kernels.append(np.asarray(kernel, np.float64))
+            return quantizer.function(lhs, kernel, *args, **kwargs)
+
+        return recorded
+
+    with_functions(quantized, make)(x)
+    quantizer = quantizers(quantized)[""]
+    of_kernel = np.abs(kernels[0]).max(0) / 63 * (1 + 4 * 2.0**-23)
+    units = np.asarray(quantized.bias[...], np.float64) / (
+        of_kernel * np.float64(input_scale(*quantizer.range[...], Scheme())[0])
+    )
+    assert (abs(units - np.round(units)).max() < 2e-3) == whole
+    if not whole:
+        np.testing.assert_array_equal(quantized.bias[...], model.bias[...])
+    noise = expected(model).layers[""].kernel_noise
+    square = np.square(np.asarray(model.kernel[...], np.float64)).mean()
+    np.testing.assert_allclose(noise, np.square(of_kernel).mean() / (12 * square), rtol=1e-5)
+
+
 def test_half_precision_is_rounded_in_single():
     model, x = random_chain(dtype=jnp.float32)
     _, inputs = run_with_inputs(model, x)
@@ -382,9 +425,30 @@ def test_wrong_images_are_refused():
         quantize(model, np.zeros((2, 6, 6, 3), np.uint8))
     with pytest.raises(ValueError, match="inputs of first, head, second are not finite"):
         quantize(model, x.at[0, 0, 0, 0].set(jnp.nan))
+    for size, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match=f"`batch_size` is {size}: it must be"):
+            quantize(model, x, batch_size=size)
+    with pytest.raises(TypeError, match="`keep_float` is 'head': it must be paths of layers, in a list"):
+        quantize(model, x, keep_float="head")
+
+
+def test_histograms_of_another_network_are_refused():
+    model, x = random_chain(dtype=jnp.float32)
     found = calibrate(model, x)
-    with pytest.raises(ValueError, match="the histograms lack second"):
-        quantize(model, {"first": found["first"], "head": found["head"]})
+    other = {"first": found["first"], "third": found["head"]}
+    for use in (
+        lambda given: quantize(model, given),
+        lambda given: sensitivity(model, x, histograms=given),
+        lambda given: expected(model, given),
+    ):
+        with pytest.raises(ValueError, match="the histograms lack head, second: they are of another network"):
+            use(other)
+        use(found)
+    for use in (lambda given: sensitivity(model, x, histograms=given), lambda given: expected(model, given)):
+        with pytest.raises(
+            TypeError, match="`histograms` is of type float: it must be a mapping of `Histogram`s"
+        ):
+            use({"first": 1.0})
 
 
 def test_unfinished_networks_are_refused():

@@ -1,6 +1,7 @@
 """StableHLO files: the function that they hold, their metadata, and what happens to damaged ones."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from tolerances import PREPROCESSED, PREPROCESSED_APART
 from repopt_jax import fuse, models, prepare
 from repopt_jax.data.transforms import normalise
 from repopt_jax.detection import decode
-from repopt_jax.export import Metadata, read_stablehlo, runtime, to_stablehlo
+from repopt_jax.export import Metadata, read_stablehlo, runtime, to_onnx, to_stablehlo
 from repopt_jax.nn.convolution import xla_convolutions
 from repopt_jax.nn.rngs import counted_in_python
 from repopt_jax.quantize import quantize
@@ -270,8 +271,33 @@ def test_how_a_network_is_called_and_what_it_takes_as_a_number(tmp_path):
         ({"class_names": ()}, ["`class_names` is (); it must be given"]),
         ({"strides": (8,)}, ["`strides`"]),
         ({"decoded": True}, ["`decoded`"]),
-        ({"mean": (0.1, 0.2)}, ["`mean` has 2 numbers, but the images have 1 channels"]),
-        ({"std": (0.0,)}, ["`std` is (0.0,); it must be positive"]),
+        (
+            {"mean": (0.1, 0.2), "std": (1.0, 1.0), "channels": 3},
+            [
+                "`mean` is (0.1, 0.2); it must be one number, or one for each of 3 channels, and `std` is",
+                "(1.0, 1.0); it must be positive, one number, or one for each of 3",
+            ],
+        ),
+        ({"std": (0.0,), "image_size": 0}, ["`image_size` is 0", "`std` is (0.0,); it must be positive"]),
+        ({"resize": 4}, ["`resize` is 4; it must be None or at least `image_size`, 8"]),
+        (
+            {"score_threshold": 7, "iou_threshold": -1.0, "max_detections": -1},
+            ["`score_threshold` is 7; it must be from 0 to 1", "`iou_threshold`", "`max_detections` is -1"],
+        ),
+        ({"class_names": "abc"}, ["`class_names` is 'abc'; it must be a tuple of texts"]),
+        (
+            {"image_size": "8", "mean": None, "resize": 8.5, "layout": "CHW"},
+            [
+                "`image_size` is '8'; it must be a whole number",
+                "`resize` is 8.5; it must be a whole number or None",
+                "`mean` is None; it must be a tuple of finite numbers",
+                "`layout` is 'CHW'",
+            ],
+        ),
+        (
+            {"decoded": 1, "channels": True},
+            ["`channels` is True; it must be a whole number", "`decoded` is 1"],
+        ),
     ],
 )
 def test_metadata_that_no_file_has(changes, parts):
@@ -279,6 +305,107 @@ def test_metadata_that_no_file_has(changes, parts):
         dataclasses.replace(CLASSIFIER, **changes)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_metadata_take_one_number_lists_and_numbers_of_numpy():
+    given = {"mean": 0.5, "std": [0.25, 0.25, 0.5], "image_size": np.int64(8), "class_names": ["a", "b"]}
+    metadata = Metadata(task="classify", channels=3, **given)
+    expected = Metadata(
+        task="classify", channels=3, mean=(0.5,), std=(0.25, 0.25, 0.5), image_size=8, class_names=("a", "b")
+    )
+    assert metadata == expected
+    assert dataclasses.replace(expected, mean=np.asarray([0.5])) == expected
+    assert Metadata.from_strings(metadata.to_strings()) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "part"),
+    [
+        (
+            "classify",
+            {"class_names": ("a", "b")},
+            "`metadata.class_names` has 2 names, and the logits are (b, 3)",
+        ),
+        (
+            "classify",
+            {"task": "detect", "strides": (8,)},
+            "`metadata.task` is 'detect', and the network gives output",
+        ),
+        (
+            "detect",
+            {"task": "classify", "strides": ()},
+            "`metadata.task` is 'classify', and the network gives classes",
+        ),
+        ("detect", {"class_names": ("a",)}, "`metadata.class_names` has 1 names, and `classes` is (b, 5, 2)"),
+        (
+            "detect",
+            {"keypoint_names": ("a", "b")},
+            "`metadata.keypoint_names` has 2 names, and `keypoints` is (b,",
+        ),
+        (
+            "detect",
+            {"strides": (8,)},
+            "`metadata.strides`, (8,), stand for 16 locations, and the outputs have",
+        ),
+    ],
+)
+def test_metadata_of_another_network_are_refused(classifier, detector, tmp_path, task, changes, part):
+    model, metadata = {"classify": (classifier, CLASSIFIER), "detect": (detector, DETECTOR)}[task]
+    changed = dataclasses.replace(metadata, **changes)
+    for write, name in ((to_stablehlo, "a.stablehlo"), (to_onnx, "a.onnx")):
+        with pytest.raises(ValueError, match="do not fit the network") as caught:
+            write(model, tmp_path / name, changed)
+        assert part in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+class Giving(nnx.Module):
+    """Gives what `function` makes of (batch, 4) numbers."""
+
+    def __init__(self, function):
+        self.function = nnx.static(function)
+
+    def __call__(self, x):
+        return self.function(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("ending", ["onnx", "stablehlo"])
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda y: (y, None), {"output_0": 1}),
+        (lambda y: (y, (2 * y, [3 * y, None])), {"output_0": 1, "output_1_0": 2, "output_1_1_0": 3}),
+        (lambda y: {"b": y, "a": (2 * y, 3 * y)}, {"b": 1, "a_0": 2, "a_1": 3}),
+        (lambda y: {"a": {"b": y}, "constant": 2 * y}, {"a_b": 1, "constant": 2}),
+    ],
+    ids=["None", "nested", "in a dict", "name of a constant"],
+)
+def test_outputs_inside_others_and_none(tmp_path, ending, function, expected):
+    path, metadata = tmp_path / f"a.{ending}", Metadata(image_size=2, channels=4)
+    {"onnx": to_onnx, "stablehlo": to_stablehlo}[ending](Giving(function), path, metadata)
+    x = np.random.default_rng(0).normal(size=(3, 2, 2, 4)).astype(np.float32)
+    found = runtime.open_file(path)(x)
+    assert set(found) == set(expected)
+    for name, factor in expected.items():
+        np.testing.assert_allclose(found[name], factor * x.mean((1, 2)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "part"),
+    [
+        (lambda y: {"images": y}, "an output has the name 'images', which is the input's"),
+        (lambda y: {0: y, "a": {"": y}}, "0 of the outputs is no name: give it a text; '' of a is no name"),
+        (lambda y: {"a": {"b": y}, "a_b": y}, "two outputs have the name 'a_b'"),
+        (lambda y: (y, "a"), "output_1 is of type str, which is no array"),
+        (lambda y: None, "it has none"),
+    ],
+)
+def test_outputs_that_cannot_be_in_a_file(tmp_path, function, part):
+    for write, name in ((to_stablehlo, "a.stablehlo"), (to_onnx, "a.onnx")):
+        with pytest.raises(ValueError, match="the outputs of the network cannot be in a file: ") as caught:
+            write(Giving(function), tmp_path / name, Metadata(image_size=2, channels=4))
+        assert part in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 # -- files that are not whole, or not ours
@@ -350,6 +477,22 @@ def test_foreign_files(classifier, tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("metadata.json", json.dumps({"program_bytes": 10, "program_sha256": ""}))
     with pytest.raises(ValueError, match="is damaged: its program is not the one that was written"):
+        runtime.open_file(path)
+    for content, part in (
+        ({"program_bytes": 10}, "it lacks program_sha256"),
+        ({"program_bytes": 10, "program_sha256": 3, "mean": [0]}, "of another kind are program_sha256, mean"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("metadata.json", json.dumps(content))
+        with pytest.raises(ValueError, match=f"the metadata at its end cannot be read \\({part}"):
+            runtime.open_file(path)
+    program = exported.serialize()
+    checksum = hashlib.sha256(program).hexdigest()
+    path.write_bytes(program)
+    with zipfile.ZipFile(path, "a") as archive:
+        content = {"program_bytes": len(program), "program_sha256": checksum, "library": "repopt_jax 1"}
+        archive.writestr("metadata.json", json.dumps(content))
+    with pytest.raises(ValueError, match=r"cannot be used: its metadata lack channels, .*; export it again"):
         runtime.open_file(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("metadata.json", "[" * 100_000)

@@ -36,7 +36,7 @@ from repopt_jax.models.vgg import block_specs
 from repopt_jax.nn import Block, Branched, Merged
 from repopt_jax.nn.block import batch_norm, block, conv
 from repopt_jax.nn.geometry import convolve, explicit_padding, geometry_of, pads_with_zeros
-from repopt_jax.surgery.modules import named_modules
+from repopt_jax.surgery.modules import is_training, named_modules
 from repopt_jax.surgery.reinitialize import merge_weights, sample_weights, with_kernels
 from repopt_jax.surgery.search import csla_twin
 
@@ -486,3 +486,32 @@ class TestPadding:
             layer(np.zeros((1, 5, 5, 3), np.float32))
         with pytest.raises(ValueError, match=r"runs it along one spatial axis only$"):
             find_layers(nnx.Sequential(layer))
+
+
+class Rated(nnx.Module):
+    """With attributes that may mean something else elsewhere."""
+
+    def __init__(self, **attributes):
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("module", "training"),
+    [
+        (lambda: Rated(), False),
+        *((functools.partial(Rated, rate=rate), False) for rate in ((1, 2), "linear", None, 3)),
+        (lambda: Rated(rate=nnx.Param(jnp.ones(2))), False),
+        (lambda: Rated(rate=(1, 2), deterministic=True), False),
+        (lambda: Rated(dropout_rate=None, deterministic=True), False),
+        (lambda: Rated(dropout_rate=None, deterministic=False), True),
+        (lambda: Rated(deterministic=False), True),
+        (lambda: nnx.Dropout(0.5, rngs=nnx.Rngs(0)), True),
+        (lambda: nnx.Dropout(0.0, rngs=nnx.Rngs(0)), False),
+        (lambda: nnx.Dropout(0.5, deterministic=True), False),
+        (lambda: nnx.BatchNorm(3, rngs=nnx.Rngs(0)), True),
+        (lambda: nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0)), False),
+    ],
+)
+def test_what_is_in_training_mode(module, training):
+    assert is_training(module()) == training

@@ -5,13 +5,13 @@ from flax import nnx
 from repopt_jax.core import paths
 from repopt_jax.nn.branched import StructuredLayer
 from repopt_jax.nn.compactor import Compactor
-from repopt_jax.surgery.modules import named_modules
+from repopt_jax.surgery.modules import is_training, named_modules
 
 
 def check_exportable(model: nnx.Module) -> None:
     """Raises ValueError, with paths and classes, if a model is not fused or not in evaluation mode."""
     modules = {f"{p} ({type(m).__name__})": m for p, m in named_modules(model)}
-    training = [p for p, m in modules.items() if _is_training(m)]
+    training = [p for p, m in modules.items() if is_training(m)]
     branches = [p for p, m in modules.items() if isinstance(m, (StructuredLayer, Compactor))]
     problems = []
     if training:
@@ -20,10 +20,3 @@ def check_exportable(model: nnx.Module) -> None:
         problems.append(f"{paths.listed(branches)} have branches: export `fuse(model)`")
     if problems:
         raise ValueError(f"the model cannot be exported as it is: {'; '.join(problems)}")
-
-
-def _is_training(module: nnx.Module) -> bool:
-    if getattr(module, "use_running_average", True) is False:
-        return True
-    drops = getattr(module, "rate", getattr(module, "dropout_rate", 0)) > 0
-    return drops and getattr(module, "deterministic", True) is False

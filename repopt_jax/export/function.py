@@ -2,11 +2,12 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from repopt_jax.arguments import check_kind
@@ -15,6 +16,7 @@ from repopt_jax.detection import Detections, Outputs, decode
 from repopt_jax.detection.outputs import locations_of
 from repopt_jax.export.metadata import Metadata
 
+INPUT = "images"
 Call: TypeAlias = Callable[[Any, jax.Array], Any]
 
 
@@ -33,6 +35,7 @@ def file_function(
 
     def function(images: jax.Array) -> dict[str, jax.Array]:
         outputs = call(nnx.merge(graph, state, copy=True), network_input(images, metadata))
+        _check_fit(named_outputs(outputs), metadata)
         return named_outputs(decoded(outputs, metadata) if metadata.decoded else outputs, metadata.task)
 
     return function
@@ -95,15 +98,87 @@ def network_input(images: jax.Array, metadata: Metadata) -> jax.Array:
 
 
 def named_outputs(outputs: Any, task: str = "") -> dict[str, jax.Array]:
-    """Outputs by name: "logits" of a classifier, the fields of a named tuple, `output` of another array,
-    `output_0` ... of several."""
-    if isinstance(outputs, dict):
-        return outputs
-    if hasattr(outputs, "_asdict"):
-        return outputs._asdict()
-    if isinstance(outputs, (tuple, list)):
-        return {f"output_{i}": output for i, output in enumerate(outputs)}
-    return {"logits" if task == "classify" else "output": outputs}
+    """Outputs by name: "logits" of a classifier, the fields of a named tuple or dict, `output` of another
+    array, `output_0` ... of several; what is inside another has its name behind the other's, as `output_1_0`.
+    None is no output.
+
+    Raises:
+      ValueError: no outputs; what is no array; names that are no text, that two have, or that the input has.
+    """
+    found: dict[str, jax.Array] = {}
+    problems: dict[str, None] = {}
+
+    def add(name: str, value: Any) -> None:
+        items = _items(value)
+        if items is None and isinstance(value, (jax.Array, np.ndarray, np.generic, int, float)):
+            if name in found:
+                problems[f"two outputs have the name {name!r}"] = None
+            found[name] = jnp.asarray(value)
+        elif items is None:
+            problems[f"{name or 'the output'} is of type {type(value).__name__}, which is no array"] = None
+        for key, item in items or ():
+            if isinstance(key, str) and key:
+                add(f"{name}_{key}" if name else key, item)
+            elif isinstance(value, (tuple, list)):
+                add(f"{name or 'output'}_{key}", item)
+            else:
+                problems[f"{key!r} of {name or 'the outputs'} is no name: give it a text"] = None
+
+    single = _items(outputs) is None
+    add("" if not single else "logits" if task == "classify" else "output", outputs)
+    if INPUT in found:
+        problems[f"an output has the name {INPUT!r}, which is the input's: give it another"] = None
+    if not found and not problems:
+        problems["it has none"] = None
+    if problems:
+        raise ValueError(f"the outputs of the network cannot be in a file: {'; '.join(problems)}")
+    return found
+
+
+def _items(value: Any) -> list[tuple[Any, Any]] | None:
+    """What is in an output, by name or number; nothing in None, and None for what holds nothing."""
+    if value is None:
+        return []
+    if hasattr(value, "_asdict"):
+        return list(value._asdict().items())
+    if isinstance(value, Mapping):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, (tuple, list)) else None
+
+
+def _check_fit(outputs: Mapping[str, jax.Array], metadata: Metadata) -> None:
+    """Raises ValueError if outputs, as the network names them, are not those of which the metadata speak."""
+    names, shapes = list(outputs), {name: y.shape for name, y in outputs.items()}
+    detects = tuple(names) == Outputs._fields
+    given = f"`metadata.task` is {metadata.task!r}, and the network gives {', '.join(names)}"
+    problems = []
+
+    def count(field: str, values: int, output: str, axis: int, what: str) -> None:
+        if len(shapes[output]) < 1 - min(axis, -1) or shapes[output][axis] != values:
+            problems.append(f"`metadata.{field}` has {values} names, and {what} {_shown(shapes[output])}")
+
+    if metadata.task == "detect" and not detects:
+        problems.append(f"{given}: a detector gives {', '.join(Outputs._fields)}")
+    elif metadata.task == "detect":
+        count("class_names", len(metadata.class_names), "classes", -1, "`classes` is")
+        if metadata.keypoint_names:
+            count("keypoint_names", len(metadata.keypoint_names), "keypoints", -2, "`keypoints` is")
+        locations = len(locations_of(metadata.image_size, metadata.strides).points)
+        if shapes["classes"][1] != locations:
+            problems.append(
+                f"`metadata.strides`, {metadata.strides}, stand for {locations} locations, and the outputs "
+                f"have {shapes['classes'][1]}"
+            )
+    elif metadata.task == "classify" and detects:
+        problems.append(f"{given}, as a detector does")
+    elif metadata.task == "classify":
+        count("class_names", len(metadata.class_names), names[0], -1, "the logits are")
+    if problems:
+        raise ValueError(f"the metadata do not fit the network: {'; '.join(problems)}")
+
+
+def _shown(shape: tuple[Any, ...]) -> str:
+    return f"({', '.join(str(n) if isinstance(n, int) else 'b' for n in shape)})"
 
 
 def decoded(outputs: Outputs, metadata: Metadata) -> Detections:

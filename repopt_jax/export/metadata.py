@@ -5,11 +5,14 @@ points of accuracy, and nothing fails. So the file holds them.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
+
+import numpy as np
 
 from repopt_jax._version import __version__
 from repopt_jax.data.detection import DetectionTransform
@@ -21,6 +24,15 @@ LAYOUTS = ("NHWC", "NCHW")
 INPUTS = {"normalised": "float32", "uint8": "uint8", "float32": "float32"}
 # The mean and std with which `Transform` leaves pixel values from 0 to 255 as they are.
 RAW = ((0.0,), (1 / 255,))
+# The types of fields, for people.
+ONE = {
+    str: "text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    type(None): "None",
+}
+SEVERAL = {str: "texts", int: "whole numbers", float: "finite numbers"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +57,7 @@ class Metadata:
       library: the program that wrote the file.
 
     Raises:
-      ValueError: values that do not fit together; it lists all.
+      ValueError: values of another type, out of their ranges, or that do not fit together; it lists all.
     """
 
     REQUIRED: ClassVar[frozenset[str]] = frozenset(
@@ -72,24 +84,50 @@ class Metadata:
     library: str = f"{LIBRARY} {__version__}"
 
     def __post_init__(self) -> None:
-        rules = (
-            ("task", self.task in ("", "classify", "detect"), "'', 'classify' or 'detect'"),
-            ("image_size", self.image_size >= 1, "at least 1"),
-            ("channels", self.channels >= 1, "at least 1"),
-            ("input", self.input in INPUTS, f"one of {', '.join(INPUTS)}"),
-            ("layout", self.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
-            ("class_names", bool(self.class_names) or not self.task, "given"),
-            (
-                "strides",
-                bool(self.strides) == (self.task == "detect"),
-                "given for a detector, and for it only",
-            ),
-            ("decoded", self.task == "detect" or not self.decoded, "False, except for a detector"),
-        )
-        wrong = [f"`{n}` is {getattr(self, n)!r}; it must be {rule}" for n, holds, rule in rules if not holds]
+        wrong = {}
+        for name, kind in _kinds().items():
+            value = _plain(getattr(self, name), kind)
+            object.__setattr__(self, name, value)
+            if not _holds(kind, value):
+                wrong[name] = _in_words(kind)
+        wrong |= self._rules(set(wrong))
         if wrong:
-            raise ValueError(", and ".join(wrong))
-        self.pixels.check_channels(self.channels)
+            texts = (f"`{n}` is {getattr(self, n)!r}; it must be {wrong[n]}" for n in _kinds() if n in wrong)
+            raise ValueError(", and ".join(texts))
+
+    def _rules(self, unknown: set[str]) -> dict[str, str]:
+        """What fields must be that break a rule; nothing is said of `unknown` ones or by them."""
+        detects, size, channels = self.task == "detect", self.image_size, self.channels
+        numbers = (
+            "one number" if "channels" in unknown else f"one number, or one for each of {channels} channels"
+        )
+        rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+            ("task", lambda v: v in ("", "classify", "detect"), "'', 'classify' or 'detect'"),
+            ("class_names", lambda v: bool(v) or not self.task, "given"),
+            ("image_size", lambda v: v >= 1, "at least 1"),
+            ("channels", lambda v: v >= 1, "at least 1"),
+            (
+                "resize",
+                lambda v: v is None or detects or "image_size" in unknown or v >= size,
+                f"None or at least `image_size`, {size}",
+            ),
+            ("mean", lambda v: "channels" in unknown or len(v) in (1, channels), numbers),
+            (
+                "std",
+                lambda v: all(n > 0 for n in v) and ("channels" in unknown or len(v) in (1, channels)),
+                f"positive, {numbers}",
+            ),
+            ("input", lambda v: v in INPUTS, f"one of {', '.join(INPUTS)}"),
+            ("layout", lambda v: v in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
+            ("strides", lambda v: bool(v) == detects, "given for a detector, and for it only"),
+            ("strides", lambda v: all(n >= 1 for n in v), "at least 1 each"),
+            ("score_threshold", lambda v: 0 <= v <= 1, "from 0 to 1"),
+            ("iou_threshold", lambda v: 0 <= v <= 1, "from 0 to 1"),
+            ("max_detections", lambda v: v >= 1, "at least 1"),
+            ("decoded", lambda v: detects or not v, "False, except for a detector"),
+        )
+        known = (entry for entry in rules if entry[0] not in unknown)
+        return {name: rule for name, holds, rule in known if not holds(getattr(self, name))}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -134,8 +172,7 @@ class Metadata:
         """
         if not given.get("library", "").startswith(LIBRARY):
             raise ValueError(f"it has no metadata of {LIBRARY}, so that nothing tells how it takes images")
-        hints = typing.get_type_hints(cls)
-        kinds = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        kinds = _kinds()
         values = {name: _value(name, given[name], kinds[name]) for name in kinds.keys() & given.keys()}
         missing = sorted(cls.REQUIRED - values.keys())
         if missing:
@@ -151,15 +188,41 @@ def _value(name: str, text: str, kind: Any) -> Any:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"its metadata have the damaged entry {name}: {error}") from error
+    value = tuple(value) if isinstance(value, list) else value
+    if not _holds(kind, value):
+        raise ValueError(f"its metadata have an entry {name} that is not {_in_words(kind)}: {text[:40]}")
+    return value
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """The type of each field."""
+    hints = typing.get_type_hints(Metadata)
+    return {field.name: hints[field.name] for field in dataclasses.fields(Metadata)}
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A value as Python has it: numbers and lists of NumPy, one number where several may be given."""
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if typing.get_origin(kind) is not tuple:
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(v.item() if isinstance(v, np.generic) else v for v in value)
+    return (value,) if float in typing.get_args(kind) and _is_a(float, value) else value
+
+
+def _holds(kind: Any, value: Any) -> bool:
+    """Whether a value is of the type of a field."""
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
-        holds = isinstance(value, list) and all(_is_a(element, part) for part in value)
-        value = tuple(value) if holds else value
-    else:
-        holds = any(_is_a(option, value) for option in typing.get_args(kind) or (kind,))
-    if not holds:
-        raise ValueError(f"its metadata have an entry {name} that is no {kind}: {text[:40]}")
-    return value
+        return isinstance(value, tuple) and all(_is_a(element, part) for part in value)
+    return any(_is_a(option, value) for option in typing.get_args(kind) or (kind,))
+
+
+def _in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple of {SEVERAL[typing.get_args(kind)[0]]}"
+    return " or ".join(ONE[option] for option in typing.get_args(kind) or (kind,))
 
 
 def _is_a(kind: Any, value: Any) -> bool:

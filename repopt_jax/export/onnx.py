@@ -5,7 +5,8 @@
 
 A quantized network becomes QuantizeLinear and DequantizeLinear around floating point operations, which is
 what TensorRT and onnxruntime turn into integer kernels. Every node is named for the module that it is of,
-`stages/1/0/conv/Conv`. The metadata are entries of the file's `metadata_props`.
+`stages/1/0/conv/Conv`. The metadata are entries of the file's `metadata_props`, and so is a checksum of the
+file.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from repopt_jax import extras
 from repopt_jax.arguments import check_array, check_kind, check_path
 from repopt_jax.core import paths
 from repopt_jax.export.checks import check_exportable
-from repopt_jax.export.function import Call, checked_call, file_function, named_outputs
+from repopt_jax.export.files import CHECKSUM, NO_DIGITS, with_checksum, write_whole
+from repopt_jax.export.function import INPUT, Call, checked_call, file_function, named_outputs
 from repopt_jax.export.graph import BATCH, DTYPES, Graph, Unsupported, path_of, trace
 from repopt_jax.export.metadata import LAYOUTS, Metadata
 from repopt_jax.export.operations import OPERATIONS
@@ -31,7 +33,6 @@ from repopt_jax.surgery.modules import check_model
 
 OPSET = 17
 IR_VERSION = 8
-INPUT = "images"
 # Protocol buffers, and so ONNX files in one piece, are no larger.
 MAX_BYTES = 2**31 - 1
 
@@ -47,7 +48,7 @@ def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata, *, call: Ca
     Args:
       model: plain (see `fuse`), in evaluation mode, with parameters in float32; in floating point or from
         `quantize`. It takes images (batch, height, width, channels).
-      path: a file of this name is replaced.
+      path: a file of this name is replaced, once the new one is written.
       metadata: the input and the outputs of the graph, and what else the file says.
       call: how a model is called that takes more than images, a function of the model and images:
         `lambda model, images: model(images, train=False)`.
@@ -74,8 +75,10 @@ def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata, *, call: Ca
     def function(model: nnx.Module) -> Callable[[jax.Array], dict[str, jax.Array]]:
         return file_function(model, metadata, call)
 
-    proto = _proto(model, function, metadata.input_shape, metadata.dtype, metadata.to_strings())
-    Path(path).write_bytes(proto.SerializeToString())
+    proto = _proto(
+        model, function, metadata.input_shape, metadata.dtype, metadata.to_strings() | {CHECKSUM: NO_DIGITS}
+    )
+    write_whole(path, with_checksum(proto.SerializeToString()))
 
 
 def onnx_model(
@@ -264,9 +267,10 @@ class FusedDifference:
     """How far onnxruntime's fused kernels are from the file's own nodes, one after the other.
 
     Attributes:
-      max_abs: largest difference of an output.
-      span: of the outputs, largest minus smallest.
-      agreement: share of images (of a detector: of locations) with the same largest output.
+      max_abs: largest difference in the output in which it is the largest part of the span.
+      span: of that output, largest minus smallest.
+      agreement: share of images (of a detector: of locations) with the same largest number in the first
+        output.
       count: number of images.
     """
 
@@ -291,14 +295,23 @@ def compare_fused(path: str | Path, images: np.ndarray) -> FusedDifference:
       images: as `FileNetwork` takes them.
 
     Raises:
-      ValueError, ModuleNotFoundError: as `open_file`.
+      ValueError, ModuleNotFoundError: as `open_file`; no images.
+      TypeError: as `FileNetwork`.
     """
     check_path("path", path)
     check_array("images", images)
-    fused, plain = (next(iter(open_onnx(path, optimized=o)(images).values())) for o in (True, False))
-    return FusedDifference(
-        max_abs=float(np.abs(fused - plain).max()),
-        span=float(plain.max() - plain.min()),
-        agreement=float(np.mean(fused.argmax(-1) == plain.argmax(-1))),
-        count=len(images),
-    )
+    if not np.size(images):
+        raise ValueError(f"`images` is of shape {images.shape}: there is none to compare with")
+    fused, plain = (open_onnx(path, optimized=optimized)(images) for optimized in (True, False))
+    first, *_ = plain
+    differences = [
+        FusedDifference(
+            max_abs=float(np.abs(one - other).max()),
+            span=float(other.max() - other.min()),
+            agreement=float(np.mean(fused[first].argmax(-1) == plain[first].argmax(-1))),
+            count=len(images),
+        )
+        for one, other in ((np.float64(fused[name]), np.float64(plain[name])) for name in plain)
+        if other.size
+    ]
+    return max(differences, key=lambda difference: difference.relative)

@@ -21,6 +21,8 @@ Pads = Sequence[tuple[int, int]]
 # Whole numbers that stand for biases have 32 bits; they stand for them up to the rounding of float32.
 MAX_BIAS = 2**31 - 1
 BIAS_ERROR = 2.0**-22
+# Operations of Booleans alone.
+LOGIC = ("And", "Or", "Not")
 
 
 # -- convolutions and products
@@ -128,6 +130,9 @@ def _bias_after(
     Of a quantized layer it is stored as whole numbers of 32 bits, in units of the products, if it is a
     multiple of that unit, as after `quantize.with_integer_biases`. Another one stays in floating point, as it
     is in the network: rounding it would change one in ten of the whole numbers behind it in a small network.
+
+    Raises:
+      Unsupported: it has more than 32 bits in that unit, which integer kernels cut off without a word.
     """
     add = w.sole_user(e.outputs[0], "add")
     if add is None:
@@ -141,7 +146,12 @@ def _bias_after(
     if x.quantization is not None and kernel.quantization is not None:
         unit = x.quantization.scale * kernel.quantization.scale
         whole = np.rint(b.astype(np.float64) / unit)
-        if np.abs(whole).max() < MAX_BIAS and np.allclose(whole * unit, b, rtol=BIAS_ERROR, atol=0):
+        if (most := np.abs(whole).max(initial=0)) >= MAX_BIAS:
+            raise Unsupported(
+                f"a bias of {most:.3g} units of the products, beside a kernel near zero: integer kernels "
+                "hold 32 bits; export `quantize.with_integer_biases(model)`"
+            )
+        if np.allclose(whole * unit, b, rtol=BIAS_ERROR, atol=0):
             q = Quantization(unit, np.asarray(0), -MAX_BIAS, MAX_BIAS, 0 if unit.ndim else None)
             return add, [w.name(Tensor(whole.astype(np.int32), (0,), (channels,), q), "bias")]
     return add, [w.name(b, "bias")]
@@ -160,13 +170,14 @@ def fake_quantization(w: Writer, e: Equation) -> Tensor:
     scale, zero_point = (w.known(v) for v in e.inputs[1:])
     q = Quantization(scale.astype(np.float32), np.rint(zero_point), p["low"], p["high"], p["axis"])
     if isinstance(t.data, np.ndarray):
-        if not -128 <= q.low < q.high <= 127:
+        kinds = [k for k in (np.int8, np.uint8) if np.iinfo(k).min <= q.low and q.high <= np.iinfo(k).max]
+        if not kinds:
             raise Unsupported(
-                f"a constant of whole numbers from {q.low} to {q.high}, which int8 does not hold"
+                f"a constant of whole numbers from {q.low} to {q.high}, which 8 bits do not hold"
             )
         shape = tuple(-1 if a == q.axis else 1 for a in range(t.data.ndim))
         s, z = (v.reshape(shape) if q.axis is not None else v for v in (q.scale, q.zero_point))
-        whole = np.clip(np.rint(t.data / s) + z, q.low, q.high).astype(np.int8)
+        whole = np.clip(np.rint(t.data / s) + z, q.low, q.high).astype(kinds[0])
         return Tensor(whole, t.order, t.sizes, q)
     return Tensor(t.data, t.order, t.sizes, q)
 
@@ -211,11 +222,23 @@ def elementwise(make: str | Callable[..., str]) -> Form:
     (writer, equation, *operands) -> name."""
 
     def form(w: Writer, e: Equation) -> Tensor:
+        if isinstance(make, str) and make in LOGIC:
+            others = {str(v.aval.dtype) for v in e.inputs} - {"bool"}
+            if others:
+                raise Unsupported(f"of {', '.join(others)}, bit by bit: files have logic of Booleans alone")
+        elif isinstance(make, str) and make != "Equal":
+            refuse_booleans(e)
         operands, order, sizes = aligned(w, e.inputs)
         name = w.node(make, *operands) if isinstance(make, str) else make(w, e, *operands)
         return Tensor(name, order, sizes)
 
     return form
+
+
+def refuse_booleans(e: Equation) -> None:
+    """Raises Unsupported for an operation on Booleans that files have for numbers alone."""
+    if e.inputs[0].aval.dtype == np.bool_:
+        raise Unsupported("of Booleans: `astype` makes numbers of them, for which there is a form")
 
 
 def _like(e: Equation, number: float) -> np.ndarray:
@@ -224,7 +247,9 @@ def _like(e: Equation, number: float) -> np.ndarray:
 
 
 def maximum(w: Writer, e: Equation) -> Tensor:
-    """Relu and ReLU6 (Clip) where they are meant, else Max."""
+    """Relu and ReLU6 (Clip) where they are meant, else Max; of Booleans Or."""
+    if e.outputs[0].aval.dtype == np.bool_:
+        return elementwise("Or")(w, e)  # pyright: ignore[reportReturnType]
     numbers = [w[v].number for v in e.inputs]
     if 0 not in numbers or e.outputs[0].aval.dtype != np.float32:
         return elementwise("Max")(w, e)  # pyright: ignore[reportReturnType]
@@ -238,6 +263,12 @@ def maximum(w: Writer, e: Equation) -> Tensor:
     return Tensor(w.node("Relu", x), x.order, x.sizes)
 
 
+def minimum(w: Writer, e: Equation) -> Tensor:
+    """Min; of Booleans And."""
+    make = "And" if e.outputs[0].aval.dtype == np.bool_ else "Min"
+    return elementwise(make)(w, e)  # pyright: ignore[reportReturnType]
+
+
 def clamp(w: Writer, e: Equation) -> Tensor:
     low, x, high = (w[v] for v in e.inputs)
     if low.number is None or high.number is None:
@@ -247,10 +278,14 @@ def clamp(w: Writer, e: Equation) -> Tensor:
 
 
 def select(w: Writer, e: Equation) -> Tensor:
-    """Where. The first case is that of a predicate that is False."""
+    """Where. The first case is that of a predicate that is False. Of Booleans, for which onnxruntime has no
+    Where, it is logic."""
     if len(e.inputs) != 3 or e.inputs[0].aval.dtype != np.bool_:
         raise Unsupported("a choice between more than two cases")
     (which, no, yes), order, sizes = aligned(w, e.inputs)
+    if e.outputs[0].aval.dtype == np.bool_:
+        name = w.node("Or", w.node("And", which, yes), w.node("And", w.node("Not", which), no))
+        return Tensor(name, order, sizes)
     return Tensor(w.node("Where", which, yes, no), order, sizes)
 
 
@@ -283,6 +318,7 @@ def reduction(op: str) -> Form:
     """The form of a reduction; a sum that is divided by the number of its terms is a mean."""
 
     def form(w: Writer, e: Equation) -> Tensor:
+        refuse_booleans(e)
         reduced = e.params["axes"]
         t = w.whole(e.inputs[0], reduced)
         left = [a for a in range(len(e.inputs[0].shape)) if a not in reduced]
@@ -318,6 +354,7 @@ def _division_by(w: Writer, value: Value, count: int) -> Equation | None:
 
 
 def index_of_largest(w: Writer, e: Equation) -> Tensor:
+    refuse_booleans(e)
     [axis] = e.params["axes"]
     t = w.holding(w.whole(e.inputs[0], [axis]), [axis], len(e.inputs[0].shape))
     name = w.node("ArgMax", t, axis=t.order.index(axis), keepdims=1)
@@ -603,7 +640,7 @@ def gathering(w: Writer, e: Equation) -> Tensor:
     numbers, operand = e.params["dimension_numbers"], e.inputs[0]
     index = w.known(e.inputs[1])
     sizes, parts = w.sizes(operand), w.graph.sizes(e.params["slice_sizes"])
-    if numbers.operand_batching_dims or index.ndim > 2:
+    if numbers.operand_batching_dims or index.ndim > 2 or (index.ndim == 2 and index.shape[1] != 1):
         raise Unsupported("a gather by indices of several axes")
     most = [sizes[a] - parts[a] for a in numbers.start_index_map]
     inside = np.clip(index, 0, most)
@@ -663,7 +700,6 @@ OPERATIONS: dict[str, Form] = {
             "sub": "Sub",
             "mul": "Mul",
             "div": "Div",
-            "min": "Min",
             "pow": "Pow",
             "neg": "Neg",
             "abs": "Abs",
@@ -697,6 +733,7 @@ OPERATIONS: dict[str, Form] = {
     "integer_pow": elementwise(power),
     "round": elementwise(rounded),
     "max": maximum,
+    "min": minimum,
     "clamp": clamp,
     "select_n": select,
     "convert_element_type": cast,

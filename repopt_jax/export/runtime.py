@@ -21,6 +21,7 @@ from repopt_jax.arguments import check_path
 from repopt_jax.data.detection import letterbox
 from repopt_jax.data.transforms import fit, normalise
 from repopt_jax.detection import Detections, Outputs
+from repopt_jax.export.files import CHECKSUM, is_unaltered
 from repopt_jax.export.function import decoded
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.export.stablehlo import SUFFIX as STABLEHLO
@@ -37,13 +38,19 @@ def count_operations(path: str | Path) -> dict[str, int]:
       OSError, ValueError: as `open_file`.
       ModuleNotFoundError: onnx, or flatbuffers, is not installed.
     """
-    if Path(path).suffix == STABLEHLO:
+    check_path("path", path)
+    path = Path(path).expanduser()
+    if path.suffix == STABLEHLO:
         found = operations_of(read_stablehlo(path).exported)
     else:
         extras.require("onnx", by="reading an ONNX file")
         import onnx
 
-        found = (node.op_type for node in onnx.load(path).graph.node)
+        content = path.read_bytes()
+        try:
+            found = [node.op_type for node in onnx.load_model_from_string(content).graph.node]
+        except Exception as error:  # of protocol buffers, whose classes differ between their versions
+            raise ValueError(f"{path} is no ONNX file, or a damaged one: {error}") from error
     return dict(collections.Counter(found).most_common())
 
 
@@ -93,8 +100,16 @@ class FileNetwork:
 
         Raises:
           ValueError: images of another shape.
+          TypeError: images that are no numbers; whole numbers where the file takes normalised images.
         """
         images, data = np.asarray(images), self.metadata
+        if not (np.issubdtype(images.dtype, np.number) or images.dtype.name == "bfloat16"):
+            raise TypeError(f"`images` is of dtype {images.dtype}; {self.path} takes numbers")
+        if data.input == "normalised" and np.issubdtype(images.dtype, np.integer):
+            raise TypeError(
+                f"`images` is of dtype {images.dtype}, as pixel values are; {self.path} takes "
+                f"{data.describe_input()}: `prepare` makes such an image of pixels"
+            )
         wanted = (data.image_size, data.image_size, data.channels)
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise ValueError(
@@ -154,7 +169,19 @@ def prepare(pixels: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, float]:
       The image (image_size, image_size, channels) of `metadata.dtype`: of a detector letterboxed, else
       resized and cut out of the centre. Pixels of it for a pixel of the original, the same in both
       directions.
+
+    Raises:
+      TypeError: pixels of another dtype.
+      ValueError: no image, or one of other channels.
     """
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        given = getattr(pixels, "dtype", type(pixels).__name__)
+        raise TypeError(f"`pixels` is of {given}: it must be a NumPy array of uint8, values from 0 to 255")
+    if pixels.ndim != 3 or pixels.shape[-1] != metadata.channels or not pixels.size:
+        raise ValueError(
+            f"`pixels` is {pixels.shape}: the file takes (height, width, {metadata.channels}) of any height "
+            "and width; repeat the channel of a grey image, or leave out that of transparency"
+        )
     size = metadata.image_size
     if metadata.task == "detect":
         fitted, ratio = letterbox(pixels, size)
@@ -175,7 +202,7 @@ def open_file(path: str | Path) -> FileNetwork:
       ModuleNotFoundError: onnxruntime, or flatbuffers for StableHLO, is not installed.
     """
     check_path("path", path)
-    path = Path(path)
+    path = Path(path).expanduser()
     open_it = {ONNX: open_onnx, STABLEHLO: open_stablehlo}.get(path.suffix)
     if open_it is None:
         raise ValueError(f"{path} does not end in {ONNX} or {STABLEHLO}, the endings of exported files")
@@ -209,6 +236,8 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
     extras.require("onnxruntime", by="running an ONNX file")
     import onnxruntime
 
+    path = Path(path).expanduser()
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what is wrong is raised, in one sentence
     if not optimized:
@@ -221,9 +250,15 @@ def open_onnx(path: str | Path, *, optimized: bool = True) -> FileNetwork:
             f"{path} is no ONNX file that onnxruntime can run, or a damaged one: {reason}"
         ) from error
     try:
-        metadata = Metadata.from_strings(session.get_modelmeta().custom_metadata_map)
+        entries = session.get_modelmeta().custom_metadata_map
+        metadata = Metadata.from_strings(entries)
     except ValueError as error:
         raise ValueError(f"{path} was not exported by this library: {error}") from error
+    if CHECKSUM in entries and not is_unaltered(path.read_bytes(), entries[CHECKSUM]):
+        raise ValueError(
+            f"{path} is damaged, or another program has changed it: it is not the one that was written; "
+            f"export it again, or take the entry {CHECKSUM} out of its metadata_props if the change is meant"
+        )
     inputs, outputs = (
         [_onnx_port(value) for value in values] for values in (session.get_inputs(), session.get_outputs())
     )

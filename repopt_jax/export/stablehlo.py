@@ -25,6 +25,7 @@ from jax import export
 from repopt_jax import extras
 from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.export.checks import check_exportable
+from repopt_jax.export.files import write_whole
 from repopt_jax.export.function import Call, any_batch_size, checked_call, file_function
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.nn.convolution import xla_convolutions
@@ -57,7 +58,7 @@ def to_stablehlo(
 
     Args:
       model: plain (see `fuse`) and in evaluation mode; it takes images (batch, height, width, channels).
-      path: a file of this name is replaced.
+      path: a file of this name is replaced, once the new one is written.
       metadata: the input and the outputs of the function, and what else the file says.
       call: how a model is called that takes more than images, a function of the model and images:
         `lambda model, images: model(images, train=False)`.
@@ -78,7 +79,7 @@ def to_stablehlo(
     images = jax.ShapeDtypeStruct((batch, *metadata.input_shape), jnp.dtype(metadata.dtype))
     with xla_convolutions(), any_batch_size():
         exported = export.export(jax.jit(function), platforms=PLATFORMS)(images)
-    Path(path).write_bytes(_followed_by(metadata, bytes(exported.serialize())))
+    write_whole(path, _followed_by(metadata, bytes(exported.serialize())))
 
 
 def read_stablehlo(path: str | Path) -> Program:
@@ -91,14 +92,18 @@ def read_stablehlo(path: str | Path) -> Program:
     """
     check_path("path", path)
     extras.require("flatbuffers", by="a StableHLO file")
-    content = Path(path).read_bytes()
+    path = Path(path).expanduser()
+    content = path.read_bytes()
     given = _metadata_of(content, path)
     program = content[: given.pop("program_bytes")]
     if hashlib.sha256(program).hexdigest() != given.pop("program_sha256"):
         raise ValueError(f"{path} is damaged: its program is not the one that was written; export it again")
     try:
-        exported = export.deserialize(bytearray(program))
-        return Program(exported, Metadata.from_strings(given))
+        metadata = Metadata.from_strings(given)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}; export it again") from error
+    try:
+        return Program(export.deserialize(bytearray(program)), metadata)
     except Exception as error:  # of another version of JAX: what it raises then is not said anywhere
         raise ValueError(
             f"{path} cannot be read by jax {jax.__version__} ({error}): export it again with this version"
@@ -141,7 +146,7 @@ def _followed_by(metadata: Metadata, program: bytes) -> bytes:
     return file.getvalue()
 
 
-def _metadata_of(content: bytes, path: str | Path) -> dict:
+def _metadata_of(content: bytes, path: Path) -> dict:
     """The entries of the archive at the end.
 
     Raises:
@@ -153,8 +158,11 @@ def _metadata_of(content: bytes, path: str | Path) -> dict:
             if entry.file_size > MAX_METADATA_BYTES:
                 raise ValueError(f"{entry.file_size} bytes of metadata")
             given = json.loads(archive.read(entry))
-        if not isinstance(given["program_bytes"], int):
-            raise ValueError("no length of the program")
+        of_program = {"program_bytes": int, "program_sha256": str}
+        if wrong := [n for n in given if not isinstance(given[n], of_program.get(n, str))]:
+            raise ValueError(f"of another kind are {', '.join(wrong)}")
+        if missing := of_program.keys() - given.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return given
     except Exception as error:  # a damaged archive makes `zipfile` raise nearly anything
         raise ValueError(

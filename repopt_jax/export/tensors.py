@@ -91,7 +91,7 @@ class Writer:
             for value in equation.inputs:
                 self._users.setdefault(value, []).append(equation)
         self.path = ""
-        self._names: dict[str, int] = {}
+        self._names: dict[str, int] = dict.fromkeys(graph.outputs, 0)  # taken
         self._known: dict[Any, str] = {}
 
     # -- values

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax.arguments import check_items, check_kind
+from repopt_jax.arguments import check_count, check_items, check_kind
 from repopt_jax.core import paths
 from repopt_jax.quantize.layers import Range, find_quantizable, run_with_inputs
 from repopt_jax.surgery.modules import check_model
@@ -106,7 +106,8 @@ def calibrate(model: nnx.Module, images: Any, *, batch_size: int = 64) -> dict[s
 
     Raises:
       ValueError: as `find_quantizable`; no images, images of another shape than the network's or than the
-        first, layers that no image reaches, or inputs that are not finite, with all of their layers.
+        first, layers that no image reaches, or inputs that are not finite, with all of their layers;
+        `batch_size` below 1.
       TypeError: images that are whole numbers, as before the preprocessing.
     """
     check_model(model)
@@ -181,6 +182,20 @@ def is_calibrated(images: Any) -> bool:
     return isinstance(images, Mapping) and all(isinstance(one, Histogram) for one in images.values())
 
 
+def check_histograms(histograms: Any, layers: Iterable[str]) -> None:
+    """Checks that `histograms` are those of a network with these layers.
+
+    Raises:
+      TypeError: they are no mapping of histograms.
+      ValueError: layers are not among them, all of them.
+    """
+    check_kind("histograms", histograms, Mapping, "a mapping such as `calibrate` returns")
+    for one in histograms.values():
+        check_kind("histograms", one, Histogram, "a mapping of `Histogram`s, such as `calibrate` returns")
+    if missing := [path for path in layers if path not in histograms]:
+        raise ValueError(f"the histograms lack {paths.listed(missing, 8)}: they are of another network")
+
+
 def percentile_threshold(histogram: Histogram, *, percentile: float = PERCENTILE) -> float:
     """Returns the upper edge of the first bin up to which there are `percentile` % of all values."""
     wanted = histogram.count * percentile / 100 * (1 - 1e-12)  # a whole number stays one
@@ -245,6 +260,7 @@ def _divergence(counts: np.ndarray, bins: int, groups: int) -> float:
 
 def batches_of(model: nnx.Module, images: Any, *, batch_size: int = 64) -> Iterator[jax.Array]:
     """Yields the batches of an array or an iterable of arrays, checked as `calibrate` says."""
+    check_count("batch_size", batch_size)
     shape, graphdef, state = None, *nnx.split(model)
     for batch in _in_batches(images, batch_size):
         if not jnp.issubdtype(batch.dtype, jnp.floating):

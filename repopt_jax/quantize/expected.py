@@ -23,8 +23,21 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from repopt_jax.quantize.calibration import PERCENTILE, Histogram, Method, find_ranges
-from repopt_jax.quantize.layers import Per, Scheme, WeightRange, find_quantizable, input_scale, kernel_scale
+from repopt_jax.quantize.calibration import (
+    PERCENTILE,
+    Histogram,
+    Method,
+    check_histograms,
+    find_ranges,
+)
+from repopt_jax.quantize.layers import (
+    Per,
+    Scheme,
+    WeightRange,
+    find_quantizable,
+    input_scale,
+    layer_kernel_scale,
+)
 from repopt_jax.quantize.sensitivity import decibel
 
 
@@ -95,14 +108,17 @@ def expected(
       bits, weight_bits, per, calibration, percentile, weight_range, scale_bits: as in `quantize`.
 
     Raises:
-      ValueError: as `Scheme`, `find_quantizable` and `find_ranges`.
+      ValueError: as `Scheme`, `find_quantizable` and `find_ranges`; histograms of another network.
     """
     scheme = Scheme(bits, weight_bits, per, weight_range, scale_bits)
+    layers = find_quantizable(model)
+    if histograms is not None:
+        check_histograms(histograms, layers)
     ranges = find_ranges(histograms or {}, calibration, levels=scheme.levels, percentile=percentile)
     found = {}
-    for path, layer in find_quantizable(model).items():
+    for path, layer in layers.items():
         kernel = layer.kernel[...]
-        steps = np.asarray(kernel_scale(kernel, scheme), np.float64)
+        steps = np.asarray(layer_kernel_scale(layer, scheme), np.float64)
         square = float(np.square(np.asarray(kernel, np.float64)).mean())
         of_kernel = float(np.square(steps).mean()) / (12 * square) if square else 0.0
         of_input = 0.0

@@ -28,7 +28,7 @@ from repopt_jax.nn.branched import StructuredLayer
 from repopt_jax.nn.geometry import ChangedOperands, check_plain
 from repopt_jax.quantize.affine import fake_quantize
 from repopt_jax.surgery.layers import WRAPPERS
-from repopt_jax.surgery.modules import aliases, check_model, named_modules, replace_modules
+from repopt_jax.surgery.modules import aliases, check_model, is_training, named_modules, replace_modules
 
 Per = Literal["channel", "tensor"]
 WeightRange = Literal["reduced", "full"]
@@ -36,6 +36,8 @@ MIN_BITS, MAX_BITS = 2, 8
 REDUCED_MAX = 63
 MAX_SCALE_BITS = 24  # of float32
 EXACT_SCALE_BITS = 4
+# Units of a bias at most. A sum of 2^15 products of 8 bits is no more, and the two together have 32 bits.
+MAX_UNITS = 2**30
 
 Range = tuple[float, float]
 
@@ -129,6 +131,7 @@ class Quantizer(ChangedOperands):
       range: (2,), the least and the largest input; `Observed`. What is quantized is the range widened to hold
         zero.
       count: () int32, how many batches of training the range has seen; `Observed`.
+      least_scale: no scale of the kernel is less; 0, but for what `with_integer_biases` sets.
       use_running_average: False in training mode, as of a batch norm; `model.train()` and `model.eval()` set
         it.
 
@@ -157,6 +160,7 @@ class Quantizer(ChangedOperands):
         self.scheme = scheme
         self.momentum = momentum
         self.frozen_after = frozen_after
+        self.least_scale = 0.0
         self.use_running_average = True
         self.range: Observed = Observed(jnp.asarray(inputs, dtype))
         self.count: Observed = Observed(jnp.zeros((), jnp.int32))
@@ -177,7 +181,7 @@ class Quantizer(ChangedOperands):
 
     def quantized_kernel(self, kernel: jax.Array) -> jax.Array:
         """Returns the kernel rounded to its levels, of its shape and dtype."""
-        return quantized_kernel(kernel, self.scheme)
+        return quantized_kernel(kernel, self.scheme, self.least_scale)
 
     def _observe(self, x: jax.Array, momentum: float) -> None:
         old, count = self.range[...], self.count[...]
@@ -196,14 +200,14 @@ def quantized_input(x: jax.Array, inputs: jax.Array, scheme: Scheme) -> jax.Arra
     return fake_quantize(x.astype(wide), scale, zero, low=0, high=scheme.levels).astype(x.dtype)
 
 
-def quantized_kernel(kernel: jax.Array, scheme: Scheme) -> jax.Array:
+def quantized_kernel(kernel: jax.Array, scheme: Scheme, least: float = 0.0) -> jax.Array:
     """Returns a kernel (..., out) rounded to its levels; the scale is that of `kernel_scale`.
 
     As the scale follows the largest weight, nothing is clipped, and the derivative is 1 everywhere.
     """
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     axis = kernel.ndim - 1 if scheme.per == "channel" else None
-    scale, q = kernel_scale(kernel.astype(wide), scheme), scheme.weight_max
+    scale, q = kernel_scale(kernel.astype(wide), scheme, least), scheme.weight_max
     zero = jnp.zeros_like(scale)
     return fake_quantize(kernel.astype(wide), scale, zero, low=-q, high=q, axis=axis).astype(kernel.dtype)
 
@@ -223,12 +227,12 @@ def input_scale(low: Any, high: Any, scheme: Scheme) -> tuple[jax.Array, jax.Arr
     return scale, jnp.clip(jnp.round(-low / scale), 0, scheme.levels)
 
 
-def kernel_scale(kernel: jax.Array, scheme: Scheme) -> jax.Array:
+def kernel_scale(kernel: jax.Array, scheme: Scheme, least: float = 0.0) -> jax.Array:
     """Returns max|K| / q, (out,) for `per` "channel" and () for "tensor", in the dtype of the kernel.
 
     It is larger by a few units in the last place, so that the largest weight is not clipped by rounding, and
     then rounded up to `scheme.scale_bits`. A channel of zeros, which any scale represents, has the largest of
-    the others, and a kernel of zeros 1.
+    the others, and a kernel of zeros 1. None is less than `least`.
     """
     axes = tuple(range(kernel.ndim - 1)) if scheme.per == "channel" else None
     largest = lax.stop_gradient(jnp.abs(kernel).max(axis=axes))
@@ -236,7 +240,15 @@ def kernel_scale(kernel: jax.Array, scheme: Scheme) -> jax.Array:
     largest = jnp.where(largest > _least(kernel.dtype), largest, whole)
     largest = jnp.where(whole > _least(kernel.dtype), largest, jnp.asarray(scheme.weight_max, kernel.dtype))
     scale = largest * (1 + 4 * float(jnp.finfo(kernel.dtype).eps)) / scheme.weight_max
+    scale = jnp.maximum(scale, jnp.asarray(least, scale.dtype))
     return _rounded_up(scale, scheme.scale_bits)
+
+
+def layer_kernel_scale(layer: nnx.Conv | nnx.Linear, scheme: Scheme, least: float = 0.0) -> jax.Array:
+    """Returns `kernel_scale` of a layer as its quantizer finds it: of the kernel in the dtype in which the
+    layer computes, and in single precision at least."""
+    kernel = layer.kernel[...] if layer.dtype is None else layer.kernel[...].astype(layer.dtype)
+    return kernel_scale(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)), scheme, least)
 
 
 def _rounded_up(scale: jax.Array, bits: int | None) -> jax.Array:
@@ -302,11 +314,7 @@ def _problems_of(model: nnx.Module) -> list[str]:
     """Why a network as a whole cannot be quantized."""
     modules = dict(named_modules(model))
     branches = [f"{p} ({type(m).__name__})" for p, m in modules.items() if isinstance(m, StructuredLayer)]
-    training = [
-        f"{p} ({type(m).__name__})"
-        for p, m in modules.items()
-        if getattr(m, "use_running_average", True) is False or getattr(m, "deterministic", True) is False
-    ]
+    training = [f"{p} ({type(m).__name__})" for p, m in modules.items() if is_training(m)]
     done = [p.rpartition("/")[0] for p, m in modules.items() if isinstance(m, Quantizer)]
     problems = []
     if branches:
@@ -374,22 +382,38 @@ def with_integer_biases(model: nnx.Module) -> nnx.Module:
 
         b' = round(b / s) s,  s = (scale of the input) * (scale of the kernel)
 
-    where s has a value for each output channel if the kernel's scale has. Layers in floating point, and
-    biases of more than 32 bits, stay as they are.
+    where s has a value for each output channel if the kernel's scale has. Where a channel's kernel is so
+    small beside its bias that b / s has more than 30 bits, as of a channel that training has left dead, no
+    scale of that layer's kernel is less than the one with which the largest bias has 30: what is then rounded
+    of a product in the small channels is 2^-23 of that bias at most. Layers in floating point stay as they
+    are, and so do biases in half precision, which does not hold such numbers.
+
+    Raises:
+      TypeError: no NNX model.
     """
     check_model(model)
     copy = replace_modules(model, lambda path, module: None)
     modules: dict[str, Any] = dict(named_modules(copy))
     for path, quantizer in quantizers(copy).items():
         layer = modules[path]
-        if layer.bias is None:
+        if layer.bias is None or not _holds_units(layer):
             continue
         scheme, bias = quantizer.scheme, layer.bias[...]
         low, high = quantizer.range[...]
-        unit = input_scale(low, high, scheme)[0] * kernel_scale(layer.kernel[...], scheme)
-        whole = jnp.round(bias / unit)
-        layer.bias.set_value(jnp.where(jnp.abs(whole) < 2.0**31, whole * unit, bias).astype(bias.dtype))
+        of_input = input_scale(low, high, scheme)[0]
+        unit = of_input * layer_kernel_scale(layer, scheme)
+        if (jnp.abs(bias) > unit * MAX_UNITS).any():
+            quantizer.least_scale = float(jnp.abs(bias).max() / of_input / MAX_UNITS)
+            unit = of_input * layer_kernel_scale(layer, scheme, quantizer.least_scale)
+        whole = jnp.round(bias / jnp.where(unit > 0, unit, 1))
+        layer.bias.set_value(jnp.where(unit > 0, whole * unit, bias).astype(bias.dtype))
     return copy
+
+
+def _holds_units(layer: nnx.Conv | nnx.Linear) -> bool:
+    """Whether a layer stores its bias, and adds it, in single precision at least."""
+    dtypes = [layer.bias.dtype, layer.bias.dtype if layer.dtype is None else layer.dtype]  # pyright: ignore
+    return all(jnp.finfo(dtype).nmant >= jnp.finfo(jnp.float32).nmant for dtype in dtypes)
 
 
 def function_name(layer: nnx.Module) -> str:

@@ -5,11 +5,13 @@ from typing import Any
 
 from flax import nnx
 
+from repopt_jax.arguments import check_items
 from repopt_jax.core import paths
 from repopt_jax.quantize.calibration import (
     PERCENTILE,
     Method,
     calibrate,
+    check_histograms,
     check_method,
     find_ranges,
     is_calibrated,
@@ -59,10 +61,11 @@ def quantize(
     Raises:
       ValueError: as `Scheme`, `find_quantizable`, `calibrate` and `find_ranges`; batch norms; paths in
         `keep_float` that are no layers, all of them, or that leave no layer to quantize.
-      TypeError: as `calibrate`.
+      TypeError: as `calibrate`; `keep_float` that is a single text.
     """
     scheme = Scheme(bits, weight_bits, per, weight_range, scale_bits)
     check_method(calibration, percentile)
+    check_items("keep_float", keep_float, "paths of layers")
     layers, kept = find_quantizable(model), list(keep_float)
     norms = [f"{p} ({type(m).__name__})" for p, m in named_modules(model) if isinstance(m, nnx.BatchNorm)]
     if norms:
@@ -71,7 +74,6 @@ def quantize(
     if len(set(kept)) == len(layers):
         raise ValueError("`keep_float` names all layers, so that there is none to quantize")
     histograms = images if is_calibrated(images) else calibrate(model, images, batch_size=batch_size)
-    if missing := [path for path in layers if path not in histograms]:
-        raise ValueError(f"the histograms lack {', '.join(missing)}: they are of another network")
+    check_histograms(histograms, layers)
     ranges = find_ranges(histograms, calibration, levels=scheme.levels, percentile=percentile)
     return with_quantizers(model, scheme, {path: ranges[path] for path in layers if path not in kept})

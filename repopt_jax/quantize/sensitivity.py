@@ -25,6 +25,7 @@ from repopt_jax.quantize.calibration import (
     Method,
     batches_of,
     calibrate,
+    check_histograms,
     find_ranges,
 )
 from repopt_jax.quantize.layers import (
@@ -86,6 +87,8 @@ def sensitivity(
     """
     scheme = Scheme(bits, weight_bits, per, weight_range, scale_bits)
     layers = list(find_quantizable(model))
+    if histograms is not None:
+        check_histograms(histograms, layers)
     batches = list(batches_of(model, images, batch_size=batch_size))
     if histograms is None:
         histograms = calibrate(model, batches)

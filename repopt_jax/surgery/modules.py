@@ -1,6 +1,7 @@
 """Walking and rebuilding NNX models by path."""
 
 import functools
+import numbers
 import types
 import zlib
 from collections.abc import Callable, Iterator
@@ -40,6 +41,18 @@ def check_model(model: Any) -> None:
     """Raises TypeError if an argument `model` is no NNX model."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"`model` is of type {type(model).__name__}: it must be an NNX model")
+
+
+def is_training(module: nnx.Module) -> bool:
+    """Returns whether a module computes what it does in training alone: takes the statistics of its batch, or
+    drops something at a rate above 0, or at one that is not known."""
+    if getattr(module, "use_running_average", True) is False:
+        return True
+    if getattr(module, "deterministic", True) is not False:
+        return False
+    rates = [getattr(module, name, None) for name in ("rate", "dropout_rate")]
+    known = [rate for rate in rates if isinstance(rate, numbers.Real)]
+    return not known or any(float(rate) > 0 for rate in known)
 
 
 class Removed(nnx.Module):
