@@ -160,7 +160,7 @@ class Quantizer(ChangedOperands):
         self.scheme = scheme
         self.momentum = momentum
         self.frozen_after = frozen_after
-        self.least_scale = 0.0
+        self.least_scale: float = 0.0
         self.use_running_average = True
         self.range: Observed = Observed(jnp.asarray(inputs, dtype))
         self.count: Observed = Observed(jnp.zeros((), jnp.int32))
