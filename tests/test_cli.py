@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -492,6 +493,20 @@ def test_train_eval_deploy_eval(capsys, searched, train, tmp_path):
     assert main(["eval", f"--run={deployed}"]) == 0
     of_deployed = capsys.readouterr().out
     assert of_deployed.split(", loss")[0] == of_run.split(", loss")[0]
+
+    # Damaged, it is refused in one sentence.
+    for part, text, said in (
+        ("weights", b"", "weights is damaged or not of the network of deploy.json"),
+        ("deploy.json", json.dumps({**record, "quantized": 5}).encode(), "deploy.json is damaged"),
+        ("deploy.json", json.dumps({**record, "shapes": [1]}).encode(), "deploy.json is damaged"),
+    ):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(deployed, damaged)
+        for path in [damaged / part] if (damaged / part).is_file() else (damaged / part).rglob("*"):
+            if path.is_file():
+                path.write_bytes(text)
+        refused(capsys, ["eval", f"--run={damaged}"], said, "deploy the run again")
+        shutil.rmtree(damaged)
 
     # Another checkpoint than the last one: the best, or that of a step.
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())

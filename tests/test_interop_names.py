@@ -667,6 +667,10 @@ def test_a_converted_folder_gives_the_network_back(name, scheme, make, mode, for
     assert all(np.array_equal(written[key], value) for key, value in state.items())
     assert not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(again)))
     refused(lambda: networks.save_converted(tmp_path / "out", model, description), error=FileExistsError)
+    for path in (tmp_path / "out" / "weights").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:50])
+    refused(lambda: interop.load_converted(tmp_path / "out"), "weights is damaged", "convert the file again")
 
 
 def test_what_is_built_is_what_surgery_makes(tiny_networks):

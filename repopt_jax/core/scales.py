@@ -292,7 +292,7 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
     foreign = f"{location} is not a scales directory as `save_scales` writes it"
     if not location.is_dir():
         raise ValueError(foreign)
-    stored = _readable(lambda: ocp.metadata(location), foreign)
+    stored = readable(lambda: ocp.metadata(location), foreign)
     branch_sets, metadata = _described_scales(stored.custom_metadata, location)
     # Before memory is taken: the arrays must be there, and as large as the description says.
     expected = {f"{p}/{name}": bs.vector_shape for p, bs in branch_sets.items() for name in bs.names}
@@ -314,7 +314,7 @@ def load_scales(path: str | os.PathLike[str], model: Any = None) -> Scales:
             for path, bs in branch_sets.items()
         }
     )
-    loaded = _readable(lambda: ocp.load(location, target), f"{location} is damaged or incomplete")
+    loaded = readable(lambda: ocp.load(location, target), f"{location} is damaged or incomplete")
     entries = {}
     for name, branches in branch_sets.items():
         entries[name] = LayerScales(branches, {b: jnp.asarray(v) for b, v in paths.at(loaded, name).items()})
@@ -490,9 +490,14 @@ def _described_scales(stored: Any, location: Any) -> tuple[dict[str, BranchSet],
     return branch_sets, ScalesMetadata(**fields)
 
 
-def _readable(read: Callable[[], T], complaint: str) -> T:
+def readable(read: Callable[[], T], complaint: str) -> T:
     """Returns read(), with one sentence in place of Orbax's long errors for foreign and damaged files, and of
-    what it logs of them."""
+    what it logs of them.
+
+    Raises:
+      PermissionError: as read().
+      ValueError: read() has failed; `complaint` is the beginning of the message.
+    """
     log = logging.getLogger("absl")
     log.addFilter(_is_no_message)
     try:

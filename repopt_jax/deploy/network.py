@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from repopt_jax._version import __version__
 from repopt_jax.arguments import check_path
 from repopt_jax.core import paths
+from repopt_jax.core.scales import readable
 from repopt_jax.deploy.evaluation import compared_images, evaluate
 from repopt_jax.quantize.layers import Scheme, with_quantizers
 from repopt_jax.surgery.fuse import output_difference
@@ -178,6 +179,7 @@ def load_deployed(directory: str | Path) -> Trained:
 
     Raises:
       FileNotFoundError: no deployment in `directory`.
+      ValueError: its record or its weights are damaged.
     """
     check_path("directory", directory)
     directory = Path(directory).expanduser().absolute()
@@ -193,11 +195,19 @@ def load_deployed(directory: str | Path) -> Trained:
         return fused(config, info, model)
 
     whole = nnx.eval_shape(plain)
-    whole = resized(whole, record["shapes"]) if record.get("shapes") else whole
-    if quantized := record.get("quantized"):
-        whole = with_quantizers(whole, Scheme.of(quantized), dict.fromkeys(quantized["layers"], (0.0, 0.0)))
+    try:
+        whole = resized(whole, record["shapes"]) if record.get("shapes") else whole
+        if quantized := record.get("quantized"):
+            layers = dict.fromkeys(quantized["layers"], (0.0, 0.0))
+            whole = with_quantizers(whole, Scheme.of(quantized), layers)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(directory / RECORD, error) from error
     network = split_model(whole)
-    loaded = ocp.load(str(directory / "weights"), abstract(_arrays(network), first_device()))
+    weights = directory / "weights"
+    loaded = readable(
+        lambda: ocp.load(str(weights), abstract(_arrays(network), first_device())),
+        f"{weights} is damaged or not of the network of {RECORD}: deploy the run again in another folder",
+    )
     return Trained(merge_model(network.graphdef, **loaded), config, info, int(record["step"]))
 
 
@@ -216,10 +226,14 @@ def read_settings(directory: str | Path) -> tuple[Config, Any]:
         int(record["step"])
         return config, info_from_json(config.task, record["dataset"], path)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged or of another version ({type(error).__name__}: {error}): deploy the run "
-            "again in another folder"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is damaged or of another version ({type(error).__name__}: {error}): deploy the run again in "
+        "another folder"
+    )
 
 
 def load_any(directory: str | Path, *, checkpoint: str | int | None = None) -> Trained:

@@ -21,6 +21,7 @@ from flax import nnx
 from repopt_jax import jsontext, models
 from repopt_jax._version import __version__
 from repopt_jax.arguments import check_path
+from repopt_jax.core.scales import readable
 from repopt_jax.interop.names import NETWORKS, arrays_of, recognise
 from repopt_jax.interop.weights import init_rng_state
 from repopt_jax.nn.branched import Branched
@@ -137,7 +138,7 @@ def load_converted(directory: str | os.PathLike[str]) -> Any:
 
     Raises:
       FileNotFoundError: `directory` holds no converted network.
-      ValueError: it was written by a version of this library with other descriptions.
+      ValueError: it was written by a version of this library with other descriptions, or is damaged.
     """
     check_path("directory", directory)
     from orbax.checkpoint import v1 as ocp
@@ -149,7 +150,9 @@ def load_converted(directory: str | os.PathLike[str]) -> Any:
     target = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), nnx.to_pure_dict(arrays_of(model))
     )
-    nnx.replace_by_pure_dict(state, ocp.load(str(folder / WEIGHTS), target))
+    weights = folder / WEIGHTS
+    complaint = f"{weights} is damaged or not of the network of {RECORD}: convert the file again"
+    nnx.replace_by_pure_dict(state, readable(lambda: ocp.load(str(weights), target), complaint))
     return nnx.merge(graph, jax.tree.map(init_rng_state, state))
 
 
