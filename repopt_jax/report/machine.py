@@ -8,7 +8,7 @@ from pathlib import Path
 def processor() -> str:
     """The processor's name and how many cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{processor_name()}, {cores} cores"
+    return f"{processor_name()}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def processor_name() -> str:
