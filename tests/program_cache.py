@@ -25,9 +25,8 @@ from pathlib import Path
 
 # The whole suite leaves 0.1 GB for each Python; this is room for a few versions.
 MOST_BYTES = 1024**3
-# Compiles loops as jaxlib did before it had another way, in two thirds of its time; and each program in one
-# piece, not in 32 for as many threads, in 85 % of the processor's time.
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# Compiles loops as jaxlib did before it had another way, in two thirds of its time.
+OLD_LOOPS = "--xla_cpu_use_fusion_emitters=false"
 
 
 def compile_flags(environment: Mapping[str, str]) -> str:
@@ -35,15 +34,15 @@ def compile_flags(environment: Mapping[str, str]) -> str:
     quicker way to compile. Only jaxlib 0.10 has both ways; an unknown flag would end the process."""
     flags = environment.get("XLA_FLAGS", "")
     as_in_use = environment.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != "1"
-    if as_in_use or QUICK in flags or not metadata.version("jaxlib").startswith("0.10."):
+    if as_in_use or OLD_LOOPS in flags or not metadata.version("jaxlib").startswith("0.10."):
         return flags
-    return f"{flags} {QUICK}".strip()
+    return f"{flags} {OLD_LOOPS}".strip()
 
 
 def flags_in_use(environment: Mapping[str, str]) -> str:
     """`XLA_FLAGS` without what `compile_flags` adds, for a process with another compiler than the CPU's: the
     TPU's reads the variable too, and ends the process at a flag that it does not know."""
-    return environment.get("XLA_FLAGS", "").replace(QUICK, "").strip()
+    return environment.get("XLA_FLAGS", "").replace(OLD_LOOPS, "").strip()
 
 
 def root() -> Path:
