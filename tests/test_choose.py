@@ -335,7 +335,7 @@ def test_options_by_name_and_by_description():
         (lambda: dbb(Geometry((3, 3), 4, 4, 2), middle=3), "`groups` is 2: it must divide"),
         (
             lambda: published.replknet(Geometry((9, 9), 4, 4), small=4),
-            "a kernel of 4 taps .* cannot be centred",
+            "a 9x9 layer of 4 inputs and 4 outputs: 4x4: a kernel of 4 taps cannot be centred",
         ),
         (
             lambda: find_structure("mobileone", {"copies": 2.5}),

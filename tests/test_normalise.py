@@ -130,14 +130,14 @@ def test_energy_is_known_without_embedding():
             np.testing.assert_allclose(known, Branch.energy(branch, branches.canonical), rtol=1e-5)
             assert known.shape == (branches.out,)
 
-    class Doubled(Kernel):
+    class TwiceTheKernel(Kernel):
         places = False
         energy = Branch.energy
 
         def embed(self, w, kernel):
             return 2 * super().embed(w, kernel)
 
-    branches = BranchSet((3, 2, 2), (Doubled((1,)),))
+    branches = BranchSet((3, 2, 2), (TwiceTheKernel((1,)),))
     vectors = {"1": jnp.array([1.0, 3.0])}
 
     @jax.jit  # the numbers are found while an update is traced

@@ -390,6 +390,18 @@ class Standardized(nnx.Linear):
         return inputs @ (self.kernel[...] - self.kernel[...].mean())
 
 
+class Scaled(nnx.Linear):
+    """Another function with everything that `nnx.Linear` has: its kernel is read twice as large."""
+
+    class Kernel(nnx.Param):
+        def __getitem__(self, index):
+            return 2 * super().__getitem__(index)
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.kernel = self.Kernel(self.kernel[...])
+
+
 class Halved(nnx.Linear):
     """Another function with the `__call__` of `nnx.Linear`."""
 
@@ -401,8 +413,11 @@ class Halved(nnx.Linear):
 def test_a_layer_of_a_class_of_its_own():
     with pytest.raises(ValueError, match=r"first \(Standardized\): its class has a __call__ of its own"):
         check(model=dense(layer=Standardized))
-    result = check(model=dense(layer=Halved))
-    only_reason(result, "differ before the first step", "first (Halved)")
+    with pytest.raises(ValueError, match=r"first \(Halved\): it changes .* by a `promote_dtype` of its own"):
+        check(model=dense(layer=Halved))
+    # What no attribute shows is found by the first output.
+    result = check(model=dense(layer=Scaled))
+    only_reason(result, "differ before the first step", "first (Scaled)")
 
 
 def test_casts_to_narrower_types():
