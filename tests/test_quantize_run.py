@@ -228,8 +228,9 @@ def test_what_the_command_refuses(run, tmp_path, capsys, argv, message, code):
     refused(capsys, ["quantize", f"--run={run}", f"--out={tmp_path / 'out'}", *argv], message, code=code)
 
 
-def test_the_table_is_of_the_runs_of_the_report(tmp_path, monkeypatch):
+def test_the_table_is_of_the_runs_of_the_report(tmp_path, monkeypatch, caplog):
     """Of a grid those at the chosen point, by number of the seed; the name of results may have a dot."""
+    caplog.set_level("INFO", logger="repopt_jax")  # the script sets it, and this sets it back
     table = programs.load("scripts/quantize_table.py")
     ways = {"plain": "rate=0.1", "repopt": "rate=0.2"}
     chosen = [
