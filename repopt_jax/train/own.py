@@ -48,7 +48,7 @@ def register_own(config: Any) -> None:
                 "may have another: give them different names, or read them in different programs"
             )
         return
-    if path in registry.FILES.values():
+    if name not in registry.FILES and path in registry.FILES.values():
         return  # it has been imported, and the name is just none: the rule of the field says which there are
     if not path.is_absolute():
         raise ValueError(
