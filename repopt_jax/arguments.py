@@ -126,6 +126,12 @@ def is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, origin)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value, each entry of a tuple, is no infinite number and no NaN."""
+    entries = value if isinstance(value, tuple) else (value,)
+    return all(not isinstance(entry, numbers.Real) or math.isfinite(entry) for entry in entries)
+
+
 def must_be(kind: Any, *, length: int | None = None) -> str:
     """What a value is to be for `is_of`, without None: what follows "must", of a tuple with its `length`."""
     kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)

@@ -21,6 +21,7 @@ LEVELS = {
     "extras": -1,
     "hints": 0,
     "jsontext": -1,
+    "wholefile": -1,
     "userfile": 0,
     "core": 1,
     "data": 0,

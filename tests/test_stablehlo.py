@@ -284,13 +284,13 @@ def test_how_a_network_is_called_and_what_it_takes_as_a_number(tmp_path):
             {"score_threshold": 7, "iou_threshold": -1.0, "max_detections": -1},
             ["`score_threshold` is 7; it must be from 0 to 1", "`iou_threshold`", "`max_detections` is -1"],
         ),
-        ({"class_names": "abc"}, ["`class_names` is 'abc'; it must be a tuple of texts"]),
+        ({"class_names": "abc"}, ["`class_names` is 'abc'; it must hold texts"]),
         (
             {"image_size": "8", "mean": None, "resize": 8.5, "layout": "CHW"},
             [
                 "`image_size` is '8'; it must be a whole number",
                 "`resize` is 8.5; it must be a whole number or None",
-                "`mean` is None; it must be a tuple of finite numbers",
+                "`mean` is None; it must hold finite numbers",
                 "`layout` is 'CHW'",
             ],
         ),

@@ -7,7 +7,6 @@ points of accuracy, and nothing fails. So the file holds them.
 import dataclasses
 import functools
 import json
-import math
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from repopt_jax._version import __version__
+from repopt_jax.arguments import is_finite, is_of, must_be
 from repopt_jax.data.detection import DetectionTransform
 from repopt_jax.data.transforms import Transform
 
@@ -24,15 +24,6 @@ LAYOUTS = ("NHWC", "NCHW")
 INPUTS = {"normalised": "float32", "uint8": "uint8", "float32": "float32"}
 # The mean and std with which `Transform` leaves pixel values from 0 to 255 as they are.
 RAW = ((0.0,), (1 / 255,))
-# The types of fields, for people.
-ONE = {
-    str: "text",
-    int: "a whole number",
-    float: "a finite number",
-    bool: "True or False",
-    type(None): "None",
-}
-SEVERAL = {str: "texts", int: "whole numbers", float: "finite numbers"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,11 +79,13 @@ class Metadata:
         for name, kind in _kinds().items():
             value = _plain(getattr(self, name), kind)
             object.__setattr__(self, name, value)
-            if not _holds(kind, value):
-                wrong[name] = _in_words(kind)
+            if not is_of(value, kind) or not is_finite(value):
+                wrong[name] = f"{must_be(kind)}{' or None' if is_of(None, kind) else ''}"
         wrong |= self._rules(set(wrong))
         if wrong:
-            texts = (f"`{n}` is {getattr(self, n)!r}; it must be {wrong[n]}" for n in _kinds() if n in wrong)
+            texts = (
+                f"`{n}` is {getattr(self, n)!r:.100}; it must {wrong[n]}" for n in _kinds() if n in wrong
+            )
             raise ValueError(", and ".join(texts))
 
     def _rules(self, unknown: set[str]) -> dict[str, str]:
@@ -127,7 +120,7 @@ class Metadata:
             ("decoded", lambda v: detects or not v, "False, except for a detector"),
         )
         known = (entry for entry in rules if entry[0] not in unknown)
-        return {name: rule for name, holds, rule in known if not holds(getattr(self, name))}
+        return {name: f"be {rule}" for name, holds, rule in known if not holds(getattr(self, name))}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -185,13 +178,9 @@ def _value(name: str, text: str, kind: Any) -> Any:
     if kind is str:
         return text
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"its metadata have the damaged entry {name}: {error}") from error
-    value = tuple(value) if isinstance(value, list) else value
-    if not _holds(kind, value):
-        raise ValueError(f"its metadata have an entry {name} that is not {_in_words(kind)}: {text[:40]}")
-    return value
 
 
 @functools.cache
@@ -208,24 +197,4 @@ def _plain(value: Any, kind: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return tuple(v.item() if isinstance(v, np.generic) else v for v in value)
-    return (value,) if float in typing.get_args(kind) and _is_a(float, value) else value
-
-
-def _holds(kind: Any, value: Any) -> bool:
-    """Whether a value is of the type of a field."""
-    if typing.get_origin(kind) is tuple:
-        element = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(_is_a(element, part) for part in value)
-    return any(_is_a(option, value) for option in typing.get_args(kind) or (kind,))
-
-
-def _in_words(kind: Any) -> str:
-    if typing.get_origin(kind) is tuple:
-        return f"a tuple of {SEVERAL[typing.get_args(kind)[0]]}"
-    return " or ".join(ONE[option] for option in typing.get_args(kind) or (kind,))
-
-
-def _is_a(kind: Any, value: Any) -> bool:
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind
+    return (value,) if float in typing.get_args(kind) and is_of(value, float) else value

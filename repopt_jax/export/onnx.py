@@ -22,7 +22,7 @@ from repopt_jax import extras
 from repopt_jax.arguments import check_array, check_kind, check_path
 from repopt_jax.core import paths
 from repopt_jax.export.checks import check_exportable
-from repopt_jax.export.files import CHECKSUM, NO_DIGITS, with_checksum, write_whole
+from repopt_jax.export.checksum import CHECKSUM, NO_DIGITS, with_checksum
 from repopt_jax.export.function import INPUT, Call, checked_call, file_function, named_outputs
 from repopt_jax.export.graph import BATCH, DTYPES, Graph, Unsupported, path_of, trace
 from repopt_jax.export.metadata import LAYOUTS, Metadata
@@ -30,6 +30,7 @@ from repopt_jax.export.operations import OPERATIONS
 from repopt_jax.export.runtime import open_onnx
 from repopt_jax.export.tensors import Node, Writer
 from repopt_jax.surgery.modules import check_model
+from repopt_jax.wholefile import whole_file
 
 OPSET = 17
 IR_VERSION = 8
@@ -78,7 +79,8 @@ def to_onnx(model: nnx.Module, path: str | Path, metadata: Metadata, *, call: Ca
     proto = _proto(
         model, function, metadata.input_shape, metadata.dtype, metadata.to_strings() | {CHECKSUM: NO_DIGITS}
     )
-    write_whole(path, with_checksum(proto.SerializeToString()))
+    with whole_file(path) as file:
+        file.write_bytes(with_checksum(proto.SerializeToString()))
 
 
 def onnx_model(

@@ -21,7 +21,7 @@ from repopt_jax.arguments import check_path
 from repopt_jax.data.detection import letterbox
 from repopt_jax.data.transforms import fit, normalise
 from repopt_jax.detection import Detections, Outputs
-from repopt_jax.export.files import CHECKSUM, is_unaltered
+from repopt_jax.export.checksum import CHECKSUM, is_unaltered
 from repopt_jax.export.function import decoded
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.export.stablehlo import SUFFIX as STABLEHLO

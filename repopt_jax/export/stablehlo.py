@@ -25,11 +25,11 @@ from jax import export
 from repopt_jax import extras
 from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.export.checks import check_exportable
-from repopt_jax.export.files import write_whole
 from repopt_jax.export.function import Call, any_batch_size, checked_call, file_function
 from repopt_jax.export.metadata import Metadata
 from repopt_jax.nn.convolution import xla_convolutions
 from repopt_jax.surgery.modules import check_model
+from repopt_jax.wholefile import whole_file
 
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -79,7 +79,8 @@ def to_stablehlo(
     images = jax.ShapeDtypeStruct((batch, *metadata.input_shape), jnp.dtype(metadata.dtype))
     with xla_convolutions(), any_batch_size():
         exported = export.export(jax.jit(function), platforms=PLATFORMS)(images)
-    write_whole(path, _followed_by(metadata, bytes(exported.serialize())))
+    with whole_file(path) as file:
+        file.write_bytes(_followed_by(metadata, bytes(exported.serialize())))
 
 
 def read_stablehlo(path: str | Path) -> Program:

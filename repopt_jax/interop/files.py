@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import encode_long
 from typing import IO, Any
@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 from repopt_jax.arguments import check_kind, check_path
 from repopt_jax.interop.checkpoints import select_tensors, without_wrappers
 from repopt_jax.interop.pickles import DTYPES, STORAGES, StorageRef, TensorRef, Unreadable, load
+from repopt_jax.wholefile import whole_file
 
 
 def read_tensors(path: str | os.PathLike[str], *, key: str | None = None) -> dict[str, np.ndarray]:
@@ -333,18 +334,12 @@ def _arrays(tensors: Mapping[str, ArrayLike], dtypes: set[np.dtype], target: str
     return arrays
 
 
-@contextlib.contextmanager
-def _new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary file, which is renamed to `path` on success and removed otherwise."""
+def _new_file(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
+    """`whole_file`, where there is none yet."""
     file = Path(path).expanduser()
     if file.exists():
         raise FileExistsError(f"{file} exists: files are not overwritten, give another path or remove it")
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return whole_file(file)
 
 
 # PyTorch can map a file into memory if storages start at multiples of this.

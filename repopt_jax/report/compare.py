@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from repopt_jax.arguments import is_of
 from repopt_jax.deploy.evaluation import evaluate
 from repopt_jax.report import workers
 from repopt_jax.report.comparison import (
@@ -388,11 +389,7 @@ def _kept(path: Path, measure: Callable[[], dict[str, Any]], *, needed: Sequence
     if stored is None:
         stored = measure()
         replace_file(path, json.dumps(stored) + "\n")
-    elif (
-        not isinstance(stored, dict)
-        or not all(name in stored for name in needed)
-        or not all(value is None or isinstance(value, (int, float)) for value in stored.values())
-    ):
+    elif not is_of(stored, dict[str, float | None]) or not all(name in stored for name in needed):
         raise ValueError(f"{path} is damaged, it does not hold numbers by name: remove it, it is made anew")
     return stored
 

@@ -7,13 +7,13 @@ the differences of ways with their intervals, and the sentences that these allow
 import dataclasses
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from repopt_jax import jsontext
+from repopt_jax.arguments import is_finite, is_of
 from repopt_jax.report import figures, page
 from repopt_jax.report.statistics import Difference, standard_error
 from repopt_jax.surgery.prepare import Mode
@@ -101,9 +101,9 @@ def _faults(content: Any) -> Iterator[str]:
         for metric, values in row["test"].items():
             if not isinstance(values, dict) or not all(map(_is_whole, values)):
                 yield f"`test` of {where} has no seeds of {metric}"
-            elif not all(map(_is_finite, values.values())):
+            elif not all(map(_is_number, values.values())):
                 yield f"`test` of {where} has something that is no number"
-        if not all(value is None or _is_finite(value) for value in row["tuning"]):
+        if not all(value is None or _is_number(value) for value in row["tuning"]):
             yield f"`tuning` of {where} has something that is no number"
         if not all(isinstance(seed, int) for seed in row.get("seeds", ())):
             yield f"`seeds` of {where} has something that is no whole number"
@@ -143,8 +143,8 @@ def _is_whole(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return is_of(value, float) and is_finite(value)
 
 
 # -- what rows and differences hold

@@ -135,7 +135,6 @@ def require_untrained(
       keep: "split" if they are not lost.
       lost: what would be lost, for the message.
     """
-    check_keep(keep, allow_trained)
     if keep or allow_trained or trained is False or not isinstance(model, nnx.Module):
         return
     remedy = f'{lost}: give allow_trained=True to discard its kernels, keep="split" to keep them'

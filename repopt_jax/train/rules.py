@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from repopt_jax import extras, models
-from repopt_jax.arguments import is_of, must_be
+from repopt_jax.arguments import is_finite, is_of, must_be
 from repopt_jax.core.published import STRUCTURES
 from repopt_jax.data import SOURCES
 from repopt_jax.data.scenes import MIN_SIZE
@@ -98,7 +98,7 @@ def problems_of(config: Config, *, device_count: int | None = None) -> list[str]
                 field = f"`loggers`={config.loggers!r}" if name in config.loggers else f"`{name}`=True"
                 others.append(f"{field} needs {package}: install `repopt_jax[{name}]`, or leave {name} out")
     # What has been said of a NaN is enough.
-    unusable = tuple(f"`{setting.name}`=" for setting in settings_of(config) if not _is_finite(setting.value))
+    unusable = tuple(f"`{setting.name}`=" for setting in settings_of(config) if not is_finite(setting.value))
     return problems + [problem for problem in others if not problem.startswith(unusable)]
 
 
@@ -136,7 +136,7 @@ def _field_problems(config: Config) -> Iterator[str]:
                 yield f"`{name}`={one!r} must be one of {', '.join(known)}{did_you_mean(one, known)}"
         if value is not None and not inside:
             yield f"`{name}`={value} must {must}"
-        if not _is_finite(value):
+        if not is_finite(value):
             continue
         for where, allowed in rules["only"].items():
             # A wrong value of the other field is a problem of its own.
@@ -173,7 +173,7 @@ def _limits(setting: Setting, settings: Mapping[str, Setting]) -> tuple[str, boo
     """The bounds of a field in words, and whether its value, each entry of it, is finite and inside them; of
     a tuple also its order, and whether it has as many entries as it must."""
     entries = setting.value if isinstance(setting.value, tuple) else (setting.value,)
-    words, inside = [], _is_finite(setting.value)
+    words, inside = [], is_finite(setting.value)
     for rule, holds in _BOUNDS.items():
         limit, source = setting.rules.get(rule), ""
         if isinstance(limit, str):
@@ -188,12 +188,6 @@ def _limits(setting: Setting, settings: Mapping[str, Setting]) -> tuple[str, boo
         order = "in ascending order"
         inside = inside and all(low <= high for low, high in itertools.pairwise(entries))
     return ", ".join(filter(None, (" and ".join(words), order))), inside
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a value, each entry of a tuple, is no infinite number and no NaN."""
-    entries = value if isinstance(value, tuple) else (value,)
-    return all(not isinstance(entry, numbers.Real) or math.isfinite(entry) for entry in entries)
 
 
 def _path_problems(config: Config) -> Iterator[str]:

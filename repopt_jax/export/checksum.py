@@ -1,35 +1,15 @@
-"""Writing an exported file, whole or not at all, and the checksum inside an ONNX file.
+"""The checksum inside an ONNX file.
 
-The checksum is an entry of `metadata_props`, `sha256`: that of the whole file with zeros in the place of its
+It is an entry of `metadata_props`, `sha256`: that of the whole file with zeros in the place of its
 own digits, so that any damage is noticed without reading the format.
 """
 
 import hashlib
-import os
-from pathlib import Path
 
 CHECKSUM = "sha256"
 NO_DIGITS = "0" * 64
 # The entry as protocol buffers write it, up to the digits: two texts, each with its number and its length.
 _ENTRY = b"\n\x06" + CHECKSUM.encode() + b"\x12\x40"
-
-
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Writes a file beside its place and then moves it there, so that an old file of this name stays if
-    writing fails. `~` is the home folder.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
-    file = Path(path).expanduser()
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"no folder {file.parent} to write {file.name} in: make it first")
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def with_checksum(content: bytes) -> bytes:
