@@ -12,7 +12,7 @@ from training import tiny_config
 
 from repopt_jax import train
 from repopt_jax.cli.main import main
-from repopt_jax.deploy import deploy, evaluate, load_any, load_plain
+from repopt_jax.deploy import deploy, evaluate, export, load_any, load_plain
 from repopt_jax.deploy.quantization import (
     Options,
     Quantized,
@@ -303,3 +303,17 @@ def test_the_table_of_a_comparison():
     assert "4 bits per tensor, trained on" in text
     assert "| RepVGG | 40.0 (40.0, 40.0) |" in text
     assert png(table.draw(content)).startswith(b"\x89PNG")
+
+
+def test_all_that_is_wrong_with_the_options_is_listed():
+    wanted = ("`calibration` is 'f'", "`bits` is 99", "`images` is 0", "`keep_float` is -1", "`epochs` is 2")
+    with pytest.raises(ValueError, match="`images` is 0: it must be at least 1") as caught:
+        Options(bits=99, calibration="f", images=0, keep_float=-1, epochs=2)
+    assert [part for part in wanted if part not in str(caught.value)] == []
+
+
+def test_all_that_is_wrong_with_an_export_is_listed(tmp_path):
+    wrong = {"layout": "X", "weights": "all", "preprocess": "y", "scale_bits": 99}
+    with pytest.raises(ValueError, match="`layout` is 'X'") as caught:
+        export(tmp_path, tmp_path / "out.onnx", format="onnx-int8", **wrong)
+    assert [name for name in wrong if f"`{name}` is " not in str(caught.value)] == []

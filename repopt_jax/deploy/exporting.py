@@ -395,7 +395,6 @@ def _check(
     keep_float: Iterable[str] | None,
 ) -> None:
     """Raises what `export` raises before it loads anything."""
-    Scheme(scale_bits=scale_bits)
     if format not in FORMATS:
         raise ValueError(f"`format` is {format!r}; it must be one of {', '.join(FORMATS)}")
     suffix = FORMATS[format].suffix
@@ -418,7 +417,12 @@ def _check(
         (format == INT8 or scale_bits is None, f"`scale_bits` is for the format {INT8}"),
         (format == INT8 or keep_float is None, f"`keep_float` is for the format {INT8}"),
     )
-    if wrong := [message for holds, message in problems if not holds]:
+    wrong = [message for holds, message in problems if not holds]
+    try:
+        Scheme(scale_bits=scale_bits)
+    except ValueError as error:
+        wrong.append(str(error))
+    if wrong:
         raise ValueError("; ".join(wrong))
     refuse_existing(out)
     if not out.parent.is_dir():

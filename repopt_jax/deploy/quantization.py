@@ -75,7 +75,7 @@ class Options:
       epochs: of that training; None for half of those of the run.
 
     Raises:
-      ValueError: as `quantize.quantize`, and numbers out of range.
+      ValueError: as `quantize.quantize`, and numbers out of range; it lists all.
     """
 
     bits: int = 8
@@ -92,17 +92,25 @@ class Options:
     epochs: int | None = None
 
     def __post_init__(self) -> None:
-        check_method(self.calibration, self.percentile)
-        _ = self.scheme
-        for name, value, least in (
-            ("images", self.images, 1),
-            ("keep_float", self.keep_float, 0),
-            ("epochs", 1 if self.epochs is None else self.epochs, 1),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` is {value}: it must be at least {least}")
+        problems = []
+        for check in (lambda: check_method(self.calibration, self.percentile), lambda: self.scheme):
+            try:
+                check()
+            except ValueError as error:
+                problems.append(str(error))
+        problems += [
+            f"`{name}` is {value}: it must be at least {least}"
+            for name, value, least in (
+                ("images", self.images, 1),
+                ("keep_float", self.keep_float, 0),
+                ("epochs", 1 if self.epochs is None else self.epochs, 1),
+            )
+            if value < least
+        ]
         if self.epochs is not None and not self.aware:
-            raise ValueError(f"`epochs` is {self.epochs}, and only quantization-aware training has epochs")
+            problems.append(f"`epochs` is {self.epochs}, and only quantization-aware training has epochs")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
     def scheme(self) -> Scheme:
