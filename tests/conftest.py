@@ -7,6 +7,7 @@ import os
 import traceback
 
 import program_cache
+import tiers
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What is compiled here runs seldom, and what is computed does not depend on the optimizations; with the
@@ -123,9 +124,19 @@ if LIGHT:
         return f"without extras: {len(left_out)} files of tests are left out"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases", type=int, metavar="N", help="of each test only the first N of the selected cases"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after the selection by marks: a test has its first cases of those
+def pytest_collection_modifyitems(config, items):
     """The longest files first, the others in their order, in which pytest-xdist hands them out."""
     items.sort(key=lambda item: -LONGEST.get(item.path.name, 0))
+    if (most := config.getoption("cases")) is not None:
+        items[:], further = tiers.first_cases(items, most)
+        config.hook.pytest_deselected(items=further)
 
 
 def pytest_collection_finish():
