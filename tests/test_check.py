@@ -332,9 +332,18 @@ SOME_BAD = (
 )
 
 
+# A tree of Flax's and branches that mix taps, each without the other: both at once are in "mixing State".
+SELDOM = ("State", "mixing")
+
+
 def cases(names, some):
     return [
-        pytest.param(setting, name, id=f"{name}, {setting}")
+        pytest.param(
+            setting,
+            name,
+            id=f"{name}, {setting}",
+            marks=[pytest.mark.long] if setting in SELDOM else [],
+        )
         for setting in SETTINGS
         for name in names
         if setting == "dict" or name in some

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from networks import abstract
+from tiers import often
 
 from repopt_jax import Geometry, fast_on_cpu, find_layers, fuse, models, nn, to_search
 from repopt_jax.core.published import repvgg
@@ -151,18 +152,26 @@ def both(case, dtype, operation=conv_general_dilated):
 DRAWN = {"deadline": None, "derandomize": True}
 
 
-@settings(max_examples=30, **DRAWN)
-@given(cases())
-def test_every_shape_as_xla(case):
-    with jax.enable_x64(True):
+@pytest.mark.parametrize("count", [14, pytest.param(30, marks=pytest.mark.long)])
+def test_every_shape_as_xla(count):
+    @settings(max_examples=count, **DRAWN)
+    @given(cases())
+    def is_that_of_xla(case):
         assert far(*both(case, jnp.float64)) < tolerances.CONVOLUTIONS["float64"]
 
-
-@settings(max_examples=12, **DRAWN)
-@given(tiles())
-def test_tiles_as_xla(case):
     with jax.enable_x64(True):
+        is_that_of_xla()
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(12, marks=pytest.mark.long)])
+def test_tiles_as_xla(count):
+    @settings(max_examples=count, **DRAWN)
+    @given(tiles())
+    def are_those_of_xla(case):
         assert far(*both(case, jnp.float64, product_of_tiles)) < tolerances.CONVOLUTIONS["float64"]
+
+    with jax.enable_x64(True):
+        are_those_of_xla()
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
@@ -324,8 +333,16 @@ def test_other_platforms_see_the_same_text(kind, platform):
         assert ours == text()
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("name", ["mobileone-digits", "repopt-ghostnet-digits", "vgg-digits"])
+# One of each platform, and of networks with depthwise layers and without.
+OFTEN = ("repopt-ghostnet-digits-tpu", "vgg-digits-cuda")
+STEPS = [
+    pytest.param(name, platform, id=f"{name}-{platform}")
+    for platform in ("tpu", "cuda")
+    for name in ("mobileone-digits", "repopt-ghostnet-digits", "vgg-digits")
+]
+
+
+@pytest.mark.parametrize(("name", "platform"), often(STEPS, *OFTEN))
 def test_other_platforms_see_the_same_text_of_a_whole_step(name, platform):
     """Of the search of a network."""
     model = abstract(lambda rngs: to_search(models.create(name, num_classes=3, rngs=rngs), rngs=rngs))

@@ -18,6 +18,7 @@ from networks import (
     relative,
 )
 from networks import run as run_model
+from tiers import often
 
 from repopt_jax import extract_scales, fuse, load_scales, save_scales, verify_equivalence
 from repopt_jax.core.scales import Scales
@@ -84,7 +85,7 @@ def test_the_face_detector_is_the_one_asked_for():
     assert [part.shape for part in outputs] == [(2, count, 1), (2, count, 4), (2, count), (2, count, 5, 2)]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", often(DETECTORS, "face", "efficientrep-N", "scenes"))
 def test_locations_are_those_of_the_outputs_at_odd_sizes(name):
     model = abstract(FCOS, DETECTORS[name], num_classes=2, in_channels=1)
     for size in ((65, 130), (31, 97)):
@@ -338,7 +339,7 @@ def test_every_parameter_learns_and_all_gradients_are_finite(trained):
         assert float(jnp.abs(gradient).max()) > 0, path
 
 
-@pytest.mark.parametrize("mode", ["plain", "search", "repvgg"])
+@pytest.mark.parametrize("mode", [pytest.param("plain", marks=pytest.mark.long), "search", "repvgg"])
 def test_every_mode_deploys_to_plain_convolutions(x64, mode):
     model = randomised(tiny(SMALL, mode))
     x = jnp.asarray(random_input(2, *SIZE, 1))

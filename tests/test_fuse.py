@@ -44,11 +44,16 @@ def network(mode="plain", variant=NET, **options):
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        *((mode, {}) for mode in ("plain", "search", "repvgg", "acnet", "dbb", "qarepvgg2")),
-        ("repvgg", {"post_se": True}),
+        # Each mode and each place of squeeze-and-excitation in one case; of DBB the layers are in
+        # `test_structure`.
+        *(
+            pytest.param(mode, {}, marks=[pytest.mark.long] if mode in ("search", "repvgg", "dbb") else [])
+            for mode in ("plain", "search", "repvgg", "acnet", "dbb", "qarepvgg2")
+        ),
+        pytest.param("repvgg", {"post_se": True}, marks=pytest.mark.long),
         ("search", {"post_se": True}),
         ("repvgg", {"variant": PRE_SE}),
-        ("plain", {"variant": PRE_SE}),
+        pytest.param("plain", {"variant": PRE_SE}, marks=pytest.mark.long),
     ],
 )
 def test_fused_networks_compute_the_same(mode, options, x64):

@@ -390,10 +390,10 @@ def test_a_deployed_vgg_has_the_names_of_the_mode_it_was_trained_in():
     ("model", "mode", "count"),
     [
         ("repopt-vgg-b1", "plain", 51_841_832),
-        ("repvgg-b2g4", "repvgg", 61_758_376),
-        ("mobileone-s4", "mobileone", 14_951_248),
+        pytest.param("repvgg-b2g4", "repvgg", 61_758_376, marks=pytest.mark.long),
+        pytest.param("mobileone-s4", "mobileone", 14_951_248, marks=pytest.mark.long),
         ("repopt-ghostnet-0.5", "plain", 2_309_008),
-        ("repghost-2.0", "repghost", 9_796_124),
+        pytest.param("repghost-2.0", "repghost", 9_796_124, marks=pytest.mark.long),
         ("repmlpnet-t224", "repmlp", 38_293_608),
     ],
 )
@@ -643,15 +643,19 @@ def tiny_networks(monkeypatch):
         ("repopt-vgg-tiny", "repopt", vgg("plain", post_se=True), "plain", "training"),
         ("repopt-vgg-tiny", "repopt", vgg("plain", form="deployed"), "plain", "deployed"),
         ("repopt-vgg-tiny", "repopt", vgg("search"), "search", "training"),
-        ("repopt-vgg-tiny", "repopt", vgg(forms.CSLA), "search", "training"),
+        pytest.param(
+            "repopt-vgg-tiny", "repopt", vgg(forms.CSLA), "search", "training", marks=pytest.mark.long
+        ),
         ("repvgg-tiny", "timm", vgg("repvgg"), "repvgg", "training"),
         ("repvgg-tiny", "repvgg", vgg("repvgg", form="deployed"), "repvgg", "deployed"),
-        ("mobileone-tiny", "mobileone", one(), "mobileone", "training"),
+        pytest.param("mobileone-tiny", "mobileone", one(), "mobileone", "training", marks=pytest.mark.long),
         ("mobileone-tiny", "timm", one(form="deployed"), "mobileone", "deployed"),
-        ("repopt-ghostnet-tiny", "repopt", ghost("plain"), "plain", "training"),
+        pytest.param(
+            "repopt-ghostnet-tiny", "repopt", ghost("plain"), "plain", "training", marks=pytest.mark.long
+        ),
         ("repghost-tiny", "repghost", ghost("repghost", form="merged"), "repghost", "merged"),
-        ("repmlpnet-tiny", "repmlp", mlp(), "repmlp", "training"),
-        ("repmlpnet-tiny", "repmlp", mlp("plain"), "plain", "training"),
+        pytest.param("repmlpnet-tiny", "repmlp", mlp(), "repmlp", "training", marks=pytest.mark.long),
+        pytest.param("repmlpnet-tiny", "repmlp", mlp("plain"), "plain", "training", marks=pytest.mark.long),
         ("repmlpnet-tiny", "repmlp", mlp(form="merged"), "repmlp", "merged"),
     ],
 )

@@ -166,7 +166,9 @@ class TestPublishedFormula:
         model = abstract(ghostnet, GHOST_VARIANTS["0.5"])
         scales = load_torch_scales(ghost_path, model)
         assert set(scales.entries) == set(model.branch_sets())
-        assert scales.branch_sets == load_torch_scales(ghost_path).branch_sets == model.branch_sets()
+        alone = load_torch_scales(ghost_path)
+        assert scales.branch_sets == alone.branch_sets == model.branch_sets()
+        assert alone.metadata.architecture == model.architecture
         tensors, found = raw(ghost_path), multipliers(scales)
         for path, entry in scales.entries.items():
             name = ghost_name(path)
@@ -350,6 +352,7 @@ class TestCheckpoints:
         assert float(jnp.abs(jnp.diagonal(kernel[1, 1]) - u).max()) < 3  # drawn weights times scales, about u
         assert 0 < float(jnp.abs(others).max()) < 3
 
+    @pytest.mark.long  # that of half width is recognised in `TestPublishedFormula`
     def test_ghostnets_are_recognised(self, write):
         model = abstract(ghostnet, GHOST_VARIANTS["1.3"])
         scales = load_torch_scales(write(ghost_file(GHOST_VARIANTS["1.3"])))

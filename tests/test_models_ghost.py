@@ -24,6 +24,7 @@ from networks import (
     settled,
     values,
 )
+from tiers import often
 
 from repopt_jax import depth_scales, extract_scales, fuse, nn, prepare, reinitialize, verify_equivalence
 from repopt_jax.models import GHOST_VARIANTS, GhostRow, GhostVariant, ghostnet
@@ -100,7 +101,7 @@ def with_dropout(mode, variant=TINY):
     return model
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", often(PUBLISHED, "0.5"))
 def test_published_numbers_of_parameters(name):
     rep, plain = (full(name, mode) for mode in ("repghost", "plain"))
     authors = deployed_count(rep, only=(nn.Branched,))
@@ -187,7 +188,11 @@ def test_paths_and_shapes_of_parameters(mode):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "maps"), [("1.0", 224, (112, 56, 28, 14, 7)), ("0.5", 33, (17, 9, 5, 3, 2))]
+    ("name", "size", "maps"),
+    [
+        pytest.param("1.0", 224, (112, 56, 28, 14, 7), marks=pytest.mark.long),
+        ("0.5", 33, (17, 9, 5, 3, 2)),
+    ],
 )
 def test_map_sizes(name, size, maps):
     def maps_of(model, x):
@@ -246,7 +251,11 @@ def bottleneck_by_hand(block, x, *, hard=True, **options):
     return y + x
 
 
-@pytest.mark.parametrize("mode", ["plain", "search", "repghost"])
+# In both of the kept ones every layer but the cheap operations is a plain network's.
+MODES = [pytest.param("plain", marks=pytest.mark.long), "search", "repghost"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_bottlenecks_are_the_published_ones(mode, x64):
     """Against loops, on an odd and an even side; with controls that the comparison notices."""
     model, x = randomised(tiny(mode)), random_input(2, 5, 6, 8)
@@ -264,7 +273,7 @@ def test_bottlenecks_are_the_published_ones(mode, x64):
             layer.bn.bias[...] -= 1.0
 
 
-@pytest.mark.parametrize("mode", ["plain", "search", "repghost"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_deployed_network_computes_the_same(mode, x64):
     x = random_input(3, 17, 16, 3)
     model = settled(randomised(tiny(mode)), x)

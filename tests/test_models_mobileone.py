@@ -22,6 +22,7 @@ from networks import (
     run,
     settled,
 )
+from tiers import often
 
 from repopt_jax import Geometry, fuse, to_structure
 from repopt_jax.core import published
@@ -52,7 +53,8 @@ def network(variant, mode="mobileone", **options):
     return made_ready(mobileone, mode, variant, **{"num_classes": 10, **options})
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+# The one with several copies of a convolution, and the one with squeeze-and-excitation.
+@pytest.mark.parametrize("name", often(PUBLISHED, "s0", "s4"))
 def test_published_numbers_of_parameters(name):
     model = network(MOBILEONE_VARIANTS[name], num_classes=1000)
     assert (count(model), deployed_count(model)) == PUBLISHED[name]
@@ -118,7 +120,11 @@ def test_paths_and_shapes_of_parameters():
 
 @pytest.mark.parametrize(
     ("name", "size", "maps"),
-    [("s0", 224, (112, 56, 28, 14, 7)), ("s4", 65, (33, 17, 9, 5, 3)), ("s2", 32, (16, 8, 4, 2, 1))],
+    [
+        pytest.param("s0", 224, (112, 56, 28, 14, 7), marks=pytest.mark.long),
+        ("s4", 65, (33, 17, 9, 5, 3)),
+        ("s2", 32, (16, 8, 4, 2, 1)),
+    ],
 )
 def test_map_sizes(name, size, maps):
     variant = dataclasses.replace(MOBILEONE_VARIANTS[name], pairs=(1, 1, 1, 1))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import often
 from twins import assert_close
 
 from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel
@@ -42,7 +43,9 @@ WITH_A_NUMBER = OPTIMIZERS | {
     for name in ("repopt_mask", "repopt_sign_mask")
 }
 PLACED_ONLY = ("repopt_adamw, published", "repopt_sign_mask")  # refuse branches that mix taps
-every = pytest.mark.parametrize("name", OPTIMIZERS)
+# They are wrapped as the other two inners of `reparameterize` are.
+SELDOM = ("reparameterize(adafactor)", "reparameterize(lamb)")
+every = pytest.mark.parametrize("name", often(OPTIMIZERS, *OPTIMIZERS.keys() - SELDOM))
 
 
 def setting(name, *, dtype=jnp.float32, width=4, window=(3, 3)):

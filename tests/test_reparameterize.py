@@ -14,6 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from optax import contrib
 from test_branches import branch_sets, draw_scales
+from tiers import often
 from twins import assert_close, jacobian, problem, relative, slow_merge
 
 from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel
@@ -89,7 +90,11 @@ def expected(name):
     return everything().train_twin(INNER[name]())
 
 
-@pytest.mark.parametrize("name", INNER)
+# One that is linear in the gradient, one that is not and looks at all of it, one that looks at each weight.
+OFTEN = ("nesterov", "adamw, clipped", "lamb")
+
+
+@pytest.mark.parametrize("name", often(INNER, *OFTEN))
 def test_every_layer_ends_as_its_branches_do(x64, name):
     p = everything()
     assert relative({n: p.start()[n]["kernel"] for n in p.weights}, expected(name)) > 0.05
@@ -97,7 +102,10 @@ def test_every_layer_ends_as_its_branches_do(x64, name):
     assert_close(found, expected(name), EXACT)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw, clipped", "lion", "adafactor", "muon", "kronecker"])
+@pytest.mark.parametrize(
+    "name",
+    often(("adam", "adamw, clipped", "lion", "adafactor", "muon", "kronecker"), "adamw, clipped"),
+)
 def test_the_mask_alone_is_not_enough(x64, name):
     """The same optimizers behind `repopt_mask`: another training."""
     p = everything()

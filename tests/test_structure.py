@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import abstract, assert_close, randomised, relative
 from slow_structures import arrays_of, image
+from tiers import often
 
 from repopt_jax import Geometry, Identity, Kernel, Pool, Stage, Structure, nn
 from repopt_jax.core.branches import Average, Frequency, Local
@@ -77,6 +78,12 @@ LAYERS = {
     "maps": Geometry((3, 3), 2, 18, 2, strides=3, padding=((0, 0), (0, 0))),
     "maps of every window": Geometry((2, 3), 2, 12, strides=(2, 1)),
 }
+# The others are `long`: what each of them adds is, with something else, in one of these.
+OFTEN = (
+    *("plain", "depthwise", "dilated, strided, grouped", "pads of its own", "circular", "reflected", "1-D"),
+    *("1x1", "dense", "large, grouped", "large, strided, dilated", "even", "cut off"),
+    *("3-D, strided, dilated, grouped", "maps", "maps of every window"),
+)
 DESCRIPTIONS = STRUCTURES | {
     "mobileone": functools.partial(mobileone, copies=2),
     "dbb, wide": functools.partial(dbb, middle=12),
@@ -104,7 +111,7 @@ def defined(layer):
     return found
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", often(LAYERS, *OFTEN))
 def test_merged_is_branch_by_branch(x64, kind):
     """Every description that is defined for this layer, compiled in one program."""
     layer = LAYERS[kind]
@@ -117,7 +124,7 @@ def test_merged_is_branch_by_branch(x64, kind):
 
 
 def test_every_description_is_defined_for_some_layers_and_most_for_all():
-    """Of which the test above has looked at these."""
+    """Of which the test above has looked at these, with those of its cases that are `long`."""
     undefined = {
         name: [kind for kind, layer in LAYERS.items() if name not in defined(layer)] for name in DESCRIPTIONS
     }
@@ -160,7 +167,11 @@ def in_training(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "strided", "grouped", "depthwise", "dilated", "dilated, strided, grouped", "maps"]
+    "kind",
+    often(
+        ("plain", "strided", "grouped", "depthwise", "dilated", "dilated, strided, grouped", "maps"),
+        *("plain", "dilated, strided, grouped", "maps"),
+    ),
 )
 def test_training_is_the_reference(x64, kind):
     """Of every description, in one program: running statistics after a step and the gradient along a random
@@ -238,7 +249,7 @@ def without_norm(chain):
     return tuple(dataclasses.replace(s, then="scale") if s.then == "norm" else s for s in chain)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", often(LAYERS, *OFTEN))
 def test_without_norms_the_layer_can_merge_before_it_runs(x64, kind):
     """And its gradients are those of the branches."""
     layer = LAYERS[kind]

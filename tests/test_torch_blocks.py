@@ -24,6 +24,7 @@ import forms  # noqa: E402
 import torch_blocks as reference  # noqa: E402
 from block_forms import CLASSES, FORMS, Layers, Shape  # noqa: E402
 from networks import abstract  # noqa: E402
+from tiers import often  # noqa: E402
 from torch_forms import VGG, arrays, relative, run_ours, run_torch, tensors  # noqa: E402
 from torch_networks import randomise  # noqa: E402
 from torch_training import (  # noqa: E402
@@ -110,7 +111,11 @@ def image():
     return np.random.default_rng(0).normal(size=(2, 13, 14, 3))
 
 
-@pytest.mark.parametrize("name", FORMS)
+# Options of a block, and windows, whose kinds are in other forms too.
+SELDOM = ("dbb, middle", "unireplknet, larger", "orepa, depthwise")
+
+
+@pytest.mark.parametrize("name", often(FORMS, *FORMS.keys() - SELDOM))
 def test_keys_and_outputs_with_branches_and_deployed(name, x64):
     form = FORMS[name]
     network = drawn(form)
@@ -198,6 +203,9 @@ TRAINED = {
     "slak": {},
     "unireplknet": {},
 }
+# Between them these have padding after a norm, scales, a norm of a sum, pooling, a large kernel and an
+# identity; the others have the same in other windows and groups.
+TRAINED_OFTEN = ("dbb", "orepa", "orepa_repvgg", "qarepvgg2", "replknet", "repvgg")
 
 
 def trained(form, network, *, decay=None):
@@ -215,7 +223,7 @@ def farthest(ours, theirs, *, leave=()):
     return max(np.abs(ours[key] - theirs[key]).max() for key in theirs if not key.endswith(leave))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", often(TRAINED, *TRAINED_OFTEN))
 def test_twenty_steps_of_training(name, x64):
     """Nesterov momentum, decay, batch norm in training mode: every number, running means included."""
     form = FORMS[name]

@@ -41,7 +41,9 @@ def pair(form):
 
 
 @pytest.mark.parametrize(
-    "form", [FORMS["repmlp"], FORMS["repmlp plain"], SCRAMBLED], ids=["branches", "plain", "published order"]
+    "form",
+    [FORMS["repmlp"], FORMS["repmlp plain"], pytest.param(SCRAMBLED, marks=pytest.mark.long)],
+    ids=["branches", "plain", "published order"],
 )
 def test_logits_and_every_gradient_in_training_mode(form, x64):
     """With statistics of the batch, those of all tiles of all images."""
@@ -86,7 +88,7 @@ def test_the_published_order_is_that_of_the_published_code(x64):
     assert relative(run_ours(ours, x), theirs) > tolerances.LOGITS_WRONG
 
 
-@pytest.mark.parametrize("name", ["repmlp", "repmlp deployed"])
+@pytest.mark.parametrize("name", ["repmlp", pytest.param("repmlp deployed", marks=pytest.mark.long)])
 def test_a_file_is_converted_there_and_back(name, tmp_path, monkeypatch):
     """By the command's own function, whose check takes images of the network's own size."""
     entry = models.Entry("repmlpnet-tiny", models.RepMLPNet, MLP, "repmlp")

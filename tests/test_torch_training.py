@@ -59,7 +59,8 @@ def official_masks(network, scales):
         ("plain", reference.PlainBlock),
         (CSLA, reference.LinearAddition),
         ("repvgg", reference.ThreeBranches),
-        ("repmlp", None),
+        # Its gradients in training mode are compared with PyTorch's in `test_torch_repmlp`.
+        pytest.param("repmlp", None, marks=pytest.mark.long),
     ],
 )
 def test_twenty_steps_of_training(mode, block, x64):

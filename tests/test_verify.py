@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiers import often
 
 from repopt_jax import depth_scales, reinitialize
 from repopt_jax.core.published import default_branches
@@ -193,7 +194,11 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
+# Each way of giving an optimizer; the others are given as one of these.
+OFTEN = ("repopt_sgd", "adamw", "reparameterize(muon)", "clipping", "MultiSteps")
+
+
+@pytest.mark.parametrize("name", often(RIGHT, *OFTEN))
 def test_right_pairs_of_optimizers(name):
     # A shared layer and batch norm in training mode are in all of them.
     dropout = 0.2 if name in ("repopt_sgd", "reparameterize(lamb)") else 0.0
@@ -281,7 +286,11 @@ def test_other_settings_of_reparameterize():
     only_reason(result, "moves the kernels at layers/0/kernel otherwise than `twin_optimizer`")
 
 
-@pytest.mark.parametrize("inner", [optax.lamb(1e-2), optax.contrib.muon(1e-2)], ids=["lamb", "muon"])
+@pytest.mark.parametrize(
+    "inner",
+    [optax.lamb(1e-2), pytest.param(optax.contrib.muon(1e-2), marks=pytest.mark.long)],
+    ids=["lamb", "muon"],
+)
 def test_optimizers_that_are_not_elementwise(inner):
     result = check(optax.chain(repopt_mask(DENSE), inner), inner)
     only_reason(result, "not linear in the gradient", "reparameterize(inner, scales)")
@@ -335,7 +344,8 @@ class Strided(nnx.Module):
         return self.same(nnx.tanh(self.down(x))).mean((1, 2))
 
 
-@pytest.mark.parametrize("size", [6, 7])  # padded by (0, 1) and by (1, 1)
+# Padded by (0, 1) and by (1, 1).
+@pytest.mark.parametrize("size", [6, pytest.param(7, marks=pytest.mark.long)])
 def test_same_padding_at_stride_2(size):
     model = Strided(rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
