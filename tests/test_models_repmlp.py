@@ -284,9 +284,12 @@ def test_a_deployed_network_computes_the_same(options, trained):
     assert relative(logits, run(model, x)) > tolerances.MIXER_WRONG
 
 
-def test_in_single_precision_too():
-    x = random_input(3, 8, 8, 3).astype(np.float32)
-    model = settled(randomised(network(SHORT), dtype=jnp.float32), x)
+@pytest.mark.parametrize(
+    ("variant", "size"), [(SHORT, 8), pytest.param(TINY, 24, marks=pytest.mark.long)], ids=["short", "tiny"]
+)
+def test_in_single_precision_too(variant, size):
+    x = random_input(3, size, size, 3).astype(np.float32)
+    model = settled(randomised(network(variant), dtype=jnp.float32), x)
     assert relative(run(fuse(model), x), run(model, x)) <= tolerances.DEPLOYED_MLP["float32"]
 
 

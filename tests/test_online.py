@@ -79,22 +79,25 @@ INNER = {
 # --- Layers with the branches of `Scales`, against branches that are merged entry by entry.
 
 
+# A layer of each kind, and five of them that have least in common.
+EVERY = (
+    "3x3+1x1+identity",
+    "depthwise",
+    "dense",
+    "PyTorch layout",
+    "stacked",
+    "average pooling",
+    "stacked averages",
+    "fixed 1x1, then 3x3",
+    "inside maps",
+    "ACNet + dilated",
+)
+UNLIKE = ("3x3+1x1+identity", "PyTorch layout", "stacked averages", "fixed 1x1, then 3x3", "inside maps")
+
+
 @functools.cache
 def layers():
-    return problem(
-        (
-            "3x3+1x1+identity",
-            "depthwise",
-            "dense",
-            "PyTorch layout",
-            "stacked",
-            "average pooling",
-            "stacked averages",
-            "fixed 1x1, then 3x3",
-            "inside maps",
-            "ACNet + dilated",
-        )
-    )
+    return problem(EVERY)
 
 
 def trained_twin(p, tx):
@@ -277,11 +280,12 @@ def x64_in_all_threads(x64):
     jax.config.update("jax_enable_x64", False)
 
 
-def test_a_training_is_resumed_to_the_bit(x64_in_all_threads, tmp_path):
+@pytest.mark.parametrize("structure", [repopt, pytest.param(orepa, marks=pytest.mark.long)])
+def test_a_training_is_resumed_to_the_bit(x64_in_all_threads, tmp_path, structure):
     """From a checkpoint, by an optimizer that is made anew. The kernels alone would not tell theta."""
     name = "muon"  # with Adam for vectors, so that both kinds of moments are there
     half = STEPS // 2
-    fresh, _, structures, theta = started(repopt)
+    fresh, _, structures, theta = started(structure)
     mask = decay_mask(structures, weight_decay_mask(fresh))
 
     def optimizer(weights):
@@ -474,11 +478,12 @@ def test_gradients_of_theta(x64, layout):
 # --- Trained networks.
 
 
-def test_the_mask_alone_is_the_branches_of_any_split(x64):
+@pytest.mark.parametrize(
+    "names", [pytest.param(UNLIKE, id="unlike"), pytest.param(EVERY, id="every", marks=pytest.mark.long)]
+)
+def test_the_mask_alone_is_the_branches_of_any_split(x64, names):
     """SGD, with momentum and decay, moves K by a rule that does not depend on how K is split. LAMB's does."""
-    p = problem(
-        ("3x3+1x1+identity", "PyTorch layout", "stacked averages", "fixed 1x1, then 3x3", "inside maps")
-    )
+    p = problem(names)
     masked = p.train(optax.chain(repopt_mask(p.scales), nesterov()))
     rng = np.random.default_rng(3)
     ends = []
