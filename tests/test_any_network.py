@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 from any_networks import NETWORKS, BasicBlock, drawn, random_scales, squared_error
 from flax import nnx
 from networks import abstract, randomised, relative, values
@@ -37,6 +38,10 @@ EXACT = 1e-10  # of the largest output, float64: deployed networks; measured: 1e
 
 
 run = nnx.jit(lambda model, x: model(x))
+
+# The others are `long` where the whole network is trained: these have layers of every kind among them, shared
+# and stacked ones, of one and of three axes, depthwise, strided, dilated and circular.
+SMALL = ("shared head", "scanned stack", "1-D", "3-D", "MLP")
 
 
 # -- what is found
@@ -126,7 +131,7 @@ def test_a_shared_layer_has_one_path_everywhere():
 # -- the equivalence
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", tiers.often(NETWORKS, *SMALL))
 def test_the_equivalence_holds(name):
     case = NETWORKS[name]
     model = case.fresh()
@@ -140,7 +145,7 @@ def test_the_equivalence_holds(name):
 
 @pytest.mark.parametrize(
     ("name", "early"),
-    [("MLP", True), ("MLP", False), ("scanned stack", False)],
+    tiers.often([("MLP", True), ("MLP", False), ("scanned stack", False)], ("MLP", True), ("MLP", False)),
 )
 def test_a_wrong_optimizer_is_another_training(name, early):
     """Negative control of the above: decay before the multiplier, or no multiplier."""
@@ -204,7 +209,7 @@ def test_branch_sets_of_one_s_own():
 # -- the search
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", tiers.often(NETWORKS, "U-Net", *SMALL))
 def test_a_search_network_of_any_network(name, tmp_path):
     case = NETWORKS[name]
     model = case.fresh()
@@ -271,7 +276,7 @@ def train(model, tx, batch, steps=6):
     return losses
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", tiers.often(NETWORKS, *SMALL))
 def test_it_trains_with_one_line_changed(name):
     case = NETWORKS[name]
     (batch,) = case.batches(1)
@@ -403,7 +408,7 @@ def settled(model):
     return model
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", tiers.often(PAIRS, "U-Net", *(name for name in SMALL if name in PAIRS)))
 def test_batch_norms_fold_into_the_layers_before_them(name, x64):
     case = NETWORKS[name]
     model = settled(case.abstract())
@@ -441,7 +446,11 @@ LEFT_ALONE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "structure"), [("1-D", "repvgg"), ("3-D", "dbb"), ("MLP", "repvgg"), ("ResNet-18", "acnet")]
+    ("name", "structure"),
+    [
+        *(("1-D", "repvgg"), ("3-D", "dbb"), ("MLP", "repvgg")),
+        pytest.param("ResNet-18", "acnet", marks=pytest.mark.long),
+    ],
 )
 def test_a_structure_of_any_network(name, structure, x64):
     """With norms in the branches, and the network's own after them."""

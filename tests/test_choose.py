@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 import tolerances
 from any_networks import DEPTHWISE, NETWORKS, squared_error
 from flax import nnx
@@ -41,7 +42,9 @@ def reasons(choices):
 # -- exactness
 
 
-@pytest.mark.parametrize("name", CASES)
+# The others are `long`: this one has windows for every structure, and layers of every other kind are in
+# test_structure.py, one by one.
+@pytest.mark.parametrize("name", tiers.often(CASES, "depthwise"))
 def test_every_structure_of_a_network_merges_exactly(name, x64):
     """Branch by branch and merged."""
     case = CASES[name]

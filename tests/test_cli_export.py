@@ -1,6 +1,7 @@
 """The commands that make and use files: `repopt export`, and `eval` and `predict` of what it wrote."""
 
 import collections
+import functools
 import html
 import json
 import re
@@ -9,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiers
 from PIL import Image
 from test_cli import refused, write_images
 from tolerances import INT8_FILE, INT8_FILE_APART
@@ -85,7 +87,10 @@ def run(capsys, *arguments):
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("source", ["pets", "pets-deployed", "found", "found-deployed"])
+@pytest.mark.parametrize(
+    "source",
+    tiers.often(["pets", "pets-deployed", "found", "found-deployed"], "pets", "pets-deployed", "found"),
+)
 def test_export_says_what_the_file_takes_and_how_far_it_is_from_the_network(capsys, runs, source, tmp_path):
     out = tmp_path / "network.stablehlo"
     said = run(capsys, "export", f"--run={runs / source}", "--format=stablehlo", f"--out={out}")
@@ -111,9 +116,22 @@ def test_export_says_what_the_file_takes_and_how_far_it_is_from_the_network(caps
     assert metadata.resize == network.config.data.resize
 
 
-@pytest.mark.parametrize("options", [[], ["--preprocess"], ["--preprocess=float32", "--layout=NCHW"]])
-@pytest.mark.parametrize("name", ["pets", "found"])
-@pytest.mark.parametrize("format", ["stablehlo", "onnx"])
+EVALUATED = [
+    pytest.param(format, name, options, id=f"{format}-{name}-options{number}")
+    for format in ("stablehlo", "onnx")
+    for name in ("pets", "found")
+    for number, options in enumerate([[], ["--preprocess"], ["--preprocess=float32", "--layout=NCHW"]])
+]
+
+
+# Each format, each task and each way of preprocessing; StableHLO files without options are evaluated below.
+@pytest.mark.parametrize(
+    ("format", "name", "options"),
+    tiers.often(
+        EVALUATED,
+        *("stablehlo-pets-options2", "stablehlo-found-options1", "onnx-pets-options0", "onnx-found-options2"),
+    ),
+)
 def test_eval_of_a_file_is_eval_of_the_network(capsys, runs, format, name, options, tmp_path):
     out = tmp_path / f"network.{format}"
     if name == "found" and format == "stablehlo":
@@ -155,8 +173,14 @@ def test_the_wrong_preprocessing_is_seen(runs, tmp_path):
     assert abs(wrong["loss"] - right["loss"]) > 0.01
 
 
-@pytest.mark.parametrize("options", [[], ["--preprocess"], ["--layout=NCHW"]])
-@pytest.mark.parametrize("format", ["stablehlo", "onnx"])
+PREDICTED = [
+    pytest.param(format, options, id=f"{format}-options{number}")
+    for format in ("stablehlo", "onnx")
+    for number, options in enumerate([[], ["--preprocess"], ["--layout=NCHW"]])
+]
+
+
+@pytest.mark.parametrize(("format", "options"), tiers.often(PREDICTED, "stablehlo-options2", "onnx-options1"))
 def test_predict_classes(capsys, runs, format, options, tmp_path):
     out, picture = tmp_path / f"network.{format}", tmp_path / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 256, (20, 13)).astype(np.uint8)
@@ -177,10 +201,10 @@ def test_predict_classes(capsys, runs, format, options, tmp_path):
 @pytest.mark.parametrize(
     ("format", "options"),
     [
-        ("stablehlo", []),
+        pytest.param("stablehlo", [], marks=pytest.mark.long),
         ("stablehlo", ["--decode"]),
-        ("stablehlo", ["--preprocess", "--layout=NCHW"]),
-        ("onnx", []),
+        pytest.param("stablehlo", ["--preprocess", "--layout=NCHW"], marks=pytest.mark.long),
+        pytest.param("onnx", [], marks=pytest.mark.long),
         ("onnx", ["--preprocess", "--layout=NHWC"]),
     ],
 )
@@ -225,13 +249,26 @@ def test_int8_is_measured_beside_float32(capsys, runs, name, weights, tmp_path):
     assert largest == (127 if weights == "full" else 63)
 
 
+@pytest.fixture(scope="module")
+def quantized(runs):
+    """Bits -> the folder of the classifier quantized so, with scales of three significant bits."""
+
+    @functools.cache
+    def made(bits):
+        folder = runs / f"quantized-{bits}"
+        options = [f"--bits={bits}", "--scale-bits=3", "--images=16"]
+        assert main(["quantize", f"--run={runs / 'pets'}", f"--out={folder}", *options]) == 0
+        return folder
+
+    return made
+
+
 @pytest.mark.parametrize("command", ["export", "quantize"])
-def test_short_scales_reach_the_file(capsys, runs, command, tmp_path):
+def test_short_scales_reach_the_file(capsys, runs, quantized, command, tmp_path):
     source, out, option = runs / "pets", tmp_path / "int8.onnx", "--scale-bits=3"
     if command == "quantize":
-        source = tmp_path / "quantized"
-        run(capsys, "quantize", f"--run={runs / 'pets'}", f"--out={source}", "--images=16", option)
-        assert quantizers(deploy.load_any(source).model)["head"].scheme == Scheme(scale_bits=3)
+        source = quantized(4)
+        assert quantizers(deploy.load_any(source).model)["head"].scheme == Scheme(4, scale_bits=3)
         option = ""
     run(capsys, "export", f"--run={source}", "--format=onnx-int8", f"--out={out}", *filter(None, [option]))
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(out).graph.initializer}
@@ -242,10 +279,9 @@ def test_short_scales_reach_the_file(capsys, runs, command, tmp_path):
         np.testing.assert_array_equal(digits, np.round(digits))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, bits, tmp_path):
-    folder, out = tmp_path / "quantized", tmp_path / "int8.onnx"
-    run(capsys, "quantize", f"--run={runs / 'pets'}", f"--out={folder}", f"--bits={bits}", "--images=16")
+@pytest.mark.parametrize("bits", tiers.often([8, 4], 4))
+def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, quantized, bits, tmp_path):
+    folder, out = quantized(bits), tmp_path / "int8.onnx"
     said = run(capsys, "export", f"--run={folder}", "--format=onnx-int8", f"--out={out}")
     assert not [line for line in said if line.startswith("Ranges")]
     (of_network,), (of_file,) = (
@@ -283,7 +319,7 @@ def cells(page):
     [
         ("pets", ["--format=stablehlo"]),
         ("pets-deployed", ["--format=onnx-int8"]),
-        ("found", ["--format=stablehlo", "--decode"]),
+        pytest.param("found", ["--format=stablehlo", "--decode"], marks=pytest.mark.long),
         ("found", ["--format=onnx"]),
     ],
 )

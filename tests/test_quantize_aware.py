@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 from any_networks import random_scales
 from flax import nnx
 from networks import randomised
@@ -65,7 +66,7 @@ def largest_difference(found, wanted):
     return max(float(jnp.abs(found[p] - v).max() / (jnp.abs(v).max() + 1e-30)) for p, v in wanted.items())
 
 
-@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("bits", tiers.often([8, 3], 3))
 def test_with_multipliers_it_is_that_of_the_branches(x64, bits):
     """The branches' kernel is rounded once merged; the plain network multiplies gradients."""
     _, model = quantized_network(bits)
@@ -145,19 +146,26 @@ def float_run(tmp_path_factory, digits):
     return out
 
 
+@pytest.fixture(scope="module")
+def aware_run(tmp_path_factory, digits):
+    """The config, the folder and the summary of a run from scratch, whose ranges are frozen on the way."""
+    config = aware_config(digits, scales="depth", quantize__bits=4, quantize__freeze_after=12)
+    config.model.mode = "repopt"
+    out = tmp_path_factory.mktemp("runs") / "aware"
+    return config, out, train.run(config, out, progress=False)
+
+
 def state_of(trained):
     return {p: np.asarray(v) for p, v in paths.named_leaves(nnx.state(trained.model))[0].items()}
 
 
-def test_a_run_from_scratch_deploys_what_it_trained(tmp_path, digits):
-    config = aware_config(digits, scales="depth", quantize__bits=4, quantize__freeze_after=12)
-    config.model.mode = "repopt"
-    summary = train.run(config, tmp_path / "run", progress=False)
-    found = train.load_trained(tmp_path / "run")
+def test_a_run_from_scratch_deploys_what_it_trained(tmp_path, aware_run):
+    config, run, summary = aware_run
+    found = train.load_trained(run)
     counts = {int(one.count[...]) for one in quantizers(found.model).values()}
     assert counts == {summary.steps}
     assert all(float(one.range[...][1]) > 0 for one in quantizers(found.model).values())
-    done = deploy(tmp_path / "run", tmp_path / "out")
+    done = deploy(run, tmp_path / "out")
     assert done.max_rel < 1e-4
     assert done.agreement == 1
     deployed = load_deployed(tmp_path / "out")
@@ -165,18 +173,16 @@ def test_a_run_from_scratch_deploys_what_it_trained(tmp_path, digits):
     assert not nnx.state(deployed.model, nnx.BatchStat)
     measured = evaluate(load_any(tmp_path / "out"))
     assert measured["accuracy"] == evaluate(found)["accuracy"] == done.test_accuracy
-    again = train.run(config, tmp_path / "run", progress=False)
-    assert again.reused
+    assert train.run(config, run, progress=False).reused
 
 
-def test_a_stopped_run_goes_on_as_an_unbroken_one(tmp_path, digits):
-    config = aware_config(digits)
-    train.run(config, tmp_path / "whole", progress=False)
+def test_a_stopped_run_goes_on_as_an_unbroken_one(tmp_path, aware_run):
+    config, unbroken, _ = aware_run
     asked = iter([False] * 8 + [True] * 100)
     first = train.run(config, tmp_path / "parts", progress=False, stop=lambda: next(asked))
     assert not first.finished
     train.run(config, tmp_path / "parts", progress=False)
-    whole, parts = (state_of(train.load_trained(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (state_of(train.load_trained(run)) for run in (unbroken, tmp_path / "parts"))
     for path, value in whole.items():
         np.testing.assert_array_equal(parts[path], value)
 

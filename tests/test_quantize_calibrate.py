@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantize import Chain, random_chain, slow_input
@@ -103,9 +104,11 @@ def test_percentiles_are_those_of_sorted_values(signed, percentile):
     assert low == (max(-got, one.low) if signed else 0)
 
 
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("bits", [8, 4, 2])
-def test_the_mse_threshold_is_the_best_of_the_values_themselves(signed, bits):
+@pytest.mark.parametrize(
+    ("bits", "signed"),
+    tiers.often([(bits, signed) for bits in (8, 4, 2) for signed in (False, True)], (8, False), (2, True)),
+)
+def test_the_mse_threshold_is_the_best_of_the_values_themselves(bits, signed):
     values = heavy(signed=signed)
     one = histogram(values)
 

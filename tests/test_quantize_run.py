@@ -1,6 +1,8 @@
 """Quantizing a run: what is saved, measured and said, by the function and by `repopt quantize`."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 
@@ -50,6 +52,16 @@ def done(run):
     return quantized(run, run.parent / "quantized", options)
 
 
+@pytest.fixture(scope="module")
+def by_command(run):
+    """The arguments of `repopt quantize`, the folder that it made, and what it printed."""
+    out, printed = run.parent / "by_command", io.StringIO()
+    argv = ["quantize", f"--run={run}", f"--out={out}", "--images=24", "--sensitivity"]
+    with contextlib.redirect_stdout(printed):
+        assert main(argv) == 0
+    return argv, out, printed.getvalue()
+
+
 def test_the_record_says_what_was_measured(run, done):
     assert done.images == 24
     assert list(done.layers) == ["head", *LAYERS]
@@ -86,24 +98,25 @@ def test_bytes_of_parameters(run, done):
     assert weight_bytes(model, Options().scheme) == (done.float_bytes, done.float_bytes)
 
 
-def test_a_deployment_is_quantized_like_its_run(run, tmp_path):
-    options = Options(images=24)
-    one = quantized(run, tmp_path / "a", options)
-    other = quantized(run.parent / "deployed", tmp_path / "b", options)
+def test_a_deployment_is_quantized_like_its_run(run, by_command, tmp_path):
+    _, of_run, _ = by_command
+    _, one = load_quantized(of_run)
+    other = quantized(run.parent / "deployed", tmp_path / "b", Options(images=24))
     assert one.test == other.test
     assert one.measured == pytest.approx(other.measured, abs=0.01)
     assert other.warning == ""
-    again = quantized(run, tmp_path / "a", options)
+    options = Options(images=24, sensitivity=True)
+    again = quantized(run, of_run, options)
     assert again.reused
     assert again.layers == one.layers
     with pytest.raises(ValueError, match=r"holds another quantization \(it differs in options\)"):
-        quantize_run(run, tmp_path / "a", Options(images=24, bits=5))
+        quantize_run(run, of_run, Options(images=24, sensitivity=True, bits=5))
     with pytest.raises(ValueError, match="is quantized already"):
-        quantize_run(tmp_path / "a", tmp_path / "c")
+        quantize_run(of_run, tmp_path / "c")
     with pytest.raises(ValueError, match="`out_dir`"):
         quantize_run(run, run, options)
     with pytest.raises(ValueError, match="holds another deployment"):
-        deploy(run, tmp_path / "a")
+        deploy(run, of_run)
 
 
 def test_wrong_preprocessing_is_said(run, tmp_path, caplog, monkeypatch):
@@ -186,20 +199,18 @@ def test_no_folder_is_made_of_one_that_is_not_there(run, tmp_path):
 # -- the command and its page
 
 
-def test_the_command_and_its_page(run, tmp_path, capsys):
-    argv = ["quantize", f"--run={run}", f"--out={tmp_path / 'out'}", "--images=24", "--sensitivity"]
-    assert main(argv) == 0
-    printed = capsys.readouterr().out
+def test_the_command_and_its_page(by_command, capsys):
+    argv, out, printed = by_command
     assert "8 bits, kernels 8 bits with a scale per channel; ranges by percentile on 24 training" in printed
     assert "most sensitive layers, each alone: " in printed
     assert "expected from kernels and ranges" in printed
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert all(path in page for path in LAYERS)
-    assert sorted(p.name for p in (tmp_path / "out" / "report").iterdir()) == ["histograms.png", "layers.png"]
+    assert sorted(p.name for p in (out / "report").iterdir()) == ["histograms.png", "layers.png"]
     assert main(argv) == 0
     assert "Already quantized; nothing was done." in capsys.readouterr().out
-    assert main(["eval", f"--run={tmp_path / 'out'}"]) == 0
+    assert main(["eval", f"--run={out}"]) == 0
 
 
 def test_lines_name_what_stayed_in_floating_point(done):

@@ -1,7 +1,8 @@
 """docs/questions.md: every question has commands or lines of Python, and all of them run, in their order.
 
 Trainings are the recipe's `,smoke`; everything else is as on the page. Runs and files are real ones, in a
-temporary folder.
+temporary folder. That takes a minute and is `long`; every time, the lines that need no run are run, and the
+commands are read.
 """
 
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from repopt_jax.cli.main import main
+from repopt_jax.cli.main import main, parse
 
 PAGE = Path(__file__).parents[1] / "docs" / "questions.md"
 QUESTIONS = 20
@@ -51,6 +52,16 @@ def shortened(command, digits):
     return found
 
 
+def commands(lines):
+    """The commands of the library in a block, each on one line."""
+    found = lines.replace("\\\n", " ").splitlines()
+    return [command for command in found if not command.startswith("pip ")]
+
+
+def needs_a_run(language, lines):
+    return language == "bash" or '"runs/' in lines
+
+
 def test_every_question_has_something_to_run():
     found = parts()
     assert list(found) == list(range(QUESTIONS + 1))
@@ -61,6 +72,39 @@ def test_every_question_has_something_to_run():
         assert number == 0 or "https://github.com/" in text, f"question {number} names no thread"
 
 
+def test_the_lines_that_need_no_run_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names, checked = {}, []
+    for number, text in parts().items():
+        found = blocks(text)
+        for language, lines in found:
+            if not needs_a_run(language, lines):
+                exec(compile(lines, f"question {number}", "exec"), names)
+        said = capsys.readouterr().out
+        if number in SAYS and not any(needs_a_run(*block) for block in found):
+            checked.append(number)
+            assert [words for words in SAYS[number] if words not in said] == [], number
+    assert checked == [2, 16]
+
+
+def test_the_commands_have_the_options_that_they_are_given(digits, monkeypatch, tmp_path, capsys):
+    """Of a training or a search also the fields of its config."""
+    monkeypatch.chdir(tmp_path)
+    found = [
+        command
+        for text in parts().values()
+        for language, lines in blocks(text)
+        if language == "bash"
+        for command in commands(lines)
+    ]
+    for command in found:
+        arguments = shortened(command, digits)
+        if parse(arguments).overrides:
+            assert main([*arguments, "--print-config"]) == 0, (command, capsys.readouterr())
+    assert len(found) > 10
+
+
+@pytest.mark.long
 def test_the_answers_run(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -69,9 +113,8 @@ def test_the_answers_run(digits, tmp_path, monkeypatch, capsys):
             if language == "python":
                 exec(compile(lines, f"question {number}", "exec"), names)
                 continue
-            for command in lines.replace("\\\n", " ").splitlines():
-                if not command.startswith("pip "):
-                    assert main(shortened(command, digits)) == 0, (number, command, capsys.readouterr())
+            for command in commands(lines):
+                assert main(shortened(command, digits)) == 0, (number, command, capsys.readouterr())
         said = capsys.readouterr()
         for words in SAYS.get(number, ()):
             assert words in said.out + said.err, (number, words, said)

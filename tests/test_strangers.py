@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 import tolerances
 from flax import nnx
 from networks import randomised
@@ -62,7 +63,9 @@ def the_whole_way(make, batches, structure, example):
     return losses, scales, check, branched, deployed
 
 
-@pytest.mark.parametrize("name", STRANGERS)
+# The others are `long`: these have depthwise, dense and recurrent layers among them, attention, noise, and
+# batch norms that stay.
+@pytest.mark.parametrize("name", tiers.often(STRANGERS, "ConvNeXt", "DenseNet", "ViT", "VAE", "GRU"))
 def test_the_whole_way(name, x64):
     stranger = STRANGERS[name]
     batches, made = stranger.batches(), repopt if stranger.structure == "repopt" else stranger.structure
