@@ -1,9 +1,9 @@
 """The same training on one device, on several, and in several processes; also run as a program, for those.
 
-    python tests/parallel.py OUT_DIR DATA_DIR --coordinator=HOST:PORT --processes=N --process=I
+    python tests/parallel.py OUT_DIR DATA_DIR CASES --coordinator=HOST:PORT --processes=N --process=I
 
-has two devices. It trains by every case of `IN_PROCESSES`, and process 0 leaves the parameters of case k in
-OUT_DIR/k.npz.
+has two devices. It trains by the cases of `IN_PROCESSES` whose numbers are in CASES, as in 0,2, and process 0
+leaves the parameters of case k in OUT_DIR/k.npz.
 """
 
 import contextlib
@@ -104,12 +104,12 @@ def ends_of(running, timeout=300) -> list[tuple[int, str, str]]:
 
 
 def main() -> None:
-    out_dir, data_dir, *flags = sys.argv[1:]
+    out_dir, data_dir, cases, *flags = sys.argv[1:]
     coordinator, count, index = (flag.partition("=")[2] for flag in flags)
     jax.config.update("jax_num_cpu_devices", 2)
     processes.join(coordinator, int(count), int(index))
-    for k, case in enumerate(IN_PROCESSES):
-        params = whole(train(data_dir, case).params)
+    for k in map(int, cases.split(",")):
+        params = whole(train(data_dir, IN_PROCESSES[k]).params)
         if processes.is_first():
             np.savez(Path(out_dir) / f"{k}.npz", **paths.named_leaves(params)[0])
     rows = gathered_rows()

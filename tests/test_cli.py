@@ -853,6 +853,7 @@ sys.exit(main())
     assert second == " ".join([pid, "glibc.malloc.hugetlb=1", rest[1]])
 
 
+@pytest.mark.kills
 def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
     out = tmp_path / "out"
     command = ["train", f"--config={place}/tiny.py", f"--out={out}", "--config.epochs=100000"]
@@ -935,7 +936,14 @@ sys.exit(program.run())
 
 @pytest.mark.kills
 @pytest.mark.parametrize(
-    ("command", "count"), [("verify", 2), ("verify", 70), ("verify", 110), ("eval", 1), ("export", 20)]
+    ("command", "count"),
+    [
+        pytest.param("verify", 2, marks=pytest.mark.long),
+        ("verify", 70),
+        pytest.param("verify", 110, marks=pytest.mark.long),
+        pytest.param("eval", 1, marks=pytest.mark.long),
+        pytest.param("export", 20, marks=pytest.mark.long),
+    ],
 )
 def test_ctrl_c_while_programs_are_compiled(tmp_path, count, command):
     """JAX tells of each program on standard error."""

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from repopt_jax import data
+from repopt_jax.cli.main import main
 from repopt_jax.deploy import evaluate
 from repopt_jax.models.vgg import VGG_VARIANTS, block_specs
 from repopt_jax.report import workers
@@ -108,6 +109,20 @@ def test_differences_are_those_of_the_seeds(compared):
     assert results.differences[0].by_seed == expected
 
 
+def test_the_command_writes_a_report_of_it(compared, tmp_path, capfd):
+    folder, results, _ = compared
+    (tmp_path / "small.py").write_text(
+        "from test_compare import comparison\n\n\ndef get_comparison(arg=''):\n    return comparison()\n"
+    )
+    assert main(["compare", f"--config={tmp_path}/small.py", f"--out={folder}", "--workers=0"]) == 0
+    said = capfd.readouterr().out
+    assert said.count("(was there)") == 7
+    assert f"Report: {folder}/report.html" in said
+    content = json.loads((folder / "report.json").read_text())
+    accuracies = [found.test["accuracy"] for found in results.ways.values()]
+    assert [row["test"]["accuracy"] for row in content["rows"]] == json.loads(json.dumps(accuracies))
+
+
 def test_a_finished_comparison_is_read_back_and_takes_more_seeds(compared):
     folder, results, _ = compared
     lines = []
@@ -139,18 +154,21 @@ def test_another_comparison_is_refused_with_all_differences(compared, tmp_path):
 
 def test_parts_share_a_folder(compared, tmp_path):
     """What one part has trained is there for the whole."""
-    folder, whole, lines = compared
-    done = compare(comparison().of(["plain"]), tmp_path, count=0)
+    _, results, _ = compared
+    known = results.ways["plain"]
+    changes = {"grid": {name: (value,) for name, value in known.point.items()}, "seeds": 1}
+    whole = comparison(**changes)
+    done = compare(whole.of(["plain"]), tmp_path, count=0)
     assert not (tmp_path / "searches").exists()
     assert done.ways.keys() == {"plain"}
-    assert done.ways["plain"].test == whole.ways["plain"].test
-    compare(comparison().of(["searched"]), tmp_path, count=0)
-    assert read_json(tmp_path / "comparison.json") == read_json(folder / "comparison.json")
+    assert done.ways["plain"].test["accuracy"] == {0: known.test["accuracy"][0]}
+    compare(whole.of(["searched"]), tmp_path, count=0)
+    assert read_json(tmp_path / "comparison.json") == spec(whole)
     again = []
-    compare(comparison(), tmp_path, count=0, log=again.append)
-    assert len(again) == len(lines)
+    compare(whole, tmp_path, count=0, log=again.append)
+    assert len(again) == 3
     assert all("(was there)" in line for line in again)
-    other = comparison(ways={**comparison().ways, "plain": small(epochs=3)})
+    other = comparison(**changes, ways={**whole.ways, "plain": small(epochs=3)})
     with pytest.raises(ValueError, match=r"differs in plain: epochs \(2 and 3\)"):
         compare(other.of(["plain"]), tmp_path, count=0)
 
@@ -281,7 +299,7 @@ def test_a_damaged_record_of_a_divergence_is_refused(tmp_path):
 
 
 def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path):
-    alone = {"ways": {"plain": small()}, "searches": {}, "differences": ()}
+    alone = {"ways": {"plain": small()}, "searches": {}, "differences": (), "seeds": 1}
     found = compare(comparison(**alone, grid={"optim.learning_rate": (1e30, 0.1)}), tmp_path / "a", count=0)
     plain = found.ways["plain"]
     assert plain.point == {"optim.learning_rate": 0.1}
@@ -296,7 +314,7 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path):
     )
     assert sum("diverged" in line for line in lines) == 1
     # Where nothing else was given, it counts as no answer right.
-    one = comparison(**alone, grid={"optim.learning_rate": (1e30,)}, seeds=1)
+    one = comparison(**alone, grid={"optim.learning_rate": (1e30,)})
     plain = compare(one, tmp_path / "b", count=0).ways["plain"]
     assert plain.test["accuracy"] == {0: 0.0}
     assert plain.summary == {}
@@ -309,20 +327,28 @@ def test_a_search_that_diverges_ends_the_comparison(tmp_path):
         compare(comparison(searches={"short": search}), tmp_path, count=0)
 
 
-def test_test_images_wait_for_the_last_training(tmp_path):
-    """A comparison that is stopped before it has read none of them."""
+def test_a_stopped_comparison_goes_on_to_the_same_results(compared, tmp_path):
+    """And the test images wait for the last training: one that is stopped before it has read none of them."""
 
     class Stop(Exception):
         pass
 
-    def stop(line):
-        if "seed 1" in line:
-            raise Stop
+    def stop_at(text):
+        def log(line):
+            if text in line:
+                raise Stop
 
-    with pytest.raises(Stop):
-        compare(comparison(ways={"plain": small()}, searches={}, differences=()), tmp_path, count=0, log=stop)
-    assert len(list(tmp_path.rglob("summary.json"))) == 3
-    assert not list(tmp_path.rglob("test.json"))
+        return log
+
+    alone = comparison(ways={"plain": small()}, searches={}, differences=())
+    for seed, runs in ((0, {1, 2}), (1, {3})):
+        with pytest.raises(Stop):
+            compare(alone, tmp_path, count=0, log=stop_at(f"seed {seed}"))
+        assert len(list(tmp_path.rglob("summary.json"))) in runs
+        assert not list(tmp_path.rglob("test.json"))
+    _, results, _ = compared
+    found, known = compare(alone, tmp_path, count=0).ways["plain"], results.ways["plain"]
+    assert (found.point, found.tuning, found.test) == (known.point, known.tuning, known.test)
 
 
 def test_without_a_grid_all_images_train_and_nothing_is_held_out(tmp_path):
@@ -488,6 +514,7 @@ def test_without_processes_calls_are_made_here(jobs):
             pool.submit(jobs.fail).result()
 
 
+@pytest.mark.kills
 def test_a_process_that_dies_is_an_error(jobs):
     with workers.Workers(1) as pool, pytest.raises(ChildProcessError, match="exit code 9"):
         pool.submit(jobs.die).result()
@@ -517,6 +544,7 @@ def begun(call, path):
         threading.Event().wait(0.01)
 
 
+@pytest.mark.kills
 def test_the_dead_do_not_keep_others_from_stopping(jobs, tmp_path):
     """More calls are waiting than there are processes, and one that lives is in the middle of its own."""
     path = tmp_path / "stopped"
@@ -549,6 +577,7 @@ def test_a_function_that_cannot_be_found_there_is_an_error(jobs, monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.kills
 def test_leaving_by_an_error_asks_calls_to_stop(jobs, tmp_path):
     path = tmp_path / "stopped"
 
@@ -578,6 +607,8 @@ def get_comparison(arg=""):
 """
 
 
+# In the ordinary run one that is stopped goes on, and the command writes the report of a whole one.
+@pytest.mark.long
 @pytest.mark.kills
 def test_a_killed_comparison_goes_on_to_the_same_table(tmp_path):
     (tmp_path / "small.py").write_text(COMPARED)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 from flax import nnx
 
 from repopt_jax import data, models, train
@@ -143,7 +144,21 @@ def abstract():
     return trace
 
 
-@pytest.mark.parametrize("run", RUNS)
+# Built by `pytest -m long`: they differ from others in the size of their network, or in what it begins with.
+RARELY = (
+    *("cifar100:B2", "cifar100:L1", "cifar100:L2"),
+    *(f"cifar10_deep:{way}" for way in ("init", "depth", "normalised", "transferred")),
+    *(f"deep_digits:{way}" for way in ("init", "depth", "repopt", "normalised", "transferred", "search")),
+    "deep_digits:repvgg",
+    *(f"imagenet:{name}" for name in ("B2", "L1", "L2", "ghost-0.5", "ghost-0.5-repghost")),
+    *(f"imagenet:{name}-repvgg" for name in ("B2", "L1", "L2")),
+    *(f"imagenet:repvgg-{name}" for name in ("A1", "A2", "B0", "B1", "B2", "B1g2", "B2g4")),
+    *(f"imagenet:repghost-{width}" for width in ("0.58", "0.8", "1.0", "1.11", "1.3", "1.5", "2.0")),
+    *(f"repmlp:{name}" for name in ("T256", "B224", "B256", "D256", "L256")),
+)
+
+
+@pytest.mark.parametrize("run", tiers.often(RUNS, *set(RUNS).difference(RARELY)))
 def test_every_config_builds_at_full_size(run, abstract):
     config, _, _, state = abstract(run)
     if run in PARAMETERS:

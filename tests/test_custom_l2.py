@@ -47,7 +47,13 @@ def by_hand(torch, state, size):
 
 
 @pytest.mark.parametrize(
-    ("size", "options"), [(3, {}), (5, {"groups": 2}), (3, {"stride": 2, "inputs": 8}), (7, {"groups": 4})]
+    ("size", "options"),
+    [
+        pytest.param(3, {}, marks=pytest.mark.long),
+        (5, {"groups": 2}),
+        (3, {"stride": 2, "inputs": 8}),
+        pytest.param(7, {"groups": 4}, marks=pytest.mark.long),
+    ],
 )
 def test_the_formula_and_its_gradient(size, options, x64):
     torch = pytest.importorskip("torch")

@@ -146,7 +146,10 @@ def test_frozen_scales_stay_also_in_a_run_that_goes_on(digits, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "constants"),
-    [("adamw", {"b2": 0.99, "eps": 1e-6}), ("lion", {"b1": 0.8})],
+    [
+        ("adamw", {"b2": 0.99, "eps": 1e-6}),
+        pytest.param("lion", {"b1": 0.8}, marks=pytest.mark.long),
+    ],
 )
 def test_each_optimizer_trains_with_scales_and_clipping(digits, tmp_path, searched, name, constants):
     folder, _ = searched

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 from flax import nnx
+from training import tiny_config
 from twins import LAYERS, MIXING, assert_close, jacobian, problem, relative
 
 from repopt_jax import check_optimizer, depth_scales, gradient_multipliers, train, verify_equivalence
@@ -64,7 +66,14 @@ def divided(name, mean):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+# Every kind of branch is among these, and three axes, none, dilation, groups, stacks and both layouts.
+OFTEN = (
+    *("3-D", "dense", "ACNet + dilated", "stacked, PyTorch layout", "fixed 1x1, then 3x3"),
+    *("stacked averages", "inside maps"),
+)
+
+
+@pytest.mark.parametrize("name", tiers.often(LAYERS, *OFTEN))
 def test_it_is_a_learning_rate_for_each_layer(x64, name):
     p, mean = setting(name)
     expected = p.train_twin(ordinary(divided(name, mean)))
@@ -101,22 +110,22 @@ def test_it_is_the_ordinary_optimizer_on_scales_over_the_root(x64, name):
     assert_close(p.train(ordinary(repopt_mask(p.scales, normalise=True))), expected, EXACT)
 
 
-def test_the_mean_is_that_of_the_multiplier(x64):
+@pytest.mark.parametrize("name", tiers.often(LAYERS, *OFTEN))
+def test_the_mean_is_that_of_the_multiplier(x64, name):
     """Of the dense multipliers where there are any, else of the trace of P; one for each layer of a stack."""
-    for name in LAYERS:
-        p, mean = setting(name)
-        branches, vectors = p.entry(name).branches, p.entry(name).vectors
-        np.testing.assert_allclose(branches.mean_multiplier(vectors, dtype=jnp.float64), mean, rtol=EXACT)
-        if name in MIXING:
-            with pytest.raises(ValueError, match="`power` is 1"):
-                branches.mean_multiplier(vectors, power=1)
-            continue
-        params = {name: {"kernel": jnp.zeros(branches.kernel)}}
-        for power in (1, 2):
-            m = gradient_multipliers(params, p.scales, power)[name]["kernel"]
-            axes = tuple(range(branches.stacked, m.ndim))
-            found = gradient_multipliers(params, p.scales, power, normalise=True)[name]["kernel"]
-            np.testing.assert_allclose(found, m / m.mean(axes, keepdims=True), rtol=EXACT)
+    p, mean = setting(name)
+    branches, vectors = p.entry(name).branches, p.entry(name).vectors
+    np.testing.assert_allclose(branches.mean_multiplier(vectors, dtype=jnp.float64), mean, rtol=EXACT)
+    if name in MIXING:
+        with pytest.raises(ValueError, match="`power` is 1"):
+            branches.mean_multiplier(vectors, power=1)
+        return
+    params = {name: {"kernel": jnp.zeros(branches.kernel)}}
+    for power in (1, 2):
+        m = gradient_multipliers(params, p.scales, power)[name]["kernel"]
+        axes = tuple(range(branches.stacked, m.ndim))
+        found = gradient_multipliers(params, p.scales, power, normalise=True)[name]["kernel"]
+        np.testing.assert_allclose(found, m / m.mean(axes, keepdims=True), rtol=EXACT)
 
 
 def test_energy_is_known_without_embedding():
@@ -267,9 +276,8 @@ class TestTrainer:
             with pytest.raises(ValueError, match=f"`normalise`=True does nothing with {where}"):
                 train.validate(wrong)
 
-    def test_a_config_is_verified_with_its_clipping(self):
-        given = config()
-        given.optim.clip_norm = 0.5
+    def test_a_config_is_verified_with_its_clipping(self, digits):
+        given = tiny_config("repopt", digits, scales="depth", normalise=True, optim__clip_norm=0.5)
         result = config_check(given).run(steps=3)
         assert result.equivalent, result.reasons
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import parallel
 import pytest
+import tiers
 import tolerances
 from jax.sharding import PartitionSpec as P
 
@@ -23,14 +24,27 @@ def on_one_device(digits):
     return named(parallel.train(digits, parallel.Case(1, "float64"), devices=jax.devices()[:1]).params)
 
 
+# The case in two processes that is run every time; the others are `long`, and have a job of their own.
+OFTEN = parallel.IN_PROCESSES.index(parallel.Case(4, "float64"))
+
+
 @pytest.fixture(scope="module")
 def in_two_processes(digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, parallel.__file__, str(folder), str(digits)]
-    ends = parallel.ends_of(parallel.start(command, 2))
-    assert [code for code, *_ in ends] == [0, 0], ends
-    names = [*map(str, range(len(parallel.IN_PROCESSES))), "rows0", "rows1"]
-    return [dict(np.load(folder / f"{name}.npz")) for name in names]
+    """k -> what the job that trains by case k of `IN_PROCESSES` left: arrays by the name of their file."""
+    jobs = {}
+
+    def job_of(k):
+        cases = (OFTEN,) if k == OFTEN else tuple({*range(len(parallel.IN_PROCESSES))} - {OFTEN})
+        if cases not in jobs:
+            folder = tmp_path_factory.mktemp("processes")
+            command = [sys.executable, parallel.__file__, str(folder), str(digits), ",".join(map(str, cases))]
+            ends = parallel.ends_of(parallel.start(command, 2))
+            assert [code for code, *_ in ends] == [0, 0], ends
+            names = [*map(str, cases), "rows0", "rows1"]
+            jobs[cases] = {name: dict(np.load(folder / f"{name}.npz")) for name in names}
+        return jobs[cases]
+
+    return job_of
 
 
 def named(params):
@@ -43,20 +57,32 @@ def difference(found, expected):
     return max(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max() for name in expected)
 
 
-@pytest.mark.parametrize("case", parallel.CASES, ids=str)
+# Each dtype and each layout of the state is among those that are run every time.
+@pytest.mark.parametrize(
+    "case",
+    tiers.often(map(pytest.param, parallel.CASES), parallel.Case(1, "float32"), parallel.Case(4, "float64")),
+    ids=str,
+)
 def test_four_devices_train_as_one(digits, on_one_device, case):
     found = named(parallel.train(digits, case).params)
     assert difference(found, on_one_device) < tolerances.DEVICES[case.dtype]
 
 
-@pytest.mark.parametrize(("k", "case"), [*enumerate(parallel.IN_PROCESSES)], ids=str)
+@pytest.mark.parametrize(
+    ("k", "case"),
+    [
+        pytest.param(k, case, marks=() if k == OFTEN else pytest.mark.long)
+        for k, case in enumerate(parallel.IN_PROCESSES)
+    ],
+    ids=str,
+)
 def test_two_processes_train_as_one_device(in_two_processes, on_one_device, k, case):
-    assert difference(in_two_processes[k], on_one_device) < tolerances.DEVICES[case.dtype]
+    assert difference(in_two_processes(k)[str(k)], on_one_device) < tolerances.DEVICES[case.dtype]
 
 
 def test_detections_stay_with_their_images_whatever_the_order_of_the_devices(in_two_processes):
     """The control: the rows of the processes, one after the other, are in another order than the mesh's."""
-    for rows in in_two_processes[-2:]:
+    for rows in (in_two_processes(OFTEN)[name] for name in ("rows0", "rows1")):
         np.testing.assert_array_equal(rows["found"], rows["index"])
         assert sorted(rows["index"]) == list(range(8))
         assert list(rows["by_process"]) == list(range(8)) != list(rows["index"])
@@ -91,7 +117,7 @@ def moments(opt_state):
     return [leaf for path, leaf in paths.named_leaves(opt_state)[0].items() if "scales/" not in path]
 
 
-@pytest.mark.parametrize("fsdp", [2, 4])
+@pytest.mark.parametrize("fsdp", tiers.often([2, 4], 4))
 def test_a_device_holds_its_share(digits, fsdp):
     config = parallel.config_of(digits, fsdp, optim__ema=0.9, model__name="vgg-cifar-small")
     config.batch_size = config.eval_batch_size = 8

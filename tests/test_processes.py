@@ -24,22 +24,37 @@ from repopt_jax.train.rundir import read_records
 ROOT = Path(__file__).parent.parent
 
 
+PROGRAM = """
+import sys
+from repopt_jax.cli.main import main
+from repopt_jax.train import processes
+processes.HEARTBEAT_S = 15
+{more}
+sys.exit(main())
+"""
+# In place of a training, which takes long to compile: the processes exchange texts for ever.
+EXCHANGING = """
+from pathlib import Path
+from repopt_jax import train
+def exchange(config, out_dir, **options):
+    while True:
+        texts = processes.gather_texts(f"begun{int(processes.is_first())}")
+        for text in texts:
+            Path(out_dir).with_name(text).touch()
+train.run = exchange
+"""
+
+
 @pytest.fixture
 def repopt():
     """Starts `repopt ARGUMENTS` in two processes of two devices each, of which one that dies is noticed after
-    15 seconds in place of 100."""
-    program = (
-        "import sys\n"
-        "from repopt_jax.cli.main import main\n"
-        "from repopt_jax.train import processes\n"
-        "processes.HEARTBEAT_S = 15\n"
-        "sys.exit(main())\n"
-    )
+    15 seconds in place of 100; they run lines of `more` before."""
 
-    def start(*arguments, **environment):
+    def start(*arguments, more="", **environment):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
         variables = {**os.environ, "XLA_FLAGS": flags, **environment}
-        return parallel.start([sys.executable, "-c", program, *map(str, arguments)], 2, env=variables)
+        program = [sys.executable, "-c", PROGRAM.format(more=more), *map(str, arguments)]
+        return parallel.start(program, 2, env=variables)
 
     return start
 
@@ -173,6 +188,23 @@ def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_pro
 
 
 @pytest.mark.kills
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_process_of_a_job_that_is_gone_ends_the_other(digits, tmp_path, repopt, number):
+    """One that hangs sends no heartbeats; the other one says that it is gone."""
+    running = repopt(*training(digits, tmp_path / "run"), more=EXCHANGING)
+    wait_for(running, lambda: all((tmp_path / f"begun{i}").exists() for i in (0, 1)))
+    running[1].send_signal(number)
+    try:
+        assert running[0].wait(90) not in (0, None)
+    finally:
+        running[1].kill()
+    (_, _, log), _ = parallel.ends_of(running, timeout=60)
+    assert "another process of the job has ended" in log or "another task died" in log, log
+
+
+# The test above has this, and the next one, of a job that does not train.
+@pytest.mark.long
+@pytest.mark.kills
 def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_process):
     """In a run that one process began, two went on with, and one finishes."""
     from repopt_jax.cli.main import main
@@ -193,6 +225,7 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
     assert json.loads((out / "summary.json").read_text())["steps"] == 16
 
 
+@pytest.mark.long
 @pytest.mark.kills
 def test_a_process_that_hangs_ends_the_other(digits, tmp_path, repopt):
     """Stopped, it sends no heartbeats; the other one says that it is gone."""
@@ -210,6 +243,7 @@ def test_a_process_that_hangs_ends_the_other(digits, tmp_path, repopt):
 
 
 @pytest.mark.long
+@pytest.mark.kills
 def test_a_process_that_dies_in_a_save_ends_the_other(digits, tmp_path, repopt):
     """There it is noticed by its heartbeats."""
     often = ("--config.epochs=400", "--config.checkpoint_every=1")

@@ -81,13 +81,16 @@ KILLS = (
     ("renaming", 8, "a save of step 8 was interrupted"),
     ("manifest", 8, r"step 8 in .* manifest.json is missing: .* goes on from the checkpoint of step 4"),
 )
+# Each leaves another folder: without a save, with one that was interrupted, with one that lacks its manifest.
+OFTEN = tuple(kill for kill in KILLS if kill[0] in ("evaluation", "renaming", "manifest"))
 
 
 @pytest.mark.kills
-def test_run_killed_again_and_again_ends_the_same(digits, tmp_path, unbroken, caplog):
+@pytest.mark.parametrize("kills", [OFTEN, pytest.param(KILLS, marks=pytest.mark.long)], ids=["some", "all"])
+def test_run_killed_again_and_again_ends_the_same(digits, tmp_path, unbroken, caplog, kills):
     run_dir = tmp_path / "run"
     expected = ""
-    for moment, number, says in KILLS:
+    for moment, number, says in kills:
         done = killed(run_dir, digits, moment, number)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert checkpoints_in(run_dir) == [4], moment
@@ -115,6 +118,7 @@ def test_run_whose_first_save_was_killed_begins_again(tmp_path, caplog):
     assert message.endswith("goes on from its beginning")
 
 
+@pytest.mark.kills
 @pytest.mark.long
 def test_twenty_runs_killed_at_random_moments(digits, tmp_path):
     seed = 20260101
@@ -166,8 +170,8 @@ def test_run_stopped_again_and_again_ends_the_same(digits, tmp_path, unbroken):
     assert checkpoints_in(run_dir) == checkpoints_in(unbroken)
 
 
-def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path, unbroken):
-    """In a step: see the command line's tests."""
+def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path):
+    """In a step: see the command line's tests. How a run goes on from there: see `STOPS`."""
     asked = []
 
     with processes.stop_on_signals() as request:
@@ -183,11 +187,13 @@ def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path, unb
     assert (done.finished, done.steps) == (False, 6)
     assert [r["kind"] for r in told(tmp_path / "run") if r["step"] == 6] == ["train", "scales"]
     assert request.exit_code == 143
-    train.run(killed_config(digits), tmp_path / "run", progress=False)
-    assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+# Ctrl-C in a process of its own: see the command line's tests.
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
+)
 def test_command_line_tells_how_to_go_on(digits, tmp_path, monkeypatch, capfd, number, code):
     (tmp_path / "config.py").write_text(
         f"import training\n\ndef get_config(arg):\n    return training.killed_config({str(digits)!r})\n"
@@ -236,8 +242,8 @@ def test_outside_the_main_thread_nothing_is_caught():
     assert found == [False]
 
 
-def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path, unbroken):
-    """A second Ctrl-C."""
+def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path):
+    """A second Ctrl-C. A run that was killed at such a moment goes on above."""
 
     def press():
         raise KeyboardInterrupt
@@ -245,8 +251,8 @@ def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path, unbroken):
     with pytest.raises(KeyboardInterrupt):
         train.run(killed_config(digits), tmp_path / "run", progress=False, stop=stop_after_step(10, press))
     assert checkpoints_in(tmp_path / "run") == [4, 8]
-    train.run(killed_config(digits), tmp_path / "run", progress=False)
-    assert_same_run(tmp_path / "run", unbroken)
+    for step in (4, 8):
+        assert checkpoint.manifest_problem(tmp_path / "run" / "checkpoints" / str(step)) is None
 
 
 # -- damaged
@@ -407,7 +413,7 @@ def test_what_stays_does_not_hang_on_where_a_run_was_broken(saves, last, best):
 
 def test_best_and_last_are_kept_also_of_a_broken_run(digits, tmp_path):
     """The evaluations, after steps 6, 12 and 18, fall on checkpoints because the best are to be kept."""
-    config = killed_config(digits, keep_last=1, keep_best=1)
+    config = tiny_config("plain", digits, keep_last=1, keep_best=1)
     train.run(config, tmp_path / "whole", progress=False)
     for question in (9, 8):
         train.run(config, tmp_path / "broken", progress=False, stop=stop_at(question))
@@ -532,6 +538,8 @@ def test_error_of_a_save_comes_out_once_and_keeps_the_one_before(digits, tmp_pat
     assert_same_run(tmp_path / "run", unbroken)
 
 
+# In the ordinary run the test above and the one of a full file system have its parts.
+@pytest.mark.long
 @pytest.mark.kills
 def test_full_disk_ends_with_one_sentence(digits, tmp_path, unbroken):
     done = killed(tmp_path / "run", digits, "limit", 8)
@@ -652,7 +660,9 @@ def stopped_target(digits, some_scales, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("count", "fsdp"), [(2, 1), (1, 1), pytest.param(4, 1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("count", "fsdp"), [(2, 1), *(pytest.param(n, 1, marks=pytest.mark.long) for n in (1, 4))]
+)
 def test_other_devices_can_resume(digits, tmp_path, monkeypatch, some_scales, stopped_target, count, fsdp):
     run_dir = copied(stopped_target / "stopped", tmp_path)
     mesh = loop.make_mesh(fsdp, devices=jax.devices()[:count])

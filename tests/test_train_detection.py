@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 from networks import TINY_DETECTOR
 from PIL import Image
 
@@ -84,6 +85,8 @@ def test_evaluation_does_not_depend_on_batches(runs):
     assert found[0]["count"] == 6
 
 
+# In the ordinary run `test_resume.py` goes on with runs, and `test_data_detection.py` with scenes.
+@pytest.mark.long
 def test_an_interrupted_run_continues_to_the_same_state(runs, tmp_path):
     steps = iter([False, True])
     config = tiny(scales=runs / "search" / "scales", checkpoint_every=2)
@@ -98,9 +101,7 @@ def test_an_interrupted_run_continues_to_the_same_state(runs, tmp_path):
 DEPLOYED = 1e-4
 
 
-@pytest.mark.parametrize(
-    "mode", ["repopt", "search", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("repvgg", "dbb"))]
-)
+@pytest.mark.parametrize("mode", tiers.often(["repopt", "search", "repvgg", "dbb"], "search"))
 def test_every_mode_trains_and_deploys_to_the_same_outputs(runs, tmp_path, mode):
     run = {"search": runs / "search", "repopt": runs / "repopt"}.get(mode, tmp_path / "run")
     if not run.exists():
@@ -116,6 +117,8 @@ def test_every_mode_trains_and_deploys_to_the_same_outputs(runs, tmp_path, mode)
         np.testing.assert_allclose(a, b, atol=DEPLOYED)
 
 
+# In the ordinary run `test_detection_model.py` has this of a detector, and `test_cli.py` of a config.
+@pytest.mark.long
 def test_the_training_is_that_of_the_network_with_branches(runs):
     """What the trainer does, clipping and decay included, in float64 against the CSLA network."""
     check = build.config_check(tiny(scales=runs / "search" / "scales", batch_size=2, optim__clip_norm=0.5))

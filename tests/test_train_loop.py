@@ -43,9 +43,9 @@ SCALED = {"repopt": {"scales": "depth"}}
         ("search", ""),
         ("plain", ""),
         ("repopt", "ones"),
-        ("acnet", ""),
+        pytest.param("acnet", "", marks=pytest.mark.long),
         ("online", "ones"),
-        ("orepa", ""),
+        pytest.param("orepa", "", marks=pytest.mark.long),
         ("repvgg", ""),
     ],
 )

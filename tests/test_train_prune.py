@@ -135,7 +135,7 @@ def test_masks_of_a_checkpoint_are_those_of_the_run(source, pruned, tmp_path):
     assert masked == done.masked
 
 
-@pytest.mark.parametrize(("accumulate", "fsdp"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("accumulate", "fsdp"), [pytest.param(1, 1, marks=pytest.mark.long), (2, 2)])
 def test_lasso_is_added_once_a_step_and_not_for_each_part(source, accumulate, fsdp):
     """With every row masked, a step moves a compactor by rate * strength and nothing else."""
     config = config_of(source, accumulate=accumulate)
@@ -179,6 +179,8 @@ def test_layers_can_be_chosen_and_keep_their_minimum(source, tmp_path):
     assert "stages/0/0/conv" not in done.widths
 
 
+# In the ordinary run the two tests around this one and that of half of the computations have its parts.
+@pytest.mark.long
 def test_layers_are_driven_to_their_minimum(source, tmp_path):
     """Of eight channels two of each chosen layer stay unmasked, of which the lasso may take one, and the
     outputs stay."""
@@ -279,7 +281,7 @@ def test_command_line_tells_what_it_came_to_and_the_network_is_evaluated(source,
     assert accuracy in capfd.readouterr().out
 
 
-def test_command_line_refuses_in_one_sentence(source, digits, tmp_path, capfd):
+def test_command_line_refuses_in_one_sentence(source, tmp_path, capfd):
     out = f"--out={tmp_path}/out"
     told_in_one_sentence(capfd, ["prune", f"--run={tmp_path}", out], "holds no run")
     told_in_one_sentence(
@@ -305,9 +307,12 @@ def test_command_line_refuses_in_one_sentence(source, digits, tmp_path, capfd):
     told_in_one_sentence(capfd, ["prune", f"--run={source}", out, "--target=half"], "invalid float", code=2)
     told_in_one_sentence(capfd, ["prune", f"--run={source}", out, "--config.prun.x=1"], "prun.x", code=2)
     told_in_one_sentence(capfd, ["prune", f"--run={source}"], "required: --out", code=2)
-    train.run(tiny_config("repvgg", digits, epochs=1), tmp_path / "branches", progress=False)
+    branches = shutil.copytree(source, tmp_path / "branches")
+    config = json.loads((branches / "config.json").read_text())
+    config["model"]["mode"] = "repvgg"
+    (branches / "config.json").write_text(json.dumps(config))
     told_in_one_sentence(
-        capfd, ["prune", f"--run={tmp_path}/branches", out], "mode 'repvgg', whose layers have branches"
+        capfd, ["prune", f"--run={branches}", out], "mode 'repvgg', whose layers have branches"
     )
     assert not (tmp_path / "out").exists()
     assert logging.getLogger("repopt_jax").handlers == []

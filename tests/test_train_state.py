@@ -1,5 +1,7 @@
 """Step and evaluation: right numbers, on any number of devices, compiled once, with donated buffers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,10 +190,15 @@ def wide(tree):
 def gradient_of(network, params, rest, rows):
     """(gradient, running statistics after it) of some rows, by themselves."""
 
+    return _gradient_of_batch(network.graphdef, params, rest, wide(batch_of(rows)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient_of_batch(graphdef, params, rest, batch):
     def loss_of(params):
-        model = states.merge_model(network.graphdef, params, rest)
+        model = states.merge_model(graphdef, params, rest)
         model.train()
-        loss, _ = OBJECTIVE(model, wide(batch_of(rows)))
+        loss, _ = OBJECTIVE(model, batch)
         return loss, states.split_model(model).non_trainable
 
     return jax.grad(loss_of, has_aux=True)(params)

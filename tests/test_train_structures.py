@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tiers
 import tolerances
 from flax import nnx
 from forms import is_of_small_windows
@@ -41,7 +42,12 @@ def of_digits():
     return [name for name in STRUCTURES if is_of_small_windows(name, options[name])]
 
 
-@pytest.mark.parametrize("mode", of_digits())
+# Among these are an identity without a norm, norms that start elsewhere, windows of two sizes, a norm behind
+# the sum, averages, layers one behind the other and fixed frequencies.
+OFTEN = ("repghost", "acnet", "replknet", "qarepvgg", "orepa")
+
+
+@pytest.mark.parametrize("mode", tiers.often(of_digits(), *OFTEN))
 def test_a_structure_trains_and_fuses(mode, digits):
     options, norms = MODES.get(mode, ("", None))
     config = structure_config(mode, digits, model__structure_options=options)
