@@ -220,11 +220,12 @@ def events(folder):
             at += 16 + length
 
 
-def test_tensorboard_has_the_numbers_of_the_log(digits, tmp_path):
+def test_tensorboard_has_the_numbers_of_the_log(digits, tmp_path, unbroken):
     pytest.importorskip("tensorboardX")
     out, config = tmp_path / "run", killed_config(digits, tensorboard=True, loggers=("tensorboard",))
     train.run(config, out, progress=False, stop=stop_after_step(9))
     train.run(config, out, progress=False)
+    assert_same_run(out, unbroken)
     found = list(events(out))
     starts = [event.step for event in found if event.HasField("session_log")]
     assert starts == [10]
@@ -315,18 +316,28 @@ config.data.data_dir, config.loggers = sys.argv[1], ("wandb",)
 answers = iter([False, True])
 done = train.run(config, sys.argv[2], progress=False, stop=lambda: next(answers, True))
 assert not done.finished and done.steps == 2, done
-assert train.run(config, sys.argv[2], progress=False).finished
+if len(sys.argv) > 3:
+    assert train.run(config, sys.argv[2], progress=False).finished
 """
 
 
-def test_wandb_has_the_numbers_of_the_log_in_one_run(digits, tmp_path):
+@pytest.mark.parametrize("goes_on", ["here", pytest.param("by the command", marks=pytest.mark.long)])
+def test_wandb_has_the_numbers_of_the_log_in_one_run(digits, tmp_path, goes_on):
     """A run that is stopped, and goes on."""
     pytest.importorskip("wandb")
     out = tmp_path / "run"
-    program = [sys.executable, "-c", STOPPED, str(digits), str(out)]
-    done = subprocess.run(program, env=environment(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "logger" not in done.stderr, done.stderr
+    programs = [["-c", STOPPED, str(digits), str(out)]]
+    if goes_on == "here":
+        programs[0].append(goes_on)
+    else:
+        command = ["-m", "repopt_jax", "train", "--config=digits:plain,smoke", f"--out={out}"]
+        programs.append([*command, f"--config.data.data_dir={digits}", "--config.loggers=wandb"])
+    for program in programs:
+        done = subprocess.run(
+            [sys.executable, *program], env=environment(tmp_path), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "logger" not in done.stderr, done.stderr
     (first, before), (second, after) = rows(out)
     own = (out / "wandb" / "run-id").read_text().strip()
     assert first["run_id"] == second["run_id"] == own
