@@ -726,6 +726,7 @@ def test_what_a_comparison_sets_cannot_be_overridden(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.once
 def test_quickstart_does_it_all_and_reuses_it(capsys, place, tmp_path):
     options = ["--seeds=1", "--workers=0"]
     arguments = ["quickstart", f"--config={place}/tiny.py", f"--out={tmp_path}/out", *options]
@@ -853,7 +854,7 @@ sys.exit(main())
     assert second == " ".join([pid, "glibc.malloc.hugetlb=1", rest[1]])
 
 
-@pytest.mark.kills
+@pytest.mark.once
 def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
     out = tmp_path / "out"
     command = ["train", f"--config={place}/tiny.py", f"--out={out}", "--config.epochs=100000"]
@@ -882,7 +883,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint(capsys, place, tmp_path):
 INTERRUPTS = (1, 30, 200, 600, 1200)
 
 
-@pytest.mark.kills
+@pytest.mark.once
 @pytest.mark.parametrize("count", INTERRUPTS)
 def test_ctrl_c_at_any_moment(place, tmp_path, count):
     """Python tells of each import on standard error; the signal comes after so many of them since one of
@@ -914,7 +915,7 @@ def test_another_error_made_of_ctrl_c(capsys, train, monkeypatch):
         main(train())
 
 
-@pytest.mark.kills
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("pressed", "at_the_end", "code"), [("os.kill(os.getpid(), 2)", "os.abort", 130), ("0", "press", 0)]
 )
@@ -934,7 +935,7 @@ sys.exit(program.run())
     assert done.stderr == ("repopt: interrupted; run the same command again\n" if code else "")
 
 
-@pytest.mark.kills
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("command", "count"),
     [

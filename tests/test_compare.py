@@ -28,6 +28,8 @@ from repopt_jax.train.lock import held
 from repopt_jax.train.rules import validate
 from repopt_jax.train.rundir import read_json
 
+pytestmark = pytest.mark.once
+
 RATES = (0.02, 0.2)
 
 
@@ -514,13 +516,11 @@ def test_without_processes_calls_are_made_here(jobs):
             pool.submit(jobs.fail).result()
 
 
-@pytest.mark.kills
 def test_a_process_that_dies_is_an_error(jobs):
     with workers.Workers(1) as pool, pytest.raises(ChildProcessError, match="exit code 9"):
         pool.submit(jobs.die).result()
 
 
-@pytest.mark.kills
 def test_a_process_that_hangs_is_ended(jobs, tmp_path, monkeypatch):
     """What a debugger, a full network drive or SIGSTOP make of one: it is there and does nothing."""
     path = tmp_path / "stopped"
@@ -544,7 +544,6 @@ def begun(call, path):
         threading.Event().wait(0.01)
 
 
-@pytest.mark.kills
 def test_the_dead_do_not_keep_others_from_stopping(jobs, tmp_path):
     """More calls are waiting than there are processes, and one that lives is in the middle of its own."""
     path = tmp_path / "stopped"
@@ -577,7 +576,6 @@ def test_a_function_that_cannot_be_found_there_is_an_error(jobs, monkeypatch):
         monkeypatch.undo()
 
 
-@pytest.mark.kills
 def test_leaving_by_an_error_asks_calls_to_stop(jobs, tmp_path):
     path = tmp_path / "stopped"
 
@@ -609,7 +607,6 @@ def get_comparison(arg=""):
 
 # In the ordinary run one that is stopped goes on, and the command writes the report of a whole one.
 @pytest.mark.long
-@pytest.mark.kills
 def test_a_killed_comparison_goes_on_to_the_same_table(tmp_path):
     (tmp_path / "small.py").write_text(COMPARED)
 

@@ -563,7 +563,7 @@ def worked():
     assert set(multiprocessing.active_children()) == before
 
 
-@pytest.mark.kills
+@pytest.mark.once
 def test_a_worker_that_dies_ends_the_training_with_a_sentence(worked):
     batches, worker = worked
     worker.kill()
@@ -578,7 +578,7 @@ def large_message(index):
     return {"x": bytes([index]) * 1_000_000}
 
 
-@pytest.mark.kills
+@pytest.mark.once
 def test_a_worker_that_dies_in_the_middle_of_a_message_ends_the_training_too(monkeypatch):
     monkeypatch.setattr(batches_module, "GRACE_S", 2.0)
     before = set(multiprocessing.active_children())
@@ -593,7 +593,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_message_ends_the_training_too(mon
     assert set(multiprocessing.active_children()) == before
 
 
-@pytest.mark.kills
+@pytest.mark.once
 def test_a_worker_that_hangs_ends_the_training_with_a_sentence(worked, monkeypatch):
     batches, worker = worked
     monkeypatch.setattr(batches_module, "HANG_S", 1.0)

@@ -18,6 +18,8 @@ from repopt_jax.core.scales import LayerScales, Scales, ScalesMetadata
 from repopt_jax.train import build
 from repopt_jax.train.rundir import read_records
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 INFO = data.DatasetInfo(
     name="made up", class_names=("a", "b"), channels=1, image_shape=None, num_train=50, num_eval=37

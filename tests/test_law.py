@@ -34,6 +34,8 @@ from repopt_jax.train.config import load_config
 from repopt_jax.train.optimizer import make_schedule
 from repopt_jax.train.searchlaw import describe_lambda, search_law
 
+pytestmark = pytest.mark.once
+
 # The branches of the three layers: published ones; two decayed vectors and an average; none decayed.
 BRANCHES = {
     "first": [Kernel((3, 3)), Kernel((1, 1)), Identity()],

@@ -18,6 +18,8 @@ from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.loggers import Session, TensorBoard, numbers
 from repopt_jax.train.rundir import read_records
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 
 

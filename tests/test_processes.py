@@ -21,6 +21,8 @@ from repopt_jax import train
 from repopt_jax.train import processes
 from repopt_jax.train.rundir import read_records
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -164,7 +166,6 @@ def test_two_processes_leave_the_run_of_one(digits, tmp_path, repopt, in_one_pro
     assert (summary["steps"], summary["test_count"], summary["finished"]) == (12, 20, True)
 
 
-@pytest.mark.kills
 def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_process):
     """SIGTERM to one of them; the run is finished by one process on four devices."""
     from repopt_jax.cli.main import main
@@ -187,7 +188,6 @@ def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_pro
     assert json.loads((out / "summary.json").read_text())["steps"] == epochs * 4
 
 
-@pytest.mark.kills
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_process_of_a_job_that_is_gone_ends_the_other(digits, tmp_path, repopt, number):
     """One that hangs sends no heartbeats; the other one says that it is gone."""
@@ -204,7 +204,6 @@ def test_a_process_of_a_job_that_is_gone_ends_the_other(digits, tmp_path, repopt
 
 # The test above has this, and the next one, of a job that does not train.
 @pytest.mark.long
-@pytest.mark.kills
 def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_process):
     """In a run that one process began, two went on with, and one finishes."""
     from repopt_jax.cli.main import main
@@ -226,7 +225,6 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
 
 
 @pytest.mark.long
-@pytest.mark.kills
 def test_a_process_that_hangs_ends_the_other(digits, tmp_path, repopt):
     """Stopped, it sends no heartbeats; the other one says that it is gone."""
     endless = ("--config.epochs=4000", "--config.checkpoint_every=10000", "--config.eval_every=4000")
@@ -243,7 +241,6 @@ def test_a_process_that_hangs_ends_the_other(digits, tmp_path, repopt):
 
 
 @pytest.mark.long
-@pytest.mark.kills
 def test_a_process_that_dies_in_a_save_ends_the_other(digits, tmp_path, repopt):
     """There it is noticed by its heartbeats."""
     often = ("--config.epochs=400", "--config.checkpoint_every=1")

@@ -176,6 +176,7 @@ def test_a_run_from_scratch_deploys_what_it_trained(tmp_path, aware_run):
     assert train.run(config, run, progress=False).reused
 
 
+@pytest.mark.once
 def test_a_stopped_run_goes_on_as_an_unbroken_one(tmp_path, aware_run):
     config, unbroken, _ = aware_run
     asked = iter([False] * 8 + [True] * 100)

@@ -19,6 +19,8 @@ from repopt_jax.report.comparison import Comparison
 from repopt_jax.report.statistics import difference, standard_error
 from repopt_jax.train.config import Config, ModelConfig
 
+pytestmark = pytest.mark.once
+
 PNG = b"\x89PNG\r\n\x1a\n"
 DEPLOYED = {
     "max_abs": 1e-6,

@@ -85,7 +85,7 @@ KILLS = (
 OFTEN = tuple(kill for kill in KILLS if kill[0] in ("evaluation", "renaming", "manifest"))
 
 
-@pytest.mark.kills
+@pytest.mark.once
 @pytest.mark.parametrize("kills", [OFTEN, pytest.param(KILLS, marks=pytest.mark.long)], ids=["some", "all"])
 def test_run_killed_again_and_again_ends_the_same(digits, tmp_path, unbroken, caplog, kills):
     run_dir = tmp_path / "run"
@@ -118,7 +118,7 @@ def test_run_whose_first_save_was_killed_begins_again(tmp_path, caplog):
     assert message.endswith("goes on from its beginning")
 
 
-@pytest.mark.kills
+@pytest.mark.once
 @pytest.mark.long
 def test_twenty_runs_killed_at_random_moments(digits, tmp_path):
     seed = 20260101
@@ -170,6 +170,7 @@ def test_run_stopped_again_and_again_ends_the_same(digits, tmp_path, unbroken):
     assert checkpoints_in(run_dir) == checkpoints_in(unbroken)
 
 
+@pytest.mark.once
 def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path):
     """In a step: see the command line's tests. How a run goes on from there: see `STOPS`."""
     asked = []
@@ -190,6 +191,7 @@ def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path):
 
 
 # Ctrl-C in a process of its own: see the command line's tests.
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
@@ -242,6 +244,7 @@ def test_outside_the_main_thread_nothing_is_caught():
     assert found == [False]
 
 
+@pytest.mark.once
 def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path):
     """A second Ctrl-C. A run that was killed at such a moment goes on above."""
 
@@ -296,6 +299,7 @@ def spoil_the_manifest(folder):
 DAMAGE = (truncate, flip, lose_a_file, lose_the_manifest, spoil_the_manifest)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, stopped, caplog, damage):
     run_dir = copied(stopped, tmp_path)
@@ -349,6 +353,7 @@ def test_where_all_checkpoints_are_damaged_training_on_is_not_the_advice(tmp_pat
         reader.find(asked)
 
 
+@pytest.mark.once
 def test_run_with_a_damaged_checkpoint_ends_the_same(digits, tmp_path, stopped, unbroken):
     run_dir = copied(stopped, tmp_path)
     flip(run_dir / "checkpoints" / "9")
@@ -411,6 +416,7 @@ def test_what_stays_does_not_hang_on_where_a_run_was_broken(saves, last, best):
     assert set(there) == kept(regular, scores, last=last, best=best)
 
 
+@pytest.mark.once
 def test_best_and_last_are_kept_also_of_a_broken_run(digits, tmp_path):
     """The evaluations, after steps 6, 12 and 18, fall on checkpoints because the best are to be kept."""
     config = tiny_config("plain", digits, keep_last=1, keep_best=1)
@@ -517,6 +523,7 @@ def test_random_keys_and_position_come_back(tmp_path):
     assert found.ema["params"]["w"].shape == (2, 2)
 
 
+@pytest.mark.once
 def test_error_of_a_save_comes_out_once_and_keeps_the_one_before(digits, tmp_path, monkeypatch, unbroken):
     write = checkpoint.write_manifest
 
@@ -540,7 +547,7 @@ def test_error_of_a_save_comes_out_once_and_keeps_the_one_before(digits, tmp_pat
 
 # In the ordinary run the test above and the one of a full file system have its parts.
 @pytest.mark.long
-@pytest.mark.kills
+@pytest.mark.once
 def test_full_disk_ends_with_one_sentence(digits, tmp_path, unbroken):
     done = killed(tmp_path / "run", digits, "limit", 8)
     assert done.returncode == 1
@@ -606,6 +613,7 @@ def test_folder_that_became_read_only(tmp_path):
         assert checkpoints.latest == 2
 
 
+@pytest.mark.once
 def test_log_that_cannot_be_written(digits, tmp_path, monkeypatch, unbroken):
     def fill(writer, record):
         if record["step"] == 9:

@@ -35,6 +35,8 @@ from repopt_jax.train import checkpoint, lock
 from repopt_jax.train.checkpoint import Checkpoints
 from repopt_jax.train.rundir import RunFolder, check_records, read_records, summarize
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def stopped(digits, tmp_path_factory):
@@ -165,7 +167,6 @@ def holder(tmp_path):
             process.kill()
 
 
-@pytest.mark.kills
 def test_what_a_killed_owner_left_is_taken_over_and_one_that_was_stopped_keeps_it(tmp_path, holder, caplog):
     folder = tmp_path / "run"
     os.kill(holder.pid, signal.SIGSTOP)
@@ -197,7 +198,6 @@ with held(Path(sys.argv[1])) as own:
 """
 
 
-@pytest.mark.kills
 @pytest.mark.parametrize("ends", [True, False])
 def test_processes_that_a_killed_owner_started_end_first(tmp_path, caplog, monkeypatch, ends):
     """The child reads the same standard input, and ends when that does: when the lock is waited for."""
