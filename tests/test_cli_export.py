@@ -1,7 +1,6 @@
 """The commands that make and use files: `repopt export`, and `eval` and `predict` of what it wrote."""
 
 import collections
-import functools
 import html
 import json
 import re
@@ -249,26 +248,13 @@ def test_int8_is_measured_beside_float32(capsys, runs, name, weights, tmp_path):
     assert largest == (127 if weights == "full" else 63)
 
 
-@pytest.fixture(scope="module")
-def quantized(runs):
-    """Bits -> the folder of the classifier quantized so, with scales of three significant bits."""
-
-    @functools.cache
-    def made(bits):
-        folder = runs / f"quantized-{bits}"
-        options = [f"--bits={bits}", "--scale-bits=3", "--images=16"]
-        assert main(["quantize", f"--run={runs / 'pets'}", f"--out={folder}", *options]) == 0
-        return folder
-
-    return made
-
-
 @pytest.mark.parametrize("command", ["export", "quantize"])
-def test_short_scales_reach_the_file(capsys, runs, quantized, command, tmp_path):
+def test_short_scales_reach_the_file(capsys, runs, command, tmp_path):
     source, out, option = runs / "pets", tmp_path / "int8.onnx", "--scale-bits=3"
     if command == "quantize":
-        source = quantized(4)
-        assert quantizers(deploy.load_any(source).model)["head"].scheme == Scheme(4, scale_bits=3)
+        source = tmp_path / "quantized"
+        run(capsys, "quantize", f"--run={runs / 'pets'}", f"--out={source}", "--images=16", option)
+        assert quantizers(deploy.load_any(source).model)["head"].scheme == Scheme(scale_bits=3)
         option = ""
     run(capsys, "export", f"--run={source}", "--format=onnx-int8", f"--out={out}", *filter(None, [option]))
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(out).graph.initializer}
@@ -280,8 +266,9 @@ def test_short_scales_reach_the_file(capsys, runs, quantized, command, tmp_path)
 
 
 @pytest.mark.parametrize("bits", tiers.often([8, 4], 4))
-def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, quantized, bits, tmp_path):
-    folder, out = quantized(bits), tmp_path / "int8.onnx"
+def test_a_quantized_folder_is_exported_as_it_is(capsys, runs, bits, tmp_path):
+    folder, out = tmp_path / "quantized", tmp_path / "int8.onnx"
+    run(capsys, "quantize", f"--run={runs / 'pets'}", f"--out={folder}", f"--bits={bits}", "--images=16")
     said = run(capsys, "export", f"--run={folder}", "--format=onnx-int8", f"--out={out}")
     assert not [line for line in said if line.startswith("Ranges")]
     (of_network,), (of_file,) = (
