@@ -4,8 +4,8 @@
     python scripts/notebooks.py own_network  # or by name
 
 Each runs from top to bottom, in a process of its own and an empty folder. Neither times nor anything about
-the machine is stored. `pytest tests/test_notebooks.py` compares what is stored with what comes out. Needs the
-extra `test`.
+the machine is stored. `pytest -m "" tests/test_notebooks.py` compares what is stored with what comes out.
+Needs the extra `test`.
 """
 
 import sys
