@@ -12,7 +12,6 @@ import nbformat
 import program_cache
 import programs
 import pytest
-import tiers
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).parents[1]
@@ -64,11 +63,9 @@ def as_in_use(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", program_cache.flags_in_use(os.environ))
 
 
-# The others are `long`: they take a minute each, and this one has the most of the library in it.
+@pytest.mark.long  # a minute each; that a notebook is complete is looked at every time
 @pytest.mark.usefixtures("as_in_use")
-@pytest.mark.parametrize(
-    "path", tiers.often([pytest.param(path, id=path.stem) for path in NOTEBOOKS], "pytorch_to_int8")
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_is_stored_is_what_comes_out(path, tmp_path):
     stored = read(path)
     strict = nbformat.from_dict(stored)

@@ -72,6 +72,7 @@ def test_every_question_has_something_to_run():
         assert number == 0 or "https://github.com/" in text, f"question {number} names no thread"
 
 
+@pytest.mark.once
 def test_the_lines_that_need_no_run_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names, checked = {}, []
