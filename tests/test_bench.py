@@ -25,6 +25,8 @@ from repopt_jax.core.published import default_branches
 from repopt_jax.train.config import OptimConfig
 from repopt_jax.train.optimizer import make_optimizer
 
+pytestmark = pytest.mark.once
+
 TINY = Settings(model="vgg-digits", size=8, batches=(4,), rounds=3, classes=10)
 
 

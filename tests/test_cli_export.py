@@ -22,6 +22,8 @@ from repopt_jax.export import runtime
 from repopt_jax.models import registry
 from repopt_jax.quantize import Scheme, quantizers
 
+pytestmark = pytest.mark.once
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 

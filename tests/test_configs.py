@@ -25,6 +25,8 @@ from repopt_jax.train.optimizer import make_schedule
 from repopt_jax.train.state import make_mesh
 from repopt_jax.train.tasks import cross_entropy, mixed_cross_entropy
 
+pytestmark = pytest.mark.once
+
 FILES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
 

@@ -17,6 +17,8 @@ from repopt_jax.surgery import custom_l2
 from repopt_jax.train import build
 from repopt_jax.train.state import make_mesh, put_batch
 
+pytestmark = pytest.mark.once
+
 
 def network(size=3, *, stride=1, groups=1, inputs=4):
     conv = functools.partial(nnx.Conv, padding=size // 2, feature_group_count=groups, use_bias=False)

@@ -43,6 +43,8 @@ from torch_pickles import (
 from repopt_jax.interop import checkpoints, pickles
 from repopt_jax.interop.files import read_tensors, write_safetensors, write_torch
 
+pytestmark = pytest.mark.once
+
 SIX = np.arange(6, dtype=np.float32).reshape(2, 3)
 TWO = np.array([7, 8])
 

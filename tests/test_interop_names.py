@@ -21,6 +21,8 @@ from repopt_jax.models import GhostRow, GhostVariant, MobileOneVariant, RepMLPVa
 from repopt_jax.nn.block import block
 from repopt_jax.surgery.modules import named_modules
 
+pytestmark = pytest.mark.once
+
 VGG = VGGVariant("tiny", (2, 1, 1, 1), (4, 4, 4, 6, 8))
 VGG_SE = VGGVariant("tiny-se", (1, 1, 1, 1), (16, 16, 16, 16, 16), pre_se=16)
 ONE = MobileOneVariant("tiny", (4, 4, 4, 4, 32), 2, (1, 1, 1, 2), (0, 0, 0, 1))

@@ -11,6 +11,8 @@ import pytest
 
 import repopt_jax
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(repopt_jax.__file__).parent
 
 # A package folder is one entry: its modules may import one another. Optimizers know no layers and layers know

@@ -26,6 +26,8 @@ from repopt_jax.quantize import (
 from repopt_jax.quantize.layers import Scheme, quantized_input, quantized_kernel
 from repopt_jax.quantize.sensitivity import Noise
 
+pytestmark = pytest.mark.once
+
 
 class Deep(nnx.Module):
     """(batch, 6, 6, 3) -> (batch, 5): four convolutions and a dense layer."""

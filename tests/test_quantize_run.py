@@ -27,6 +27,8 @@ from repopt_jax.quantize import find_quantizable, quantizers
 from repopt_jax.report import quantization
 from repopt_jax.report.figures import png
 
+pytestmark = pytest.mark.once
+
 LAYERS = [f"stages/{stage}/{block}/conv" for stage, block in ((0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0))]
 
 

@@ -22,6 +22,8 @@ from repopt_jax.train import build
 from repopt_jax.train.rules import validate
 from repopt_jax.train.state import make_mesh, put_batch
 
+pytestmark = pytest.mark.once
+
 # Six steps an epoch, 360 in all. A row needs about (1 - momentum) / (rate * strength) steps to become zero.
 EPOCHS, RATE = 60, 0.1
 SETTINGS = {
@@ -108,7 +110,6 @@ def test_log_has_what_the_masks_come_to(pruned):
     assert choices[-1]["masked"] == done.masked
 
 
-@pytest.mark.once
 def test_a_stopped_pruning_ends_the_same(source, pruned, tmp_path):
     """After a step with new masks, and after one without; the records of masks are resumed as well."""
     folder, done = pruned
@@ -282,7 +283,6 @@ def test_command_line_tells_what_it_came_to_and_the_network_is_evaluated(source,
     assert accuracy in capfd.readouterr().out
 
 
-@pytest.mark.once
 def test_command_line_refuses_in_one_sentence(source, tmp_path, capfd):
     out = f"--out={tmp_path}/out"
     told_in_one_sentence(capfd, ["prune", f"--run={tmp_path}", out], "holds no run")
