@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import often
+import tiers
 from twins import LAYERS, MIXING, assert_close, problem, relative
 
 from repopt_jax.core.published import default_branches
@@ -62,7 +62,7 @@ def expected(rule):
 
 
 # Adam with its options, and Lion. The others have other numbers, and the clipping is in `test_optim`.
-@pytest.mark.parametrize("rule", often(RULES, "nadamw, eps_root 1e-4", "lion"))
+@pytest.mark.parametrize("rule", tiers.often(RULES, "nadamw, eps_root 1e-4", "lion"))
 def test_every_layer_ends_as_its_branches_do(x64, rule):
     p = everything()
     assert relative({n: k["kernel"] for n, k in p.start().items() if n in p.weights}, expected(rule)) > 0.05

@@ -147,7 +147,7 @@ def abstract():
 
 
 # Built by `pytest -m long`: they differ from others in the size of their network, or in what it begins with.
-RARELY = (
+SELDOM = (
     *("cifar100:B2", "cifar100:L1", "cifar100:L2"),
     *(f"cifar10_deep:{way}" for way in ("init", "depth", "normalised", "transferred")),
     *(f"deep_digits:{way}" for way in ("init", "depth", "repopt", "normalised", "transferred", "search")),
@@ -160,7 +160,7 @@ RARELY = (
 )
 
 
-@pytest.mark.parametrize("run", tiers.often(RUNS, *set(RUNS).difference(RARELY)))
+@pytest.mark.parametrize("run", tiers.seldom(RUNS, *SELDOM))
 def test_every_config_builds_at_full_size(run, abstract):
     config, _, _, state = abstract(run)
     if run in PARAMETERS:

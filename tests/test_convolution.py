@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 import tolerances
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from networks import abstract
-from tiers import often
 
 from repopt_jax import Geometry, fast_on_cpu, find_layers, fuse, models, nn, to_search
 from repopt_jax.core.published import repvgg
@@ -342,7 +342,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "platform"), often(STEPS, *OFTEN))
+@pytest.mark.parametrize(("name", "platform"), tiers.often(STEPS, *OFTEN))
 def test_other_platforms_see_the_same_text_of_a_whole_step(name, platform):
     """Of the search of a network."""
     model = abstract(lambda rngs: to_search(models.create(name, num_classes=3, rngs=rngs), rngs=rngs))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 from flax import nnx
 from networks import (
     abstract,
@@ -18,7 +19,6 @@ from networks import (
     relative,
 )
 from networks import run as run_model
-from tiers import often
 
 from repopt_jax import extract_scales, fuse, load_scales, save_scales, verify_equivalence
 from repopt_jax.core.scales import Scales
@@ -85,7 +85,7 @@ def test_the_face_detector_is_the_one_asked_for():
     assert [part.shape for part in outputs] == [(2, count, 1), (2, count, 4), (2, count), (2, count, 5, 2)]
 
 
-@pytest.mark.parametrize("name", often(DETECTORS, "face", "efficientrep-N", "scenes"))
+@pytest.mark.parametrize("name", tiers.often(DETECTORS, "face", "efficientrep-N", "scenes"))
 def test_locations_are_those_of_the_outputs_at_odd_sizes(name):
     model = abstract(FCOS, DETECTORS[name], num_classes=2, in_channels=1)
     for size in ((65, 130), (31, 97)):

@@ -103,12 +103,12 @@ def test_what_a_logger_does_with_a_record_changes_nothing(tmp_path):
     assert record["loss"] == 1.0
 
 
-def test_a_run_that_goes_on_says_where(digits, tmp_path):
+def test_a_run_that_goes_on_says_where(digits, tmp_path, unbroken):
     first, second, out = Own(), Own(), tmp_path / "run"
-    config = tiny_config("plain", digits)
-    train.run(config, out, progress=False, stop=stop_after_step(9), loggers=[first])
+    train.run(killed_config(digits), out, progress=False, stop=stop_after_step(9), loggers=[first])
     assert first.calls[-1] == "close"
-    train.run(config, out, progress=False, loggers=[second])
+    train.run(killed_config(digits), out, progress=False, loggers=[second])
+    assert_same_run(out, unbroken)
     assert second.session.step == 9
     assert first.records + second.records == logged(out)
     assert {record["step"] > 9 for record in second.records} == {True}

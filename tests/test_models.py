@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 from flax import nnx
 from networks import abstract, count, deployed_count, made_ready, parameter_shapes, relative, values
-from tiers import often
 
 from repopt_jax import Mode, depth_scales, extract_scales, models, prepare
 from repopt_jax.models import VGG_VARIANTS, VGGVariant, registry, vgg
@@ -138,7 +138,7 @@ def test_a_network_of_ones_own(monkeypatch):
 
 
 # A plain one, a grouped one, and the one with squeeze-and-excitation.
-@pytest.mark.parametrize("name", often(REPVGG, "A0", "B1g4", "D2se"))
+@pytest.mark.parametrize("name", tiers.often(REPVGG, "A0", "B1g4", "D2se"))
 def test_repvgg_has_the_published_number_of_parameters(name):
     model = network(VGG_VARIANTS[name], "repvgg", num_classes=1000)
     assert (count(model), deployed_count(model)) == REPVGG[name]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 from flax import nnx
 from networks import (
     abstract,
@@ -24,7 +25,6 @@ from networks import (
     settled,
     values,
 )
-from tiers import often
 
 from repopt_jax import depth_scales, extract_scales, fuse, nn, prepare, reinitialize, verify_equivalence
 from repopt_jax.models import GHOST_VARIANTS, GhostRow, GhostVariant, ghostnet
@@ -101,7 +101,7 @@ def with_dropout(mode, variant=TINY):
     return model
 
 
-@pytest.mark.parametrize("name", often(PUBLISHED, "0.5"))
+@pytest.mark.parametrize("name", tiers.often(PUBLISHED, "0.5"))
 def test_published_numbers_of_parameters(name):
     rep, plain = (full(name, mode) for mode in ("repghost", "plain"))
     authors = deployed_count(rep, only=(nn.Branched,))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 from flax import nnx
 from networks import (
     abstract,
@@ -22,7 +23,6 @@ from networks import (
     run,
     settled,
 )
-from tiers import often
 
 from repopt_jax import Geometry, fuse, to_structure
 from repopt_jax.core import published
@@ -54,7 +54,7 @@ def network(variant, mode="mobileone", **options):
 
 
 # The one with several copies of a convolution, and the one with squeeze-and-excitation.
-@pytest.mark.parametrize("name", often(PUBLISHED, "s0", "s4"))
+@pytest.mark.parametrize("name", tiers.often(PUBLISHED, "s0", "s4"))
 def test_published_numbers_of_parameters(name):
     model = network(MOBILEONE_VARIANTS[name], num_classes=1000)
     assert (count(model), deployed_count(model)) == PUBLISHED[name]

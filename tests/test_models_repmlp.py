@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 import tolerances
 from flax import nnx
 from networks import (
@@ -22,7 +23,6 @@ from networks import (
     run,
     settled,
 )
-from tiers import often
 
 from repopt_jax import extract_scales, fuse, prepare, to_structure, verify_equivalence
 from repopt_jax.core.branches import Kernel, Local
@@ -54,7 +54,7 @@ def network(variant=TINY, mode="repmlp", **options):
     return made_ready(RepMLPNet, mode, variant, **{"num_classes": 5, **options})
 
 
-@pytest.mark.parametrize("name", often(PUBLISHED, "T224"))
+@pytest.mark.parametrize("name", tiers.often(PUBLISHED, "T224"))
 def test_published_numbers_of_parameters(name):
     model = network(REPMLP_VARIANTS[name], num_classes=1000)
     assert (count(model), deployed_count(model, only=(Branched,))) == PUBLISHED[name]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 from flax import nnx
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
@@ -20,8 +21,7 @@ from optax import contrib
 from orbax.checkpoint import v1 as ocp
 from test_structure import structures as drawn_structures
 from test_structure import without_norm
-from tiers import often
-from twins import assert_close, problem, relative, slow_merge, train
+from twins import LIGHT, assert_close, problem, relative, slow_merge, train
 
 from repopt_jax import (
     BranchSet,
@@ -80,18 +80,7 @@ INNER = {
 
 
 # A layer of each kind, and five of them that have least in common.
-EVERY = (
-    "3x3+1x1+identity",
-    "depthwise",
-    "dense",
-    "PyTorch layout",
-    "stacked",
-    "average pooling",
-    "stacked averages",
-    "fixed 1x1, then 3x3",
-    "inside maps",
-    "ACNet + dilated",
-)
+EVERY = (*LIGHT, "inside maps", "ACNet + dilated")
 UNLIKE = ("3x3+1x1+identity", "PyTorch layout", "stacked averages", "fixed 1x1, then 3x3", "inside maps")
 
 
@@ -120,7 +109,7 @@ def trained_twin(p, tx):
     return jax.jit(merged)(train(tx, start, loss, p.batches))
 
 
-@pytest.mark.parametrize("name", often(INNER, "nesterov"))
+@pytest.mark.parametrize("name", tiers.often(INNER, "nesterov"))
 def test_scales_are_trained_as_in_the_branches(x64, name):
     p = layers()
     expected = trained_twin(p, INNER[name]())
@@ -256,7 +245,7 @@ OFTEN = ("online-nesterov", "orepa-adamw")
 WAYS = [pytest.param(s, name, id=f"{s}-{name}") for name in INNER for s in ("online", "orepa")]
 
 
-@pytest.mark.parametrize(("structure", "name"), often(WAYS, *OFTEN))
+@pytest.mark.parametrize(("structure", "name"), tiers.often(WAYS, *OFTEN))
 def test_in_the_optimizer_as_in_the_network(x64, structure, name):
     """Parameters and running statistics, with decay of what the structure decays."""
     description = repopt if structure == "online" else orepa
@@ -397,7 +386,7 @@ def moved_by(one, theta):
     return flat, lambda x: one.merge(theta | {"weights": theta["weights"] | back(x)}).ravel()
 
 
-@hypothesis.settings(max_examples=int(os.environ.get("REPOPT_EXAMPLES", "4")), deadline=None)
+@hypothesis.settings(max_examples=int(os.environ.get("REPOPT_EXAMPLES", "8")), deadline=None)
 @hypothesis.given(parametrizations(), st.integers(0, 1000))
 @jax.enable_x64(True)
 def test_a_drawn_structure_is_split_by_the_least_change(one, seed):
@@ -549,7 +538,7 @@ def split_twice():
     return structures, online, kept, theta, branches_of(trained(), structures, near=nnx.Rngs(2))
 
 
-@pytest.mark.parametrize("name", often(INNER, "nesterov"))
+@pytest.mark.parametrize("name", tiers.often(INNER, "nesterov"))
 def test_training_on_in_the_optimizer_is_that_in_the_network(x64, name):
     """From kernels that are kept: both split them alike."""
     structures, online, kept, theta, other = split_twice()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiers import often
+import tiers
 from twins import assert_close
 
 from repopt_jax.core.branches import Average, BranchSet, Identity, Kernel
@@ -45,7 +45,7 @@ WITH_A_NUMBER = OPTIMIZERS | {
 PLACED_ONLY = ("repopt_adamw, published", "repopt_sign_mask")  # refuse branches that mix taps
 # They are wrapped as the other two inners of `reparameterize` are.
 SELDOM = ("reparameterize(adafactor)", "reparameterize(lamb)")
-every = pytest.mark.parametrize("name", often(OPTIMIZERS, *OPTIMIZERS.keys() - SELDOM))
+every = pytest.mark.parametrize("name", tiers.seldom(OPTIMIZERS, *SELDOM))
 
 
 def setting(name, *, dtype=jnp.float32, width=4, window=(3, 3)):

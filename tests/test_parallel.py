@@ -70,10 +70,7 @@ def test_four_devices_train_as_one(digits, on_one_device, case):
 
 @pytest.mark.parametrize(
     ("k", "case"),
-    [
-        pytest.param(k, case, marks=() if k == OFTEN else pytest.mark.long)
-        for k, case in enumerate(parallel.IN_PROCESSES)
-    ],
+    tiers.often(enumerate(parallel.IN_PROCESSES), (OFTEN, parallel.IN_PROCESSES[OFTEN])),
     ids=str,
 )
 def test_two_processes_train_as_one_device(in_two_processes, on_one_device, k, case):

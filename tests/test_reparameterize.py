@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 from hypothesis import strategies as st
 from optax import contrib
 from test_branches import branch_sets, draw_scales
-from tiers import often
-from twins import assert_close, jacobian, problem, relative, slow_merge
+from twins import LIGHT, assert_close, jacobian, problem, relative, slow_merge
 
 from repopt_jax.core.branches import AfterPointwise, Average, BranchSet, Identity, Kernel
 from repopt_jax.core.parametrization import other_kernels
@@ -68,16 +68,6 @@ INNER = {
     "muon": lambda: contrib.muon(1e-2),
     "kronecker": lambda: kronecker(1e-2),
 }
-LIGHT = (
-    "3x3+1x1+identity",
-    "depthwise",
-    "dense",
-    "PyTorch layout",
-    "stacked",
-    "average pooling",
-    "fixed 1x1, then 3x3",
-    "stacked averages",
-)
 
 
 @functools.cache
@@ -94,7 +84,7 @@ def expected(name):
 OFTEN = ("nesterov", "adamw, clipped", "lamb")
 
 
-@pytest.mark.parametrize("name", often(INNER, *OFTEN))
+@pytest.mark.parametrize("name", tiers.often(INNER, *OFTEN))
 def test_every_layer_ends_as_its_branches_do(x64, name):
     p = everything()
     assert relative({n: p.start()[n]["kernel"] for n in p.weights}, expected(name)) > 0.05
@@ -104,7 +94,7 @@ def test_every_layer_ends_as_its_branches_do(x64, name):
 
 @pytest.mark.parametrize(
     "name",
-    often(("adam", "adamw, clipped", "lion", "adafactor", "muon", "kronecker"), "adamw, clipped"),
+    tiers.often(("adam", "adamw, clipped", "lion", "adafactor", "muon", "kronecker"), "adamw, clipped"),
 )
 def test_the_mask_alone_is_not_enough(x64, name):
     """The same optimizers behind `repopt_mask`: another training."""

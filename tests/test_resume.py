@@ -171,8 +171,8 @@ def test_run_stopped_again_and_again_ends_the_same(digits, tmp_path, unbroken):
 
 
 @pytest.mark.once
-def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path):
-    """In a step: see the command line's tests. How a run goes on from there: see `STOPS`."""
+def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path, unbroken):
+    """In a step: see the command line's tests."""
     asked = []
 
     with processes.stop_on_signals() as request:
@@ -188,6 +188,8 @@ def test_sigterm_in_an_evaluation_saves_within_ten_seconds(digits, tmp_path):
     assert (done.finished, done.steps) == (False, 6)
     assert [r["kind"] for r in told(tmp_path / "run") if r["step"] == 6] == ["train", "scales"]
     assert request.exit_code == 143
+    train.run(killed_config(digits), tmp_path / "run", progress=False)
+    assert_same_run(tmp_path / "run", unbroken)
 
 
 # Ctrl-C in a process of its own: see the command line's tests.
@@ -245,8 +247,8 @@ def test_outside_the_main_thread_nothing_is_caught():
 
 
 @pytest.mark.once
-def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path):
-    """A second Ctrl-C. A run that was killed at such a moment goes on above."""
+def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path, unbroken):
+    """A second Ctrl-C."""
 
     def press():
         raise KeyboardInterrupt
@@ -256,6 +258,8 @@ def test_interrupt_leaves_the_last_checkpoint_whole(digits, tmp_path):
     assert checkpoints_in(tmp_path / "run") == [4, 8]
     for step in (4, 8):
         assert checkpoint.manifest_problem(tmp_path / "run" / "checkpoints" / str(step)) is None
+    train.run(killed_config(digits), tmp_path / "run", progress=False)
+    assert_same_run(tmp_path / "run", unbroken)
 
 
 # -- damaged

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import slow_structures
+import tiers
 from flax import nnx
 from forms import is_of_small_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import abstract, assert_close, randomised, relative
 from slow_structures import arrays_of, image
-from tiers import often
 
 from repopt_jax import Geometry, Identity, Kernel, Pool, Stage, Structure, nn
 from repopt_jax.core.branches import Average, Frequency, Local
@@ -111,7 +111,7 @@ def defined(layer):
     return found
 
 
-@pytest.mark.parametrize("kind", often(LAYERS, *OFTEN))
+@pytest.mark.parametrize("kind", tiers.often(LAYERS, *OFTEN))
 def test_merged_is_branch_by_branch(x64, kind):
     """Every description that is defined for this layer, compiled in one program."""
     layer = LAYERS[kind]
@@ -168,7 +168,7 @@ def in_training(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    often(
+    tiers.often(
         ("plain", "strided", "grouped", "depthwise", "dilated", "dilated, strided, grouped", "maps"),
         *("plain", "dilated, strided, grouped", "maps"),
     ),
@@ -249,7 +249,7 @@ def without_norm(chain):
     return tuple(dataclasses.replace(s, then="scale") if s.then == "norm" else s for s in chain)
 
 
-@pytest.mark.parametrize("kind", often(LAYERS, *OFTEN))
+@pytest.mark.parametrize("kind", tiers.often(LAYERS, *OFTEN))
 def test_without_norms_the_layer_can_merge_before_it_runs(x64, kind):
     """And its gradients are those of the branches."""
     layer = LAYERS[kind]

@@ -19,9 +19,15 @@ def test_all_but_the_kept_are_long():
     assert [(case.values, len(case.marks)) for case in pairs] == [(("a", 1), 1), (("b", 2), 0)]
 
 
-def test_a_case_that_is_not_there_is_said():
+def test_the_seldom_alone_are_long():
+    cases = tiers.seldom(["a", pytest.param("b", marks=pytest.mark.once), "c"], "b")
+    assert [[mark.name for mark in case.marks] for case in cases] == [[], ["once", "long"], []]
+
+
+@pytest.mark.parametrize("choose", [tiers.often, tiers.seldom])
+def test_a_case_that_is_not_there_is_said(choose):
     with pytest.raises(KeyError, match="no case is called 'depthwise'"):
-        tiers.often(["plain"], "plain", "depthwise")
+        choose(["plain"], "plain", "depthwise")
 
 
 def test_the_first_cases_of_each_test():

@@ -21,10 +21,10 @@ from repopt_jax.surgery.modules import named_modules
 torch = pytest.importorskip("torch")
 
 import forms  # noqa: E402
+import tiers  # noqa: E402
 import torch_blocks as reference  # noqa: E402
 from block_forms import CLASSES, FORMS, Layers, Shape  # noqa: E402
 from networks import abstract  # noqa: E402
-from tiers import often  # noqa: E402
 from torch_forms import VGG, arrays, relative, run_ours, run_torch, tensors  # noqa: E402
 from torch_networks import randomise  # noqa: E402
 from torch_training import (  # noqa: E402
@@ -115,7 +115,7 @@ def image():
 SELDOM = ("dbb, middle", "unireplknet, larger", "orepa, depthwise")
 
 
-@pytest.mark.parametrize("name", often(FORMS, *FORMS.keys() - SELDOM))
+@pytest.mark.parametrize("name", tiers.seldom(FORMS, *SELDOM))
 def test_keys_and_outputs_with_branches_and_deployed(name, x64):
     form = FORMS[name]
     network = drawn(form)
@@ -223,7 +223,7 @@ def farthest(ours, theirs, *, leave=()):
     return max(np.abs(ours[key] - theirs[key]).max() for key in theirs if not key.endswith(leave))
 
 
-@pytest.mark.parametrize("name", often(TRAINED, *TRAINED_OFTEN))
+@pytest.mark.parametrize("name", tiers.often(TRAINED, *TRAINED_OFTEN))
 def test_twenty_steps_of_training(name, x64):
     """Nesterov momentum, decay, batch norm in training mode: every number, running means included."""
     form = FORMS[name]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiers
 from flax import nnx
-from tiers import often
 
 from repopt_jax import depth_scales, reinitialize
 from repopt_jax.core.published import default_branches
@@ -198,7 +198,7 @@ RIGHT = {
 OFTEN = ("repopt_sgd", "adamw", "reparameterize(muon)", "clipping", "MultiSteps")
 
 
-@pytest.mark.parametrize("name", often(RIGHT, *OFTEN))
+@pytest.mark.parametrize("name", tiers.often(RIGHT, *OFTEN))
 def test_right_pairs_of_optimizers(name):
     # A shared layer and batch norm in training mode are in all of them.
     dropout = 0.2 if name in ("repopt_sgd", "reparameterize(lamb)") else 0.0

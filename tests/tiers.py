@@ -14,18 +14,26 @@ def often(cases: Iterable, *kept) -> list:
     kinds. Raises a KeyError for a name that no case has, so that renaming a case does not leave the ordinary
     run without it.
     """
+    return _marked(cases, kept, lambda named: not named)
+
+
+def seldom(cases: Iterable, *long) -> list:
+    """The cases, with the mark `long` on these alone, whose kinds the others have; named as in `often`."""
+    return _marked(cases, long, lambda named: named)
+
+
+def _marked(cases, names, is_long):
     marked, found = [], set()
     for case in cases:
         if not isinstance(case, type(pytest.param())):
             case = pytest.param(*case) if isinstance(case, tuple) else pytest.param(case)
         values, marks, id = case
         name = id or (values[0] if len(values) == 1 else values)
-        if name in kept:
-            found.add(name)
-        else:
+        found.add(name)
+        if is_long(name in names):
             case = pytest.param(*values, id=id, marks=[*marks, pytest.mark.long])
         marked.append(case)
-    if missing := [name for name in kept if name not in found]:
+    if missing := [name for name in names if name not in found]:
         raise KeyError(f"no case is called {', '.join(map(repr, missing))}")
     return marked
 

@@ -60,6 +60,17 @@ LAYERS = {
     ),
 }
 MIXING = ("average pooling", "fixed 1x1, then 3x3", "stacked averages", "inside maps")
+# Those that are cheap to train together: one of each kind of layer, and most kinds of branches.
+LIGHT = (
+    "3x3+1x1+identity",
+    "depthwise",
+    "dense",
+    "PyTorch layout",
+    "stacked",
+    "average pooling",
+    "fixed 1x1, then 3x3",
+    "stacked averages",
+)
 
 
 def mixed_signs(rng, branches):
