@@ -81,7 +81,7 @@ def get_comparison(arg: str = "") -> Comparison:
     ways["repopt"].scales = "search:search"
     if choice == "a0":
         for config in (*ways.values(), *searches.values()):
-            config.model.name = "vgg-cifar-A0-narrow"
+            config.model.name = "vgg-cifar-a0-narrow"
     comparison = Comparison(
         title="CIFAR-10 at a small size" + (", stages of A0" if choice == "a0" else ""),
         ways=ways,

@@ -14,11 +14,11 @@ import pytest
 import tiers
 from flax import nnx
 
-from repopt_jax import data, models, train
+from repopt_jax import data, models, train, userfile
 from repopt_jax.deploy import deploy
 from repopt_jax.models import GhostRow, GhostVariant, VGGVariant
 from repopt_jax.models.registry import NETWORKS
-from repopt_jax.report.comparison import Comparison, smoke_of
+from repopt_jax.report.comparison import Comparison, load_comparison, smoke_of
 from repopt_jax.train import build
 from repopt_jax.train import config as configs
 from repopt_jax.train.optimizer import make_schedule
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.once
 FILES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
-def arguments(file):
-    """What a config file takes, as it says itself."""
+def arguments(file, load=train.load_config):
+    """What a config file takes, as it says itself; `load` is of runs or of comparisons."""
     with pytest.raises(ValueError, match="must be one of") as error:
-        train.load_config(f"{file}:?")
+        load(f"{file}:?")
     return str(error.value).partition("must be one of ")[2].removesuffix(", or that and ',smoke'").split(", ")
 
 
@@ -65,7 +65,7 @@ def somewhere(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
 
     def load(run):
-        config = train.load_config(run)
+        config = train.load_config(run) if isinstance(run, str) else run
         if config.data.source == "folder" and not config.data.data_dir:
             config.data.data_dir = "images"
         if "/" in config.scales:
@@ -81,6 +81,20 @@ def test_every_argument_can_run_on_eight_devices(file, somewhere):
         for option in ("", ",smoke"):
             train.validate(somewhere(f"{file}:{arg}{option}"), device_count=8)
     assert train.load_config(file) in [train.load_config(f"{file}:{arg}") for arg in arguments(file)]
+
+
+COMPARED = [file for file in FILES if userfile.defines(configs.config_file(file), "get_comparison")]
+
+
+@pytest.mark.parametrize("file", COMPARED)
+def test_every_comparison_of_a_file_can_run(file, somewhere):
+    for choice in arguments(file, load_comparison):
+        for option in ("", ",smoke"):
+            comparison = load_comparison(f"{file}:{choice}{option}")
+            for config in (*comparison.ways.values(), *comparison.searches.values()):
+                if config.scales.startswith("search:"):  # before it has run
+                    config.scales, config.scales_mean = "depth", False
+                train.validate(somewhere(config), device_count=8)
 
 
 def test_arguments_are_told_apart():

@@ -4,21 +4,17 @@ import dataclasses
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_configs import FILES, arguments
+from test_configs import COMPARED, FILES, arguments
 
-from repopt_jax import train, userfile
+from repopt_jax import train
 from repopt_jax.cli.main import main
 from repopt_jax.cli.printed import python_file
 from repopt_jax.report.comparison import load_comparison
 from repopt_jax.report.quickstart import comparison_of
 from repopt_jax.surgery.prepare import Mode
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-COMPARED = [name for name in FILES if userfile.defines(CONFIGS / f"{name}.py", "get_comparison")]
 
 
 def printed(capsys, *arguments):
