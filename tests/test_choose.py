@@ -25,6 +25,8 @@ from repopt_jax.surgery.choose import find_classifier, find_structure, find_stru
 from repopt_jax.surgery.fuse import FoldedNorm
 from repopt_jax.surgery.modules import named_modules
 
+pytestmark = pytest.mark.once
+
 PLAIN = Geometry((3, 3), 4, 4)
 CASES = {name: NETWORKS[name] for name in ("ResNet-18", "U-Net", "1-D")} | {"depthwise": DEPTHWISE}
 # Options under which structures have more kinds of branches; `test_structure` runs them without.

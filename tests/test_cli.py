@@ -311,6 +311,7 @@ def test_scales_of_another_architecture(capsys, train, tmp_path):
     assert files(tmp_path / "scales") == before
 
 
+@pytest.mark.once
 def test_scales_that_lack_layers(capsys, place, searched, train, tmp_path):
     small = scales_module.load_scales(searched / "scales")
     entries = dict(small.entries)
@@ -415,6 +416,7 @@ def test_the_traceback_can_be_asked_for(capsys, train, monkeypatch):
 # -- the way from search to deployment
 
 
+@pytest.mark.once
 def test_search_tells_its_verdict_and_the_next_command(capsys, place, searched):
     assert main(["search", f"--config={place}/tiny.py:search", f"--out={searched}"]) == 0
     said = capsys.readouterr().out
@@ -538,6 +540,7 @@ def test_train_eval_deploy_eval(capsys, searched, train, tmp_path):
     assert files(deployed) == before
 
 
+@pytest.mark.once
 def test_verify_a_config(capsys, place):
     """The optimizer of the config, clipping and schedule included, on its own data."""
     arguments = [

@@ -8,6 +8,8 @@ import compiled_text
 import pytest
 from compiled_programs import Case, differences, facts_of
 
+pytestmark = pytest.mark.once
+
 pytest.importorskip("flax", reason="the step is the trainer's")
 
 # data x fsdp = 8, and statistics of each device.

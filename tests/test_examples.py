@@ -124,6 +124,7 @@ def test_the_guide(tmp_path, capsys):
     assert jnp.isfinite(deployed(jnp.ones((1, 8, 8, 1)))).all()
 
 
+@pytest.mark.once
 def test_own_network_in_the_trainer(tmp_path, monkeypatch, capsys):
     """Each command is another program, which does not know the network before it reads the run."""
 

@@ -35,6 +35,8 @@ from repopt_jax.nn.block import ChannelAffine, PreNorm, SharedNorm
 from repopt_jax.surgery import find_layers
 from repopt_jax.surgery.modules import named_modules
 
+pytestmark = pytest.mark.once
+
 # With 1000 classes, counted on the published code: (in training, with the dense layers merged)
 PUBLISHED = {
     "T224": (38_293_608, 38_331_720),

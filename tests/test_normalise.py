@@ -22,6 +22,8 @@ from repopt_jax.train.build import config_check
 from repopt_jax.train.optimizer import make_optimizer
 from repopt_jax.verify import scale_by_layer_means
 
+pytestmark = pytest.mark.once
+
 EXACT = 1e-12  # relative, float64, 50 steps; measured: 9e-16 at most
 WRONG = 1e-2  # measured: without the division at least 0.029, with the decay divided as well at least 0.43
 RATE, DECAY = 0.2, 1e-2

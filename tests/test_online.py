@@ -51,6 +51,8 @@ from repopt_jax.core.published import STRUCTURES, dbb, orepa, repopt
 from repopt_jax.optim import OptimizerError, Reason, check_optimizer
 from repopt_jax.surgery.modules import named_modules
 
+pytestmark = pytest.mark.once
+
 # Relative, in float64, after 50 steps. Measured: at most 3e-14.
 EXACT = 1e-12
 # Of Muon, whose polynomial of the gradient's singular values amplifies rounding. Measured: at most 4.3e-12.

@@ -751,6 +751,7 @@ def test_every_layer_quantizes_as_in_jax(name):
     assert steps <= 1
 
 
+@pytest.mark.once
 def test_short_scales_cost_less_than_a_decibel_and_their_lack_is_seen():
     """The VGG of 14 layers, of nine images; measured: 49.4 dB with them and 49.6 without."""
     case, plain = CASES["VGG, CIFAR"], network("VGG, CIFAR")

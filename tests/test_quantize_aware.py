@@ -26,6 +26,8 @@ from repopt_jax.surgery.searchtree import search_tree
 from repopt_jax.train.build import config_check
 from repopt_jax.train.state import split_model
 
+pytestmark = pytest.mark.once
+
 STEPS = 10
 
 

@@ -158,6 +158,7 @@ STOPS = (
 )
 
 
+@pytest.mark.once
 def test_run_stopped_again_and_again_ends_the_same(digits, tmp_path, unbroken):
     run_dir, config = tmp_path / "run", killed_config(digits)
     for question, step in STOPS:
@@ -675,6 +676,7 @@ def stopped_target(digits, some_scales, tmp_path_factory):
 @pytest.mark.parametrize(
     ("count", "fsdp"), [(2, 1), *(pytest.param(n, 1, marks=pytest.mark.long) for n in (1, 4))]
 )
+@pytest.mark.once
 def test_other_devices_can_resume(digits, tmp_path, monkeypatch, some_scales, stopped_target, count, fsdp):
     run_dir = copied(stopped_target / "stopped", tmp_path)
     mesh = loop.make_mesh(fsdp, devices=jax.devices()[:count])

@@ -21,6 +21,8 @@ from repopt_jax.optim import resrep
 from repopt_jax.surgery import kept_rows, resized
 from repopt_jax.surgery.modules import named_modules
 
+pytestmark = pytest.mark.once
+
 
 def image(*shape):
     return jax.ShapeDtypeStruct((1, *shape), jnp.float32)

@@ -361,6 +361,7 @@ KINDS = {
 }
 
 
+@pytest.mark.once
 def test_drawn_structures():
     """Branch by branch and merged, and where no norm prevents it merged before it runs; and what was drawn
     has everything in it that a structure can have, and a border that can be wrong."""

@@ -37,6 +37,8 @@ from torch_training import (  # noqa: E402
     training_batches,
 )
 
+pytestmark = pytest.mark.once
+
 torch.set_num_threads(1)
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -22,6 +22,8 @@ import tiers  # noqa: E402
 import torch_networks as reference  # noqa: E402
 from torch_forms import FORMS, abstract, arrays, compiled, images, relative, run_ours, run_torch, tensors  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 
 def same_numbers(form, dtype, tolerance):
     network = reference.randomise(form.network().to(getattr(torch, dtype)))

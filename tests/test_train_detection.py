@@ -53,6 +53,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.once
 def test_search_finds_scales_of_the_layers_that_the_network_declares(runs):
     scales = load_scales(runs / "search" / "scales")
     plain = build.make_task(tiny()).new_model(data.open_scenes(num_train=1, num_eval=1).info, seed=0)
