@@ -19,6 +19,8 @@ from repopt_jax.core.scales import LayerScales, Scales
 from repopt_jax.optim import adaptive
 from repopt_jax.optim import sgd as optim
 
+pytestmark = pytest.mark.once
+
 EXACT = 1e-12  # relative, after 50 steps; measured: 1e-15 to 5e-15
 WRONG = 1e-2  # measured: 0.02 (eps in the wrong place) to 2
 

@@ -86,6 +86,7 @@ def test_a_bad_image_ends_a_run_before_its_first_epoch(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.once
 def test_bad_images_can_be_left_out_with_their_count_in_the_log(folder, tmp_path, caplog):
     """The training is that of a folder that never had them."""
     shutil.copytree(folder, tmp_path / "clean")

@@ -323,6 +323,7 @@ def loss_of(model, batch):
     )[0]
 
 
+@pytest.mark.once
 def test_repopt_in_backbone_and_head_is_training_the_branches(trained):
     batches = [batch_of(seed) for seed in range(2)]
     scales = Scales.ones(trained.branch_sets())

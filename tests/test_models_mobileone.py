@@ -206,6 +206,7 @@ def test_mistakes_in_the_sum_would_be_noticed(x64):
         assert relative(block_by_hand(model, x, groups=4, without=part), expected) > WRONG
 
 
+@pytest.mark.once
 def test_a_deployed_network_computes_the_same(x64):
     x = random_input(3, 32, 32, 3)
     model = settled(randomised(network(TINY)), x)
@@ -219,6 +220,7 @@ def test_a_deployed_network_computes_the_same(x64):
     assert relative(logits, run(model, x)) > WRONG
 
 
+@pytest.mark.once
 def test_in_single_precision_too():
     x = random_input(3, 32, 32, 3).astype(np.float32)
     short = dataclasses.replace(TINY, copies=1, pairs=(1, 1, 1, 1))

@@ -197,6 +197,7 @@ def test_a_shared_layer_has_the_union_of_its_ranges():
 
 # The other is `long`: test_onnx.py quantizes a smaller RepMLPNet, and compares every number in it.
 @pytest.mark.parametrize("name", tiers.often(["repghost-digits", "repmlpnet-digits"], "repghost-digits"))
+@pytest.mark.once
 def test_layers_of_other_networks_are_quantized_all(name):
     """Depthwise layers and squeeze-and-excitation; dense layers over tiles, and over everything."""
     model = abstract(models.create, name, num_classes=10, in_channels=1)

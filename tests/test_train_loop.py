@@ -65,6 +65,7 @@ def test_two_steps_of_each_mode(digits, tmp_path, mode, scales):
     assert (tmp_path / "run" / "scales").exists() == (mode == "search")
 
 
+@pytest.mark.once
 def test_learning_happens(digits, tmp_path):
     config = tiny_config(
         "repopt", digits, scales="depth", epochs=12, batch_size=32, data__train_limit=512, checkpoint_every=0
