@@ -424,7 +424,7 @@ def test_what_stays_does_not_hang_on_where_a_run_was_broken(saves, last, best):
 @pytest.mark.once
 def test_best_and_last_are_kept_also_of_a_broken_run(digits, tmp_path):
     """The evaluations, after steps 6, 12 and 18, fall on checkpoints because the best are to be kept."""
-    config = tiny_config("plain", digits, keep_last=1, keep_best=1)
+    config = tiny_config("plain", digits, checkpoint_every=4, keep_last=1, keep_best=1)
     train.run(config, tmp_path / "whole", progress=False)
     for question in (9, 8):
         train.run(config, tmp_path / "broken", progress=False, stop=stop_at(question))
@@ -451,7 +451,7 @@ def test_an_evaluation_that_was_pending_counts_for_what_is_kept(digits, tmp_path
         return record
 
     monkeypatch.setattr(loop, "_evaluate", better_each_time)
-    config = tiny_config("plain", digits, epochs=2, keep_last=1, keep_best=1)
+    config = tiny_config("plain", digits, epochs=2, checkpoint_every=4, keep_last=1, keep_best=1)
     assert not train.run(config, tmp_path, progress=False, stop=stop_at(12 + 4 + 1)).finished
     assert checkpoints_in(tmp_path) == [6, 12]
     assert train.run(config, tmp_path, progress=False).finished
@@ -645,7 +645,9 @@ OTHER_DEVICES = 1e-5
 
 
 def scaled_config(digits, scales_dir, **changes):
-    return tiny_config("repopt", digits, scales=str(scales_dir), optim__ema=0.9, **changes)
+    return tiny_config(
+        "repopt", digits, scales=str(scales_dir), checkpoint_every=4, optim__ema=0.9, **changes
+    )
 
 
 @pytest.fixture(scope="module")

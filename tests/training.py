@@ -38,9 +38,9 @@ for name, last_width in (("tiny", 8), ("tiny-wider", 12)):
 
 
 def tiny_config(mode: str, data_dir: str | Path, **changes) -> train.Config:
-    """Three epochs of six steps; checkpoints every four, inside epochs and inside windows of the log."""
+    """Three epochs of six steps; a checkpoint at the end alone, as one takes a tenth of such a run."""
     config = train.Config(
-        name="tiny", epochs=3, batch_size=8, eval_batch_size=12, log_every=3, checkpoint_every=4
+        name="tiny", epochs=3, batch_size=8, eval_batch_size=12, log_every=3, checkpoint_every=STEPS
     )
     config.model = train.ModelConfig(name="tiny", mode=mode)
     config.data = train.DataConfig(
@@ -54,8 +54,9 @@ def tiny_config(mode: str, data_dir: str | Path, **changes) -> train.Config:
 
 
 def killed_config(data_dir: str | Path, **changes) -> train.Config:
-    """A search, whose log has the statistics of its scales, with moving averages."""
-    return tiny_config("search", data_dir, optim__ema=0.9, **changes)
+    """A search, whose log has the statistics of its scales, with moving averages; checkpoints every four
+    steps, inside epochs and inside windows of the log."""
+    return tiny_config("search", data_dir, **{"optim__ema": 0.9, "checkpoint_every": 4, **changes})
 
 
 def arrays(run_dir):
