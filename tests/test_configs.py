@@ -64,7 +64,7 @@ def somewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
 
-    def load(run):
+    def load(run):  # its name, or its config
         config = train.load_config(run) if isinstance(run, str) else run
         if config.data.source == "folder" and not config.data.data_dir:
             config.data.data_dir = "images"
