@@ -64,22 +64,21 @@ def somewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
 
-    def load(run):  # its name, or its config
-        config = train.load_config(run) if isinstance(run, str) else run
+    def placed(config):
         if config.data.source == "folder" and not config.data.data_dir:
             config.data.data_dir = "images"
         if "/" in config.scales:
             Path(config.scales.removeprefix("transfer:")).mkdir(parents=True, exist_ok=True)
         return config
 
-    return load
+    return placed
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_argument_can_run_on_eight_devices(file, somewhere):
     for arg in arguments(file):
         for option in ("", ",smoke"):
-            train.validate(somewhere(f"{file}:{arg}{option}"), device_count=8)
+            train.validate(somewhere(train.load_config(f"{file}:{arg}{option}")), device_count=8)
     assert train.load_config(file) in [train.load_config(f"{file}:{arg}") for arg in arguments(file)]
 
 
