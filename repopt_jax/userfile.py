@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -68,12 +69,21 @@ def execute(path: Path) -> None:
         pass
 
 
+class _AsScript(importlib.machinery.SourceFileLoader):
+    """Compiles the file each time, as Python does with a script: no folder `__pycache__` is left beside it,
+    and a file that was changed within the second it was written in is not taken for the one before."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 @contextlib.contextmanager
 def _imported(path: Path, what: str) -> Iterator[types.ModuleType]:
     """The file as a module, while modules of its folder can be imported; `what` says what it should be."""
     name = f"repopt_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    loader = _AsScript(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    if spec is None or path.suffix != ".py":
         raise ValueError(f"{path} is not a Python file: {what}")
     module = importlib.util.module_from_spec(spec)
     folder = str(path.absolute().parent)
@@ -82,7 +92,7 @@ def _imported(path: Path, what: str) -> Iterator[types.ModuleType]:
     sys.path.insert(0, folder)
     try:
         with _located(path):
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         yield module
     finally:
         with contextlib.suppress(ValueError):  # the file has changed the list itself

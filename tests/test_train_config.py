@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import os
 import sys
 
 import jax
@@ -374,6 +375,18 @@ def test_a_config_file_must_return_a_config(tmp_path):
     (tmp_path / "mine.py").write_text("def get_config(arg=''):\n    return {}\n")
     with pytest.raises(TypeError, match="returned dict"):
         train.load_config(str(tmp_path / "mine.py"))
+
+
+def test_a_config_file_is_read_each_time_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
+    """Also where it was changed within the second it was written in, to a text of the same length."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "mine.py"
+    for epochs in (3, 4):
+        text = "from repopt_jax import train\ndef get_config(arg): return train.Config(epochs={})"
+        path.write_text(text.format(epochs))
+        os.utime(path, (1, 1))
+        assert train.load_config(str(path)).epochs == epochs
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_quickstart_refuses_before_its_search_what_a_later_run_would():
