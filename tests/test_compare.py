@@ -13,6 +13,7 @@ import threading
 
 import numpy as np
 import pytest
+import training  # noqa: F401 it registers the network "tiny"
 
 from repopt_jax import data
 from repopt_jax.cli.main import main
@@ -35,7 +36,7 @@ RATES = (0.02, 0.2)
 
 def small(mode="plain", scales="", **changes) -> Config:
     config = load_config("digits:plain,smoke")
-    config.model.mode, config.scales = mode, scales
+    config.model.name, config.model.mode, config.scales = "tiny", mode, scales
     return dataclasses.replace(config, **changes)
 
 
