@@ -2,8 +2,6 @@
 
 import ast
 import contextlib
-import importlib.machinery
-import importlib.util
 import inspect
 import sys
 import traceback
@@ -69,30 +67,23 @@ def execute(path: Path) -> None:
         pass
 
 
-class _AsScript(importlib.machinery.SourceFileLoader):
-    """Compiles the file each time, as Python does with a script: no folder `__pycache__` is left beside it,
-    and a file that was changed within the second it was written in is not taken for the one before."""
-
-    def get_code(self, fullname: str) -> types.CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
 @contextlib.contextmanager
 def _imported(path: Path, what: str) -> Iterator[types.ModuleType]:
     """The file as a module, while modules of its folder can be imported; `what` says what it should be."""
-    name = f"repopt_file_{path.stem}"
-    loader = _AsScript(name, str(path))
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    if spec is None or path.suffix != ".py":
+    if path.suffix != ".py":
         raise ValueError(f"{path} is not a Python file: {what}")
-    module = importlib.util.module_from_spec(spec)
+    name = f"repopt_file_{path.stem}"
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
     folder = str(path.absolute().parent)
     before = sys.modules.get(name)
     sys.modules[name] = module  # dataclasses look up their module by name
     sys.path.insert(0, folder)
     try:
         with _located(path):
-            loader.exec_module(module)
+            # As a script and not imported: an import leaves `__pycache__` beside the user's file, and takes
+            # one that was changed within the second it was written in for the one before.
+            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
         yield module
     finally:
         with contextlib.suppress(ValueError):  # the file has changed the list itself

@@ -381,8 +381,8 @@ def test_a_config_file_is_read_each_time_and_nothing_is_left_beside_it(tmp_path,
     """Also where it was changed within the second it was written in, to a text of the same length."""
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "mine.py"
+    text = "from repopt_jax import train\ndef get_config(arg): return train.Config(epochs={})"
     for epochs in (3, 4):
-        text = "from repopt_jax import train\ndef get_config(arg): return train.Config(epochs={})"
         path.write_text(text.format(epochs))
         os.utime(path, (1, 1))
         assert train.load_config(str(path)).epochs == epochs
