@@ -126,6 +126,10 @@ def test_folders_that_hold_no_search_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match=r"line 1 of .* is no record"):
         read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "summary.json").write_text("[]\n")
+    with pytest.raises(ValueError, match=r"summary\.json is damaged: it holds no object"):
+        read_run(tmp_path)
 
 
 def test_records_of_different_vectors_are_refused():

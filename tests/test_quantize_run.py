@@ -31,6 +31,8 @@ pytestmark = pytest.mark.once
 
 LAYERS = [f"stages/{stage}/{block}/conv" for stage, block in ((0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0))]
 
+OPTIONS = Options(bits=4, weight_bits=6, per="tensor", keep_float=2, images=24)
+
 
 def quantized(*args) -> Quantized:
     """`quantize_run` without a training that could be stopped."""
@@ -50,8 +52,7 @@ def run(tmp_path_factory, digits):
 
 @pytest.fixture(scope="module")
 def done(run):
-    options = Options(bits=4, weight_bits=6, per="tensor", keep_float=2, images=24)
-    return quantized(run, run.parent / "quantized", options)
+    return quantized(run, run.parent / "quantized", OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,21 @@ def test_the_record_says_what_was_measured(run, done):
         assert sum(layer.inputs["after"]) == (0 if layer.kept else sum(layer.inputs["before"]))
     assert done.measured is not None
     assert done.measured > 0
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{}", '{"layers": 5}', '{"layers": {"head": 5}}'])
+def test_a_damaged_record_is_refused(run, done, tmp_path, content):
+    shutil.copytree(run.parent / "quantized", folder := tmp_path / "quantized")
+    (folder / "quantize.json").write_text(content)
+    with pytest.raises(ValueError, match=r"quantize\.json is damaged or of another version: .*it lacks "):
+        load_quantized(folder)
+
+
+def test_a_record_that_is_none_is_not_taken_for_another_quantization(run, done, tmp_path):
+    shutil.copytree(run.parent / "quantized", folder := tmp_path / "quantized")
+    (folder / "quantize.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"quantize\.json is damaged"):
+        quantize_run(run, folder, OPTIONS)
 
 
 def _kernels(model):

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from searches import cosine, records, search, train_records
 
-from repopt_jax.report import report
+from repopt_jax.report import quickstart, report
 from repopt_jax.report.compare import Results, WayResult
 from repopt_jax.report.comparison import Comparison
 from repopt_jax.report.statistics import difference, standard_error
 from repopt_jax.train.config import Config, ModelConfig
+from repopt_jax.verify.equivalence import Equivalence
 
 pytestmark = pytest.mark.once
 
@@ -377,3 +378,20 @@ def test_the_page_fits_the_screen(written, tmp_path, width):
     assert title is not None
     assert int(title[1]) <= width  # tables scroll in their own boxes
     assert float(title[2]) >= LEGIBLE
+
+
+def test_an_equivalence_that_is_none_is_made_anew(tmp_path, monkeypatch):
+    """Of the same config it is reused; what is no object of fields ended in an AttributeError."""
+    chains = []
+
+    def verify(config, chain):
+        chains.append(chain)
+        return Equivalence({}, [], 0.0, 1.0, steps=1, tolerance=1e-10)
+
+    monkeypatch.setattr(quickstart, "_verify", verify)
+    path = tmp_path / "equivalence.json"
+    path.write_text("[]")
+    made = quickstart.check_equivalence(Config(), path)
+    assert (len(chains), made["reused"]) == (2, False)
+    assert quickstart.check_equivalence(Config(), path) == {**json.loads(path.read_text()), "reused": True}
+    assert len(chains) == 2

@@ -420,6 +420,7 @@ def load_quantized(directory: str | Path) -> tuple[Trained, Quantized]:
 
     Raises:
       FileNotFoundError: there is none in `directory`.
+      ValueError: its record or its weights are damaged.
     """
     check_path("directory", directory)
     path = Path(directory).expanduser() / RECORD
@@ -431,7 +432,7 @@ def load_quantized(directory: str | Path) -> tuple[Trained, Quantized]:
 def _stored(out_dir: Path, spec: Mapping[str, Any]) -> Quantized | None:
     path = out_dir / RECORD
     if (record := read_json(path)) is not None:
-        if differing := [name for name in spec if record.get(name) != spec[name]]:
+        if isinstance(record, dict) and (differing := [n for n in spec if record.get(n) != spec[n]]):
             raise ValueError(
                 f"`out_dir` {out_dir} holds another quantization (it differs in {', '.join(differing)}): "
                 "choose another folder, or remove that one"
@@ -443,9 +444,13 @@ def _stored(out_dir: Path, spec: Mapping[str, Any]) -> Quantized | None:
     return None
 
 
-def _read(record: Mapping[str, Any], path: Path, *, reused: bool = False) -> Quantized:
-    layers = {p: from_record(QuantizedLayer, layer, path) for p, layer in record["layers"].items()}
-    return from_record(Quantized, dict(record) | {"layers": layers}, path, reused=reused)
+def _read(record: Any, path: Path, *, reused: bool = False) -> Quantized:
+    layers = record.get("layers") if isinstance(record, dict) else None
+    if isinstance(layers, dict):
+        record = record | {
+            "layers": {p: from_record(QuantizedLayer, layer, path) for p, layer in layers.items()}
+        }
+    return from_record(Quantized, record, path, reused=reused)
 
 
 def _layer(

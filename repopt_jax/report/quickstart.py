@@ -205,16 +205,17 @@ def _galleries(results: Results, deployed: Path) -> dict[str, tuple[str, bytes]]
 def check_equivalence(config: Config, path: Path) -> dict[str, Any]:
     """Compares CSLA with `repopt_mask`, with the config's scales on the first training images.
 
-    The result is written to `path`, and reused if it is there. The same check is made with weight decay in
-    the wrong place, which must fail: a check that cannot fail shows nothing.
+    The result is written to `path`, and reused if the one there is of the same config and version. The same
+    check is made with weight decay in the wrong place, which must fail: a check that cannot fail shows
+    nothing.
 
     Returns:
       The fields of `verify.Equivalence` with its two properties, `wrong_order_difference`, `inputs` and
       `reused`.
     """
     inputs = {"config": to_json(config), "version": __version__}
-    stored = read_json(path, default={})
-    if stored.get("inputs") == inputs:
+    stored = read_json(path)
+    if isinstance(stored, dict) and stored.get("inputs") == inputs:
         return stored | {"reused": True}
     right = _verify(config, verify.nesterov_with_decay)
     wrong = _verify(config, _wrong_order)

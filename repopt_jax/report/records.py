@@ -60,13 +60,16 @@ def read_run(run_dir: str | Path) -> Run:
 
     Raises:
       FileNotFoundError: no metrics.jsonl in `run_dir`.
-      ValueError: a line is no record, or the summary is not JSON.
+      ValueError: a line is no record, or the summary is no JSON object.
     """
     directory = Path(run_dir)
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"`run_dir` {directory} has no metrics.jsonl: it holds no run")
-    return Run(directory, read_json(directory / "summary.json", default={}), tuple(read_records(path)))
+    summary = read_json(directory / "summary.json", default={})
+    if not isinstance(summary, dict):
+        raise ValueError(f"{directory / 'summary.json'} is damaged: it holds no object of fields")
+    return Run(directory, summary, tuple(read_records(path)))
 
 
 def read_history(run_dir: str | Path) -> History:
