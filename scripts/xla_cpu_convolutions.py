@@ -14,6 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 ROUNDS = 9
 NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -85,6 +86,8 @@ CASES = [
     ((32, 56, 64, 64, 3, 1, 1), "kernel gradient", "product of shifts, 1 image at a time"),
 ]
 
+CHAINS = [2, 8, 16, 32]  # layers
+
 
 def pass_of(function, name):
     if name == "forward":
@@ -122,8 +125,41 @@ def in_torch(x, w, g, name, stride, groups):
     return lambda: backward(g, x, w, None, strides, half, (1, 1), False, (0, 0), groups, mask)
 
 
+@jax.custom_vjp
+def apart(x, w):
+    """A convolution of which the operands of the kernel's gradient are results of a call."""
+    return conv(x, w, 1, 1)
+
+
+@jax.jit
+def called(x, g):
+    return lax.optimization_barrier((x, g))  # of arguments that are returned as they are, JAX drops the call
+
+
+def gradients_apart(operands, g):
+    x, w = operands
+    of_x = pass_of(functools.partial(conv, stride=1, groups=1), "input gradient")(x, w, g)
+    with set_xla_metadata(inlineable="false"):
+        x, g = called(x, g)
+    return of_x, pass_of(functools.partial(conv, stride=1, groups=1), "kernel gradient")(x, w, g)
+
+
+apart.defvjp(lambda x, w: (conv(x, w, 1, 1), (x, w)), gradients_apart)
+
+
+def chain(convolution):
+    """The gradient of layers x <- max(conv(x) + x, 0) with respect to their kernels."""
+
+    def loss(kernels, x):
+        for w in kernels:
+            x = jnp.maximum(convolution(x, w) + x, 0)
+        return jnp.mean(x * x)
+
+    return jax.grad(loss)
+
+
 def waiting(program, *arguments):
-    program(*arguments).block_until_ready()
+    jax.block_until_ready(program(*arguments))
 
 
 def milliseconds(candidates):
@@ -166,6 +202,23 @@ def main():
         kind = "dense" if groups == 1 else "depthwise" if groups == c else f"{groups} groups"
         layer = f"{kind} {k}x{k}, stride {stride}, {c} to {f} channels, {n} maps of {size}x{size}"
         print(f"| {layer} | {name} | {found[0]} | {found[1]} | {way} | {found[2]} |", flush=True)
+
+    print("\nLayers x <- max(conv(x) + x, 0), 64 channels, 128 maps of 8x8: a step, divided by the layers\n")
+    print("| layers | as it is | operands of the kernels' gradients from a call |")
+    print("|---|---|---|")
+    x = jax.random.normal(jax.random.key(0), (128, 8, 8, 64))
+    for layers in CHAINS:
+        keys = jax.random.split(jax.random.key(1), layers)
+        kernels = [0.02 * jax.random.normal(key, (3, 3, 64, 64)) for key in keys]
+        programs = [
+            jax.jit(chain(convolution)).lower(kernels, x).compile()
+            for convolution in (functools.partial(conv, stride=1, groups=1), apart)
+        ]
+        for a, b in zip(*(program(kernels, x) for program in programs)):
+            if not jnp.max(jnp.abs(a - b)) <= 1e-4 * jnp.max(jnp.abs(a)):
+                raise AssertionError("the gradients differ")
+        found = milliseconds([functools.partial(waiting, program, kernels, x) for program in programs])
+        print(f"| {layers} | {found[0] / layers:.1f} | {found[1] / layers:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -254,7 +255,9 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
         # In the gradient of a kernel the channels are the batch: an axis that lies after the images.
         is_kernel = whole and numbers.lhs_spec[0] > numbers.lhs_spec[1] and outputs <= MAX_TERMS
         enough = min(batch, features) >= MIN_KERNEL_CHANNELS and (outputs == 1 or window >= MIN_POSITIONS)
-        return dense_kernel if is_kernel and enough else by_xla
+        if is_kernel and not enough:
+            return kernel_by_xla
+        return dense_kernel if is_kernel else by_xla
     if groups > 1:
         inputs = rhs.shape[numbers.rhs_spec[1]]
         if inputs * window <= MAX_TERMS and not (strided and dilated):
@@ -284,6 +287,31 @@ def by_xla(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
             pads = (0, 0)
         padding.append(tuple(pads))
     return _XLA.bind(lhs, rhs, **{**params, "padding": tuple(padding)})
+
+
+def kernel_by_xla(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+    """XLA's own convolution for the gradient of a dense kernel, whose operands are computed before it.
+
+    XLA transposes both for it, and fuses the transposition with what they were computed with. In a network
+    with identities beside its layers that is everything back to the first of these, anew in each layer: the
+    step would grow with the square of the depth.
+    """
+    return by_xla(*_computed(lhs, rhs), **params)
+
+
+def _computed(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    """The operands as arrays in memory, with whose computation XLA does not fuse what follows.
+
+    A call that is not inlined keeps them apart. `lax.optimization_barrier` alone does not: on a CPU it is
+    expanded before loops are fused.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return _as_they_are(*operands)
+
+
+@jax.jit
+def _as_they_are(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    return lax.optimization_barrier(operands)  # of operands that are returned as they are, JAX drops the call
 
 
 def by_groups(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
