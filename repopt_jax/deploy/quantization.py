@@ -432,12 +432,13 @@ def load_quantized(directory: str | Path) -> tuple[Trained, Quantized]:
 def _stored(out_dir: Path, spec: Mapping[str, Any]) -> Quantized | None:
     path = out_dir / RECORD
     if (record := read_json(path)) is not None:
-        if isinstance(record, dict) and (differing := [n for n in spec if record.get(n) != spec[n]]):
+        stored = _read(record, path, reused=True)
+        if differing := [name for name in spec if record.get(name) != spec[name]]:
             raise ValueError(
                 f"`out_dir` {out_dir} holds another quantization (it differs in {', '.join(differing)}): "
                 "choose another folder, or remove that one"
             )
-        return _read(record, path, reused=True)
+        return stored
     ours = (RECORD, DEPLOYED, "weights") if (out_dir / (DEPLOYED + PART)).exists() else (DEPLOYED + PART,)
     known = ours if (out_dir / TRAINING).is_dir() or len(ours) > 1 else ()
     refuse_strangers(out_dir, "quantization", lambda name: name == TRAINING or name.startswith(known))

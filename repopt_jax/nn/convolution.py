@@ -253,11 +253,10 @@ def choose(lhs: Any, rhs: Any, params: dict[str, Any], *, whole: bool = True) ->
             large = outputs >= PHASED_OUTPUTS or math.prod(rhs.shape) >= PHASED_WEIGHTS
             return by_phases if large and window > 1 and not strided else by_xla
         # In the gradient of a kernel the channels are the batch: an axis that lies after the images.
-        is_kernel = whole and numbers.lhs_spec[0] > numbers.lhs_spec[1] and outputs <= MAX_TERMS
+        if not (whole and numbers.lhs_spec[0] > numbers.lhs_spec[1] and outputs <= MAX_TERMS):
+            return by_xla
         enough = min(batch, features) >= MIN_KERNEL_CHANNELS and (outputs == 1 or window >= MIN_POSITIONS)
-        if is_kernel and not enough:
-            return kernel_by_xla
-        return dense_kernel if is_kernel else by_xla
+        return dense_kernel if enough else kernel_by_xla
     if groups > 1:
         inputs = rhs.shape[numbers.rhs_spec[1]]
         if inputs * window <= MAX_TERMS and not (strided and dilated):
