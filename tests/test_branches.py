@@ -4,7 +4,6 @@ random."""
 import dataclasses
 import itertools
 import math
-import os
 
 import hypothesis
 import jax
@@ -27,13 +26,6 @@ from repopt_jax.core.branches import (
 from repopt_jax.core.published import default_branches
 
 EXACT = 1e-12  # relative, float64; measured: 5e-15 at most over 500 draws
-
-# Every draw compiles anew, so the ordinary suite takes few; `REPOPT_EXAMPLES=500 pytest
-# tests/test_branches.py` takes more.
-hypothesis.settings.register_profile(
-    "repopt", deadline=None, max_examples=int(os.environ.get("REPOPT_EXAMPLES", "8")), derandomize=True
-)
-hypothesis.settings.load_profile("repopt")
 
 
 @st.composite

@@ -103,17 +103,6 @@ def test_what_a_logger_does_with_a_record_changes_nothing(tmp_path):
     assert record["loss"] == 1.0
 
 
-def test_a_run_that_goes_on_says_where(digits, tmp_path, unbroken):
-    first, second, out = Own(), Own(), tmp_path / "run"
-    train.run(killed_config(digits), out, progress=False, stop=stop_after_step(9), loggers=[first])
-    assert first.calls[-1] == "close"
-    train.run(killed_config(digits), out, progress=False, loggers=[second])
-    assert_same_run(out, unbroken)
-    assert second.session.step == 9
-    assert first.records + second.records == logged(out)
-    assert {record["step"] > 9 for record in second.records} == {True}
-
-
 def test_only_the_first_process_has_loggers(digits, tmp_path, monkeypatch):
     own = Own()
     monkeypatch.setattr(loop, "is_first", lambda: False)
@@ -222,12 +211,28 @@ def events(folder):
             at += 16 + length
 
 
-def test_tensorboard_has_the_numbers_of_the_log(digits, tmp_path, unbroken):
+@pytest.fixture(scope="module")
+def stopped(digits, tmp_path_factory):
+    """A run with TensorBoard, stopped after step 9 and gone on with; and a logger of our own of each part."""
     pytest.importorskip("tensorboardX")
-    out, config = tmp_path / "run", killed_config(digits, tensorboard=True, loggers=("tensorboard",))
-    train.run(config, out, progress=False, stop=stop_after_step(9))
-    train.run(config, out, progress=False)
+    out, own = tmp_path_factory.mktemp("stopped") / "run", [Own(), Own()]
+    config = killed_config(digits, tensorboard=True, loggers=("tensorboard",))
+    train.run(config, out, progress=False, stop=stop_after_step(9), loggers=own[:1])
+    train.run(config, out, progress=False, loggers=own[1:])
+    return out, *own
+
+
+def test_a_run_that_goes_on_says_where(stopped, unbroken):
+    out, first, second = stopped
     assert_same_run(out, unbroken)
+    assert first.calls[-1] == "close"
+    assert second.session.step == 9
+    assert first.records + second.records == logged(out)
+    assert {record["step"] > 9 for record in second.records} == {True}
+
+
+def test_tensorboard_has_the_numbers_of_the_log(stopped):
+    out, *_ = stopped
     found = list(events(out))
     starts = [event.step for event in found if event.HasField("session_log")]
     assert starts == [10]
@@ -243,26 +248,23 @@ def test_tensorboard_has_the_numbers_of_the_log(digits, tmp_path, unbroken):
         assert values == {name: float(np.float32(value)) for name, value in wanted.items()}
 
 
-def test_a_disk_that_is_full_ends_tensorboard_and_not_the_run(
-    digits, tmp_path, unbroken, caplog, monkeypatch
-):
+def test_a_disk_that_is_full_ends_tensorboard_and_not_the_others(tmp_path, caplog):
+    """The records of a run; that a run goes on without a logger is below."""
     pytest.importorskip("tensorboardX")
-
-    def fill(board, record):
-        if record["step"] == 9:
-            board._file._writer.close()
-            board._file._writer = open("/dev/full", "wb")  # noqa: SIM115
-        write(board, record)
-
-    write = TensorBoard.write
-    monkeypatch.setattr(TensorBoard, "write", fill)
-    out = tmp_path / "run"
-    train.run(killed_config(digits, tensorboard=True), out, progress=False)
-    assert_same_run(out, unbroken)
+    log, board = Own(), TensorBoard()
+    records = [{"kind": "train", "step": step, "loss": 1.0} for step in (3, 6, 9, 12)]
+    with loggers.Loggers(log, [board], Session(tmp_path, "tiny")) as both:
+        for record in records:
+            if record["step"] == 9:
+                board._file._writer.close()
+                board._file._writer = open("/dev/full", "wb")  # noqa: SIM115
+            both.write(dict(record))
+            both.sync()
+    assert log.records == records
     (warning,) = warned(caplog)
     assert "logger TensorBoard failed in `write` (OSError: [Errno 28] No space left on device)" in warning
-    steps = [event.step for event in events(out) if event.HasField("summary")]
-    assert 0 < max(steps) < 9
+    steps = [event.step for event in events(tmp_path) if event.HasField("summary")]
+    assert steps == [3, 6]
 
 
 def test_a_loop_of_your_own_can_use_it(tmp_path):

@@ -388,7 +388,7 @@ def moved_by(one, theta):
     return flat, lambda x: one.merge(theta | {"weights": theta["weights"] | back(x)}).ravel()
 
 
-@hypothesis.settings(max_examples=int(os.environ.get("REPOPT_EXAMPLES", "8")), deadline=None)
+@hypothesis.settings(max_examples=int(os.environ.get("REPOPT_EXAMPLES", "4")))
 @hypothesis.given(parametrizations(), st.integers(0, 1000))
 @jax.enable_x64(True)
 def test_a_drawn_structure_is_split_by_the_least_change(one, seed):

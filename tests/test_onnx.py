@@ -363,7 +363,7 @@ class Chain(nnx.Module):
         return x, self.head(x.mean((1, 2)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(steps(), min_size=1, max_size=6), st.booleans())
 def test_random_networks(layers, first):
     model = randomised(abstract(Chain, layers), dtype=jnp.float32)

@@ -62,13 +62,10 @@ def repopt():
 
 
 def training(digits, out, *more):
-    """A short run of the digits with a search's kind and every part of the loop: 4 steps in an epoch."""
+    """A short run of the digits with every part of the loop: two epochs of 4 steps."""
     config = ROOT / "configs" / "digits.py"
-    fields = {"data.data_dir": digits, "epochs": 3, "batch_size": 16, "log_every": 4, "checkpoint_every": 4}
+    fields = {"data.data_dir": digits, "epochs": 2, "batch_size": 16, "log_every": 4, "checkpoint_every": 4}
     fields |= {"data.train_limit": 64, "data.eval_limit": 20, "eval_batch_size": 8, "optim.ema": 0.9}
-    # From seed 0, in jax 0.12, rounding takes an activation to the other side of zero in step 11: the losses
-    # of one and two processes are equal to 5e-7 until then, and the kernels differ by 9e-5 in the end.
-    fields |= {"seed": 1}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return ["train", f"--config={config}:depth", *overrides, *more, f"--out={out}"]
 
@@ -163,7 +160,7 @@ def test_two_processes_leave_the_run_of_one(digits, tmp_path, repopt, in_one_pro
     kinds = [(record["kind"], record["step"]) for record in read_records(out / "metrics.jsonl")]
     assert kinds == [(r["kind"], r["step"]) for r in read_records(in_one_process / "metrics.jsonl")]
     summary = json.loads((out / "summary.json").read_text())
-    assert (summary["steps"], summary["test_count"], summary["finished"]) == (12, 20, True)
+    assert (summary["steps"], summary["test_count"], summary["finished"]) == (8, 20, True)
 
 
 def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_process):
@@ -188,7 +185,13 @@ def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_pro
     assert json.loads((out / "summary.json").read_text())["steps"] == epochs * 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="dies"),
+        pytest.param(signal.SIGSTOP, id="hangs", marks=pytest.mark.long),
+    ],
+)
 def test_a_process_of_a_job_that_is_gone_ends_the_other(digits, tmp_path, repopt, number):
     """One that hangs sends no heartbeats; the other one says that it is gone."""
     running = repopt(*training(digits, tmp_path / "run"), more=EXCHANGING)
@@ -213,12 +216,12 @@ def test_a_process_that_dies_ends_the_other(digits, tmp_path, repopt, in_one_pro
     (out / "summary.json").unlink()
     rewrite(out, epochs=400, checkpoint_every=10000, eval_every=400)
     running = repopt(*training(digits, out, *endless, "--config.epochs=400"))
-    wait_for(running, lambda: read_records(out / "metrics.jsonl")[-1]["step"] > 12)
+    wait_for(running, lambda: read_records(out / "metrics.jsonl")[-1]["step"] > 8)
     running[1].kill()
     (code, _, log), _ = parallel.ends_of(running, timeout=60)
     assert code not in (0, None)
     assert "another process of the job has ended" in log or "another task died" in log, log
-    assert train.load_trained(out).step == 12
+    assert train.load_trained(out).step == 8
     rewrite(out, epochs=4)
     assert main(training(digits, out, *endless, "--config.epochs=4")) == 0
     assert json.loads((out / "summary.json").read_text())["steps"] == 16

@@ -178,6 +178,8 @@ def test_a_run_from_scratch_deploys_what_it_trained(tmp_path, aware_run):
     assert train.run(config, run, progress=False).reused
 
 
+# In the ordinary run `test_resume.py` goes on with runs.
+@pytest.mark.long
 @pytest.mark.once
 def test_a_stopped_run_goes_on_as_an_unbroken_one(tmp_path, aware_run):
     config, unbroken, _ = aware_run

@@ -81,8 +81,8 @@ KILLS = (
     ("renaming", 8, "a save of step 8 was interrupted"),
     ("manifest", 8, r"step 8 in .* manifest.json is missing: .* goes on from the checkpoint of step 4"),
 )
-# Each leaves another folder: without a save, with one that was interrupted, with one that lacks its manifest.
-OFTEN = tuple(kill for kill in KILLS if kill[0] in ("evaluation", "renaming", "manifest"))
+# Each leaves another folder: with a save that was interrupted, and with one that lacks its manifest.
+OFTEN = tuple(kill for kill in KILLS if kill[0] in ("renaming", "manifest"))
 
 
 @pytest.mark.once
@@ -332,6 +332,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, stopped, 
         assert pattern.search(reads[0])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("asked", ["latest", "best"])
 def test_where_all_checkpoints_are_damaged_training_on_is_not_the_advice(tmp_path, stopped, caplog, asked):
     run_dir = copied(stopped, tmp_path)
@@ -366,6 +367,7 @@ def test_run_with_a_damaged_checkpoint_ends_the_same(digits, tmp_path, stopped, 
     assert_same_run(run_dir, unbroken)
 
 
+@pytest.mark.once
 def test_a_manifest_tells_what_the_folder_holds(tmp_path, stopped):
     run_dir = copied(stopped, tmp_path)
     folder = run_dir / "checkpoints" / "9"
@@ -375,6 +377,7 @@ def test_a_manifest_tells_what_the_folder_holds(tmp_path, stopped):
     assert checkpoint.manifest_problem(folder) is None
 
 
+@pytest.mark.once
 def test_no_checkpoint_that_can_be_used_is_an_error(digits, tmp_path, stopped):
     run_dir = copied(stopped, tmp_path)
     for step, damage in ((4, truncate), (8, lose_a_file), (9, flip)):
@@ -388,6 +391,7 @@ def test_no_checkpoint_that_can_be_used_is_an_error(digits, tmp_path, stopped):
     assert sorted(run_dir.rglob("*")) == before
 
 
+@pytest.mark.once
 def test_folder_of_checkpoints_all_without_manifest_is_an_error(tmp_path, stopped):
     run_dir = copied(stopped, tmp_path)
     for path in (run_dir / "checkpoints").glob("*/manifest.json"):
@@ -719,6 +723,7 @@ def test_other_devices_are_told_of_where_their_number_is_part_of_the_training(di
 # ---
 
 
+@pytest.mark.once
 def test_other_scales_than_the_run_began_with_are_refused(digits, tmp_path, stopped_target, some_scales):
     run_dir = copied(stopped_target / "stopped", tmp_path)
     kept_aside = tmp_path / "scales"
@@ -746,6 +751,7 @@ def test_scales_are_compared_in_the_optimizers_state():
         loop.check_scales(fresh, state_with(2.001), source="x")
 
 
+@pytest.mark.once
 def test_the_share_is_recorded(unbroken):
     records = [r for r in train.loop.read_records(unbroken / "metrics.jsonl") if r["kind"] == "train"]
     assert len(records) == STEPS // 3

@@ -294,6 +294,7 @@ def write_coco(folder, source):
         (folder / f"{split}.json").write_text(json.dumps(truth))
 
 
+@pytest.mark.once
 def test_the_same_scenes_as_a_coco_folder_train_to_the_same_network(runs, tmp_path):
     source, _ = build.open_data(tiny())
     write_coco(tmp_path / "coco", source)

@@ -110,6 +110,8 @@ def test_log_has_what_the_masks_come_to(pruned):
     assert choices[-1]["masked"] == done.masked
 
 
+# In the ordinary run `test_resume.py` goes on with runs, and the next test has the masks of a checkpoint.
+@pytest.mark.long
 def test_a_stopped_pruning_ends_the_same(source, pruned, tmp_path):
     """After a step with new masks, and after one without; the records of masks are resumed as well."""
     folder, done = pruned
