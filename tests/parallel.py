@@ -25,7 +25,7 @@ from repopt_jax.train.build import build_program, open_feed
 from repopt_jax.train.state import AXES, make_mesh, put_batch, put_state
 from repopt_jax.train.tasks import allgather_detections
 
-STEPS = 8
+STEPS = 20
 TESTS = Path(__file__).parent
 
 
