@@ -101,6 +101,7 @@ def with_dropout(mode, variant=TINY):
     return model
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", tiers.often(PUBLISHED, "0.5"))
 def test_published_numbers_of_parameters(name):
     rep, plain = (full(name, mode) for mode in ("repghost", "plain"))
@@ -112,12 +113,14 @@ def test_every_width_is_counted():
     assert set(PUBLISHED) == set(GHOST_VARIANTS) - {"digits"}
 
 
+@pytest.mark.once
 def test_a_search_adds_its_vectors():
     plain, search = full("0.5"), full("0.5", "search")
     channels = sum(branches.out for branches in plain.branch_sets().values())
     assert count(search) == count(plain) + 2 * channels  # s and u
 
 
+@pytest.mark.once
 def test_folding_everything_takes_one_more_number_for_every_channel_of_the_other_batch_norms():
     model = full("0.5")
     norms = [m for path, m in named_modules(model) if isinstance(m, nnx.BatchNorm) and "/cheap" not in path]

@@ -163,6 +163,8 @@ def test_two_processes_leave_the_run_of_one(digits, tmp_path, repopt, in_one_pro
     assert (summary["steps"], summary["test_count"], summary["finished"]) == (8, 20, True)
 
 
+# In the ordinary run the command line's tests stop one process, and above two end together.
+@pytest.mark.long
 def test_sigterm_stops_both_and_one_goes_on(digits, tmp_path, repopt, in_one_process):
     """SIGTERM to one of them; the run is finished by one process on four devices."""
     from repopt_jax.cli.main import main

@@ -230,12 +230,14 @@ def matrices(params):
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
+@pytest.mark.once
 def test_identity_that_is_not_decayed():
     twin = optax.chain(optax.add_decayed_weights(1e-2, matrices), optax.sgd(0.05))
     result = check(repopt_sgd(0.05, DENSE, momentum=None, weight_decay=1e-2, mask=matrices), twin)
     only_reason(result, "the identity's weight is not decayed in the twin", "first/kernel, second/kernel")
 
 
+@pytest.mark.once
 def test_decay_of_the_kernels_alone():
     def kernels(params):
         return jax.tree_util.tree_map_with_path(
@@ -258,6 +260,7 @@ def test_ordinary_clipping():
     only_reason(result, "ordinary clipping")
 
 
+@pytest.mark.once
 def test_clipping_on_one_side():
     clip, right = optax.clip_by_global_norm(0.05), clip_by_repopt_global_norm(0.05, DENSE)
     plain, ordinary = repopt_sgd(0.5, DENSE, momentum=None), optax.sgd(0.5)
@@ -265,11 +268,13 @@ def test_clipping_on_one_side():
         only_reason(result, "agree on small gradients and differ on large ones: one of them clips")
 
 
+@pytest.mark.once
 def test_adam_after_the_multiplier():
     result = check(optax.chain(repopt_mask(DENSE), optax.adam(1e-2)), optax.adam(1e-2))
     only_reason(result, "first/kernel, second/kernel", "not linear in the gradient", "repopt_adamw")
 
 
+@pytest.mark.once
 def test_other_settings_of_reparameterize():
     """Where every parameter is a re-parameterized kernel, no other can tell that the settings differ."""
     model = nnx.Sequential(nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0)))
@@ -296,16 +301,19 @@ def test_optimizers_that_are_not_elementwise(inner):
     only_reason(result, "not linear in the gradient", "reparameterize(inner, scales)")
 
 
+@pytest.mark.once
 def test_reparameterize_without_the_branches():
     result = check(reparameterize(optax.lamb(1e-2), DENSE), optax.lamb(1e-2))
     only_reason(result, "without the branch tensors", "lambda weights:")
 
 
+@pytest.mark.once
 def test_the_published_rule():
     result = check(repopt_adamw(1e-2, DENSE, rule="published"), optax.adamw(1e-2))
     only_reason(result, "`optimizer` moves the kernels at first/kernel, second/kernel otherwise", "'exact'")
 
 
+@pytest.mark.once
 def test_a_multiplier_that_is_missing_or_another():
     ordinary = optax.sgd(0.05, 0.9)
     only_reason(check(ordinary, ordinary), "repopt_mask(scales) is missing")
@@ -313,6 +321,7 @@ def test_a_multiplier_that_is_missing_or_another():
     only_reason(check(optax.chain(other, ordinary), ordinary), "was made with other scales")
 
 
+@pytest.mark.once
 def test_other_settings():
     result = check(repopt_sgd(0.06, DENSE, weight_decay=1e-2), decayed_first(optax.identity()))
     assert "give `optimizer` and `twin_optimizer` the same learning rate" in result.reasons[0]
@@ -320,6 +329,7 @@ def test_other_settings():
     only_reason(result, "give `optimizer` and `twin_optimizer` the same", "let them be counterparts")
 
 
+@pytest.mark.once
 def test_every_mistake_is_named():
     """Decay before the multiplier and clipping, both at once."""
     clip = optax.clip_by_global_norm(0.05)
