@@ -1,12 +1,10 @@
 """Four virtual CPU devices for every test, float64 where a test asks for it, no silent rank promotion,
 compiled programs kept from run to run, and the longest files first."""
 
-import contextlib
 import fcntl
 import gc
 import importlib
 import os
-import tempfile
 import traceback
 from pathlib import Path
 
@@ -149,26 +147,15 @@ def pytest_addoption(parser):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection(session):
+def pytest_collection():
     """In a new copy one process collects after the other, so that the second finds compiled what both import:
     6 seconds of a core in place of 20."""
     tests = Path(__file__).parent
     new = len([*tests.glob("__pycache__/test_*.pyc")]) < len([*tests.glob("test_*.py")])
-    with one_at_a_time(session.config) if new else contextlib.nullcontext():
+    with Path(__file__).open() as lock:
+        if new:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         return (yield)
-
-
-@contextlib.contextmanager
-def one_at_a_time(config):
-    """Of the processes of one run."""
-    run = getattr(config, "workerinput", {}).get("testrunuid", os.getpid())
-    path = Path(tempfile.gettempdir()) / f"repopt-collection-{run}.lock"
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 @pytest.hookimpl(trylast=True)  # after the selection by marks: a test has its first cases of those

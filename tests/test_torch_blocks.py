@@ -114,7 +114,7 @@ def image():
 
 
 # Options of a block, and windows, whose kinds are in other forms too.
-SELDOM = ("dbb, middle", "dbb, depthwise", "unireplknet, larger", "orepa, depthwise")
+SELDOM = ("dbb, middle", "unireplknet, larger", "orepa, depthwise")
 
 
 @pytest.mark.parametrize("name", tiers.seldom(FORMS, *SELDOM))
